@@ -1,0 +1,47 @@
+# Every target sets up what it needs: the virtual environment in .venv, pinned by constraints.txt. A second call does not
+# repeat it. `make demo` and `make test` are all a new machine with Python 3.11 and make needs.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet
+export DO_NOT_TRACK := 1
+
+.PHONY: setup demo test test-slow check format bench clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
+
+# torch first and with pip: an environment that has a CPU build of it at hand gets that one, and uv then keeps it.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV) (once; about a minute)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check $$(grep -E '^(torch|uv)==' constraints.txt)
+	@$(UV) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.ready ## the virtual environment
+
+demo: $(VENV)/.ready ## SFT, then GRPO, on the built-in arithmetic world; again: nothing is computed twice
+	@$(BIN)/cohort run arithmetic_cpu
+
+test: $(VENV)/.ready ## the default test suite (under 6 minutes on two cores)
+	@$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.ready ## the heavy suites
+	@$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.ready ## style, types, layers, spelling
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/codespell
+
+format: $(VENV)/.ready ## let ruff mend what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove the virtual environment and caches (artifacts stay)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache .hypothesis

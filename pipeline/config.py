@@ -1,0 +1,214 @@
+"""Configs: frozen, closed pydantic models that override by dotted key, round-trip through YAML and make cache keys.
+
+A config answers three questions: is it valid (all errors at once, the nearest name suggested), what differs from another
+(dotted keys), and what part of it decides a result (`key`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails, to_jsonable_python
+
+__all__ = ["UNKEYED", "Config", "ConfigError", "flatten", "parse_settings"]
+
+
+class _Unkeyed:
+    """Marks a field that cannot change a result: worker counts, deadlines, paths of scratch space."""
+
+    def __repr__(self) -> str:
+        return "UNKEYED"
+
+
+UNKEYED: Final = _Unkeyed()
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the text lists every error, one a line, each with its dotted key."""
+
+
+class Config(BaseModel):
+    """Base of every config: immutable, unknown keys refused, field documentation taken from the strings under fields."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], *, source: str = "config") -> Self:
+        """The config described by nested `values`.
+
+        Raises:
+            ConfigError: with every error found, not only the first; unknown keys come with the nearest known name.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            lines = [_explain(cls, details) for details in error.errors(include_url=False)]
+            count = f"{len(lines)} error{'s' if len(lines) > 1 else ''}"
+            raise ConfigError(f"{source}: {count} in {cls.__name__}\n" + "\n".join(f"  {x}" for x in lines)) from None
+
+    @classmethod
+    def from_yaml(cls, text: str, *, source: str = "config") -> Self:
+        """The config written in YAML `text` (safe subset, duplicate keys refused)."""
+        return cls.parse(_load_mapping(text, source), source=source)
+
+    def to_yaml(self) -> str:
+        """YAML that `from_yaml` reads back to an equal config."""
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+    def override(self, changes: Mapping[str, Any], *, source: str = "override") -> Self:
+        """A new validated config in which each dotted key of `changes` has the value given.
+
+        A change of a union's `kind` starts that part anew from the defaults of the new kind.
+        """
+        values = self.model_dump(mode="json")
+        # A whole before its parts, and a kind before what stands beside it: "objective.beta" lands in the new "objective.kind".
+        for key in sorted(changes, key=lambda key: (key.count("."), key.split(".")[-1] != "kind")):
+            _assign(values, key, changes[key])
+        return type(self).parse(values, source=source)
+
+    def key(self) -> dict[str, Any]:
+        """What decides a result, as plain JSON values: every field but those marked `UNKEYED`.
+
+        A subclass that names something outside itself (a file, a function) overrides this to add its digest.
+        """
+        parts: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            if UNKEYED not in field.metadata:
+                parts[name] = _key_of(getattr(self, name))
+        return parts
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level of dotted keys; lists stay values."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        dotted = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{dotted}.")
+        else:
+            flat[dotted] = value
+    return flat
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """`["rollout.G=8", "seed=1"]` as `{"rollout.G": 8, "seed": 1}`; values are YAML scalars, lists or mappings."""
+    changes: dict[str, Any] = {}
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set {setting}: expected key=value, for example --set rollout.G=8")
+        try:
+            changes[key.strip()] = _Loader(text).get_single_data()
+        except (yaml.YAMLError, ConfigError) as error:
+            raise ConfigError(f"--set {key}: the value {text!r} is not YAML: {error}") from None
+    return changes
+
+
+def _key_of(value: Any) -> Any:
+    if isinstance(value, Config):
+        return value.key()
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {str(name): _key_of(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_key_of(part) for part in value]
+    if isinstance(value, set | frozenset):
+        return sorted((_key_of(part) for part in value), key=repr)  # the order of a set differs between processes
+    return to_jsonable_python(value)
+
+
+def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    place = values
+    for depth, name in enumerate(parents):
+        inner = place.get(name)
+        if not isinstance(inner, dict):
+            if name in place and inner is not None:
+                raise ConfigError(f"{dotted}: {'.'.join(parents[: depth + 1])} is a value ({inner!r}), not a section")
+            inner = place[name] = {}  # unknown sections are reported by validation, with the nearest name
+        place = inner
+    if last == "kind" and place.get("kind") != value:
+        place.clear()
+    place[last] = value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader silently keeps the last of two equal keys; a config must not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if key.value in seen:
+                raise ConfigError(f"line {key.start_mark.line + 1}: the key {key.value!r} stands twice")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `_Loader` would read as numbers."""
+
+
+# YAML 1.1 reads `3e-4` as text; people mean a number.
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+"), list("-+0123456789"))
+
+
+def _load_mapping(text: str, source: str) -> Mapping[str, Any]:
+    try:
+        values = _Loader(text).get_single_data()
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {error}") from None
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{source}: expected a mapping of field names to values, found {type(values).__name__}")
+    return values
+
+
+def _explain(root: type[BaseModel], details: ErrorDetails) -> str:
+    *parents, last = (str(part) for part in details["loc"]) if details["loc"] else ("config",)
+    path, models = _descend({root}, parents)
+    dotted = ".".join([*path, last])
+    if details["type"] == "extra_forbidden":
+        known = sorted({name for model in models for name in model.model_fields})
+        near = difflib.get_close_matches(last, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{dotted}: unknown key; {hint}"
+    return f"{dotted}: {details['msg']} (found {details.get('input')!r})"[:600]
+
+
+def _descend(models: set[type[BaseModel]], location: list[str]) -> tuple[list[str], set[type[BaseModel]]]:
+    """The keys as a person writes them, and the models there, at a pydantic error location.
+
+    Inside a union pydantic's location also holds the member, by its tag or class name, which nobody wrote.
+    """
+    path: list[str] = []
+    for part in location:
+        named = {model for model in models if part == model.__name__ or part in _tags(model)}
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        if named and not fields:
+            models = named
+            continue
+        path.append(part)
+        models = {member for field in fields for member in _walk_models(field.annotation)} or models
+    return path, models
+
+
+def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
+    field = model.model_fields.get("kind")
+    return get_args(field.annotation) if field else ()
+
+
+def _walk_models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _walk_models(argument)

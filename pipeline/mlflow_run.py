@@ -1,0 +1,191 @@
+"""One run in MLflow's database: found by its key, continued without repetition, told the truth about its end.
+
+MLflow keeps a step that is logged twice twice and refuses a changed parameter. So the last step of every metric is read from
+the run itself before anything is sent: a point is in the database exactly once, even after a kill between the sending and
+the note that it was sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline.journal import Record
+
+__all__ = ["MlflowRun", "connect", "local_database", "tracking_uri"]
+
+_METRICS_A_BATCH: Final = 1000  # MLflow's limits for one request
+_PARAMS_A_BATCH: Final = 100
+_PARAM_LENGTH: Final = 6000
+_TAG_LENGTH: Final = 8000
+_RUN_KEY: Final = "cohort.run_key"
+
+_QUIET: Final = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "GIT_PYTHON_REFRESH": "quiet",
+    # A dead tracking server is noticed at once and a hung one in a minute; MLflow's defaults try for many minutes.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+}
+"""What the user has set wins."""
+
+
+def tracking_uri(home: Path) -> str:
+    """Where runs are tracked: MLFLOW_TRACKING_URI when the user set it, else the project's own sqlite database."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+    database = local_database(uri)
+    return uri if database is None else f"sqlite:///{database.resolve()}"
+
+
+def local_database(uri: str) -> Path | None:
+    """The file of a sqlite database; None for a server."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def connect(uri: str) -> Any:
+    """An MLflow client for `uri`; a local database is created first, in one step. Imports mlflow (seconds)."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    from mlflow.tracking import MlflowClient
+
+    database = local_database(uri)
+    if database is not None:
+        _create(database, MlflowClient)
+    return MlflowClient(tracking_uri=uri)
+
+
+def _create(database: Path, client: Any) -> None:
+    """Create the tables in a draft and rename it: a kill half-way leaves no half database."""
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with open(database.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if database.exists():
+            return
+        for leftover in database.parent.glob(f"{database.stem}.*.draft"):
+            leftover.unlink()
+        # A name of its own: MLflow keeps one store per URI for the life of a process, deleted file or not.
+        draft = database.with_suffix(f".{uuid.uuid4().hex}.draft")
+        client(tracking_uri=f"sqlite:///{draft}").search_experiments(max_results=1)
+        os.replace(draft, database)
+
+
+class MlflowRun:
+    """The run of one key in one experiment, created when there is none.
+
+    Args:
+        run: the `run` record: experiment, name, key, parameters, tags.
+        artifacts: folder for the files of a new experiment; None leaves the choice to the server.
+    """
+
+    def __init__(self, client: Any, run: Record, artifacts: Path | None) -> None:
+        self._client = client
+        experiment = self._experiment(run["experiment"], artifacts)
+        where = f"tags.`{_RUN_KEY}` = '{run['key']}'"
+        found = client.search_runs([experiment], filter_string=where, max_results=1)
+        state = found[0] if found else self._new_run(experiment, run)
+        self.id: str = state.info.run_id
+        self.status: str = state.info.status
+        self._params: dict[str, str] = dict(state.data.params)
+        self._tables: list[dict[str, str]] = json.loads(state.data.tags.get("mlflow.loggedArtifacts", "[]"))
+        # The public data.metrics has no steps; the message that goes over the wire has.
+        self._last_step = {metric.key: metric.step for metric in state.to_proto().data.metrics}
+
+    def send(self, records: Sequence[Record]) -> None:
+        """Project journal records, in order; what the run has already is left out.
+
+        Raises:
+            Exception: whatever MLflow raises; then open the run anew and send again.
+        """
+        self._send_steps([record for record in records if record["kind"] == "step"])
+        for record in records:
+            match record["kind"]:
+                case "run":
+                    self._send_params(record["params"])
+                    self._send_tags(record["tags"])
+                case "tags":
+                    self._send_tags(record["tags"])
+                case "table":
+                    self._send_table(record)
+                case "figure":
+                    # The file may be gone by now: a picture, drawn again by the next run.
+                    with contextlib.suppress(FileNotFoundError):
+                        self._client.log_artifact(self.id, record["path"], "figures")
+
+    def set_status(self, status: str, time_ms: int | None) -> None:
+        """RUNNING, or how the run ended, and when."""
+        if status == "RUNNING":
+            self._client.update_run(self.id, status="RUNNING")
+        else:
+            self._client.set_terminated(self.id, status=status, end_time=time_ms)
+        self.status = status
+
+    def _experiment(self, name: str, artifacts: Path | None) -> str:
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            place = None if artifacts is None else artifacts.resolve().as_uri()
+            try:
+                return str(self._client.create_experiment(name, artifact_location=place))
+            except Exception:
+                found = self._client.get_experiment_by_name(name)  # another run created it in this moment
+                if found is None:
+                    raise
+        if found.lifecycle_stage == "deleted":
+            self._client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
+
+    def _new_run(self, experiment: str, run: Record) -> Any:
+        tags = {_RUN_KEY: run["key"], "mlflow.source.name": "cohort", "mlflow.source.type": "LOCAL"}
+        return self._client.create_run(experiment, run_name=run["name"], tags=tags)
+
+    def _send_steps(self, records: Sequence[Record]) -> None:
+        from mlflow.entities import Metric
+
+        points = []
+        last_step = dict(self._last_step)
+        for record in records:
+            for key, value in record["metrics"].items():
+                if record["step"] > last_step.get(key, -1):
+                    points.append(Metric(key, value, int(record["time"] * 1000), record["step"]))
+            last_step |= {key: max(record["step"], last_step.get(key, -1)) for key in record["metrics"]}
+        for batch in _batches(points, _METRICS_A_BATCH):
+            self._client.log_batch(self.id, metrics=batch)
+        self._last_step = last_step
+
+    def _send_params(self, params: Mapping[str, str]) -> None:
+        """Parameters are written once; one that differs now is a tag, since MLflow refuses to change it."""
+        from mlflow.entities import Param
+
+        known = self._params
+        fresh = [Param(key, value[:_PARAM_LENGTH]) for key, value in params.items() if key not in known]
+        drift = {k: v for k, v in params.items() if known.get(k, v[:_PARAM_LENGTH]) != v[:_PARAM_LENGTH]}
+        for batch in _batches(fresh, _PARAMS_A_BATCH):
+            self._client.log_batch(self.id, params=batch)
+        self._params = known | {param.key: param.value for param in fresh}
+        if drift:
+            self._send_tags({"cohort.drift": "; ".join(f"{k}: {known[k]} -> {v}" for k, v in sorted(drift.items()))})
+
+    def _send_tags(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        for batch in _batches([RunTag(key, value[:_TAG_LENGTH]) for key, value in tags.items()], _PARAMS_A_BATCH):
+            self._client.log_batch(self.id, tags=batch)
+
+    def _send_table(self, record: Record) -> None:
+        """A table as MLflow's own `log_table` stores it, but replaced where that appends."""
+        path = f"{record['name']}.json"
+        self._client.log_dict(self.id, {"columns": record["columns"], "data": record["data"]}, path)
+        if {"path": path, "type": "table"} not in self._tables:
+            self._tables.append({"path": path, "type": "table"})
+            self._client.set_tag(self.id, "mlflow.loggedArtifacts", json.dumps(self._tables))
+
+
+def _batches(entries: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(entries), size):
+        yield entries[start : start + size]

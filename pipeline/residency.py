@@ -1,0 +1,41 @@
+"""Heavy objects kept warm between stage calls: an engine is a cache, not state.
+
+A resident object can always be made again from artifacts; it only saves the time to do so. It must say itself which artifact
+it holds (and that it holds none while it changes), so that a stage that failed half-way is never mistaken for one that
+finished.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar, cast
+
+__all__ = ["evict", "resident"]
+
+T = TypeVar("T")
+
+_residents: dict[str, tuple[Hashable, Any]] = {}
+
+
+def resident(slot: str, key: Hashable, make: Callable[[], T]) -> T:
+    """The object in `slot` if it was made for `key`; otherwise the old one is freed first and `make()` takes its place."""
+    if slot in _residents and _residents[slot][0] == key:
+        return cast(T, _residents[slot][1])
+    evict(slot)
+    made = make()
+    _residents[slot] = (key, made)
+    return made
+
+
+def evict(slot: str | None = None) -> None:
+    """Free the object in `slot`, or all; one with a `close()` method is closed."""
+    for name in list(_residents) if slot is None else [slot]:
+        if name not in _residents:
+            continue
+        _, kept = _residents.pop(name)
+        close = getattr(kept, "close", None)
+        if callable(close):
+            close()
+        del kept, close
+        gc.collect()

@@ -1,0 +1,127 @@
+"""Bytes on disk that can be trusted: JSON with a hash of itself, measured and fsynced files, errors that name the store."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+__all__ = [
+    "DamagedArtifactError",
+    "MissingArtifactError",
+    "PrunedArtifactError",
+    "StoreError",
+    "canonical_json",
+    "sha256_of",
+]
+
+Signature = tuple[tuple[str, int, int, int], ...]
+
+
+class StoreError(OSError):
+    """The store cannot be written or read; nothing half-written is visible."""
+
+
+class MissingArtifactError(StoreError):
+    """No object of that digest, or no record of that call, is in the store."""
+
+
+class DamagedArtifactError(StoreError):
+    """A file of an object is missing, unexpected, of another size, or of another hash than its manifest says."""
+
+
+class PrunedArtifactError(StoreError):
+    """The payload was freed by `prune`; manifest and action are still there."""
+
+
+def canonical_json(value: Any) -> str:
+    """One text per value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def sha256_of(text: str) -> str:
+    """Hexadecimal sha256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a new read-only JSON file that ends in its own hash, and fsync it."""
+    with open(path, "x", encoding="utf-8") as handle:
+        handle.write(_sealed_text(value))
+        handle.flush()
+        os.fsync(handle.fileno())
+    path.chmod(0o444)
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The value in a sealed file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedArtifactError: any of its bytes differs from what `write_sealed` wrote.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+        value = json.loads(text)
+        value.pop("seal")
+        intact = _sealed_text(value) == text
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise DamagedArtifactError(f"{path} is damaged ({error}); the next run recomputes it") from None
+    if not intact:
+        raise DamagedArtifactError(f"{path} is damaged (its seal does not fit); the next run recomputes it")
+    sealed: dict[str, Any] = value
+    return sealed
+
+
+def _sealed_text(value: Mapping[str, Any]) -> str:
+    seal = sha256_of(canonical_json(value))
+    return json.dumps({**value, "seal": seal}, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
+def measure(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file, as manifests hold them."""
+    with open(path, "rb") as handle:
+        return {"size": os.fstat(handle.fileno()).st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
+
+
+def signature(folder: Path) -> Signature:
+    """What changes when anything in a folder does, without reading it: name, size, mtime and inode of every entry."""
+    entries = []
+    with contextlib.suppress(FileNotFoundError):  # removed meanwhile: then the signature differs, as it must
+        for path in folder.rglob("*"):
+            state = path.lstat()
+            entries.append((path.relative_to(folder).as_posix(), state.st_size, state.st_mtime_ns, state.st_ino))
+    return tuple(sorted(entries))
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a file name from a manifest is a plain relative one; reading, and pruning, must not leave the folder."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def named_errors(root: Path) -> Iterator[None]:
+    """Turn a bare OSError of the file system into one that names the store and says what to do."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"the store {root} cannot be used: {error.strerror or error} ({error.filename or root}). "
+            "Nothing half-written is visible; free space or mend permissions, then run the same command again"
+        ) from error

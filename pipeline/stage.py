@@ -1,0 +1,131 @@
+"""`@stage`: a plain function from artifacts and configs to an artifact that asks the store before it works.
+
+The key of a call hashes stage name, version, configs and plain values by parameter name, and the digests of the artifacts it
+is given. A hit returns the recorded artifact; a miss runs the function under a lock on its key, then records the action last.
+Inside a flow on the Prefect engine each call is a task; a hit shows there as a state named `Cached`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import time
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+from pipeline.artifact import Artifact
+from pipeline.config import Config
+from pipeline.orchestration import run_as_task
+from pipeline.progress import report
+from pipeline.provenance import Call, calling, record_metrics
+from pipeline.store import Store, canonical_json, current_store, sha256_of
+
+__all__ = ["record_metrics", "stage"]
+
+P = ParamSpec("P")
+A = TypeVar("A", bound=Artifact)
+
+
+def stage(*, version: str) -> Callable[[Callable[P, A]], Callable[P, A]]:
+    """Make a function a cached stage.
+
+    Args:
+        version: part of the cache key; raise it whenever the function's result changes for equal inputs.
+    """
+
+    def decorate(function: Callable[P, A]) -> Callable[P, A]:
+        signature = inspect.signature(function)
+        name = function.__name__
+        if "return" not in function.__annotations__:
+            raise TypeError(f"stage {name}: annotate the artifact it returns, `-> Questions`")
+        kind = functools.cache(lambda: _return_type(function))
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> A:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            arguments = {parameter: _describe(name, parameter, value) for parameter, value in bound.arguments.items()}
+            key = sha256_of(canonical_json({"stage": name, "version": version, "arguments": arguments}))
+            store = current_store()
+
+            def look_up() -> A | None:
+                record = store.find(key)
+                if record is None:
+                    return None
+                report(
+                    "stage", name=name, outcome="cached", seconds=record["seconds"], key=key, digest=record["result"]
+                )
+                return kind()(record["result"], key)
+
+            def compute() -> A:
+                with store.lock(key):
+                    # Another launcher may have computed it while this one waited for the lock.
+                    found = look_up()
+                    if found is not None:
+                        return found
+                    work = functools.partial(function, *args, **kwargs)
+                    return _execute(store, key, Call(name, version, arguments), kind(), work)
+
+            return run_as_task(name, look_up, compute)
+
+        return call
+
+    return decorate
+
+
+def _return_type(function: Callable[..., A]) -> type[A]:
+    """The artifact class a stage is annotated to return; other annotations may name what is imported for typing only."""
+    only = types.SimpleNamespace(__annotations__={"return": function.__annotations__["return"]})
+    kind: type[A] = typing.get_type_hints(only, globalns=function.__globals__)["return"]
+    return kind
+
+
+def describe(value: Any) -> Any:
+    """What a cache key holds of one argument: a digest, the keyed part of a config, or a plain value.
+
+    Raises:
+        TypeError: anything else; stages exchange values, not places or objects.
+    """
+    if isinstance(value, Artifact):
+        return {"artifact": value.digest}
+    if isinstance(value, Config):
+        return {"config": value.key()}
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, list | tuple):
+        return [describe(part) for part in value]
+    if isinstance(value, Mapping):
+        if not all(isinstance(name, str) for name in value):
+            raise TypeError("a mapping given to a stage has text keys only")
+        return {name: describe(part) for name, part in value.items()}
+    raise TypeError(f"a stage takes artifacts, configs and plain values, found {type(value).__name__}")
+
+
+def _describe(stage_name: str, parameter: str, value: Any) -> Any:
+    try:
+        return describe(value)
+    except TypeError as error:
+        raise TypeError(f"{stage_name}({parameter}=...): {error}") from None
+
+
+def _execute(store: Store, key: str, call: Call, kind: type[A], work: Callable[[], A]) -> A:
+    report("stage", name=call.stage, outcome="started", key=key)
+    token = calling.set(call)
+    started = time.perf_counter()
+    try:
+        result = work()
+        if not isinstance(result, kind):
+            raise TypeError(f"stage {call.stage} is annotated to return {kind.__name__}; it returned {result!r:.100}")
+        seconds = time.perf_counter() - started
+        about = {"result": result.digest, "type": kind.__name__, "seconds": seconds}
+        store.record(key, {**about, **call.provenance()})
+    except BaseException as error:
+        report("stage", name=call.stage, outcome="failed", key=key, error=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        calling.reset(token)
+    report("stage", name=call.stage, outcome="executed", seconds=seconds, key=key, digest=result.digest)
+    return dataclasses.replace(result, action=key)

@@ -1,0 +1,30 @@
+"""Fixtures of the whole suite: a store of its own for each test, and real data where it is at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.residency import evict
+from pipeline.store import Store, use_store
+
+DATA = Path(os.environ.get("COHORT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """An empty store, current for the test; what became resident in it is evicted."""
+    with use_store(Store(tmp_path / "store")) as opened:
+        yield opened
+    evict()
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    """The folder of real data sets; `COHORT_DATA` names another."""
+    if not DATA.is_dir():
+        pytest.skip(f"real data not found: {DATA} (set COHORT_DATA)")
+    return DATA

@@ -1,0 +1,152 @@
+"""The stages of this package: tables of questions and demonstrations, from the built-in world or from files."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Mapping
+from typing import Any, Final, get_args
+
+from pydantic import Field, field_validator
+
+from pipeline.config import Config
+from pipeline.stage import record_metrics, stage
+from stages.data.arithmetic import (
+    ArithmeticConfig,
+    Author,
+    AuthorShares,
+    Split,
+    draw_chains,
+    render_question,
+    unique_chains,
+    write_solution,
+)
+from stages.data.identity import DataError, identify
+from stages.data.sources import QuestionFileConfig, load_questions
+from stages.tables import Demonstrations, Questions
+
+__all__ = [
+    "DemonstrationConfig",
+    "arithmetic_demonstrations",
+    "arithmetic_questions",
+    "demonstrations_from_solutions",
+    "read_questions",
+]
+
+_AUTHORS: Final[tuple[Author, ...]] = get_args(Author)
+
+
+_SFT_CHAINS: Final = ArithmeticConfig(count=50_000, shortest=2, longest=6)
+
+
+class DemonstrationConfig(Config):
+    """Demonstrations of chain arithmetic by a mixture of authors, from the training split."""
+
+    chains: ArithmeticConfig = _SFT_CHAINS
+    """Their questions; `count` demonstrations, whose questions may repeat, by the same or another author."""
+    authors: AuthorShares = Field(default_factory=AuthorShares)
+    """Who writes them."""
+
+    @field_validator("chains", mode="before")
+    @classmethod
+    def _complete(cls, chains: Any) -> Any:
+        """A file that gives only some fields means the others of this default, not of `ArithmeticConfig`'s."""
+        return {**_SFT_CHAINS.model_dump(), **chains} if isinstance(chains, Mapping) else chains
+
+
+@stage(version="1")
+def arithmetic_questions(config: ArithmeticConfig, split: Split = "train") -> Questions:
+    """`config.count` different chains of one split, with the true answer and the careful author's solution.
+
+    Raises:
+        DataError: the split holds fewer such chains.
+    """
+    chains = unique_chains(config, split)
+    questions = [render_question(chain, config.language) for chain in chains]
+    return Questions.write(
+        {
+            "question_id": [identify(question) for question in questions],
+            "question": questions,
+            "answer": [str(chain.answer) for chain in chains],
+            "solution": [write_solution(chain, "careful", config.language) for chain in chains],
+        }
+    )
+
+
+@stage(version="1")
+def arithmetic_demonstrations(config: DemonstrationConfig) -> Demonstrations:
+    """Chains of the training split, each solved by an author drawn for it alone: the question does not tell whom.
+
+    The share of right answers is recorded as `data/accuracy`: the accuracy at T = 1 of a policy that imitates perfectly.
+    """
+    rng = random.Random(f"demonstrations/{config.chains.seed}")
+    shares = config.authors.model_dump()
+    chains = draw_chains(config.chains, "train", rng)
+    language, right = config.chains.language, 0
+    rows: list[tuple[str, str, str, Author]] = []
+    for chain in itertools.islice(chains, config.chains.count):
+        author = _draw_author(rng.random(), shares)
+        question, completion = render_question(chain, language), write_solution(chain, author, language)
+        right += completion.endswith(f"#### {chain.answer}")
+        rows.append((identify(question), question, completion, author))
+    record_metrics({"data/accuracy": right / len(rows)})
+    return Demonstrations.write(dict(zip(Demonstrations.schema.names, zip(*rows, strict=True), strict=True)))
+
+
+@stage(version="1")
+def read_questions(config: QuestionFileConfig) -> Questions:
+    """A question set from a JSONL or Parquet file, a Hugging Face `datasets` folder or a hub data set.
+
+    Raises:
+        DataError: names file, row and column: a question without an answer, a duplicate id, an empty set, a missing column, a
+            line that is not JSON, a missing file.
+    """
+    return Questions.write(load_questions(config))
+
+
+@stage(version="1")
+def demonstrations_from_solutions(
+    questions: Questions, answer_line: str = "#### {answer}", author: str = "data"
+) -> Demonstrations:
+    r"""The data set's own solutions as demonstrations, each ending in one line that states the answer.
+
+    Args:
+        questions: a set with solutions.
+        answer_line: the last line, `{answer}` standing for the answer, for example `The answer is \boxed{{answer}}.`; an
+            answer line of the data set itself (`#### 17`) gives way to it.
+        author: recorded as the author of every row.
+
+    Raises:
+        DataError: a question without a solution, or an `answer_line` without `{answer}`.
+    """
+    if "{answer}" not in answer_line:
+        raise DataError(f"answer_line {answer_line!r} does not hold {{answer}}")
+    rows = questions.rows()
+    for number, row in enumerate(rows):
+        if row["solution"] is None:
+            raise DataError(f"row {number} (question {row['question_id']}) has no solution to demonstrate")
+    return Demonstrations.write(
+        {
+            "question_id": [row["question_id"] for row in rows],
+            "question": [row["question"] for row in rows],
+            "completion": [_with_answer_line(row, answer_line) for row in rows],
+            "author": [author] * len(rows),
+        }
+    )
+
+
+def _draw_author(point: float, shares: dict[str, float]) -> Author:
+    """The author at `point` of 0..1 when the shares lie side by side."""
+    rest = point * sum(shares.values())
+    for author in _AUTHORS:
+        rest -= shares[author]
+        if rest < 0:
+            return author
+    return next(author for author in reversed(_AUTHORS) if shares[author] > 0)  # rounding at the very end of 0..1
+
+
+def _with_answer_line(row: dict[str, Any], answer_line: str) -> str:
+    body = re.sub(r"\n*^####[^\n]*\s*\Z", "", row["solution"], flags=re.MULTILINE).rstrip()
+    last = answer_line.replace("{answer}", row["answer"])
+    return f"{body}\n{last}" if body else last

@@ -1,0 +1,113 @@
+"""Estimators over repeated samples of a question: Pass@K, Maj@K (DeepSeekMath, Figure 7) and their intervals.
+
+Both use all n samples of a question: the expectation over every subset of size k, not the first k (one subset of many, a
+noisier number that depends on the order of the rows).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["Interval", "bootstrap_interval", "maj_at_k", "pass_at_k"]
+
+_LARGEST_N = 1000
+"""Above it the number of subsets, C(n, n/2), leaves the range of a double."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the bounds of its confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Probability that at least one of k samples, drawn without replacement from n, is correct.
+
+    pass@k = 1 - C(n - c, k) / C(n, k)                     (Chen et al. 2021, the unbiased estimator)
+    """
+    _check(n, k)
+    if not 0 <= correct <= n:
+        raise ValueError(f"correct must lie in 0..{n}, found {correct}")
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def maj_at_k(n: int, correct: int, wrong: Sequence[int], k: int) -> float:
+    """Probability that the correct answer wins a vote among k samples drawn without replacement from n.
+
+    `correct` is the number of samples with the correct answer, `wrong` the number of samples of each distinct wrong
+    answer; the other n - correct - sum(wrong) samples gave no answer. Exact expectation over all C(n, k) subsets.
+
+    Rules: a sample without an answer takes its place in the subset and does not vote; if nobody votes the vote is lost;
+    a tie of t answers is won by each with probability 1/t (what "the first one seen wins" is on average, whatever the
+    order of the rows).
+
+    Formula: the sum over v votes for the correct answer of C(c, v) * W(v, t, k - v) / (1 + t) / C(n, k), where W counts
+    the ways to choose the rest so that no wrong answer has more than v votes and exactly t of them have v.
+    """
+    _check(n, k)
+    if n > _LARGEST_N:
+        raise ValueError(f"n must be at most {_LARGEST_N} samples per question, found {n}")
+    if correct < 0 or any(count < 1 for count in wrong) or correct + sum(wrong) > n:
+        raise ValueError(f"counts of answers do not fit: n={n}, correct={correct}, wrong={list(wrong)}")
+    return _maj_at_k(n, correct, tuple(sorted(wrong)), k)
+
+
+@lru_cache(maxsize=65_536)  # questions share few patterns of counts
+def _maj_at_k(n: int, correct: int, wrong: tuple[int, ...], k: int) -> float:
+    favourable = 0.0
+    for votes in range(1, min(correct, k) + 1):
+        rivals = [count for count in wrong if count >= votes]
+        ways = _ways_to_lose_or_tie(n - correct, rivals, votes, k - votes)
+        shares = 1.0 / np.arange(1, len(ways) + 1)
+        favourable += math.comb(correct, votes) * float(shares @ ways)
+    # Subsets are counted in doubles: keep their rounding from leaving [0, 1].
+    return min(favourable / math.comb(n, k), 1.0)
+
+
+def _ways_to_lose_or_tie(others: int, rivals: Sequence[int], votes: int, size: int) -> NDArray[np.float64]:
+    """Entry t: ways to choose `size` of the `others` so that no rival exceeds `votes` and exactly t rivals reach it.
+
+    `rivals` are the counts of the wrong answers that have at least `votes` samples. All other samples (rarer answers, no
+    answer) cannot matter to the vote, so they are one free pool.
+    """
+    free = others - sum(rivals)
+    most_ties = min(len(rivals), size // votes)
+    ways = np.zeros((most_ties + 1, size + 1))
+    ways[0] = [math.comb(free, chosen) for chosen in range(size + 1)]
+    for count in rivals:
+        grown = ways.copy()
+        for taken in range(1, min(votes, size + 1)):
+            grown[:, taken:] += math.comb(count, taken) * ways[:, : size + 1 - taken]
+        if votes <= size:
+            grown[1:, votes:] += math.comb(count, votes) * ways[:-1, : size + 1 - votes]
+        ways = grown
+    return ways[:, size]
+
+
+def bootstrap_interval(values_Q: ArrayLike, *, resamples: int, seed: int, confidence: float = 0.95) -> Interval:
+    """Mean of one value per question with the percentile bootstrap interval over questions.
+
+    Questions are resampled, not samples: samples of one question are not independent of one another.
+    """
+    values = np.asarray(values_Q, dtype=np.float64)
+    if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
+        raise ValueError(f"expected a non-empty vector of finite values, found shape {values.shape}")
+    rng = np.random.default_rng(seed)
+    means = np.array([values[rng.integers(0, values.size, values.size)].mean() for _ in range(resamples)])
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(means, [tail, 1.0 - tail])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def _check(n: int, k: int) -> None:
+    if not 1 <= k <= n:
+        raise ValueError(f"k must lie in 1..n (samples per question), found k={k}, n={n}")

@@ -1,0 +1,184 @@
+"""Worker processes for code that may hang, crash or allocate without end: killed at a deadline, replaced, never awaited.
+
+This is fault isolation, not a sandbox: the code runs with the user's rights. Nothing starts before the first `run`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import importlib
+import math
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+__all__ = ["KillablePool", "Outcome"]
+
+_TASKS_PER_WORKER: Final = 200
+"""Then a worker is replaced: sympy's and antlr's caches grow."""
+_GRACE_S: Final = 30.0
+"""Silence beyond the deadlines after which the pool itself counts as broken (a worker needs seconds to start)."""
+
+Fault = Literal["timeout", "memory", "crash", "error", "lost"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one task: its value, or the fault that took it."""
+
+    value: Any = None
+    fault: Fault | None = None
+    detail: str = ""
+
+
+class KillablePool:
+    """A pool in which a task that overruns is killed with its process, whatever it computes.
+
+    Args:
+        workers: processes side by side.
+        memory_mb: address space a worker may add to what it has at its start.
+        preload: modules imported once, in the server that workers are forked from. They must set what they need in the
+            environment before they import heavy packages.
+    """
+
+    def __init__(self, *, workers: int, memory_mb: int, preload: Sequence[str] = ()) -> None:
+        self._workers = workers
+        self._memory_mb = memory_mb
+        self._preload = tuple(preload)
+        self._turn = threading.Lock()
+        self._pool: Any = None
+
+    @property
+    def started(self) -> bool:
+        """Whether worker processes have been started."""
+        return self._pool is not None
+
+    def run(
+        self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], *, deadline_s: float
+    ) -> list[Outcome]:
+        """One outcome per task, in order, always.
+
+        A task that misses the deadline is tried once more, alone and with twice the time: the load of the machine must
+        not decide a reward. `function` must be importable by name.
+        """
+        with self._turn:  # one batch at a time, so that "alone" is true
+            outcomes = self._attempt(function, tasks, deadline_s)
+            for index, outcome in enumerate(outcomes):
+                if outcome.fault in ("timeout", "lost"):
+                    outcomes[index] = self._attempt(function, [tasks[index]], 2 * deadline_s)[0]
+            return outcomes
+
+    def close(self) -> None:
+        """Stop all workers; a later `run` starts new ones."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            atexit.unregister(self.close)
+            pool.stop()
+            pool.join()
+
+    def _attempt(
+        self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], deadline_s: float
+    ) -> list[Outcome]:
+        pool = self._ready()
+        arguments = ((function, task, deadline_s) for task in tasks)
+        futures = [pool.schedule(_run_limited, args=each, timeout=deadline_s) for each in arguments]
+        waiting = set(futures)
+        # A pool that answers nothing for longer than any task may take is broken: its tasks are lost, not awaited.
+        while waiting:
+            done, waiting = wait(waiting, timeout=2 * deadline_s + _GRACE_S, return_when=FIRST_COMPLETED)
+            if not done:
+                self.close()
+                break
+        return [_outcome(future) for future in futures]
+
+    def _ready(self) -> Any:
+        if self._pool is not None and self._pool.active:
+            return self._pool
+        self.close()
+        from pebble import CONSTS, ProcessPool
+
+        # Pebble asks with SIGTERM before it kills; a worker inside one long C call cannot answer.
+        CONSTS.term_timeout = 0.2
+        # Never fork this process: it may hold CUDA and the locks of a hundred threads.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(self._preload))
+        self._pool = ProcessPool(
+            max_workers=self._workers,
+            max_tasks=_TASKS_PER_WORKER,
+            initializer=_prepare_worker,
+            initargs=(self._memory_mb, self._preload),
+            context=context,
+        )
+        atexit.register(self.close)
+        self._probe()
+        return self._pool
+
+    def _probe(self) -> None:
+        """Workers that cannot start would be replaced for ever; find out now."""
+        try:
+            self._pool.schedule(os.getpid).result(timeout=4 * _GRACE_S)
+        except Exception as error:
+            self.close()
+            raise RuntimeError(
+                "the verifier's worker processes do not start. A script that calls a flow at top level must do so under "
+                f"`if __name__ == '__main__':`, as worker processes import it again. ({type(error).__name__}: {error})"
+            ) from error
+
+
+def _outcome(future: Any) -> Outcome:
+    from concurrent.futures.process import BrokenProcessPool
+
+    from pebble import ProcessExpired
+
+    if not future.done():
+        return Outcome(fault="lost", detail="the worker pool stopped answering")
+    try:
+        return Outcome(value=future.result())
+    except FutureTimeoutError:
+        return Outcome(fault="timeout", detail="killed at the deadline")
+    except ProcessExpired as error:
+        return Outcome(fault="crash", detail=f"worker exited with code {error.exitcode}")
+    except MemoryError:
+        return Outcome(fault="memory", detail="memory limit reached")
+    except BrokenProcessPool as error:
+        return Outcome(fault="lost", detail=str(error))
+    except BaseException as error:  # whatever the task raised belongs to its row, never to the batch
+        return Outcome(fault="error", detail=f"{type(error).__name__}: {str(error)[:200]}")
+
+
+def _prepare_worker(memory_mb: int, preload: Sequence[str]) -> None:
+    """Limits of a fresh worker; imports come first, so that they count neither as memory nor as time of a task."""
+    if sys.platform == "linux":
+        death_signal_option = 1  # PR_SET_PDEATHSIG: the fork server dies with its parent, and workers with it
+        ctypes.CDLL(None).prctl(death_signal_option, signal.SIGKILL)
+    for module in preload:
+        importlib.import_module(module)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit = _address_space() + memory_mb * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _address_space() -> int:
+    """Bytes of virtual memory this process has now; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def _run_limited(function: Callable[..., Any], task: tuple[Any, ...], deadline_s: float) -> Any:
+    """Run in the worker; the CPU limit is for the case that nobody is left to enforce the deadline."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + deadline_s) + 2, hard))
+    return function(*task)

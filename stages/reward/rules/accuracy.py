@@ -1,0 +1,151 @@
+"""Answer accuracy: extract, compare exactly, screen, and only then ask math-verify in a killable process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple, assert_never
+
+from stages.reward.pool import KillablePool, Outcome
+from stages.reward.rules.exact import canonical, compare_exactly, read_number
+from stages.reward.rules.extraction import Convention, find_answer, last_lines
+from stages.reward.rules.screen import objection
+from stages.reward.rules.verifier import compare_symbolically
+
+__all__ = ["VERIFIER_MODULES", "GoldError", "Grade", "Status", "Verifier", "grade_answers", "read_gold"]
+
+Status = Literal["ok", "wrong", "unparseable", "timeout", "error"]
+Verifier = Literal["exact", "math_verify", "math_verify_search"]
+
+_GOLD_CONVENTIONS: Final[tuple[Convention, ...]] = ("boxed", "hashes")
+VERIFIER_MODULES: Final = ("stages.reward.rules.preload",)
+"""What a pool for `grade_answers` preloads."""
+
+
+class GoldError(ValueError):
+    """A gold answer that states nothing; the data are at fault, not the output."""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The verdict on one output's answer: `ok` scores 1, `wrong` and `unparseable` 0, `timeout` and `error` nothing."""
+
+    status: Status
+    extracted: str | None
+    """The answer found, in one spelling for equal numbers; None where the output states none."""
+    screened: bool = False
+    """Whether it was refused as too complex to compare (its status is then `unparseable`)."""
+
+    @property
+    def score(self) -> float | None:
+        """1.0, 0.0, or None where the verifier has no verdict."""
+        match self.status:
+            case "ok":
+                return 1.0
+            case "wrong" | "unparseable":
+                return 0.0
+            case "timeout" | "error":
+                return None
+
+
+def read_gold(answer: str) -> str:
+    r"""The gold answer proper: the content of its `\boxed{}` or after its `####`, else all of it.
+
+    Raises:
+        GoldError: where nothing is left.
+    """
+    gold = find_answer(answer, _GOLD_CONVENTIONS) or answer.strip()
+    if not gold:
+        raise GoldError("the gold answer is empty")
+    return gold
+
+
+def grade_answers(
+    pairs: Sequence[tuple[str, str]],
+    *,
+    conventions: Sequence[Convention],
+    verifier: Verifier,
+    pool: KillablePool,
+    deadline_s: float,
+) -> list[Grade]:
+    """A grade for every (gold answer, output text), in order, always.
+
+    Equal pairs of gold and extracted answer are compared once. The pool is used, and started, only for pairs that
+    exact comparison leaves open.
+
+    Raises:
+        GoldError: a gold answer that is empty.
+    """
+    golds = {answer: read_gold(answer) for answer in {gold for gold, _ in pairs}}
+    cases = [_case(golds[gold], text, conventions, verifier) for gold, text in pairs]
+    grades = {case: _grade_without_process(case, verifier) for case in dict.fromkeys(cases)}
+    undecided = [case for case, grade in grades.items() if grade is None]
+    if undecided:
+        tasks = [case.task() for case in undecided]
+        outcomes = pool.run(compare_symbolically, tasks, deadline_s=deadline_s)
+        for case, outcome in zip(undecided, outcomes, strict=True):
+            grades[case] = _grade_of(outcome, case)
+    return [_given(grades[case]) for case in cases]
+
+
+class _Case(NamedTuple):
+    """Everything a grade depends on; equal cases are graded once."""
+
+    gold: str
+    answer: str | None
+    searched: str | None
+    """The end of the text, where math-verify is to search it."""
+
+    def task(self) -> tuple[str, str]:
+        """Arguments of `compare_symbolically`."""
+        return as_mathematics(self.gold), self.searched if self.searched is not None else as_mathematics(
+            self.answer or ""
+        )
+
+
+def _case(gold: str, text: str, conventions: Sequence[Convention], verifier: Verifier) -> _Case:
+    answer = find_answer(text, conventions)
+    return _Case(gold, answer, last_lines(text) if verifier == "math_verify_search" else None)
+
+
+def as_mathematics(answer: str) -> str:
+    """An answer in the delimiters that math-verify looks for."""
+    delimited = any(mark in answer for mark in ("$", r"\boxed", r"\(", r"\["))
+    return answer if delimited else f"${answer}$"
+
+
+def _grade_without_process(case: _Case, verifier: Verifier) -> Grade | None:
+    """The grade where exact comparison, or the rules of the verifier, settle it; None where math-verify is needed."""
+    if case.answer is None:
+        return None if case.searched else Grade("unparseable", None)
+    spelling = canonical(case.answer)
+    equal = compare_exactly(case.gold, case.answer)
+    if equal is not None:
+        return Grade("ok" if equal else "wrong", spelling)
+    match verifier:
+        case "exact":
+            return Grade("wrong" if read_number(case.answer) is not None else "unparseable", spelling)
+        case "math_verify" | "math_verify_search":
+            return Grade("unparseable", spelling, screened=True) if objection(case.answer, case.gold) else None
+        case _:
+            assert_never(verifier)
+
+
+def _grade_of(outcome: Outcome, case: _Case) -> Grade:
+    spelling = None if case.answer is None else canonical(case.answer)
+    if outcome.fault is not None:
+        return Grade("timeout" if outcome.fault == "timeout" else "error", spelling)
+    match outcome.value:
+        case "equal":
+            return Grade("ok", spelling)
+        case "different":
+            return Grade("wrong", spelling)
+        case "no_answer":
+            return Grade("unparseable", spelling)
+        case _:  # math-verify cannot read the gold answer: no verdict on the output
+            return Grade("error", spelling)
+
+
+def _given(grade: Grade | None) -> Grade:
+    assert grade is not None, "every case was graded above"
+    return grade

@@ -1,0 +1,6 @@
+"""Rollout (Algorithm 1, lines 6-7): G outputs of the old policy for every question, as ids with the engine's logprobs."""
+
+from stages.rollout.config import HFBackendConfig, RolloutConfig
+from stages.rollout.stage import rollout
+
+__all__ = ["HFBackendConfig", "RolloutConfig", "rollout"]

@@ -1,0 +1,214 @@
+"""Decoding with a transformers model: prefill once a question, share prefixes, drop finished rows, write keys in place.
+
+The loop is ours, the model is transformers' (any causal LM with full attention and a standard cache). A step runs the model
+over the distinct prefixes alive (`rows.py`), samples every output from its row's distribution, and regroups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from stages.rollout.generator import FinishReason, Output, Progress, Prompt, PromptTooLongError, Sampling
+from stages.rollout.kv_cache import RowCache
+from stages.rollout.rows import regroup
+from stages.rollout.sampling import sample
+from stages.rollout.seeds import uniforms
+
+_PREFILL_TOKENS = 16_384
+"""Prompt tokens of one prefill forward, padding included: bounds its activations."""
+
+
+class HFGenerator:
+    """`Generator` over a transformers model, which stays the caller's: its weights may change between calls."""
+
+    def __init__(self, model: PreTrainedModel, *, batch_rows: int) -> None:
+        _refuse_unusual_attention(model)
+        self.model = model
+        self.batch_rows = batch_rows
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
+    ) -> list[list[Output]]:
+        """See `Generator.generate`. Prompts are decoded in batches of like length, the longest first."""
+        for prompt in prompts:
+            _check_window(self.model, prompt, sampling)
+        outputs: list[list[Output | None]] = [[None] * len(prompt.seeds) for prompt in prompts]
+        done = tokens = 0
+        with torch.inference_mode():
+            for members in _batches(prompts, self.batch_rows):
+                batch = _Batch(self.model, prompts, members, sampling)
+                for ended, sampled in batch.decode():
+                    if progress is not None:
+                        progress(done + ended, tokens + sampled)
+                for question, index, output in batch.outputs():
+                    outputs[question][index] = output
+                done += len(batch.samples)
+                tokens += int(batch.lengths.sum())
+        return [[output for output in group if output is not None] for group in outputs]
+
+
+@dataclass(frozen=True)
+class _Member:
+    """Part of a batch: outputs `start .. stop` of one question (all of them, unless a group exceeds the batch)."""
+
+    question: int
+    start: int
+    stop: int
+
+
+def _batches(prompts: Sequence[Prompt], rows: int) -> Iterator[list[_Member]]:
+    """Members sorted by prompt length (longest first: what does not fit fails early), at most `rows` outputs a batch."""
+    batch: list[_Member] = []
+    room = rows
+    for question in sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids)):
+        start, count = 0, len(prompts[question].seeds)
+        while start < count:
+            # A group is split only where it must be: each part pays its own prefill.
+            if room < min(count - start, rows):
+                yield batch
+                batch, room = [], rows
+            stop = min(count, start + room)
+            batch.append(_Member(question, start, stop))
+            room -= stop - start
+            start = stop
+    if batch:
+        yield batch
+
+
+class _Batch:
+    """The decoding of one batch: n samples over at most n rows. Bookkeeping is numpy, the model's part torch."""
+
+    def __init__(
+        self, model: PreTrainedModel, prompts: Sequence[Prompt], members: Sequence[_Member], sampling: Sampling
+    ) -> None:
+        self.model = model
+        self.sampling = sampling
+        self.prompts = [prompts[member.question] for member in members]
+        self.samples = [(m.question, i) for m in members for i in range(m.start, m.stop)]
+        self.seeds = np.array([prompts[q].seeds[i] for q, i in self.samples], dtype=np.uint64)
+        self.first_row = np.repeat(np.arange(len(members)), [m.stop - m.start for m in members])
+        self.width = max(len(prompt.ids) for prompt in self.prompts)
+        self.padding = np.zeros(len(self.samples), dtype=np.int64)
+        self.padding[: len(members)] = [self.width - len(prompt.ids) for prompt in self.prompts]
+        columns = self.width + sampling.max_output_tokens
+        self.cache = RowCache(model.config.num_hidden_layers, rows=len(self.samples), columns=columns)
+        # 0 or the most negative number, added to attention scores: given in full, transformers builds none of its own.
+        self.mask = torch.zeros((len(self.samples), 1, 1, columns), dtype=model.dtype, device=model.device)
+        padded = torch.from_numpy(np.arange(self.width) < self.padding[: len(members), None])
+        self.mask[: len(members), 0, 0, : self.width] = padded.to(self.mask) * torch.finfo(model.dtype).min
+        self.ids = np.zeros((len(self.samples), sampling.max_output_tokens), dtype=np.int32)
+        self.logprobs = np.zeros((len(self.samples), sampling.max_output_tokens), dtype=np.float32)
+        self.lengths = np.zeros(len(self.samples), dtype=np.int64)
+        self.stopped = np.zeros(len(self.samples), dtype=bool)
+
+    def decode(self) -> Iterator[tuple[int, int]]:
+        """Runs to the end; after every token yields (outputs ended, tokens so far)."""
+        live, row = np.arange(len(self.samples)), self.first_row
+        logits = self._prefill()
+        for step in range(self.sampling.max_output_tokens):
+            token, logprob = sample(logits, row, uniforms(self.seeds[live], step), self.sampling.temperature)
+            self.ids[live, step], self.logprobs[live, step] = token, logprob
+            self.lengths[live] += 1
+            ends = np.isin(token, self.sampling.stop_ids)
+            self.stopped[live[ends]] = True
+            ends |= step + 1 == self.sampling.max_output_tokens
+            live, row, token = live[~ends], row[~ends], token[~ends]
+            yield len(self.samples) - len(live), int(self.lengths.sum())
+            if len(live) == 0:
+                return
+            row, row_token = self._regroup(row, token, filled=self.width + step)
+            order = np.argsort(row, kind="stable")
+            live, row = live[order], row[order]
+            logits = self._forward(row_token, column=self.width + step)
+
+    def outputs(self) -> Iterator[tuple[int, int, Output]]:
+        """(question, index of the sample, output) of every sample, once decoded."""
+        for i, (question, index) in enumerate(self.samples):
+            length = self.lengths[i]
+            reason: FinishReason = "stop" if self.stopped[i] else "length"
+            yield question, index, Output(self.ids[i, :length].copy(), self.logprobs[i, :length].copy(), reason)
+
+    def _prefill(self) -> torch.Tensor:
+        """Logits `[questions, V]` after each prompt; prompts are padded on the left, positions count from their start."""
+        ids = np.zeros((len(self.prompts), self.width), dtype=np.int64)
+        for row, prompt in enumerate(self.prompts):
+            ids[row, self.padding[row] :] = prompt.ids
+        position = np.maximum(np.arange(self.width) - self.padding[: len(self.prompts), None], 0)
+        causal = torch.full((self.width, self.width), torch.finfo(self.model.dtype).min, dtype=self.model.dtype).triu(1)
+        causal = causal.to(self.model.device)
+        logits = []
+        size = max(1, _PREFILL_TOKENS // self.width)
+        for start in range(0, len(self.prompts), size):
+            part = slice(start, start + size)
+            self.cache.place(row=start, column=0)
+            mask = torch.minimum(causal, self.mask[: len(self.prompts)][part, ..., : self.width])
+            logits.append(self._run(ids[part], position[part], mask))
+        return torch.cat(logits)
+
+    def _forward(self, row_token: NDArray[np.int64], *, column: int) -> torch.Tensor:
+        """Logits `[rows, V]` after one more token in every row."""
+        rows = len(row_token)
+        self.cache.place(row=0, column=column)
+        position = column - self.padding[:rows, None]
+        return self._run(row_token[:, None], position, self.mask[:rows, ..., : column + 1])
+
+    def _run(self, ids: NDArray[np.int64], position: NDArray[np.int64], mask: torch.Tensor) -> torch.Tensor:
+        device = self.model.device
+        output = self.model(
+            input_ids=torch.from_numpy(ids).to(device),
+            position_ids=torch.from_numpy(position).to(device),
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        # float32 before temperature and softmax: in bf16 a log-probability near -8 has a step of 1/32.
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
+
+    def _regroup(
+        self, row: NDArray[np.int64], token: NDArray[np.int64], *, filled: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """New row of each live sample and the token each row reads; forks and moves rows in the cache to match."""
+        groups = regroup(row, token)
+        if len(groups.source):
+            source = torch.from_numpy(groups.source).to(self.model.device)
+            target = torch.from_numpy(groups.target).to(self.model.device)
+            self.cache.copy_rows(source, target, filled)
+            self.mask[target] = self.mask[source]
+            self.padding[groups.target] = self.padding[groups.source]
+        return groups.sample_row, groups.row_token
+
+
+def _check_window(model: PreTrainedModel, prompt: Prompt, sampling: Sampling) -> None:
+    if not prompt.ids:
+        raise ValueError(
+            f"question {prompt.question_id!r}: expected at least one prompt token, found none; add a prefix"
+        )
+    window = getattr(model.config, "max_position_embeddings", None)
+    if window is None or len(prompt.ids) + sampling.max_output_tokens <= window:
+        return
+    room = window - sampling.max_output_tokens
+    raise PromptTooLongError(
+        f"question {prompt.question_id!r}: expected a prompt of at most {max(room, 0)} tokens (the model's window of {window}"
+        f" less max_output_tokens = {sampling.max_output_tokens}), found {len(prompt.ids)}; shorten or drop the question,"
+        " lower max_output_tokens, or take a model with a larger window"
+    )
+
+
+def _refuse_unusual_attention(model: PreTrainedModel) -> None:
+    """Sliding windows and recurrent layers need masks and caches that this loop does not keep: refuse, never guess."""
+    window, limit = (getattr(model.config, name, None) for name in ("sliding_window", "max_position_embeddings"))
+    default = ["full_attention" if window is None or (limit or window + 1) <= window else "sliding_attention"]
+    kinds = set(getattr(model.config, "layer_types", None) or default)
+    if kinds != {"full_attention"}:
+        raise ValueError(
+            f"the hf backend expects full attention in every layer, found {', '.join(sorted(kinds))} in"
+            f" {type(model).__name__}; take another model or another rollout backend"
+        )

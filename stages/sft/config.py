@@ -1,0 +1,60 @@
+"""Configuration of a first policy and of supervised fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from pipeline.config import Config
+from stages.tokenizers import CharacterTokenizerConfig, TokenizerConfig
+from stages.training.config import MuonConfig, TrainingConfig
+
+__all__ = ["PolicyConfig", "SFTConfig"]
+
+
+class PolicyConfig(Config):
+    """A causal language model with random weights."""
+
+    kind: Literal["scratch"] = "scratch"
+    """Discriminator beside policies that others trained."""
+    architecture: str = "qwen2"
+    """Model type as transformers names it: qwen2, llama, ..."""
+    settings: dict[str, bool | int | float | str | None] = Field(
+        default={
+            "hidden_size": 96,
+            "intermediate_size": 256,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": True,
+        }
+    )
+    """Settings of that type which differ from its defaults. The vocabulary size and special tokens are the tokenizer's."""
+    tokenizer: TokenizerConfig = CharacterTokenizerConfig()
+    """Made from the demonstrations."""
+    seed: NonNegativeInt = 0
+    """Draws the weights."""
+
+
+class SFTConfig(Config):
+    """Supervised fine-tuning: mean negative log-likelihood of completion tokens, EOS included (DeepSeekMath, A.1.1)."""
+
+    training: TrainingConfig = TrainingConfig(optimizer=MuonConfig(), precision="fp32", warmup_steps=40)
+    """Engine, optimizer, precision and warm-up."""
+    batch_size: PositiveInt = 64
+    """Demonstrations per update."""
+    max_steps: PositiveInt = 2000
+    """Updates before the decay begins, at most."""
+    stop_loss: PositiveFloat | None = None
+    """Begin the decay once the smoothed loss (nats per token) is below this; None: at max_steps only."""
+    smoothing: float = Field(0.95, ge=0, lt=1)
+    """Weight of the past in the smoothed loss, an exponential mean without the bias of its start."""
+    decay_steps: NonNegativeInt = 0
+    """Further updates, over which the learning rate falls linearly to 0."""
+    length_pool: PositiveInt = 1
+    """Batches that are drawn together and sorted by length before they are cut, then used in random order. 1: every batch
+    is a plain random draw; more: less padding, batches of like length."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Tokens per forward pass, padding included. Has no influence on the gradient but its last bits."""

@@ -1,0 +1,64 @@
+"""A first policy: an architecture, random weights, and a tokenizer made from what it shall imitate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.config import ConfigError
+from pipeline.stage import record_metrics, stage
+from stages.models import Checkpoint, save
+from stages.prompts import INSTRUCTIONS, PromptConfig
+from stages.sft.config import PolicyConfig
+from stages.tables import Demonstrations
+from stages.tokenizers import build_tokenizer
+
+__all__ = ["create_policy"]
+
+
+@stage(version="1")
+def create_policy(config: PolicyConfig, corpus: Demonstrations | None, prompt: PromptConfig) -> Checkpoint:
+    """A model with random weights; its tokenizer knows the corpus and what `prompt` puts around a question.
+
+    Raises:
+        ConfigError: no corpus, an architecture that transformers does not know, or a setting that it does not have.
+    """
+    if corpus is None:
+        raise ConfigError("policy: a tokenizer is made from demonstrations, and the data set has none")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = build_tokenizer(_texts(corpus, prompt), config.tokenizer)
+    description = _describe(config)
+    description.vocab_size = len(tokenizer)
+    description.bos_token_id = tokenizer.bos_token_id
+    description.eos_token_id = tokenizer.eos_token_id
+    description.pad_token_id = tokenizer.pad_token_id
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = AutoModelForCausalLM.from_config(description, dtype=torch.float32, trust_remote_code=False)
+    record_metrics({"policy/parameters": model.num_parameters(), "policy/vocabulary": len(tokenizer)})
+    return Checkpoint.write(lambda folder: save(folder, model, tokenizer))
+
+
+def _describe(config: PolicyConfig) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        description = AutoConfig.for_model(config.architecture)
+    except ValueError as error:
+        raise ConfigError(f"policy.architecture: {error}") from None
+    unknown = sorted(name for name in config.settings if not hasattr(description, name))
+    if unknown:
+        raise ConfigError(f"policy.settings: {config.architecture} has no setting {', '.join(unknown)}")
+    return AutoConfig.for_model(config.architecture, **config.settings)
+
+
+def _texts(corpus: Demonstrations, prompt: PromptConfig) -> Iterator[str]:
+    """Everything the policy will read or write; the prompt's own parts once."""
+    table = corpus.read()
+    yield from (prompt.prefix, INSTRUCTIONS[prompt.template], prompt.suffix)
+    if prompt.chat == "deepseek_math":
+        yield "User: \n\nAssistant: "
+    for column in ("question", "completion"):
+        yield from table.column(column).to_pylist()

@@ -1,0 +1,158 @@
+"""Supervised fine-tuning as a stage: encode once, descend the mean negative log-likelihood, decay, publish."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pipeline.progress import report
+from pipeline.stage import record_metrics, stage
+from stages.models import Checkpoint, load_tokenizer
+from stages.prompts import PromptConfig, encode_completions, encode_prompts
+from stages.sft.config import SFTConfig
+from stages.tables import Demonstrations
+
+if TYPE_CHECKING:
+    from stages.training.batching import Row
+    from stages.training.engine import Engine, StepReport
+
+__all__ = ["supervised_finetuning"]
+
+
+@stage(version="1")
+def supervised_finetuning(
+    policy: Checkpoint, demonstrations: Demonstrations, prompt: PromptConfig, config: SFTConfig, *, seed: int
+) -> Checkpoint:
+    """`policy` after imitating the demonstrations; without optimizer state, since what follows is another objective.
+
+    The learning rate is constant until the smoothed loss is below `stop_loss` (or `max_steps` are done), then falls linearly
+    to 0 over `decay_steps`. The curve is kept in the checkpoint as sft_curve.json.
+
+    Raises:
+        ValueError: fewer demonstrations than one batch holds.
+    """
+    from stages.training.engine import resident_engine
+    from stages.training.hardware import threads
+
+    rows = _encode(policy, demonstrations, prompt)
+    if len(rows) < config.batch_size:
+        raise ValueError(f"{len(rows)} demonstrations are fewer than a batch of {config.batch_size}")
+    with threads(config.training.threads):
+        engine = resident_engine(policy, config.training.override({"carry_optimizer": False}))
+        started = time.perf_counter()
+        curve = _descend(engine, rows, config, seed)
+        seconds = time.perf_counter() - started
+
+        def fill(folder: Path) -> None:
+            engine.save(folder, optimizer=False)
+            described = {"ended_by": curve.ended_by, "loss": [round(loss, 6) for loss in curve.losses]}
+            (folder / "sft_curve.json").write_text(json.dumps(described) + "\n")
+
+        checkpoint = Checkpoint.write(fill)
+    record_metrics(
+        {
+            "sft/loss": curve.smoothed,
+            "sft/steps": len(curve.losses),
+            "sft/reached_stop_loss": curve.ended_by == "stop_loss",
+            "sft/skipped_steps": engine.skipped,
+            "sft/seconds": seconds,
+            "sft/tokens_per_s": curve.tokens / seconds,
+        }
+    )
+    return checkpoint
+
+
+class Curve:
+    """Losses so far, in nats per completion token, and their exponential mean."""
+
+    def __init__(self, smoothing: float) -> None:
+        self.losses: list[float] = []
+        self.tokens = 0
+        self.ended_by: Literal["stop_loss", "max_steps"] = "max_steps"
+        self._smoothing = smoothing
+        self._mean = self._weight = 0.0
+
+    @property
+    def smoothed(self) -> float:
+        """Exponential mean of the losses; infinite before the first."""
+        return self._mean / self._weight if self._weight else float("inf")
+
+    def add(self, loss: float, tokens: int) -> None:
+        """Take in one batch: its loss and its tokens, prompts included."""
+        self.losses.append(loss)
+        self.tokens += tokens
+        self._mean = self._smoothing * self._mean + (1 - self._smoothing) * loss
+        self._weight = self._smoothing * self._weight + (1 - self._smoothing)
+
+
+def batches(rows: list[Row], config: SFTConfig, seed: int) -> Iterator[list[Row]]:
+    """Batches without end: every epoch a new permutation, what does not fill a last batch is left out of it."""
+    import numpy as np
+
+    lengths = np.array([len(row.prompt_ids) + len(row.output_ids) for row in rows])
+    size = config.batch_size
+    epoch = 0
+    while True:
+        generator = np.random.Generator(np.random.PCG64([seed, epoch]))
+        order = generator.permutation(len(rows))
+        order = order[: len(rows) // size * size]
+        for start in range(0, len(order), size * config.length_pool):
+            pool = order[start : start + size * config.length_pool]
+            if config.length_pool > 1:
+                alike = pool[np.argsort(lengths[pool], kind="stable")].reshape(-1, size)
+                pool = generator.permutation(alike).reshape(-1)
+            for first in range(0, len(pool), size):
+                yield [rows[index] for index in pool[first : first + size]]
+        epoch += 1
+
+
+def _descend(engine: Engine, rows: list[Row], config: SFTConfig, seed: int) -> Curve:
+    curve = Curve(config.smoothing)
+    drawn = batches(rows, config, seed)
+    total = config.max_steps + config.decay_steps
+    for _ in range(config.max_steps):
+        step = _update(engine, next(drawn), config, curve, factor=1.0)
+        report("sft", done=len(curve.losses), total=total, loss=curve.smoothed, learning_rate=step.learning_rate)
+        if config.stop_loss is not None and curve.smoothed < config.stop_loss:
+            curve.ended_by = "stop_loss"
+            break
+    total = len(curve.losses) + config.decay_steps
+    for number in range(config.decay_steps):
+        factor = 1 - (number + 1) / (config.decay_steps + 1)
+        step = _update(engine, next(drawn), config, curve, factor=factor)
+        report("sft", done=len(curve.losses), total=total, loss=curve.smoothed, learning_rate=step.learning_rate)
+    return curve
+
+
+def _update(engine: Engine, rows: list[Row], config: SFTConfig, curve: Curve, *, factor: float) -> StepReport:
+    """One optimizer step down the mean over all completion tokens of the batch, whatever its micro-batches."""
+    from stages.training.batching import micro_batches
+    from stages.training.forward import completion_logprobs
+
+    targets = sum(len(row.output_ids) for row in rows)
+    parts = list(micro_batches(rows, config.micro_batch_tokens))
+    losses = []
+    for number, batch in enumerate(parts):
+        with engine.autocast():
+            scored = completion_logprobs(engine.model, batch.to(engine.device))
+        loss = -scored.logp_BO.sum() / targets
+        engine.backward(loss, last=number == len(parts) - 1)
+        losses.append(loss.detach())
+    step = engine.step(factor=factor)
+    tokens = sum(len(row.prompt_ids) + len(row.output_ids) for row in rows)
+    curve.add(sum(loss.item() for loss in losses), tokens)
+    return step
+
+
+def _encode(policy: Checkpoint, demonstrations: Demonstrations, prompt: PromptConfig) -> list[Row]:
+    """Every demonstration as ids, once."""
+    from stages.training.batching import Row
+
+    table = demonstrations.read()
+    tokenizer = load_tokenizer(policy)
+    questions = encode_prompts(tokenizer, table.column("question").to_pylist(), prompt)
+    completions = encode_completions(tokenizer, table.column("completion").to_pylist())
+    return [Row(*ids) for ids in zip(questions, completions, strict=True)]

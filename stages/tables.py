@@ -1,0 +1,109 @@
+"""Every table that stages exchange, on one page: the whole data flow at a glance.
+
+    Questions ──> rollout ──> Rollouts ──> score ──> Rewards ──> estimate_advantages ──> Advantages ──> update_policy
+        │                        │                      │
+    Demonstrations ──> SFT       └──────────────────────┴──> evaluate ──> Evaluation
+
+A row is keyed by `question_id` and, below a question, by `sample` (0 .. G-1); stages join by key, never by position. Ids are
+the truth: what was sampled is `output_ids`; `text` is for people and for rewards that read text.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from pipeline.artifact import Table
+
+__all__ = ["Advantages", "Demonstrations", "Evaluation", "Questions", "Rewards", "Rollouts"]
+
+
+def _required(name: str, kind: pa.DataType) -> pa.Field:
+    return pa.field(name, kind, nullable=False)
+
+
+_KEY = [_required("question_id", pa.string()), _required("sample", pa.int32())]
+
+
+class Questions(Table):
+    """Questions with their gold answers; `solution` where the data set has one."""
+
+    schema = pa.schema(
+        [
+            _required("question_id", pa.string()),
+            _required("question", pa.string()),
+            _required("answer", pa.string()),
+            pa.field("solution", pa.string()),
+        ]
+    )
+
+
+class Demonstrations(Table):
+    """Supervised examples: a question and one completion; `author` names its origin. A question may have several."""
+
+    schema = pa.schema(
+        [
+            _required("question_id", pa.string()),
+            _required("question", pa.string()),
+            _required("completion", pa.string()),
+            pa.field("author", pa.string()),
+        ]
+    )
+
+
+class Rollouts(Table):
+    """Sampled outputs o_i of a policy, G per question.
+
+    `logprobs` are the engine's own, of the distribution it sampled from (at `temperature`), one per output id; the sampled
+    end-of-sequence token is part of `output_ids`. `finish_reason` is `stop` or `length`. `seed` made this very row.
+    """
+
+    schema = pa.schema(
+        [
+            *_KEY,
+            _required("prompt_ids", pa.list_(pa.int32())),
+            _required("output_ids", pa.list_(pa.int32())),
+            _required("logprobs", pa.list_(pa.float32())),
+            _required("finish_reason", pa.string()),
+            _required("text", pa.string()),
+            _required("temperature", pa.float32()),
+            _required("seed", pa.int64()),
+        ]
+    )
+
+
+class Rewards(Table):
+    """One row per output, always. `reward` is null where there is no score (never 0 for it); `status` says why.
+
+    `status`: `ok` (right answer), `wrong`, `unparseable`, `truncated`, `timeout`, `error`. `components` holds the score of each
+    named component before weighting, null where it abstained.
+    """
+
+    schema = pa.schema(
+        [
+            *_KEY,
+            pa.field("reward", pa.float64()),
+            _required("status", pa.string()),
+            pa.field("extracted", pa.string()),
+            _required("components", pa.map_(pa.string(), pa.float64())),
+        ]
+    )
+
+
+class Advantages(Table):
+    """A-hat_{i,t}: one value per output token; null where the row is masked out of the loss."""
+
+    schema = pa.schema([*_KEY, pa.field("advantage", pa.list_(pa.float32()))])
+
+
+class Evaluation(Table):
+    """Per question: how many of its samples are right, and whether their majority vote is."""
+
+    schema = pa.schema(
+        [
+            _required("question_id", pa.string()),
+            _required("samples", pa.int32()),
+            _required("correct", pa.int32()),
+            _required("majority_correct", pa.bool_()),
+            _required("status_counts", pa.map_(pa.string(), pa.int32())),
+        ]
+    )

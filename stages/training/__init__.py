@@ -1,0 +1,20 @@
+"""Training engines and batches, shared by supervised fine-tuning and the policy update."""
+
+from stages.training.config import (
+    AdamWConfig,
+    DeepSpeedEngineConfig,
+    MuonConfig,
+    TorchEngineConfig,
+    TrainingConfig,
+)
+from stages.training.hardware import native_bf16, threads
+
+__all__ = [
+    "AdamWConfig",
+    "DeepSpeedEngineConfig",
+    "MuonConfig",
+    "TorchEngineConfig",
+    "TrainingConfig",
+    "native_bf16",
+    "threads",
+]

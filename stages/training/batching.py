@@ -1,0 +1,98 @@
+"""Rows of (prompt, output) token ids as padded micro-batches under a token budget.
+
+Padding is on the right and lengths are explicit: a mask is never guessed from `ids != pad`, since pad and EOS may be one
+token. Shapes: B rows, T padded tokens, O longest output, N = all output tokens of the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "Row", "collate", "micro_batches"]
+
+
+class Row(NamedTuple):
+    """One sequence: what the policy was given and what it is trained to say."""
+
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Batch:
+    """A micro-batch; `rows` says which of the given rows it holds, in its own order."""
+
+    input_ids_BT: Tensor
+    attention_mask_BT: Tensor
+    """1 on tokens, 0 on padding (int64, as models expect it)."""
+    position_ids_BT: Tensor
+    target_mask_BT: Tensor
+    """True on output tokens: the ones that are predicted."""
+    output_mask_BO: Tensor
+    """True where row b has an output token o: the layout of everything computed per output token."""
+    target_index_N: Tensor
+    """Positions of the output tokens in the flattened [B*T], row after row; the logits before each predict it."""
+    targets_N: Tensor
+    """The output tokens themselves, in the order of `target_index_N`."""
+    rows: tuple[int, ...]
+
+    def to(self, device: str) -> Batch:
+        """The same batch on a device."""
+        if device == "cpu":
+            return self
+        names = [field.name for field in dataclasses.fields(self) if field.name != "rows"]
+        moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return dataclasses.replace(self, **moved)
+
+
+def micro_batches(rows: Sequence[Row], max_tokens: int) -> Iterator[Batch]:
+    """`rows` as micro-batches of at most `max_tokens` tokens, padding included, longest rows first.
+
+    Rows of like length stand together, so little is padded; the longest come first, so that what does not fit into memory
+    fails at once. A row longer than the budget makes a batch of its own. The order of equal lengths is the order given.
+
+    Raises:
+        ValueError: a row without prompt or without output, by its index.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, found {max_tokens}")
+    lengths = [len(row.prompt_ids) + len(row.output_ids) for row in rows]
+    order = sorted(range(len(rows)), key=lambda index: -lengths[index])
+    start = 0
+    while start < len(order):
+        size = max(1, max_tokens // max(1, lengths[order[start]]))
+        yield collate(rows, order[start : start + size])
+        start += size
+
+
+def collate(rows: Sequence[Row], indices: Sequence[int]) -> Batch:
+    """One batch of the rows named by `indices`, padded to the longest of them."""
+    prompts = np.array([len(rows[index].prompt_ids) for index in indices])
+    outputs = np.array([len(rows[index].output_ids) for index in indices])
+    for index, prompt, output in zip(indices, prompts, outputs, strict=True):
+        if not prompt or not output:
+            raise ValueError(f"row {index} has {prompt} prompt and {output} output tokens; both need at least one")
+    ends = prompts + outputs
+    columns = np.arange(ends.max())
+    used_BT = columns < ends[:, None]
+    target_BT = used_BT & (columns >= prompts[:, None])
+    ids_BT = np.zeros(used_BT.shape, dtype=np.int64)  # any token may pad: it is masked
+    # A boolean mask is filled in row-major order: row after row, left to right.
+    ids_BT[used_BT] = np.concatenate([part for index in indices for part in rows[index]])
+    (target_index_N,) = np.nonzero(target_BT.reshape(-1))
+    return Batch(
+        input_ids_BT=torch.from_numpy(ids_BT),
+        attention_mask_BT=torch.from_numpy(used_BT.astype(np.int64)),
+        position_ids_BT=torch.from_numpy(np.broadcast_to(columns, ids_BT.shape).copy()),
+        target_mask_BT=torch.from_numpy(target_BT),
+        output_mask_BO=torch.from_numpy(np.arange(outputs.max()) < outputs[:, None]),
+        target_index_N=torch.from_numpy(target_index_N),
+        targets_N=torch.from_numpy(ids_BT.reshape(-1)[target_index_N]),
+        rows=tuple(indices),
+    )

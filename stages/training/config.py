@@ -1,0 +1,90 @@
+"""How parameters are updated: engine, optimizer, precision and schedule. Shared by supervised and policy training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from pipeline.config import Config
+
+__all__ = ["AdamWConfig", "DeepSpeedEngineConfig", "MuonConfig", "TorchEngineConfig", "TrainingConfig"]
+
+
+class TorchEngineConfig(Config):
+    """Plain torch on one device."""
+
+    kind: Literal["torch"] = "torch"
+
+
+class DeepSpeedEngineConfig(Config):
+    """DeepSpeed, its optimizer state (stage 1), gradients (2) and parameters (3) partitioned over the ranks."""
+
+    kind: Literal["deepspeed"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage; 0 replicates everything."""
+
+
+class AdamWConfig(Config):
+    """`torch.optim.AdamW`."""
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: PositiveFloat = 1e-6
+    """DeepSeekMath, section 4.2: 1e-6 for the policy. Much larger for small models."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+
+
+class MuonConfig(Config):
+    """`torch.optim.Muon` on the hidden layers' matrices, AdamW on embeddings, output head, biases and norms."""
+
+    kind: Literal["muon"] = "muon"
+    learning_rate: PositiveFloat = 3e-3
+    """For the matrices."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Decay of the momentum (Nesterov)."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of the matrices."""
+    scale: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
+    """How the step grows with a matrix's shape: sqrt(max(1, rows / columns)) (Jordan) or 0.2 sqrt(max(rows, columns))
+    (Moonshot), whose steps are as large as AdamW's."""
+    rest: AdamWConfig = AdamWConfig(learning_rate=3e-3)
+    """For all parameters that are not matrices of hidden layers."""
+
+
+class TrainingConfig(Config):
+    """One way of updating parameters."""
+
+    engine: Annotated[TorchEngineConfig | DeepSpeedEngineConfig, Field(discriminator="kind")] = TorchEngineConfig()
+    """What runs backward and step."""
+    optimizer: Annotated[AdamWConfig | MuonConfig, Field(discriminator="kind")] = AdamWConfig()
+    """The update rule; its state is part of a checkpoint."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Precision of matrix products. Parameters, gradients and optimizer state are float32 in both: an update of 1e-6 is
+    lost in a bfloat16 weight. On a CPU without bfloat16 instructions fp32 is far faster (`hardware.native_bf16`)."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients of a larger global L2 norm are scaled down to it; 0 never clips."""
+    warmup_steps: NonNegativeInt = 0
+    """Updates over which the learning rate rises linearly: the first has 1 / warmup_steps of it."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """After warm-up: constant (the paper gives one rate), or linear to 0 at `total_steps`."""
+    total_steps: PositiveInt | None = None
+    """Updates of the whole run, for the linear schedule."""
+    carry_optimizer: bool = True
+    """Continue with the optimizer state stored in the checkpoint; False starts each stage call with none."""
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = "eager"
+    """Attention implementation; eager has the faster backward at small sizes on a CPU."""
+    threads: PositiveInt | None = None
+    """Torch threads on a CPU (None: torch's default). They change the order of sums, and so the last bits."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.schedule == "linear" and (self.total_steps or 0) <= self.warmup_steps:
+            raise ValueError(f"schedule linear needs total_steps above warmup_steps ({self.warmup_steps})")
+        if self.optimizer.kind == "muon" and self.engine.kind == "deepspeed" and self.engine.zero_stage > 0:
+            raise ValueError("optimizer muon needs engine.zero_stage 0: ZeRO 1-3 flatten the matrices it works on")
+        return self

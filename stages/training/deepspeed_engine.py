@@ -1,0 +1,258 @@
+"""DeepSpeed behind the Engine protocol, one rank in this process.
+
+Precision: parameters stay float32 and `torch_autocast` casts inside matrix products, instead of DeepSpeed's `bf16` mode. The
+module's parameters then *are* the masters: what is saved is exactly what is forwarded, gradients accumulate in float32 under
+every ZeRO stage (the `bf16` mode refuses that under stage 0 and changes optimizer class under stage 1), and both engines
+compute the same thing. The price is 2 more bytes a parameter.
+
+Restoring: a ZeRO optimizer has no state before its first step, and `safe_set_full_*` fails without it. So every engine takes
+one step with learning rate 0 and zero gradients, whose traces (moments, step counts) are then overwritten. Loading makes a new
+DeepSpeed engine: overwriting parameters of a running one leaves stale copies under ZeRO 3.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.models import Checkpoint, load_model, model_weights
+from stages.training.config import DeepSpeedEngineConfig, TrainingConfig
+from stages.training.engine import StepReport, autocast
+from stages.training.hardware import training_device
+from stages.training.optimizers import build_optimizer, optimizer_state, restore_optimizer_state, set_learning_rate
+from stages.training.schedule import learning_rate_factor
+from stages.training.torch_engine import clip_gradients
+from stages.training.trainer_state import TrainerState, read_trainer_state, write_checkpoint
+
+__all__ = ["DeepSpeedEngine"]
+
+_RANK_VARIABLES = ("RANK", "WORLD_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_", "TORCHELASTIC_", "SLURM_", "OMPI_", "PMI")
+"""Prefixes of variables by which a surrounding launcher would make this process a rank of something else."""
+
+
+class DeepSpeedEngine:
+    """See `stages.training.engine.Engine`."""
+
+    def __init__(self, checkpoint: Checkpoint, config: TrainingConfig) -> None:
+        assert isinstance(config.engine, DeepSpeedEngineConfig)
+        self._config = config
+        self._stage = config.engine.zero_stage
+        self.device = training_device()
+        _import_deepspeed(self.device)
+        _join_group_of_one(self.device)
+        self.holds: str | None = None
+        self.model: Any = None
+        self.load(checkpoint)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Context for forward passes of this and of other models; DeepSpeed's own forward opens the same again."""
+        return autocast(self.device, self._config)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate the gradient of a loss; reduced over the ranks at the last micro-batch."""
+        self.holds = None
+        self.model.set_gradient_accumulation_boundary(last)
+        # The loss has the global denominator already: DeepSpeed must not divide by its own count of micro-batches.
+        self.model.backward(loss, scale_wrt_gas=False)
+
+    def step(self, *, factor: float = 1.0) -> StepReport:
+        """Clip, schedule, update."""
+        self.holds = None
+        rate = set_learning_rate(self.model.optimizer, factor * learning_rate_factor(self._updates, self._config))
+        norm, skipped = self._step_alone() if self._stage == 0 else self._step_zero()
+        self._updates += not skipped
+        self.skipped += skipped
+        return StepReport(grad_norm=norm, learning_rate=rate, skipped=skipped)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Make a new DeepSpeed engine from the checkpoint."""
+        self.close()
+        state = read_trainer_state(checkpoint, self._config)
+        model = load_model(checkpoint, dtype=torch.float32, attention=self._config.attention)
+        self._names = {id(tensor): name for name, tensor in model.named_parameters()}
+        self._description = checkpoint.path
+        self.model = self._initialize(model)
+        self._updates, self.skipped = state.updates, state.skipped
+        self._restore(state)
+        self.holds = checkpoint.digest
+
+    def save(self, folder: Path, *, optimizer: bool = True) -> None:
+        """Write a complete checkpoint, gathered from all partitions."""
+        state = TrainerState(self._updates, self.skipped, self._optimizer_state()) if optimizer else None
+        write_checkpoint(
+            folder, description=self._description, weights=self._weights(), state=state, config=self._config
+        )
+
+    def close(self) -> None:
+        """Free the DeepSpeed engine; the process group stays for the next one."""
+        self.holds = None
+        if self.model is not None:
+            self.model.destroy()
+            self.model = None
+
+    # -------------------------------------------------------------------------------------------- stepping
+
+    def _step_alone(self) -> tuple[float, bool]:
+        """Under stage 0 DeepSpeed neither reports the norm nor looks for NaN."""
+        norm = clip_gradients(self.model.module, self._config.max_grad_norm)
+        if math.isfinite(norm):
+            self.model.step()
+            return norm, False
+        self.model.zero_grad()
+        return norm, True
+
+    def _step_zero(self) -> tuple[float, bool]:
+        """The ZeRO optimizers clip, and skip a step whose norm is not finite."""
+        self.model.step()
+        return float(self.model.get_global_grad_norm()), bool(self.model.optimizer.overflow)
+
+    # -------------------------------------------------------------------------------------------- building
+
+    def _initialize(self, model: Any) -> Any:
+        import deepspeed
+
+        optimizer = build_optimizer(model, self._config.optimizer)
+        with _only_rank():
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=self._settings(), dist_init_required=False
+            )
+        engine.module.eval()
+        return engine
+
+    def _settings(self) -> dict[str, Any]:
+        # Stage 0 clips in `_step_alone`; a limit that DeepSpeed knows as well would clip twice.
+        clipping = self._config.max_grad_norm if self._stage else 0.0
+        return {
+            "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: batches are made by the caller
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": clipping,
+            "zero_optimization": {"stage": self._stage, "overlap_comm": False, "reduce_scatter": self._stage > 1},
+            "zero_allow_untested_optimizer": True,  # torch.optim.AdamW: DeepSpeed's own would be compiled on first use
+            "zero_force_ds_cpu_optimizer": False,
+            # No module may communicate in less than float32, hence the empty list.
+            "torch_autocast": {
+                "enabled": self._config.precision == "bf16",
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],
+            },
+            "steps_per_print": 2**31,
+        }
+
+    # -------------------------------------------------------------------------------------------- state
+
+    def _restore(self, state: TrainerState) -> None:
+        """Bring the optimizer's state into being, then make it that of the checkpoint."""
+        if self._stage == 0:
+            restore_optimizer_state(self.model.module, self.model.optimizer, state.optimizer)
+            return
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        self._take_empty_step()
+        for parameter in self.model.module.parameters():
+            name = self._names[id(parameter)]
+            for slot in ("exp_avg", "exp_avg_sq"):
+                stored = state.optimizer.get(f"{name}/{slot}")
+                value = torch.zeros(_full_shape(parameter)) if stored is None else stored
+                safe_set_full_optimizer_state(parameter, value.to(self.device), slot)
+        # AdamW counts its updates per parameter, ZeRO per flat partition; skipped steps leave all alike.
+        for slots in self.model.optimizer.optimizer.state.values():
+            slots["step"].fill_(state.updates)
+
+    def _take_empty_step(self) -> None:
+        ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
+        loss = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.sum() * 0.0
+        self.model.set_gradient_accumulation_boundary(True)
+        self.model.backward(loss, scale_wrt_gas=False)
+        set_learning_rate(self.model.optimizer, 0.0)
+        self.model.step()
+
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        if self._stage == 0:
+            return optimizer_state(self.model.module, self.model.optimizer)
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        state: dict[str, Tensor] = {}
+        if self._updates == 0:
+            return state  # as an optimizer that never stepped: the traces of the empty step are not state
+        for parameter in self.model.module.parameters():
+            name = self._names[id(parameter)]
+            state[f"{name}/step"] = torch.tensor(float(self._updates))
+            for slot in ("exp_avg", "exp_avg_sq"):
+                state[f"{name}/{slot}"] = safe_get_full_optimizer_state(parameter, slot)
+        return state
+
+    def _weights(self) -> dict[str, Tensor]:
+        if self._stage < 3:
+            return model_weights(self.model.module)
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights = model_weights(self.model.module)
+        return weights | {self._names[id(p)]: safe_get_full_fp32_param(p) for p in self.model.module.parameters()}
+
+
+def _full_shape(parameter: Any) -> torch.Size:
+    """Shape of the whole parameter; under ZeRO 3 the tensor itself is an empty stand-in."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def _import_deepspeed(device: str) -> None:
+    """Import DeepSpeed quietly, and on the CPU when that is where we train."""
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read at import; it would otherwise look for devices
+    import deepspeed.ops
+
+    # Its shared-memory collectives would be compiled now (minutes without a cache); a group of one has no use for them.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that torch renames; one line for each forward under ZeRO 3.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+
+
+def _join_group_of_one(device: str) -> None:
+    """A process group with this process as its only rank, unless a launcher made a group already.
+
+    Its rendezvous is in memory: no port that another run could take, no address in the environment.
+    """
+    from deepspeed import comm
+
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if device == "cuda" else "gloo"
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        # Left to the interpreter's end it would print a warning about leaked resources.
+        atexit.register(_leave_group)
+    if not comm.is_initialized():
+        with _only_rank():
+            comm.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _only_rank() -> Iterator[None]:
+    """While DeepSpeed reads the environment: this is the only rank, whatever launcher may surround us."""
+    before = dict(os.environ)
+    for name in [name for name in before if name.startswith(_RANK_VARIABLES)]:
+        del os.environ[name]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    try:
+        yield
+    finally:
+        del os.environ["RANK"], os.environ["WORLD_SIZE"]
+        # ZeRO 3 reads LOCAL_RANK again in every forward; it stays.
+        os.environ.update({name: value for name, value in before.items() if name not in os.environ})

@@ -1,0 +1,142 @@
+"""Optimizers over named parameters, and their state by parameter name."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, assert_never
+
+import torch
+from torch import Tensor, nn
+
+from stages.kernels.muon import orthogonalise
+from stages.training.config import AdamWConfig, MuonConfig
+
+__all__ = ["build_optimizer", "matrix_names", "optimizer_state", "restore_optimizer_state", "set_learning_rate"]
+
+
+def build_optimizer(model: nn.Module, config: AdamWConfig | MuonConfig) -> torch.optim.Optimizer:
+    """The configured optimizer over all parameters of `model`."""
+    match config:
+        case AdamWConfig():
+            return _adamw([{"params": list(model.parameters())}], config)
+        case MuonConfig():
+            return _MuonWithAdamW(model, config)
+        case _ as unknown:
+            assert_never(unknown)
+
+
+def matrix_names(model: nn.Module) -> set[str]:
+    """Names of the hidden layers' matrices: two-dimensional, and neither embedding nor output head."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    find_head: Callable[[], nn.Module] | None = getattr(model, "get_output_embeddings", None)
+    if find_head is not None:
+        tables |= {id(parameter) for parameter in find_head().parameters()}
+    return {name for name, tensor in model.named_parameters() if tensor.ndim == 2 and id(tensor) not in tables}
+
+
+def set_learning_rate(optimizer: Any, factor: float) -> float:
+    """Give every group `factor` times its configured rate; returns the first group's."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("configured_lr", group["lr"]) * factor
+    rate: float = optimizer.param_groups[0]["lr"]
+    return rate
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every tensor of the optimizer's state as `<parameter name>/<slot>`."""
+    return {
+        f"{name}/{slot}": tensor
+        for name, parameter in model.named_parameters()
+        for slot, tensor in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+    """Make the optimizer's state a copy of `state`, bit for bit; parameters that `state` does not name have none."""
+    optimizer.state.clear()
+    parameters = dict(model.named_parameters())
+    for key, tensor in state.items():
+        name, slot = key.rsplit("/", 1)
+        if name not in parameters:
+            raise ValueError(f"optimizer state {key!r} belongs to no parameter of the model")
+        # Fused AdamW keeps its step count beside the parameter.
+        optimizer.state[parameters[name]][slot] = tensor.to(parameters[name].device, copy=True)
+
+
+def _adamw(groups: list[dict[str, Any]], config: AdamWConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+class _Muon(torch.optim.Muon):
+    """`torch.optim.Muon` with its orthogonalisation over all matrices of a shape at once, in float32 on a CPU.
+
+    The update rule is the library's; only where it calls Newton-Schulz in bfloat16, matrix by matrix, this does not.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            used = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: tuple(p.shape))
+            for _, alike in itertools.groupby(used, key=lambda p: tuple(p.shape)):
+                self._step_alike(list(alike), group)
+
+    def _step_alike(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        directions = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
+        updates_NRC = orthogonalise(
+            torch.stack(list(directions)),
+            coefficients=group["ns_coefficients"],
+            steps=group["ns_steps"],
+            eps=group["eps"],
+            dtype=torch.bfloat16 if parameters[0].is_cuda else torch.float32,
+        )
+        rate = group["lr"] * _shape_factor(group["adjust_lr_fn"], parameters[0].shape)
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, list(updates_NRC), alpha=-rate)
+
+
+def _shape_factor(scale: str, shape: torch.Size) -> float:
+    rows, columns = shape
+    return float(max(1.0, rows / columns) ** 0.5 if scale == "original" else 0.2 * max(rows, columns) ** 0.5)
+
+
+class _MuonWithAdamW(torch.optim.Optimizer):
+    """Two optimizers that share this one's groups and state, so that an engine sees a single optimizer."""
+
+    def __init__(self, model: nn.Module, config: MuonConfig) -> None:
+        names = matrix_names(model)
+        groups: list[dict[str, Any]] = [
+            {"params": [tensor for name, tensor in model.named_parameters() if (name in names) is is_matrix]}
+            for is_matrix in (True, False)
+        ]
+        if not groups[0]["params"]:
+            raise ValueError("optimizer muon: the model has no matrices in hidden layers")
+        super().__init__(groups, {})
+        self._matrices = _Muon(
+            self.param_groups[:1],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            adjust_lr_fn=config.scale,
+        )
+        self._rest = _adamw(self.param_groups[1:], config.rest)
+        self._matrices.state = self._rest.state = self.state
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        self._matrices.step()
+        self._rest.step()

@@ -1,0 +1,92 @@
+"""Plain torch on one device: float32 parameters, bfloat16 autocast where the precision says so."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.models import Checkpoint, load_model, load_weights, model_weights
+from stages.training.config import TrainingConfig
+from stages.training.engine import StepReport, autocast
+from stages.training.hardware import training_device
+from stages.training.optimizers import build_optimizer, optimizer_state, restore_optimizer_state, set_learning_rate
+from stages.training.schedule import learning_rate_factor
+from stages.training.trainer_state import TrainerState, read_trainer_state, write_checkpoint
+
+__all__ = ["TorchEngine"]
+
+
+class TorchEngine:
+    """See `stages.training.engine.Engine`."""
+
+    def __init__(self, checkpoint: Checkpoint, config: TrainingConfig) -> None:
+        self._config = config
+        self._description = checkpoint.path
+        self.device = training_device()
+        self.holds: str | None = None
+        self.model: Any = load_model(checkpoint, dtype=torch.float32, attention=config.attention).to(self.device)
+        self._optimizer = build_optimizer(self.model, config.optimizer)
+        self._restore(checkpoint)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Context for forward passes."""
+        return autocast(self.device, self._config)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate the gradient of a loss."""
+        self.holds = None
+        torch.autograd.backward(loss)
+
+    def step(self, *, factor: float = 1.0) -> StepReport:
+        """Clip, schedule, update."""
+        self.holds = None
+        rate = set_learning_rate(self._optimizer, factor * learning_rate_factor(self._updates, self._config))
+        norm = clip_gradients(self.model, self._config.max_grad_norm)
+        finite = math.isfinite(norm)
+        if finite:
+            self._optimizer.step()
+            self._updates += 1
+        else:
+            self.skipped += 1
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepReport(grad_norm=norm, learning_rate=rate, skipped=not finite)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Overwrite weights, optimizer state and counters in place."""
+        self.holds = None
+        load_weights(self.model, checkpoint)
+        self._restore(checkpoint)
+
+    def save(self, folder: Path, *, optimizer: bool = True) -> None:
+        """Write a complete checkpoint."""
+        state = TrainerState(self._updates, self.skipped, optimizer_state(self.model, self._optimizer))
+        write_checkpoint(
+            folder,
+            description=self._description,
+            weights=model_weights(self.model),
+            state=state if optimizer else None,
+            config=self._config,
+        )
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self._description = checkpoint.path
+        self._optimizer.zero_grad(set_to_none=True)
+        state = read_trainer_state(checkpoint, self._config)
+        restore_optimizer_state(self.model, self._optimizer, state.optimizer)
+        self._updates, self.skipped = state.updates, state.skipped
+        self.holds = checkpoint.digest
+
+
+def clip_gradients(model: torch.nn.Module, limit: float) -> float:
+    """Global L2 norm of the gradient, which is scaled down to `limit` where it is finite and larger (0: never)."""
+    parameters = list(model.parameters())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    value = norm.item()
+    if 0 < limit < value < math.inf:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return value

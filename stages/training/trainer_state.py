@@ -1,0 +1,73 @@
+"""Optimizer state and counters of a checkpoint: written by parameter name, restored bit for bit by any engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.models import (
+    OPTIMIZER,
+    TRAINER,
+    WEIGHTS,
+    Checkpoint,
+    copy_description,
+    load_optimizer_state,
+    load_trainer_state,
+    write_tensors,
+)
+from stages.training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["TrainerState", "read_trainer_state", "write_checkpoint"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerState:
+    """Where training stands."""
+
+    updates: int = 0
+    """Optimizer updates applied; the schedule counts these."""
+    skipped: int = 0
+    """Steps skipped because of a gradient that was not finite."""
+    optimizer: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    """`<parameter name>/<slot>`; empty before the first update."""
+
+
+def read_trainer_state(checkpoint: Checkpoint, config: TrainingConfig) -> TrainerState:
+    """What the checkpoint stores of a trainer; a fresh one where it stores nothing or nothing is to be carried over.
+
+    Raises:
+        ValueError: the state belongs to another kind of optimizer.
+    """
+    stored = load_trainer_state(checkpoint)
+    if not stored or not config.carry_optimizer:
+        return TrainerState()
+    if stored["optimizer"] != config.optimizer.kind:
+        raise ValueError(
+            f"{checkpoint} holds the state of optimizer {stored['optimizer']}, the config asks for "
+            f"{config.optimizer.kind}; set carry_optimizer=false to begin with a fresh one"
+        )
+    return TrainerState(stored["updates"], stored["skipped"], load_optimizer_state(checkpoint))
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    description: Path,
+    weights: Mapping[str, Tensor],
+    state: TrainerState | None,
+    config: TrainingConfig,
+) -> None:
+    """Write weights, and `state` unless it is None, beside the files that describe the model."""
+    copy_description(description, folder)
+    write_tensors(folder / WEIGHTS, weights)
+    if state is None:
+        return
+    write_tensors(folder / OPTIMIZER, state.optimizer)
+    counters = {"optimizer": config.optimizer.kind, "skipped": state.skipped, "updates": state.updates}
+    (folder / TRAINER).write_text(json.dumps(counters, sort_keys=True) + "\n")

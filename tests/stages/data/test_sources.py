@@ -1,0 +1,202 @@
+"""Question files: columns, answers, and errors that name the row at fault."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config import ConfigError
+from pipeline.store import Store
+from stages.data import DataError, QuestionFileConfig, demonstrations_from_solutions, read_questions
+from stages.data.identity import identify
+from stages.data.sources import extract_answer
+
+ROWS: list[dict[str, Any]] = [
+    {"id": "a", "question": "2+2?", "answer": "4", "solution": "two and two"},
+    {"id": "b", "question": "2*3?", "answer": "6", "solution": "2*3=<<2*3=6>>6"},
+]
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def config(path: str, **values: Any) -> QuestionFileConfig:
+    return QuestionFileConfig.parse({"path": path, **values})
+
+
+def test_jsonl_rows_become_questions(store: Store, tmp_path: Path) -> None:
+    rows = read_questions(config(write_jsonl(tmp_path / "q.jsonl", ROWS))).rows()
+    assert rows[1] == {"question_id": "b", "question": "2*3?", "answer": "6", "solution": "2*3=<<2*3=6>>6"}
+
+
+def test_jsonl_parquet_and_a_datasets_folder_give_one_and_the_same_artifact(store: Store, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "q.parquet")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "plain").mkdir()
+    write_jsonl(tmp_path / "plain" / "train.jsonl", ROWS)
+    found = {
+        read_questions(config(write_jsonl(tmp_path / "q.jsonl", ROWS))),
+        read_questions(config(str(tmp_path / "q.parquet"))),
+        read_questions(config(str(tmp_path / "saved"), split="train")),
+        read_questions(config(str(tmp_path / "plain"))),
+    }
+    assert len(found) == 1
+
+
+def test_the_cache_key_is_the_content_not_the_path(tmp_path: Path) -> None:
+    one, copy = (config(write_jsonl(tmp_path / name, ROWS)) for name in ("one.jsonl", "copy.jsonl"))
+    before = one.key()
+    assert before == copy.key()
+    write_jsonl(tmp_path / "one.jsonl", [*ROWS, {"id": "c", "question": "1?", "answer": "1", "solution": ""}])
+    assert one.key() != before
+
+
+def test_columns_are_mapped_and_texts_joined(store: Store, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "svamp.jsonl", [{"body": "Dan had $3.", "q": "How much?", "gold": 3.0}])
+    mapped = config(path, columns={"question": ["body", "q"], "answer": "gold"})
+    assert read_questions(mapped).rows() == [
+        {
+            "question_id": identify("Dan had $3. How much?"),
+            "question": "Dan had $3. How much?",
+            "answer": "3",
+            "solution": None,
+        }
+    ]
+
+
+def test_the_answer_is_taken_from_the_solution_where_no_column_holds_it(store: Store, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "gsm8k.jsonl", [{"question": "48/2?", "answer": "48/2 = <<48/2=24>>24\n#### 24"}])
+    columns = {"answer": None, "solution": "answer"}
+    questions = read_questions(config(path, columns=columns, remove_calculator_marks=True))
+    (row,) = questions.rows()
+    assert (row["answer"], row["solution"]) == ("24", "48/2 = 24\n#### 24")
+    boxed = demonstrations_from_solutions(questions, r"The answer is \boxed{{answer}}.").rows()
+    assert boxed[0]["completion"] == "48/2 = 24\n" + r"The answer is \boxed{24}."
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        ("x\n#### 17", "17"),
+        ("#### 1\n#### 1,234 \n", "1,234"),
+        ("no mark", None),
+        ("####", None),
+        ("#### 5\nmore", "5"),
+    ],
+)
+def test_the_answer_stands_behind_the_last_marker(solution: str, answer: str | None) -> None:
+    assert extract_answer(solution) == answer
+
+
+def test_demonstrations_end_in_one_answer_line(store: Store, tmp_path: Path) -> None:
+    demonstrations = demonstrations_from_solutions(read_questions(config(write_jsonl(tmp_path / "q.jsonl", ROWS))))
+    assert [row["completion"] for row in demonstrations.rows()] == ["two and two\n#### 4", "2*3=<<2*3=6>>6\n#### 6"]
+
+
+def test_a_question_without_a_solution_cannot_be_demonstrated(store: Store, tmp_path: Path) -> None:
+    rows = [ROWS[0], {**ROWS[1], "solution": None}]
+    questions = read_questions(config(write_jsonl(tmp_path / "q.jsonl", rows)))
+    with pytest.raises(DataError, match=r"row 1 \(question b\) has no solution"):
+        demonstrations_from_solutions(questions)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([ROWS[0], {**ROWS[1], "answer": None}], "line 2: question without an answer: column 'answer' is empty"),
+        ([ROWS[0], {**ROWS[1], "answer": " "}], "line 2: question without an answer: column 'answer' is empty"),
+        ([ROWS[0], {"id": "b", "question": "2*3?"}], "line 2: question without an answer: column 'answer' is empty"),
+        ([ROWS[0], {**ROWS[1], "id": "a"}], "line 2: the id 'a' was already used at"),
+        ([ROWS[0], {**ROWS[1], "answer": ["6"]}], "line 2: column 'answer': expected text or a number, found list"),
+        ([ROWS[0], {**ROWS[1], "question": ""}], "line 2: no value: column 'question' is empty"),
+        ([ROWS[0], {**ROWS[1], "question": "\ud83d"}], "line 2: column 'question' holds half of a surrogate pair"),
+        ([ROWS[0], [1]], "line 2: expected a JSON object, found list"),
+        ([], "no questions: the set is empty"),
+        ([{"id": "a", "questions": "2+2?", "answer": "4"}], "no column 'question'; found columns"),
+        ([{"id": "a", "questions": "2+2?", "answer": "4"}], "did you mean 'questions'?"),
+    ],
+)
+def test_a_bad_row_is_named(store: Store, tmp_path: Path, rows: list[Any], message: str) -> None:
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        read_questions(config(str(tmp_path / "q.jsonl")))
+    assert "q.jsonl" in str(caught.value)
+
+
+def test_a_line_that_is_not_json_is_named_by_its_number(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text(json.dumps(ROWS[0]) + '\n\n{"id": "b", \n')
+    with pytest.raises(DataError, match=r"q\.jsonl: line 3 is not JSON"):
+        read_questions(config(str(tmp_path / "q.jsonl")))
+
+
+def test_equal_questions_without_ids_are_refused_as_duplicates(store: Store, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "q.jsonl", [{"question": "2+2?", "answer": "4"}] * 2)
+    with pytest.raises(DataError, match=r"line 2: the question '2\+2\?' was already used at .*line 1"):
+        read_questions(config(path))
+
+
+def test_an_id_column_that_was_asked_for_must_exist(store: Store, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "q.jsonl", [{"question": "2+2?", "answer": "4"}])
+    with pytest.raises(DataError, match="no column 'id'"):
+        read_questions(config(path, columns={"id": "id"}))
+
+
+def test_a_missing_file_is_an_error_with_the_nearest_name(store: Store, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"train\.json: no such file or folder; did you mean 'train\.jsonl'\?"):
+        read_questions(config(str(tmp_path / "train.json")))
+
+
+def test_a_broken_parquet_file_is_named(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "q.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(DataError, match=r"q\.parquet: not a readable Parquet file"):
+        read_questions(config(str(tmp_path / "q.parquet")))
+
+
+def test_a_split_that_a_folder_lacks_is_an_error_that_lists_them(store: Store, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    part = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match=r"expected split to be one of \['test', 'train'\], found 'tset'"):
+        read_questions(config(str(tmp_path / "saved"), split="tset"))
+
+
+def test_a_hub_data_set_needs_the_commit_it_is_read_at(store: Store) -> None:
+    with pytest.raises(DataError, match="needs `revision`"):
+        read_questions(config("openai/gsm8k", format="hub"))
+    with pytest.raises(ConfigError, match="revision"):
+        config("openai/gsm8k", format="hub", revision="main")
+
+
+def test_limit_keeps_the_first_rows(store: Store, tmp_path: Path) -> None:
+    questions = read_questions(config(write_jsonl(tmp_path / "q.jsonl", ROWS), limit=1))
+    assert [row["question_id"] for row in questions.rows()] == ["a"]
+
+
+@pytest.mark.parametrize(("name", "count"), [("gsm8k_train", 7473), ("gsm8k_test", 1319)])
+def test_all_of_gsm8k_is_read(store: Store, data_dir: Path, name: str, count: int) -> None:
+    questions = read_questions(config(str(data_dir / "gsm8k" / f"{name}.jsonl"), remove_calculator_marks=True))
+    rows = questions.rows()
+    assert len(rows) == count
+    assert not any("<<" in row["solution"] for row in rows)
+    assert rows[0]["question_id"] == name.replace("_", "-") + "-0"
+    first = demonstrations_from_solutions(questions).rows()[0]["completion"]
+    assert first.endswith(f"\n#### {rows[0]['answer']}")
+
+
+def test_chinese_and_svamp_sets_are_read(store: Store, data_dir: Path) -> None:
+    cmath = read_questions(config(str(data_dir / "deepseek_math" / "cmath_test.jsonl"))).rows()
+    svamp = read_questions(
+        config(str(data_dir / "svamp" / "svamp.jsonl"), columns={"question": ["body", "question"]})
+    ).rows()
+    assert (len(cmath), cmath[0]["answer"]) == (1098, "18")
+    assert (len(svamp), svamp[0]["answer"]) == (1000, "51")

@@ -1,0 +1,119 @@
+"""Where the final answer stands, and the form an output has."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from stages.reward.rules.extraction import Convention, find_answer, last_lines, tail
+from stages.reward.rules.form import Form, has_form
+from stages.reward.rules.screen import objection
+
+ALL: tuple[Convention, ...] = ("boxed", "tags", "hashes", "line", "phrase", "number")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("7+5=12\n12-3=9\n#### 9", "9"),
+        ("#### 5\nno wait\n#### 6", "6"),
+        ("so she has 18 eggs\nA: 18", "18"),
+        ("**Answer: 5**", "5"),
+        (r"thus \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{41} hmm, no: \boxed{42}", "42"),
+        (r"\boxed{1} and \boxed{2}", "1, 2"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"unclosed \boxed{ then \boxed{7}", "7"),
+        ("<think>3</think><answer>4</answer>", "4"),
+        ("The answer is 17. I hope it is correct.", "17"),
+        ("The final answer is: 3.5", "3.5"),
+        ("所以答案是13只。", "13只"),
+        ("1,234", "1,234"),
+        (r"The answer is 5, that is \boxed{6}", "6"),
+    ],
+)
+def test_the_stated_answer_is_found(text: str, answer: str) -> None:
+    assert find_answer(text, ALL) == answer
+
+
+@pytest.mark.parametrize("text", ["", " \n", "####", r"\boxed{}", "she has 42 eggs left", r"\boxed{42", "A:"])
+def test_an_output_that_states_no_answer_has_none(text: str) -> None:
+    assert find_answer(text, ALL) is None
+
+
+def test_only_the_conventions_asked_for_count() -> None:
+    assert find_answer("A: 18", ("hashes",)) is None
+
+
+def test_hostile_texts_cost_milliseconds() -> None:
+    texts = [r"\boxed{" * 200_000, "{" * 1_000_000, "answer is " * 100_000, "$ " * 500_000, "\n" * 1_000_000]
+    started = time.perf_counter()
+    for text in texts:
+        find_answer(text, ALL)
+        has_form(text, "boxed")
+    assert time.perf_counter() - started < 1.0
+
+
+def test_a_lone_surrogate_does_not_survive() -> None:
+    assert tail("\ud800 42") == "? 42"
+
+
+def test_a_search_does_not_begin_inside_a_line_that_was_cut() -> None:
+    assert last_lines("0" * 5000 + "\nthe last line") == "the last line"
+    assert last_lines("0" * 5000) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "form", "expected"),
+    [
+        ("12-3=9\n#### 9", "hashes", True),
+        ("#### 9\n", "hashes", True),
+        ("#### 1,250", "hashes", True),
+        ("12-3=9 #### 9", "hashes", False),
+        ("#### 8\n#### 9", "hashes", False),
+        ("#### 9\nand so on", "hashes", False),
+        ("#### nine", "hashes", False),
+        ("", "hashes", False),
+        (r"so \boxed{9}", "boxed", True),
+        (r"\boxed{8} or \boxed{9}", "boxed", False),
+        (r"\boxed{}", "boxed", False),
+        ("steps\nA: 9", "line", True),
+        ("A: 9\nsteps", "line", False),
+    ],
+)
+def test_a_form_holds_only_where_the_output_ends_in_it(text: str, form: Form, expected: bool) -> None:
+    assert has_form(text, form) is expected
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [r"2^{1000}", r"\binom{2010}{1005}", "3^{2005}-1", "100!", r"2^{2^{10}}", r"e^{i\pi}", "(x+1)^{10}", "2^6 3^5 5^4"],
+)
+def test_answers_of_real_problems_pass_the_screen(answer: str) -> None:
+    assert objection(answer, "1") is None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "9^{9^{9}}",
+        "10**10**10",
+        "2^{-10^{10}}",
+        "(1+i)^{10^{8}}",
+        "(x+y)^{300}",
+        "1000000000!",
+        "((10!)!)!",
+        r"\binom{10^{9}}{7}",
+        r"\sum_{k=1}^{9} k",
+        "(" * 30 + "1" + ")" * 30,
+        "7" * 401,
+        "1," * 100,
+    ],
+)
+def test_bombs_do_not_pass_the_screen(answer: str) -> None:
+    assert objection(answer, "42") is not None
+
+
+def test_an_operator_that_the_gold_has_is_allowed() -> None:
+    assert objection(r"\sum_{k=0}^{n} F_k", r"\sum_{j=0}^{n} F_j") is None

@@ -1,0 +1,185 @@
+"""The reward stage: one row per output, statuses, weights, truncation, and nothing started that is not needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from pipeline.config import ConfigError
+from pipeline.store import Store
+from stages.reward import AccuracyConfig, FormatConfig, RewardConfig, score
+from stages.reward.composition import Part, compose
+from stages.tables import Questions, Rewards, Rollouts
+
+pytestmark = pytest.mark.usefixtures("store")
+
+
+def questions(**answers: str) -> Questions:
+    rows = [{"question_id": k, "question": "?", "answer": v, "solution": None} for k, v in answers.items()]
+    return Questions.write(rows)
+
+
+def rollouts(*rows: tuple[str, int, str] | tuple[str, int, str, str]) -> Rollouts:
+    return Rollouts.write([_rollout(*row) for row in rows])
+
+
+def _rollout(question_id: str, sample: int, text: str, reason: str = "stop") -> dict[str, Any]:
+    return {
+        "question_id": question_id,
+        "sample": sample,
+        "prompt_ids": [1],
+        "output_ids": [2, 3],
+        "logprobs": [-0.5, -0.5],
+        "finish_reason": reason,
+        "text": text,
+        "temperature": 1.0,
+        "seed": sample,
+    }
+
+
+def column(rewards: Rewards, name: str) -> list[Any]:
+    return [row[name] for row in rewards.rows()]
+
+
+EXACT = RewardConfig(components=(AccuracyConfig(verifier="exact"),))
+
+
+def test_every_output_has_its_row_with_status_score_and_extracted_answer() -> None:
+    made = score(
+        rollouts(("b", 0, "#### 1,000.0"), ("a", 1, "#### 18"), ("a", 0, "#### 17"), ("b", 1, "no idea")),
+        questions(a="17", b="1000"),
+        EXACT,
+    )
+    assert column(made, "question_id") == ["b", "a", "a", "b"]
+    assert column(made, "sample") == [0, 1, 0, 1]
+    assert column(made, "reward") == [1.0, 0.0, 1.0, 0.0]
+    assert column(made, "status") == ["ok", "wrong", "ok", "unparseable"]
+    assert column(made, "extracted") == ["1000", "18", "17", None]
+
+
+def test_the_reward_is_the_weighted_sum_and_component_scores_stay_in_the_table() -> None:
+    config = RewardConfig(components=(AccuracyConfig(verifier="exact"), FormatConfig(weight=0.25)))
+    made = score(rollouts(("a", 0, "#### 17"), ("a", 1, "A: 17"), ("a", 2, "#### 3")), questions(a="17"), config)
+    assert column(made, "reward") == [1.25, 1.0, 0.25]
+    assert column(made, "components") == [
+        [("accuracy", 1.0), ("format", 1.0)],
+        [("accuracy", 1.0), ("format", 0.0)],
+        [("accuracy", 0.0), ("format", 1.0)],
+    ]
+    assert made.metrics["reward/mean"] == pytest.approx(2.5 / 3)
+    assert made.metrics["reward/accuracy"] == pytest.approx(2 / 3)
+    assert made.metrics["reward/format"] == pytest.approx(2 / 3)
+    assert made.metrics["reward/status_ok"] == pytest.approx(2 / 3)
+    assert made.metrics["reward/status_timeout"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("policy", "reward", "status"),
+    [("as_unparseable", 0.0, "truncated"), ("as_is", 1.0, "ok"), ("no_reward", None, "truncated")],
+)
+def test_a_truncated_output_is_treated_as_the_config_names_it(policy: str, reward: float | None, status: str) -> None:
+    config = EXACT.override({"truncated": policy})
+    made = score(rollouts(("a", 0, "#### 17", "length"), ("a", 1, "#### 17")), questions(a="17"), config)
+    assert column(made, "reward") == [reward, 1.0]
+    assert column(made, "status") == [status, "ok"]
+    assert made.metrics["reward/mean"] == (0.5 if reward == 0.0 else 1.0)
+
+
+def test_an_answer_beyond_arithmetic_is_compared_symbolically() -> None:
+    made = score(
+        rollouts(("a", 0, r"\boxed{\frac{\sqrt2}{2}}"), ("a", 1, r"\boxed{\sqrt{2}}"), ("a", 2, r"\boxed{9^{9^9}}")),
+        questions(a=r"\frac{1}{\sqrt{2}}"),
+        RewardConfig(workers=1, deadline_s=20),
+    )
+    assert column(made, "status") == ["ok", "wrong", "unparseable"]
+    assert made.metrics["reward/screened"] == pytest.approx(1 / 3)
+
+
+def test_a_hanging_comparison_has_no_reward_and_the_rest_of_the_batch_keeps_its_own() -> None:
+    bomb = r"\boxed{\sin^{40}(x)+\cos^{40}(x)-\tan^{20}(x)\sec^{20}(x)}"
+    config = RewardConfig(workers=1, deadline_s=0.05)  # the comparison takes seconds
+    made = score(rollouts(("a", 0, bomb), ("a", 1, r"\boxed{17}")), questions(a="17"), config)
+    assert column(made, "status") == ["timeout", "ok"]
+    assert column(made, "reward") == [None, 1.0]
+    assert made.metrics["reward/missing"] == 0.5
+    assert made.metrics["reward/mean"] == 1.0
+
+
+def test_a_rollout_of_an_unknown_question_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="'zz'"):
+        score(rollouts(("zz", 0, "#### 1")), questions(a="1"), EXACT)
+
+
+def test_a_question_without_an_answer_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"question 'a': the gold answer is empty"):
+        score(rollouts(("a", 0, "#### 1")), questions(a=" "), EXACT)
+
+
+def test_a_repeated_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="more than once"):
+        score(rollouts(("a", 0, "#### 1"), ("a", 0, "#### 2")), questions(a="1"), EXACT)
+
+
+def test_an_empty_batch_has_an_empty_table() -> None:
+    made = score(Rollouts.write({name: [] for name in Rollouts.schema.names}), questions(a="1"), EXACT)
+    assert made.rows() == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"components": []}, {"components": [{"kind": "format", "form": "pattern"}]}, {"components": [{}, {}]}],
+)
+def test_a_reward_of_nothing_or_of_unclear_parts_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        RewardConfig.parse(changes)
+
+
+def test_two_components_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="two components are named accuracy"):
+        RewardConfig(components=(AccuracyConfig(), AccuracyConfig()))
+
+
+def test_workers_and_deadlines_are_not_part_of_the_key() -> None:
+    assert RewardConfig(workers=7, deadline_s=9.0, memory_mb=999).key() == RewardConfig().key()
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([Part(1.0, 1.0, "no_reward"), Part(None, 0.5, "no_reward")], None),
+        ([Part(1.0, 1.0, "no_reward"), Part(None, 0.5, "zero")], 1.0),
+        ([Part(1.0, 1.0, "no_reward"), Part(None, 0.5, "rescale")], 1.5),
+        ([Part(None, 0.5, "rescale")], None),
+        ([Part(0.0, 1.0, "no_reward")], 0.0),
+    ],
+)
+def test_a_missing_score_counts_as_declared(parts: list[Part], expected: float | None) -> None:
+    assert compose(parts) == expected
+
+
+def test_scoring_arithmetic_starts_no_process_and_imports_neither_sympy_nor_math_verify(store: Store) -> None:
+    code = f"""
+import sys, multiprocessing
+from pathlib import Path
+from pipeline.residency import resident
+from pipeline.store import Store, use_store
+from stages.reward import RewardConfig, score
+from stages.tables import Questions, Rollouts
+row = dict(prompt_ids=[1], output_ids=[2], logprobs=[-0.1], finish_reason="stop", temperature=1.0, seed=0)
+with use_store(Store(Path({str(store.root)!r}))):
+    questions = Questions.write([dict(question_id="a", question="?", answer="17", solution=None)])
+    texts = ["7+5=12\\n#### 17", "#### 1,700", "#### -3", "nothing", "17", "#### $17.0", "#### 34/2"]
+    outputs = Rollouts.write([dict(row, question_id="a", sample=i, text=t) for i, t in enumerate(texts)])
+    print([r["status"] for r in score(outputs, questions, RewardConfig()).rows()])
+assert not resident("verifier", (2, 1024), lambda: None).started
+assert not multiprocessing.active_children()
+print(sorted(m for m in ("sympy", "math_verify", "torch", "pebble", "numpy.random") if m in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    statuses, modules = done.stdout.strip().splitlines()[-2:]
+    assert statuses == "['ok', 'wrong', 'wrong', 'unparseable', 'ok', 'ok', 'ok']"
+    for heavy in ("sympy", "math_verify", "torch", "pebble"):
+        assert heavy not in modules

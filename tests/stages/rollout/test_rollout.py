@@ -1,0 +1,188 @@
+"""The rollout stage: table in, table out, one resident model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from pipeline.config import ConfigError
+from pipeline.progress import listen
+from pipeline.store import Store
+from stages import rollout as package
+from stages.models import Checkpoint, load_model, save
+from stages.prompts import PromptConfig, encode_prompt
+from stages.rollout import HFBackendConfig, RolloutConfig, rollout
+from stages.rollout import stage as stage_module
+from stages.rollout.generator import PromptTooLongError
+from stages.rollout.seeds import sample_seed
+from stages.tables import Questions
+from stages.tokenizers import CharacterTokenizerConfig, build_tokenizer
+
+PROMPT = PromptConfig(suffix="\n")
+CONFIG = RolloutConfig(G=4, max_output_tokens=10, backend=HFBackendConfig(dtype="float32", threads=1))
+
+
+def _policy(weights: int = 0, *, hidden: int = 16) -> Checkpoint:
+    tokenizer = build_tokenizer(["0123456789+-=.\n"], CharacterTokenizerConfig())
+    torch.manual_seed(weights)
+    shape = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.5, pad_token_id=None, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(shape)
+    return Checkpoint.write(lambda folder: save(folder, model, tokenizer, eos_token_ids=[tokenizer.eos_token_id, 3]))
+
+
+def _questions(*texts: str) -> Questions:
+    rows = [{"question_id": f"q{i}", "question": t, "answer": "0", "solution": None} for i, t in enumerate(texts)]
+    return Questions.write(rows)
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often models are made and weights reloaded."""
+    counts: Counter[str] = Counter()
+
+    def counted(name: str) -> Any:
+        original = getattr(stage_module, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in ("load_model", "load_weights"):
+        monkeypatch.setattr(stage_module, name, counted(name))
+    return counts
+
+
+@pytest.mark.usefixtures("store")
+def test_rows_carry_key_prompt_output_logprobs_text_temperature_and_seed() -> None:
+    policy, questions = _policy(), _questions("1+2", "34-5=", "7")
+    rows = rollout(policy, questions, PROMPT, CONFIG.override({"temperature": 0.8}), seed=11).rows()
+    assert [(row["question_id"], row["sample"]) for row in rows] == [(f"q{i}", s) for i in range(3) for s in range(4)]
+    from stages.models import load_tokenizer
+
+    tokenizer, model = load_tokenizer(policy), load_model(policy, dtype=torch.float32)
+    texts = dict(zip(("q0", "q1", "q2"), ("1+2", "34-5=", "7"), strict=True))
+    for row in rows:
+        assert row["prompt_ids"] == encode_prompt(tokenizer, texts[row["question_id"]], PROMPT)
+        assert row["seed"] == sample_seed(11, row["question_id"], row["sample"])
+        assert row["temperature"] == pytest.approx(0.8)
+        assert row["text"] == tokenizer.decode(row["output_ids"], skip_special_tokens=True)
+        assert (row["output_ids"][-1] in (tokenizer.eos_token_id, 3)) == (row["finish_reason"] == "stop")
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["prompt_ids"] + row["output_ids"]])).logits[0]
+        logp = (logits[len(row["prompt_ids"]) - 1 : -1] / 0.8).log_softmax(-1)
+        expected = [logp[t, token].item() for t, token in enumerate(row["output_ids"])]
+        np.testing.assert_allclose(row["logprobs"], expected, atol=1e-4)
+
+
+@pytest.mark.usefixtures("store")
+def test_metrics_agree_with_the_table() -> None:
+    outputs = rollout(_policy(), _questions("1+2", "7"), PROMPT, CONFIG, seed=0)
+    lengths = [len(row["output_ids"]) for row in outputs.rows()]
+    metrics = outputs.metrics
+    assert metrics["rollout/length_mean"] == pytest.approx(np.mean(lengths))
+    assert metrics["rollout/length_p95"] == pytest.approx(np.percentile(lengths, 95))
+    assert metrics["rollout/truncated_rate"] == np.mean([r["finish_reason"] == "length" for r in outputs.rows()])
+    assert metrics["rollout/tokens"] == sum(lengths)
+    assert metrics["rollout/tokens_per_s"] == pytest.approx(sum(lengths) / metrics["rollout/seconds"])
+
+
+def test_equal_inputs_give_one_digest_in_two_stores(store: Store, tmp_path: Any) -> None:
+    from pipeline.residency import evict
+    from pipeline.store import use_store
+
+    first = rollout(_policy(), _questions("1+2", "7"), PROMPT, CONFIG, seed=0)
+    evict()
+    with use_store(Store(tmp_path / "another")):
+        assert rollout(_policy(), _questions("1+2", "7"), PROMPT, CONFIG, seed=0).digest == first.digest
+    assert rollout(_policy(), _questions("1+2", "7"), PROMPT, CONFIG, seed=1).digest != first.digest
+
+
+@pytest.mark.usefixtures("store")
+def test_a_question_keeps_its_outputs_in_another_batch() -> None:
+    policy = _policy()
+    alone = rollout(policy, _questions("1+2"), PROMPT, CONFIG, seed=0).rows()
+    beside = rollout(policy, _questions("1+2", "34-56=", "7"), PROMPT, CONFIG, seed=0).rows()
+    assert [row["output_ids"] for row in alone] == [row["output_ids"] for row in beside if row["question_id"] == "q0"]
+
+
+@pytest.mark.usefixtures("store")
+def test_new_weights_are_loaded_in_place_and_a_new_architecture_anew(loads: Counter[str]) -> None:
+    questions = _questions("1+2")
+    first, second = _policy(0), _policy(1)
+    before = rollout(first, questions, PROMPT, CONFIG, seed=0).rows()
+    rollout(first, questions, PROMPT, CONFIG, seed=1)
+    assert loads == {"load_model": 1}
+    other = rollout(second, questions, PROMPT, CONFIG, seed=0).rows()
+    assert other != before
+    rollout(first, _questions("1+2", "5"), PROMPT, CONFIG, seed=0)
+    assert loads == {"load_model": 1, "load_weights": 2}
+    again = rollout(first, questions, PROMPT, CONFIG.override({"backend.batch_rows": 511}), seed=0).rows()
+    assert again == before, "weights reloaded in place are not the weights"
+    rollout(_policy(0, hidden=8), questions, PROMPT, CONFIG, seed=0)
+    assert loads == {"load_model": 2, "load_weights": 2}
+
+
+@pytest.mark.usefixtures("store")
+def test_weights_that_failed_to_load_are_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    questions, first, second = _questions("1+2"), _policy(0), _policy(1)
+    expected = rollout(second, questions, PROMPT, CONFIG, seed=0).rows()
+    rollout(first, questions, PROMPT, CONFIG, seed=0)
+
+    def half_loaded(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+        torch.nn.init.zeros_(next(model.parameters()))
+        raise OSError("disk gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_module, "load_weights", half_loaded)
+        with pytest.raises(OSError, match="disk gone"):
+            rollout(second, questions, PROMPT, CONFIG, seed=3)
+    assert rollout(second, questions, PROMPT, CONFIG.override({"backend.batch_rows": 511}), seed=0).rows() == expected
+
+
+@pytest.mark.usefixtures("store")
+def test_without_stop_every_output_has_the_full_length() -> None:
+    rows = rollout(_policy(), _questions("1+2"), PROMPT, CONFIG.override({"stop": False}), seed=0).rows()
+    assert {(len(row["output_ids"]), row["finish_reason"]) for row in rows} == {(10, "length")}
+
+
+@pytest.mark.usefixtures("store")
+def test_progress_ends_at_the_number_of_outputs() -> None:
+    seen: list[dict[str, Any]] = []
+    with listen(lambda topic, values: seen.append(values) if topic == "rollout" else None):
+        rollout(_policy(), _questions("1+2", "7"), PROMPT, CONFIG, seed=0)
+    assert (seen[-1]["done"], seen[-1]["total"]) == (8, 8)
+
+
+@pytest.mark.usefixtures("store")
+def test_bad_input_is_refused_with_its_name() -> None:
+    policy = _policy()
+    with pytest.raises(PromptTooLongError, match=r"'q1'.*at most 54 tokens.*found 61"):
+        rollout(policy, _questions("1", "1" * 60), PROMPT, CONFIG, seed=0)
+    with pytest.raises(ValueError, match="at least one question"):
+        rollout(policy, _questions(), PROMPT, CONFIG, seed=0)
+    row = {"question_id": "same", "question": "1", "answer": "1", "solution": None}
+    with pytest.raises(ValueError, match="'same' comes twice"):
+        rollout(policy, Questions.write([row, row]), PROMPT, CONFIG, seed=0)
+
+
+def test_configs_that_contradict_themselves_are_refused() -> None:
+    with pytest.raises(ConfigError, match="temperature 0 gives G = 64 equal outputs"):
+        RolloutConfig.parse({"temperature": 0})
+    with pytest.raises(ConfigError, match="top_p = 1"):
+        RolloutConfig.parse({"top_p": 0.9})
+    assert RolloutConfig(temperature=0, G=1).backend == HFBackendConfig()
+
+
+def test_the_package_exports_its_stage_and_configs() -> None:
+    assert set(package.__all__) == {"HFBackendConfig", "RolloutConfig", "rollout"}

@@ -1,0 +1,128 @@
+"""Checkpoints: what is stored is what was meant, and what is missing is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.artifact import ArtifactError
+from pipeline.store import Store
+from stages.models import (
+    Checkpoint,
+    ExternalCheckpointConfig,
+    import_checkpoint,
+    load_model,
+    load_tokenizer,
+    load_weights,
+    save,
+)
+from tests.stages.training.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def external(tmp_path: Path) -> Path:
+    """A folder as `save_pretrained` leaves it, in two shards."""
+    folder = tmp_path / "external"
+    tiny_model(tie_word_embeddings=False).save_pretrained(folder, max_shard_size="60KB")
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_survive_a_round_trip_exactly(store: Store, tied: bool) -> None:
+    model = tiny_model(tie_word_embeddings=tied)
+    checkpoint = Checkpoint.write(lambda folder: save(folder, model, tiny_tokenizer()))
+    stored = load_file(checkpoint.path / "model.safetensors")
+    assert ("lm_head.weight" in stored) is not tied
+    assert all(tensor.dtype == torch.float32 for tensor in stored.values())
+    loaded = load_model(checkpoint, dtype=torch.float32)
+    assert all(loaded.state_dict()[name].equal(tensor) for name, tensor in model.state_dict().items())
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
+    assert not loaded.training
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_loading_in_place_casts_exactly_and_keeps_ties(store: Store, tied: bool) -> None:
+    checkpoint = tiny_checkpoint(tie_word_embeddings=tied)
+    model = load_model(checkpoint, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    load_weights(model, checkpoint)
+    stored = load_file(checkpoint.path / "model.safetensors")
+    assert all(dict(model.named_parameters())[name].equal(tensor.bfloat16()) for name, tensor in stored.items())
+    assert model.lm_head.weight.equal(model.model.embed_tokens.weight) is tied
+
+
+def test_equal_models_have_one_digest(store: Store) -> None:
+    assert tiny_checkpoint().digest == tiny_checkpoint().digest
+
+
+def test_weights_of_another_shape_are_refused_by_name(store: Store) -> None:
+    with pytest.raises(ArtifactError, match=r"embed_tokens.weight: \(26, 32\) stored, \(26, 48\) in the model"):
+        load_weights(tiny_model(hidden_size=48), tiny_checkpoint())
+
+
+def test_missing_weights_are_refused_and_not_drawn_at_random(store: Store) -> None:
+    model = tiny_model()
+
+    def fill(folder: Path) -> None:
+        save(folder, model, tiny_tokenizer())
+        stored = load_file(folder / "model.safetensors")
+        del stored["model.layers.1.mlp.up_proj.weight"]
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+    damaged = Checkpoint.write(fill)
+    with pytest.raises(ArtifactError, match=r"missing.*layers\.1\.mlp\.up_proj"):
+        load_model(damaged, dtype=torch.float32)
+    with pytest.raises(ArtifactError, match=r"no weights for model\.layers\.1\.mlp\.up_proj"):
+        load_weights(model, damaged)
+
+
+def test_a_sharded_model_of_others_is_imported_and_loads(store: Store, external: Path) -> None:
+    assert len(list(external.glob("*.safetensors"))) > 1
+    (external / "modeling_evil.py").write_text("raise SystemExit")
+    imported = import_checkpoint(ExternalCheckpointConfig(path=external))
+    expected = tiny_model(tie_word_embeddings=False).state_dict()
+    loaded = load_model(imported, dtype=torch.float32).state_dict()
+    assert all(loaded[name].equal(tensor) for name, tensor in expected.items())
+    in_place = tiny_model(tie_word_embeddings=False, vocab_size=26)
+    load_weights(in_place, imported)
+    assert load_tokenizer(imported).eos_token == "1"
+    assert not (imported.path / "modeling_evil.py").exists()
+
+
+def test_the_content_of_an_imported_folder_decides_and_not_its_place(external: Path, tmp_path: Path) -> None:
+    elsewhere = external.rename(tmp_path / "elsewhere")
+    key = ExternalCheckpointConfig(path=elsewhere).key()
+    assert ExternalCheckpointConfig(path=elsewhere.rename(external)).key() == key
+    (external / "config.json").write_text("{}")
+    assert ExternalCheckpointConfig(path=external).key() != key
+
+
+def test_a_missing_shard_is_named(store: Store, external: Path) -> None:
+    index = json.loads((external / "model.safetensors.index.json").read_text())
+    shard = sorted(index["weight_map"].values())[0]
+    (external / shard).unlink()
+    with pytest.raises(ArtifactError, match=f"shard {shard} is named by model.safetensors.index.json but missing"):
+        import_checkpoint(ExternalCheckpointConfig(path=external))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_missing_description_is_named(store: Store, external: Path, name: str) -> None:
+    (external / name).unlink()
+    (external / "tokenizer_config.json").unlink()
+    with pytest.raises(ArtifactError, match=f"missing {name}"):
+        import_checkpoint(ExternalCheckpointConfig(path=external))
+
+
+def test_pickled_weights_are_refused(store: Store, external: Path) -> None:
+    for file in external.glob("model*"):
+        file.unlink()
+    (external / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(ArtifactError, match=r"pytorch_model\.bin is a pickle and refused"):
+        import_checkpoint(ExternalCheckpointConfig(path=external))

@@ -1,0 +1,37 @@
+"""Micro-batches: budget, order, masks from lengths."""
+
+from __future__ import annotations
+
+import pytest
+
+from stages.training.batching import Row, collate, micro_batches
+
+
+def test_masks_and_targets_follow_from_lengths_by_hand() -> None:
+    # 0 pads, and is also a token of the second row: its mask must come from lengths.
+    batch = collate([Row([5, 6], [7]), Row([8], [0, 9, 0])], [0, 1])
+    assert batch.input_ids_BT.tolist() == [[5, 6, 7, 0], [8, 0, 9, 0]]
+    assert batch.attention_mask_BT.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    assert batch.target_mask_BT.tolist() == [[False, False, True, False], [False, True, True, True]]
+    assert batch.output_mask_BO.tolist() == [[True, False, False], [True, True, True]]
+    assert batch.target_index_N.tolist() == [2, 5, 6, 7]
+    assert batch.targets_N.tolist() == [7, 0, 9, 0]
+
+
+def test_rows_of_like_length_share_a_batch_within_the_budget() -> None:
+    rows = [Row([1], [2] * length) for length in (1, 7, 3, 7, 2)]  # 2, 8, 4, 8 and 3 tokens
+    batches = list(micro_batches(rows, max_tokens=16))
+    assert [batch.rows for batch in batches] == [(1, 3), (2, 4, 0)]
+    assert [tuple(batch.input_ids_BT.shape) for batch in batches] == [(2, 8), (3, 4)]
+
+
+def test_a_row_longer_than_the_budget_makes_a_batch_of_its_own() -> None:
+    batches = list(micro_batches([Row([1], [2] * 9), Row([1], [2])], max_tokens=4))
+    assert [batch.rows for batch in batches] == [(0,), (1,)]
+
+
+@pytest.mark.parametrize("row", [Row([], [1]), Row([1], [])])
+def test_a_row_without_prompt_or_output_is_refused_by_its_index(row: Row) -> None:
+    with pytest.raises(ValueError, match="row 1 has"):
+        list(micro_batches([Row([1], [2, 3, 4]), row], max_tokens=100))

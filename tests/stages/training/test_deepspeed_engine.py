@@ -1,0 +1,150 @@
+"""DeepSpeed behind the same protocol: agrees with torch, restores bit for bit, skips NaN. One module: its import is slow."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.store import Store
+from stages.models import Checkpoint
+from stages.training import AdamWConfig, DeepSpeedEngineConfig, MuonConfig, TrainingConfig
+from stages.training.deepspeed_engine import DeepSpeedEngine
+from stages.training.engine import Engine, publish
+from stages.training.torch_engine import TorchEngine
+from tests.stages.training.tiny import random_rows, tiny_checkpoint, update
+
+ROWS = random_rows(6)
+STAGES = (0, 1, 2, 3)
+
+
+def config(stage: int, **changes: Any) -> TrainingConfig:
+    settings: dict[str, Any] = {
+        "engine": DeepSpeedEngineConfig(zero_stage=stage),  # type: ignore[arg-type]
+        "optimizer": AdamWConfig(learning_rate=1e-3),
+        "precision": "fp32",
+        "max_grad_norm": 0.5,
+        "warmup_steps": 4,
+    }
+    return TrainingConfig(**(settings | changes))
+
+
+@pytest.fixture
+def start(store: Store) -> Iterator[Checkpoint]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tiny_checkpoint()
+    torch.set_num_threads(threads)
+
+
+def weights(engine: Engine) -> dict[str, torch.Tensor]:
+    stored: dict[str, torch.Tensor] = load_file(publish(engine).path / "model.safetensors")
+    return stored
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_three_updates_equal_those_of_torch(start: Checkpoint, stage: int) -> None:
+    ours, theirs = DeepSpeedEngine(start, config(stage)), TorchEngine(start, config(stage))
+    for _ in range(3):
+        reports = update(ours, ROWS), update(theirs, ROWS)
+        assert reports[0].grad_norm == pytest.approx(reports[1].grad_norm, rel=1e-6)
+        assert reports[0].learning_rate == reports[1].learning_rate
+    expected = weights(theirs)
+    for name, tensor in weights(ours).items():
+        # Softmax does not see what is added to all keys: the gradient of a key bias is 0 up to rounding, and AdamW
+        # divides rounding by its own size. It is held to the size of the steps instead.
+        limit = 3e-3 if name.endswith("k_proj.bias") else 1e-6 * expected[name].norm()
+        assert (tensor - expected[name]).norm() <= limit, name
+    ours.close()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_reloaded_run_continues_bit_for_bit(start: Checkpoint, stage: int, precision: str) -> None:
+    _assert_continues(start, config(stage, precision=precision))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_reloaded_run_with_muon_continues_bit_for_bit(start: Checkpoint, precision: str) -> None:
+    _assert_continues(start, config(0, precision=precision, optimizer=MuonConfig(learning_rate=1e-2)))
+
+
+def _assert_continues(start: Checkpoint, how: TrainingConfig) -> None:
+    engine = DeepSpeedEngine(start, how)
+    for _ in range(2):
+        update(engine, ROWS)
+    middle = publish(engine)
+    for _ in range(2):
+        update(engine, ROWS)
+    uninterrupted = publish(engine)
+    engine.load(middle)
+    assert publish(engine).digest == middle.digest
+    for _ in range(2):
+        update(engine, ROWS)
+    assert publish(engine).digest == uninterrupted.digest
+    engine.close()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_checkpoints_pass_from_engine_to_engine(start: Checkpoint, stage: int) -> None:
+    alone = TorchEngine(start, config(stage))
+    update(alone, ROWS)
+    middle = publish(alone)
+    deepspeed = DeepSpeedEngine(middle, config(stage))
+    assert publish(deepspeed).digest == middle.digest  # the same files from both
+    update(deepspeed, ROWS)
+    back = TorchEngine(publish(deepspeed), config(stage))
+    deepspeed.close()
+    for _ in range(2):
+        update(alone, ROWS)
+    update(back, ROWS)
+    expected = weights(alone)
+    for name, tensor in weights(back).items():
+        limit = 3e-3 if name.endswith("k_proj.bias") else 1e-6 * expected[name].norm()
+        assert (tensor - expected[name]).norm() <= limit, name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(start: Checkpoint, stage: int) -> None:
+    engine = DeepSpeedEngine(start, config(stage))
+    update(engine, ROWS)
+    before = weights(engine)
+    report = update(engine, ROWS, weight=math.nan)
+    assert report.skipped
+    assert not math.isfinite(report.grad_norm)
+    assert engine.skipped == 1
+    assert all(tensor.equal(before[name]) for name, tensor in weights(engine).items())
+    report = update(engine, ROWS)
+    assert not report.skipped
+    assert report.learning_rate == pytest.approx(0.0005)  # the second applied update of four in warm-up
+    engine.close()
+
+
+def test_inside_another_launchers_rank_it_is_quiet_and_a_group_of_its_own(tmp_path: Path) -> None:
+    program = f"""
+from pipeline.store import Store, use_store
+from stages.training.deepspeed_engine import DeepSpeedEngine
+from tests.stages.training.test_deepspeed_engine import config
+from tests.stages.training.tiny import random_rows, tiny_checkpoint, update
+with use_store(Store({str(tmp_path)!r})):
+    engine = DeepSpeedEngine(tiny_checkpoint(), config(1))
+    update(engine, random_rows(4))
+"""
+    launched = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | launched | {"PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

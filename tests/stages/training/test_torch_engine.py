@@ -1,0 +1,115 @@
+"""The torch engine: saved, loaded and continued, a run is the run that was never interrupted."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from pipeline.residency import evict
+from pipeline.store import Store
+from stages.training import AdamWConfig, MuonConfig, TrainingConfig
+from stages.training.engine import publish, resident_engine
+from stages.training.torch_engine import TorchEngine
+from tests.stages.training.tiny import accumulate, random_rows, tiny_checkpoint, update
+
+ROWS = random_rows(6)
+OPTIMIZERS = (AdamWConfig(learning_rate=1e-2), MuonConfig(learning_rate=1e-2))
+
+
+def config(**changes: Any) -> TrainingConfig:
+    return TrainingConfig(**({"optimizer": OPTIMIZERS[0], "precision": "fp32", "warmup_steps": 4} | changes))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: optimizer.kind)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_reloaded_run_continues_bit_for_bit(store: Store, optimizer: Any, precision: str) -> None:
+    how = config(optimizer=optimizer, precision=precision)
+    engine = TorchEngine(tiny_checkpoint(), how)
+    for _ in range(2):
+        update(engine, ROWS)
+    middle = publish(engine)
+    for _ in range(2):
+        update(engine, ROWS)
+    uninterrupted = publish(engine)
+    anew = TorchEngine(middle, how)
+    for _ in range(2):
+        update(anew, ROWS)
+    assert publish(anew).digest == uninterrupted.digest
+    engine.load(middle)  # in place, over a state that went on
+    for _ in range(2):
+        update(engine, ROWS)
+    assert publish(engine).digest == uninterrupted.digest
+
+
+def test_an_update_far_below_bfloat16_resolution_is_in_the_stored_weights(store: Store) -> None:
+    start = tiny_checkpoint()
+    engine = TorchEngine(start, config(optimizer=AdamWConfig(learning_rate=1e-6), precision="bf16", warmup_steps=0))
+    update(engine, ROWS)
+    name = "model.layers.0.mlp.up_proj.weight"
+    before, after = (load_file(point.path / "model.safetensors")[name] for point in (start, publish(engine)))
+    assert (after - before).abs().mean().item() == pytest.approx(1e-6, rel=0.05)
+    assert after.bfloat16().equal(before.bfloat16()) or (after.bfloat16() != before.bfloat16()).float().mean() < 0.05
+
+
+def test_gradients_are_clipped_to_their_global_norm(store: Store) -> None:
+    start = tiny_checkpoint()
+    free, clipped = (TorchEngine(start, config(max_grad_norm=limit)) for limit in (0.0, 0.25))
+    report = update(free, ROWS)
+    assert report.grad_norm > 0.25
+    assert update(clipped, ROWS).grad_norm == pytest.approx(report.grad_norm)
+    # One update in, the first moment is 0.1 times the clipped gradient.
+    moments = load_file(publish(clipped).path / "optimizer.safetensors")
+    norm = math.sqrt(sum(float(value.pow(2).sum()) for key, value in moments.items() if key.endswith("/exp_avg")))
+    assert norm == pytest.approx(0.1 * 0.25, rel=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(store: Store) -> None:
+    engine, twin = (TorchEngine(tiny_checkpoint(), config()) for _ in range(2))
+    update(engine, ROWS)
+    update(twin, ROWS)
+    report = update(engine, ROWS, weight=math.nan)
+    assert report.skipped
+    assert not math.isfinite(report.grad_norm)
+    assert engine.skipped == 1
+    # Neither parameters nor moments nor warm-up took notice.
+    assert update(engine, ROWS) == update(twin, ROWS)
+
+
+def test_warm_up_goes_on_where_the_checkpoint_left_it(store: Store) -> None:
+    engine = TorchEngine(tiny_checkpoint(), config())
+    assert [update(engine, ROWS).learning_rate for _ in range(2)] == pytest.approx([0.0025, 0.005])
+    assert update(TorchEngine(publish(engine), config()), ROWS).learning_rate == pytest.approx(0.0075)
+
+
+def test_state_of_another_optimizer_is_refused_unless_dropped(store: Store) -> None:
+    engine = TorchEngine(tiny_checkpoint(), config())
+    update(engine, ROWS)
+    trained = publish(engine)
+    with pytest.raises(ValueError, match="state of optimizer adamw, the config asks for muon; set carry_optimizer"):
+        TorchEngine(trained, config(optimizer=MuonConfig()))
+    fresh = TorchEngine(trained, config(optimizer=MuonConfig(learning_rate=1e-2), carry_optimizer=False))
+    assert update(fresh, ROWS).learning_rate == pytest.approx(0.0025)
+
+
+def test_an_engine_is_kept_while_it_holds_the_checkpoint_and_loads_otherwise(store: Store) -> None:
+    start = tiny_checkpoint()
+    engine = resident_engine(start, config())
+    assert engine.holds == start.digest
+    accumulate(engine, ROWS)
+    assert engine.holds is None
+    engine.step()
+    trained = publish(engine)
+    assert resident_engine(trained, config()) is engine
+    # A stage that failed between backward and step leaves a gradient behind: it must not leak into the next.
+    accumulate(engine, ROWS)
+    again = resident_engine(trained, config())
+    assert again is engine
+    update(again, ROWS)
+    in_place = publish(again)
+    evict()
+    fresh = resident_engine(trained, config())
+    update(fresh, ROWS)
+    assert publish(fresh).digest == in_place.digest

@@ -1,0 +1,96 @@
+"""From tables to examples: joined by key, merged by content, dealt by question."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pipeline.store import Store
+from stages.tables import Advantages, Rollouts
+from stages.update.examples import Example, deal, drop_idle, join, merge_equal
+
+
+def outputs_of(*rows: tuple[str, int, list[int]]) -> Rollouts:
+    return Rollouts.write([rollout_row(question, sample, ids) for question, sample, ids in rows])
+
+
+def rollout_row(question: str, sample: int, ids: list[int]) -> dict[str, Any]:
+    return {
+        "question_id": question,
+        "sample": sample,
+        "prompt_ids": [1, 2],
+        "output_ids": ids,
+        "logprobs": [-1.0] * len(ids),
+        "finish_reason": "stop",
+        "text": "",
+        "temperature": 1.0,
+        "seed": 0,
+    }
+
+
+def advantages_of(*rows: tuple[str, int, list[float] | None]) -> Advantages:
+    return Advantages.write([{"question_id": q, "sample": s, "advantage": a} for q, s, a in rows])
+
+
+def example(question: str, ids: tuple[int, ...], advantage: float, weight: float = 1.0) -> Example:
+    return Example(question, (1, 2), ids, (advantage,) * len(ids), weight)
+
+
+def test_advantages_are_joined_by_key_whatever_their_order(store: Store) -> None:
+    outputs = outputs_of(("a", 0, [5]), ("a", 1, [6, 7]))
+    joined = join(outputs, advantages_of(("a", 1, [-1.0, -1.0]), ("a", 0, [1.0])))
+    assert [(e.output_ids, e.advantage) for e in joined] == [((5,), (1.0,)), ((6, 7), (-1.0, -1.0))]
+
+
+def test_a_masked_row_takes_no_part(store: Store) -> None:
+    joined = join(outputs_of(("a", 0, [5]), ("a", 1, [6])), advantages_of(("a", 0, None), ("a", 1, [1.0])))
+    assert [e.output_ids for e in joined] == [(6,)]
+
+
+def test_advantages_of_other_rollouts_are_refused_by_key(store: Store) -> None:
+    with pytest.raises(ValueError, match=r"\('a', 1\) has no advantages"):
+        join(outputs_of(("a", 1, [5])), advantages_of(("a", 0, [1.0])))
+
+
+def test_advantages_of_another_length_are_refused(store: Store) -> None:
+    with pytest.raises(ValueError, match="expected 2 advantages, found 1"):
+        join(outputs_of(("a", 0, [5, 6])), advantages_of(("a", 0, [1.0])))
+
+
+def test_all_rows_masked_out_is_an_error_and_not_an_empty_update(store: Store) -> None:
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        join(outputs_of(("a", 0, [5])), advantages_of(("a", 0, None)))
+
+
+def test_equal_outputs_merge_within_a_question_only() -> None:
+    rows = [example("a", (5,), 1.0), example("b", (5,), 1.0), example("a", (5,), 1.0), example("a", (6,), 1.0)]
+    assert merge_equal(rows) == [
+        example("a", (5,), 1.0, weight=2.0),
+        example("b", (5,), 1.0),
+        example("a", (6,), 1.0),
+    ]
+
+
+def test_equal_outputs_of_different_advantage_stay_apart() -> None:
+    rows = [example("a", (5,), 1.0), example("a", (5,), 0.5)]
+    assert merge_equal(rows) == rows
+
+
+def test_only_rows_of_zero_advantage_are_idle() -> None:
+    rows = [example("a", (5,), 0.0), example("a", (6,), -0.1)]
+    assert drop_idle(rows) == rows[1:]
+
+
+def test_mini_batches_hold_whole_groups_and_every_example_once() -> None:
+    rows = [example(question, (token,), 1.0) for question in "abcde" for token in range(3)]
+    hands = deal(rows, mini_batches=2, seed=3)
+    questions = [{e.question_id for e in hand} for hand in hands]
+    assert questions[0].isdisjoint(questions[1])
+    assert sorted(map(repr, hands[0] + hands[1])) == sorted(map(repr, rows))
+    assert sorted(map(len, questions)) == [2, 3]
+
+
+def test_more_mini_batches_than_questions_are_refused() -> None:
+    with pytest.raises(ValueError, match="mini_batches = 2 needs at least as many questions, found 1"):
+        deal([example("a", (5,), 1.0)], mini_batches=2, seed=0)

@@ -1,0 +1,155 @@
+"""Artifacts on the screen: what made them, then what is in them as far as people can read it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+import stages.tables
+from flows.groups import Group, groups_of
+from flows.wording import ago, duration, number, size
+from pipeline.artifact import Table as ArtifactTable
+from pipeline.config import flatten
+from pipeline.store import Store
+
+__all__ = ["show_artifact"]
+
+_CELL: Final = 60
+"""Characters of a value in a table of rows."""
+
+
+def show_artifact(store: Store, digest: str, console: Console, *, limit: int, question: str | None, full: bool) -> None:
+    """Print an artifact: its origin and metrics, then groups of outputs, rows, or a checkpoint's description."""
+    manifest = store.manifest(digest)
+    _show_origin(store, manifest, digest, console, full=full)
+    if (folder := store.path(digest)) and (folder / "config.json").exists():
+        _show_checkpoint(folder, console)
+    if any(file["name"] == "table.arrow" for file in manifest["files"]):
+        groups = groups_of(store, digest)
+        if groups is None:
+            _show_rows(manifest["type"], digest, console, limit)
+            return
+        wanted = (group for group in groups if question in (None, group.question_id))
+        for group in islice(wanted, limit):
+            _show_group(group, console)
+
+
+def _show_origin(store: Store, manifest: Mapping[str, Any], digest: str, console: Console, *, full: bool) -> None:
+    calls = [call for call in store.actions() if call["result"] == digest]
+    made: Mapping[str, Any] = calls[-1] if calls else manifest.get("provenance") or {}
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row(str(manifest.get("type", "artifact")), f"[bold]{digest}[/]")
+    if made:
+        seconds = f", took {duration(made['seconds'])}" if "seconds" in made else ""
+        table.add_row("made by", f"{made['stage']} (version {made['version']}), {ago(made['created'])}{seconds}")
+        for name, value in made["arguments"].items():
+            table.add_row(f"  {name}", _argument(value, full=full))
+    total = sum(file["size"] for file in manifest["files"])
+    rows = f", {number(manifest['rows'])} rows" if "rows" in manifest else ""
+    table.add_row("files", ", ".join(f"{file['name']} {size(file['size'])}" for file in manifest["files"]))
+    table.add_row("size", f"{size(total)}{rows}")
+    console.print(table)
+    if metrics := made.get("metrics"):
+        console.print(_pairs(metrics))
+
+
+def _argument(value: Any, *, full: bool) -> str:
+    match value:
+        case {"artifact": str(digest)}:
+            return f"artifact [cyan]{digest[:12]}[/]"
+        case {"config": dict(config)}:
+            flat = flatten(config)
+            if full:
+                return escape("\n".join(f"{key}: {part}" for key, part in flat.items()))
+            return f"configuration of {len(flat)} fields [dim](--full shows them)[/]"
+        case _:
+            return escape(str(value))
+
+
+def _pairs(metrics: Mapping[str, float]) -> Table:
+    """Metrics in three columns of name and value."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), title="metrics", title_justify="left")
+    entries = [cell for name, value in sorted(metrics.items()) for cell in (f"[dim]{name}[/]", number(value))]
+    for start in range(0, len(entries), 6):
+        table.add_row(*entries[start : start + 6])
+    return table
+
+
+def _show_group(group: Group, console: Console) -> None:
+    console.print()
+    console.print(Text.assemble((group.question_id, "dim"), "  ", (group.question.strip(), "bold")))
+    console.print(Text.assemble(("answer ", "dim"), group.answer))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("count", "reward", "advantage", "status", "read as", "tokens"):
+        table.add_column(heading, justify="right" if heading in ("count", "reward", "advantage", "tokens") else "left")
+    table.add_column("output", overflow="fold")
+    for count, output in sorted(group.merged(), key=lambda part: (-(part[1].reward or 0.0), -part[0])):
+        colour = {"ok": "green", "wrong": "red", "": "dim"}.get(output.status, "yellow")
+        table.add_row(
+            f"{count} x",
+            "-" if output.reward is None else f"{output.reward:.2f}",
+            "-" if output.advantage is None else f"{output.advantage:+.3f}",
+            Text(output.status, style=colour),
+            Text(output.extracted or "-"),
+            f"{output.tokens}{'+' if output.finish_reason == 'length' else ''}",
+            Text(output.text.strip().replace("\n", " / ")),
+        )
+    console.print(table)
+
+
+def _show_rows(kind: str, digest: str, console: Console, limit: int) -> None:
+    declared: type[ArtifactTable] | None = getattr(stages.tables, kind, None)
+    if declared is None:
+        console.print(f"rows of a {kind} are not shown: no such table is declared here", style="dim")
+        return
+    content = declared(digest).read()
+    table = Table(title=f"first rows of {content.num_rows:,}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for field in content.schema:
+        table.add_column(f"{field.name}\n[dim]{field.type}{'?' if field.nullable else ''}[/]", overflow="fold")
+    for row in content.slice(0, limit).to_pylist():
+        table.add_row(*(Text(_cell(value)) for value in row.values()))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    text = "-" if value is None else str(value).replace("\n", " / ")
+    return text if len(text) <= _CELL else f"{text[: _CELL - 3]}..."
+
+
+def _show_checkpoint(folder: Path, console: Console) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    table.add_row("folder", str(folder))
+    table.add_row("architecture", ", ".join(config.get("architectures") or [str(config.get("model_type"))]))
+    table.add_row("parameters", f"{_parameters(folder):,}")
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings"):
+        if name in config:
+            table.add_row(name.replace("_", " "), number(config[name]))
+    trainer = folder / "trainer_state.json"
+    if trainer.exists():
+        for name, value in flatten(json.loads(trainer.read_text(encoding="utf-8"))).items():
+            table.add_row(f"trainer: {name}", number(value))
+    console.print(table)
+
+
+def _parameters(folder: Path) -> int:
+    """Number of parameters, from the headers of the safetensors files (8 bytes of length, then JSON)."""
+    count = 0
+    for file in sorted(folder.glob("model*.safetensors")):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return count

@@ -1,0 +1,67 @@
+"""What Algorithm 1 starts from: question sets and the first policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import assert_never
+
+from flows.config import ArithmeticData, FileData, IterativeRLConfig, PretrainedPolicy
+from stages.data import (
+    QuestionFileConfig,
+    arithmetic_demonstrations,
+    arithmetic_questions,
+    demonstrations_from_solutions,
+    read_questions,
+)
+from stages.models import Checkpoint, ExternalCheckpointConfig, import_checkpoint
+from stages.sft import create_policy, supervised_finetuning
+from stages.tables import Demonstrations, Questions
+
+__all__ = ["DataSets", "initial_policy", "prepare_data"]
+
+
+@dataclass(frozen=True)
+class DataSets:
+    """The question sets of a run."""
+
+    train: Questions
+    demonstrations: Demonstrations | None
+    evaluation: dict[str, Questions]
+
+
+def prepare_data(data: ArithmeticData | FileData) -> DataSets:
+    """Make or read every set."""
+    match data:
+        case ArithmeticData():
+            return DataSets(
+                train=arithmetic_questions(data.train, "train"),
+                demonstrations=arithmetic_demonstrations(data.demonstrations),
+                evaluation={name: arithmetic_questions(part, "held_out") for name, part in data.evaluation.items()},
+            )
+        case FileData():
+            train = read_questions(_below(data.path, data.train))
+            return DataSets(
+                train=train,
+                demonstrations=demonstrations_from_solutions(train),
+                evaluation={name: read_questions(_below(data.path, part)) for name, part in data.evaluation.items()},
+            )
+        case _:
+            assert_never(data)
+
+
+def initial_policy(config: IterativeRLConfig, data: DataSets) -> Checkpoint:
+    """pi_theta_init (Algorithm 1, line 1): a model of others or one made from scratch, then supervised fine-tuning."""
+    if isinstance(config.policy, PretrainedPolicy):
+        policy = import_checkpoint(ExternalCheckpointConfig(path=Path(config.policy.path)))
+    else:
+        policy = create_policy(config.policy, data.demonstrations, config.prompt)
+    if config.sft is None:
+        return policy
+    if data.demonstrations is None:
+        raise ValueError("sft: the data set has no solutions to imitate; set sft to null or name the solution column")
+    return supervised_finetuning(policy, data.demonstrations, config.prompt, config.sft, seed=config.seed)
+
+
+def _below(folder: str, part: QuestionFileConfig) -> QuestionFileConfig:
+    return part.override({"path": str(Path(folder) / part.path)})

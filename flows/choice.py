@@ -1,0 +1,93 @@
+"""Which configuration a command means: a recipe or a YAML file, then files of overrides, then `--set key=value`."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict
+
+from flows.config import IterativeRLConfig
+from flows.recipes import RECIPES
+from pipeline.config import Config, ConfigError, flatten, parse_settings
+
+__all__ = ["Choice", "choose", "descriptions"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A configuration, and what it was made from."""
+
+    config: IterativeRLConfig
+    base: IterativeRLConfig
+    """The recipe before overrides; for a file that is complete in itself, the recipe of its name or the file."""
+
+    def differences(self) -> dict[str, tuple[Any, Any]]:
+        """Dotted keys whose value differs from the base: what it was, what it is (None where there is no such key)."""
+        was, now = (flatten(config.model_dump(mode="json")) for config in (self.base, self.config))
+        return {key: (was.get(key), now.get(key)) for key in [*was, *now] if was.get(key) != now.get(key)}
+
+
+class _Values(Config):
+    """Any mapping in YAML, read as configs are (safe subset, no key twice); what it means is checked where it is used."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def choose(source: str, files: Sequence[Path] = (), settings: Sequence[str] = ()) -> Choice:
+    """The configuration named by `source`, changed by `files` and then by `settings`.
+
+    Args:
+        source: name of a recipe, or a YAML file. A file with the key `recipe` holds overrides of that recipe.
+        files: YAML files of overrides, nested or with dotted keys.
+        settings: `key=value` each.
+
+    Raises:
+        ConfigError: no such recipe or file, or all that is wrong in the result.
+    """
+    start, changes = _start(source)
+    for file in files:
+        changes |= _overrides(file)
+    changes |= parse_settings(list(settings))
+    names = [str(file) for file in files] + (["--set"] if settings else [])
+    config = start.override(changes, source=" + ".join([source, *names])) if changes else start
+    return Choice(config, RECIPES[start.name]() if start.name in RECIPES else start)
+
+
+def descriptions() -> dict[str, str]:
+    """The recipes by name, with the first line of what each says about itself."""
+    return {name: (inspect.getdoc(make) or "").partition("\n")[0] for name, make in RECIPES.items()}
+
+
+def _start(source: str) -> tuple[IterativeRLConfig, dict[str, Any]]:
+    if source in RECIPES:
+        return RECIPES[source](), {}
+    file = Path(source)
+    if not file.is_file():
+        near = difflib.get_close_matches(source, RECIPES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(RECIPES)}"
+        raise ConfigError(f"{source}: neither a recipe nor a YAML file; {hint}")
+    values = _read(file)
+    if "recipe" not in values:
+        return IterativeRLConfig.parse(values, source=source), {}
+    recipe = values.pop("recipe")
+    if recipe not in RECIPES:
+        raise ConfigError(f"{source}: recipe: {recipe!r} is not one of {', '.join(RECIPES)}")
+    return RECIPES[recipe](), flatten(values)
+
+
+def _overrides(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ConfigError(f"--config {file}: no such file")
+    return flatten(_read(file))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return dict(_Values.from_yaml(file.read_text(encoding="utf-8"), source=str(file)).model_extra or {})
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None

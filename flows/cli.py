@@ -1,0 +1,127 @@
+"""The `cohort` command. It imports little: what a command needs is imported when the command is called."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Final
+
+from cyclopts import App, CycloptsError, Group
+from rich.console import Console
+from rich.markup import escape
+
+__all__ = ["app", "main", "run_command"]
+
+_ENVIRONMENT: Final = {
+    # Telemetry of all parts is off.
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    # Third parties speak when something is wrong.
+    "DATASETS_VERBOSITY": "error",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",  # an error is printed here, once, not also with Prefect's traceback
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""Defaults; what the user has set wins. Worker processes inherit them."""
+_QUIET_LOGGERS: Final = ("DeepSpeed", "deepspeed", "matplotlib", "mlflow", "alembic", "httpx")
+_EPILOGUE: Final = (
+    "--debug with any command shows tracebacks. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, "
+    "130 interrupted."
+)
+
+app = App(
+    name="cohort",
+    help="Reinforcement learning for reasoning models as a pipeline of cached, resumable, comparable stages.",
+    help_epilogue=_EPILOGUE,
+    help_format="plaintext",
+    version_flags=["--version"],
+)
+_RUN, _LOOK, _KEEP = (Group(name, sort_key=place) for place, name in enumerate(("Train", "Look", "Keep")))
+
+
+def _add(name: str, place: str, text: str, group: Group) -> None:
+    app.command(f"flows.commands.{place}", name=name, help=text, group=group)
+
+
+_add("run", "training:run", "Train as a recipe says; again: continue, reusing all that is computed.", _RUN)
+_add("recipes", "training:recipes", "List the recipes, or print one as YAML.", _RUN)
+_add("check", "training:check", "Check a configuration; every error at once.", _RUN)
+_add("runs", "looking:runs", "What ran: when, how far, how well.", _LOOK)
+_add("show", "looking:show", "Show an artifact: groups of outputs with rewards, a checkpoint, any table.", _LOOK)
+_add("explain", "looking:explain", "Why a stage was computed and not reused.", _LOOK)
+_add("lineage", "looking:lineage", "What an artifact was made from, down to the data.", _LOOK)
+_add("ui", "serving:ui", "Open MLflow's and Prefect's user interfaces.", _LOOK)
+_add("verify", "keeping:verify", "Hash every artifact again; report and mend damage.", _KEEP)
+_add("prune", "keeping:prune", "Free the space of old checkpoints; runs stay cached.", _KEEP)
+_add("forget", "keeping:forget", "Let a stage compute its result again.", _KEEP)
+server = App(name="server", help="The local Prefect server: up, down, status.", group=_KEEP)
+server.command("flows.commands.serving:server_up", name="up", help="Start it, or find the one that runs.")
+server.command("flows.commands.serving:server_down", name="down", help="Stop it.")
+server.command("flows.commands.serving:server_status", name="status", help="Whether it runs, and where.")
+app.command(server)
+mlflow = App(name="mlflow", help="The MLflow picture of the runs: sync.", group=_KEEP)
+mlflow.command("flows.commands.serving:mlflow_sync", name="sync", help="Send what MLflow does not have yet.")
+app.command(mlflow)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(tokens: Sequence[str]) -> int:
+    """Run one command line; returns its exit code. Errors become one clear message, with `--debug` a traceback."""
+    arguments = [token for token in tokens if token != "--debug"]
+    if len(arguments) < len(tokens):
+        os.environ["COHORT_DEBUG"] = "1"
+    debug = os.environ.get("COHORT_DEBUG", "") not in ("", "0")
+    _hush(debug=debug)
+    try:
+        result = app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
+        return result if isinstance(result, int) else 0
+    except CycloptsError:
+        return 2  # printed by cyclopts
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    """Print an error for people; its exit code."""
+    from flows.session import InterruptedRunError
+    from pipeline.config import ConfigError
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    match error:
+        case InterruptedRunError():
+            console.print(f"\ninterrupted; nothing is lost. Continue with\n\n  [bold]{escape(str(error))}[/]")
+            return 130
+        case ConfigError():
+            console.print(f"[red]configuration:[/] {escape(str(error))}")
+            return 2
+        case ValueError() | OSError() | RuntimeError():
+            console.print(f"[red]error:[/] {escape(str(error) or type(error).__name__)}")
+        case _:
+            console.print(f"[red]error:[/] {type(error).__name__}: {escape(str(error))}")
+    console.print("[dim]--debug shows where; what was computed is kept, the same command continues[/]")
+    return 1
+
+
+def _hush(*, debug: bool) -> None:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if not debug:
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        for name in _QUIET_LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)

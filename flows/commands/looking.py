@@ -1,0 +1,171 @@
+"""`cohort runs`, `show`, `explain`, `lineage`: what there is, and where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich.table import Table
+
+from flows.artifact_view import show_artifact
+from flows.commands.options import Root, console
+from flows.places import Places
+from flows.records import RunRecord, read_records
+from flows.wording import ago, duration, percent
+from pipeline import lineage as ancestry
+from pipeline.store import MissingArtifactError, Store, use_store
+
+__all__ = ["explain", "lineage", "runs", "show"]
+
+
+def runs(*, root: Root = None) -> None:
+    """List what ran, the latest last.
+
+    Parameters
+    ----------
+    root
+        Folder of the runs.
+    """
+    places, out = Places.under(root), console()
+    records = list(read_records(places))
+    if not records:
+        out.print(f"nothing ran yet in {places.root}; `cohort recipes` says what can")
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("run", "started", "status", "steps", "took", "set", "before", "best", "final"):
+        table.add_column(heading, no_wrap=True)
+    for record in records:
+        _add_run(table, record)
+    out.print(table)
+    out.print(f"\nin {places.runs}", style="dim", soft_wrap=True)
+
+
+def show(
+    digest: str,
+    *,
+    limit: Annotated[int, Parameter(name=["--limit", "-n"], help="groups or rows to show")] = 3,
+    question: str | None = None,
+    full: bool = False,
+    root: Root = None,
+) -> None:
+    """Show an artifact: what made it and its metrics; then groups of outputs with rewards and advantages, a checkpoint's
+    description, or the first rows of a table.
+
+    Parameters
+    ----------
+    digest
+        Digest of the artifact, or its beginning; a run of `cohort runs` means its final policy.
+    question
+        Only the group of this question.
+    full
+        Show the configuration of the stage that made it.
+    root
+        Folder of the store.
+    """
+    places = Places.under(root)
+    with use_store(Store(places.store)) as store:
+        show_artifact(store, _digest(places, store, digest), console(), limit=limit, question=question, full=full)
+
+
+def explain(what: str | None = None, *, root: Root = None) -> None:
+    """Say why a stage was computed and not reused: the earlier call most like it, and which parts of the key differ.
+
+    Parameters
+    ----------
+    what
+        A stage's name (its latest call) or an artifact's digest; without it, the first call of every stage that the last run
+        had to compute.
+    root
+        Folder of the store.
+    """
+    places, out = Places.under(root), console()
+    store = Store(places.store)
+    calls = list(store.actions())
+    chosen = _calls_of(places, store, calls, what)
+    if not chosen:
+        out.print("the last run computed nothing: every result was in the store")
+    explanations = [ancestry.explain(store, call) for call in chosen]
+    if what is not None:
+        for explanation in explanations:
+            out.print(str(explanation), markup=False, soft_wrap=True)
+        return
+    followers = []
+    for explanation in explanations:
+        own = [change for change in explanation.changes if change in explanation.causes]
+        if own or explanation.nearest is None:
+            own_text = "".join(f"\n  {change.part}: {change.before} -> {change.after}" for change in own)
+            out.print(explanation.record["stage"] + (own_text or ": called for the first time"), markup=False)
+        else:
+            followers.append(explanation.record["stage"])
+    if followers:
+        out.print(f"{', '.join(followers)}: their inputs changed (`cohort explain STAGE` shows which)")
+
+
+def lineage(digest: str, *, mermaid: bool = False, depth: int | None = None, root: Root = None) -> None:
+    """Show what an artifact was made from, down to the data.
+
+    Parameters
+    ----------
+    digest
+        Digest of the artifact, or its beginning; a run of `cohort runs` means its final policy.
+    mermaid
+        Print a Mermaid graph instead of a tree.
+    depth
+        Generations to show; all by default.
+    root
+        Folder of the store.
+    """
+    places = Places.under(root)
+    store = Store(places.store)
+    ancestors = ancestry.ancestry(store, _digest(places, store, digest))
+    print(ancestry.mermaid(ancestors) if mermaid else ancestry.tree(ancestors, depth=depth))
+
+
+def _add_run(table: Table, record: RunRecord) -> None:
+    last = record.attempts[-1]
+    status = last.outcome()
+    colour = {"finished": "green", "running": "cyan"}.get(status, "yellow")
+    head = [record.folder.name, ago(last.started), f"[{colour}]{status}[/]", f"{record.steps}/{record.total_steps}"]
+    head.append(duration(sum(attempt.seconds for attempt in record.attempts)))
+    sets: Mapping[str, Any] = record.accuracy.get("final", {})
+    if not sets:
+        table.add_row(*head, "-", "-", "-", "-")
+    for number, (name, final) in enumerate(sets.items()):
+        step, best = record.accuracy.get("best", {}).get(name, (0, None))
+        accuracies = [
+            _accuracy(record.accuracy.get("before", {}).get(name, {})),
+            f"{percent(best)} at {step}",
+            _accuracy(final),
+        ]
+        table.add_row(*(head if number == 0 else [""] * len(head)), name, *accuracies)
+
+
+def _accuracy(metrics: Mapping[str, float]) -> str:
+    return percent(metrics.get("accuracy", metrics.get("greedy_accuracy")))
+
+
+def _digest(places: Places, store: Store, what: str) -> str:
+    """A digest from its beginning, or the final policy of a run."""
+    for record in reversed(list(read_records(places))):
+        if what in (record.folder.name, record.name) and record.policy:
+            return record.policy
+    return store.resolve(what)
+
+
+def _calls_of(places: Places, store: Store, calls: list[dict[str, Any]], what: str | None) -> list[dict[str, Any]]:
+    if what is None:
+        last = list(read_records(places))[-1:]
+        since = last[0].attempts[-1].started if last else 0.0
+        first: dict[str, dict[str, Any]] = {}
+        for call in calls:
+            if call["created"] >= since:
+                first.setdefault(call["stage"], call)
+        return list(first.values())
+    named = [call for call in calls if call["stage"] == what]
+    if not named:
+        digest = store.resolve(what)
+        named = [call for call in calls if call["result"] == digest]
+    if not named:
+        raise MissingArtifactError(f"{what}: no recorded call made it")
+    return named[-1:]

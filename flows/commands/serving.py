@@ -1,0 +1,147 @@
+"""`cohort ui`, `server`, `mlflow`: the user interfaces and what stands behind them."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from flows.commands.options import Root, console
+from flows.places import Places
+from pipeline.server import ensure_server, start_server_soon, stop_server
+from pipeline.server import server_status as status_of
+from pipeline.tracking import sync, tracking_uri
+
+__all__ = ["mlflow_sync", "server_down", "server_status", "server_up", "ui"]
+
+_START_SECONDS = 120.0
+
+
+def ui(*, port: Annotated[int, Parameter(help="of MLflow; 0 = any")] = 5000, root: Root = None) -> int:
+    """Serve MLflow's user interface on this machine until Ctrl-C, and say where Prefect's is.
+
+    Parameters
+    ----------
+    root
+        Folder of store, runs and databases.
+    """
+    places, out = Places.under(root), console()
+    start_server_soon(places.prefect)
+    uri = tracking_uri(places.root)
+    if not uri.startswith("sqlite:"):
+        out.print(f"MLflow   {uri} (configured by MLFLOW_TRACKING_URI)")
+        out.print(f"Prefect  {ensure_server(places.prefect).removesuffix('/api')}")
+        return 0
+    sync(places.root)
+    chosen = _free_port(port)
+    log = places.root / "mlflow-ui.log"
+    process = _start_mlflow(places, uri, chosen, log)
+    try:
+        out.print("starting ...", style="dim")
+        _await_answer(process, chosen, log)
+        out.print(f"MLflow   [bold]http://127.0.0.1:{chosen}[/]")
+        out.print(f"Prefect  [bold]{ensure_server(places.prefect).removesuffix('/api')}[/]")
+        out.print("Ctrl-C stops MLflow's; Prefect's server goes on (`cohort server down` stops it)", style="dim")
+        return process.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        _stop(process)
+
+
+def server_up(*, root: Root = None) -> None:
+    """Start the local Prefect server, or find the one that runs."""
+    url = ensure_server(Places.under(root).prefect)
+    console().print(f"Prefect  [bold]{url.removesuffix('/api')}[/]")
+
+
+def server_down(*, root: Root = None) -> None:
+    """Stop the local Prefect server; its database stays."""
+    console().print("stopped" if stop_server(Places.under(root).prefect) else "no server was running")
+
+
+def server_status(*, root: Root = None) -> int:
+    """Say whether the Prefect server runs; exit code 1 when it does not answer."""
+    status, out = status_of(Places.under(root).prefect), console()
+    whose = "configured by you" if status.configured else f"process {status.pid}"
+    if status.healthy:
+        out.print(f"Prefect  [bold]{status.ui}[/] ({whose})")
+    elif status.pid or status.configured:
+        out.print(f"Prefect  {status.ui} ({whose}) does not answer; log: {status.log}", soft_wrap=True)
+    else:
+        out.print("no server is running; `cohort run` and `cohort server up` start one")
+    return 0 if status.healthy else 1
+
+
+def mlflow_sync(*, rebuild: bool = False, root: Root = None) -> int:
+    """Send what MLflow does not have yet from the journals of all runs.
+
+    Parameters
+    ----------
+    rebuild
+        Delete the runs in MLflow first and make them again.
+    root
+        Folder of store, runs and databases.
+    """
+    report, out = sync(Places.under(root).root, rebuild=rebuild), console()
+    out.print(f"{report.sent} runs complete in MLflow" + (f", {report.living} still running" if report.living else ""))
+    for journal, error in report.errors.items():
+        out.print(f"[red]{journal}[/]: {error}", soft_wrap=True)
+    return 1 if report.errors else 0
+
+
+def _start_mlflow(places: Places, uri: str, port: int, log: Path) -> subprocess.Popen[bytes]:
+    """MLflow's server in a process group of its own, so that all of its workers can be stopped."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", uri, "--default-artifact-root", (places.root / "mlruns").as_uri()]
+    settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    places.root.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as sink:
+        return subprocess.Popen(
+            command,
+            cwd=places.root,
+            env=settings | os.environ,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
+        )
+
+
+def _await_answer(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2.0)
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            connection.request("GET", "/health")
+            if connection.getresponse().status == 200:
+                return
+        connection.close()
+        time.sleep(0.2)
+    raise RuntimeError(f"MLflow's user interface did not start; its log: {log}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, number)
+            process.wait(timeout=10.0)
+
+
+def _free_port(wanted: int) -> int:
+    """The port asked for where it is free, else any."""
+    for port in (wanted, 0):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise RuntimeError("no free port on 127.0.0.1")

@@ -1,0 +1,111 @@
+"""`cohort run`, `recipes`, `check`: choose a configuration and train."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+
+from flows.choice import Choice, choose, descriptions
+from flows.commands.options import ConfigFiles, Root, Settings, console, debugging
+from flows.places import Places
+from flows.session import run_flow
+from flows.summary import print_summary
+from flows.wording import number
+
+__all__ = ["check", "recipes", "run"]
+
+
+def run(
+    recipe: str,
+    *,
+    config: ConfigFiles = None,
+    set_: Settings = None,
+    engine: Annotated[Literal["prefect", "inline"], Parameter(help="inline: no server")] = "prefect",
+    root: Root = None,
+) -> None:
+    """Train as a recipe says. The same command again continues an interrupted run and repeats nothing that is computed.
+
+    Parameters
+    ----------
+    recipe
+        Name of a recipe (`cohort recipes`) or a YAML file.
+    config
+        YAML file of overrides, nested or with dotted keys; may be given several times.
+    set_
+        `key=value`, for example `--set rollout.G=8`; may be given several times.
+    engine
+        `prefect` shows states and logs in Prefect's UI (a local server is started when none is configured); `inline` makes
+        plain calls.
+    root
+        Folder of store, runs and databases; default: COHORT_ROOT or ./artifacts.
+    """
+    choice = choose(recipe, config or [], set_ or [])
+    places, out = Places.under(root), console()
+    _announce(choice, places, engine, out)
+    summary = run_flow(choice, places, engine=engine, console=out, debug=debugging())
+    print_summary(summary, out, ui_command=f"cohort ui{places.option()}")
+
+
+def recipes(name: str | None = None) -> None:
+    """List the recipes, or print one in full as YAML (a start for a file of your own).
+
+    Parameters
+    ----------
+    name
+        The recipe to print.
+    """
+    out = console()
+    if name:
+        text = choose(name).base.to_yaml()
+        out.print(Syntax(text, "yaml", background_color="default")) if out.is_terminal else print(text, end="")
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for recipe, text in descriptions().items():
+        table.add_row(f"[bold]{recipe}[/]", text)
+    out.print(table)
+
+
+def check(recipe: str, *, config: ConfigFiles = None, set_: Settings = None) -> None:
+    """Check a configuration without running it: all errors at once (exit code 2), or what differs from its recipe.
+
+    Parameters
+    ----------
+    recipe
+        Name of a recipe or a YAML file.
+    config
+        YAML file of overrides.
+    set_
+        `key=value`.
+    """
+    choice = choose(recipe, config or [], set_ or [])
+    out = console()
+    differences = choice.differences()
+    if not differences:
+        out.print(f"{recipe} is valid")
+        return
+    out.print(f"{recipe} is valid; it differs from {choice.base.name} in")
+    out.print(_differences(choice, differences))
+
+
+def _announce(choice: Choice, places: Places, engine: str, out: Console) -> None:
+    """Say what is about to run, before anything heavy is imported."""
+    config = choice.config
+    plan = f"{config.iterations} x {config.steps} steps, {config.questions_per_step} questions x {config.rollout.G} outputs"
+    out.print(f"[bold]{config.name}[/]  {plan}, seed {config.seed}, engine {engine}, in {places.root}", soft_wrap=True)
+    differences = choice.differences()
+    if differences:
+        out.print(_differences(choice, differences))
+
+
+def _differences(choice: Choice, differences: dict[str, tuple[Any, Any]]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 2))
+    table.add_column("changed")
+    table.add_column(choice.base.name, style="dim")
+    table.add_column("here", style="bold")
+    for key, (was, now) in differences.items():
+        table.add_row(key, number(was), number(now))
+    return table

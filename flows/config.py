@@ -1,0 +1,144 @@
+"""The whole configuration of a run: what `cohort run` reads, overrides and hands to the flow."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config import Config
+from stages.advantage import AdvantageConfig
+from stages.data import ArithmeticConfig, DemonstrationConfig, QuestionFileConfig
+from stages.evaluation import EvaluationConfig
+from stages.prompts import PromptConfig
+from stages.reward import RewardConfig
+from stages.rollout import RolloutConfig
+from stages.sft import PolicyConfig, SFTConfig
+from stages.update import UpdateConfig
+
+__all__ = ["ArithmeticData", "EvaluationPlan", "FileData", "IterativeRLConfig", "PretrainedPolicy"]
+
+
+class ArithmeticData(Config):
+    """The built-in world: demonstrations by a mixture of authors, questions of its train split, held-out sets."""
+
+    kind: Literal["arithmetic"] = "arithmetic"
+    "Selects the built-in world."
+    demonstrations: DemonstrationConfig = DemonstrationConfig()
+    "What supervised fine-tuning imitates (train split)."
+    train: ArithmeticConfig
+    "Questions for RL (train split)."
+    evaluation: dict[str, ArithmeticConfig]
+    "Named held-out sets."
+
+    @model_validator(mode="after")
+    def _one_border(self) -> ArithmeticData:
+        """Train and held-out sets share nothing only if all draw the border between them at the same place."""
+        shares = {part.held_out_share for part in (self.demonstrations.chains, self.train, *self.evaluation.values())}
+        if len(shares) > 1:
+            raise ValueError(f"held_out_share must be the same in every set, found {sorted(shares)}")
+        return self
+
+
+class FileData(Config):
+    """Question sets in files or data sets of others."""
+
+    kind: Literal["files"] = "files"
+    "Selects question files."
+    path: str = "."
+    "Folder that the sets' own paths are relative to."
+    train: QuestionFileConfig
+    "Questions for RL; those with solutions are the demonstrations of supervised fine-tuning."
+    evaluation: dict[str, QuestionFileConfig]
+    "Named held-out sets."
+
+
+class PretrainedPolicy(Config):
+    """A policy made by others: a folder in Hugging Face format."""
+
+    kind: Literal["pretrained"] = "pretrained"
+    "Selects an existing model."
+    path: str
+    "Folder with config.json, safetensors and tokenizer."
+
+
+class EvaluationPlan(Config):
+    """When and how the policy is evaluated; the first and the last policy always are."""
+
+    every: int = Field(10, ge=0)
+    "Steps between evaluations; 0 = only before and after."
+    samples: int = Field(8, ge=0)
+    "Outputs per question for mean@k, pass@k and maj@k; 0 = greedy only."
+    temperature: float = Field(1.0, gt=0)
+    "Temperature of those samples. The paper's Fig. 7 has 0.7; 1 is the policy as it is trained."
+    greedy: bool = True
+    "Also decode greedily."
+    estimates: EvaluationConfig = EvaluationConfig()
+    "The K of pass@K and maj@K, and the bootstrap."
+
+    def is_due(self, step: int, last: int) -> bool:
+        """Whether the policy after `step` is to be evaluated."""
+        return step == last or (self.every > 0 and step % self.every == 0)
+
+    def modes(self, rollout: RolloutConfig) -> list[tuple[str, RolloutConfig, EvaluationConfig]]:
+        """What an evaluation runs: name, sampling (that of training but for G and temperature), and estimates."""
+        modes = []
+        if self.greedy:
+            modes.append(
+                ("greedy", rollout.override({"G": 1, "temperature": 0.0}), self.estimates.override({"ks": [1]}))
+            )
+        if self.samples:
+            sampling = rollout.override({"G": self.samples, "temperature": self.temperature})
+            modes.append(("sampled", sampling, self.estimates))
+        return modes
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> EvaluationPlan:
+        if self.samples and max(self.estimates.ks) > self.samples:
+            raise ValueError(
+                f"estimates.ks: {max(self.estimates.ks)} needs as many samples per question, found {self.samples}"
+            )
+        return self
+
+
+class IterativeRLConfig(Config):
+    """Algorithm 1: I iterations of M steps of GRPO, from a policy made here or by others."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    "Name of the run: MLflow's run name and the folder of its summary."
+    experiment: str = Field("cohort", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    "MLflow experiment, one per study."
+    seed: int = Field(0, ge=0)
+    "Seed of everything random in the flow."
+    data: Annotated[ArithmeticData | FileData, Field(discriminator="kind")]
+    "Where questions and demonstrations come from."
+    prompt: PromptConfig = PromptConfig()
+    "How a question becomes the policy's input."
+    policy: Annotated[PolicyConfig | PretrainedPolicy, Field(discriminator="kind")]
+    "The model before supervised fine-tuning."
+    sft: SFTConfig | None = None
+    "Supervised fine-tuning before RL; null = RL starts from the policy as given."
+    iterations: int = Field(1, ge=0)
+    "I of Algorithm 1: how often the reference becomes the policy."
+    steps: int = Field(ge=1)
+    "M of Algorithm 1: exploration stages per iteration."
+    questions_per_step: int = Field(16, ge=1)
+    "Questions of an exploration stage. The paper's batch of 1,024 is read as outputs: 16 questions of 64 (4.2)."
+    rollout: RolloutConfig = RolloutConfig()
+    "Sampling of the G outputs per question."
+    reward: RewardConfig = RewardConfig()
+    "r: rules for now."
+    advantage: AdvantageConfig = AdvantageConfig()
+    "A-hat from the rewards of a group."
+    update: UpdateConfig = UpdateConfig()
+    "The policy update."
+    evaluation: EvaluationPlan = EvaluationPlan()
+    "Held-out evaluation."
+
+    @model_validator(mode="after")
+    def _needs_a_group(self) -> IterativeRLConfig:
+        if self.rollout.G < 2:
+            raise ValueError(
+                f"rollout.G: group-relative advantages need at least 2 outputs per question, found {self.rollout.G}"
+            )
+        return self

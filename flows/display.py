@@ -1,0 +1,210 @@
+"""Live progress of a run: a rich display in a terminal, plain lines elsewhere (a log file, a pipe, a batch system).
+
+Both listen to `pipeline.progress` reports through one `RunState`. What stays on the screen is the same: stages before the
+first step, evaluations, warnings, each once. The terminal shows the moving part below it, plain output prints it as lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from flows.run_state import RunState
+from flows.wording import accuracies, duration, number
+from pipeline.progress import listen
+
+__all__ = ["Display", "displaying"]
+
+_PLAIN_SECONDS: Final = 5.0
+"""Plain output repeats where a long stage stands no more often than this."""
+_STEP_METRICS: Final = {"reward": "reward/mean", "KL": "policy/kl", "entropy": "policy/entropy"}
+_WORTH_A_LINE: Final = 1.0
+"""Stages before the first step that took less (seconds) are not mentioned."""
+_BAR: Final = 24
+_OURS: Final = tuple(str(Path(__file__).resolve().parents[1] / name) for name in ("pipeline", "stages", "flows"))
+
+
+class Display:
+    """Writes where a run stands to a console; `take` is a listener of `pipeline.progress`."""
+
+    def __init__(self, state: RunState, console: Console) -> None:
+        self.state = state
+        self.console = console
+        self.live = console.is_terminal and not console.is_dumb_terminal
+        self._seen: set[str] = set()
+        self._reused: list[int] = []
+        self._greedy: tuple[tuple[int, str], str] | None = None
+        """The greedy evaluation of a step and set, kept for the line of the samples that usually follow."""
+        self._last_line = state.clock()
+
+    def take(self, topic: str, values: dict[str, Any]) -> None:
+        """Note a report and write what it calls for."""
+        if topic == "stage" and values["outcome"] in ("executed", "failed"):
+            self._stage_ended(values)
+        self.state.take(topic, values)
+        match topic:
+            case "stage":
+                pass
+            case "step":
+                self._step()
+            case "evaluation":
+                self._evaluation((values["step"], values["set"]), values["mode"], accuracies(values["metrics"]))
+            case "server":
+                self._line(f"waiting for the local Prefect server ({values['note']})", "dim")
+            case "lock":
+                self.warn("another run computes the same stage; waiting for its result")
+            case _:
+                self._moved(topic)
+
+    def warn(self, message: str) -> None:
+        """Show a warning, once per text."""
+        if message not in self._seen:
+            self._seen.add(message)
+            self._line(f"warning: {message}", "yellow")
+
+    def close(self) -> None:
+        """Write what was held back."""
+        self._flush_greedy()
+        self._flush_reused()
+
+    # ---------------------------------------------------------------- lines that stay
+
+    def _line(self, text: str, style: str = "") -> None:
+        self._last_line = self.state.clock()
+        self.console.print(Text(f"{_clock(self.state.elapsed)}  {text}", style=style), soft_wrap=True)
+
+    def _stage_ended(self, values: dict[str, Any]) -> None:
+        if values["outcome"] == "failed":
+            self._flush_reused()
+            self._line(f"{values['name']} failed", "red")
+        elif not self.state.evaluations and values["seconds"] > _WORTH_A_LINE:
+            last = {name: value for name, value in self.state.detail.items() if name not in ("done", "total")}
+            self._line(f"{values['name']} took {duration(values['seconds'])}  {_detail_text(last)}".rstrip())
+
+    def _evaluation(self, where: tuple[int, str], mode: str, text: str) -> None:
+        if mode == "greedy":
+            self._flush_greedy()
+            self._greedy = (where, text)
+            return
+        if self._greedy and self._greedy[0] == where:
+            text, self._greedy = f"{self._greedy[1]}  {text}", None
+        self._flush_greedy()
+        self._flush_reused()
+        self._line(f"step {where[0]:>3}  {where[1]}: {text}", "bold")
+
+    def _flush_greedy(self) -> None:
+        if self._greedy:
+            (step, name), text = self._greedy
+            self._greedy = None
+            self._flush_reused()
+            self._line(f"step {step:>3}  {name}: {text}", "bold")
+
+    def _step(self) -> None:
+        state = self.state
+        self._flush_greedy()
+        if not state.step_executed:
+            self._reused.append(state.step)
+            return
+        self._flush_reused()
+        if not self.live:
+            self._line(f"step {state.step:>3}/{state.steps}  {_step_text(state)}{_left(state)}")
+
+    def _flush_reused(self) -> None:
+        if self._reused:
+            first, last = self._reused[0], self._reused[-1]
+            self._reused.clear()
+            self._line(f"step {first:>3}" + (f" to {last}" if last > first else "") + "  reused from the store", "dim")
+
+    def _moved(self, topic: str) -> None:
+        if not self.live and self.state.clock() - self._last_line >= _PLAIN_SECONDS:
+            self._line(f"{self.state.stage or topic} {_detail_text(self.state.detail)}")
+
+    # ---------------------------------------------------------------- the part that moves
+
+    def __rich__(self) -> RenderableType:
+        state = self.state
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(width=22, no_wrap=True, overflow="ellipsis")
+        grid.add_column(width=_BAR)
+        grid.add_column(no_wrap=True, overflow="ellipsis")
+        bar: RenderableType = ProgressBar(max(state.steps, 1), state.step, width=_BAR)
+        grid.add_row(Text(f"step {state.step}/{state.steps}", style="bold"), bar, Text(_left(state).strip()))
+        if state.stage:
+            total, done = state.detail.get("total"), state.detail.get("done", 0)
+            seconds = Text(duration(state.clock() - state.stage_since), style="dim")
+            bar = ProgressBar(total, done, width=_BAR) if total else seconds
+            grid.add_row(Text(state.stage, style="cyan"), bar, Text(_detail_text(state.detail)))
+        return Group(
+            Text(), grid, Text(f"{_clock(state.elapsed)}  {_step_text(state)}", style="dim", overflow="ellipsis")
+        )
+
+
+@contextlib.contextmanager
+def displaying(state: RunState, console: Console, *, all_warnings: bool = False) -> Iterator[Display]:
+    """Show a run while the block runs. Warnings of this project are shown once, those of libraries on request only."""
+    display = Display(state, console)
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if all_warnings or filename.startswith(_OURS):
+            display.warn(str(message))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        for package in ("pipeline", "stages", "flows"):
+            warnings.filterwarnings("always", module=rf"{package}\.")
+        warnings.showwarning = show
+        stack.enter_context(listen(display.take))
+        if display.live:
+            live = Live(display, console=console, refresh_per_second=4, transient=True)
+            stack.enter_context(live)
+        stack.callback(display.close)
+        yield display
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.gmtime(seconds))
+
+
+def _left(state: RunState) -> str:
+    left = state.seconds_left()
+    return "" if left is None or state.step >= state.steps else f"  about {duration(left)} left"
+
+
+def _step_text(state: RunState) -> str:
+    """The last step in one line: metrics, tokens per second, the latest greedy accuracy, seconds."""
+    if not state.metrics:
+        return ""
+    parts = [f"{label} {state.metrics[key]:.3f}" for label, key in _STEP_METRICS.items() if key in state.metrics]
+    parts += _rate(state.metrics.get("rollout/tokens_per_s"))
+    greedy = [(name, metrics) for (name, mode), metrics in state.evaluations.items() if mode == "greedy"]
+    parts += [f"{name} {accuracies(metrics)}" for name, metrics in greedy[:1]]
+    return "  ".join([*parts, duration(state.step_seconds)])
+
+
+def _detail_text(detail: Mapping[str, Any]) -> str:
+    """What a stage reported last: how far it is, then its values."""
+    values = dict(detail)
+    done, total, rate = (values.pop(name, None) for name in ("done", "total", "tokens_per_s"))
+    count = [] if done is None else [f"{number(done)}/{number(total)}" if total else number(done)]
+    return "  ".join([*count, *(f"{name} {number(value)}" for name, value in values.items()), *_rate(rate)])
+
+
+def _rate(tokens_per_s: float | None) -> list[str]:
+    return [] if tokens_per_s is None else [f"{tokens_per_s:,.0f} tokens/s"]

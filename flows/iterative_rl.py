@@ -1,0 +1,64 @@
+"""Algorithm 1 of DeepSeekMath: iterative GRPO. The numbers at the right are the paper's line numbers.
+
+Every line is a stage call that asks the store first, so the same call resumes an interrupted run, and a longer one
+(`iterations`, `steps`) computes only what is new. Whatever happens per step is drawn from seeds that depend on the run's seed
+and the step alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from flows.bootstrap import initial_policy, prepare_data
+from flows.config import IterativeRLConfig
+from flows.observer import observer
+from pipeline.orchestration import flow
+from stages.advantage import estimate_advantages
+from stages.data import sample_batch
+from stages.evaluation import evaluate
+from stages.models import Checkpoint
+from stages.reward import score
+from stages.rollout import rollout
+from stages.tables import Questions
+from stages.update import update_policy
+
+__all__ = ["iterative_rl"]
+
+
+# fmt: off
+@flow
+def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
+    """Train a policy as `config` says; returns the last one."""
+    data = prepare_data(config.data)
+    policy = initial_policy(config, data)                                                                  # line 1
+    evaluate_policy(config, policy, data.evaluation, step=0)
+    last = config.iterations * config.steps
+    for iteration in range(config.iterations):                                                             # line 2
+        reference = policy                                                                                 # line 3
+        for step in range(iteration * config.steps, (iteration + 1) * config.steps):                       # line 4
+            seed = step_seed(config.seed, step)
+            questions = sample_batch(data.train, size=config.questions_per_step, step=step, seed=config.seed)  # line 5
+            outputs = rollout(policy, questions, config.prompt, config.rollout, seed=seed)                 # lines 6-7
+            rewards = score(outputs, questions, config.reward)                                             # line 8
+            advantages = estimate_advantages(rewards, outputs, config.advantage)                           # line 9
+            policy = update_policy(policy, reference, outputs, advantages, config.update, seed=seed)       # line 10
+            observer().step(step + 1, iteration, outputs, rewards, advantages, policy)
+            if config.evaluation.is_due(step + 1, last):
+                evaluate_policy(config, policy, data.evaluation, step=step + 1)
+        # Line 11, the reward model's continued training, has nothing to train yet: rewards are rules.
+    return policy
+# fmt: on
+
+
+def evaluate_policy(config: IterativeRLConfig, policy: Checkpoint, sets: dict[str, Questions], *, step: int) -> None:
+    """Greedy accuracy, and mean@k, pass@k and maj@k of k samples at the evaluation's temperature, on every set."""
+    for name, questions in sets.items():
+        for mode, sampling, estimates in config.evaluation.modes(config.rollout):
+            outputs = rollout(policy, questions, config.prompt, sampling, seed=config.seed)
+            rewards = score(outputs, questions, config.reward)
+            observer().evaluation(step, name, mode, evaluate(outputs, rewards, estimates))
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A seed of 31 bits for one step, unrelated to that of any other step or run seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:4], "big") >> 1

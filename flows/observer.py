@@ -1,0 +1,95 @@
+"""What a flow tells the world about itself: one point of metrics per step, one per evaluation.
+
+All numbers come from the artifacts' own records, so a cached run draws the same curves. The observer keeps them for the
+summary and the learning curve and hands them to a tracker (MLflow); it never touches training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pipeline.artifact import Artifact
+from pipeline.progress import report
+from stages.models import Checkpoint
+from stages.tables import Advantages, Evaluation, Rewards, Rollouts
+
+__all__ = ["Observer", "StepLog", "observer", "observing"]
+
+
+class StepLog(Protocol):
+    """Where metrics go, by step: MLflow's tracker is one."""
+
+    def log_step(self, step: int, metrics: dict[str, float]) -> None:
+        """Take the metrics of one step; equal keys of one step may come in several calls, none of them twice."""
+        ...
+
+
+@dataclass
+class Observer:
+    """Collects the metrics of a run, by step (0 = before the first update)."""
+
+    log: StepLog | None = None
+    points: dict[int, dict[str, float]] = field(default_factory=dict)
+    policy: Checkpoint | None = None
+    samples: int = 0
+    tokens: int = 0
+
+    def step(
+        self,
+        step: int,
+        iteration: int,
+        outputs: Rollouts,
+        rewards: Rewards,
+        advantages: Advantages,
+        policy: Checkpoint,
+    ) -> None:
+        """One pass through lines 5-10 of Algorithm 1 ended with `policy`."""
+        metrics = _merged(outputs, rewards, advantages, policy)
+        self.samples += int(metrics.get("rollout/samples", 0))
+        self.tokens += int(metrics.get("rollout/tokens", 0))
+        self.policy = policy
+        progress = {"progress/iteration": iteration, "progress/samples": self.samples, "progress/tokens": self.tokens}
+        self._take(step, metrics | progress)
+        report("step", step=step, iteration=iteration, metrics=metrics)
+
+    def evaluation(self, step: int, name: str, mode: str, result: Evaluation) -> None:
+        """The policy after `step` was evaluated on the set `name`, greedily or by samples."""
+        metrics = result.metrics
+        if mode == "greedy":
+            metrics = {"greedy_accuracy": metrics["accuracy"]}
+        self._take(step, {f"eval/{name}/{key}": value for key, value in metrics.items()})
+        report("evaluation", step=step, set=name, mode=mode, metrics=metrics)
+
+    def _take(self, step: int, metrics: dict[str, float]) -> None:
+        self.points.setdefault(step, {}).update(metrics)
+        if self.log is not None:
+            self.log.log_step(step, metrics)
+
+
+_current: ContextVar[Observer | None] = ContextVar("cohort_observer", default=None)
+
+
+def observer() -> Observer:
+    """The observer of the flow that is running; one that nobody reads outside of `observing`."""
+    return _current.get() or Observer()
+
+
+@contextlib.contextmanager
+def observing(current: Observer) -> Iterator[Observer]:
+    """Make `current` what flows called inside the block report to."""
+    token = _current.set(current)
+    try:
+        yield current
+    finally:
+        _current.reset(token)
+
+
+def _merged(*artifacts: Artifact) -> dict[str, float]:
+    merged: dict[str, float] = {}
+    for artifact in artifacts:
+        merged |= artifact.metrics
+    return merged

@@ -1,0 +1,169 @@
+"""Recipes: complete configs, each number with its source. A recipe is a function; `cohort recipes NAME` prints its YAML.
+
+Sources: "4.2" and the like are sections of DeepSeekMath; "ours" is our choice, measured in docs/lab.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from flows.config import ArithmeticData, EvaluationPlan, FileData, IterativeRLConfig
+from stages.data import ArithmeticConfig, DemonstrationConfig, QuestionFileConfig
+from stages.evaluation import EvaluationConfig
+from stages.prompts import PromptConfig
+from stages.reward import AccuracyConfig, FormatConfig, RewardConfig
+from stages.rollout import RolloutConfig
+from stages.sft import PolicyConfig, SFTConfig
+from stages.tokenizers import BPETokenizerConfig
+from stages.training import AdamWConfig, DeepSpeedEngineConfig, MuonConfig, TrainingConfig, native_bf16
+from stages.update import GRPOConfig, UpdateConfig
+
+__all__ = ["RECIPES", "arithmetic_cpu", "arithmetic_smoke", "gsm8k_cpu"]
+
+
+def arithmetic_cpu() -> IterativeRLConfig:
+    """The demo: SFT on a mixture of authors, then GRPO, on chain arithmetic; minutes on a laptop's CPU."""
+    return IterativeRLConfig(
+        name="arithmetic_cpu",
+        experiment="arithmetic",
+        data=ArithmeticData(
+            demonstrations=DemonstrationConfig(chains=ArithmeticConfig(count=50_000, shortest=2, longest=6)),  # ours
+            train=ArithmeticConfig(count=8192, shortest=3, longest=5),  # ours
+            evaluation={
+                "in_domain": ArithmeticConfig(count=512, shortest=3, longest=5),  # ours
+                "out_of_domain": ArithmeticConfig(
+                    count=256, shortest=6, longest=6
+                ),  # ours: SFT saw such chains, RL did not
+            },
+        ),
+        prompt=PromptConfig(suffix="\n"),  # ours: the solution begins on a line of its own
+        policy=PolicyConfig(),  # ours: 0.36 M parameters, one token per character
+        sft=SFTConfig(
+            training=TrainingConfig(
+                optimizer=MuonConfig(learning_rate=3e-3),  # ours: AdamW alone was far slower
+                precision=_fast_precision(),
+                warmup_steps=40,  # ours
+                threads=2,  # ours
+            ),
+            batch_size=64,  # ours
+            stop_loss=0.10,  # ours: an SFT stopped before the arithmetic is learned caps RL
+            decay_steps=150,  # ours
+            length_pool=8,  # ours
+        ),
+        iterations=1,  # ours; 5.2.1 has two more
+        steps=40,  # ours
+        questions_per_step=64,  # ours: many short questions; 4.2 has 16 questions of 64 outputs
+        rollout=RolloutConfig(G=16, temperature=1.0, max_output_tokens=64),  # ours; 4.2: 64 outputs of 1,024 tokens
+        update=UpdateConfig(
+            objective=GRPOConfig(eps=0.2, beta=0.04),  # eps ours, beta 4.2
+            mu=1,  # 4.2
+            training=TrainingConfig(
+                engine=DeepSpeedEngineConfig(zero_stage=1),  # ours
+                optimizer=AdamWConfig(learning_rate=3e-4),  # ours; 4.2: 1e-6 for 7 B parameters
+                precision=_fast_precision(),
+                threads=2,  # ours
+            ),
+        ),
+        evaluation=EvaluationPlan(
+            every=10,  # ours
+            samples=8,  # ours; Fig. 7 has up to 64
+            estimates=EvaluationConfig(ks=(1, 4, 8)),  # Fig. 7: 1, 4, 8, 16, 32, 64
+        ),
+    )
+
+
+def arithmetic_smoke() -> IterativeRLConfig:
+    """The demo's flow at its smallest: two iterations of two steps in seconds, to try the machinery; learns little."""
+    demo = arithmetic_cpu()
+    return demo.override(
+        {
+            "name": "arithmetic_smoke",
+            "data.demonstrations.chains.count": 512,
+            "data.train.count": 64,
+            "data.evaluation": {"in_domain": {"count": 16}},
+            "policy.settings.hidden_size": 32,
+            "policy.settings.intermediate_size": 64,
+            "policy.settings.num_hidden_layers": 1,
+            "policy.settings.num_attention_heads": 2,
+            "policy.settings.num_key_value_heads": 2,
+            "sft.training.threads": 1,
+            "sft.training.precision": "fp32",
+            "sft.max_steps": 20,
+            "sft.stop_loss": None,
+            "sft.decay_steps": 5,
+            "iterations": 2,
+            "steps": 2,
+            "questions_per_step": 4,
+            "reward.components": [{"kind": "format", "form": "pattern", "pattern": r"\d\s*$"}, {"kind": "accuracy"}],
+            "rollout.G": 4,
+            "rollout.max_output_tokens": 24,
+            "rollout.backend.threads": 1,
+            "rollout.backend.dtype": "float32",
+            "update.training.engine.kind": "torch",
+            "update.training.threads": 1,
+            "update.training.precision": "fp32",
+            "evaluation.every": 2,
+            "evaluation.samples": 2,
+            "evaluation.estimates.ks": [1, 2],
+        },
+        source="recipe arithmetic_smoke",
+    )
+
+
+def gsm8k_cpu() -> IterativeRLConfig:
+    """Real GSM8K questions on a CPU: a small model from scratch, SFT on the real solutions, GRPO on accuracy and format."""
+    return IterativeRLConfig(
+        name="gsm8k_cpu",
+        experiment="gsm8k",
+        data=FileData(
+            path=".",  # --set data.path=FOLDER
+            train=QuestionFileConfig(path="gsm8k_train.jsonl", remove_calculator_marks=True),
+            evaluation={
+                "test": QuestionFileConfig(path="gsm8k_test.jsonl", remove_calculator_marks=True, limit=256)
+            },  # ours
+        ),
+        prompt=PromptConfig(suffix="\n"),  # ours: nothing to instruct a model made from scratch
+        policy=PolicyConfig(
+            settings={
+                "hidden_size": 192,
+                "intermediate_size": 512,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "max_position_embeddings": 512,
+                "tie_word_embeddings": True,
+            },  # ours
+            tokenizer=BPETokenizerConfig(vocab_size=2048),  # ours
+        ),
+        sft=SFTConfig(
+            training=TrainingConfig(
+                optimizer=MuonConfig(learning_rate=3e-3), precision=_fast_precision(), warmup_steps=40, threads=2
+            ),  # ours
+            batch_size=32,  # ours
+            max_steps=300,  # ours
+            decay_steps=100,  # ours
+            length_pool=8,  # ours
+        ),
+        steps=24,  # ours
+        questions_per_step=16,  # 4.2
+        rollout=RolloutConfig(G=8, max_output_tokens=160),  # ours; 4.2: 64 outputs of 1,024 tokens
+        reward=RewardConfig(components=(AccuracyConfig(), FormatConfig(form="hashes", weight=0.2))),  # ours
+        update=UpdateConfig(
+            training=TrainingConfig(
+                optimizer=AdamWConfig(learning_rate=1e-4), precision=_fast_precision(), threads=2
+            ),  # ours
+        ),
+        evaluation=EvaluationPlan(every=8, samples=4, estimates=EvaluationConfig(ks=(1, 4))),  # ours
+    )
+
+
+def _fast_precision() -> Literal["fp32", "bf16"]:
+    """bf16 where the CPU multiplies it in hardware; elsewhere it is emulated, many times slower than fp32."""
+    return "bf16" if native_bf16() else "fp32"
+
+
+RECIPES: dict[str, Callable[[], IterativeRLConfig]] = {
+    recipe.__name__: recipe for recipe in (arithmetic_cpu, arithmetic_smoke, gsm8k_cpu)
+}
+"""Every recipe by name; the first line of its docstring describes it."""

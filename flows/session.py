@@ -1,0 +1,174 @@
+"""Everything around a flow: the store, live progress, the tracker, the record of the run, and on request Prefect."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from flows.choice import Choice
+from flows.config import IterativeRLConfig
+from flows.display import displaying
+from flows.learning_curve import draw_learning_curve
+from flows.observer import Observer, observing
+from flows.places import Places
+from flows.records import RunRecord, run_folder, write_json
+from flows.run_state import RunState
+from flows.summary import Summary, summarise, summary_markdown
+from pipeline.orchestration import Engine, use_engine
+from pipeline.progress import listen, report
+from pipeline.store import Store, use_store
+from pipeline.tracking import Tracker, track
+from stages.models import Checkpoint
+
+__all__ = ["InterruptedRunError", "run_flow"]
+
+
+class InterruptedRunError(Exception):
+    """A run that was stopped from outside (Ctrl-C, SIGTERM); its text is the command that continues it."""
+
+
+def run_flow(
+    choice: Choice, places: Places, *, engine: Engine, console: Console, command: str = "", debug: bool = False
+) -> Summary:
+    """Train as configured, showing progress; leaves record, summary and learning curve in the run's folder.
+
+    Args:
+        command: what continues the run; that of this process by default.
+
+    Raises:
+        InterruptedRunError: stopped from outside; what was computed is in the store.
+        Exception: whatever a stage raised.
+    """
+    config = choice.config
+    if engine == "prefect":
+        from pipeline.server import start_server_soon
+
+        # The server needs seconds to start; they pass beside whatever comes before the first task.
+        start_server_soon(places.prefect)
+    command = command or shlex.join(["cohort", *sys.argv[1:]])
+    record = RunRecord.begin(places, config, command=command, engine=engine)
+    state, observer = RunState(steps=config.iterations * config.steps), Observer()
+    key = run_folder(places, config).name
+    parameters = config.model_dump(mode="json")
+    try:
+        with (
+            _terminations_interrupt(),
+            displaying(state, console, all_warnings=debug),
+            listen(lambda topic, values: record.note(state)),
+            track(
+                places.root, experiment=config.experiment, run_name=config.name, run_key=key, config=parameters
+            ) as tracker,
+        ):
+            observer.log = tracker
+            policy = _train(config, places, engine, observer, warm=not record.finished_before())
+            record.policy = policy.digest
+            summary = summarise(config, observer.points, state, policy, _paths(record, places))
+            record.accuracy = {"before": summary.before, "best": summary.best, "final": summary.after}
+            _conclude(summary, record, tracker, choice, command)
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt) or type(error).__name__ == "TerminationSignal"
+        record.end("interrupted" if interrupted else "failed", state, f"{type(error).__name__}: {error}"[:2000])
+        if interrupted:
+            raise InterruptedRunError(command) from error
+        raise
+    record.end("finished", state)
+    return summary
+
+
+def _train(config: IterativeRLConfig, places: Places, engine: Engine, observer: Observer, *, warm: bool) -> Checkpoint:
+    from flows.iterative_rl import iterative_rl
+
+    with use_store(Store(places.store)), observing(observer), _orchestration(engine, places, warm=warm):
+        return iterative_rl(config)
+
+
+@contextlib.contextmanager
+def _orchestration(engine: Engine, places: Places, *, warm: bool) -> Iterator[None]:
+    """The engine that flows run on inside the block: plain calls, or Prefect with a server that is kept alive.
+
+    Args:
+        warm: import what training needs while the server starts; a run that reuses everything needs none of it.
+    """
+    if engine == "inline":
+        yield
+        return
+    from pipeline.server import ensure_server, keep_server, server_status
+
+    if not server_status(places.prefect).healthy:
+        first = "" if (places.prefect / "prefect.db").exists() else "; it creates its database, once"
+        report("server", note=f"log: {places.prefect / 'server.log'}{first}")
+    warming = threading.Thread(target=_import_heavy if warm else int, name="imports", daemon=True)
+    warming.start()
+    ensure_server(places.prefect)
+    warming.join()
+    import prefect
+
+    from pipeline.flow_runs import mark_crashed, owner_tag
+
+    try:
+        mark_crashed()
+    except Exception as error:  # tidying up after others must not stop this run
+        warnings.warn(f"runs that were killed still show as Running in Prefect: {error}", stacklevel=2)
+    with keep_server(places.prefect), prefect.tags(owner_tag()), use_engine("prefect"):
+        yield
+
+
+def _import_heavy() -> None:
+    """Import torch and transformers. Only a head start: whatever fails here fails again, clearly, where it is needed."""
+    with contextlib.suppress(Exception):
+        import torch  # noqa: F401
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+
+def _paths(record: RunRecord, places: Places) -> dict[str, Path]:
+    curve = record.folder / "learning_curve.png"
+    return {"run": record.folder, "learning curve": curve, "final policy": places.payload(record.policy)}
+
+
+def _conclude(summary: Summary, record: RunRecord, tracker: Tracker, choice: Choice, command: str) -> None:
+    """Leave the outcome in the run's folder and in MLflow."""
+    picture = record.folder / "learning_curve.png"
+    if not (picture.exists() and _same_curve(record.folder / "summary.json", summary)):  # matplotlib takes a second
+        draw_learning_curve(summary.curve, picture, title=summary.name)
+    write_json(record.folder / "summary.json", summary.as_json())
+    tracker.log_figure(picture)
+    finals = {f"final/{name}/{key}": value for name, part in summary.after.items() for key, value in part.items()}
+    bests = {f"best/{name}/accuracy": accuracy for name, (_, accuracy) in summary.best.items()}
+    tracker.log_summary({key: value for key, value in finals.items() if key.endswith("accuracy")} | bests)
+    tracker.set_tags({"cohort.policy": summary.policy})
+    tracker.set_note(summary_markdown(summary, command, choice.differences()))
+
+
+def _same_curve(file: Path, summary: Summary) -> bool:
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))["curve"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return bool(before == json.loads(json.dumps(summary.curve)))
+
+
+@contextlib.contextmanager
+def _terminations_interrupt() -> Iterator[None]:
+    """Let SIGTERM (batch systems, `timeout`) stop a run as Ctrl-C does, so that its record and tracker say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,195 @@
+"""What a run came to: policies before and after on every held-out set, where the time went, where everything lies.
+
+One value, `Summary`: printed as tables, written as summary.json, drawn as the learning curve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.config import IterativeRLConfig
+from flows.run_state import RunState
+from flows.wording import duration, percent
+from stages.models import Checkpoint
+
+__all__ = ["Summary", "print_summary", "summarise", "summary_markdown"]
+
+_CURVES: Final = ("eval/", "reward/mean")
+"""Prefixes of the metrics that summary.json keeps by step; all others are in MLflow and in the store."""
+
+Points = Mapping[int, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The outcome of one run, as summary.json holds it."""
+
+    name: str
+    steps: int
+    """Steps of GRPO that the final policy went through."""
+    before: dict[str, dict[str, float]]
+    """Set -> metrics of the policy before the first step (0)."""
+    after: dict[str, dict[str, float]]
+    """Set -> metrics of the final policy."""
+    best: dict[str, tuple[int, float]]
+    """Set -> step and accuracy of the best evaluation (of samples where there are any, else greedy)."""
+    curve: dict[int, dict[str, float]]
+    """Step -> evaluation metrics and mean reward."""
+    time: dict[str, dict[str, float]]
+    """Stage -> calls, executed, cached, failed, seconds, saved."""
+    seconds: float
+    """Wall time of this run."""
+    policy: str
+    """Digest of the final policy."""
+    paths: dict[str, str]
+    """What lies where, by what it is."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def summarise(
+    config: IterativeRLConfig, points: Points, state: RunState, policy: Checkpoint, paths: Mapping[str, Path]
+) -> Summary:
+    """The outcome of a run from its metrics by step and the reports of its stages."""
+    evaluated = sorted(step for step, metrics in points.items() if any(key.startswith("eval/") for key in metrics))
+    curve = {
+        step: {key: value for key, value in points[step].items() if key.startswith(_CURVES)} for step in sorted(points)
+    }
+    return Summary(
+        name=config.name,
+        steps=state.step,
+        before=_sets(points[evaluated[0]]) if evaluated else {},
+        after=_sets(points[evaluated[-1]]) if evaluated else {},
+        best=_best({step: _sets(points[step]) for step in evaluated}),
+        curve=curve,
+        time={stage: asdict(totals) | {"calls": totals.calls} for stage, totals in state.stages.items()},
+        seconds=state.elapsed,
+        policy=policy.digest,
+        paths={what: str(path) for what, path in paths.items()},
+    )
+
+
+def _sets(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """`{"eval/held_out/accuracy": x}` as `{"held_out": {"accuracy": x}}`."""
+    sets: dict[str, dict[str, float]] = {}
+    for key, value in metrics.items():
+        if key.startswith("eval/"):
+            _, name, metric = key.split("/", 2)
+            sets.setdefault(name, {})[metric] = value
+    return sets
+
+
+def _best(evaluations: Mapping[int, Mapping[str, Mapping[str, float]]]) -> dict[str, tuple[int, float]]:
+    """The first step that reached the highest accuracy, by set."""
+    best: dict[str, tuple[int, float]] = {}
+    for step, sets in sorted(evaluations.items()):
+        for name, metrics in sets.items():
+            found = metrics.get("accuracy", metrics.get("greedy_accuracy"))
+            if found is not None and (name not in best or found > best[name][1]):
+                best[name] = (step, found)
+    return best
+
+
+# ------------------------------------------------------------------------------------------------ on the screen
+
+
+def print_summary(summary: Summary, console: Console, *, ui_command: str) -> None:
+    """Tables of accuracies and times, then where to look next."""
+    console.print()
+    if summary.after:
+        console.print(_accuracy_table(summary))
+    console.print(_time_table(summary))
+    console.print(_reuse(summary))
+    console.print()
+    width = max(map(len, [*summary.paths, "compare runs"]))
+    for what, path in summary.paths.items():
+        console.print(f"{what:<{width}}  [cyan]{path}[/]", soft_wrap=True, highlight=False)
+    console.print(f"{'compare runs':<{width}}  [bold]{ui_command}[/]", soft_wrap=True, highlight=False)
+
+
+def _accuracy_table(summary: Summary) -> Table:
+    table = Table(title=f"{summary.name}: before RL and after {summary.steps} steps", title_justify="left")
+    table.add_column("held-out set")
+    table.add_column("measure")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    table.add_column("change", justify="right")
+    for name, after in summary.after.items():
+        before = summary.before.get(name, {})
+        table.add_section()
+        for number, (label, key) in enumerate(_measures(after)):
+            was, now = before.get(key), after[key]
+            change = "-" if was is None else f"{now - was:+.3f}"
+            cells = [_with_interval(part, key) for part in (before, after)]
+            table.add_row(name if number == 0 else "", label, *cells, change)
+    return table
+
+
+def _measures(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Label and key of what an evaluation has, greedy first, then samples, Pass@K and Maj@K by K."""
+    named = [("greedy accuracy", "greedy_accuracy"), ("accuracy of samples", "accuracy")]
+    for label, prefix in (("Pass", "pass_at_"), ("Maj", "maj_at_")):
+        ks = sorted(int(key.removeprefix(prefix)) for key in metrics if key.startswith(prefix))
+        named += [(f"{label}@{k}", f"{prefix}{k}") for k in ks if k > 1]
+    return [(label, key) for label, key in named if key in metrics]
+
+
+def _with_interval(metrics: Mapping[str, float], key: str) -> str:
+    low, high = metrics.get(f"{key}_ci_low"), metrics.get(f"{key}_ci_high")
+    interval = "" if low is None or high is None else f" [dim]({low:.3f} - {high:.3f})[/]"
+    return percent(metrics.get(key)) + interval
+
+
+def _time_table(summary: Summary) -> Table:
+    table = Table(title="where the time went", title_justify="left", show_footer=True)
+    total = sum(part["seconds"] for part in summary.time.values())
+    saved = sum(part["saved"] for part in summary.time.values())
+    executed = sum(part["executed"] for part in summary.time.values())
+    cached = sum(part["cached"] for part in summary.time.values())
+    outside = max(0.0, summary.seconds - total)
+    table.add_column("stage", footer="wall time")
+    table.add_column("computed", justify="right", footer=f"{executed:,.0f}")
+    table.add_column("reused", justify="right", footer=f"{cached:,.0f}")
+    table.add_column("time", justify="right", footer=duration(summary.seconds))
+    table.add_column("share", justify="right")
+    table.add_column("time saved", justify="right", footer=duration(saved) if saved else "-")
+    wall = summary.seconds or 1.0
+    for stage, part in sorted(summary.time.items(), key=lambda item: -item[1]["seconds"]):
+        cells = [f"{part['executed']:,.0f}", f"{part['cached']:,.0f}", duration(part["seconds"])]
+        share = f"{part['seconds'] / wall:.0%}"
+        table.add_row(stage, *cells, share, duration(part["saved"]) if part["saved"] else "-")
+    table.add_row("[dim]start-up and between stages[/]", "", "", duration(outside), f"{outside / wall:.0%}", "-")
+    return table
+
+
+def _reuse(summary: Summary) -> str:
+    executed = sum(part["executed"] for part in summary.time.values())
+    cached = sum(part["cached"] for part in summary.time.values())
+    saved = sum(part["saved"] for part in summary.time.values())
+    if not cached:
+        return f"{executed:,.0f} stages computed; the same command again computes none of them"
+    return f"{executed:,.0f} stages computed, {cached:,.0f} reused from the store (they took {duration(saved)} when computed)"
+
+
+def summary_markdown(summary: Summary, command: str, differences: Mapping[str, tuple[Any, Any]]) -> str:
+    """The outcome as markdown, for the description of the run in MLflow."""
+    lines = [f"`{command}`", ""]
+    if differences:
+        lines += ["| changed | recipe | here |", "|---|---|---|"]
+        lines += [f"| `{key}` | {was} | {now} |" for key, (was, now) in differences.items()] + [""]
+    lines += ["| held-out set | measure | before | after |", "|---|---|---|---|"]
+    for name, after in summary.after.items():
+        before = summary.before.get(name, {})
+        lines += [
+            f"| {name} | {label} | {percent(before.get(key))} | {percent(after[key])} |"
+            for label, key in _measures(after)
+        ]
+    return "\n".join([*lines, "", f"Policy `{summary.policy}` after {summary.steps} steps."])

@@ -1,0 +1,172 @@
+"""Live progress: what plain output says, what is said once, and what the state of a run adds up to."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from flows.display import Display, displaying
+from flows.run_state import RunState, StageTotals
+from flows.wording import accuracies, duration, number
+from pipeline.progress import report
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def plain(steps: int = 4) -> tuple[Display, Clock, io.StringIO]:
+    clock, text = Clock(), io.StringIO()
+    display = Display(RunState(steps=steps, clock=clock), Console(file=text, width=120, force_terminal=False))
+    return display, clock, text
+
+
+def executed(name: str, seconds: float) -> dict[str, Any]:
+    return {"name": name, "outcome": "executed", "seconds": seconds, "key": "k", "digest": f"digest of {name}"}
+
+
+def step(display: Display, done: int, reward: float = 0.5) -> None:
+    display.take("step", {"step": done, "iteration": 0, "metrics": {"reward/mean": reward}})
+
+
+def test_a_run_counts_computed_and_reused_calls_with_their_seconds() -> None:
+    state = RunState(steps=1, clock=Clock())
+    state.take("stage", {"name": "score", "outcome": "started", "key": "a"})
+    state.take("stage", executed("score", 2.0))
+    state.take("stage", {"name": "score", "outcome": "cached", "seconds": 3.0, "key": "b", "digest": "d"})
+    state.take("stage", {"name": "score", "outcome": "failed", "key": "c", "error": "ValueError: no"})
+    assert state.stages == {"score": StageTotals(executed=1, cached=1, failed=1, seconds=2.0, saved=3.0)}
+    assert (state.executed, state.cached, state.stages["score"].calls) == (1, 1, 3)
+    assert state.artifacts == {"digest of score": "score", "d": "score"}
+
+
+def test_the_forecast_is_the_mean_of_steps_that_computed_times_what_is_left() -> None:
+    clock = Clock()
+    state = RunState(steps=10, clock=clock)
+    for done, seconds in enumerate((50.0, 2.0, 4.0), start=1):  # the first also started engines
+        clock.now += seconds
+        state.take("stage", executed("update_policy", 1.0))
+        state.take("step", {"step": done, "iteration": 0, "metrics": {}})
+    assert state.seconds_left() == pytest.approx(7 * 3.0)
+    clock.now += 1.0
+    assert state.seconds_left() == pytest.approx(7 * 3.0 - 1.0)
+
+
+def test_there_is_no_forecast_from_reused_steps() -> None:
+    state = RunState(steps=3, clock=Clock())
+    for done in (1, 2):
+        state.take("step", {"step": done, "iteration": 0, "metrics": {}})
+    assert state.seconds_left() is None
+
+
+def test_plain_output_has_one_line_per_computed_step() -> None:
+    display, clock, text = plain()
+    for done in (1, 2):
+        clock.now += 2.0
+        display.take("stage", executed("update_policy", 1.0))
+        step(display, done, reward=done / 4)
+    assert text.getvalue().splitlines() == [
+        "00:00:02  step   1/4  reward 0.250  2.0 s",
+        "00:00:04  step   2/4  reward 0.500  2.0 s  about 4.0 s left",
+    ]
+
+
+def test_reused_steps_are_one_line() -> None:
+    display, _, text = plain()
+    for done in (1, 2, 3):
+        step(display, done)
+    display.close()
+    assert text.getvalue().splitlines() == ["00:00:00  step   1 to 3  reused from the store"]
+
+
+def test_a_long_stage_says_every_five_seconds_where_it_stands() -> None:
+    display, clock, text = plain()
+    display.take("stage", {"name": "supervised_finetuning", "outcome": "started", "key": "k"})
+    for done in range(1, 13):
+        clock.now += 1.0
+        display.take("sft", {"done": done, "total": 600, "loss": 1.25})
+    assert text.getvalue().splitlines() == [
+        "00:00:05  supervised_finetuning 5/600  loss 1.25",
+        "00:00:10  supervised_finetuning 10/600  loss 1.25",
+    ]
+
+
+def test_an_evaluation_is_shown_with_its_interval() -> None:
+    display, _, text = plain()
+    metrics = {"accuracy": 0.5, "accuracy_ci_low": 0.4, "accuracy_ci_high": 0.6, "pass_at_8": 0.9, "pass_at_1": 0.5}
+    display.take("evaluation", {"step": 10, "set": "held_out", "mode": "sampled", "metrics": metrics})
+    assert text.getvalue() == "00:00:00  step  10  held_out: sampled 0.500 [0.400, 0.600] pass@8 0.900\n"
+
+
+def test_greedy_and_sampled_accuracy_of_a_set_share_a_line() -> None:
+    display, _, text = plain()
+    for name in ("in_domain", "out_of_domain"):
+        greedy = {"step": 0, "set": name, "mode": "greedy", "metrics": {"greedy_accuracy": 0.5}}
+        display.take("evaluation", greedy)
+        if name == "in_domain":
+            display.take("evaluation", greedy | {"mode": "sampled", "metrics": {"accuracy": 0.25}})
+    display.close()
+    assert text.getvalue().splitlines() == [
+        "00:00:00  step   0  in_domain: greedy 0.500  sampled 0.250",
+        "00:00:00  step   0  out_of_domain: greedy 0.500",
+    ]
+
+
+def test_a_warning_of_a_stage_is_shown_once_and_one_of_a_library_not_at_all() -> None:
+    text = io.StringIO()
+    with displaying(RunState(steps=1), Console(file=text, width=120, force_terminal=False)):
+        for _ in range(3):
+            warnings.warn_explicit("a file is damaged", UserWarning, str(STAGE_FILE), 1, module="pipeline.stage")
+        warnings.warn_explicit("libraries chatter", UserWarning, "/site-packages/library.py", 1, module="library")
+    assert text.getvalue().count("damaged") == 1
+    assert "chatter" not in text.getvalue()
+
+
+def test_reports_made_inside_the_block_arrive() -> None:
+    state = RunState(steps=1)
+    with displaying(state, Console(file=io.StringIO(), force_terminal=False)):
+        report("stage", **executed("score", 1.5))
+    report("stage", **executed("score", 1.5))
+    assert state.stages["score"].executed == 1
+
+
+def test_a_terminal_shows_the_bar_of_the_computing_stage() -> None:
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None)
+    display = Display(RunState(steps=4), console)
+    display.take("stage", {"name": "rollout", "outcome": "started", "key": "k"})
+    display.take("rollout", {"done": 3, "total": 8, "tokens": 90, "tokens_per_s": 1234.5})
+    with console.capture() as captured:
+        console.print(display)
+    assert "step 0/4" in captured.get()
+    assert "3/8  tokens 90  1,234 tokens/s" in captured.get()
+
+
+def test_text_in_brackets_is_printed_as_it_is() -> None:
+    display, _, text = plain()
+    display.warn("expected [bold] columns")
+    assert "expected [bold] columns" in text.getvalue()
+
+
+def test_durations_and_numbers_read_well() -> None:
+    assert [duration(x) for x in (0.04, 9.94, 59.4, 61, 3723)] == ["0.0 s", "9.9 s", "59 s", "1:01 min", "1:02:03 h"]
+    assert [number(x) for x in (1234567, 0.123456, 12345.6, True, "kl")] == [
+        "1,234,567",
+        "0.1235",
+        "12,346",
+        "True",
+        "kl",
+    ]
+    assert accuracies({"greedy_accuracy": 0.25}) == "greedy 0.250"
+
+
+STAGE_FILE = Path(__file__).parents[2] / "pipeline" / "stage.py"

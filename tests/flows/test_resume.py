@@ -1,0 +1,113 @@
+"""A run that is killed, extended or robbed of artifacts ends where the uninterrupted one does, with the least work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.config import IterativeRLConfig
+from flows.iterative_rl import iterative_rl
+from flows.recipes import arithmetic_smoke
+from pipeline.progress import listen
+from pipeline.residency import evict
+from pipeline.store import Store, use_store
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def run(config: IterativeRLConfig) -> tuple[str, list[str]]:
+    """Final digest, and names of the stages that were executed."""
+    executed: list[str] = []
+
+    def note(topic: str, values: dict[str, Any]) -> None:
+        if topic == "stage" and values["outcome"] == "executed":
+            executed.append(values["name"])
+
+    with listen(note):
+        digest = iterative_rl(config).digest
+    return digest, executed
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A store in which the smallest recipe ran to its end, and the final digest."""
+    root = tmp_path_factory.mktemp("finished")
+    with use_store(Store(root)):
+        digest, _ = run(arithmetic_smoke())
+    evict()
+    return root, digest
+
+
+def test_a_run_killed_at_any_instant_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.flows.killing", str(tmp_path), "10"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    golden, trials = report["golden"], report["trials"]
+    assert len(trials) == 10
+    assert {trial["digest"] for trial in trials} == {golden["digest"]}
+    # Nothing committed before the kill was computed again; at most the stage in flight was lost.
+    assert [trial["kept"] + trial["executed"] for trial in trials] == [golden["executed"]] * 10
+    assert sum(trial["killed"] for trial in trials) >= 8  # a late instant may find the run already over
+    assert len({trial["kept"] for trial in trials}) >= 5  # the instants were spread over the run
+
+
+def test_a_second_run_executes_nothing(finished: tuple[Path, str]) -> None:
+    root, digest = finished
+    with use_store(Store(root)):
+        assert run(arithmetic_smoke()) == (digest, [])
+
+
+def test_another_iteration_executes_the_new_steps_only(finished: tuple[Path, str]) -> None:
+    root, _ = finished
+    longer = arithmetic_smoke().override({"iterations": 3})
+    with use_store(Store(root)):
+        _, executed = run(longer)
+    evict()
+    assert executed.count("update_policy") == longer.steps
+    assert {"create_policy", "supervised_finetuning", "arithmetic_questions"}.isdisjoint(executed)
+
+
+@pytest.mark.parametrize(
+    "stage", ["supervised_finetuning", "rollout", "score", "estimate_advantages", "update_policy", "evaluate"]
+)
+@pytest.mark.parametrize("damage", ["delete", "flip a bit"])
+def test_a_lost_or_damaged_artifact_is_recomputed_and_nothing_after_it(
+    finished: tuple[Path, str], stage: str, damage: str
+) -> None:
+    root, digest = finished
+    with use_store(Store(root)) as store:
+        victim = next(action for action in store.actions() if action["stage"] == stage)["result"]
+        makers = [action["stage"] for action in store.actions() if action["result"] == victim]
+        DAMAGES[damage](store, victim)
+    with use_store(Store(root)), pytest.warns(UserWarning, match="computing it again"):
+        found, executed = run(arithmetic_smoke())
+    evict()
+    assert found == digest
+    # Calls that gave equal content share the object; the first to miss restores it for all of them.
+    assert executed
+    assert set(executed) == {stage}
+    assert len(executed) <= len(makers)
+
+
+def flip_a_bit(store: Store, digest: str) -> None:
+    folder = store.path(digest)
+    victim = max(
+        (path for path in folder.iterdir() if path.name != "manifest.json"), key=lambda path: path.stat().st_size
+    )
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.chmod(0o644)
+    victim.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Store, str], Any]] = {
+    "delete": lambda store, digest: store.quarantine(digest),
+    "flip a bit": flip_a_bit,
+}

@@ -4,6 +4,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH := .venv-bench
 UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet
 export DO_NOT_TRACK := 1
 
@@ -43,5 +44,16 @@ format: $(VENV)/.ready ## let ruff mend what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+# The peers' environment: torch first and with pip, as above; uv keeps it.
+$(BENCH)/.ready: benchmarks/requirements-peers.txt $(VENV)/.ready
+	@test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	@echo "setting up $(BENCH) (once; about a minute)"
+	@$(BENCH)/bin/pip install --quiet --disable-pip-version-check $$(grep -E '^torch==' benchmarks/requirements-peers.txt)
+	@VIRTUAL_ENV=$(CURDIR)/$(BENCH) $(BIN)/uv pip install --quiet --requirement benchmarks/requirements-peers.txt
+	@touch $@
+
+bench: $(BENCH)/.ready ## one GRPO step against TRL's, as a ratio (quiet machine; minutes)
+	@$(BIN)/python -m benchmarks.step --out artifacts/bench-step.json
+
 clean: ## remove the virtual environment and caches (artifacts stay)
-	rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) .mypy_cache .ruff_cache .import_linter_cache .hypothesis

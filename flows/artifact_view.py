@@ -16,7 +16,7 @@ from rich.text import Text
 
 import stages.tables
 from flows.groups import Group, groups_of
-from flows.wording import ago, duration, number, size
+from flows.wording import duration, moment, number, size
 from pipeline.artifact import Table as ArtifactTable
 from pipeline.config import flatten
 from pipeline.store import Store
@@ -27,7 +27,9 @@ _CELL: Final = 60
 """Characters of a value in a table of rows."""
 
 
-def show_artifact(store: Store, digest: str, console: Console, *, limit: int, question: str | None, full: bool) -> None:
+def show_artifact(
+    store: Store, digest: str, console: Console, *, limit: int | None, question: str | None, full: bool
+) -> None:
     """Print an artifact: its origin and metrics, then groups of outputs, rows, or a checkpoint's description."""
     manifest = store.manifest(digest)
     _show_origin(store, manifest, digest, console, full=full)
@@ -36,10 +38,10 @@ def show_artifact(store: Store, digest: str, console: Console, *, limit: int, qu
     if any(file["name"] == "table.arrow" for file in manifest["files"]):
         groups = groups_of(store, digest)
         if groups is None:
-            _show_rows(manifest["type"], digest, console, limit)
+            _show_rows(manifest["type"], digest, console, limit or 10)
             return
         wanted = (group for group in groups if question in (None, group.question_id))
-        for group in islice(wanted, limit):
+        for group in islice(wanted, limit or 3):
             _show_group(group, console)
 
 
@@ -52,7 +54,7 @@ def _show_origin(store: Store, manifest: Mapping[str, Any], digest: str, console
     table.add_row(str(manifest.get("type", "artifact")), f"[bold]{digest}[/]")
     if made:
         seconds = f", took {duration(made['seconds'])}" if "seconds" in made else ""
-        table.add_row("made by", f"{made['stage']} (version {made['version']}), {ago(made['created'])}{seconds}")
+        table.add_row("made by", f"{made['stage']} (version {made['version']}), {moment(made['created'])}{seconds}")
         for name, value in made["arguments"].items():
             table.add_row(f"  {name}", _argument(value, full=full))
     total = sum(file["size"] for file in manifest["files"])

@@ -91,6 +91,9 @@ def run_command(tokens: Sequence[str]) -> int:
         return 2  # printed by cyclopts
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `| head` has read enough; nothing is left to say, also not at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
         if debug:
             raise

@@ -60,7 +60,8 @@ class Display:
             case "evaluation":
                 self._evaluation((values["step"], values["set"]), values["mode"], accuracies(values["metrics"]))
             case "server":
-                self._line(f"waiting for the local Prefect server ({values['note']})", "dim")
+                if "note" in values:
+                    self._line(f"waiting for the local Prefect server ({values['note']})", "dim")
             case "lock":
                 self.warn("another run computes the same stage; waiting for its result")
             case _:
@@ -86,7 +87,8 @@ class Display:
     def _stage_ended(self, values: dict[str, Any]) -> None:
         if values["outcome"] == "failed":
             self._flush_reused()
-            self._line(f"{values['name']} failed", "red")
+            stopped = str(values.get("error", "")).startswith("KeyboardInterrupt")
+            self._line(f"{values['name']} {'stopped' if stopped else 'failed'}", "yellow" if stopped else "red")
         elif not self.state.evaluations and values["seconds"] > _WORTH_A_LINE:
             last = {name: value for name, value in self.state.detail.items() if name not in ("done", "total")}
             self._line(f"{values['name']} took {duration(values['seconds'])}  {_detail_text(last)}".rstrip())
@@ -126,7 +128,10 @@ class Display:
             self._line(f"step {first:>3}" + (f" to {last}" if last > first else "") + "  reused from the store", "dim")
 
     def _moved(self, topic: str) -> None:
-        if not self.live and self.state.clock() - self._last_line >= _PLAIN_SECONDS:
+        done, total = (self.state.detail.get(name) for name in ("done", "total"))
+        if self.live or (total and done == total):  # what is complete is told by what follows
+            return
+        if self.state.clock() - self._last_line >= _PLAIN_SECONDS:
             self._line(f"{self.state.stage or topic} {_detail_text(self.state.detail)}")
 
     # ---------------------------------------------------------------- the part that moves
@@ -188,13 +193,11 @@ def _left(state: RunState) -> str:
 
 
 def _step_text(state: RunState) -> str:
-    """The last step in one line: metrics, tokens per second, the latest greedy accuracy, seconds."""
+    """The last step in one line: metrics, tokens per second, seconds."""
     if not state.metrics:
         return ""
     parts = [f"{label} {state.metrics[key]:.3f}" for label, key in _STEP_METRICS.items() if key in state.metrics]
     parts += _rate(state.metrics.get("rollout/tokens_per_s"))
-    greedy = [(name, metrics) for (name, mode), metrics in state.evaluations.items() if mode == "greedy"]
-    parts += [f"{name} {accuracies(metrics)}" for name, metrics in greedy[:1]]
     return "  ".join([*parts, duration(state.step_seconds)])
 
 

@@ -13,7 +13,7 @@ from stages.data import ArithmeticConfig, DemonstrationConfig, QuestionFileConfi
 from stages.evaluation import EvaluationConfig
 from stages.prompts import PromptConfig
 from stages.reward import AccuracyConfig, FormatConfig, RewardConfig
-from stages.rollout import RolloutConfig
+from stages.rollout import HFBackendConfig, RolloutConfig
 from stages.sft import PolicyConfig, SFTConfig
 from stages.tokenizers import BPETokenizerConfig
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, MuonConfig, TrainingConfig, native_bf16
@@ -44,7 +44,7 @@ def arithmetic_cpu() -> IterativeRLConfig:
                 optimizer=MuonConfig(learning_rate=3e-3),  # ours: AdamW alone was far slower
                 precision=_fast_precision(),
                 warmup_steps=40,  # ours
-                threads=2,  # ours
+                threads=1,  # ours: a second thread gains little and suffers from every other process
             ),
             batch_size=64,  # ours
             stop_loss=0.10,  # ours: an SFT stopped before the arithmetic is learned caps RL
@@ -54,15 +54,19 @@ def arithmetic_cpu() -> IterativeRLConfig:
         iterations=1,  # ours; 5.2.1 has two more
         steps=40,  # ours
         questions_per_step=64,  # ours: many short questions; 4.2 has 16 questions of 64 outputs
-        rollout=RolloutConfig(G=16, temperature=1.0, max_output_tokens=64),  # ours; 4.2: 64 outputs of 1,024 tokens
+        rollout=RolloutConfig(
+            G=16, max_output_tokens=64, backend=HFBackendConfig(threads=1)
+        ),  # ours; 4.2: 64 outputs of 1,024 tokens
+        reward=RewardConfig(components=(AccuracyConfig(conventions=("hashes",), verifier="exact"),)),  # ours
         update=UpdateConfig(
             objective=GRPOConfig(eps=0.2, beta=0.04),  # eps ours, beta 4.2
             mu=1,  # 4.2
+            micro_batch_tokens=4096,  # ours: larger ones are slower on a CPU
             training=TrainingConfig(
                 engine=DeepSpeedEngineConfig(zero_stage=1),  # ours
                 optimizer=AdamWConfig(learning_rate=3e-4),  # ours; 4.2: 1e-6 for 7 B parameters
                 precision=_fast_precision(),
-                threads=2,  # ours
+                threads=1,  # ours: a second thread gains little and suffers from every other process
             ),
         ),
         evaluation=EvaluationPlan(
@@ -95,7 +99,10 @@ def arithmetic_smoke() -> IterativeRLConfig:
             "iterations": 2,
             "steps": 2,
             "questions_per_step": 4,
-            "reward.components": [{"kind": "format", "form": "pattern", "pattern": r"\d\s*$"}, {"kind": "accuracy"}],
+            "reward.components": [
+                {"kind": "format", "form": "pattern", "pattern": r"\d\s*$"},
+                {"kind": "accuracy", "verifier": "exact"},
+            ],
             "rollout.G": 4,
             "rollout.max_output_tokens": 24,
             "rollout.backend.threads": 1,
@@ -126,8 +133,8 @@ def gsm8k_cpu() -> IterativeRLConfig:
         prompt=PromptConfig(suffix="\n"),  # ours: nothing to instruct a model made from scratch
         policy=PolicyConfig(
             settings={
-                "hidden_size": 192,
-                "intermediate_size": 512,
+                "hidden_size": 128,
+                "intermediate_size": 384,
                 "num_hidden_layers": 4,
                 "num_attention_heads": 4,
                 "num_key_value_heads": 4,
@@ -138,7 +145,7 @@ def gsm8k_cpu() -> IterativeRLConfig:
         ),
         sft=SFTConfig(
             training=TrainingConfig(
-                optimizer=MuonConfig(learning_rate=3e-3), precision=_fast_precision(), warmup_steps=40, threads=2
+                optimizer=MuonConfig(learning_rate=3e-3), precision=_fast_precision(), warmup_steps=40, threads=1
             ),  # ours
             batch_size=32,  # ours
             max_steps=300,  # ours
@@ -147,11 +154,16 @@ def gsm8k_cpu() -> IterativeRLConfig:
         ),
         steps=24,  # ours
         questions_per_step=16,  # 4.2
-        rollout=RolloutConfig(G=8, max_output_tokens=160),  # ours; 4.2: 64 outputs of 1,024 tokens
-        reward=RewardConfig(components=(AccuracyConfig(), FormatConfig(form="hashes", weight=0.2))),  # ours
+        rollout=RolloutConfig(
+            G=8, max_output_tokens=160, backend=HFBackendConfig(threads=1)
+        ),  # ours; 4.2: 64 outputs of 1,024 tokens
+        reward=RewardConfig(
+            components=(AccuracyConfig(verifier="exact"), FormatConfig(form="hashes", weight=0.2))
+        ),  # ours
         update=UpdateConfig(
+            micro_batch_tokens=4096,  # ours: larger ones are slower on a CPU
             training=TrainingConfig(
-                optimizer=AdamWConfig(learning_rate=1e-4), precision=_fast_precision(), threads=2
+                optimizer=AdamWConfig(learning_rate=1e-4), precision=_fast_precision(), threads=1
             ),  # ours
         ),
         evaluation=EvaluationPlan(every=8, samples=4, estimates=EvaluationConfig(ks=(1, 4))),  # ours

@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from flows.places import Places
 from flows.run_state import RunState
 from pipeline.locking import locked
 from pipeline.server_process import is_alive
-from pipeline.store import canonical_json, sha256_of
+from pipeline.store import StoreError, canonical_json, sha256_of
 
 __all__ = ["Attempt", "RunRecord", "Status", "read_artifacts", "read_records", "run_folder", "write_json"]
 
@@ -51,6 +52,11 @@ class Attempt:
     cached: int = 0
     error: str = ""
 
+    @property
+    def identity(self) -> tuple[str, int, float]:
+        """Which attempt this is."""
+        return (self.host, self.pid, self.started)
+
     def outcome(self) -> Status:
         """The status; a run whose process is gone without a word was killed."""
         here = self.host == socket.gethostname()
@@ -64,7 +70,8 @@ class RunRecord:
     folder: Path
     name: str
     total_steps: int
-    attempts: list[Attempt] = field(default_factory=list)
+    attempts: list[Attempt]
+    """All calls, by their start. The record of a running process ends with its own, whoever else runs the same."""
     steps: int = 0
     """Steps that were reached, by any attempt."""
     policy: str = ""
@@ -75,43 +82,65 @@ class RunRecord:
 
     @classmethod
     def begin(cls, places: Places, config: IterativeRLConfig, *, command: str, engine: str) -> RunRecord:
-        """Note that an attempt starts."""
+        """Note that an attempt starts.
+
+        Raises:
+            StoreError: the folder cannot be written.
+        """
         folder = run_folder(places, config)
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / "config.yaml", config.to_yaml())
-        attempt = Attempt(
-            time.time(), command, engine, os.getpid(), psutil.Process().create_time(), socket.gethostname()
-        )
-        with locked(folder / ".lock"):
-            record = read_record(folder) or cls(folder, config.name, config.iterations * config.steps)
-            record.attempts.append(attempt)
+        process = psutil.Process()
+        attempt = Attempt(time.time(), command, engine, process.pid, process.create_time(), socket.gethostname())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _replace(folder / "config.yaml", config.to_yaml())
+            known = read_record(folder)
+            before = known.attempts if known else []
+            record = cls(folder, config.name, config.iterations * config.steps, [*before, attempt])
             record._write()
+        except OSError as error:
+            raise StoreError(
+                f"{folder} cannot be written ({error.strerror or error}): free space, mend permissions or choose another "
+                "place with --root"
+            ) from None
         return record
 
-    def note(self, state: RunState, *, force: bool = False) -> None:
-        """Note how far the running attempt came."""
-        if not force and time.monotonic() - self._written < _EVERY:
-            return
-        attempt = self.attempts[-1]
-        attempt.seconds, attempt.executed, attempt.cached = state.elapsed, state.executed, state.cached
-        self.steps = max(self.steps, state.step)
-        self._write()
-
+    @property
     def finished_before(self) -> bool:
         """Whether an earlier attempt finished: then this one most likely reuses everything."""
         return any(attempt.status == "finished" for attempt in self.attempts[:-1])
 
+    def note(self, state: RunState, *, force: bool = False) -> None:
+        """Note how far the running attempt came; a folder that cannot be written does not stop it."""
+        if not force and time.monotonic() - self._written < _EVERY:
+            return
+        self._written = time.monotonic()
+        mine = self.attempts[-1]
+        mine.seconds, mine.executed, mine.cached = state.elapsed, state.executed, state.cached
+        self.steps = max(self.steps, state.step)
+        try:
+            self._write()
+        except OSError as error:
+            warnings.warn(f"the record of this run is not up to date: {error}", stacklevel=2)
+
     def end(self, status: Status, state: RunState, error: str = "") -> None:
         """Note how the attempt ended, and which artifacts it used."""
         self.attempts[-1].status, self.attempts[-1].error = status, error
-        known = read_artifacts(self.folder) | state.artifacts
-        write_json(self.folder / "artifacts.json", known)
+        with contextlib.suppress(OSError):  # the note says so
+            write_json(self.folder / "artifacts.json", read_artifacts(self.folder) | state.artifacts)
         self.note(state, force=True)
 
     def _write(self) -> None:
-        self._written = time.monotonic()
-        values = {key: value for key, value in asdict(self).items() if key not in ("folder", "_written")}
-        write_json(self.folder / _FILE, values)
+        """Write this record over the one on disk, keeping what other processes noted of their own attempts."""
+        mine = self.attempts[-1]
+        with locked(self.folder / ".lock"):
+            known = read_record(self.folder)
+            others = [a for a in known.attempts if a.identity != mine.identity] if known else []
+            self.attempts = [*others, mine]
+            if known:
+                self.steps = max(self.steps, known.steps)
+                self.policy, self.accuracy = self.policy or known.policy, self.accuracy or known.accuracy
+            values = {key: value for key, value in asdict(self).items() if key not in ("folder", "_written")}
+            write_json(self.folder / _FILE, values)
 
 
 def run_folder(places: Places, config: IterativeRLConfig) -> Path:
@@ -130,7 +159,7 @@ def read_record(folder: Path) -> RunRecord | None:
     """The record in a folder; None when there is none, or none that can be read."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         values = json.loads((folder / _FILE).read_text(encoding="utf-8"))
-        attempts = [Attempt(**attempt) for attempt in values.pop("attempts")]
+        attempts = sorted((Attempt(**part) for part in values.pop("attempts")), key=lambda attempt: attempt.started)
         return RunRecord(folder=folder, attempts=attempts, **values) if attempts else None
     return None
 

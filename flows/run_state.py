@@ -62,6 +62,9 @@ class RunState:
     evaluations: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
     """The last evaluation of each set and mode."""
 
+    server_seconds: float = 0.0
+    """Spent waiting for the Prefect server."""
+
     def __post_init__(self) -> None:
         self.started = self._step_started = self.clock()
         self._executed_before = 0
@@ -78,6 +81,8 @@ class RunState:
                 self.evaluations[values["set"], values["mode"]] = dict(values["metrics"])
                 if self.step == 0:
                     self._step_started = self.clock()  # what came before is no part of the first step
+            case "server":
+                self.server_seconds += values.get("seconds", 0.0)
             case _:
                 self.detail = dict(values)
 

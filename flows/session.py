@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +71,7 @@ def run_flow(
             ) as tracker,
         ):
             observer.log = tracker
-            policy = _train(config, places, engine, observer, warm=not record.finished_before())
+            policy = _train(config, places, engine, observer, warm=not record.finished_before)
             record.policy = policy.digest
             summary = summarise(config, observer.points, state, policy, _paths(record, places))
             record.accuracy = {"before": summary.before, "best": summary.best, "final": summary.after}
@@ -104,6 +105,7 @@ def _orchestration(engine: Engine, places: Places, *, warm: bool) -> Iterator[No
         return
     from pipeline.server import ensure_server, keep_server, server_status
 
+    started = time.monotonic()
     if not server_status(places.prefect).healthy:
         first = "" if (places.prefect / "prefect.db").exists() else "; it creates its database, once"
         report("server", note=f"log: {places.prefect / 'server.log'}{first}")
@@ -111,6 +113,7 @@ def _orchestration(engine: Engine, places: Places, *, warm: bool) -> Iterator[No
     warming.start()
     ensure_server(places.prefect)
     warming.join()
+    report("server", seconds=time.monotonic() - started)
     import prefect
 
     from pipeline.flow_runs import mark_crashed, owner_tag
@@ -137,16 +140,23 @@ def _paths(record: RunRecord, places: Places) -> dict[str, Path]:
 
 def _conclude(summary: Summary, record: RunRecord, tracker: Tracker, choice: Choice, command: str) -> None:
     """Leave the outcome in the run's folder and in MLflow."""
-    picture = record.folder / "learning_curve.png"
-    if not (picture.exists() and _same_curve(record.folder / "summary.json", summary)):  # matplotlib takes a second
-        draw_learning_curve(summary.curve, picture, title=summary.name)
-    write_json(record.folder / "summary.json", summary.as_json())
-    tracker.log_figure(picture)
+    try:
+        _draw(summary, record, tracker)
+        write_json(record.folder / "summary.json", summary.as_json())
+    except Exception as error:  # a picture that cannot be drawn must not make a trained policy a failed run
+        warnings.warn(f"summary or learning curve of {record.folder}: {error}", stacklevel=2)
     finals = {f"final/{name}/{key}": value for name, part in summary.after.items() for key, value in part.items()}
     bests = {f"best/{name}/accuracy": accuracy for name, (_, accuracy) in summary.best.items()}
     tracker.log_summary({key: value for key, value in finals.items() if key.endswith("accuracy")} | bests)
     tracker.set_tags({"cohort.policy": summary.policy})
     tracker.set_note(summary_markdown(summary, command, choice.differences()))
+
+
+def _draw(summary: Summary, record: RunRecord, tracker: Tracker) -> None:
+    picture = record.folder / "learning_curve.png"
+    if not (picture.exists() and _same_curve(record.folder / "summary.json", summary)):  # matplotlib takes a second
+        draw_learning_curve(summary.curve, picture, title=summary.name)
+    tracker.log_figure(picture)
 
 
 def _same_curve(file: Path, summary: Summary) -> bool:

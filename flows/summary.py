@@ -23,6 +23,9 @@ __all__ = ["Summary", "print_summary", "summarise", "summary_markdown"]
 _CURVES: Final = ("eval/", "reward/mean")
 """Prefixes of the metrics that summary.json keeps by step; all others are in MLflow and in the store."""
 
+_WORTH_A_ROW: Final = 0.05
+"""Seconds; less is shown as zero."""
+
 Points = Mapping[int, Mapping[str, float]]
 
 
@@ -45,6 +48,8 @@ class Summary:
     """Stage -> calls, executed, cached, failed, seconds, saved."""
     seconds: float
     """Wall time of this run."""
+    server_seconds: float
+    """Part of it that was spent waiting for the Prefect server to start."""
     policy: str
     """Digest of the final policy."""
     paths: dict[str, str]
@@ -72,6 +77,7 @@ def summarise(
         curve=curve,
         time={stage: asdict(totals) | {"calls": totals.calls} for stage, totals in state.stages.items()},
         seconds=state.elapsed,
+        server_seconds=state.server_seconds,
         policy=policy.digest,
         paths={what: str(path) for what, path in paths.items()},
     )
@@ -154,7 +160,10 @@ def _time_table(summary: Summary) -> Table:
     saved = sum(part["saved"] for part in summary.time.values())
     executed = sum(part["executed"] for part in summary.time.values())
     cached = sum(part["cached"] for part in summary.time.values())
-    outside = max(0.0, summary.seconds - total)
+    outside = {
+        "waiting for the Prefect server": summary.server_seconds,
+        "start-up and between stages": max(0.0, summary.seconds - summary.server_seconds - total),
+    }
     table.add_column("stage", footer="wall time")
     table.add_column("computed", justify="right", footer=f"{executed:,.0f}")
     table.add_column("reused", justify="right", footer=f"{cached:,.0f}")
@@ -166,7 +175,9 @@ def _time_table(summary: Summary) -> Table:
         cells = [f"{part['executed']:,.0f}", f"{part['cached']:,.0f}", duration(part["seconds"])]
         share = f"{part['seconds'] / wall:.0%}"
         table.add_row(stage, *cells, share, duration(part["saved"]) if part["saved"] else "-")
-    table.add_row("[dim]start-up and between stages[/]", "", "", duration(outside), f"{outside / wall:.0%}", "-")
+    for what, seconds in outside.items():
+        if seconds >= _WORTH_A_ROW:
+            table.add_row(f"[dim]{what}[/]", "", "", duration(seconds), f"{seconds / wall:.0%}", "-")
     return table
 
 

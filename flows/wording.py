@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["accuracies", "ago", "duration", "number", "percent", "size"]
+__all__ = ["accuracies", "duration", "moment", "number", "percent", "size"]
 
 
 def duration(seconds: float) -> str:
@@ -45,9 +45,10 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def ago(moment: float) -> str:
-    """Local date and time of a moment in seconds since the epoch."""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
+def moment(seconds: float) -> str:
+    """Local date and time of `seconds` since the epoch, the year where it is not this one."""
+    then = time.localtime(seconds)
+    return time.strftime("%d %b %H:%M" if then.tm_year == time.localtime().tm_year else "%d %b %Y %H:%M", then)
 
 
 def accuracies(metrics: Mapping[str, float]) -> str:

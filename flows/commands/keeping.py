@@ -15,7 +15,7 @@ from flows.commands.options import Root, console
 from flows.places import Places
 from flows.records import RunRecord, read_artifacts, read_records
 from flows.session import run_flow
-from flows.wording import ago, size
+from flows.wording import moment, size
 from pipeline.config import ConfigError
 from pipeline.store import DamagedArtifactError, MissingArtifactError, PrunedArtifactError, Store, StoreError
 
@@ -108,8 +108,8 @@ def prune(
         held = sum(path.stat().st_size for path in there if path.exists())
         freed += held if dry_run else store.prune(digest)
         made = (manifest.get("provenance") or {}).get("created")
-        moment = f"  {ago(made)}" if made else ""
-        out.print(f"{digest[:12]}  {manifest['type']:<12}{moment}  {size(held)}")
+        date = f"  {moment(made)}" if made else ""
+        out.print(f"{digest[:12]}  {manifest['type']:<12}{date}  {size(held)}")
     out.print(f"{len(chosen)} artifacts, {size(freed)} {'would be freed' if dry_run else 'freed'}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -12,7 +12,7 @@ from flows.artifact_view import show_artifact
 from flows.commands.options import Root, console
 from flows.places import Places
 from flows.records import RunRecord, read_records
-from flows.wording import ago, duration, percent
+from flows.wording import duration, moment, percent
 from pipeline import lineage as ancestry
 from pipeline.store import MissingArtifactError, Store, use_store
 
@@ -33,8 +33,9 @@ def runs(*, root: Root = None) -> None:
         out.print(f"nothing ran yet in {places.root}; `cohort recipes` says what can")
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("run", "started", "status", "steps", "took", "set", "before", "best", "final"):
+    for heading in ("run", "started", "status", "steps", "took"):
         table.add_column(heading, no_wrap=True)
+    table.add_column("accuracy on held-out sets", overflow="fold")
     for record in records:
         _add_run(table, record)
     out.print(table)
@@ -44,7 +45,7 @@ def runs(*, root: Root = None) -> None:
 def show(
     digest: str,
     *,
-    limit: Annotated[int, Parameter(name=["--limit", "-n"], help="groups or rows to show")] = 3,
+    limit: Annotated[int | None, Parameter(name=["--limit", "-n"], help="how many: 3 groups or 10 rows")] = None,
     question: str | None = None,
     full: bool = False,
     root: Root = None,
@@ -102,7 +103,7 @@ def explain(what: str | None = None, *, root: Root = None) -> None:
         out.print(f"{', '.join(followers)}: their inputs changed (`cohort explain STAGE` shows which)")
 
 
-def lineage(digest: str, *, mermaid: bool = False, depth: int | None = None, root: Root = None) -> None:
+def lineage(digest: str, *, mermaid: bool = False, depth: int = 4, root: Root = None) -> None:
     """Show what an artifact was made from, down to the data.
 
     Parameters
@@ -112,33 +113,31 @@ def lineage(digest: str, *, mermaid: bool = False, depth: int | None = None, roo
     mermaid
         Print a Mermaid graph instead of a tree.
     depth
-        Generations to show; all by default.
+        Generations that the tree shows; 0 = all, down to the data.
     root
         Folder of the store.
     """
     places = Places.under(root)
     store = Store(places.store)
     ancestors = ancestry.ancestry(store, _digest(places, store, digest))
-    print(ancestry.mermaid(ancestors) if mermaid else ancestry.tree(ancestors, depth=depth))
+    print(ancestry.mermaid(ancestors) if mermaid else ancestry.tree(ancestors, depth=depth or None))
 
 
 def _add_run(table: Table, record: RunRecord) -> None:
     last = record.attempts[-1]
     status = last.outcome()
     colour = {"finished": "green", "running": "cyan"}.get(status, "yellow")
-    head = [record.folder.name, ago(last.started), f"[{colour}]{status}[/]", f"{record.steps}/{record.total_steps}"]
+    head = [record.folder.name, moment(last.started), f"[{colour}]{status}[/]", f"{record.steps}/{record.total_steps}"]
     head.append(duration(sum(attempt.seconds for attempt in record.attempts)))
-    sets: Mapping[str, Any] = record.accuracy.get("final", {})
-    if not sets:
-        table.add_row(*head, "-", "-", "-", "-")
-    for number, (name, final) in enumerate(sets.items()):
+    table.add_row(*head, "\n".join(_accuracies(record)) or "-")
+
+
+def _accuracies(record: RunRecord) -> Iterator[str]:
+    """One line per set: before, after and best."""
+    for name, final in record.accuracy.get("final", {}).items():
         step, best = record.accuracy.get("best", {}).get(name, (0, None))
-        accuracies = [
-            _accuracy(record.accuracy.get("before", {}).get(name, {})),
-            f"{percent(best)} at {step}",
-            _accuracy(final),
-        ]
-        table.add_row(*(head if number == 0 else [""] * len(head)), name, *accuracies)
+        before = _accuracy(record.accuracy.get("before", {}).get(name, {}))
+        yield f"{name} {before} -> {_accuracy(final)}, best {percent(best)} at step {step}"
 
 
 def _accuracy(metrics: Mapping[str, float]) -> str:

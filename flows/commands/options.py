@@ -16,7 +16,7 @@ Root = Annotated[Path | None, Parameter(name="--root")]
 ConfigFiles = Annotated[list[Path] | None, Parameter(name="--config", negative="")]
 Settings = Annotated[list[str] | None, Parameter(name="--set", negative="")]
 
-_PLAIN_WIDTH = 110
+_PLAIN_WIDTH = 120
 
 
 def console() -> Console:

@@ -41,12 +41,12 @@ def ui(*, port: Annotated[int, Parameter(help="of MLflow; 0 = any")] = 5000, roo
         out.print(f"MLflow   {uri} (configured by MLFLOW_TRACKING_URI)")
         out.print(f"Prefect  {ensure_server(places.prefect).removesuffix('/api')}")
         return 0
+    out.print("starting ...", style="dim")
     sync(places.root)
     chosen = _free_port(port)
     log = places.root / "mlflow-ui.log"
     process = _start_mlflow(places, uri, chosen, log)
     try:
-        out.print("starting ...", style="dim")
         _await_answer(process, chosen, log)
         out.print(f"MLflow   [bold]http://127.0.0.1:{chosen}[/]")
         out.print(f"Prefect  [bold]{ensure_server(places.prefect).removesuffix('/api')}[/]")

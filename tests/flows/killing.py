@@ -1,13 +1,15 @@
 """Run as a script: kills the smallest recipe at instants spread over its run, resumes it, and prints what came of it.
 
-One process imports everything once and forks a child for each run, so that ten kills cost seconds, not ten imports of torch. It
-computes nothing itself: forked children of a process that used threads may hang.
+One process does the uninterrupted run, which imports and warms everything, and then forks a child for each further one, so that
+ten kills cost seconds and not ten imports of torch. It keeps to one thread throughout: a forked child of a process that used
+several may hang.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -17,34 +19,31 @@ from typing import Any
 from flows.iterative_rl import iterative_rl
 from flows.recipes import arithmetic_smoke
 from pipeline.progress import listen
+from pipeline.residency import evict
 from pipeline.store import Store, use_store
 
 
-def preload() -> None:
-    """Import what the stages import when they run."""
-    import torch
-
-    torch.set_num_threads(1)
-    import stages.rollout.hf
-    import stages.training.torch_engine
-    import stages.update.steps  # noqa: F401
-
-
-def start(root: Path) -> int:
-    """Fork a child that runs the recipe in `root` and leaves its final digest and stage outcomes beside the store."""
-    child = os.fork()
-    if child:
-        return child
+def run(root: Path) -> dict[str, Any]:
+    """Run the recipe in `root`: its final digest and how many stages were executed."""
     executed: list[str] = []
 
     def note(topic: str, values: dict[str, Any]) -> None:
         if topic == "stage" and values["outcome"] == "executed":
             executed.append(values["name"])
 
+    with use_store(Store(root)), listen(note):
+        digest = iterative_rl(arithmetic_smoke()).digest
+    evict()
+    return {"digest": digest, "executed": len(executed)}
+
+
+def start(root: Path) -> int:
+    """Fork a child that runs the recipe in `root` and leaves what came of it beside the store."""
+    child = os.fork()
+    if child:
+        return child
     try:
-        with use_store(Store(root)), listen(note):
-            digest = iterative_rl(arithmetic_smoke()).digest
-        (root / "result.json").write_text(json.dumps({"digest": digest, "executed": len(executed)}))
+        (root / "result.json").write_text(json.dumps(run(root)))
         os._exit(0)
     except BaseException as error:
         print(f"child failed: {error!r}", file=sys.stderr)
@@ -64,23 +63,33 @@ def committed(root: Path) -> int:
     return len(list((root / "actions").glob("*/*.json")))
 
 
+def await_commits(root: Path, count: int) -> None:
+    """Wait until `count` stage calls are committed in `root`."""
+    while committed(root) < count:
+        time.sleep(0.002)
+
+
 def main(folder: Path, kills: int) -> None:
     """Print one JSON object: the golden run and one entry per kill."""
-    preload()
+    golden = run(folder / "golden")
     started = time.monotonic()
-    golden = finish(folder / "golden")
+    again = finish(folder / "again")
     duration = time.monotonic() - started
+    assert again == golden, f"two uninterrupted runs differ: {again} and {golden}"
+    gap = duration / golden["executed"]
+    chance = random.Random(0)
     trials = []
     for number in range(kills):
         root = folder / f"killed-{number}"
-        instant = duration * (number + 0.5) / kills
         child = start(root)
-        time.sleep(instant)
+        # Instants spread over the run by what is committed, then a random part of a stage's time further, inside a stage.
+        await_commits(root, number * (golden["executed"] - 1) // kills)
+        time.sleep(gap * chance.random())
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         kept = committed(root)
-        trials.append({"instant": instant, "killed": os.WIFSIGNALED(status), "kept": kept, **finish(root)})
-    print(json.dumps({"golden": golden, "duration": duration, "trials": trials}))
+        trials.append({"killed": os.WIFSIGNALED(status), "kept": kept, **finish(root)})
+    print(json.dumps({"golden": golden, "trials": trials}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Speed, memory and scale, side by side with peers; each benchmark prints ratios."""

@@ -1,0 +1,120 @@
+"""What both sides of the step benchmark compute: one policy, one list of prompts, one set of numbers, in one folder.
+
+The folder is all that the two workers share. Importable in the peers' environment: nothing of Cohort at the top.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any, Literal
+
+__all__ = ["REWARD_PATTERN", "Workload", "make_policy", "make_questions"]
+
+REWARD_PATTERN = r"[!-O]\Z"
+"""The reward of an output, on both sides: 1 where its text ends in one of these 47 characters of 127, else 0."""
+_PAD = "<|pad|>"
+_EOS = "<|endoftext|>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One GRPO step, and how many of them."""
+
+    folder: str
+    questions: int = 32
+    group: int = 16
+    tokens: int = 48
+    steps: int = 6
+    """Steps that a worker may be asked for, warm-up included."""
+    beta: float = 0.04
+    learning_rate: float = 1e-5
+    precision: Literal["fp32", "bf16"] = "fp32"
+    threads: int = 2
+    hidden: int = 256
+    layers: int = 6
+    heads: int = 4
+    intermediate: int = 768
+    seed: int = 0
+
+    @property
+    def policy(self) -> Path:
+        """The policy as a Hugging Face folder."""
+        return Path(self.folder) / "policy"
+
+    @property
+    def question_file(self) -> Path:
+        """All questions, one JSON object a line."""
+        return Path(self.folder) / "questions.jsonl"
+
+    @property
+    def prompt_file(self) -> Path:
+        """The prompts of step after step as the pipeline draws them, for the peer: a JSON list of texts."""
+        return Path(self.folder) / "prompts.json"
+
+    def save(self) -> Path:
+        """Write it where a worker finds it."""
+        path = Path(self.folder) / "workload.json"
+        path.write_text(json.dumps(dataclasses.asdict(self)))
+        return path
+
+    @classmethod
+    def load(cls, path: str) -> Workload:
+        """Read it back."""
+        return cls(**json.loads(Path(path).read_text()))
+
+
+def make_questions(workload: Workload) -> list[dict[str, str]]:
+    """Chains of 3 to 5 numbers, as in the built-in arithmetic world; no two alike."""
+    draw = random.Random(workload.seed)
+    questions: dict[str, str] = {}
+    while len(questions) < workload.questions * workload.steps:
+        numbers = [draw.randint(1, 18)] + [draw.randint(1, 9) * draw.choice((1, -1)) for _ in range(draw.randint(2, 4))]
+        text = f"Compute {numbers[0]}" + "".join(f"{number:+d}" for number in numbers[1:]) + "."
+        questions[text] = str(sum(numbers))
+    rows = [
+        {"question_id": f"q{number}", "question": text, "answer": answer}
+        for number, (text, answer) in enumerate(questions.items())
+    ]
+    workload.question_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def make_policy(workload: Workload) -> None:
+    """A Qwen2 with random weights (5.15 M parameters as given) and a tokenizer of the 127 first ASCII characters.
+
+    Its next-token distribution is nearly uniform, so no two samples agree. The end-of-sequence id lies beyond the model's
+    vocabulary: it cannot be drawn, so every output has all its tokens, without a logits processor that would cost one side
+    more than the other.
+    """
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+    # Byte-level BPE without merges; Qwen2Tokenizer adds the end of sequence behind the vocabulary.
+    vocabulary = {token: number for number, token in enumerate([_PAD, *map(_byte_symbol, range(127))])}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token=_EOS, eos_token=_EOS, pad_token=_PAD)
+    settings: dict[str, Any] = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": workload.hidden,
+        "intermediate_size": workload.intermediate,
+        "num_hidden_layers": workload.layers,
+        "num_attention_heads": workload.heads,
+        "num_key_value_heads": workload.heads,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    torch.manual_seed(workload.seed)
+    model = Qwen2ForCausalLM(Qwen2Config(**settings))
+    assert tokenizer.eos_token_id >= len(vocabulary)
+    model.save_pretrained(workload.policy)
+    tokenizer.save_pretrained(workload.policy)
+
+
+def _byte_symbol(byte: int) -> str:
+    """The printable character that byte-level BPE writes for an ASCII byte (GPT-2's table)."""
+    return chr(byte) if 33 <= byte < 127 else chr(256 + byte)

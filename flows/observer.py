@@ -60,7 +60,7 @@ class Observer:
         """The policy after `step` was evaluated on the set `name`, greedily or by samples."""
         metrics = result.metrics
         if mode == "greedy":
-            metrics = {"greedy_accuracy": metrics["accuracy"]}
+            metrics = {f"greedy_{name}": metrics[name] for name in ("accuracy", "accuracy_ci_low", "accuracy_ci_high")}
         self._take(step, {f"eval/{name}/{key}": value for key, value in metrics.items()})
         report("evaluation", step=step, set=name, mode=mode, metrics=metrics)
 

@@ -39,9 +39,16 @@ def flow(function: Callable[P, R]) -> Callable[P, R]:
         if _engine.get() == "inline":
             return function(*args, **kwargs)
         import prefect
+        from prefect.context import TagsContext
+
+        @functools.wraps(function)
+        def body(*args: P.args, **kwargs: P.kwargs) -> R:
+            # The flow's tags are not its tasks': each tag of a task costs a look-up of concurrency limits at the server.
+            with TagsContext(current_tags=set()):
+                return function(*args, **kwargs)
 
         run: Callable[P, R] = prefect.flow(
-            function, name=function.__name__.replace("_", "-"), validate_parameters=False, persist_result=False
+            body, name=function.__name__.replace("_", "-"), validate_parameters=False, persist_result=False
         )
         return run(*args, **kwargs)
 

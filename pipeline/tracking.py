@@ -103,7 +103,7 @@ class Tracker:
         if self._journal is None:
             return
         self._journal.close()
-        if self._points:
+        if self._points and status != "KILLED":  # who interrupts a run does not want to wait for it
             _await_delivery(self._home, self._journal.path)
         self._journal = None
 

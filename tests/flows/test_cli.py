@@ -300,6 +300,7 @@ def test_a_damaged_record_does_not_hide_the_others(tmp_path: Path) -> None:
     assert [record.name for record in read_records(places)] == ["arithmetic_smoke"]
 
 
+@pytest.mark.slow  # a process that imports everything and trains
 def test_an_interrupted_run_prints_the_command_that_continues_it(root: Path) -> None:
     arguments = command("--set", "steps=500", root=root)
     code = "import sys; from flows.cli import main; sys.argv[0] = 'cohort'; main()"

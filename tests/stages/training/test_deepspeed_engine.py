@@ -128,6 +128,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(start: Chec
     engine.close()
 
 
+@pytest.mark.slow  # a process that imports DeepSpeed
 def test_inside_another_launchers_rank_it_is_quiet_and_a_group_of_its_own(tmp_path: Path) -> None:
     program = f"""
 from pipeline.store import Store, use_store

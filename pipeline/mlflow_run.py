@@ -76,6 +76,10 @@ def _create(database: Path, client: Any) -> None:
         os.replace(draft, database)
 
 
+_MODEL_TRAINING: Final = {"mlflow.experimentKind": "custom_model_development"}
+"""What MLflow's UI opens an experiment as: runs and charts, not traces and prompts."""
+
+
 class MlflowRun:
     """The run of one key in one experiment, created when there is none.
 
@@ -131,7 +135,7 @@ class MlflowRun:
         if found is None:
             place = None if artifacts is None else artifacts.resolve().as_uri()
             try:
-                return str(self._client.create_experiment(name, artifact_location=place))
+                return str(self._client.create_experiment(name, artifact_location=place, tags=_MODEL_TRAINING))
             except Exception:
                 found = self._client.get_experiment_by_name(name)  # another run created it in this moment
                 if found is None:

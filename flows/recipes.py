@@ -138,7 +138,7 @@ def gsm8k_cpu() -> IterativeRLConfig:
                 "num_hidden_layers": 4,
                 "num_attention_heads": 4,
                 "num_key_value_heads": 4,
-                "max_position_embeddings": 512,
+                "max_position_embeddings": 640,
                 "tie_word_embeddings": True,
             },  # ours
             tokenizer=BPETokenizerConfig(vocab_size=2048),  # ours

@@ -32,7 +32,7 @@ def supervised_finetuning(
     to 0 over `decay_steps`. The curve is kept in the checkpoint as sft_curve.json.
 
     Raises:
-        ValueError: fewer demonstrations than one batch holds.
+        ValueError: fewer demonstrations than one batch holds, or one longer than the model's window.
     """
     from stages.training.engine import resident_engine
     from stages.training.hardware import threads
@@ -155,4 +155,17 @@ def _encode(policy: Checkpoint, demonstrations: Demonstrations, prompt: PromptCo
     tokenizer = load_tokenizer(policy)
     questions = encode_prompts(tokenizer, table.column("question").to_pylist(), prompt)
     completions = encode_completions(tokenizer, table.column("completion").to_pylist())
-    return [Row(*ids) for ids in zip(questions, completions, strict=True)]
+    rows = [Row(*ids) for ids in zip(questions, completions, strict=True)]
+    _check_window(policy, table.column("question_id").to_pylist(), rows)
+    return rows
+
+
+def _check_window(policy: Checkpoint, question_ids: list[str], rows: list[Row]) -> None:
+    window = json.loads((policy.path / "config.json").read_text()).get("max_position_embeddings")
+    for question_id, row in zip(question_ids, rows, strict=True):
+        length = len(row.prompt_ids) + len(row.output_ids)
+        if window is not None and length > window:
+            raise ValueError(
+                f"demonstration of question {question_id!r}: expected at most {window} tokens (the model's window), found "
+                f"{length}; shorten or drop it, or take a model with a larger window"
+            )

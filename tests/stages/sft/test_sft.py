@@ -174,3 +174,10 @@ def test_fewer_demonstrations_than_a_batch_are_refused(store: Store) -> None:
     corpus = demonstrations(5)
     with pytest.raises(ValueError, match="5 demonstrations are fewer than a batch of 6"):
         supervised_finetuning(new_policy(corpus), corpus, PROMPT, how(), seed=0)
+
+
+def test_a_demonstration_beyond_the_models_window_is_named(store: Store) -> None:
+    corpus = demonstrations()
+    policy = new_policy(corpus, max_position_embeddings=14)  # "Say 10.\n" and "#### 10" with its end: 8 + 8
+    with pytest.raises(ValueError, match=r"'q10': expected at most 14 tokens .* found 16"):
+        supervised_finetuning(policy, corpus, PROMPT, how(), seed=0)

@@ -42,6 +42,8 @@ OPTIMIZER = "optimizer.safetensors"
 TRAINER = "trainer_state.json"
 _TRAINED = (OPTIMIZER, TRAINER, "sft_curve.json")
 """Files that belong to one state of the weights and do not follow to the next."""
+_SEAL = "manifest.json"
+"""The store's own file in a checkpoint: a checkpoint of one store may be imported into another."""
 _DESCRIPTION_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -187,7 +189,7 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def copy_description(source: Path, target: Path) -> None:
     """Copy what describes a model and does not change with training: configuration and tokenizer."""
-    skipped = {*_TRAINED, WEIGHT_INDEX, "manifest.json"}
+    skipped = {*_TRAINED, WEIGHT_INDEX, _SEAL}
     for file in sorted(source.iterdir()):
         if file.suffix in _DESCRIPTION_SUFFIXES and file.name not in skipped:
             shutil.copyfile(file, target / file.name)  # without the read-only mode of the store
@@ -231,7 +233,7 @@ def _checked_files(folder: Path) -> list[Path]:
         raise ArtifactError(f"{folder}: missing config.json")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ArtifactError(f"{folder}: missing tokenizer.json")
-    described = [f for f in folder.iterdir() if f.suffix in _DESCRIPTION_SUFFIXES and f.name not in _TRAINED]
+    described = [f for f in folder.iterdir() if f.suffix in _DESCRIPTION_SUFFIXES and f.name not in (*_TRAINED, _SEAL)]
     return sorted({*described, *weight_files(folder)})
 
 

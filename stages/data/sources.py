@@ -271,7 +271,7 @@ def _existing(path: str) -> Path:
     if not found.exists():
         siblings = [entry.name for entry in found.parent.iterdir()] if found.parent.is_dir() else []
         near = difflib.get_close_matches(found.name, siblings, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else f" (relative to {Path.cwd()}); name its folder in the config"
         raise DataError(f"{path}: no such file or folder{hint}")
     return found
 

@@ -126,3 +126,9 @@ def test_pickled_weights_are_refused(store: Store, external: Path) -> None:
     (external / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(ArtifactError, match=r"pytorch_model\.bin is a pickle and refused"):
         import_checkpoint(ExternalCheckpointConfig(path=external))
+
+
+def test_a_checkpoint_of_a_store_may_be_imported_into_one(store: Store) -> None:
+    checkpoint = tiny_checkpoint()
+    imported = import_checkpoint(ExternalCheckpointConfig(path=checkpoint.path))
+    assert imported == checkpoint  # the same files, so the same content under the same name

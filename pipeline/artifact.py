@@ -60,7 +60,7 @@ class Folder(Artifact):
 
     @property
     def path(self) -> Path:
-        """The verified, read-only folder."""
+        """The verified folder; its files are read-only."""
         return current_store().path(self.digest)
 
 

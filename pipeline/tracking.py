@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.config import flatten
-from pipeline.journal import Journal, JournalBusyError, Record, Sent, is_live, journals, read_records
+from pipeline.journal import Journal, JournalBusyError, Record, Sent, is_live, journals
 from pipeline.mlflow_run import tracking_uri
 from pipeline.projector import Projector, folder_of, start_projector
 
-__all__ = ["SyncReport", "Tracker", "recorded_steps", "sync", "track", "tracking_uri"]
+__all__ = ["SyncReport", "Tracker", "sync", "track", "tracking_uri"]
 
 CLOSE_SECONDS: Final = 20.0
 """How long the end of a run waits for its last points to arrive; after that they arrive without it."""
@@ -168,17 +168,6 @@ def sync(home: Path, *, rebuild: bool = False) -> SyncReport:
     errors = {str(journal): projector.rebuild(journal) if rebuild else projector.project(journal) for journal in idle}
     failed = {journal: error for journal, error in errors.items() if error}
     return SyncReport(len(idle) - len(failed), len(found) - len(idle), failed)
-
-
-def recorded_steps(home: Path, experiment: str, run_key: str) -> dict[int, dict[str, float]]:
-    """The metrics of a run by step, from its journal: what a learning curve needs, without MLflow."""
-    journal = folder_of(home.resolve()) / experiment / f"{run_key}.jsonl"
-    steps: dict[int, dict[str, float]] = {}
-    if journal.exists():
-        for record in read_records(journal, 0)[0]:
-            if record["kind"] == "step":
-                steps.setdefault(record["step"], {}).update(record["metrics"])
-    return steps
 
 
 def _open(path: Path, params: Mapping[str, str]) -> Journal | None:

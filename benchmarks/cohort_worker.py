@@ -23,7 +23,7 @@ from flows.iterative_rl import step_seed
 from flows.observer import Observer, observer, observing
 from pipeline.orchestration import flow, use_engine
 from pipeline.store import Store, use_store
-from stages.advantage import AdvantageConfig, estimate_advantages
+from stages.advantage import GroupConfig, estimate_advantages
 from stages.data import QuestionFileConfig, read_questions, sample_batch
 from stages.models import Checkpoint, ExternalCheckpointConfig, import_checkpoint
 from stages.prompts import PromptConfig
@@ -124,7 +124,7 @@ def one_step(policy: Checkpoint, reference: Checkpoint, batch: Questions, config
     seed = step_seed(0, step)
     outputs = rollout(policy, batch, PromptConfig(suffix="\n"), sampling, seed=seed)
     rewards = score(outputs, batch, reward)
-    advantages = estimate_advantages(rewards, outputs, AdvantageConfig())
+    advantages = estimate_advantages(rewards, outputs, GroupConfig())
     policy = update_policy(policy, reference, outputs, advantages, update, seed=seed)
     observer().step(step + 1, 0, outputs, rewards, advantages, policy)
     return policy

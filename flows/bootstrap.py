@@ -60,7 +60,7 @@ def initial_policy(config: IterativeRLConfig, data: DataSets) -> Checkpoint:
         return policy
     if data.demonstrations is None:
         raise ValueError("sft: the data set has no solutions to imitate; set sft to null or name the solution column")
-    return supervised_finetuning(policy, data.demonstrations, config.prompt, config.sft, seed=config.seed)
+    return supervised_finetuning(policy, data.demonstrations, config.prompt, config.sft)
 
 
 def _below(folder: str, part: QuestionFileConfig) -> QuestionFileConfig:

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ConfigDict
 
 from flows.config import IterativeRLConfig
+from flows.methods import method_settings
 from flows.recipes import RECIPES
 from pipeline.config import Config, ConfigError, flatten, parse_settings
 
@@ -38,22 +39,29 @@ class _Values(Config):
     model_config = ConfigDict(extra="allow")
 
 
-def choose(source: str, files: Sequence[Path] = (), settings: Sequence[str] = ()) -> Choice:
-    """The configuration named by `source`, changed by `files` and then by `settings`.
+def choose(
+    source: str, files: Sequence[Path] = (), settings: Sequence[str] = (), *, method: str | None = None
+) -> Choice:
+    """The configuration named by `source`, made a run of `method`, changed by `files` and then by `settings`.
 
     Args:
         source: name of a recipe, or a YAML file. A file with the key `recipe` holds overrides of that recipe.
         files: YAML files of overrides, nested or with dotted keys.
         settings: `key=value` each.
+        method: a name in `flows/methods.py`; None leaves the method of the source.
 
     Raises:
         ConfigError: no such recipe or file, or all that is wrong in the result.
     """
     start, changes = _start(source)
+    if method is not None:
+        # What a file says of its recipe comes before the method, so that the method fits what it finds.
+        whole = start.override(changes, source=source)
+        changes |= method_settings(method, whole)
     for file in files:
         changes |= _overrides(file)
     changes |= parse_settings(list(settings))
-    names = [str(file) for file in files] + (["--set"] if settings else [])
+    names = ([f"method {method}"] if method else []) + [str(file) for file in files] + (["--set"] if settings else [])
     config = start.override(changes, source=" + ".join([source, *names])) if changes else start
     return Choice(config, RECIPES[start.name]() if start.name in RECIPES else start)
 

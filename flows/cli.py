@@ -52,6 +52,8 @@ def _add(name: str, place: str, text: str, group: Group) -> None:
 
 
 _add("run", "training:run", "Train as a recipe says; again: continue, reusing all that is computed.", _RUN)
+_add("compare", "training:compare", "Train a recipe by several methods; one table of what they cost and came to.", _RUN)
+_add("methods", "training:methods", "List the methods: Table 10 of the paper, and later ones.", _RUN)
 _add("recipes", "training:recipes", "List the recipes, or print one as YAML.", _RUN)
 _add("check", "training:check", "Check a configuration; every error at once.", _RUN)
 _add("runs", "looking:runs", "What ran: when, how far, how well.", _LOOK)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from pipeline.config import Config
-from stages.advantage import AdvantageConfig
+from stages.advantage import AdvantageConfig, GroupConfig
+from stages.critic import CriticConfig
 from stages.data import ArithmeticConfig, DemonstrationConfig, QuestionFileConfig
 from stages.evaluation import EvaluationConfig
 from stages.prompts import PromptConfig
 from stages.reward import RewardConfig
 from stages.rollout import RolloutConfig
 from stages.sft import PolicyConfig, SFTConfig
-from stages.update import UpdateConfig
+from stages.update import DataSource, GRPOConfig, UpdateConfig
 
 __all__ = ["ArithmeticData", "EvaluationPlan", "FileData", "IterativeRLConfig", "PretrainedPolicy"]
 
@@ -102,7 +104,7 @@ class EvaluationPlan(Config):
 
 
 class IterativeRLConfig(Config):
-    """Algorithm 1: I iterations of M steps of GRPO, from a policy made here or by others."""
+    """Algorithm 1: I iterations of M steps, from a policy made here or by others; GRPO, or another row of Table 10."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     "Name of the run: MLflow's run name and the folder of its summary."
@@ -124,21 +126,67 @@ class IterativeRLConfig(Config):
     "M of Algorithm 1: exploration stages per iteration."
     questions_per_step: int = Field(16, ge=1)
     "Questions of an exploration stage. The paper's batch of 1,024 is read as outputs: 16 questions of 64 (4.2)."
+    data_source: DataSource = "policy"
+    """Whose outputs are learned from (Table 10): the policy's as it is (online), the initial policy's (offline), or
+    demonstrations (as many as there would be outputs)."""
+    dynamic_sampling: NonNegativeInt = 0
+    """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): up to so many further draws of questions per step, to replace
+    groups whose rewards are all equal. 0, the paper's: such groups stay."""
     rollout: RolloutConfig = RolloutConfig()
     "Sampling of the G outputs per question."
     reward: RewardConfig = RewardConfig()
     "r: rules for now."
-    advantage: AdvantageConfig = AdvantageConfig()
-    "A-hat from the rewards of a group."
+    advantage: AdvantageConfig = GroupConfig()
+    "A-hat: what the gradient coefficient is made of."
+    critic: CriticConfig | None = None
+    "PPO's learned value function; null for every other method."
     update: UpdateConfig = UpdateConfig()
     "The policy update."
     evaluation: EvaluationPlan = EvaluationPlan()
     "Held-out evaluation."
 
     @model_validator(mode="after")
-    def _needs_a_group(self) -> IterativeRLConfig:
-        if self.rollout.G < 2:
-            raise ValueError(
-                f"rollout.G: group-relative advantages need at least 2 outputs per question, found {self.rollout.G}"
-            )
+    def _parts_fit(self) -> Self:
+        for complaint in (*self._misfits_of_the_row(), *self._misfits_of_the_parts()):
+            raise ValueError(complaint)
         return self
+
+    def _misfits_of_the_row(self) -> Iterator[str]:
+        """What does not belong to the objective's row of Table 10."""
+        kind, row = self.update.objective.kind, self.update.objective.ROW
+        if self.data_source not in row.sources:
+            yield f"data_source: {kind} learns from {_either(row.sources)}, found {self.data_source}"
+        if self.advantage.kind not in row.advantages:
+            yield f"advantage.kind: {kind} takes {_either(row.advantages)}, found {self.advantage.kind}"
+        if (self.advantage.kind == "gae") != (self.critic is not None):
+            yield "critic: advantage.kind gae (PPO) needs one, and nothing else does; set critic={} or null"
+        if self.data_source == "initial_policy" and row.uses_ratio and self.update.old_logprobs != "rollout":
+            yield (
+                f"update.old_logprobs: {kind} on outputs of the initial policy needs that policy's log-probabilities in its "
+                "ratio; set update.old_logprobs=rollout"
+            )
+        if self.dynamic_sampling and self.data_source != "policy":
+            yield "dynamic_sampling: only outputs of the current policy can be drawn again"
+
+    def _misfits_of_the_parts(self) -> Iterator[str]:
+        advantage, objective = self.advantage, self.update.objective
+        penalty = getattr(advantage, "kl_in_reward", 0.0)
+        if penalty and isinstance(objective, GRPOConfig) and objective.beta > 0:
+            yield (
+                f"advantage.kl_in_reward={penalty:g} and update.objective.beta={objective.beta:g} would count the KL term "
+                "twice; set one of them to 0"
+            )
+        if advantage.kind in ("group", "pairs") and self.rollout.G < 2:
+            yield f"rollout.G: advantages within a group need at least 2 outputs per question, found {self.rollout.G}"
+        if isinstance(advantage, GroupConfig) and advantage.supervision == "process" and not self._scores_steps():
+            yield "advantage.supervision: process needs rewards of steps; add a component of kind `steps` to reward.components"
+        expected = self.update.temperature
+        if expected is not None and self.data_source != "demonstrations" and expected != self.rollout.temperature:
+            yield f"update.temperature: {expected:g} differs from rollout.temperature, {self.rollout.temperature:g}"
+
+    def _scores_steps(self) -> bool:
+        return any(component.kind == "steps" for component in self.reward.components)
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return " or ".join(names)

@@ -3,6 +3,9 @@
 Every line is a stage call that asks the store first, so the same call resumes an interrupted run, and a longer one
 (`iterations`, `steps`) computes only what is new. Whatever happens per step is drawn from seeds that depend on the run's seed
 and the step alone.
+
+The other methods of the paper's Table 10 are the same loop: their data source is whom line 7 samples from, their reward and
+gradient coefficient are lines 8 and 9, their objective is line 10 (`flows/methods.py` names the settings of each).
 """
 
 from __future__ import annotations
@@ -11,10 +14,11 @@ import hashlib
 
 from flows.bootstrap import initial_policy, prepare_data
 from flows.config import IterativeRLConfig
+from flows.exploration import explore, token_evidence
 from flows.observer import observer
 from pipeline.orchestration import flow
 from stages.advantage import estimate_advantages
-from stages.data import sample_batch
+from stages.critic import create_critic, update_critic
 from stages.evaluation import evaluate
 from stages.models import Checkpoint
 from stages.reward import score
@@ -30,19 +34,23 @@ __all__ = ["iterative_rl"]
 def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
     """Train a policy as `config` says; returns the last one."""
     data = prepare_data(config.data)
-    policy = initial_policy(config, data)                                                                  # line 1
+    policy = initial = initial_policy(config, data)                                                        # line 1
+    critic = create_critic(policy, config.critic) if config.critic else None
     evaluate_policy(config, policy, data.evaluation, step=0)
     last = config.iterations * config.steps
     for iteration in range(config.iterations):                                                             # line 2
         reference = policy                                                                                 # line 3
         for step in range(iteration * config.steps, (iteration + 1) * config.steps):                       # line 4
             seed = step_seed(config.seed, step)
-            questions = sample_batch(data.train, size=config.questions_per_step, step=step, seed=config.seed)  # line 5
-            outputs = rollout(policy, questions, config.prompt, config.rollout, seed=seed)                 # lines 6-7
-            rewards = score(outputs, questions, config.reward)                                             # line 8
-            advantages = estimate_advantages(rewards, outputs, config.advantage)                           # line 9
+            sampler = policy if config.data_source == "policy" else initial                                # line 6
+            questions, outputs = explore(config, data, sampler, step, seed)                                # lines 5, 7
+            rewards = score(outputs, questions, config.reward) if questions else None                      # line 8
+            evidence = token_evidence(config, policy, reference, critic, outputs)
+            advantages = estimate_advantages(rewards, outputs, config.advantage, *evidence)                # line 9
             policy = update_policy(policy, reference, outputs, advantages, config.update, seed=seed)       # line 10
-            observer().step(step + 1, iteration, outputs, rewards, advantages, policy)
+            if critic and config.critic:
+                critic = update_critic(critic, outputs, advantages, config.critic, seed=seed)
+            observer().step(step + 1, iteration, policy, outputs, rewards, advantages, critic)
             if config.evaluation.is_due(step + 1, last):
                 evaluate_policy(config, policy, data.evaluation, step=step + 1)
         # Line 11, the reward model's continued training, has nothing to train yet: rewards are rules.

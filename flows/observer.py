@@ -15,7 +15,7 @@ from typing import Protocol
 from pipeline.artifact import Artifact
 from pipeline.progress import report
 from stages.models import Checkpoint
-from stages.tables import Advantages, Evaluation, Rewards, Rollouts
+from stages.tables import Evaluation
 
 __all__ = ["Observer", "StepLog", "observer", "observing"]
 
@@ -38,17 +38,11 @@ class Observer:
     samples: int = 0
     tokens: int = 0
 
-    def step(
-        self,
-        step: int,
-        iteration: int,
-        outputs: Rollouts,
-        rewards: Rewards,
-        advantages: Advantages,
-        policy: Checkpoint,
-    ) -> None:
-        """One pass through lines 5-10 of Algorithm 1 ended with `policy`."""
-        metrics = _merged(outputs, rewards, advantages, policy)
+    def step(self, step: int, iteration: int, policy: Checkpoint, *others: Artifact | None) -> None:
+        """One pass through lines 5-10 of Algorithm 1 ended with `policy`; `others` are what was made on the way."""
+        metrics: dict[str, float] = {}
+        for artifact in (*others, policy):
+            metrics |= artifact.metrics if artifact else {}
         self.samples += int(metrics.get("rollout/samples", 0))
         self.tokens += int(metrics.get("rollout/tokens", 0))
         self.policy = policy
@@ -86,10 +80,3 @@ def observing(current: Observer) -> Iterator[Observer]:
         yield current
     finally:
         _current.reset(token)
-
-
-def _merged(*artifacts: Artifact) -> dict[str, float]:
-    merged: dict[str, float] = {}
-    for artifact in artifacts:
-        merged |= artifact.metrics
-    return merged

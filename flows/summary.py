@@ -44,6 +44,8 @@ class Summary:
     """Set -> step and accuracy of the best evaluation (of samples where there are any, else greedy)."""
     curve: dict[int, dict[str, float]]
     """Step -> evaluation metrics and mean reward."""
+    cost: dict[str, float]
+    """What training took over all steps, evaluation apart: see `training_cost`."""
     time: dict[str, dict[str, float]]
     """Stage -> calls, executed, cached, failed, seconds, saved."""
     seconds: float
@@ -75,12 +77,37 @@ def summarise(
         after=_sets(points[evaluated[-1]]) if evaluated else {},
         best=_best({step: _sets(points[step]) for step in evaluated}),
         curve=curve,
+        cost=training_cost(points),
         time={stage: asdict(totals) | {"calls": totals.calls} for stage, totals in state.stages.items()},
         seconds=state.elapsed,
         server_seconds=state.server_seconds,
         policy=policy.digest,
         paths={what: str(path) for what, path in paths.items()},
     )
+
+
+def training_cost(points: Points) -> dict[str, float]:
+    """Outputs learned from, tokens sampled, seconds of sampling and of updating, largest memory of an update (MiB; on a CPU of
+    the whole process), largest total of the tensors that stay alive after one, parameters of the value function.
+
+    From the artifacts' own records: a repeated run has the same cost as the run that computed them.
+    """
+
+    def total(*names: str) -> float:
+        return sum(metrics.get(name, 0.0) for metrics in points.values() for name in names)
+
+    def largest(*names: str) -> float:
+        return max((metrics.get(name, 0.0) for metrics in points.values() for name in names), default=0.0)
+
+    return {
+        "outputs": total("rollout/samples"),
+        "tokens": total("rollout/tokens"),
+        "sampling_seconds": total("rollout/seconds"),
+        "updating_seconds": total("time/update", "time/critic", "time/values", "time/logprobs"),
+        "peak_mib": largest("memory/update_mb", "memory/critic_mb"),
+        "tensors_mib": largest("memory/tensors_mb"),
+        "critic_parameters": largest("critic/parameters"),
+    }
 
 
 def _sets(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:

@@ -42,6 +42,13 @@ OPTIMIZER = "optimizer.safetensors"
 TRAINER = "trainer_state.json"
 _TRAINED = (OPTIMIZER, TRAINER, "sft_curve.json")
 """Files that belong to one state of the weights and do not follow to the next."""
+_HEADS = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+}
+"""How the name of an architecture ends, and the class of transformers that loads such a model."""
 _SEAL = "manifest.json"
 """The store's own file in a checkpoint: a checkpoint of one store may be imported into another."""
 _DESCRIPTION_SUFFIXES = (".json", ".txt", ".model", ".jinja")
@@ -58,14 +65,17 @@ class Checkpoint(Folder):
 def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, attention: str = "eager") -> PreTrainedModel:
     """The model in evaluation mode (no dropout: ratios must be exactly 1), its weights cast to `dtype`.
 
+    Which head it has, the checkpoint's own `architectures` say: a policy's (causal language model, also where they are
+    absent), a critic's (token classification) or a reward model's (sequence classification).
+
     Raises:
-        ArtifactError: weights that do not fit the architecture, by name; they would otherwise be drawn at random.
+        ArtifactError: a head of another kind, or weights that do not fit the architecture, by name; they would otherwise be
+            drawn at random.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model, found = AutoModelForCausalLM.from_pretrained(
+    model, found = _auto_class(checkpoint).from_pretrained(
         checkpoint.path,
         dtype=dtype,
         attn_implementation=attention,
@@ -78,6 +88,21 @@ def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, attention: str = "
     if any(wrong.values()):
         raise ArtifactError(f"{checkpoint}: weights do not fit the architecture: {_shown(wrong)}")
     return model.eval()
+
+
+def _auto_class(checkpoint: Checkpoint) -> Any:
+    """What loads the head that config.json names."""
+    import transformers
+
+    file = checkpoint.path / "config.json"
+    names = json.loads(file.read_text()).get("architectures") or ["ForCausalLM"]
+    for ending, auto_class in _HEADS.items():
+        if names[0].endswith(ending):
+            return getattr(transformers, auto_class)
+    raise ArtifactError(
+        f"{checkpoint}: config.json names the architecture {names[0]}; expected one that ends in {', '.join(_HEADS)}; "
+        "convert the model to one of these"
+    )
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
@@ -159,11 +184,14 @@ def save(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, eos_token_ids: list[int] | None = None
 ) -> None:
     """Write a model that was just made, as float32, with its tokenizer; for `Checkpoint.write(lambda folder: ...)`."""
+    model.config.architectures = [
+        type(model).__name__
+    ]  # as `save_pretrained` of the model would: how it is loaded again
     model.config.save_pretrained(folder)
-    generation = model.generation_config
-    if eos_token_ids is not None:
-        generation.eos_token_id = eos_token_ids
-    generation.save_pretrained(folder)
+    generation = getattr(model, "generation_config", None)  # only where the head generates
+    if generation is not None:
+        generation.eos_token_id = generation.eos_token_id if eos_token_ids is None else eos_token_ids
+        generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_tensors(folder / WEIGHTS, model_weights(model))
 

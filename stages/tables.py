@@ -1,8 +1,10 @@
 """Every table that stages exchange, on one page: the whole data flow at a glance.
 
     Questions ──> rollout ──> Rollouts ──> score ──> Rewards ──> estimate_advantages ──> Advantages ──> update_policy
-        │                        │                      │
-    Demonstrations ──> SFT       └──────────────────────┴──> evaluate ──> Evaluation
+        │                     │  │  │                   │              ^     ^                └──────> update_critic
+        │                     │  │  └── estimate_values ── Values ─────┘     │            (PPO only)
+        │                     │  └───── compare_policies ── Logprobs ────────┘    (where KL is part of the reward)
+    Demonstrations ──> SFT    └─────────────────────────┴──> evaluate ──> Evaluation
 
 A row is keyed by `question_id` and, below a question, by `sample` (0 .. G-1); stages join by key, never by position. Ids are
 the truth: what was sampled is `output_ids`; `text` is for people and for rewards that read text.
@@ -14,7 +16,7 @@ import pyarrow as pa
 
 from pipeline.artifact import Table
 
-__all__ = ["Advantages", "Demonstrations", "Evaluation", "Questions", "Rewards", "Rollouts"]
+__all__ = ["Advantages", "Demonstrations", "Evaluation", "Logprobs", "Questions", "Rewards", "Rollouts", "Values"]
 
 
 def _required(name: str, kind: pa.DataType) -> pa.Field:
@@ -51,10 +53,12 @@ class Demonstrations(Table):
 
 
 class Rollouts(Table):
-    """Sampled outputs o_i of a policy, G per question.
+    """Sampled outputs o_i of a policy, G per question; or demonstrations in their place, one per question.
 
-    `logprobs` are the engine's own, of the distribution it sampled from (at `temperature`), one per output id; the sampled
-    end-of-sequence token is part of `output_ids`. `finish_reason` is `stop` or `length`. `seed` made this very row.
+    `logprobs` are the engine's own, of the distribution it sampled from (at `temperature`), one per output id; null where no
+    engine sampled the row (a demonstration). The sampled end-of-sequence token is part of `output_ids`. `text_ends` has, for
+    each output id, the length of `text` once that id is decoded: how a place in the text becomes the index of a token.
+    `finish_reason` is `stop` or `length`. `seed` made this very row.
     """
 
     schema = pa.schema(
@@ -62,9 +66,10 @@ class Rollouts(Table):
             *_KEY,
             _required("prompt_ids", pa.list_(pa.int32())),
             _required("output_ids", pa.list_(pa.int32())),
-            _required("logprobs", pa.list_(pa.float32())),
+            pa.field("logprobs", pa.list_(pa.float32())),
             _required("finish_reason", pa.string()),
             _required("text", pa.string()),
+            _required("text_ends", pa.list_(pa.int32())),
             _required("temperature", pa.float32()),
             _required("seed", pa.int64()),
         ]
@@ -76,6 +81,10 @@ class Rewards(Table):
 
     `status`: `ok` (right answer), `wrong`, `unparseable`, `truncated`, `timeout`, `error`. `components` holds the score of each
     named component before weighting, null where it abstained.
+
+    Process supervision (DeepSeekMath, 4.1.3): `step_rewards` holds r^index(j) of each step j, `step_ends` index(j), the place
+    of the step's last token in `output_ids`; both null where outputs are scored as a whole. `scorer` is the digest of the
+    reward model, null for rules: rewards of two models never meet in one group.
     """
 
     schema = pa.schema(
@@ -85,14 +94,42 @@ class Rewards(Table):
             _required("status", pa.string()),
             pa.field("extracted", pa.string()),
             _required("components", pa.map_(pa.string(), pa.float64())),
+            pa.field("step_rewards", pa.list_(pa.float64())),
+            pa.field("step_ends", pa.list_(pa.int32())),
+            pa.field("scorer", pa.string()),
         ]
     )
 
 
-class Advantages(Table):
-    """A-hat_{i,t}: one value per output token; null where the row is masked out of the loss."""
+class Values(Table):
+    """V(q, o_<t) of a critic: the value before each output token, one per output id."""
 
-    schema = pa.schema([*_KEY, pa.field("advantage", pa.list_(pa.float32()))])
+    schema = pa.schema([*_KEY, _required("value", pa.list_(pa.float32()))])
+
+
+class Logprobs(Table):
+    """log pi(o_t | q, o_<t) of the outputs under two policies, in nats, at the temperature they were sampled at."""
+
+    schema = pa.schema(
+        [*_KEY, _required("policy", pa.list_(pa.float32())), _required("reference", pa.list_(pa.float32()))]
+    )
+
+
+class Advantages(Table):
+    """A-hat_{i,t}: one value per output token; null where the row is masked out of the loss.
+
+    `returns` (PPO only) is what the critic shall predict before each token. `pair` (DPO only) numbers the preference that the
+    row belongs to: its advantage is +1 in the preferred output, -1 in the other.
+    """
+
+    schema = pa.schema(
+        [
+            *_KEY,
+            pa.field("advantage", pa.list_(pa.float32())),
+            pa.field("returns", pa.list_(pa.float32())),
+            pa.field("pair", pa.int32()),
+        ]
+    )
 
 
 class Evaluation(Table):

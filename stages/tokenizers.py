@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["EOS", "PAD", "BPETokenizerConfig", "CharacterTokenizerConfig", "TokenizerConfig", "build_tokenizer"]
+__all__ = [
+    "EOS",
+    "PAD",
+    "BPETokenizerConfig",
+    "CharacterTokenizerConfig",
+    "TokenizerConfig",
+    "build_tokenizer",
+    "byte_symbols",
+]
 
 # Qwen2Tokenizer adds this very token to any vocabulary that lacks it (as its unknown token): any other name for the end of
 # sequence would make the vocabulary grow by one when reloaded, past the model's embedding.
@@ -91,7 +99,7 @@ def _character_vocabulary(texts: Iterable[str]) -> tuple[dict[str, int], list[tu
     reach across characters: each begins with the leading byte of one, and no other byte can be a leading byte.
     """
     characters = sorted({character for text in texts for character in unicodedata.normalize("NFC", text)})
-    symbols = _byte_symbols()
+    symbols = byte_symbols()
     vocabulary, merges = {EOS: 0, PAD: 1}, []
     prefixes: dict[str, tuple[str, str]] = {}
     for character in characters:
@@ -141,7 +149,7 @@ def _learned(backend: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]
     return model["vocab"], [(left, right) for left, right in merges]
 
 
-def _byte_symbols() -> dict[int, str]:
+def byte_symbols() -> dict[int, str]:
     """The printable character that byte-level BPE writes for each byte (GPT-2's table): ' ' is 'Ġ', newline 'Ċ'."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     symbols = {byte: chr(byte) for byte in printable}

@@ -1,22 +1,28 @@
-"""`cohort run`, `recipes`, `check`: choose a configuration and train."""
+"""`cohort run`, `compare`, `recipes`, `methods`, `check`: choose a configuration and train."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
 from flows.choice import Choice, choose, descriptions
 from flows.commands.options import ConfigFiles, Root, Settings, console, debugging
+from flows.comparison import Outcome, arms_of, comparison_markdown, print_comparison
+from flows.methods import METHODS, PAPER, method_settings
 from flows.places import Places
 from flows.session import run_flow
 from flows.summary import print_summary
 from flows.wording import number
+from pipeline.residency import evict
 
-__all__ = ["check", "recipes", "run"]
+__all__ = ["check", "compare", "methods", "recipes", "run"]
+
+Method = Annotated[str | None, Parameter(name="--method")]
 
 
 def run(
@@ -24,6 +30,7 @@ def run(
     *,
     config: ConfigFiles = None,
     set_: Settings = None,
+    method: Method = None,
     engine: Annotated[Literal["prefect", "inline"], Parameter(help="inline: no server")] = "prefect",
     root: Root = None,
 ) -> None:
@@ -37,17 +44,81 @@ def run(
         YAML file of overrides, nested or with dotted keys; may be given several times.
     set_
         `key=value`, for example `--set rollout.G=8`; may be given several times.
+    method
+        Train by another method than the recipe's (`cohort methods`); `--config` and `--set` come after it.
     engine
         `prefect` shows states and logs in Prefect's UI (a local server is started when none is configured); `inline` makes
         plain calls.
     root
         Folder of store, runs and databases; default: COHORT_ROOT or ./artifacts.
     """
-    choice = choose(recipe, config or [], set_ or [])
+    choice = choose(recipe, config or [], set_ or [], method=method)
     places, out = Places.under(root), console()
     _announce(choice, places, engine, out)
     summary = run_flow(choice, places, engine=engine, console=out, debug=debugging())
     print_summary(summary, out, ui_command=f"cohort ui{places.option()}")
+
+
+def compare(
+    recipe: str,
+    *,
+    method: Annotated[list[str] | None, Parameter(name="--method", negative="")] = None,
+    seeds: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
+    config: ConfigFiles = None,
+    set_: Settings = None,
+    engine: Annotated[Literal["prefect", "inline"], Parameter(help="inline: no server")] = "prefect",
+    root: Root = None,
+) -> None:
+    """Train a recipe by several methods from one supervised policy, on equally many outputs, and print one table.
+
+    Every arm is a run of its own (`cohort runs`, MLflow); what arms share is computed once, and the same command again
+    computes nothing. The table is also written as comparison.md beside the runs.
+
+    Parameters
+    ----------
+    recipe
+        Name of a recipe or a YAML file: everything but the method.
+    method
+        A method (`cohort methods`); may be given several times. Without any: the six rows of the paper's Table 10.
+    seeds
+        Seeds per method, counted up from the recipe's; they draw questions and outputs, not the supervised policy.
+    config
+        YAML file of overrides of the recipe.
+    set_
+        `key=value`, for every arm.
+    engine
+        As for `cohort run`.
+    root
+        As for `cohort run`.
+    """
+    places, out = Places.under(root), console()
+    arms = arms_of(choose(recipe, config or [], set_ or []), method or PAPER, seeds)
+    outcomes = []
+    for place, arm in enumerate(arms, 1):
+        out.print(f"\n[bold]arm {place} of {len(arms)}[/]")
+        _announce(arm.choice, places, engine, out)
+        evict()  # nothing of one arm stays in memory for the next
+        command = f"cohort compare {recipe}"
+        summary = run_flow(arm.choice, places, engine=engine, console=out, command=command, debug=debugging())
+        outcomes.append(Outcome(arm, summary))
+    out.print()
+    print_comparison(outcomes, out)
+    file = places.runs / f"{arms[0].choice.base.name}-comparison.md"
+    file.write_text(comparison_markdown(outcomes), encoding="utf-8")
+    out.print(f"[cyan]{file}[/]", soft_wrap=True)
+
+
+def methods() -> None:
+    """List the methods: the rows of the paper's Table 10, then later ones."""
+    table = Table(title="grad J = E[ (1/|o|) sum_t GC grad log pi_theta(o_t) ]   (Eq. 5)", title_justify="left")
+    for column in ("method", "", "data source", "reward", "gradient coefficient (GC)"):
+        table.add_column(column)
+    base = choose("arithmetic_cpu").config
+    for name in METHODS:
+        settings = method_settings(name, base)
+        row = base.override(settings).update.objective.ROW
+        table.add_row(f"[bold]{name}[/]", row.title, settings["data_source"], row.reward, row.coefficient)
+    console().print(table)
 
 
 def recipes(name: str | None = None) -> None:
@@ -69,7 +140,7 @@ def recipes(name: str | None = None) -> None:
     out.print(table)
 
 
-def check(recipe: str, *, config: ConfigFiles = None, set_: Settings = None) -> None:
+def check(recipe: str, *, config: ConfigFiles = None, set_: Settings = None, method: Method = None) -> None:
     """Check a configuration without running it: all errors at once (exit code 2), or what differs from its recipe.
 
     Parameters
@@ -80,8 +151,10 @@ def check(recipe: str, *, config: ConfigFiles = None, set_: Settings = None) -> 
         YAML file of overrides.
     set_
         `key=value`.
+    method
+        A method (`cohort methods`) instead of the recipe's.
     """
-    choice = choose(recipe, config or [], set_ or [])
+    choice = choose(recipe, config or [], set_ or [], method=method)
     out = console()
     differences = choice.differences()
     if not differences:

@@ -3,8 +3,7 @@
 Every set is a `Questions` table with unique ids; demonstrations for supervised fine-tuning are `Demonstrations`.
 """
 
-from stages.data.arithmetic import ArithmeticConfig, AuthorShares, LineCheck, check_solution
-from stages.data.identity import DataError
+from stages.arithmetic import ArithmeticConfig, AuthorShares, LineCheck, check_solution
 from stages.data.sampling import sample_batch
 from stages.data.sources import ColumnsConfig, QuestionFileConfig
 from stages.data.stages import (
@@ -14,6 +13,7 @@ from stages.data.stages import (
     demonstrations_from_solutions,
     read_questions,
 )
+from stages.identity import DataError
 
 __all__ = [
     "ArithmeticConfig",

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, NamedTuple, assert_never
 from pydantic import Field
 
 from pipeline.config import Config
-from stages.data.identity import DataError, identify
+from stages.identity import DataError, identify
 
 __all__ = ["ColumnsConfig", "QuestionFileConfig", "extract_answer", "load_questions"]
 

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from pipeline.config import Config
 from pipeline.stage import record_metrics, stage
-from stages.data.arithmetic import (
+from stages.arithmetic import (
     ArithmeticConfig,
     Author,
     AuthorShares,
@@ -22,8 +22,8 @@ from stages.data.arithmetic import (
     unique_chains,
     write_solution,
 )
-from stages.data.identity import DataError, identify
 from stages.data.sources import QuestionFileConfig, load_questions
+from stages.identity import DataError, identify
 from stages.tables import Demonstrations, Questions
 
 __all__ = [

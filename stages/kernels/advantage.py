@@ -1,7 +1,8 @@
-"""Group-relative advantages (DeepSeekMath, section 4.1.2): each reward against the other outputs of its question.
+"""Advantages without a value function (DeepSeekMath, 4.1.2 and 4.1.3): each reward against the other outputs of its question.
 
 Shapes: N values in any order, Q groups. `values_N[i]` belongs to group `group_N[i]`, an integer in 0..Q-1. A value is one
-output's reward (outcome supervision); the same statistics over all step rewards of a group serve process supervision.
+output's reward (outcome supervision) or one step's (process supervision). T: the tokens of one output; M: the tokens of all
+outputs, one output after another.
 
 All arithmetic is float64. In float32 the mean of eight rewards of 0.7 misses 0.7 by 6e-8, and a group without any
 difference between its outputs would get an advantage of up to 60 from dividing that error by a small eps.
@@ -14,7 +15,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["GroupStatistics", "group_statistics", "normalise", "outcome_advantages"]
+__all__ = [
+    "GroupStatistics",
+    "centre",
+    "group_statistics",
+    "leave_one_out",
+    "normalise",
+    "normalise_batch",
+    "process_advantages",
+    "to_go",
+    "token_rewards",
+]
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -66,33 +77,106 @@ def group_statistics(values_N: ArrayLike, group_N: ArrayLike, *, ddof: int) -> G
     np.maximum.at(high_Q, index, kept)
     # Equality of the extremes, not std == 0: rounding gives equal values a mean beside them and a spread above zero.
     degenerate_Q = (valid_Q < 2) | (low_Q == high_Q)
-    square_Q = np.bincount(index, weights=(kept - mean_Q[index]) ** 2, minlength=groups)
+    # Squares of deviations as parts of the range: squares of rewards of 1e-200 would be 0, and A infinite.
+    range_Q = np.where(degenerate_Q, 1.0, high_Q - low_Q)
+    square_Q = np.bincount(index, weights=((kept - mean_Q[index]) / range_Q[index]) ** 2, minlength=groups)
     variance_Q = np.divide(square_Q, valid_Q - ddof, out=np.zeros(groups), where=~degenerate_Q)
-    return GroupStatistics(valid_Q, mean_Q, np.sqrt(variance_Q), degenerate_Q)
+    return GroupStatistics(valid_Q, mean_Q, np.sqrt(variance_Q) * range_Q, degenerate_Q)
+
+
+def centre(values_N: ArrayLike, group_N: ArrayLike, statistics: GroupStatistics) -> Floats:
+    """Every value less the mean of its group: `r_i - mean` (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783, section 3.2).
+
+    Exactly 0 in a degenerate group, NaN where r_i is NaN.
+    """
+    values, group = _checked(values_N, group_N)
+    flat = statistics.degenerate_Q[group] & ~np.isnan(values)
+    return np.where(flat, 0.0, values - statistics.mean_Q[group])
 
 
 def normalise(values_N: ArrayLike, group_N: ArrayLike, statistics: GroupStatistics, *, eps: float) -> Floats:
-    """Every value against its group: `(r_i - mean) / (std + eps)`, exactly 0 in a degenerate group, NaN where r_i is NaN.
+    """Every value against its group: `(r_i - mean) / (std + eps)` (DeepSeekMath, 4.1.2 and 4.1.3).
 
-    `eps` is not in the paper. Degenerate groups do not need it; it damps groups whose spread is of its own size.
+    Exactly 0 in a degenerate group, NaN where r_i is NaN. `eps` is not in the paper. Degenerate groups do not need it; it
+    damps groups whose spread is of its own size.
     """
-    values, group = _checked(values_N, group_N)
     if eps < 0:
         raise ValueError(f"eps must be >= 0, found {eps}")
     scale_Q = np.where(statistics.degenerate_Q, 1.0, statistics.std_Q + eps)
-    normalised = (values - statistics.mean_Q[group]) / scale_Q[group]
-    flat = statistics.degenerate_Q[group] & ~np.isnan(values)
-    return np.where(flat, 0.0, normalised)
+    return centre(values_N, group_N, statistics) / scale_Q[np.asarray(group_N, dtype=np.int64)]
 
 
-def outcome_advantages(rewards_N: ArrayLike, group_N: ArrayLike, *, ddof: int, eps: float) -> Floats:
-    """Outcome supervision (DeepSeekMath, 4.1.2): one advantage per output, the same at each of its tokens.
+def leave_one_out(values_N: ArrayLike, group_N: ArrayLike, statistics: GroupStatistics) -> Floats:
+    """Every value less the mean of the *others* of its group, an unbiased baseline (RLOO: Kool et al. 2019; Ahmadian et al.
+    2024, arXiv 2402.14740).
 
-        A_i = (r_i - mean(r)) / std(r)
+        r_i - sum_{j != i} r_j / (n - 1)  =  (r_i - mean) n / (n - 1)
 
-    A masked output (reward NaN) keeps its slot, takes no part in the statistics and comes back as NaN.
+    Exactly 0 in a degenerate group, NaN where r_i is NaN.
     """
-    return normalise(rewards_N, group_N, group_statistics(rewards_N, group_N, ddof=ddof), eps=eps)
+    valid_Q = statistics.valid_Q
+    factor_Q = np.divide(valid_Q, valid_Q - 1, out=np.ones(len(valid_Q)), where=valid_Q > 1)
+    return centre(values_N, group_N, statistics) * factor_Q[np.asarray(group_N, dtype=np.int64)]
+
+
+def normalise_batch(values_N: ArrayLike) -> Floats:
+    """Every value against the whole batch, whatever its group: `(x_i - mean) / std` (REINFORCE++: Hu 2025, arXiv 2501.03262).
+
+    The standard deviation is the population's (ddof 0; over thousands of tokens the difference is in the fourth digit).
+    Exactly 0 where all values are equal; NaN values take no part and stay.
+    """
+    values = np.asarray(values_N, dtype=np.float64)
+    if len(values) < 2:
+        return np.where(np.isnan(values), np.nan, 0.0)
+    batch = np.zeros(len(values), dtype=np.int64)
+    return normalise(values, batch, group_statistics(values, batch, ddof=0), eps=0.0)
+
+
+def to_go(values_T: ArrayLike) -> Floats:
+    """What is still to come at each token, its own included: `sum_{s >= t} x_s`, no discount."""
+    return np.cumsum(np.asarray(values_T, dtype=np.float64)[::-1])[::-1]
+
+
+def process_advantages(steps_K: ArrayLike, ends_K: ArrayLike, tokens: int) -> Floats:
+    """Process supervision of one output (DeepSeekMath, 4.1.3): its normalised step rewards, summed from each token on.
+
+        A_t = sum_{j : index(j) >= t} r~_j
+
+    The token that ends a step has that step's reward in its sum; tokens behind the last step have none, and get 0. Nothing
+    is discounted and nothing averaged, as in the paper: the size of A grows with the number of steps still to come.
+
+    Args:
+        steps_K: r~_j of each of the K steps.
+        ends_K: index(j), the place of each step's last token, 0 .. tokens - 1.
+        tokens: T, the tokens of the output.
+
+    Raises:
+        ValueError: an end outside the output.
+    """
+    ends = np.asarray(ends_K, dtype=np.int64)
+    if len(ends) and (ends.min() < 0 or ends.max() >= tokens):
+        raise ValueError(f"step ends must lie in 0 .. {tokens - 1}, found {ends.tolist()}")
+    placed_T = np.zeros(tokens)
+    np.add.at(placed_T, ends, np.asarray(steps_K, dtype=np.float64))
+    return to_go(placed_T)
+
+
+def token_rewards(reward_N: ArrayLike, length_N: ArrayLike, k1_M: ArrayLike | None, *, beta: float) -> Floats:
+    """The rewards of all tokens (DeepSeekMath, Eq. 2, with a reward model that judges whole outputs).
+
+        r_t = [t is the last token] r - beta k1_t        k1_t = log pi(o_t | q, o_<t) - log pi_ref(o_t | q, o_<t)
+
+    Args:
+        reward_N: reward of each output.
+        length_N: its tokens; an output without any has no place for its reward.
+        k1_M: the log-ratio of every token, output after output; None where beta is 0.
+        beta: KL coefficient.
+    """
+    reward, length = np.asarray(reward_N, dtype=np.float64), np.asarray(length_N, dtype=np.int64)
+    penalty_M = np.zeros(length.sum()) if k1_M is None else -beta * np.asarray(k1_M, dtype=np.float64)
+    spoken = length > 0
+    penalty_M[(np.cumsum(length) - 1)[spoken]] += reward[spoken]
+    return penalty_M
 
 
 def _checked(values_N: ArrayLike, group_N: ArrayLike) -> tuple[Floats, Integers]:

@@ -1,6 +1,7 @@
-"""Log-probabilities of given tokens and entropy of the next-token distribution, in float32 whatever the logits are.
+"""Log-probabilities of given tokens and entropy of the next-token distribution, in float32 or better.
 
-Shapes: N scored positions, V vocabulary. Values are in nats.
+Half precision is widened to float32; float64 logits stay float64 from end to end, which is what checks of formulas by numbers
+need. Shapes: N scored positions, V vocabulary. Values are in nats.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from torch import Tensor
 __all__ = ["entropies", "token_logprobs"]
 
 _CHUNK = 1 << 22
-"""Logits turned to float32 at a time (16 MiB): the [N, V] logits themselves are kept in their own precision only."""
+"""Logits widened to float32 at a time (16 MiB): the [N, V] logits themselves are kept in their own precision only."""
 
 
 def token_logprobs(logits_NV: Tensor, tokens_N: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """log pi(token) = x[token] - logsumexp(x) with x = logits / T, in float32: `[N]`.
+    """log pi(token) = x[token] - logsumexp(x) with x = logits / T: `[N]`.
 
     Half precision would round -8.1 to -8.125, a ratio of 1.025 out of nothing. Only the logits are kept for backward; their
     softmax is recomputed there, chunk by chunk.
@@ -29,15 +30,15 @@ def token_logprobs(logits_NV: Tensor, tokens_N: Tensor, *, temperature: float = 
 
 @torch.no_grad()
 def entropies(logits_NV: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """H = logsumexp(x) - sum softmax(x) x with x = logits / T, in float32 and without gradient: `[N]`."""
+    """H = logsumexp(x) - sum softmax(x) x with x = logits / T, without gradient: `[N]`."""
     parts = [_entropy(_scaled(logits_NV[rows], temperature)) for rows in _chunks(logits_NV)]
-    return torch.cat(parts) if parts else logits_NV.new_zeros(0, dtype=torch.float32)
+    return torch.cat(parts) if parts else logits_NV.new_zeros(0, dtype=_precision(logits_NV))
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, tokens_N: Tensor, temperature: float) -> Tensor:
-        logp_N = logits_NV.new_empty(len(tokens_N), dtype=torch.float32)
+        logp_N = logits_NV.new_empty(len(tokens_N), dtype=_precision(logits_NV))
         log_total_N = torch.empty_like(logp_N)
         for rows in _chunks(logits_NV):
             x_nV = _scaled(logits_NV[rows], temperature)
@@ -70,9 +71,14 @@ def _entropy(x_nV: Tensor) -> Tensor:
 
 
 def _scaled(logits_nV: Tensor, temperature: float) -> Tensor:
-    """A float32 copy of the logits, divided by the temperature."""
-    x_nV = logits_nV.to(torch.float32, copy=True)
+    """A copy of the logits in working precision, divided by the temperature."""
+    x_nV = logits_nV.to(_precision(logits_nV), copy=True)
     return x_nV if temperature == 1.0 else x_nV.div_(temperature)
+
+
+def _precision(logits: Tensor) -> torch.dtype:
+    """What is computed in: float32 for half precision and float32, float64 for float64."""
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _chunks(logits_NV: Tensor) -> Iterator[slice]:

@@ -1,69 +1,79 @@
-"""Policy objectives, per token and unreduced: the caller masks, aggregates and negates in one visible place.
+"""What policy-gradient methods maximise, per token and unreduced: the caller masks, weighs, subtracts the KL term and negates.
 
 Legend: B rows (outputs o_i), T tokens of an output, padded. Log-probabilities are in nats, of the sampled tokens, at the
-temperature they were sampled with.
+temperature they were sampled with. r_{i,t} = pi_theta / pi_old at the sampled token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from stages.kernels.divergence import k3
-
-__all__ = ["GRPOTerms", "grpo", "sequence_mean_weights"]
+__all__ = ["Surrogate", "clipped", "clipped_weight", "sequence_clipped", "weighted_likelihood"]
 
 
 @dataclass(frozen=True)
-class GRPOTerms:
-    """The parts of Eq. 3 for each token, all [B, T]."""
+class Surrogate:
+    """One method's objective for each token, before the KL term; all [B, T]."""
 
-    objective_BT: Tensor
-    """min[r A, clip(r) A] - beta D_KL: what is maximised."""
+    value_BT: Tensor
+    """What is maximised, with gradient; outside the outputs it means nothing and gets weight 0."""
     ratio_BT: Tensor
-    """r = pi_theta / pi_old."""
-    kl_BT: Tensor
-    """D_KL[pi_theta || pi_ref] by k3; zeros where beta = 0 gives no reference."""
+    """The ratio that the method uses, detached; ones where it uses none."""
     clipped_BT: Tensor
-    """True where the clipped branch is the smaller one, so that the token's policy gradient is zero."""
+    """True where clipping took the token's policy gradient away or bounded its weight."""
+    shown: dict[str, Tensor] = field(default_factory=dict)
+    """Further quantities worth a chart, detached, by metric name."""
 
 
-def grpo(
-    logp_BT: Tensor, old_logp_BT: Tensor, ref_logp_BT: Tensor | None, advantage_BT: Tensor, *, eps: float, beta: float
-) -> GRPOTerms:
-    """The braces of the GRPO objective (DeepSeekMath, Eq. 3), with the divergence of Eq. 4 inside them.
+def weighted_likelihood(logp_BT: Tensor, advantage_BT: Tensor) -> Surrogate:
+    """A log pi_theta: SFT (A = 1), RFT and Online RFT (A = I(o), DeepSeekMath Eq. 8-11), REINFORCE and RLOO.
 
-        min[ r A, clip(r, 1 - eps, 1 + eps) A ] - beta * ( pi_ref/pi_theta - log(pi_ref/pi_theta) - 1 )
+    Its gradient is A grad log pi_theta: the advantage is the gradient coefficient itself.
+    """
+    return Surrogate(advantage_BT * logp_BT, torch.ones_like(logp_BT), torch.zeros_like(logp_BT, dtype=torch.bool))
+
+
+def clipped(
+    logp_BT: Tensor, old_logp_BT: Tensor, advantage_BT: Tensor, *, eps_low: float, eps_high: float
+) -> Surrogate:
+    """min[ r A, clip(r, 1 - eps_low, 1 + eps_high) A ]: PPO and GRPO (DeepSeekMath, Eq. 1 and 3) with equal eps.
 
     Args:
         logp_BT: log pi_theta, with gradient.
         old_logp_BT: log pi_old; `logp_BT.detach()` on the first update after sampling, which makes r exactly 1.
-        ref_logp_BT: log pi_ref; None only where beta is 0.
         advantage_BT: A-hat, constant with respect to theta.
-        eps: clip range (the paper gives no value).
-        beta: KL coefficient (the paper: 0.04).
+        eps_low, eps_high: clip range; unequal ones are DAPO's clip-higher (arXiv 2503.14476, Eq. 10).
     """
     ratio_BT = torch.exp(logp_BT - old_logp_BT)
-    unclipped_BT = ratio_BT * advantage_BT
-    clipped_BT = ratio_BT.clamp(1 - eps, 1 + eps) * advantage_BT
-    objective_BT = torch.minimum(unclipped_BT, clipped_BT)
-    kl_BT = torch.zeros_like(logp_BT)
-    if ref_logp_BT is not None:
-        kl_BT = k3(logp_BT, ref_logp_BT)
-        objective_BT = objective_BT - beta * kl_BT
-    return GRPOTerms(objective_BT, ratio_BT.detach(), kl_BT.detach(), (clipped_BT < unclipped_BT).detach())
+    free_BT = ratio_BT * advantage_BT
+    bound_BT = ratio_BT.clamp(1 - eps_low, 1 + eps_high) * advantage_BT
+    return Surrogate(torch.minimum(free_BT, bound_BT), ratio_BT.detach(), (bound_BT < free_BT).detach())
 
 
-def sequence_mean_weights(mask_BT: Tensor, weight_B: Tensor, *, outputs: float) -> Tensor:
-    """Weight of each token under (1/G) sum_i (1/|o_i|) sum_t, the paper's aggregation; sums to 1 over a whole batch.
+def sequence_clipped(
+    logp_BT: Tensor, old_logp_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor, *, eps_low: float, eps_high: float
+) -> Surrogate:
+    """GSPO (Zheng et al. 2025, arXiv 2507.18071, Eq. 5-7): one length-normalised ratio per output, clipped as a whole.
 
-    Args:
-        mask_BT: 1 on the tokens of o_i (its sampled end-of-sequence token included), 0 on padding.
-        weight_B: how many equal outputs the row stands for.
-        outputs: number of outputs in the *whole* batch (questions * G), over all micro-batches and ranks, so that a sum over
-            micro-batches is the batch's mean whatever their sizes.
+        s_i = exp( (1/|o_i|) sum_t log r_{i,t} )        min[ s_i A, clip(s_i, 1 - eps_low, 1 + eps_high) A ]
+
+    The value stands at every token of the output, so that the mean over its tokens is the output's value.
     """
     length_B1 = mask_BT.sum(-1, keepdim=True).clamp(min=1)
-    return mask_BT * weight_B[:, None] / (length_B1 * outputs)
+    mean_B1 = (mask_BT * (logp_BT - old_logp_BT)).sum(-1, keepdim=True) / length_B1
+    ones_BT = torch.ones_like(logp_BT)
+    return clipped(mean_B1 * ones_BT, 0.0 * ones_BT, advantage_BT, eps_low=eps_low, eps_high=eps_high)
+
+
+def clipped_weight(logp_BT: Tensor, old_logp_BT: Tensor, advantage_BT: Tensor, *, eps_high: float) -> Surrogate:
+    """CISPO (MiniMax-M1, arXiv 2506.13585, Eq. 4-5): sg[ min(r, 1 + eps_high) ] A log pi_theta.
+
+    Clips the weight and keeps the gradient of every token; sg[] is constant with respect to theta. As in its experiments
+    there is no lower bound.
+    """
+    ratio_BT = torch.exp(logp_BT - old_logp_BT).detach()
+    weight_BT = ratio_BT.clamp(max=1 + eps_high)
+    return Surrogate(weight_BT * advantage_BT * logp_BT, ratio_BT, weight_BT < ratio_BT)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.progress import report
 from pipeline.residency import resident
 from pipeline.stage import record_metrics, stage
+from stages.decoding import decode_outputs
 from stages.models import Checkpoint, load_model, load_tokenizer, load_weights
 from stages.prompts import PromptConfig, encode_prompt
 from stages.rollout.config import HFBackendConfig, RolloutConfig
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from stages.rollout.generator import Output, Progress, Prompt
 
 
-@stage(version="1")
+@stage(version="2")
 def rollout(
     policy: Checkpoint, questions: Questions, prompt: PromptConfig, config: RolloutConfig, *, seed: int
 ) -> Rollouts:
@@ -171,6 +172,7 @@ def _columns(
         for prompt, group in zip(prompts, outputs, strict=True)
         for sample, output in enumerate(group)
     ]
+    decoded = decode_outputs(tokenizer, [output.ids for _, _, output in rows])
     return {
         "question_id": [prompt.question_id for prompt, _, _ in rows],
         "sample": [sample for _, sample, _ in rows],
@@ -178,7 +180,8 @@ def _columns(
         "output_ids": [output.ids for _, _, output in rows],
         "logprobs": [output.logprobs for _, _, output in rows],
         "finish_reason": [output.finish_reason for _, _, output in rows],
-        "text": tokenizer.batch_decode([output.ids for _, _, output in rows], skip_special_tokens=True),
+        "text": decoded.texts,
+        "text_ends": decoded.ends,
         "temperature": [temperature] * len(rows),
         "seed": [prompt.seeds[sample] for prompt, sample, _ in rows],
     }

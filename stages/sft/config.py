@@ -39,10 +39,16 @@ class PolicyConfig(Config):
 
 
 class SFTConfig(Config):
-    """Supervised fine-tuning: mean negative log-likelihood of completion tokens, EOS included (DeepSeekMath, A.1.1)."""
+    """Supervised fine-tuning: mean negative log-likelihood of completion tokens, EOS included (DeepSeekMath, Eq. 6)."""
 
     training: TrainingConfig = TrainingConfig(optimizer=MuonConfig(), precision="fp32", warmup_steps=40)
     """Engine, optimizer, precision and warm-up."""
+    seed: NonNegativeInt = 0
+    """Draws the order of the demonstrations; apart from the run's seed, so that runs with other seeds share this policy."""
+    aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"
+    """Which mean: over demonstrations of the mean over their tokens, (1/|o|) sum_t (DeepSeekMath, Eq. 6), or over all tokens of
+    the batch, so that long demonstrations count for more (usual elsewhere). For lengths 2 and 6 a token weighs 1/4 and 1/12, or
+    1/8 and 1/8. The loss that is charted and that `stop_loss` is held against is this mean, in nats per token."""
     batch_size: PositiveInt = 64
     """Demonstrations per update."""
     max_steps: PositiveInt = 2000

@@ -5,26 +5,28 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, assert_never
 
 from pipeline.progress import report
 from pipeline.stage import record_metrics, stage
 from stages.models import Checkpoint, load_tokenizer
-from stages.prompts import PromptConfig, encode_completions, encode_prompts
+from stages.prompts import PromptConfig
 from stages.sft.config import SFTConfig
+from stages.sft.encoding import encode_demonstrations
 from stages.tables import Demonstrations
 
 if TYPE_CHECKING:
-    from stages.training.batching import Row
+    from torch import Tensor
+
+    from stages.training.batching import Batch, Row
     from stages.training.engine import Engine, StepReport
 
 __all__ = ["supervised_finetuning"]
 
 
-@stage(version="1")
+@stage(version="2")
 def supervised_finetuning(
-    policy: Checkpoint, demonstrations: Demonstrations, prompt: PromptConfig, config: SFTConfig, *, seed: int
+    policy: Checkpoint, demonstrations: Demonstrations, prompt: PromptConfig, config: SFTConfig
 ) -> Checkpoint:
     """`policy` after imitating the demonstrations; without optimizer state, since what follows is another objective.
 
@@ -34,24 +36,21 @@ def supervised_finetuning(
     Raises:
         ValueError: fewer demonstrations than one batch holds, or one longer than the model's window.
     """
-    from stages.training.engine import resident_engine
+    from stages.training.batching import Row
+    from stages.training.engine import publish, resident_engine
     from stages.training.hardware import threads
 
-    rows = _encode(policy, demonstrations, prompt)
+    encoded = encode_demonstrations(policy, load_tokenizer(policy), demonstrations.read(), prompt)
+    rows = [Row(*ids) for ids in encoded]
     if len(rows) < config.batch_size:
         raise ValueError(f"{len(rows)} demonstrations are fewer than a batch of {config.batch_size}")
     with threads(config.training.threads):
         engine = resident_engine(policy, config.training.override({"carry_optimizer": False}))
         started = time.perf_counter()
-        curve = _descend(engine, rows, config, seed)
+        curve = _descend(engine, rows, config)
         seconds = time.perf_counter() - started
-
-        def fill(folder: Path) -> None:
-            engine.save(folder, optimizer=False)
-            described = {"ended_by": curve.ended_by, "loss": [round(loss, 6) for loss in curve.losses]}
-            (folder / "sft_curve.json").write_text(json.dumps(described) + "\n")
-
-        checkpoint = Checkpoint.write(fill)
+        described = {"ended_by": curve.ended_by, "loss": [round(loss, 6) for loss in curve.losses]}
+        checkpoint = publish(engine, optimizer=False, files={"sft_curve.json": json.dumps(described) + "\n"})
     record_metrics(
         {
             "sft/loss": curve.smoothed,
@@ -88,7 +87,7 @@ class Curve:
         self._weight = self._smoothing * self._weight + (1 - self._smoothing)
 
 
-def batches(rows: list[Row], config: SFTConfig, seed: int) -> Iterator[list[Row]]:
+def batches(rows: list[Row], config: SFTConfig) -> Iterator[list[Row]]:
     """Batches without end: every epoch a new permutation, what does not fill a last batch is left out of it."""
     import numpy as np
 
@@ -96,7 +95,7 @@ def batches(rows: list[Row], config: SFTConfig, seed: int) -> Iterator[list[Row]
     size = config.batch_size
     epoch = 0
     while True:
-        generator = np.random.Generator(np.random.PCG64([seed, epoch]))
+        generator = np.random.Generator(np.random.PCG64([config.seed, epoch]))
         order = generator.permutation(len(rows))
         order = order[: len(rows) // size * size]
         for start in range(0, len(order), size * config.length_pool):
@@ -109,9 +108,9 @@ def batches(rows: list[Row], config: SFTConfig, seed: int) -> Iterator[list[Row]
         epoch += 1
 
 
-def _descend(engine: Engine, rows: list[Row], config: SFTConfig, seed: int) -> Curve:
+def _descend(engine: Engine, rows: list[Row], config: SFTConfig) -> Curve:
     curve = Curve(config.smoothing)
-    drawn = batches(rows, config, seed)
+    drawn = batches(rows, config)
     total = config.max_steps + config.decay_steps
     for _ in range(config.max_steps):
         step = _update(engine, next(drawn), config, curve, factor=1.0)
@@ -128,44 +127,36 @@ def _descend(engine: Engine, rows: list[Row], config: SFTConfig, seed: int) -> C
 
 
 def _update(engine: Engine, rows: list[Row], config: SFTConfig, curve: Curve, *, factor: float) -> StepReport:
-    """One optimizer step down the mean over all completion tokens of the batch, whatever its micro-batches."""
-    from stages.training.batching import micro_batches
+    """One optimizer step down the configured mean over the batch, whatever its micro-batches and ranks."""
+    from stages.training.batching import micro_batches, own_share
     from stages.training.forward import completion_logprobs
 
-    targets = sum(len(row.output_ids) for row in rows)
-    parts = list(micro_batches(rows, config.micro_batch_tokens))
+    batches = list(micro_batches(rows, config.micro_batch_tokens))
+    passes = own_share(batches, rank=engine.rank, world_size=engine.world_size)
     losses = []
-    for number, batch in enumerate(parts):
+    for number, (batch, share) in enumerate(passes):
+        weight_BO = share * _weights(batch, rows, config).to(engine.device)
         with engine.autocast():
-            scored = completion_logprobs(engine.model, batch.to(engine.device))
-        loss = -scored.logp_BO.sum() / targets
-        engine.backward(loss, last=number == len(parts) - 1)
+            logp_BO = completion_logprobs(engine.model, batch.to(engine.device)).logp_BO
+        loss = -(weight_BO.to(logp_BO.dtype) * logp_BO).sum()
+        engine.backward(loss, last=number == len(passes) - 1)
         losses.append(loss.detach())
     step = engine.step(factor=factor)
     tokens = sum(len(row.prompt_ids) + len(row.output_ids) for row in rows)
-    curve.add(sum(loss.item() for loss in losses), tokens)
+    curve.add(engine.total(sum(loss.item() for loss in losses)), tokens)
     return step
 
 
-def _encode(policy: Checkpoint, demonstrations: Demonstrations, prompt: PromptConfig) -> list[Row]:
-    """Every demonstration as ids, once."""
-    from stages.training.batching import Row
+def _weights(batch: Batch, rows: list[Row], config: SFTConfig) -> Tensor:
+    """Weight of every token of a micro-batch in the mean over all `rows`, [B, O]."""
+    from stages.kernels.aggregation import sequence_mean_weights, token_mean_weights
 
-    table = demonstrations.read()
-    tokenizer = load_tokenizer(policy)
-    questions = encode_prompts(tokenizer, table.column("question").to_pylist(), prompt)
-    completions = encode_completions(tokenizer, table.column("completion").to_pylist())
-    rows = [Row(*ids) for ids in zip(questions, completions, strict=True)]
-    _check_window(policy, table.column("question_id").to_pylist(), rows)
-    return rows
-
-
-def _check_window(policy: Checkpoint, question_ids: list[str], rows: list[Row]) -> None:
-    window = json.loads((policy.path / "config.json").read_text()).get("max_position_embeddings")
-    for question_id, row in zip(question_ids, rows, strict=True):
-        length = len(row.prompt_ids) + len(row.output_ids)
-        if window is not None and length > window:
-            raise ValueError(
-                f"demonstration of question {question_id!r}: expected at most {window} tokens (the model's window), found "
-                f"{length}; shorten or drop it, or take a model with a larger window"
-            )
+    mask_BO = batch.output_mask_BO
+    once_B = mask_BO.new_ones(len(mask_BO))
+    match config.aggregation:
+        case "sequence_mean":
+            return sequence_mean_weights(mask_BO, once_B, outputs=len(rows))
+        case "token_mean":
+            return token_mean_weights(mask_BO, once_B, tokens=sum(len(row.output_ids) for row in rows))
+        case _ as unknown:
+            assert_never(unknown)

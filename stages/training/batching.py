@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Row", "collate", "micro_batches"]
+__all__ = ["Batch", "Row", "collate", "micro_batches", "own_share"]
 
 
 class Row(NamedTuple):
@@ -51,24 +51,43 @@ class Batch:
         return dataclasses.replace(self, **moved)
 
 
-def micro_batches(rows: Sequence[Row], max_tokens: int) -> Iterator[Batch]:
+def micro_batches(rows: Sequence[Row], max_tokens: int, *, together: int = 1) -> Iterator[Batch]:
     """`rows` as micro-batches of at most `max_tokens` tokens, padding included, longest rows first.
 
     Rows of like length stand together, so little is padded; the longest come first, so that what does not fit into memory
-    fails at once. A row longer than the budget makes a batch of its own. The order of equal lengths is the order given.
+    fails at once. A unit longer than the budget makes a batch of its own. The order of equal lengths is the order given.
+
+    Args:
+        together: rows k * together .. (k + 1) * together - 1 form a unit, placed by its longest row: in every micro-batch the
+            rows of a unit stand side by side, in their order (2 for preference pairs).
 
     Raises:
-        ValueError: a row without prompt or without output, by its index.
+        ValueError: a row without prompt or without output, by its index; rows that do not divide into units.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, found {max_tokens}")
-    lengths = [len(row.prompt_ids) + len(row.output_ids) for row in rows]
-    order = sorted(range(len(rows)), key=lambda index: -lengths[index])
+    if together < 1 or len(rows) % together:
+        raise ValueError(f"together: expected a positive divisor of {len(rows)} (the rows), found {together}")
+    units = [range(start, start + together) for start in range(0, len(rows), together)]
+    lengths = [max(len(rows[index].prompt_ids) + len(rows[index].output_ids) for index in unit) for unit in units]
+    order = sorted(range(len(units)), key=lambda unit: -lengths[unit])
     start = 0
     while start < len(order):
-        size = max(1, max_tokens // max(1, lengths[order[start]]))
-        yield collate(rows, order[start : start + size])
+        size = max(1, max_tokens // max(1, together * lengths[order[start]]))
+        yield collate(rows, [index for unit in order[start : start + size] for index in units[unit]])
         start += size
+
+
+def own_share(batches: Sequence[Batch], *, rank: int, world_size: int) -> list[tuple[Batch, float]]:
+    """Every `world_size`-th micro-batch, as (batch, factor of its loss): what one rank computes of a batch.
+
+    All ranks get equally many, since they must take part in equally many backward passes: one that would be short forwards a
+    batch of another rank with factor 0. Longest first as given, the ranks' passes are of like length.
+    """
+    own = [(batch, 1.0) for batch in batches[rank::world_size]]
+    if len(own) < -(-len(batches) // world_size):
+        own.append((batches[-1], 0.0))
+    return own
 
 
 def collate(rows: Sequence[Row], indices: Sequence[int]) -> Batch:

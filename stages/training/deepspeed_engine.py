@@ -1,4 +1,4 @@
-"""DeepSpeed behind the Engine protocol, one rank in this process.
+"""DeepSpeed behind the Engine protocol: alone in a group of its own, or one rank of the group that this process is in.
 
 Precision: parameters stay float32 and `torch_autocast` casts inside matrix products, instead of DeepSpeed's `bf16` mode. The
 module's parameters then *are* the masters: what is saved is exactly what is forwarded, gradients accumulate in float32 under
@@ -8,6 +8,9 @@ compute the same thing. The price is 2 more bytes a parameter.
 Restoring: a ZeRO optimizer has no state before its first step, and `safe_set_full_*` fails without it. So every engine takes
 one step with learning rate 0 and zero gradients, whose traces (moments, step counts) are then overwritten. Loading makes a new
 DeepSpeed engine: overwriting parameters of a running one leaves stale copies under ZeRO 3.
+
+Ranks: DeepSpeed averages gradients over the ranks at every stage, and a loss that has the global denominator wants their sum;
+so `backward` multiplies by the number of ranks. Norms are taken after that reduction, so that all ranks clip and skip alike.
 """
 
 from __future__ import annotations
@@ -50,7 +53,9 @@ class DeepSpeedEngine:
         self._stage = config.engine.zero_stage
         self.device = training_device()
         _import_deepspeed(self.device)
-        _join_group_of_one(self.device)
+        _join_group(self.device)
+        self.rank: int = torch.distributed.get_rank()
+        self.world_size: int = torch.distributed.get_world_size()
         self.holds: str | None = None
         self.model: Any = None
         self.load(checkpoint)
@@ -60,11 +65,11 @@ class DeepSpeedEngine:
         return autocast(self.device, self._config)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate the gradient of a loss; reduced over the ranks at the last micro-batch."""
+        """Accumulate the gradient of a loss; summed over the ranks by the last micro-batch."""
         self.holds = None
         self.model.set_gradient_accumulation_boundary(last)
         # The loss has the global denominator already: DeepSpeed must not divide by its own count of micro-batches.
-        self.model.backward(loss, scale_wrt_gas=False)
+        self.model.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self, *, factor: float = 1.0) -> StepReport:
         """Clip, schedule, update."""
@@ -88,11 +93,17 @@ class DeepSpeedEngine:
         self.holds = checkpoint.digest
 
     def save(self, folder: Path, *, optimizer: bool = True) -> None:
-        """Write a complete checkpoint, gathered from all partitions."""
+        """Write a complete checkpoint, gathered from all partitions; on a rank other than 0 only take part in that."""
         state = TrainerState(self._updates, self.skipped, self._optimizer_state()) if optimizer else None
-        write_checkpoint(
-            folder, description=self._description, weights=self._weights(), state=state, config=self._config
-        )
+        weights = self._weights()
+        if self.rank == 0:
+            write_checkpoint(folder, description=self._description, weights=weights, state=state, config=self._config)
+
+    def total(self, value: float) -> float:
+        """Sum of a number over the ranks."""
+        summed = torch.tensor(value, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(summed)
+        return summed.item()
 
     def close(self) -> None:
         """Free the DeepSpeed engine; the process group stays for the next one."""
@@ -123,7 +134,7 @@ class DeepSpeedEngine:
         import deepspeed
 
         optimizer = build_optimizer(model, self._config.optimizer)
-        with _only_rank():
+        with _launched():
             engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=self._settings(), dist_init_required=False
             )
@@ -213,17 +224,17 @@ def _import_deepspeed(device: str) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read at import; it would otherwise look for devices
     import deepspeed.ops
 
-    # Its shared-memory collectives would be compiled now (minutes without a cache); a group of one has no use for them.
+    # Its shared-memory collectives would be compiled now (minutes without a cache); torch has its own.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed calls collectives by names that torch renames; one line for each forward under ZeRO 3.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
 
-def _join_group_of_one(device: str) -> None:
-    """A process group with this process as its only rank, unless a launcher made a group already.
+def _join_group(device: str) -> None:
+    """The process group that this process is in already, else one with it as the only rank.
 
-    Its rendezvous is in memory: no port that another run could take, no address in the environment.
+    The rendezvous of the latter is in memory: no port that another run could take, no address in the environment.
     """
     from deepspeed import comm
 
@@ -234,7 +245,7 @@ def _join_group_of_one(device: str) -> None:
         # Left to the interpreter's end it would print a warning about leaked resources.
         atexit.register(_leave_group)
     if not comm.is_initialized():
-        with _only_rank():
+        with _launched():
             comm.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 
@@ -244,8 +255,14 @@ def _leave_group() -> None:
 
 
 @contextlib.contextmanager
-def _only_rank() -> Iterator[None]:
-    """While DeepSpeed reads the environment: this is the only rank, whatever launcher may surround us."""
+def _launched() -> Iterator[None]:
+    """While DeepSpeed reads the environment: it agrees with the process group."""
+    if torch.distributed.get_world_size() > 1:
+        # A launcher of several hosts sets it; on one host it is the rank.
+        os.environ.setdefault("LOCAL_RANK", str(torch.distributed.get_rank()))
+        yield
+        return
+    # This is the only rank, whatever launcher may surround us.
     before = dict(os.environ)
     for name in [name for name in before if name.startswith(_RANK_VARIABLES)]:
         del os.environ[name]

@@ -7,6 +7,7 @@ now, and everything it knows can be loaded again from there, bit for bit.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, assert_never
@@ -33,7 +34,12 @@ class StepReport(NamedTuple):
 
 
 class Engine(Protocol):
-    """Runs forward, backward and step of one model."""
+    """Runs forward, backward and step of one model, alone or as one rank of several with a share of the rows each.
+
+    Ranks act in lockstep: every rank makes equally many forward passes with `backward`, and every rank calls `step`, `load`,
+    `save` and `total`, in the same order. A rank that has fewer micro-batches than another (or none) forwards any batch and
+    multiplies its loss by 0.
+    """
 
     model: Any
     """Call it (under `autocast()`) with input_ids, attention_mask and position_ids; has an output head."""
@@ -43,6 +49,10 @@ class Engine(Protocol):
     """Digest of the checkpoint it is equal to; None once anything changed."""
     skipped: int
     """Steps skipped because of a gradient that was not finite, since training began."""
+    rank: int
+    """Which of the ranks this process is; rank 0 writes files."""
+    world_size: int
+    """How many ranks there are; 1 where a process trains alone."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Context for forward passes, with and without gradient."""
@@ -50,6 +60,8 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of `loss`, which is already divided by the global denominator.
+
+        Global: the count of the whole batch, over all micro-batches and ranks. Gradients are summed over both, never averaged.
 
         Args:
             last: this is the final micro-batch before `step`.
@@ -65,7 +77,14 @@ class Engine(Protocol):
         ...
 
     def save(self, folder: Path, *, optimizer: bool = True) -> None:
-        """Write a complete checkpoint: description, float32 masters and (unless left out) the optimizer's state."""
+        """Write a complete checkpoint: description, float32 masters and (unless left out) the optimizer's state.
+
+        Every rank takes part in gathering what is partitioned; rank 0 alone writes.
+        """
+        ...
+
+    def total(self, value: float) -> float:
+        """Sum of a number over the ranks: of each rank's part of a loss, for example."""
         ...
 
 
@@ -79,12 +98,38 @@ def resident_engine(checkpoint: Checkpoint, config: TrainingConfig, slot: str = 
     return engine
 
 
-def publish(engine: Engine, *, optimizer: bool = True) -> Checkpoint:
-    """Publish what the engine has as a checkpoint, which it then holds."""
-    checkpoint = Checkpoint.write(lambda folder: engine.save(folder, optimizer=optimizer))
+def publish(engine: Engine, *, optimizer: bool = True, files: Mapping[str, str] | None = None) -> Checkpoint:
+    """Publish what the engine has as a checkpoint, which it then holds; all ranks return what rank 0 wrote.
+
+    Args:
+        optimizer: with the optimizer's state.
+        files: further text files of the checkpoint, by name.
+    """
+
+    def fill(folder: Path) -> None:
+        engine.save(folder, optimizer=optimizer)
+        for name, text in (files or {}).items():
+            (folder / name).write_text(text)
+
+    if engine.rank == 0:
+        checkpoint = Checkpoint.write(fill)
+    else:
+        engine.save(Path(), optimizer=optimizer)  # takes part in gathering, writes nothing
+        checkpoint = Checkpoint("")
+    if engine.world_size > 1:
+        checkpoint = Checkpoint(_digest_of_rank_zero(checkpoint.digest, engine.device))
     # Without its optimizer state the checkpoint is less than the engine: the next stage call must start from the artifact.
     engine.holds = checkpoint.digest if optimizer else None
     return checkpoint
+
+
+def _digest_of_rank_zero(digest: str, device: str) -> str:
+    """`digest` of rank 0 on every rank, sent as bytes: collectives of objects would unpickle what they receive."""
+    sent = torch.zeros(32, dtype=torch.uint8, device=device)
+    if digest:
+        sent.copy_(torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8))
+    torch.distributed.broadcast(sent, src=0)
+    return bytes(sent.tolist()).hex()
 
 
 def _make_engine(checkpoint: Checkpoint, config: TrainingConfig) -> Engine:

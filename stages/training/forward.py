@@ -22,7 +22,7 @@ class CompletionLogprobs(NamedTuple):
     """Per output token; column o of row b is output token o of row `batch.rows[b]`."""
 
     logp_BO: Tensor
-    """log pi(o_t | q, o_<t) in nats, float32, 0 on padding."""
+    """log pi(o_t | q, o_<t) in nats, 0 on padding; float32, or float64 where the logits are."""
     entropy_BO: Tensor | None
     """Entropy of the distribution that o_t was drawn from, in nats, without gradient; None unless asked for."""
     mask_BO: Tensor

@@ -29,9 +29,10 @@ def build_optimizer(model: nn.Module, config: AdamWConfig | MuonConfig) -> torch
 def matrix_names(model: nn.Module) -> set[str]:
     """Names of the hidden layers' matrices: two-dimensional, and neither embedding nor output head."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    find_head: Callable[[], nn.Module] | None = getattr(model, "get_output_embeddings", None)
-    if find_head is not None:
-        tables |= {id(parameter) for parameter in find_head().parameters()}
+    find_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
+    for head in (find_head(), getattr(model, "score", None), getattr(model, "classifier", None)):
+        if head is not None:
+            tables |= {id(parameter) for parameter in head.parameters()}
     return {name for name, tensor in model.named_parameters() if tensor.ndim == 2 and id(tensor) not in tables}
 
 

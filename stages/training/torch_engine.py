@@ -22,9 +22,17 @@ __all__ = ["TorchEngine"]
 
 
 class TorchEngine:
-    """See `stages.training.engine.Engine`."""
+    """See `stages.training.engine.Engine`.
+
+    Raises:
+        ValueError: this process is one of several ranks.
+    """
+
+    rank = 0
+    world_size = 1
 
     def __init__(self, checkpoint: Checkpoint, config: TrainingConfig) -> None:
+        _refuse_ranks()
         self._config = config
         self._description = checkpoint.path
         self.device = training_device()
@@ -73,6 +81,10 @@ class TorchEngine:
             config=self._config,
         )
 
+    def total(self, value: float) -> float:
+        """The value itself: there is one rank."""
+        return value
+
     def _restore(self, checkpoint: Checkpoint) -> None:
         self._description = checkpoint.path
         self._optimizer.zero_grad(set_to_none=True)
@@ -80,6 +92,15 @@ class TorchEngine:
         restore_optimizer_state(self.model, self._optimizer, state.optimizer)
         self._updates, self.skipped = state.updates, state.skipped
         self.holds = checkpoint.digest
+
+
+def _refuse_ranks() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise ValueError(
+            f"training.engine torch: expected one process, found rank {distributed.get_rank()} of "
+            f"{distributed.get_world_size()}; plain torch trains on one device, set training.engine.kind to deepspeed"
+        )
 
 
 def clip_gradients(model: torch.nn.Module, limit: float) -> float:

@@ -1,6 +1,41 @@
-"""Policy update (Algorithm 1, line 10): mu passes over one exploration stage, maximising the GRPO objective."""
+"""Policy update (Algorithm 1, line 10): mu passes over one exploration stage, maximising an objective of the paradigm."""
 
-from stages.update.config import GRPOConfig, UpdateConfig
+from stages.update.config import NoCorrectionConfig, TruncatedCorrectionConfig, UpdateConfig
+from stages.update.objectives import (
+    CISPOConfig,
+    DAPOConfig,
+    DataSource,
+    DPOConfig,
+    DrGRPOConfig,
+    GRPOConfig,
+    GSPOConfig,
+    ObjectiveConfig,
+    OnlineRFTConfig,
+    PPOConfig,
+    ReinforcePlusPlusConfig,
+    RFTConfig,
+    RLOOConfig,
+    SFTObjectiveConfig,
+)
 from stages.update.stage import update_policy
 
-__all__ = ["GRPOConfig", "UpdateConfig", "update_policy"]
+__all__ = [
+    "CISPOConfig",
+    "DAPOConfig",
+    "DPOConfig",
+    "DataSource",
+    "DrGRPOConfig",
+    "GRPOConfig",
+    "GSPOConfig",
+    "NoCorrectionConfig",
+    "ObjectiveConfig",
+    "OnlineRFTConfig",
+    "PPOConfig",
+    "RFTConfig",
+    "RLOOConfig",
+    "ReinforcePlusPlusConfig",
+    "SFTObjectiveConfig",
+    "TruncatedCorrectionConfig",
+    "UpdateConfig",
+    "update_policy",
+]

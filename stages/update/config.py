@@ -2,42 +2,62 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from pipeline.config import Config
 from stages.training.config import TrainingConfig
+from stages.update.objectives import GRPOConfig, ObjectiveConfig
 
-__all__ = ["GRPOConfig", "UpdateConfig"]
+__all__ = ["NoCorrectionConfig", "TruncatedCorrectionConfig", "UpdateConfig"]
 
 
-class GRPOConfig(Config):
-    """GRPO (DeepSeekMath, Eq. 3 and 4): clipped ratio times group-relative advantage, KL to the reference in the loss.
+class NoCorrectionConfig(Config):
+    """The rollout engine's own log-probabilities are not used: pi_old is what the trainer computes (the paper's setting)."""
 
-    Table 10: data q ~ P_sft(Q), {o_i} ~ pi_theta(O|q); gradient coefficient A-hat + beta (pi_ref/pi_theta - 1) (Eq. 21).
-    """
+    kind: Literal["none"] = "none"
+    "Selects no correction."
 
-    kind: Literal["grpo"] = "grpo"
-    "Selects this objective."
-    eps: float = Field(0.2, gt=0, lt=1)
-    "Clip range of the ratio. The paper gives no value; 0.2 is PPO's."
-    beta: float = Field(0.04, ge=0)
-    "KL coefficient (DeepSeekMath, 4.2). 0 needs no reference model, and rows of zero advantage then cost nothing."
+
+class TruncatedCorrectionConfig(Config):
+    """The surrogate is multiplied by w = min(pi_old / pi_rollout, cap): `stages/kernels/correction.py`."""
+
+    kind: Literal["truncated"] = "truncated"
+    "Selects truncated importance weights."
+    level: Literal["token", "sequence"] = "token"
+    "One weight a token, or one an output (its tokens' product)."
+    cap: PositiveFloat = 2.0
+    "Largest weight (Yao et al. 2025 use 2)."
 
 
 class UpdateConfig(Config):
     """One exploration stage's updates."""
 
-    objective: GRPOConfig = GRPOConfig()
-    "What is maximised; a row of the paper's Table 10."
+    objective: ObjectiveConfig = GRPOConfig()
+    "What is maximised: a row of the paper's Table 10, or a later method."
     mu: int = Field(1, ge=1)
     "Passes over the outputs (Algorithm 1, line 10). The paper: a single update per exploration stage (4.2)."
     mini_batches: int = Field(1, ge=1)
     "Optimizer steps per pass; questions are dealt to them at random, groups stay whole. 1 = the paper."
+    old_logprobs: Literal["trainer", "rollout"] = "trainer"
+    """Where log pi_old comes from. `trainer`: the policy as it is before its updates, which makes the first ratio exactly 1;
+    the outputs must be its own. `rollout`: what the engine recorded while sampling, for outputs of an earlier policy."""
+    correction: Annotated[NoCorrectionConfig | TruncatedCorrectionConfig, Field(discriminator="kind")] = (
+        NoCorrectionConfig()
+    )
+    "Importance weights between rollout engine and trainer; not in the paper."
+    temperature: PositiveFloat | None = None
+    """Temperature the outputs must have been sampled at; others are refused. null: whatever they were sampled at. In either
+    case it divides the logits of all policies, so that ratios compare what was really sampled from."""
     micro_batch_tokens: int = Field(16384, ge=1)
     "Padded tokens per forward and backward; bounds memory. Gradients are accumulated with the batch's own denominator."
     merge_equal_outputs: bool = True
     "Compute equal outputs of a question once, weighted by their count: the same sum, up to rounding, for less work."
     training: TrainingConfig = TrainingConfig()
     "Engine, optimizer, precision, learning rate."
+
+    @property
+    def reads_rollout_logprobs(self) -> bool:
+        """Whether the engine's log-probabilities enter the loss."""
+        return self.old_logprobs == "rollout" or self.correction.kind != "none"

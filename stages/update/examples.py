@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from stages.tables import Advantages, Rollouts
 
-__all__ = ["Example", "deal", "drop_idle", "join", "merge_equal"]
+__all__ = ["Example", "deal", "drop_idle", "join", "merge_equal", "pair_up"]
+
+Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -22,30 +27,28 @@ class Example:
     """A-hat_{i,t}, one value per output id."""
     weight: float
     """How many equal outputs of the group this one stands for."""
+    rollout_logp: tuple[float, ...] | None = None
+    """The rollout engine's log-probabilities, one per output id, where the loss reads them."""
+    pair: int | None = None
+    """The preference it belongs to, where there are any."""
 
 
-def join(outputs: Rollouts, advantages: Advantages) -> list[Example]:
+def join(outputs: Rollouts, advantages: Advantages, *, with_logprobs: bool = False) -> list[Example]:
     """One example per output that has advantages; rows masked out (null advantage) take no part.
 
     Raises:
-        ValueError: an output without a row of advantages, with another number of them than tokens, or no output left.
+        ValueError: names the row: an output without advantages or advantages without an output, another number of them than
+            tokens, or one that is not finite (log-probabilities too, where they are read).
     """
-    by_key = {(row["question_id"], row["sample"]): row["advantage"] for row in advantages.rows()}
-    examples = []
-    for row in outputs.read().select(["question_id", "sample", "prompt_ids", "output_ids"]).to_pylist():
-        key = (row["question_id"], row["sample"])
-        if key not in by_key:
-            raise ValueError(f"output {key} has no advantages; were they estimated from other rollouts?")
-        advantage = by_key[key]
-        if advantage is None:
-            continue
-        if len(advantage) != len(row["output_ids"]):
-            raise ValueError(f"output {key}: expected {len(row['output_ids'])} advantages, found {len(advantage)}")
-        ids = tuple(row["prompt_ids"]), tuple(row["output_ids"])
-        examples.append(Example(row["question_id"], *ids, tuple(advantage), 1.0))
-    if not examples:
-        raise ValueError("every output is masked out; there is nothing to learn from")
-    return examples
+    by_key = {(row["question_id"], row["sample"]): row for row in advantages.rows()}
+    columns = ["question_id", "sample", "prompt_ids", "output_ids", *(["logprobs"] if with_logprobs else [])]
+    rows = {(row["question_id"], row["sample"]): row for row in outputs.read().select(columns).to_pylist()}
+    _check_same_rows(rows, by_key)
+    return [
+        _example(key, row, by_key[key], with_logprobs)
+        for key, row in rows.items()
+        if by_key[key]["advantage"] is not None
+    ]
 
 
 def merge_equal(examples: Sequence[Example]) -> list[Example]:
@@ -53,10 +56,32 @@ def merge_equal(examples: Sequence[Example]) -> list[Example]:
     weights: dict[Example, float] = {}
     for example in examples:
         weights[example] = weights.get(example, 0.0) + example.weight
-    return [
-        Example(merged.question_id, merged.prompt_ids, merged.output_ids, merged.advantage, weight)
-        for merged, weight in weights.items()
-    ]
+    return [dataclasses.replace(example, weight=weight) for example, weight in weights.items()]
+
+
+def pair_up(examples: Sequence[Example]) -> list[Example]:
+    """Examples as preferred, other, preferred, other, ...: the two of a pair side by side.
+
+    Raises:
+        ValueError: an example without a pair, or a pair that is not one preferred (advantage +1) and one other output (-1).
+    """
+    pairs: dict[int, list[Example]] = {}
+    for example in examples:
+        if example.pair is None:
+            raise ValueError(
+                f"an output of question {example.question_id!r} belongs to no pair; this objective learns from preferences: "
+                "set advantage.kind=pairs"
+            )
+        pairs.setdefault(example.pair, []).append(example)
+    ordered = []
+    for number, members in pairs.items():
+        members.sort(key=lambda example: -example.advantage[0])
+        if [set(member.advantage) for member in members] != [{1.0}, {-1.0}]:
+            raise ValueError(
+                f"pair {number}: expected one output with advantage 1 and one with -1, found {len(members)}"
+            )
+        ordered += members
+    return ordered
 
 
 def drop_idle(examples: Sequence[Example]) -> list[Example]:
@@ -66,8 +91,8 @@ def drop_idle(examples: Sequence[Example]) -> list[Example]:
 
 def deal(examples: Sequence[Example], *, mini_batches: int, seed: int) -> list[list[Example]]:
     """Examples dealt to mini-batches by question, so that groups stay whole; one mini-batch keeps their order."""
-    if mini_batches == 1:
-        return [list(examples)]
+    if mini_batches == 1 or not examples:
+        return [list(examples)] * mini_batches
     questions = list(dict.fromkeys(example.question_id for example in examples))
     random.Random(seed).shuffle(questions)
     place = {question: number % mini_batches for number, question in enumerate(questions)}
@@ -77,3 +102,32 @@ def deal(examples: Sequence[Example], *, mini_batches: int, seed: int) -> list[l
     if not all(hands):
         raise ValueError(f"mini_batches = {mini_batches} needs at least as many questions, found {len(questions)}")
     return hands
+
+
+def _check_same_rows(rows: Mapping[Key, Any], by_key: Mapping[Key, Any]) -> None:
+    bare = [key for key in rows if key not in by_key]
+    if bare:
+        raise ValueError(f"output {bare[0]} has no advantages; were they estimated from other rollouts?")
+    strange = [key for key in by_key if key not in rows]
+    if strange:
+        raise ValueError(f"advantages of {strange[0]} belong to no output; were they estimated from other rollouts?")
+
+
+def _example(key: Key, row: Mapping[str, Any], found: Mapping[str, Any], with_logprobs: bool) -> Example:
+    advantage = _per_token(key, "advantages", found["advantage"], row["output_ids"])
+    logprobs = (
+        _per_token(key, "rollout log-probabilities", row["logprobs"], row["output_ids"]) if with_logprobs else None
+    )
+    ids = tuple(row["prompt_ids"]), tuple(row["output_ids"])
+    return Example(key[0], *ids, advantage, 1.0, logprobs, found["pair"])
+
+
+def _per_token(key: Key, name: str, values: Sequence[float] | None, output_ids: Sequence[int]) -> tuple[float, ...]:
+    if values is None:
+        raise ValueError(f"output {key} has no {name}; nothing recorded them when it was made")
+    if len(values) != len(output_ids):
+        raise ValueError(f"output {key}: expected {len(output_ids)} {name}, found {len(values)}")
+    for token, value in enumerate(values):
+        if not math.isfinite(value):
+            raise ValueError(f"output {key}: {name} must be finite, found {value} at token {token}")
+    return tuple(values)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import time
+import warnings
+from typing import TYPE_CHECKING
 
 from pipeline.progress import report
 from pipeline.stage import record_metrics, stage
 from stages.models import Checkpoint
 from stages.tables import Advantages, Rollouts
 from stages.update.config import UpdateConfig
-from stages.update.examples import deal, join, merge_equal
+from stages.update.examples import Example, deal, join, merge_equal, pair_up
+from stages.update.objectives import method_of
+
+if TYPE_CHECKING:
+    from stages.training.engine import Engine
+    from stages.update.minibatch import MiniBatch
+    from stages.update.objectives import Method
 
 __all__ = ["update_policy"]
 
 
-@stage(version="1")
+@stage(version="2")
 def update_policy(
     policy: Checkpoint,
     reference: Checkpoint,
@@ -27,52 +35,71 @@ def update_policy(
     """pi_theta after mu passes over one exploration stage (Algorithm 1, line 10).
 
     Args:
-        policy: pi_old, the policy that sampled `outputs`.
-        reference: pi_ref; not loaded where beta is 0.
-        outputs: o_i with their ids; the temperature they were sampled at scales the logits of all three policies.
+        policy: pi_theta before the update; pi_old, the policy that sampled `outputs`, unless `old_logprobs` says otherwise.
+        reference: pi_ref; not loaded where the objective has no use for it.
+        outputs: o_i with their ids; the temperature they were sampled at scales the logits of all policies.
         advantages: A-hat_{i,t}, joined by key; rows without advantages take no part and do not count in 1/G.
         config: objective, passes, batching, engine.
         seed: deals the questions to mini-batches where there are several.
 
     Raises:
-        ValueError: outputs of several temperatures or greedy ones (drawn from no distribution), or all rows masked out.
+        ValueError: before any step, naming the row: outputs of several temperatures, of another than configured, or greedy ones
+            (drawn from no distribution); rows without a counterpart; numbers that are not finite.
+
+    Where every row is masked out (no question has a right and a wrong output, say) the policy stays as it is, with a warning;
+    the step counts among `policy/skipped_steps`.
     """
     from stages.training import threads
     from stages.training.engine import publish, resident_engine
-    from stages.update.steps import Ledger, MiniBatch, optimizer_step, reference_model
+    from stages.training.memory import live_tensors_mib, peak_memory
+    from stages.training.temperature import sampling_temperature
+    from stages.update.ledger import Ledger
+    from stages.update.steps import optimizer_step
 
     started = time.perf_counter()
-    temperature = _temperature(outputs)
-    examples = join(outputs, advantages)
-    if config.merge_equal_outputs:
-        examples = merge_equal(examples)
+    temperature = sampling_temperature(outputs, config.temperature)
+    method, ledger = method_of(config.objective), Ledger()
+    examples = _examples(outputs, advantages, config, method)
+    if not examples:
+        warnings.warn("update_policy: every output of a step is masked out; the policy stays as it is", stacklevel=2)
     hands = deal(examples, mini_batches=config.mini_batches, seed=seed)
-    with threads(config.training.threads):
+    with threads(config.training.threads), peak_memory() as peak:
         engine = resident_engine(policy, config.training)
-        mini_batches = [MiniBatch.of(hand, engine, temperature, config) for hand in hands]
-        for mini_batch in mini_batches:
-            if config.objective.beta > 0:
-                mini_batch.ref_logp = mini_batch.logprobs(reference_model(reference, engine, config.training), engine)
-            # A single step has pi_old = pi_theta: its own forward, detached, makes the ratio exactly 1.
-            if config.mu * config.mini_batches > 1:
-                mini_batch.old_logp = mini_batch.logprobs(engine.model, engine)
-        ledger = Ledger()
+        mini_batches = _mini_batches(hands, engine, reference, temperature, config)
         for number in range(config.mu * config.mini_batches):
-            optimizer_step(engine, mini_batches[number % config.mini_batches], config.objective, ledger)
+            optimizer_step(engine, mini_batches[number % config.mini_batches], method, config.correction, ledger)
             report("update_policy", done=number + 1, total=config.mu * config.mini_batches)
+        ledger.add_up(engine.total)
         checkpoint = publish(engine)
-    computed = sum(len(batch.rows) for mini_batch in mini_batches for batch in mini_batch.batches)
+    computed = sum(len(part.batch.rows) for mini_batch in mini_batches for part in mini_batch.parts)
     seconds = time.perf_counter() - started
-    record_metrics(ledger.metrics(beta=config.objective.beta, seconds=seconds, computed=computed))
+    record_metrics(ledger.metrics(beta=method.beta, seconds=seconds, computed=computed))
+    record_metrics({"memory/update_mb": peak.mib, "memory/tensors_mb": live_tensors_mib()})
     return checkpoint
 
 
-def _temperature(outputs: Rollouts) -> float:
-    import pyarrow.compute as pc
+def _examples(outputs: Rollouts, advantages: Advantages, config: UpdateConfig, method: Method) -> list[Example]:
+    examples = join(outputs, advantages, with_logprobs=config.reads_rollout_logprobs)
+    if method.pairs:
+        return pair_up(examples)
+    return merge_equal(examples) if config.merge_equal_outputs else examples
 
-    found: list[float] = pc.unique(outputs.read().column("temperature")).to_pylist()
-    if len(found) != 1:
-        raise ValueError(f"update_policy: expected outputs of one temperature, found {found}")
-    if found[0] == 0:
-        raise ValueError("update_policy: greedy outputs come from no distribution; sample with temperature above 0")
-    return found[0]
+
+def _mini_batches(
+    hands: list[list[Example]], engine: Engine, reference: Checkpoint, temperature: float, config: UpdateConfig
+) -> list[MiniBatch]:
+    """Mini-batches with the log-probabilities of every policy that stays fixed while they are learned from."""
+    from stages.training.reference import reference_model
+    from stages.update.minibatch import MiniBatch
+
+    method = method_of(config.objective)
+    made = [MiniBatch.of(hand, engine, temperature, config, method) for hand in hands]
+    for mini_batch in made:
+        if method.needs_reference:
+            mini_batch.compare_with(reference_model(reference, engine, config.training), engine)
+        if config.old_logprobs == "rollout":
+            mini_batch.trust_rollout()
+        elif config.mu * config.mini_batches > 1:
+            # A single step needs none: its own forward, detached, makes the ratio exactly 1.
+            mini_batch.remember_policy(engine)
+    return made

@@ -1,167 +1,111 @@
-"""Optimizer steps over mini-batches: where log-probabilities, objective, weights and engine meet.
+"""One optimizer step: where log-probabilities, objective, KL term, weights and engine meet.
 
-Legend: B rows of a micro-batch, O their longest output.
+    J = sum_{i,t} w_{i,t} ( c_{i,t} surrogate_{i,t} - beta D_{i,t} )
+
+w: the aggregation's weights; c: the correction for the rollout engine (1 without one); D: the KL estimator. Legend: B rows of a
+micro-batch, O their longest output.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Self
+from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 from torch import Tensor
 
-from pipeline.residency import resident
-from stages.kernels.objective import GRPOTerms, grpo, sequence_mean_weights
-from stages.models import Checkpoint, load_model
-from stages.training.batching import Batch, Row, micro_batches
-from stages.training.config import TrainingConfig
+from stages.kernels import divergence
+from stages.kernels.correction import sequence_truncated, token_truncated
+from stages.kernels.objective import Surrogate
 from stages.training.engine import Engine
 from stages.training.forward import completion_logprobs
-from stages.update.config import GRPOConfig, UpdateConfig
-from stages.update.examples import Example, drop_idle
+from stages.update.config import NoCorrectionConfig, TruncatedCorrectionConfig
+from stages.update.ledger import Ledger
+from stages.update.minibatch import MicroBatch, MiniBatch
+from stages.update.objectives.method import Method, Tokens
 
-__all__ = ["Ledger", "MiniBatch", "optimizer_step", "reference_model"]
+__all__ = ["Correction", "Terms", "micro_batch_terms", "optimizer_step"]
 
-
-def reference_model(reference: Checkpoint, like: Engine, config: TrainingConfig) -> torch.nn.Module:
-    """pi_ref, frozen and kept warm for as long as it is the reference; its parameters have the dtype of the engine's."""
-    dtype = next(like.model.parameters()).dtype
-
-    def load() -> torch.nn.Module:
-        model: torch.nn.Module = load_model(reference, dtype=dtype, attention=config.attention)
-        return model.to(like.device).requires_grad_(False)
-
-    return resident("reference", (reference.digest, dtype, like.device, config.attention), load)
+Correction = NoCorrectionConfig | TruncatedCorrectionConfig
 
 
-@dataclass
-class MiniBatch:
-    """What one optimizer step learns from: micro-batches with advantages, and the log-probabilities of fixed policies."""
+@dataclass(frozen=True)
+class Terms:
+    """The parts of J for each token of a micro-batch, [B, O]."""
 
-    batches: list[Batch]
-    advantage: list[Tensor]
-    "[B, O] of each micro-batch."
-    weight: list[Tensor]
-    "Weight of each token in the mini-batch's mean, [B, O] of each micro-batch."
-    temperature: float
-    old_logp: list[Tensor] | None = None
-    "log pi_old, [B, O] of each micro-batch; None = pi_old is the policy as it is at the step."
-    ref_logp: list[Tensor] | None = None
-    "log pi_ref, likewise; None = no reference (beta is 0)."
+    objective_BO: Tensor
+    """c surrogate - beta D, with gradient."""
+    surrogate: Surrogate
+    kl_BO: Tensor | None
+    """D, detached; None without a reference."""
+    correction_BO: Tensor | None
+    """c; None without a correction."""
 
-    @classmethod
-    def of(cls, examples: Sequence[Example], engine: Engine, temperature: float, config: UpdateConfig) -> Self:
-        """Micro-batches of `examples` on the engine's device."""
-        # 1/G counts every output of the mini-batch, the ones that need no computing included.
-        outputs = sum(example.weight for example in examples)
-        computed = drop_idle(examples) if config.objective.beta == 0 else list(examples)
-        rows = [Row(example.prompt_ids, example.output_ids) for example in computed]
-        batches = [batch.to(engine.device) for batch in micro_batches(rows, config.micro_batch_tokens)]
-        advantage, weight = [], []
-        for batch in batches:
-            members = [computed[row] for row in batch.rows]
-            mask_BO = batch.output_mask_BO
-            advantage.append(_spread([value for member in members for value in member.advantage], mask_BO))
-            weight_B = torch.tensor([member.weight for member in members], device=mask_BO.device)
-            weight.append(sequence_mean_weights(mask_BO, weight_B, outputs=outputs))
-        return cls(batches, advantage, weight, temperature)
 
-    @torch.no_grad()
-    def logprobs(self, model: torch.nn.Module, engine: Engine) -> list[Tensor]:
-        """log pi of the outputs under `model`, computed just as the engine computes its own.
-
-        Same micro-batches, same precision: a model of equal weights gives bit-equal values, so that KL is exactly 0 at the
-        first step of an iteration.
-        """
+def optimizer_step(
+    engine: Engine, mini_batch: MiniBatch, method: Method, correction: Correction, ledger: Ledger
+) -> None:
+    """One step up the gradient of J over a mini-batch; gradients of its micro-batches add up to the batch's own."""
+    last = len(mini_batch.parts) - 1
+    for number, part in enumerate(mini_batch.parts):
         with engine.autocast():
-            return [completion_logprobs(model, batch, self.temperature).logp_BO for batch in self.batches]
-
-
-def optimizer_step(engine: Engine, mini_batch: MiniBatch, objective: GRPOConfig, ledger: Ledger) -> None:
-    """One step up the gradient of Eq. 3 over a mini-batch; gradients of its micro-batches add up to the batch's own."""
-    last = len(mini_batch.batches) - 1
-    for number, batch in enumerate(mini_batch.batches):
-        with engine.autocast():
-            logp_BO, entropy_BO, _ = completion_logprobs(engine.model, batch, mini_batch.temperature, with_entropy=True)
-        old_logp_BO = logp_BO.detach() if mini_batch.old_logp is None else mini_batch.old_logp[number]
-        ref_logp_BO = None if mini_batch.ref_logp is None else mini_batch.ref_logp[number]
-        terms = grpo(
-            logp_BO, old_logp_BO, ref_logp_BO, mini_batch.advantage[number], eps=objective.eps, beta=objective.beta
-        )
-        loss = -(mini_batch.weight[number] * terms.objective_BT).sum()
+            logp_BO, entropy_BO, _ = completion_logprobs(
+                engine.model, part.batch, mini_batch.temperature, with_entropy=True
+            )
+        terms = micro_batch_terms(logp_BO, part, method, correction)
+        loss = -(part.weight.to(logp_BO.dtype) * terms.objective_BO).sum()
         engine.backward(loss, last=number == last)
-        ledger.add(batch, mini_batch.weight[number], terms, entropy_BO, float(loss.detach()))
-    if mini_batch.batches:
+        ledger.add(part, terms, entropy_BO, float(loss.detach()))
+    if mini_batch.parts:
         step = engine.step()
         ledger.stepped(step.grad_norm, step.learning_rate, skipped=step.skipped)
     else:
-        # beta = 0 and every group agrees with itself: the gradient is zero, and so is the step.
+        # No KL term and no advantage anywhere: the gradient is zero, and so is the step.
         ledger.stepped(0.0, 0.0, skipped=True)
 
 
-@dataclass
-class Ledger:
-    """Sums over micro-batches and steps, weighted like the loss itself: the mean over outputs of the mean over tokens."""
-
-    sums: dict[str, float] = field(default_factory=dict)
-    ratio_max: float = 0.0
-    ratio_min: float = math.inf
-    steps: int = 0
-    skipped: int = 0
-    tokens: int = 0
-    learning_rate: float = 0.0
-
-    def add(self, batch: Batch, weight_BO: Tensor, terms: GRPOTerms, entropy_BO: Tensor | None, loss: float) -> None:
-        """Account for one micro-batch."""
-        parts = {
-            "kl": terms.kl_BT,
-            "clip_fraction": terms.clipped_BT,
-            "ratio_mean": terms.ratio_BT,
-            "entropy": entropy_BO,
-        }
-        for name, values_BO in parts.items():
-            if values_BO is not None:
-                self._sum(name, float((weight_BO * values_BO).sum()))
-        self._sum("loss", loss)
-        self._sum("weight", float(weight_BO.sum()))
-        ratio_N = terms.ratio_BT[batch.output_mask_BO]
-        self.ratio_max = max(self.ratio_max, float(ratio_N.max()))
-        self.ratio_min = min(self.ratio_min, float(ratio_N.min()))
-        self.tokens += int(batch.attention_mask_BT.sum())
-
-    def stepped(self, grad_norm: float, learning_rate: float, *, skipped: bool) -> None:
-        """Account for one optimizer step."""
-        self.steps += 1
-        self.skipped += skipped
-        self.learning_rate = learning_rate
-        self._sum("grad_norm", grad_norm if math.isfinite(grad_norm) else 0.0)
-
-    def metrics(self, *, beta: float, seconds: float, computed: int) -> dict[str, float]:
-        """Means over the exploration stage's optimizer steps, under the names MLflow shows."""
-        mean = {name: value / self.steps for name, value in self.sums.items()}
-        # Ratio, KL and entropy are means over what was computed, also where idle rows were left out of it.
-        share = mean.pop("weight", 0.0)
-        for name in ("kl", "clip_fraction", "ratio_mean", "entropy"):
-            mean[name] = mean[name] / share if share else math.nan
-        return {f"policy/{name}": value for name, value in mean.items()} | {
-            "policy/policy_loss": mean.get("loss", 0.0) - beta * mean["kl"],
-            "policy/ratio_max": self.ratio_max,
-            "policy/ratio_min": self.ratio_min,
-            "policy/learning_rate": self.learning_rate,
-            "policy/skipped_steps": self.skipped,
-            "policy/outputs_computed": computed,
-            "policy/tokens_per_s": self.tokens / seconds,
-            "time/update": seconds,
-        }
-
-    def _sum(self, name: str, value: float) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + value
+def micro_batch_terms(logp_BO: Tensor, part: MicroBatch, method: Method, correction: Correction) -> Terms:
+    """The objective of every token of a micro-batch, given log pi_theta."""
+    # Where nothing was computed before, pi_old = pi_theta: its own values, detached, make the ratio exactly 1.
+    old_logp_BO = logp_BO.detach() if part.old_logp is None else part.old_logp
+    mask_BO = part.batch.output_mask_BO
+    surrogate = method.surrogate(Tokens(logp_BO, old_logp_BO, part.ref_logp, part.advantage, mask_BO))
+    objective_BO = surrogate.value_BT
+    correction_BO = _correction(old_logp_BO, part.rollout_logp, mask_BO, correction)
+    if correction_BO is not None:
+        objective_BO = correction_BO * objective_BO
+    if method.beta == 0 or part.ref_logp is None:
+        return Terms(objective_BO, surrogate, None, correction_BO)
+    kl_BO = _divergence(logp_BO, part.ref_logp, old_logp_BO, method)
+    return Terms(objective_BO - method.beta * kl_BO, surrogate, kl_BO.detach(), correction_BO)
 
 
-def _spread(values: Sequence[float], mask_BO: Tensor) -> Tensor:
-    """Per-token values of row after row in the layout of `mask_BO`, 0 on padding."""
-    flat_N = torch.tensor(values, dtype=torch.float32, device=mask_BO.device)
-    return torch.zeros(mask_BO.shape, dtype=torch.float32, device=mask_BO.device).masked_scatter(mask_BO, flat_N)
+def _divergence(logp_BO: Tensor, ref_logp_BO: Tensor, old_logp_BO: Tensor, method: Method) -> Tensor:
+    match method.divergence:
+        case "k1":
+            return divergence.k1(logp_BO, ref_logp_BO)
+        case "k2":
+            return divergence.k2(logp_BO, ref_logp_BO)
+        case "k3":
+            return divergence.k3(logp_BO, ref_logp_BO)
+        case "k3_unbiased":
+            return divergence.k3_unbiased(logp_BO, ref_logp_BO, old_logp_BO)
+        case _ as unknown:
+            assert_never(unknown)
+
+
+@torch.no_grad()
+def _correction(
+    old_logp_BO: Tensor, rollout_logp_BO: Tensor | None, mask_BO: Tensor, correction: Correction
+) -> Tensor | None:
+    match correction:
+        case NoCorrectionConfig():
+            return None
+        case TruncatedCorrectionConfig(level="token"):
+            assert rollout_logp_BO is not None
+            return token_truncated(old_logp_BO, rollout_logp_BO, cap=correction.cap)
+        case TruncatedCorrectionConfig():
+            assert rollout_logp_BO is not None
+            return sequence_truncated(old_logp_BO, rollout_logp_BO, mask_BO, cap=correction.cap)
+        case _ as unknown:
+            assert_never(unknown)

@@ -132,3 +132,58 @@ def test_a_checkpoint_of_a_store_may_be_imported_into_one(store: Store) -> None:
     checkpoint = tiny_checkpoint()
     imported = import_checkpoint(ExternalCheckpointConfig(path=checkpoint.path))
     assert imported == checkpoint  # the same files, so the same content under the same name
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [("AutoModelForTokenClassification", "score.bias"), ("AutoModelForSequenceClassification", "score.weight")],
+)
+def test_critics_and_reward_models_load_by_the_same_function(store: Store, name: str, head: str) -> None:
+    import transformers
+
+    description = tiny_model().config
+    description.num_labels = 1
+    model = getattr(transformers, name).from_config(description)
+    checkpoint = Checkpoint.write(lambda folder: save(folder, model, tiny_tokenizer()))
+    loaded = load_model(checkpoint, dtype=torch.float32)
+    assert type(loaded) is type(model)
+    assert head in loaded.state_dict()
+    assert all(loaded.state_dict()[name].equal(tensor) for name, tensor in model.state_dict().items())
+    # Dropout before the head is off, in transformers' default of 0.1 too.
+    ids = torch.tensor([[3, 4, 5]])
+    assert loaded(input_ids=ids).logits.equal(loaded(input_ids=ids).logits)
+    assert not loaded.training
+
+
+def test_what_is_saved_names_its_architecture(store: Store) -> None:
+    described = json.loads((tiny_checkpoint().path / "config.json").read_text())
+    assert described["architectures"] == ["Qwen2ForCausalLM"]
+
+
+@pytest.mark.parametrize("named", [None, [], ["Qwen2ForCausalLM"], ["Qwen2LMHeadModel"]])
+def test_a_checkpoint_without_an_architecture_is_a_policy(store: Store, named: list[str] | None) -> None:
+    loaded = load_model(renamed(named), dtype=torch.float32)
+    assert type(loaded).__name__ == "Qwen2ForCausalLM"
+
+
+def test_a_head_of_another_kind_is_refused_by_its_architecture(store: Store) -> None:
+    with pytest.raises(
+        ArtifactError, match=r"names the architecture Qwen2ForQuestionAnswering; expected one that ends in"
+    ):
+        load_model(renamed(["Qwen2ForQuestionAnswering"]), dtype=torch.float32)
+
+
+def test_the_wrong_head_is_refused_and_not_drawn_at_random(store: Store) -> None:
+    with pytest.raises(ArtifactError, match=r"missing .*score"):
+        load_model(renamed(["Qwen2ForTokenClassification"]), dtype=torch.float32)
+
+
+def renamed(architectures: list[str] | None) -> Checkpoint:
+    """The tiny policy with other `architectures` in its description."""
+
+    def fill(folder: Path) -> None:
+        save(folder, tiny_model(), tiny_tokenizer())
+        described = json.loads((folder / "config.json").read_text()) | {"architectures": architectures}
+        (folder / "config.json").write_text(json.dumps(described))
+
+    return Checkpoint.write(fill)

@@ -1,100 +1,222 @@
-"""The advantage stage: joined by key, one value per token, masked rows in their slot."""
+"""The advantage stage: joined by key, one value per token, masked rows in their slot; values by hand."""
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 
-from stages.advantage import AdvantageConfig, estimate_advantages
-from stages.tables import Rewards, Rollouts
+from pipeline.config import Config
+from stages.advantage import (
+    AdvantageConfig,
+    BatchConfig,
+    CorrectConfig,
+    GAEConfig,
+    GroupConfig,
+    OneConfig,
+    PairsConfig,
+    estimate_advantages,
+)
+from tests.stages.advantage.tables import (
+    PROCESS,
+    advantages,
+    estimate,
+    group,
+    logprobs_of,
+    outputs_of,
+    rewards_of,
+    row,
+    values_of,
+)
 
 pytestmark = pytest.mark.usefixtures("store")
 
-
-def tables(
-    rows: list[tuple[str, int, float | None, int]], *, shuffle_rewards: bool = False, cut: tuple[int, ...] = ()
-) -> tuple[Rewards, Rollouts]:
-    """Rows of (question, sample, reward, tokens); status `ok` where the reward is 1."""
-    scored = [
-        {
-            "question_id": question_id,
-            "sample": sample,
-            "reward": reward,
-            "status": "error" if reward is None else "ok" if reward == 1 else "wrong",
-            "extracted": None,
-            "components": [("accuracy", reward)],
-        }
-        for question_id, sample, reward, _ in rows
-    ]
-    sampled = [
-        {
-            "question_id": question_id,
-            "sample": sample,
-            "prompt_ids": [1],
-            "output_ids": list(range(tokens)),
-            "logprobs": [0.0] * tokens,
-            "finish_reason": "length" if index in cut else "stop",
-            "text": "",
-            "temperature": 1.0,
-            "seed": 0,
-        }
-        for index, (question_id, sample, _, tokens) in enumerate(rows)
-    ]
-    if shuffle_rewards:
-        random.Random(0).shuffle(scored)
-    return Rewards.write(scored), Rollouts.write(sampled)
+LONE_WINNER = [row("a", 0, 1.0, 3), row("a", 1, 0.0, 1), row("a", 2, 0.0, 2), row("a", 3, 0.0, 0)]
 
 
-LONE_WINNER = [("a", 0, 1.0, 3), ("a", 1, 0.0, 1), ("a", 2, 0.0, 2), ("a", 3, 0.0, 0)]
+class _Holder(Config):
+    advantage: AdvantageConfig = GroupConfig()
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_every_output_token_has_the_advantage_of_its_output(shuffle: bool) -> None:
-    rewards, outputs = tables(LONE_WINNER, shuffle_rewards=shuffle)
-    made = estimate_advantages(rewards, outputs, AdvantageConfig())
-    assert [row["advantage"] for row in made.rows()] == [[1.5] * 3, [-0.5], [-0.5] * 2, []]
-    assert [(row["question_id"], row["sample"]) for row in made.rows()] == [("a", i) for i in range(4)]
+    scored = random.Random(0).sample(LONE_WINNER, k=4) if shuffle else LONE_WINNER
+    made = estimate_advantages(rewards_of(scored), outputs_of(LONE_WINNER), GroupConfig())
+    assert [found["advantage"] for found in made.rows()] == [[1.5] * 3, [-0.5], [-0.5] * 2, []]
+    assert [(found["question_id"], found["sample"]) for found in made.rows()] == [("a", i) for i in range(4)]
+    assert {(found["returns"], found["pair"]) for found in made.rows()} == {(None, None)}
 
 
 def test_groups_are_questions_even_when_their_rows_alternate() -> None:
-    rewards, outputs = tables([("a", 0, 0.0, 1), ("b", 0, 1.0, 1), ("a", 1, 2.0, 1), ("b", 1, 1.0, 1)])
-    made = estimate_advantages(rewards, outputs, AdvantageConfig(ddof=0))
-    assert [row["advantage"] for row in made.rows()] == [[-1.0], [0.0], [1.0], [0.0]]
+    rows = [row("a", 0, 0.0, 1), row("b", 0, 1.0, 1), row("a", 1, 2.0, 1), row("b", 1, 1.0, 1)]
+    assert advantages(rows, GroupConfig(ddof=0)) == [[-1.0], [0.0], [1.0], [0.0]]
 
 
 def test_a_row_without_reward_is_null_and_does_not_move_the_others() -> None:
-    rewards, outputs = tables([*LONE_WINNER, ("a", 4, None, 2)])
-    made = estimate_advantages(rewards, outputs, AdvantageConfig())
-    assert [row["advantage"] for row in made.rows()] == [[1.5] * 3, [-0.5], [-0.5] * 2, [], None]
+    made = estimate([*LONE_WINNER, row("a", 4, None, 2)])
+    assert [found["advantage"] for found in made.rows()] == [[1.5] * 3, [-0.5], [-0.5] * 2, [], None]
     assert made.metrics["reward/frac_masked"] == 0.2
 
 
 def test_a_truncated_row_may_be_masked_and_still_counts_in_the_statistics() -> None:
-    rewards, outputs = tables(LONE_WINNER, cut=(1,))
-    made = estimate_advantages(rewards, outputs, AdvantageConfig(truncated="mask"))
-    assert [row["advantage"] for row in made.rows()] == [[1.5] * 3, None, [-0.5] * 2, []]
+    rows = [LONE_WINNER[0], LONE_WINNER[1] | {"cut": True}, *LONE_WINNER[2:]]
+    assert advantages(rows, GroupConfig(truncated="mask")) == [[1.5] * 3, None, [-0.5] * 2, []]
+
+
+def test_a_group_of_equal_rewards_is_kept_at_zero_or_masked_as_the_config_says() -> None:
+    rows = [*group("a", 0.7, 0.7), *group("b", 0.0, 2.0)]
+    half = pytest.approx([math.sqrt(0.5)] * 2)
+    assert advantages(rows)[:2] == [[0.0, 0.0], [0.0, 0.0]]
+    assert advantages(rows, GroupConfig(degenerate="mask"))[:3] == [None, None, pytest.approx([-math.sqrt(0.5)] * 2)]
+    assert advantages(rows, GroupConfig(degenerate="mask"))[3] == half
+
+
+def test_leave_one_out_and_no_scale_are_rloo_and_dr_grpo() -> None:
+    rows = group("a", 1.0, 0.0, 0.0, 0.0, tokens=1)
+    rloo = advantages(rows, GroupConfig(baseline="leave_one_out", scale="none"))
+    assert [value for (value,) in rloo] == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
+    assert advantages(rows, GroupConfig(scale="none")) == [[0.75], [-0.25], [-0.25], [-0.25]]
+
+
+def test_a_penalty_in_the_reward_is_summed_over_the_output_before_the_group_is_compared() -> None:
+    rows = [row("a", 0, 1.0, 2), row("a", 1, 0.0, 1)]
+    logprobs = logprobs_of(rows, [0.5, 1.5], [-1.0])  # r - 0.25 * sum k1 = 1 - 0.5, 0 + 0.25; mean .375
+    made = estimate(rows, GroupConfig(scale="none", kl_in_reward=0.25), logprobs=logprobs)
+    assert [found["advantage"] for found in made.rows()] == [[0.125, 0.125], [-0.125]]
+    assert made.metrics["reward/kl_penalty"] == pytest.approx((0.5 - 0.25) / 2)
+
+
+def test_process_supervision_sums_the_normalised_steps_that_are_still_to_come() -> None:
+    made = estimate(PROCESS, GroupConfig(supervision="process"))
+    first, second = (found["advantage"] for found in made.rows())
+    assert first == pytest.approx([0, 0, -1.131371, -1.131371, -1.131371], abs=1e-6)
+    assert second == pytest.approx([0, 0.848528, 0.848528, 0], abs=1e-6)
+    assert made.metrics["reward/steps_mean"] == 2.5
+    assert made.metrics["reward/std_within_group"] == pytest.approx(0.353553, abs=1e-6)
+
+
+@pytest.mark.parametrize("config", [GroupConfig(), GroupConfig(ddof=0), GroupConfig(scale="none")])
+def test_one_step_per_output_is_outcome_supervision_bit_for_bit(config: GroupConfig) -> None:
+    draw = random.Random(1)
+    rewards = {(question, sample): draw.gauss(0, 1) for question in "abc" for sample in range(5)}
+    rows = [row(q, s, r, 3 + s, steps=[(r, 2 + s)]) for (q, s), r in rewards.items()]
+    assert advantages(rows, config.override({"supervision": "process"})) == advantages(rows, config)
+
+
+def test_steps_of_one_question_do_not_move_those_of_another() -> None:
+    other = [row("b", 0, 1.0, 2, steps=[(9.0, 1)]), row("b", 1, 1.0, 2, steps=[(-9.0, 0), (3.0, 1)])]
+    config = GroupConfig(supervision="process")
+    assert advantages([*PROCESS, *other], config)[:2] == advantages(PROCESS, config)
+
+
+def test_an_output_without_reward_and_steps_is_masked_and_its_group_compared_without_it() -> None:
+    rows = [*PROCESS, row("a", 2, None, 3)]
+    config = GroupConfig(supervision="process")
+    assert advantages(rows, config) == [*advantages(PROCESS, config), None]
+
+
+def test_equal_steps_are_degenerate_and_get_exactly_zero() -> None:
+    rows = [row("a", 0, 1.0, 2, steps=[(0.1, 0), (0.1, 1)]), row("a", 1, 1.0, 1, steps=[(0.1, 0)])]
+    made = estimate(rows, GroupConfig(supervision="process"))
+    assert [found["advantage"] for found in made.rows()] == [[0.0, 0.0], [0.0]]
+    assert made.metrics["reward/frac_degenerate_groups"] == 1.0
+
+
+def test_supervised_fine_tuning_has_one_everywhere_and_needs_no_rewards() -> None:
+    made = estimate_advantages(None, outputs_of(LONE_WINNER), OneConfig())
+    assert [found["advantage"] for found in made.rows()] == [[1.0] * 3, [1.0], [1.0] * 2, []]
+
+
+def test_rejection_sampling_keeps_wrong_outputs_at_zero_and_masks_only_those_without_a_verdict() -> None:
+    rows = [row("a", 0, 1.0), row("a", 1, 0.0), row("b", 0, 0.0, status="truncated"), row("b", 1, None)]
+    assert advantages(rows, CorrectConfig()) == [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0], None]
+
+
+def test_the_whole_batch_is_normalised_over_its_tokens() -> None:
+    rows = [
+        row("a", 0, 1.0, 3),
+        row("b", 0, 0.0, 1),
+        row("b", 1, None, 2),
+    ]  # tokens 1, 1, 1, 0: mean 3/4, std sqrt(3)/4
+    high, low = 1 / math.sqrt(3), -math.sqrt(3)
+    found = advantages(rows, BatchConfig(kl_in_reward=0))
+    assert found == [pytest.approx([high] * 3), pytest.approx([low]), None]
+
+
+def test_the_batch_penalty_accumulates_from_the_end_of_each_output() -> None:
+    rows = [row("a", 0, 1.0, 2), row("a", 1, 0.0, 1)]
+    made = estimate(rows, BatchConfig(kl_in_reward=0.5), logprobs=logprobs_of(rows, [1.0, 2.0], [-2.0]))
+    # to go: 1 - .5 - 1, 1 - 1, 0 + 1 = -.5, 0, 1; mean 1/6, population std sqrt(7/18)
+    expected = [(x - 1 / 6) / math.sqrt(7 / 18) for x in (-0.5, 0.0, 1.0)]
+    assert [x for found in made.rows() for x in found["advantage"]] == pytest.approx(expected)
+    assert made.metrics["reward/kl_penalty"] == pytest.approx((1.5 - 1.0) / 2)
+
+
+def test_the_baseline_of_the_group_is_subtracted_before_the_batch_is_normalised() -> None:
+    rows = [*group("a", 10.0, 12.0, tokens=1), *group("b", 1.0, 0.0, tokens=1)]  # centred: -1, 1, .5, -.5
+    scale = math.sqrt((1 + 1 + 0.25 + 0.25) / 4)
+    found = advantages(rows, BatchConfig(kl_in_reward=0, baseline="group_mean"))
+    assert [value for (value,) in found] == pytest.approx([-1 / scale, 1 / scale, 0.5 / scale, -0.5 / scale])
+
+
+def test_generalised_advantages_weigh_the_errors_of_the_values_that_follow() -> None:
+    rows = [row("a", 0, 1.0, 2), row("b", 0, 0.0, 1)]
+    config = GAEConfig(gamma=0.5, lam=0.5, kl_in_reward=0)
+    made = estimate(rows, config, values=values_of(rows, [0.25, 0.5], [0.125])).rows()
+    # delta_1 = 1 - .5; delta_0 = 0 + .5 * .5 - .25 = 0; A_0 = 0 + .25 * .5
+    assert made[0]["advantage"] == [0.125, 0.5]
+    assert made[0]["returns"] == [0.375, 1.0]
+    assert (made[1]["advantage"], made[1]["returns"]) == ([-0.125], [0.0])
+
+
+def test_the_penalty_of_ppo_is_in_the_reward_of_every_token() -> None:
+    rows = [row("a", 0, 1.0, 2), row("a", 1, None, 3)]
+    logprobs = logprobs_of(rows, [1.0, -2.0], [0.0] * 3)
+    config = GAEConfig(gamma=1, lam=1, kl_in_reward=0.25)
+    made = estimate(rows, config, values=values_of(rows, [0.0, 0.0], [9.0] * 3), logprobs=logprobs).rows()
+    assert made[0]["returns"] == made[0]["advantage"] == [1.25, 1.5]  # token rewards -.25, 1 + .5
+    assert (made[1]["advantage"], made[1]["returns"]) == (None, None)
+
+
+def test_whitening_normalises_advantages_over_the_batch_and_leaves_the_returns() -> None:
+    rows = [row("a", 0, 1.0, 1), row("b", 0, 0.0, 1), row("c", 0, None, 1)]
+    config = GAEConfig(kl_in_reward=0, whiten="batch")
+    made = estimate(rows, config, values=values_of(rows, [0.5], [0.25], [7.0])).rows()
+    assert [found["advantage"] for found in made] == [[1.0], [-1.0], None]
+    assert [found["returns"] for found in made] == [[1.0], [0.0], None]
+
+
+def test_the_i_th_right_output_meets_the_i_th_wrong_one_and_nobody_twice() -> None:
+    rows = [
+        *group("a", 0.0, 1.0, 1.0, 0.0, 0.0),
+        *group("b", 1.0, 1.0, 1.0, 1.0, 1.0),
+        *group("c", None, 0.0, 1.0, 1.0, 1.0),
+    ]
+    made = estimate(rows, PairsConfig())
+    assert [found["pair"] for found in made.rows()] == [0, 0, 1, 1, None, *[None] * 5, None, 2, 2, None, None]
+    assert [found["advantage"] for found in made.rows()][:5] == [[-1.0] * 2, [1.0] * 2, [1.0] * 2, [-1.0] * 2, None]
+    assert made.metrics["reward/pairs"] == 3
+    assert made.metrics["reward/frac_masked"] == pytest.approx(9 / 15)
 
 
 def test_the_metrics_describe_the_groups() -> None:
-    rows = [("a", 0, 1.0, 1), ("a", 1, 1.0, 1), ("b", 0, 0.0, 1), ("b", 1, 0.0, 1)]
-    rows += [("c", 0, 1.0, 1), ("c", 1, 0.0, 1), ("d", 0, 0.5, 1), ("d", 1, 0.5, 1)]
-    rewards, outputs = tables(rows)
-    metrics = estimate_advantages(rewards, outputs, AdvantageConfig()).metrics
+    metrics = estimate(
+        [*group("a", 1.0, 1.0), *group("b", 0.0, 0.0), *group("c", 1.0, 0.0), *group("d", 0.5, 0.5)]
+    ).metrics
     assert metrics["reward/frac_degenerate_groups"] == 0.75
     assert metrics["reward/frac_all_correct"] == 0.25
     assert metrics["reward/frac_all_wrong"] == 0.5
     assert metrics["reward/std_within_group"] == pytest.approx(0.5**0.5 / 4)
 
 
-def test_a_single_output_per_question_is_refused_by_name() -> None:
-    rewards, outputs = tables([("a", 0, 1.0, 1), ("a", 1, 0.0, 1), ("solo", 0, 1.0, 1)])
-    with pytest.raises(ValueError, match=r"'solo' has one output.*G >= 2"):
-        estimate_advantages(rewards, outputs, AdvantageConfig())
+def test_the_kind_alone_selects_what_an_advantage_is_made_of() -> None:
+    kinds = {"one": OneConfig, "correct": CorrectConfig, "group": GroupConfig, "batch": BatchConfig, "gae": GAEConfig}
+    for kind, expected in (kinds | {"pairs": PairsConfig}).items():
+        assert type(_Holder().override({"advantage.kind": kind}).advantage) is expected
 
 
-def test_rewards_of_other_rows_are_refused_with_an_example() -> None:
-    rewards, _ = tables(LONE_WINNER)
-    _, outputs = tables([*LONE_WINNER, ("a", 9, 0.0, 1)])
-    with pytest.raises(ValueError, match=r"1 outputs without a reward row.*\('a', 9\)"):
-        estimate_advantages(rewards, outputs, AdvantageConfig())
+def test_the_defaults_of_a_group_are_the_papers_outcome_supervision() -> None:
+    default = GroupConfig()
+    assert (default.supervision, default.baseline, default.scale, default.kl_in_reward) == ("outcome", "mean", "std", 0)
+    assert (default.eps, default.degenerate, default.truncated) == (0, "keep", "keep")

@@ -22,6 +22,7 @@ ROWS = [
     ("b", "ok", "8", 5),
     ("b", "truncated", None, 9),
 ]
+NO_STEPS = {"step_rewards": None, "step_ends": None, "scorer": None}
 
 
 def tables(rows: list[tuple[str, str, str | None, int]]) -> tuple[Rollouts, Rewards]:
@@ -32,10 +33,11 @@ def tables(rows: list[tuple[str, str, str | None, int]]) -> tuple[Rollouts, Rewa
         sampled.append(
             key
             | {"prompt_ids": [1], "output_ids": [2] * tokens, "logprobs": [0.0] * tokens, "text": ""}
+            | {"text_ends": [0] * tokens}
             | {"finish_reason": "length" if status == "truncated" else "stop", "temperature": 1.0, "seed": 0}
         )
         reward = {"reward": float(status == "ok"), "status": status, "extracted": extracted}
-        scored.append(key | reward | {"components": [("accuracy", float(status == "ok"))]})
+        scored.append(key | reward | {"components": [("accuracy", float(status == "ok"))]} | NO_STEPS)
     return Rollouts.write(sampled), Rewards.write(list(reversed(scored)))
 
 

@@ -1,18 +1,33 @@
-"""Group statistics and outcome advantages: values computed by hand or by an independent formula."""
+"""Advantages without a value function: values computed by hand or by an independent formula."""
 
 from __future__ import annotations
 
 import math
 import statistics
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.kernels.advantage import group_statistics, normalise, outcome_advantages
+from stages.kernels.advantage import (
+    centre,
+    group_statistics,
+    leave_one_out,
+    normalise,
+    normalise_batch,
+    process_advantages,
+    to_go,
+    token_rewards,
+)
 
 ONE_GROUP_OF_4 = [0, 0, 0, 0]
+
+
+def outcome_advantages(rewards: Any, group: list[int], *, ddof: int, eps: float) -> Any:
+    """Outcome supervision: (r_i - mean(r)) / std(r)."""
+    return normalise(rewards, group, group_statistics(rewards, group, ddof=ddof), eps=eps)
 
 
 def test_the_published_worked_example_has_advantages_094_and_minus_094() -> None:
@@ -82,13 +97,101 @@ def test_another_ddof_is_refused(ddof: int) -> None:
         group_statistics([1, 0], [0, 0], ddof=ddof)
 
 
-def test_the_statistics_of_all_step_rewards_of_a_group_are_those_of_process_supervision() -> None:
-    # Two outputs with 2 and 3 steps; statistics over all five (DeepSeekMath 4.1.3): mean 0.5, std 0.353553.
-    rewards, group = [0.9, 0.1, 0.2, 0.8, 0.5], [0] * 5
-    found = group_statistics(rewards, group, ddof=1)
-    assert found.std_Q[0] == pytest.approx(0.353553, abs=1e-6)
+# Two outputs, 5 tokens with step ends 1 and 4, 4 tokens with step ends 0, 2 and 3 (DeepSeekMath, 4.1.3).
+STEPS = [0.9, 0.1, 0.2, 0.8, 0.5]
+
+
+def test_steps_are_normalised_over_all_steps_of_all_outputs_of_the_group() -> None:
+    found = group_statistics(STEPS, [0] * 5, ddof=1)
+    assert (found.mean_Q[0], found.std_Q[0]) == pytest.approx((0.5, 0.353553), abs=1e-6)
+    assert group_statistics(STEPS, [0] * 5, ddof=0).std_Q[0] == pytest.approx(0.316228, abs=1e-6)
     expected = [1.131371, -1.131371, -0.848528, 0.848528, 0.0]
-    assert normalise(rewards, group, found, eps=0.0) == pytest.approx(expected, abs=1e-6)
+    assert normalise(STEPS, [0] * 5, found, eps=0.0) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_token_has_the_sum_of_the_steps_that_end_there_or_later() -> None:
+    step = normalise(STEPS, [0] * 5, group_statistics(STEPS, [0] * 5, ddof=1), eps=0.0)
+    first, second = process_advantages(step[:2], [1, 4], 5), process_advantages(step[2:], [0, 2, 3], 4)
+    assert first == pytest.approx([0, 0, -1.131371, -1.131371, -1.131371], abs=1e-6)
+    assert second == pytest.approx([0, 0.848528, 0.848528, 0], abs=1e-6)
+
+
+def test_tokens_behind_the_last_step_get_exactly_zero_and_nothing_is_averaged_or_discounted() -> None:
+    assert process_advantages([0.1, 0.2, 0.7], [0, 2, 2], 5).tolist() == pytest.approx([1.0, 0.9, 0.9, 0.0, 0.0])
+    assert process_advantages([0.1], [0], 3).tolist() == [0.1, 0.0, 0.0]
+
+
+def test_a_step_that_ends_outside_its_output_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"0 \.\. 2, found \[3\]"):
+        process_advantages([1.0], [3], 3)
+
+
+@given(st.lists(st.floats(-10, 10), min_size=2, max_size=8), st.integers(1, 9), st.sampled_from([0, 1]))
+def test_one_step_per_output_is_outcome_supervision_exactly(rewards: list[float], tokens: int, ddof: int) -> None:
+    outcome = outcome_advantages(rewards, [0] * len(rewards), ddof=ddof, eps=0.0)
+    for advantage in outcome:
+        assert process_advantages([advantage], [tokens - 1], tokens).tolist() == [advantage] * tokens
+
+
+def test_leaving_one_out_compares_each_reward_with_the_mean_of_the_others() -> None:
+    rewards = [1, 0, 0, 0]  # baselines 0, 1/3, 1/3, 1/3
+    found = leave_one_out(rewards, ONE_GROUP_OF_4, group_statistics(rewards, ONE_GROUP_OF_4, ddof=1))
+    assert found == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3], abs=1e-15)
+
+
+@given(st.lists(st.floats(-100, 100) | st.just(math.nan), min_size=2, max_size=9))
+def test_the_left_out_mean_is_that_of_the_other_valid_rewards(rewards: list[float]) -> None:
+    found = leave_one_out(rewards, [0] * len(rewards), group_statistics(rewards, [0] * len(rewards), ddof=1))
+    for index, reward in enumerate(rewards):
+        others = [r for place, r in enumerate(rewards) if place != index and not math.isnan(r)]
+        if math.isnan(reward):
+            assert math.isnan(found[index])
+        else:
+            assert found[index] == pytest.approx(reward - statistics.fmean(others or [reward]), abs=1e-9)
+
+
+def test_the_others_of_a_lone_winner_have_no_spread_so_that_dividing_by_it_would_explode() -> None:
+    """Why leave-one-out with a standard deviation is refused: the winner's is 0, the others' .471405."""
+    spreads = [statistics.pstdev([r for j, r in enumerate([1, 0, 0, 0]) if j != i]) for i in range(4)]
+    assert spreads == pytest.approx([0, 0.471405, 0.471405, 0.471405], abs=1e-6)
+    assert [(1, -1 / 3)[i > 0] / (spread + 1e-6) for i, spread in enumerate(spreads)] == pytest.approx(
+        [1e6, -0.707105, -0.707105, -0.707105], rel=1e-6
+    )
+
+
+def test_centring_subtracts_the_mean_and_divides_by_nothing() -> None:
+    rewards, group = [0, 2, 10, 30], [0, 0, 1, 1]
+    assert centre(rewards, group, group_statistics(rewards, group, ddof=1)).tolist() == [-1, 1, -10, 10]
+
+
+@pytest.mark.parametrize("compare", [centre, leave_one_out])
+def test_equal_rewards_give_exactly_zero_under_every_baseline(compare: Any) -> None:
+    rewards, group = [0.7] * 8, [0] * 8
+    assert compare(rewards, group, group_statistics(rewards, group, ddof=1)).tolist() == [0.0] * 8
+
+
+def test_rewards_whose_squares_underflow_are_normalised_like_any_other() -> None:
+    assert outcome_advantages([1e-200, 0, 0, 0], ONE_GROUP_OF_4, ddof=1, eps=0.0) == pytest.approx(
+        [1.5, -0.5, -0.5, -0.5]
+    )
+
+
+def test_the_batch_is_normalised_as_a_whole_with_missing_values_left_out() -> None:
+    assert normalise_batch([0, 2, math.nan, 0, 2]).tolist()[:2] == [-1, 1]
+    assert math.isnan(normalise_batch([0, 2, math.nan])[2])
+    assert normalise_batch([0.7] * 8).tolist() == [0.0] * 8
+    assert normalise_batch([0.7]).tolist() == [0.0]
+    assert normalise_batch([]).tolist() == []
+
+
+def test_the_reward_stands_at_the_last_token_and_the_penalty_at_every_token() -> None:
+    found = token_rewards([1.0, 5.0, 2.0], [3, 0, 2], [0.1, 0.2, 0.3, -0.4, 0.5], beta=0.5)
+    assert found == pytest.approx([-0.05, -0.1, 0.85, 0.2, 1.75])
+    assert token_rewards([1.0, 2.0], [2, 1], None, beta=0.0).tolist() == [0, 1, 2]
+
+
+def test_what_is_to_come_includes_the_token_itself() -> None:
+    assert to_go([1, 2, 4]).tolist() == [7, 6, 4]
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=12))

@@ -39,6 +39,24 @@ def test_its_gradient_is_that_of_log_softmax(chunk: int, monkeypatch: pytest.Mon
     torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-6, rtol=0)
 
 
+def test_float64_logits_give_float64_values_and_gradients() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = 5 * torch.randn(6, 13, generator=generator, dtype=torch.float64)
+    tokens = torch.tensor([0, 12, 3, 3, 7, 1])
+    weights = torch.randn(6, generator=generator, dtype=torch.float64)
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    value, expected = token_logprobs(ours, tokens, temperature=0.7), torch.log_softmax(theirs / 0.7, -1)
+    (value * weights).sum().backward()
+    (expected[range(6), tokens] * weights).sum().backward()
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    torch.testing.assert_close(value, expected[range(6), tokens], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-14)
+    assert (ours.grad - theirs.grad).norm() < 1e-12 * theirs.grad.norm()
+    by_hand = -(expected.exp() * expected).sum(-1)
+    torch.testing.assert_close(entropies(logits, temperature=0.7), by_hand.detach(), rtol=1e-12, atol=1e-13)
+
+
 def test_entropy_of_a_uniform_and_of_a_certain_distribution() -> None:
     logits = torch.tensor([[3.0, 3.0, 3.0, 3.0], [0.0, -math.inf, -math.inf, -math.inf]])
     assert entropies(logits).tolist() == pytest.approx([math.log(4), 0.0], abs=1e-6)

@@ -1,4 +1,4 @@
-"""GRPO's objective against values worked out by hand and against the paper's gradient coefficient."""
+"""Surrogates against values worked out by hand."""
 
 from __future__ import annotations
 
@@ -7,66 +7,77 @@ import math
 import pytest
 import torch
 
-from stages.kernels.divergence import k3
-from stages.kernels.objective import grpo, sequence_mean_weights
+from stages.kernels.objective import clipped, clipped_weight, sequence_clipped, weighted_likelihood
 
 
 def row(*values: float) -> torch.Tensor:
     return torch.tensor([values], dtype=torch.float64)
 
 
+def gradient(value: torch.Tensor, logp: torch.Tensor) -> list[float]:
+    value.sum().backward()
+    assert logp.grad is not None
+    return logp.grad.flatten().tolist()
+
+
 def test_a_ratio_of_1_4_is_clipped_to_1_2_where_the_advantage_is_positive() -> None:
-    terms = grpo(row(math.log(1.4)), row(0.0), None, row(0.94), eps=0.2, beta=0.0)
-    assert terms.objective_BT.item() == pytest.approx(1.2 * 0.94)
-    assert terms.clipped_BT.item()
+    found = clipped(row(math.log(1.4)), row(0.0), row(0.94), eps_low=0.2, eps_high=0.2)
+    assert found.value_BT.item() == pytest.approx(1.2 * 0.94)
+    assert found.clipped_BT.item()
 
 
 def test_a_ratio_of_1_4_is_not_clipped_where_the_advantage_is_negative() -> None:
-    terms = grpo(row(math.log(1.4)), row(0.0), None, row(-0.94), eps=0.2, beta=0.0)
-    assert terms.objective_BT.item() == pytest.approx(1.4 * -0.94)
-    assert not terms.clipped_BT.item()
+    found = clipped(row(math.log(1.4)), row(0.0), row(-0.94), eps_low=0.2, eps_high=0.2)
+    assert found.value_BT.item() == pytest.approx(1.4 * -0.94)
+    assert not found.clipped_BT.item()
 
 
 def test_a_clipped_token_has_no_policy_gradient() -> None:
     logp = row(math.log(1.4), math.log(0.7)).requires_grad_()
-    grpo(logp, row(0.0, 0.0), None, row(1.0, -1.0), eps=0.2, beta=0.0).objective_BT.sum().backward()
+    found = clipped(logp, row(0.0, 0.0), row(1.0, -1.0), eps_low=0.2, eps_high=0.2)
+    assert gradient(found.value_BT, logp) == [0.0, 0.0]
+
+
+def test_a_higher_upper_range_lets_unlikely_tokens_grow() -> None:
+    found = clipped(row(math.log(1.25)), row(0.0), row(1.0), eps_low=0.2, eps_high=0.28)
+    assert found.value_BT.item() == pytest.approx(1.25)
+    assert not found.clipped_BT.item()
+
+
+def test_the_ratio_is_exactly_one_against_its_own_value() -> None:
+    logp = torch.tensor([[-8.1, -20.3, -0.1]])
+    found = clipped(logp, logp.clone(), torch.ones(1, 3), eps_low=0.2, eps_high=0.2)
+    assert found.ratio_BT.tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_the_gradient_of_a_weighted_likelihood_is_its_weight() -> None:
+    logp = row(-1.0, -2.0, -3.0).requires_grad_()
+    assert gradient(weighted_likelihood(logp, row(1.0, 0.0, -0.5)).value_BT, logp) == [1.0, 0.0, -0.5]
+
+
+def test_a_sequence_ratio_is_the_geometric_mean_over_the_output_alone() -> None:
+    # Ratios 2 and 1/2 and padding: s = exp((log 2 + log 1/2) / 2) = 1; ratios 2, 2: s = 2.
+    logp, old, mask = row(math.log(2), math.log(0.5), 9.0), row(0.0, 0.0, 0.0), row(1, 1, 0)
+    found = sequence_clipped(logp, old, row(1.0, 1.0, 0.0), mask, eps_low=0.1, eps_high=0.1)
+    assert found.ratio_BT[0, :2].tolist() == pytest.approx([1.0, 1.0])
+    found = sequence_clipped(
+        row(math.log(2), math.log(2), 9.0), old, row(1.0, 1.0, 0.0), mask, eps_low=0.1, eps_high=0.1
+    )
+    assert found.ratio_BT[0, :2].tolist() == pytest.approx([2.0, 2.0])
+    assert found.value_BT[0, :2].tolist() == pytest.approx([1.1, 1.1])
+
+
+def test_a_sequence_ratio_gives_every_token_of_the_output_one_gradient() -> None:
+    # d s / d log pi_t = s / |o|; two tokens that each carry the value make it A at s = 1: the mean over tokens is A / |o| each.
+    logp = row(-1.0, -2.0, 0.0).requires_grad_()
+    found = sequence_clipped(logp, row(-1.0, -2.0, 0.0), row(3.0, 3.0, 0.0), row(1, 1, 0), eps_low=0.1, eps_high=0.1)
+    (found.value_BT * row(0.5, 0.5, 0.0)).sum().backward()
     assert logp.grad is not None
-    assert logp.grad.tolist() == [[0.0, 0.0]]
+    assert logp.grad[0].tolist() == pytest.approx([1.5, 1.5, 0.0])
 
 
-def test_the_gradient_is_the_papers_coefficient_of_eq_21() -> None:
-    logp = row(-1.2).requires_grad_()
-    grpo(logp, logp.detach(), row(-0.7), row(1.5), eps=0.2, beta=0.04).objective_BT.sum().backward()
-    assert logp.grad is not None
-    assert logp.grad.item() == pytest.approx(1.5259489, abs=5e-8)  # A + beta (e^0.5 - 1)
-
-
-def test_k3_is_exactly_zero_and_flat_where_the_policies_agree() -> None:
-    logp = torch.tensor([[-0.1, -8.1, -20.3]]).requires_grad_()
-    kl = k3(logp, logp.detach().clone())
-    kl.sum().backward()
-    assert kl.tolist() == [[0.0, 0.0, 0.0]]
-    assert logp.grad is not None
-    assert logp.grad.tolist() == [[0.0, 0.0, 0.0]]
-
-
-def test_k3_keeps_its_precision_for_small_divergences() -> None:
-    difference = 1e-4  # d^2 / 2 + d^3 / 6; exp(d) - d - 1 in float32 would give 0 or 1.2e-7
-    assert k3(torch.tensor([0.0]), torch.tensor([difference])).item() == pytest.approx(5.0002e-9, rel=1e-2)
-
-
-def test_without_a_reference_the_divergence_is_zero() -> None:
-    assert grpo(row(-1.0), row(-1.0), None, row(1.0), eps=0.2, beta=0.0).kl_BT.item() == 0.0
-
-
-def test_tokens_weigh_one_over_length_and_group_as_in_the_paper() -> None:
-    mask = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
-    weights = sequence_mean_weights(mask, torch.ones(2), outputs=2)
-    assert weights[0].tolist() == pytest.approx([1 / 4, 1 / 4, 0, 0, 0, 0])
-    assert weights[1].tolist() == pytest.approx([1 / 12] * 6)
-
-
-def test_a_merged_row_weighs_as_much_as_the_rows_it_stands_for() -> None:
-    apart = sequence_mean_weights(torch.ones(3, 4), torch.ones(3), outputs=5)
-    merged = sequence_mean_weights(torch.ones(1, 4), torch.tensor([3.0]), outputs=5)
-    assert merged.sum().item() == pytest.approx(apart.sum().item())
+def test_a_clipped_weight_bounds_the_coefficient_and_keeps_the_gradient() -> None:
+    logp = row(math.log(4.0), math.log(0.5)).requires_grad_()
+    found = clipped_weight(logp, row(0.0, 0.0), row(1.0, -1.0), eps_high=1.0)
+    assert gradient(found.value_BT, logp) == pytest.approx([2.0, -0.5])  # min(4, 2) * 1; 0.5 * -1
+    assert found.clipped_BT.tolist() == [[True, False]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from typing import Any
@@ -35,6 +36,7 @@ def _rollout(question_id: str, sample: int, text: str, reason: str = "stop") -> 
         "logprobs": [-0.5, -0.5],
         "finish_reason": reason,
         "text": text,
+        "text_ends": [len(text), len(text)],
         "temperature": 1.0,
         "seed": sample,
     }
@@ -58,6 +60,8 @@ def test_every_output_has_its_row_with_status_score_and_extracted_answer() -> No
     assert column(made, "reward") == [1.0, 0.0, 1.0, 0.0]
     assert column(made, "status") == ["ok", "wrong", "ok", "unparseable"]
     assert column(made, "extracted") == ["1000", "18", "17", None]
+    for scored_as_a_whole_by_rules in ("step_rewards", "step_ends", "scorer"):
+        assert column(made, scored_as_a_whole_by_rules) == [None] * 4
 
 
 def test_the_reward_is_the_weighted_sum_and_component_scores_stay_in_the_table() -> None:
@@ -137,6 +141,21 @@ def test_a_reward_of_nothing_or_of_unclear_parts_is_refused(changes: dict[str, A
         RewardConfig.parse(changes)
 
 
+def test_a_score_that_is_no_number_is_refused_with_its_component_and_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.reward.judge.has_form", lambda text, *_: math.nan if text == "x" else 1.0)
+    config = RewardConfig(components=(AccuracyConfig(verifier="exact"), FormatConfig()))
+    with pytest.raises(ValueError, match=r"component 'format' scored \('a', 1\) with nan"):
+        score(rollouts(("a", 0, "#### 17"), ("a", 1, "x")), questions(a="17"), config)
+
+
+def test_a_rollout_whose_text_ends_do_not_match_its_tokens_is_refused_by_name() -> None:
+    row = _rollout("a", 3, "#### 17") | {"text_ends": [7]}
+    with pytest.raises(
+        ValueError, match=r"rollout \('a', 3\): expected one of text_ends for each of 2 tokens, found 1"
+    ):
+        score(Rollouts.write([row]), questions(a="17"), EXACT)
+
+
 def test_two_components_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match="two components are named accuracy"):
         RewardConfig(components=(AccuracyConfig(), AccuracyConfig()))
@@ -168,7 +187,7 @@ from pipeline.residency import resident
 from pipeline.store import Store, use_store
 from stages.reward import RewardConfig, score
 from stages.tables import Questions, Rollouts
-row = dict(prompt_ids=[1], output_ids=[2], logprobs=[-0.1], finish_reason="stop", temperature=1.0, seed=0)
+row = dict(prompt_ids=[1], output_ids=[2], logprobs=[-0.1], finish_reason="stop", temperature=1.0, seed=0, text_ends=[0])
 with use_store(Store(Path({str(store.root)!r}))):
     questions = Questions.write([dict(question_id="a", question="?", answer="17", solution=None)])
     texts = ["7+5=12\\n#### 17", "#### 1,700", "#### -3", "nothing", "17", "#### $17.0", "#### 34/2"]

@@ -77,6 +77,10 @@ def test_rows_carry_key_prompt_output_logprobs_text_temperature_and_seed() -> No
         assert row["seed"] == sample_seed(11, row["question_id"], row["sample"])
         assert row["temperature"] == pytest.approx(0.8)
         assert row["text"] == tokenizer.decode(row["output_ids"], skip_special_tokens=True)
+        assert row["text_ends"] == [
+            len(tokenizer.decode(row["output_ids"][: t + 1], skip_special_tokens=True))
+            for t in range(len(row["output_ids"]))
+        ]
         assert (row["output_ids"][-1] in (tokenizer.eos_token_id, 3)) == (row["finish_reason"] == "stop")
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([row["prompt_ids"] + row["output_ids"]])).logits[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -13,10 +14,11 @@ from pipeline.store import Store
 from stages.models import Checkpoint, load_model, load_tokenizer
 from stages.prompts import PromptConfig, encode_prompt
 from stages.sft import PolicyConfig, SFTConfig, create_policy, supervised_finetuning
-from stages.sft.stage import Curve, batches
+from stages.sft.stage import Curve, _update, batches
 from stages.tables import Demonstrations
 from stages.training import AdamWConfig, MuonConfig, TrainingConfig
 from stages.training.batching import Row
+from tests.stages.training.tiny import tiny_model
 
 PROMPT = PromptConfig(suffix="\n")
 SMALL = {
@@ -49,6 +51,27 @@ def how(**changes: Any) -> SFTConfig:
 
 def new_policy(corpus: Demonstrations, **changes: Any) -> Checkpoint:
     return create_policy(PolicyConfig(settings={**SMALL, **changes}), corpus, PROMPT)
+
+
+class Accumulating:
+    """An engine that keeps the gradient it was given: its step changes nothing."""
+
+    device, rank, world_size = "cpu", 0, 1
+
+    def __init__(self) -> None:
+        self.model = tiny_model()
+
+    def autocast(self) -> Any:
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Any, *, last: bool) -> None:
+        loss.backward()
+
+    def step(self, *, factor: float) -> None:
+        """Nothing."""
+
+    def total(self, value: float) -> float:
+        return value
 
 
 def curve_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -91,22 +114,52 @@ def test_an_architecture_or_setting_that_does_not_exist_is_named(
         create_policy(config, demonstrations(), PROMPT)
 
 
-def test_the_first_loss_is_that_of_the_untrained_policy(store: Store) -> None:
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
+def test_the_first_loss_is_that_of_the_untrained_policy(store: Store, aggregation: str) -> None:
     import torch
 
     corpus = demonstrations()
     policy = new_policy(corpus)
-    tuned = supervised_finetuning(policy, corpus, PROMPT, how(batch_size=12, max_steps=1), seed=0)
+    how_much = how(batch_size=12, max_steps=1, aggregation=aggregation)
+    tuned = supervised_finetuning(policy, corpus, PROMPT, how_much)
     model, tokenizer = load_model(policy, dtype=torch.float32), load_tokenizer(policy)
-    total = count = 0.0
+    losses = []
     for row in corpus.rows():
         prompt = tokenizer.encode(row["question"] + "\n")
         completion = [*tokenizer.encode(row["completion"]), tokenizer.eos_token_id]
         with torch.no_grad():
             logp = torch.log_softmax(model(input_ids=torch.tensor([prompt + completion])).logits[0], -1)
-        total -= sum(logp[len(prompt) - 1 + o, token].item() for o, token in enumerate(completion))
-        count += len(completion)
-    assert curve_of(tuned)["loss"] == pytest.approx([total / count], rel=1e-5)
+        losses.append([-logp[len(prompt) - 1 + o, token].item() for o, token in enumerate(completion)])
+    assert len({len(loss) for loss in losses}) == 2  # else both means are one
+    means = {
+        "sequence_mean": sum(sum(loss) / len(loss) for loss in losses) / 12,
+        "token_mean": sum(map(sum, losses)) / sum(map(len, losses)),
+    }
+    assert curve_of(tuned)["loss"] == pytest.approx([means[aggregation]], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "weights"), [("sequence_mean", (1 / 4, 1 / 12)), ("token_mean", (1 / 8, 1 / 8))]
+)
+@pytest.mark.parametrize("micro_batch_tokens", [3, 100])
+def test_tokens_of_demonstrations_of_2_and_6_weigh_what_the_mean_says(
+    aggregation: str, weights: tuple[float, float], micro_batch_tokens: int
+) -> None:
+    """The gradient of the batch is that of the weighted sum of its log-probabilities, however it is cut."""
+    import torch
+
+    rows = [Row([3], [4, 5]), Row([3, 6], [7, 8, 9, 10, 11, 12])]
+    engine = Accumulating()
+    config = how(aggregation=aggregation, micro_batch_tokens=micro_batch_tokens)
+    _update(engine, rows, config, Curve(0.5), factor=1.0)
+    expected = tiny_model()
+    for row, weight in zip(rows, weights, strict=True):
+        ids = torch.tensor([[*row.prompt_ids, *row.output_ids]])
+        logp = torch.log_softmax(expected(input_ids=ids).logits[0], -1)
+        begin = len(row.prompt_ids) - 1
+        (-weight * sum(logp[begin + o, token] for o, token in enumerate(row.output_ids))).backward()
+    for ours, theirs in zip(engine.model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
 
 
 def test_it_learns_stops_at_the_loss_and_then_decays(store: Store) -> None:
@@ -114,7 +167,7 @@ def test_it_learns_stops_at_the_loss_and_then_decays(store: Store) -> None:
     config = how(max_steps=400, stop_loss=0.1, decay_steps=5, batch_size=12)
     rates: list[float] = []
     with listen(lambda topic, values: rates.append(values["learning_rate"]) if topic == "sft" else None):
-        tuned = supervised_finetuning(new_policy(corpus), corpus, PROMPT, config, seed=0)
+        tuned = supervised_finetuning(new_policy(corpus), corpus, PROMPT, config)
     curve = curve_of(tuned)
     steps = len(curve["loss"])
     assert curve["ended_by"] == "stop_loss"
@@ -128,7 +181,7 @@ def test_it_learns_stops_at_the_loss_and_then_decays(store: Store) -> None:
 
 def test_an_end_by_max_steps_is_recorded_as_such(store: Store) -> None:
     corpus = demonstrations()
-    tuned = supervised_finetuning(new_policy(corpus), corpus, PROMPT, how(stop_loss=1e-6), seed=0)
+    tuned = supervised_finetuning(new_policy(corpus), corpus, PROMPT, how(stop_loss=1e-6))
     assert (curve_of(tuned)["ended_by"], len(curve_of(tuned)["loss"])) == ("max_steps", 4)
     assert not (tuned.path / "optimizer.safetensors").exists()
 
@@ -139,9 +192,11 @@ def test_equal_inputs_give_equal_weights_and_another_seed_others(store: Store) -
     weights = []
     for seed, tokens in ((0, 8192), (1, 8192), (0, 8193)):
         config = how(
-            micro_batch_tokens=tokens, training=how().training.override({"optimizer": AdamWConfig().model_dump()})
+            seed=seed,
+            micro_batch_tokens=tokens,
+            training=how().training.override({"optimizer": AdamWConfig().model_dump()}),
         )
-        weights.append(supervised_finetuning(policy, corpus, PROMPT, config, seed=seed).path / "model.safetensors")
+        weights.append(supervised_finetuning(policy, corpus, PROMPT, config).path / "model.safetensors")
     assert weights[0].read_bytes() == weights[2].read_bytes()
     assert weights[0].read_bytes() != weights[1].read_bytes()
 
@@ -149,7 +204,7 @@ def test_equal_inputs_give_equal_weights_and_another_seed_others(store: Store) -
 @pytest.mark.parametrize("pool", [1, 2])
 def test_an_epoch_shows_every_demonstration_once(pool: int) -> None:
     rows = [Row([1], [2] * (1 + number)) for number in range(12)]
-    drawn = batches(rows, SFTConfig(batch_size=3, length_pool=pool), seed=0)
+    drawn = batches(rows, SFTConfig(batch_size=3, length_pool=pool))
     epochs = [[len(row.output_ids) for _ in range(4) for row in next(drawn)] for _ in range(2)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(1, 13))] * 2
     assert epochs[0] != epochs[1]
@@ -157,7 +212,7 @@ def test_an_epoch_shows_every_demonstration_once(pool: int) -> None:
 
 def test_a_length_pool_makes_batches_of_like_length() -> None:
     rows = [Row([1], [2] * (1 + number % 2 * 50)) for number in range(60)]
-    drawn = batches(rows, SFTConfig(batch_size=3, length_pool=20), seed=0)
+    drawn = batches(rows, SFTConfig(batch_size=3, length_pool=20))
     assert all(len({len(row.output_ids) for row in next(drawn)}) == 1 for _ in range(20))
 
 
@@ -173,11 +228,11 @@ def test_the_smoothed_loss_has_no_bias_from_its_start() -> None:
 def test_fewer_demonstrations_than_a_batch_are_refused(store: Store) -> None:
     corpus = demonstrations(5)
     with pytest.raises(ValueError, match="5 demonstrations are fewer than a batch of 6"):
-        supervised_finetuning(new_policy(corpus), corpus, PROMPT, how(), seed=0)
+        supervised_finetuning(new_policy(corpus), corpus, PROMPT, how())
 
 
 def test_a_demonstration_beyond_the_models_window_is_named(store: Store) -> None:
     corpus = demonstrations()
     policy = new_policy(corpus, max_position_embeddings=14)  # "Say 10.\n" and "#### 10" with its end: 8 + 8
     with pytest.raises(ValueError, match=r"'q10': expected at most 14 tokens .* found 16"):
-        supervised_finetuning(policy, corpus, PROMPT, how(), seed=0)
+        supervised_finetuning(policy, corpus, PROMPT, how())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stages.training.batching import Row, collate, micro_batches
+from stages.training.batching import Row, collate, micro_batches, own_share
+from tests.stages.training.tiny import random_rows
 
 
 def test_masks_and_targets_follow_from_lengths_by_hand() -> None:
@@ -35,3 +36,44 @@ def test_a_row_longer_than_the_budget_makes_a_batch_of_its_own() -> None:
 def test_a_row_without_prompt_or_output_is_refused_by_its_index(row: Row) -> None:
     with pytest.raises(ValueError, match="row 1 has"):
         list(micro_batches([Row([1], [2, 3, 4]), row], max_tokens=100))
+
+
+def test_units_stay_whole_in_order_and_are_placed_by_their_longest_row() -> None:
+    # Three pairs of 2 and 3, 9 and 2, 4 and 5 tokens.
+    rows = [Row([1], [2] * (length - 1)) for length in (2, 3, 9, 2, 4, 5)]
+    batches = list(micro_batches(rows, max_tokens=20, together=2))
+    # 20 tokens hold one pair padded to 9 (18), then both pairs padded to 5 (20).
+    assert [batch.rows for batch in batches] == [(2, 3), (4, 5, 0, 1)]
+    assert [tuple(batch.input_ids_BT.shape) for batch in batches] == [(2, 9), (4, 5)]
+
+
+def test_a_unit_beyond_the_budget_is_not_split() -> None:
+    rows = [Row([1], [2] * 9)] * 3
+    assert [batch.rows for batch in micro_batches(rows, max_tokens=4, together=3)] == [(0, 1, 2)]
+
+
+def test_units_of_one_are_the_batches_without_units() -> None:
+    rows = random_rows(20)
+    plain, units = ([batch.rows for batch in micro_batches(rows, 45, **more)] for more in ({}, {"together": 1}))
+    assert plain == units
+    assert len(plain) > 3
+
+
+@pytest.mark.parametrize("together", [2, 0, -3])
+def test_rows_that_do_not_divide_into_units_are_refused(together: int) -> None:
+    with pytest.raises(ValueError, match=f"expected a positive divisor of 3 .* found {together}"):
+        list(micro_batches([Row([1], [2])] * 3, max_tokens=9, together=together))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_ranks_share_all_batches_between_them_in_equally_many_passes(world_size: int) -> None:
+    batches = list(micro_batches(random_rows(7), 1))
+    shares = [own_share(batches, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert {len(share) for share in shares} == {-(-7 // world_size)}
+    computed = [batch.rows[0] for share in shares for batch, factor in share if factor == 1]
+    assert sorted(computed) == list(range(7))
+    assert all(factor in (0, 1) for share in shares for _, factor in share)
+
+
+def test_nothing_is_shared_as_nothing() -> None:
+    assert own_share([], rank=1, world_size=2) == []

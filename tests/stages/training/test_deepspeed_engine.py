@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from pipeline.store import Store
 from stages.models import Checkpoint
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, MuonConfig, TrainingConfig
+from stages.training.batching import collate
 from stages.training.deepspeed_engine import DeepSpeedEngine
 from stages.training.engine import Engine, publish
+from stages.training.forward import completion_logprobs
 from stages.training.torch_engine import TorchEngine
 from tests.stages.training.tiny import random_rows, tiny_checkpoint, update
 
@@ -128,10 +130,21 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(start: Chec
     engine.close()
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_dropout_of_the_architecture_is_off_so_that_ratios_are_exactly_1(start: Checkpoint, stage: int) -> None:
+    engine = DeepSpeedEngine(tiny_checkpoint(attention_dropout=0.5), config(stage))
+    batch = collate(ROWS, range(len(ROWS)))
+    update(engine, ROWS)
+    logp_BO, old_logp_BO = (completion_logprobs(engine.model, batch).logp_BO.detach() for _ in range(2))
+    assert (logp_BO - old_logp_BO).exp().eq(1).all()
+    engine.close()
+
+
 @pytest.mark.slow  # a process that imports DeepSpeed
 def test_inside_another_launchers_rank_it_is_quiet_and_a_group_of_its_own(tmp_path: Path) -> None:
     program = f"""
 from pipeline.store import Store, use_store
+from stages.training.batching import collate
 from stages.training.deepspeed_engine import DeepSpeedEngine
 from tests.stages.training.test_deepspeed_engine import config
 from tests.stages.training.tiny import random_rows, tiny_checkpoint, update

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from pipeline.residency import evict
 from pipeline.store import Store
 from stages.training import AdamWConfig, MuonConfig, TrainingConfig
+from stages.training.batching import collate
 from stages.training.engine import publish, resident_engine
+from stages.training.forward import completion_logprobs
 from stages.training.torch_engine import TorchEngine
 from tests.stages.training.tiny import accumulate, random_rows, tiny_checkpoint, update
 
@@ -76,6 +78,17 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(store: Stor
     assert engine.skipped == 1
     # Neither parameters nor moments nor warm-up took notice.
     assert update(engine, ROWS) == update(twin, ROWS)
+
+
+def test_dropout_of_the_architecture_is_off_so_that_ratios_are_exactly_1(store: Store) -> None:
+    engine = TorchEngine(tiny_checkpoint(attention_dropout=0.5), config())
+    batch = collate(ROWS, range(len(ROWS)))
+    for _ in range(2):
+        update(engine, ROWS)
+        logp_BO, old_logp_BO = (completion_logprobs(engine.model, batch).logp_BO for _ in range(2))
+        assert (logp_BO - old_logp_BO).exp().eq(1).all()
+    engine.model.train()  # there is something to switch off
+    assert not completion_logprobs(engine.model, batch).logp_BO.equal(logp_BO)
 
 
 def test_warm_up_goes_on_where_the_checkpoint_left_it(store: Store) -> None:

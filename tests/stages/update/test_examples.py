@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.store import Store
 from stages.tables import Advantages, Rollouts
-from stages.update.examples import Example, deal, drop_idle, join, merge_equal
+from stages.update.examples import Example, deal, drop_idle, join, merge_equal, pair_up
 
 
 def outputs_of(*rows: tuple[str, int, list[int]]) -> Rollouts:
@@ -24,13 +24,18 @@ def rollout_row(question: str, sample: int, ids: list[int]) -> dict[str, Any]:
         "logprobs": [-1.0] * len(ids),
         "finish_reason": "stop",
         "text": "",
+        "text_ends": [0] * len(ids),
         "temperature": 1.0,
         "seed": 0,
     }
 
 
 def advantages_of(*rows: tuple[str, int, list[float] | None]) -> Advantages:
-    return Advantages.write([{"question_id": q, "sample": s, "advantage": a} for q, s, a in rows])
+    return Advantages.write([advantage_row(q, s, a) for q, s, a in rows])
+
+
+def advantage_row(question: str, sample: int, advantage: list[float] | None, pair: int | None = None) -> dict[str, Any]:
+    return {"question_id": question, "sample": sample, "advantage": advantage, "returns": None, "pair": pair}
 
 
 def example(question: str, ids: tuple[int, ...], advantage: float, weight: float = 1.0) -> Example:
@@ -58,9 +63,9 @@ def test_advantages_of_another_length_are_refused(store: Store) -> None:
         join(outputs_of(("a", 0, [5, 6])), advantages_of(("a", 0, [1.0])))
 
 
-def test_all_rows_masked_out_is_an_error_and_not_an_empty_update(store: Store) -> None:
-    with pytest.raises(ValueError, match="nothing to learn from"):
-        join(outputs_of(("a", 0, [5])), advantages_of(("a", 0, None)))
+def test_nothing_is_left_where_every_row_is_masked(store: Store) -> None:
+    assert join(outputs_of(("a", 0, [5])), advantages_of(("a", 0, None))) == []
+    assert deal([], mini_batches=3, seed=0) == [[], [], []]
 
 
 def test_equal_outputs_merge_within_a_question_only() -> None:
@@ -94,3 +99,51 @@ def test_mini_batches_hold_whole_groups_and_every_example_once() -> None:
 def test_more_mini_batches_than_questions_are_refused() -> None:
     with pytest.raises(ValueError, match="mini_batches = 2 needs at least as many questions, found 1"):
         deal([example("a", (5,), 1.0)], mini_batches=2, seed=0)
+
+
+def test_advantages_without_an_output_are_refused_by_key(store: Store) -> None:
+    with pytest.raises(ValueError, match=r"advantages of \('a', 1\) belong to no output"):
+        join(outputs_of(("a", 0, [5])), advantages_of(("a", 0, [1.0]), ("a", 1, [1.0])))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_advantage_that_is_not_finite_is_refused_by_row_and_token(store: Store, bad: float) -> None:
+    with pytest.raises(ValueError, match=r"output \('a', 1\): advantages must be finite, found (nan|inf) at token 1"):
+        join(outputs_of(("a", 0, [5]), ("a", 1, [6, 7])), advantages_of(("a", 0, [1.0]), ("a", 1, [1.0, bad])))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_a_rollout_logprob_that_is_not_finite_is_refused_where_it_is_read(store: Store, bad: float) -> None:
+    outputs = Rollouts.write([rollout_row("a", 0, [5]) | {"logprobs": [bad]}])
+    assert len(join(outputs, advantages_of(("a", 0, [1.0])))) == 1
+    with pytest.raises(ValueError, match=r"output \('a', 0\): rollout log-probabilities must be finite"):
+        join(outputs, advantages_of(("a", 0, [1.0])), with_logprobs=True)
+
+
+def test_outputs_that_no_engine_sampled_have_no_logprobs_to_read(store: Store) -> None:
+    outputs = Rollouts.write([rollout_row("a", 0, [5]) | {"logprobs": None}])
+    with pytest.raises(ValueError, match=r"output \('a', 0\) has no rollout log-probabilities"):
+        join(outputs, advantages_of(("a", 0, [1.0])), with_logprobs=True)
+
+
+def preference(pair: int | None, sign: float) -> Example:
+    return Example("a", (1,), (5, 6), (sign, sign), 1.0, None, pair)
+
+
+def test_the_two_of_a_pair_stand_side_by_side_the_preferred_first() -> None:
+    ordered = pair_up([preference(1, -1.0), preference(0, 1.0), preference(1, 1.0), preference(0, -1.0)])
+    assert [(e.pair, e.advantage[0]) for e in ordered] == [(1, 1.0), (1, -1.0), (0, 1.0), (0, -1.0)]
+
+
+@pytest.mark.parametrize(
+    "members",
+    [[preference(0, 1.0)], [preference(0, 1.0), preference(0, 1.0)], [preference(0, 0.5), preference(0, -1.0)]],
+)
+def test_a_pair_is_one_preferred_and_one_other_output(members: list[Example]) -> None:
+    with pytest.raises(ValueError, match="pair 0: expected one output with advantage 1 and one with -1"):
+        pair_up(members)
+
+
+def test_a_preference_objective_needs_pairs() -> None:
+    with pytest.raises(ValueError, match=r"belongs to no pair.*advantage.kind=pairs"):
+        pair_up([preference(None, 1.0)])

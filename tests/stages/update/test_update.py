@@ -15,7 +15,7 @@ from stages.models import Checkpoint, load_model, write_tensors
 from stages.tables import Advantages, Rollouts
 from stages.training import AdamWConfig, TrainingConfig
 from stages.update import GRPOConfig, UpdateConfig, update_policy
-from tests.stages.update.test_examples import rollout_row
+from tests.stages.update.test_examples import advantage_row, rollout_row
 
 VOCABULARY, Q, G = 13, 3, 4
 
@@ -50,7 +50,7 @@ def exploration(*, distinct: bool = True) -> tuple[Rollouts, Advantages]:
             if not distinct and sample % 2:
                 ids = rows[-1]["output_ids"]
             rows.append(rollout_row(f"q{question}", sample, ids) | {"prompt_ids": prompt})
-            advantages.append({"question_id": f"q{question}", "sample": sample, "advantage": [value] * len(ids)})
+            advantages.append(advantage_row(f"q{question}", sample, [value] * len(ids)))
     return Rollouts.write(rows), Advantages.write(advantages)
 
 
@@ -206,3 +206,37 @@ def test_a_warm_engine_and_a_cold_one_give_the_same_bits(store: Store) -> None:
 
     warm = two_updates(cold=False)
     assert two_updates(cold=True) == warm
+
+
+def test_a_step_whose_every_output_is_masked_leaves_the_policy_as_it_is_and_says_so(store: Store) -> None:
+    policy = tiny_policy()
+    outputs, advantages = exploration()
+    masked = Advantages.write([row | {"advantage": None} for row in advantages.rows()])
+    with pytest.warns(UserWarning, match="every output of a step is masked out"):
+        updated = update_policy(policy, policy, outputs, masked, sgd_like(mini_batches=2), seed=0)
+    assert torch.equal(weights_of(policy), weights_of(updated))
+    assert updated.metrics["policy/skipped_steps"] == 2
+
+
+def test_outputs_of_another_temperature_than_configured_are_refused(store: Store) -> None:
+    policy = tiny_policy()
+    outputs, advantages = exploration()
+    with pytest.raises(ValueError, match=r"expected outputs sampled at temperature 0\.7, found 1 in all of them"):
+        update_policy(policy, policy, outputs, advantages, sgd_like(temperature=0.7), seed=0)
+
+
+def test_outputs_of_two_temperatures_are_refused(store: Store) -> None:
+    policy = tiny_policy()
+    outputs, advantages = exploration()
+    mixed = Rollouts.write([row | {"temperature": 0.5 if row["sample"] else 1.0} for row in outputs.rows()])
+    with pytest.raises(ValueError, match=r"expected outputs of one temperature, found \[0.5, 1.0\]"):
+        update_policy(policy, policy, mixed, advantages, sgd_like(), seed=0)
+
+
+def test_offline_outputs_take_their_ratio_from_what_their_own_policy_said(store: Store) -> None:
+    policy = tiny_policy()
+    outputs, advantages = exploration()
+    metrics = update_policy(policy, policy, outputs, advantages, sgd_like(old_logprobs="rollout"), seed=0).metrics
+    # The rows say -1.0 at every token: the ratio is pi_theta / e^-1, not 1.
+    assert metrics["policy/ratio_min"] != 1.0
+    assert metrics["policy/ratio_max"] < 2.718281828

@@ -15,6 +15,15 @@ from hypothesis import strategies as st
 
 from pipeline.config import ConfigError
 from pipeline.store import Store
+from stages.arithmetic import (
+    Author,
+    Chain,
+    draw_chains,
+    parse_question,
+    render_question,
+    unique_chains,
+    write_solution,
+)
 from stages.data import (
     ArithmeticConfig,
     AuthorShares,
@@ -23,15 +32,6 @@ from stages.data import (
     arithmetic_demonstrations,
     arithmetic_questions,
     check_solution,
-)
-from stages.data.arithmetic import (
-    Author,
-    Chain,
-    draw_chains,
-    parse_question,
-    render_question,
-    unique_chains,
-    write_solution,
 )
 
 CHAIN = Chain(7, (("+", 5), ("-", 3), ("+", 8)))  # 12, 9, 17: a carry, a borrow, a carry

@@ -1,0 +1,71 @@
+"""Lines 5 to 7 of Algorithm 1: questions drawn, outputs sampled; or the other data sources of Table 10 in their place."""
+
+from __future__ import annotations
+
+from flows.bootstrap import DataSets
+from flows.config import IterativeRLConfig
+from pipeline.config import ConfigError
+from stages.critic import estimate_values
+from stages.data import sample_batch
+from stages.logprobs import LogprobsConfig, compare_policies
+from stages.models import Checkpoint
+from stages.reward import score
+from stages.rollout import rollout
+from stages.selection import keep_informative
+from stages.sft import demonstrated_outputs
+from stages.tables import Logprobs, Questions, Rollouts, Values
+
+__all__ = ["explore", "token_evidence"]
+
+
+def explore(
+    config: IterativeRLConfig, data: DataSets, sampler: Checkpoint, step: int, seed: int
+) -> tuple[Questions | None, Rollouts]:
+    """The outputs to learn from at `step`, and the questions to score them with (None: demonstrations have no reward)."""
+    if config.data_source == "demonstrations":
+        return None, _demonstrate(config, data, sampler, step)
+    questions = _draw(config, data, step)  # line 5
+    outputs = rollout(sampler, questions, config.prompt, config.rollout, seed=seed)  # line 7
+    if config.dynamic_sampling:
+        return data.train, _replace_agreeing_groups(config, data, sampler, step, seed, outputs)
+    return questions, outputs
+
+
+def token_evidence(
+    config: IterativeRLConfig, policy: Checkpoint, reference: Checkpoint, critic: Checkpoint | None, outputs: Rollouts
+) -> tuple[Values | None, Logprobs | None]:
+    """What advantages are made of beside rewards: a critic's values, and log-probabilities where KL is part of the reward."""
+    values = estimate_values(critic, outputs, config.critic) if critic and config.critic else None
+    if not getattr(config.advantage, "kl_in_reward", 0.0):
+        return values, None
+    update = config.update
+    compared = LogprobsConfig(micro_batch_tokens=update.micro_batch_tokens, training=update.training)
+    return values, compare_policies(policy, reference, outputs, compared)
+
+
+def _demonstrate(config: IterativeRLConfig, data: DataSets, policy: Checkpoint, step: int) -> Rollouts:
+    """As many demonstrations as there would be outputs."""
+    if data.demonstrations is None:
+        raise ConfigError("data_source: the data set has no solutions to imitate; name its solution column")
+    size = config.questions_per_step * config.rollout.G
+    return demonstrated_outputs(policy, data.demonstrations, config.prompt, size=size, step=step, seed=config.seed)
+
+
+def _draw(config: IterativeRLConfig, data: DataSets, step: int) -> Questions:
+    return sample_batch(data.train, size=config.questions_per_step, step=step, seed=config.seed)
+
+
+def _replace_agreeing_groups(
+    config: IterativeRLConfig, data: DataSets, sampler: Checkpoint, step: int, seed: int, outputs: Rollouts
+) -> Rollouts:
+    """DAPO's dynamic sampling: draw further questions until enough groups have outputs of unequal reward."""
+    drawn, rewards = [outputs], [score(outputs, data.train, config.reward)]
+    # Behind the questions of all steps, so that no step's own are taken from it (before the set begins anew).
+    first = config.iterations * config.steps + step * config.dynamic_sampling
+    for draw in range(first, first + config.dynamic_sampling):
+        kept = keep_informative(drawn, rewards, size=config.questions_per_step)
+        if kept.metrics["rollout/agreeing_groups"] == 0:
+            return kept
+        drawn.append(rollout(sampler, _draw(config, data, draw), config.prompt, config.rollout, seed=seed))
+        rewards.append(score(drawn[-1], data.train, config.reward))
+    return keep_informative(drawn, rewards, size=config.questions_per_step)

@@ -1,0 +1,92 @@
+"""The methods of the unified paradigm as settings: each row of Table 10, and later methods, over one and the same base.
+
+A method is three choices (DeepSeekMath, 5.2.1): a data source, what the gradient coefficient is made of, and the objective it
+enters. `cohort methods` prints the table; `cohort run RECIPE --method NAME` trains one; `cohort compare` trains several.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Final
+
+from flows.config import IterativeRLConfig
+from pipeline.config import ConfigError
+from stages.critic import CriticConfig
+
+__all__ = ["METHODS", "PAPER", "method_settings"]
+
+PAPER: Final = ("sft", "rft", "dpo", "online_rft", "ppo", "grpo")
+"""The rows of Table 10, in its order."""
+
+METHODS: Final[dict[str, dict[str, Any]]] = {
+    # Table 10.
+    "sft": {"data_source": "demonstrations", "advantage": {"kind": "one"}, "update.objective": {"kind": "sft"}},
+    "rft": {"data_source": "initial_policy", "advantage": {"kind": "correct"}, "update.objective": {"kind": "rft"}},
+    "dpo": {"data_source": "initial_policy", "advantage": {"kind": "pairs"}, "update.objective": {"kind": "dpo"}},
+    "online_rft": {
+        "data_source": "policy",
+        "advantage": {"kind": "correct"},
+        "update.objective": {"kind": "online_rft"},
+    },
+    "ppo": {
+        "data_source": "policy",
+        "advantage": {"kind": "gae"},
+        "update.objective": {"kind": "ppo"},
+    },
+    "grpo": {"data_source": "policy", "advantage": {"kind": "group"}, "update.objective": {"kind": "grpo"}},
+    # Process supervision (4.1.3); the reward needs a component that scores steps.
+    "grpo_process": {
+        "data_source": "policy",
+        "advantage": {"kind": "group", "supervision": "process"},
+        "update.objective": {"kind": "grpo"},
+    },
+    # Later methods.
+    "dr_grpo": {"advantage": {"kind": "group", "scale": "none"}, "update.objective": {"kind": "dr_grpo"}},
+    "dapo": {"dynamic_sampling": 3, "advantage": {"kind": "group"}, "update.objective": {"kind": "dapo"}},
+    "gspo": {"advantage": {"kind": "group"}, "update.objective": {"kind": "gspo"}},
+    "cispo": {"advantage": {"kind": "group"}, "update.objective": {"kind": "cispo"}},
+    "rloo": {
+        "advantage": {"kind": "group", "baseline": "leave_one_out", "scale": "none", "kl_in_reward": 0.04},
+        "update.objective": {"kind": "rloo"},
+    },
+    "reinforce_plus_plus": {
+        "advantage": {"kind": "batch"},
+        "update.objective": {"kind": "reinforce_plus_plus"},
+    },
+}
+"""Overrides by method; a section given whole starts from its own defaults."""
+
+
+def method_settings(name: str, base: IterativeRLConfig) -> dict[str, Any]:
+    """What turns `base` into a run of the method, whatever method it was.
+
+    Raises:
+        ConfigError: no such method; the nearest is named.
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"methods: {', '.join(METHODS)}"
+        raise ConfigError(f"method {name!r} is unknown; {hint}")
+    settings: dict[str, Any] = {
+        "name": f"{base.name}-{name}",
+        "data_source": "policy",
+        "dynamic_sampling": 0,
+        "critic": None,
+        "update.old_logprobs": "trainer",
+    }
+    settings |= METHODS[name]
+    if name == "ppo":
+        settings["critic"] = (base.critic or _critic_like(base)).model_dump(mode="json")
+    if name == "dr_grpo":
+        settings["update.objective"] = {"kind": "dr_grpo", "length": base.rollout.max_output_tokens}
+    if name == "grpo_process" and not any(component.kind == "steps" for component in base.reward.components):
+        components = [component.model_dump(mode="json") for component in base.reward.components]
+        settings["reward.components"] = [*components, {"kind": "steps"}]
+    return settings
+
+
+def _critic_like(base: IterativeRLConfig) -> CriticConfig:
+    """A critic trained as the policy is: same engine, optimizer and learning rate (ours; the paper gives none)."""
+    return CriticConfig(
+        mu=base.update.mu, micro_batch_tokens=base.update.micro_batch_tokens, training=base.update.training
+    )

@@ -1,0 +1,58 @@
+"""The critic's update as a stage: returns in, mu optimizer steps of least squares, a checkpoint out."""
+
+from __future__ import annotations
+
+import time
+
+from pipeline.progress import report
+from pipeline.stage import record_metrics, stage
+from stages.critic.config import CriticConfig
+from stages.critic.examples import join
+from stages.models import Checkpoint
+from stages.tables import Advantages, Rollouts
+
+__all__ = ["update_critic"]
+
+
+@stage(version="1")
+def update_critic(
+    critic: Checkpoint, outputs: Rollouts, advantages: Advantages, config: CriticConfig, *, seed: int
+) -> Checkpoint:
+    """V after mu passes over one exploration stage, each a step down the gradient of
+
+        (1/outputs) sum_i (1/|o_i|) sum_t 1/2 (V(q, o_i,<t) - return_i,t)^2
+
+    averaged as the policy's objective is (DeepSeekMath, Eq. 3). The paper has no formula for the critic; Schulman et al.
+    (arXiv 1506.02438, Eq. 28) fit it by least squares too. Values are not clipped around the old ones: that is an extra of
+    PPO implementations, in neither paper.
+
+    Args:
+        critic: V that the advantages were estimated with.
+        outputs: o_i with their ids.
+        advantages: their `returns`, joined by key; rows without advantages take no part and do not count in the mean.
+        config: passes, batching, engine.
+        seed: part of the call's key, as in every update; nothing here is drawn at random.
+
+    Raises:
+        ValueError: returns that are missing, of another number than tokens or not finite, by row, before any step.
+    """
+    from stages.critic.fitting import Fit
+    from stages.training import threads
+    from stages.training.engine import publish, resident_engine
+    from stages.training.memory import live_tensors_mib, peak_memory
+
+    started = time.perf_counter()
+    examples = join(outputs, advantages)
+    with threads(config.training.threads), peak_memory() as peak:
+        engine = resident_engine(critic, config.training, slot="critic")
+        fit = Fit.of(examples, engine, config.micro_batch_tokens)
+        for number in range(config.mu):
+            fit.step(engine)
+            report("update_critic", done=number + 1, total=config.mu)
+        metrics = fit.metrics(engine)
+        checkpoint = publish(engine)
+    seconds = time.perf_counter() - started
+    parameters = sum(parameter.numel() for parameter in engine.model.parameters())
+    held = {"critic/parameters": parameters, "memory/critic_mb": peak.mib, "memory/tensors_mb": live_tensors_mib()}
+    record_metrics({**metrics, **held, "time/critic": seconds})
+    return checkpoint

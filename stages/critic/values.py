@@ -1,0 +1,53 @@
+"""What the critic expects before each token: outputs in, values out."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from pipeline.stage import record_metrics, stage
+from stages.critic.config import CriticConfig
+from stages.models import Checkpoint
+from stages.tables import Rollouts, Values
+
+__all__ = ["estimate_values"]
+
+
+@stage(version="1")
+def estimate_values(critic: Checkpoint, outputs: Rollouts, config: CriticConfig) -> Values:
+    """V(q, o_<t): the value before every output token, in the order of `outputs`.
+
+    Raises:
+        ValueError: a value that is not finite, by its row.
+    """
+    import torch
+
+    from stages.critic.forward import values_before
+    from stages.training import threads
+    from stages.training.batching import Row, micro_batches
+    from stages.training.engine import resident_engine
+    from stages.training.unpadding import rows_of
+
+    started = time.perf_counter()
+    table = outputs.read().select(["question_id", "sample", "prompt_ids", "output_ids"]).to_pylist()
+    rows = [Row(row["prompt_ids"], row["output_ids"]) for row in table]
+    value: list[list[float]] = [[] for _ in rows]
+    with threads(config.training.threads):
+        engine = resident_engine(critic, config.training, slot="critic")
+        for batch in micro_batches(rows, config.micro_batch_tokens):
+            # Not around the engine's making: one that restores its optimizer takes a step, with gradient.
+            with torch.no_grad(), engine.autocast():
+                value_BO = values_before(engine.model, batch.to(engine.device))
+            for index, values in rows_of(batch, value_BO):
+                value[index] = values
+    for row, values in zip(table, value, strict=True):
+        if not all(map(math.isfinite, values)):
+            key = (row["question_id"], row["sample"])
+            raise ValueError(f"critic {critic}: a value of output {key} is not finite; continue from an earlier critic")
+    record_metrics({"time/values": time.perf_counter() - started})
+    return Values.write(
+        [
+            {"question_id": row["question_id"], "sample": row["sample"], "value": values}
+            for row, values in zip(table, value, strict=True)
+        ]
+    )

@@ -1,0 +1,138 @@
+"""Ids back to text, and where in the text each id ends: how a place in the text becomes the index of a token.
+
+`text_ends[t]` is the length of the text once id t is decoded, special tokens skipped. Where a token ends inside a character
+(byte-level BPE splits those of several bytes) the end stays in front of the character until its last byte has come.
+
+Shapes: N outputs, M their ids one output after another.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from stages.tokenizers import byte_symbols
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["Decoded", "decode_outputs"]
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Decoded(NamedTuple):
+    """Outputs as text."""
+
+    texts: list[str]
+    """What `batch_decode` makes of each output, special tokens skipped."""
+    ends: list[NDArray[np.int32]]
+    """For each output one end per id: non-decreasing, the last is the length of the text."""
+
+
+def decode_outputs(tokenizer: PreTrainedTokenizerFast, outputs: Sequence[Sequence[int] | NDArray[np.int32]]) -> Decoded:
+    """Text and ends of every output.
+
+    Bytes that are no character become U+FFFD; those at the very end belong to the last id. A tokenizer whose `batch_decode`
+    rewrites text afterwards (spaces before punctuation) has ends cut to the text, right up to the characters rewritten.
+
+    Linear in the ids. (Tokenizers that are not byte-level BPE: but for long runs of bytes that are no character.)
+    """
+    import numpy as np
+
+    if not outputs:
+        return Decoded([], [])
+    texts: list[str] = tokenizer.batch_decode(outputs, skip_special_tokens=True)
+    backend = tokenizer.backend_tokenizer
+    length_N = np.array([len(ids) for ids in outputs])
+    size_M = _sizes(backend, np.concatenate(outputs).astype(np.int64))
+    output_M = np.repeat(np.arange(len(outputs)), length_N)
+    size_N = np.bincount(output_M, weights=size_M, minlength=len(outputs)).astype(np.int64)
+    told_N = _told_by_bytes(backend, texts, size_N)
+    ends_M = _ends_by_bytes(size_M * told_N[output_M], texts, told_N, output_M)
+    ends = np.split(ends_M, np.cumsum(length_N)[:-1])
+    for row in np.flatnonzero(~told_N).tolist():
+        ends[row] = _ends_one_by_one(backend, outputs[row], texts[row])
+    return Decoded(texts, ends)
+
+
+def _sizes(backend: Any, ids_M: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each id the bytes it adds to its output, in byte-level BPE: none for special tokens and ids that are no token."""
+    import numpy as np
+
+    added = backend.get_added_tokens_decoder()
+    used, place = np.unique(ids_M, return_inverse=True)
+    size = np.zeros(len(used), dtype=np.int64)
+    for index, token_id in enumerate(used.tolist()):
+        token = backend.id_to_token(token_id) or ""
+        if token_id not in added:
+            size[index] = len(token)  # one symbol stands for one byte
+        elif not added[token_id].special:
+            size[index] = len(token.encode())
+    return size[place]
+
+
+def _told_by_bytes(backend: Any, texts: Sequence[str], size_N: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether the bytes of an output's tokens are those of its text: else some are no character, or it is another tokenizer."""
+    import numpy as np
+    from tokenizers import decoders
+
+    if not isinstance(backend.decoder, decoders.ByteLevel):
+        return np.zeros(len(texts), dtype=bool)
+    same = [len(text.encode()) == size and _REPLACEMENT not in text for text, size in zip(texts, size_N, strict=True)]
+    return np.array(same, dtype=bool)
+
+
+def _ends_by_bytes(
+    size_M: NDArray[np.int64], texts: Sequence[str], told_N: NDArray[np.bool_], output_M: NDArray[np.int64]
+) -> NDArray[np.int32]:
+    """The ends of all tokens at once, by adding up sizes; only the texts that `told_N` names have bytes in it."""
+    import numpy as np
+
+    kept = [text if told else "" for text, told in zip(texts, told_N, strict=True)]
+    encoded = np.frombuffer("".join(kept).encode(), dtype=np.uint8)
+    begins = np.append((encoded & 0xC0) != 0x80, True)
+    # Characters begun within the first k bytes of all texts, less the one that is still open there.
+    complete = np.append(0, np.cumsum(begins[:-1])) - ~begins
+    before_N = np.cumsum([0, *map(len, kept)])[:-1]
+    ends: NDArray[np.int32] = (complete[np.cumsum(size_M)] - before_N[output_M]).astype(np.int32)
+    return ends
+
+
+def _ends_one_by_one(backend: Any, ids: Sequence[int] | NDArray[np.int32], text: str) -> NDArray[np.int32]:
+    """The ends by decoding id after id: for broken bytes, and for tokenizers whose tokens are not bytes."""
+    import numpy as np
+    from tokenizers import decoders
+
+    step = _byte_stream(backend) if isinstance(backend.decoder, decoders.ByteLevel) else _token_stream(backend)
+    lengths = np.cumsum([len(step(int(token_id))) for token_id in ids])
+    ends: NDArray[np.int32] = np.minimum(lengths, len(text)).astype(np.int32)
+    ends[-1:] = len(text)
+    return ends
+
+
+def _byte_stream(backend: Any) -> Callable[[int], str]:
+    """What each id of byte-level BPE adds to the text, for ids given in turn."""
+    added = backend.get_added_tokens_decoder()
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    byte_of = {symbol: byte for byte, symbol in byte_symbols().items()}
+
+    def step(token_id: int) -> str:
+        token = backend.id_to_token(token_id)
+        if token is None or (token_id in added and added[token_id].special):
+            return ""
+        spelled = all(symbol in byte_of for symbol in token)  # an added token may be plain text
+        return decode(bytes(byte_of[symbol] for symbol in token) if spelled else token.encode())
+
+    return step
+
+
+def _token_stream(backend: Any) -> Callable[[int], str]:
+    """What each id adds to the text, for ids given in turn, by any decoder."""
+    from tokenizers.decoders import DecodeStream
+
+    stream = DecodeStream(skip_special_tokens=True)
+    return lambda token_id: stream.step(backend, token_id) or ""

@@ -1,0 +1,38 @@
+"""Direct preference optimisation over pairs of outputs: rows 0, 2, 4, ... are preferred to the rows right after them.
+
+Legend: B = 2 P rows, T tokens, P pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from stages.kernels.objective import Surrogate
+
+__all__ = ["dpo", "log_ratio_of_outputs"]
+
+
+def dpo(logp_BT: Tensor, ref_logp_BT: Tensor, mask_BT: Tensor, *, beta: float, length_normalised: bool) -> Surrogate:
+    """log sigma( beta m(o+) - beta m(o-) ) with m(o) = (1/|o|) sum_t log[pi_theta(o_t)/pi_ref(o_t)] (DeepSeekMath, Eq. 12).
+
+    The usual form (Rafailov et al. 2023) sums over tokens instead: `length_normalised=False`. The value stands at every token
+    of both outputs, so that the mean over outputs of the mean over tokens is the mean over pairs.
+    """
+    m_B = log_ratio_of_outputs(logp_BT - ref_logp_BT, mask_BT, length_normalised=length_normalised)
+    margin_P = beta * (m_B[0::2] - m_B[1::2])
+    value_B1 = logsigmoid(margin_P).repeat_interleave(2)[:, None]
+    margin_BT = margin_P.detach().repeat_interleave(2)[:, None].expand_as(logp_BT)
+    return Surrogate(
+        value_B1.expand_as(logp_BT),
+        torch.ones_like(logp_BT),
+        torch.zeros_like(logp_BT, dtype=torch.bool),
+        {"preference_margin": margin_BT, "preference_accuracy": (margin_BT > 0).to(logp_BT.dtype)},
+    )
+
+
+def log_ratio_of_outputs(log_ratio_BT: Tensor, mask_BT: Tensor, *, length_normalised: bool) -> Tensor:
+    """Mean (Eq. 12) or sum over the tokens of each output: `[B]`."""
+    total_B = (mask_BT * log_ratio_BT).sum(-1)
+    return total_B / mask_BT.sum(-1).clamp(min=1) if length_normalised else total_B

@@ -1,0 +1,19 @@
+"""Configuration of the comparison of two policies."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pipeline.config import Config
+from stages.training.config import TrainingConfig
+
+__all__ = ["LogprobsConfig"]
+
+
+class LogprobsConfig(Config):
+    """How outputs are scored under the policy and the reference."""
+
+    micro_batch_tokens: int = Field(16384, ge=1)
+    """Padded tokens per forward; bounds memory and changes no result but in its last bits."""
+    training: TrainingConfig = TrainingConfig()
+    """The policy update's own: with equal settings the policy is scored by the engine that trains it, loaded once."""

@@ -1,0 +1,81 @@
+"""Scoring outputs under two policies as a stage: outputs in, log-probabilities out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from pipeline.stage import record_metrics, stage
+from stages.logprobs.config import LogprobsConfig
+from stages.models import Checkpoint
+from stages.tables import Logprobs, Rollouts
+
+__all__ = ["compare_policies"]
+
+
+@stage(version="1")
+def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollouts, config: LogprobsConfig) -> Logprobs:
+    """log pi(o_t | q, o_<t) of every output token under pi_theta and pi_ref, in the order of `outputs`.
+
+    Their difference is the penalty in PPO's reward, -beta log(pi_theta / pi_ref) (DeepSeekMath, Eq. 2). Both are computed in
+    the same micro-batches and the same precision, so that equal policies differ by exactly 0.
+
+    Args:
+        policy: pi_theta, the policy that sampled `outputs`.
+        reference: pi_ref.
+        outputs: o_i with their ids; the temperature they were sampled at scales the logits of both policies.
+        config: batching, engine.
+
+    Raises:
+        ValueError: outputs of several temperatures or greedy ones, or a log-probability that is not finite, by its row.
+    """
+    import torch
+
+    from stages.training import threads
+    from stages.training.batching import Row, micro_batches
+    from stages.training.engine import resident_engine
+    from stages.training.forward import completion_logprobs
+    from stages.training.reference import reference_model
+    from stages.training.temperature import sampling_temperature
+    from stages.training.unpadding import rows_of
+
+    started = time.perf_counter()
+    temperature = sampling_temperature(outputs)
+    table = outputs.read().select(["question_id", "sample", "prompt_ids", "output_ids"]).to_pylist()
+    rows = [Row(row["prompt_ids"], row["output_ids"]) for row in table]
+    compared = [{"question_id": row["question_id"], "sample": row["sample"]} for row in table]
+    with threads(config.training.threads):
+        engine = resident_engine(policy, config.training)
+        models = {"policy": engine.model, "reference": reference_model(reference, engine, config.training)}
+        for batch in micro_batches(rows, config.micro_batch_tokens):
+            on_device = batch.to(engine.device)
+            for name, model in models.items():
+                with torch.no_grad(), engine.autocast():
+                    logp_BO = completion_logprobs(model, on_device, temperature).logp_BO
+                for index, logp in rows_of(batch, logp_BO):
+                    compared[index][name] = logp
+    _refuse_nonfinite(compared)
+    record_metrics({"policy/kl_k1": _mean_k1(compared), "time/logprobs": time.perf_counter() - started})
+    return Logprobs.write(compared)
+
+
+def _refuse_nonfinite(compared: Sequence[dict[str, Any]]) -> None:
+    for row in compared:
+        for name in ("policy", "reference"):
+            if not all(map(math.isfinite, row[name])):
+                key = (row["question_id"], row["sample"])
+                raise ValueError(
+                    f"output {key}: a log-probability under the {name} is not finite; does the {name} have NaN weights, or "
+                    "was a token sampled that it cannot say?"
+                )
+
+
+def _mean_k1(compared: Sequence[dict[str, Any]]) -> float:
+    """k1 = log pi_theta - log pi_ref, in nats: mean over outputs of the mean over tokens."""
+    return fmean(
+        fmean(logp - ref_logp for logp, ref_logp in zip(row["policy"], row["reference"], strict=True))
+        for row in compared
+    )

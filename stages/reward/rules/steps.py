@@ -1,0 +1,50 @@
+"""Process labels: the lines of an output of the built-in world, each with its verdict and the token that ends it."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from stages.arithmetic import check_solution
+
+__all__ = ["Credit", "StepLabels", "label_steps"]
+
+Credit = Literal["right", "consistent"]
+
+
+@dataclass(frozen=True)
+class StepLabels:
+    """The K steps of one output."""
+
+    rewards: list[float]
+    """r^index(j): 1.0 or 0.0."""
+    ends: list[int]
+    """index(j): the token that ends step j."""
+    answer_right: bool | None
+    """Whether the answer line states the true answer; None where there is none."""
+
+
+def label_steps(question: str, text: str, text_ends: Sequence[int], credit: Credit) -> StepLabels:
+    """One step per line that is not empty; the last one reaches to the last token.
+
+    Args:
+        question: a question of the built-in world.
+        text: the output.
+        text_ends: for each of its tokens the length of `text` once that token is decoded.
+        credit: which verdict on a line is worth 1.
+
+    Raises:
+        DataError: a question of another world.
+    """
+    checks = check_solution(question, text)
+    rewards = [float(check.right if credit == "right" else check.consistent) for check in checks]
+    # The newline is part of its line; the first token that reaches behind it ends the step.
+    ends = [min(bisect_left(text_ends, check.end + 1), len(text_ends) - 1) for check in checks]
+    finals = [check.right for check in checks if check.final]
+    if not text_ends:
+        return StepLabels([], [], None)
+    if not checks:
+        return StepLabels([0.0], [len(text_ends) - 1], None)
+    return StepLabels(rewards, [*ends[:-1], len(text_ends) - 1], finals[0] if finals else None)

@@ -1,0 +1,37 @@
+"""Dr. GRPO: GRPO without division by length and by standard deviation (Liu et al. 2025, arXiv 2503.20783)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, PositiveInt
+
+from pipeline.config import Config
+from stages.update.objectives.method import Method, Row, Tokens
+
+if TYPE_CHECKING:
+    from stages.kernels.objective import Surrogate
+
+__all__ = ["DrGRPOConfig", "dr_grpo"]
+
+
+class DrGRPOConfig(Config):
+    """Dr. GRPO: one divisor for all outputs, rewards centred but not scaled (`advantage.scale = none`), no KL term."""
+
+    ROW: ClassVar = Row("Dr. GRPO", ("policy",), "Rule", "r - mean(r)", ("group",), True)
+    kind: Literal["dr_grpo"] = "dr_grpo"
+    "Selects this objective."
+    eps: float = Field(0.2, gt=0, lt=1)
+    "Clip range of the ratio (its section 3.2 keeps PPO's)."
+    length: PositiveInt = 1024
+    "L, the divisor of each output's sum: the longest output allowed, as in its code. DeepSeekMath's limit is 1024 (4.2)."
+
+
+def dr_grpo(config: DrGRPOConfig) -> Method:
+    """(1/G) sum_i (1/L) sum_t min[ r A, clip(r) A ]."""
+    from stages.kernels.objective import clipped
+
+    def surrogate(tokens: Tokens) -> Surrogate:
+        return clipped(tokens.logp, tokens.old_logp, tokens.advantage, eps_low=config.eps, eps_high=config.eps)
+
+    return Method(surrogate, "constant", config.length)

@@ -1,0 +1,51 @@
+"""SFT, RFT and Online RFT: log-likelihood weighted by 1 or by I(o). One loss, three data sources (Table 10)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pipeline.config import Config
+from stages.update.objectives.method import Method, Row, Tokens
+
+if TYPE_CHECKING:
+    from stages.kernels.objective import Surrogate
+
+__all__ = ["OnlineRFTConfig", "RFTConfig", "SFTObjectiveConfig", "likelihood"]
+
+
+class SFTObjectiveConfig(Config):
+    """Supervised fine-tuning (DeepSeekMath, Eq. 6-7): E[(1/|o|) sum_t log pi_theta], o from the demonstrations."""
+
+    ROW: ClassVar = Row("SFT", ("demonstrations",), "-", "1", ("one",))
+    kind: Literal["sft"] = "sft"
+    "Selects this objective."
+
+
+class RFTConfig(Config):
+    """Rejection sampling fine-tuning (DeepSeekMath, Eq. 8-10): the right ones among outputs of the initial policy.
+
+    The mean is over all sampled outputs, right and wrong, as in Eq. 8; a mean over the right ones alone would be another
+    learning rate, growing where few are right.
+    """
+
+    ROW: ClassVar = Row("RFT", ("initial_policy",), "Rule", "I(o)", ("correct",))
+    kind: Literal["rft"] = "rft"
+    "Selects this objective."
+
+
+class OnlineRFTConfig(Config):
+    """Online RFT (DeepSeekMath, Eq. 10-11): as RFT, with outputs of the policy as it is."""
+
+    ROW: ClassVar = Row("Online RFT", ("policy",), "Rule", "I(o)", ("correct",))
+    kind: Literal["online_rft"] = "online_rft"
+    "Selects this objective."
+
+
+def likelihood() -> Method:
+    """A log pi_theta, averaged as the paper does."""
+    from stages.kernels.objective import weighted_likelihood
+
+    def surrogate(tokens: Tokens) -> Surrogate:
+        return weighted_likelihood(tokens.logp, tokens.advantage)
+
+    return Method(surrogate)

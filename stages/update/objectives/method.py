@@ -1,0 +1,81 @@
+"""What an objective is to the training loop (`Method`), and what it is in the paper's Table 10 (`Row`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.kernels.objective import Surrogate
+
+__all__ = ["Aggregation", "DataSource", "Divergence", "Method", "Row", "Tokens"]
+
+DataSource = Literal["demonstrations", "initial_policy", "policy"]
+"""Where outputs come from: P_sft(Q, O), pi_sft(O|q), or pi_theta(O|q)."""
+Aggregation = Literal["sequence_mean", "token_mean", "constant"]
+"""How tokens are weighed: see `stages/kernels/aggregation.py`."""
+Divergence = Literal["k1", "k2", "k3", "k3_unbiased"]
+"""Estimators of the KL term: see `stages/kernels/divergence.py`."""
+
+
+class Row(NamedTuple):
+    """A row of Table 10, and what may be combined with it."""
+
+    title: str
+    sources: tuple[DataSource, ...]
+    """Data sources that the method is defined for; the paper's (or its own paper's) first."""
+    reward: str
+    """Reward function, in the table's words."""
+    coefficient: str
+    """Gradient coefficient, in the table's words."""
+    advantages: tuple[str, ...]
+    """Kinds of advantage config whose values are this method's coefficients; its own first."""
+    uses_ratio: bool = False
+    """Whether pi_theta / pi_old enters: outputs of another policy than pi_theta then need that policy's log-probabilities."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What an objective sees of a micro-batch: per output token, [B, O]."""
+
+    logp: Tensor
+    """log pi_theta, with gradient."""
+    old_logp: Tensor
+    """log pi_old; equal to `logp` at the first update after sampling."""
+    ref_logp: Tensor | None
+    """log pi_ref; None where the method asks for none."""
+    advantage: Tensor
+    mask: Tensor
+    """True on output tokens."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the training loop needs to know of an objective."""
+
+    surrogate: Callable[[Tokens], Surrogate]
+    """The values to maximise, before the KL term."""
+    aggregation: Aggregation = "sequence_mean"
+    length: int = 1
+    """Divisor of the aggregation `constant`."""
+    beta: float = 0.0
+    """Coefficient of the KL term of the loss; 0 = no such term."""
+    divergence: Divergence = "k3"
+    """Estimator of the KL term."""
+    compares: bool = False
+    """The surrogate itself reads log pi_ref."""
+    pairs: bool = False
+    """Outputs come in pairs (preferred, other) that stay side by side in one micro-batch."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether pi_ref is loaded."""
+        return self.compares or self.beta > 0
+
+    @property
+    def skips_idle(self) -> bool:
+        """Whether an output of advantage 0 has no gradient, and so need not be computed."""
+        return self.beta == 0

@@ -1,0 +1,35 @@
+"""REINFORCE++: PPO's clipping without a critic, advantages normalised over the batch (Hu 2025, arXiv 2501.03262)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from pipeline.config import Config
+from stages.update.objectives.method import Method, Row, Tokens
+
+if TYPE_CHECKING:
+    from stages.kernels.objective import Surrogate
+
+__all__ = ["ReinforcePlusPlusConfig", "reinforce_plus_plus"]
+
+
+class ReinforcePlusPlusConfig(Config):
+    """REINFORCE++: the KL penalty per token in the reward, returns normalised over the batch (`advantage.kind = batch`)."""
+
+    ROW: ClassVar = Row("REINFORCE++", ("policy",), "Model", "normalised return", ("batch",), True)
+    kind: Literal["reinforce_plus_plus"] = "reinforce_plus_plus"
+    "Selects this objective."
+    eps: float = Field(0.2, gt=0, lt=1)
+    "Clip range of the ratio."
+
+
+def reinforce_plus_plus(config: ReinforcePlusPlusConfig) -> Method:
+    """(1 / sum_i |o_i|) sum_i sum_t min[ r A, clip(r) A ]."""
+    from stages.kernels.objective import clipped
+
+    def surrogate(tokens: Tokens) -> Surrogate:
+        return clipped(tokens.logp, tokens.old_logp, tokens.advantage, eps_low=config.eps, eps_high=config.eps)
+
+    return Method(surrogate, "token_mean")

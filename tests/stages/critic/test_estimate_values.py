@@ -1,0 +1,76 @@
+"""Values belong to the state before a token, and to their row whatever else is in the batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.store import Store
+from stages.critic import estimate_values
+from stages.models import WEIGHTS, Checkpoint, copy_description, write_tensors
+from stages.tables import Rollouts
+from tests.stages.critic.worlds import exact, exploration, outspoken_critic, rollout_row, tables
+
+
+def values_of(critic: Checkpoint, rows: list[dict[str, Any]], **changes: Any) -> list[list[float]]:
+    return [row["value"] for row in estimate_values(critic, Rollouts.write(rows), exact(**changes)).rows()]
+
+
+def test_a_value_does_not_know_its_token_nor_what_follows(store: Store) -> None:
+    critic = outspoken_critic()
+    one, other = (values_of(critic, [rollout_row("q", 0, [5, 6], ids)])[0] for ids in ([7, 8, 9, 10], [7, 8, 20, 21]))
+    # The third token differs: the value before it and all earlier ones are the same, the value after it is not.
+    assert one[:3] == pytest.approx(other[:3], abs=1e-6)
+    assert abs(one[3] - other[3]) > 1e-3
+
+
+def test_the_first_value_is_that_of_the_question_alone(store: Store) -> None:
+    critic = outspoken_critic()
+    ((first, *_), (alone,)) = values_of(
+        critic, [rollout_row("q", 0, [5, 6], [7, 8, 9]), rollout_row("q", 1, [5, 6], [20])]
+    )
+    assert first == pytest.approx(alone, abs=1e-6)
+
+
+def test_rows_keep_their_key_order_and_length(store: Store) -> None:
+    outputs, _ = tables()
+    found = estimate_values(outspoken_critic(), outputs, exact()).rows()
+    shapes = [(row["question_id"], row["sample"], len(row["output_ids"])) for row in outputs.rows()]
+    assert [(row["question_id"], row["sample"], len(row["value"])) for row in found] == shapes
+
+
+def test_a_row_has_the_same_values_in_any_micro_batch(store: Store) -> None:
+    critic = outspoken_critic()
+    rows, _ = exploration()
+    whole = values_of(critic, rows, micro_batch_tokens=10_000)
+    for tokens in (1, 20):
+        for found, expected in zip(values_of(critic, rows, micro_batch_tokens=tokens), whole, strict=True):
+            assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_in_bfloat16_the_head_still_computes_in_float32(store: Store) -> None:
+    critic = outspoken_critic()
+    rows, _ = exploration()
+    training = exact().training.override({"precision": "bf16"})
+    (first, *_) = values_of(critic, rows, training=training)
+    # A bfloat16 has 8 significant bits, zeros below them.
+    assert any(torch.tensor(value).bfloat16().item() != value for value in first)
+
+
+def test_a_value_that_is_not_finite_is_refused_by_its_row(store: Store) -> None:
+    critic = outspoken_critic()
+    weights = load_file(critic.path / WEIGHTS)
+    # The embedding of one token, which stands before the last token of the second row only.
+    weights["model.embed_tokens.weight"][25] = math.nan
+
+    def fill(folder: Any) -> None:
+        copy_description(critic.path, folder)
+        write_tensors(folder / WEIGHTS, weights)
+
+    rows = [rollout_row("a", 0, [5, 6], [7, 8]), rollout_row("a", 1, [5, 6], [25, 8])]
+    with pytest.raises(ValueError, match=r"a value of output \('a', 1\) is not finite"):
+        estimate_values(Checkpoint.write(fill), Rollouts.write(rows), exact())

@@ -1,0 +1,243 @@
+"""The critic's update: its gradient against a plain loop, what it refuses, and that an interrupted run is no other run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.residency import evict
+from pipeline.store import Store
+from stages.critic import CriticConfig, create_critic, estimate_values, update_critic
+from stages.critic.examples import join
+from stages.kernels.gae import gae
+from stages.models import Checkpoint, load_model, load_optimizer_state
+from stages.tables import Advantages, Rollouts
+from stages.training import DeepSpeedEngineConfig
+from tests.stages.critic.worlds import exact, exploration, outspoken_critic, rollout_row, tables, tiny_critic
+from tests.stages.training.tiny import tiny_checkpoint
+
+
+def loss_by_definition(model: Any, outputs: Rollouts, advantages: Advantages) -> torch.Tensor:
+    """Row by row, without padding or batching: mean over outputs of the mean over tokens of 1/2 (V - return)^2."""
+    total, rows = torch.zeros(()), 0
+    for row, target in zip(outputs.rows(), advantages.rows(), strict=True):
+        if target["advantage"] is None:
+            continue
+        ids = torch.tensor([row["prompt_ids"] + row["output_ids"]])
+        value = model(input_ids=ids).logits[0, len(row["prompt_ids"]) - 1 : -1, 0]
+        total = total + 0.5 * (value - torch.tensor(target["returns"])).square().mean()
+        rows += 1
+    return total / rows
+
+
+def gradient_by_definition(critic: Checkpoint, outputs: Rollouts, advantages: Advantages) -> torch.Tensor:
+    model = load_model(critic, dtype=torch.float32)
+    loss_by_definition(model, outputs, advantages).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def gradient_of_stage(
+    critic: Checkpoint, outputs: Rollouts, advantages: Advantages, config: CriticConfig
+) -> torch.Tensor:
+    """The gradient the stage used, read from AdamW's first moment: m = (1 - beta_1) g after one step."""
+    evict()
+    state = load_optimizer_state(update_critic(critic, outputs, advantages, config, seed=0))
+    model = load_model(critic, dtype=torch.float32)
+    return torch.cat([state[f"{name}/exp_avg"].flatten() for name, _ in model.named_parameters()]) / (1 - 0.9)
+
+
+def with_a_masked_row() -> tuple[Rollouts, Advantages]:
+    outputs, advantages = exploration()
+    advantages[1] |= {"advantage": None, "returns": None}
+    return Rollouts.write(outputs), Advantages.write(advantages)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_gradient_is_that_of_the_mean_squared_error(store: Store, masked: bool) -> None:
+    critic, (outputs, advantages) = outspoken_critic(), with_a_masked_row() if masked else tables()
+    found = gradient_of_stage(critic, outputs, advantages, exact())
+    expected = gradient_by_definition(critic, outputs, advantages)
+    assert torch.linalg.vector_norm(found - expected) < 1e-6 * torch.linalg.vector_norm(expected)
+
+
+def test_the_gradient_is_the_slope_of_the_loss(store: Store) -> None:
+    critic, (outputs, advantages) = outspoken_critic(), tables()
+    gradient = gradient_of_stage(critic, outputs, advantages, exact()).double()
+    model = load_model(critic, dtype=torch.float64)
+    parameters = list(model.parameters())
+    start = torch.nn.utils.parameters_to_vector(parameters).detach()
+    # Along the gradient itself, by a step far above the float32 in which the model takes its norms and softmax.
+    direction, step, losses = gradient / gradient.norm(), 1e-3, []
+    for sign in (1, -1):
+        torch.nn.utils.vector_to_parameters(start + sign * step * direction, parameters)
+        losses.append(loss_by_definition(model, outputs, advantages).item())
+    assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(float(gradient.norm()), rel=1e-3)
+
+
+def test_the_gradient_does_not_depend_on_micro_batches(store: Store) -> None:
+    critic, (outputs, advantages) = outspoken_critic(), tables()
+    whole = gradient_of_stage(critic, outputs, advantages, exact(micro_batch_tokens=10_000))
+    parts = gradient_of_stage(critic, outputs, advantages, exact(micro_batch_tokens=12))
+    assert torch.linalg.vector_norm(whole - parts) < 1e-6 * torch.linalg.vector_norm(whole)
+
+
+def test_metrics_are_those_of_the_critic_before_its_update(store: Store) -> None:
+    critic, (outputs, advantages) = outspoken_critic(), tables()
+    metrics = update_critic(critic, outputs, advantages, exact(), seed=0).metrics
+    value = np.concatenate([row["value"] for row in estimate_values(critic, outputs, exact()).rows()])
+    returns = np.concatenate([row["returns"] for row in advantages.rows()])
+    assert metrics["critic/value_mean"] == pytest.approx(value.mean(), abs=1e-6)
+    assert metrics["critic/return_mean"] == pytest.approx(returns.mean(), abs=1e-6)
+    expected = 1 - np.var(returns - value) / np.var(returns)
+    assert metrics["critic/explained_variance"] == pytest.approx(expected, abs=1e-5)
+    loss = loss_by_definition(load_model(critic, dtype=torch.float32), outputs, advantages)
+    assert metrics["critic/loss"] == pytest.approx(loss.item(), rel=1e-5)
+    gradient = gradient_by_definition(critic, outputs, advantages)
+    assert metrics["critic/grad_norm"] == pytest.approx(float(gradient.norm()), rel=1e-5)
+    assert metrics["critic/learning_rate"] == 1e-2
+    assert metrics["memory/critic_mb"] > 0
+
+
+def test_a_critic_that_says_zero_explains_nothing_and_a_learned_one_most(store: Store) -> None:
+    outputs, advantages = tables()
+    critic, explained, losses = tiny_critic(), [], []
+    for seed in range(30):
+        critic = update_critic(critic, outputs, advantages, exact(mu=2), seed=seed)
+        explained.append(critic.metrics["critic/explained_variance"])
+        losses.append(critic.metrics["critic/loss"])
+    assert explained[0] == pytest.approx(0.0, abs=1e-12)
+    # Not all: the outputs of a question have one value before their first token, and returns of their own.
+    assert explained[-1] > 0.7
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_mu_passes_are_mu_updates(store: Store) -> None:
+    outputs, advantages = tables()
+    start = tiny_critic()
+    twice = update_critic(start, outputs, advantages, exact(mu=2), seed=0)
+    once = update_critic(start, outputs, advantages, exact(), seed=0)
+    assert update_critic(once, outputs, advantages, exact(), seed=0) == twice
+
+
+def test_a_warm_engine_and_a_cold_one_give_the_same_bits(store: Store) -> None:
+    outputs, advantages = tables()
+
+    def two_updates(*, cold: bool) -> Checkpoint:
+        critic = tiny_critic()
+        for seed in (10 + cold, 20 + cold):  # seeds of its own, so that no update is found in the store
+            if cold:
+                evict()
+            critic = update_critic(critic, outputs, advantages, exact(), seed=seed)
+        return critic
+
+    assert two_updates(cold=True) == two_updates(cold=False)
+
+
+def test_values_come_from_the_engine_that_was_updated(store: Store) -> None:
+    outputs, advantages = tables()
+    updated = update_critic(tiny_critic(), outputs, advantages, exact(), seed=0)
+    warm = estimate_values(updated, outputs, exact())
+    evict()
+    # The same values from the artifact, by another call of the stage: its key knows the config.
+    assert estimate_values(updated, outputs, exact(mu=5)) == warm
+
+
+def refused(changes: dict[str, Any]) -> Advantages:
+    """Advantages whose second row has `changes`."""
+    _, advantages = exploration()
+    advantages[1] |= changes
+    return Advantages.write(advantages)
+
+
+@pytest.mark.parametrize(
+    ("returns", "message"),
+    [
+        (None, r"output \('q0', 1\) has no returns to fit a critic to; .* advantage.kind = gae"),
+        ([1.0] * 9, r"output \('q0', 1\): expected \d returns, one for each token, found 9"),
+        ([math.nan], r"output \('q0', 1\): the return before token 0 is nan"),
+        ([math.inf], r"output \('q0', 1\): the return before token 0 is inf"),
+    ],
+)
+def test_returns_that_cannot_be_fitted_are_refused_by_row(
+    store: Store, returns: list[float] | None, message: str
+) -> None:
+    outputs, _ = tables()
+    length = len(outputs.rows()[1]["output_ids"])
+    changed = returns * length if returns is not None and len(returns) == 1 else returns
+    with pytest.raises(ValueError, match=message):
+        update_critic(tiny_critic(), outputs, refused({"returns": changed}), exact(), seed=0)
+
+
+def test_advantages_of_other_rollouts_are_refused_by_key(store: Store) -> None:
+    _, advantages = tables()
+    other = Rollouts.write([rollout_row("elsewhere", 0, [5], [6])])
+    with pytest.raises(ValueError, match=r"\('elsewhere', 0\) has no advantages"):
+        update_critic(tiny_critic(), other, advantages, exact(), seed=0)
+
+
+def test_nothing_left_to_learn_from_is_refused(store: Store) -> None:
+    outputs, rows = exploration()
+    masked = Advantages.write([row | {"advantage": None, "returns": None} for row in rows])
+    with pytest.raises(ValueError, match="every output is masked out"):
+        join(Rollouts.write(outputs), masked)
+
+
+def test_returns_of_gae_without_values_are_the_rewards_to_go(store: Store) -> None:
+    # The loop closes: V = 0, a reward of 1 at the end, no discount: every return is 1, whatever lambda, and is learned.
+    outputs, rows = exploration()
+    critic = tiny_critic()
+    values = estimate_values(critic, Rollouts.write(outputs), exact()).rows()
+    for row, value in zip(rows, values, strict=True):
+        reward = [0.0] * (len(value["value"]) - 1) + [1.0]
+        row["returns"] = gae([reward], [value["value"]], [[1] * len(reward)], gamma=1.0, lam=1.0).return_BT[0].tolist()
+        assert set(row["returns"]) == {1.0}
+    metrics = update_critic(critic, Rollouts.write(outputs), Advantages.write(rows), exact(), seed=0).metrics
+    assert metrics["critic/loss"] == pytest.approx(0.5)
+    assert "critic/explained_variance" not in metrics  # returns without variance have no share of it
+
+
+def deepspeed(stage: int, **changes: Any) -> CriticConfig:
+    engine = DeepSpeedEngineConfig(zero_stage=stage)  # type: ignore[arg-type]
+    return exact(training=exact().training.override({"engine": engine.model_dump()}), **changes)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_under_deepspeed_values_and_gradient_are_those_of_torch(store: Store, stage: int) -> None:
+    critic, (outputs, advantages) = outspoken_critic(), tables()
+    expected = [row["value"] for row in estimate_values(critic, outputs, exact()).rows()]
+    found = [row["value"] for row in estimate_values(critic, outputs, deepspeed(stage)).rows()]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6)
+    gradient = gradient_of_stage(critic, outputs, advantages, deepspeed(stage))
+    by_definition = gradient_by_definition(critic, outputs, advantages)
+    assert torch.linalg.vector_norm(gradient - by_definition) < 1e-6 * torch.linalg.vector_norm(by_definition)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_under_deepspeed_policy_and_critic_are_trained_side_by_side(store: Store, stage: int) -> None:
+    from stages.training.engine import publish, resident_engine
+    from tests.stages.training.tiny import random_rows, update
+
+    outputs, advantages = tables()
+    config = deepspeed(stage)
+    rows = random_rows(4)
+
+    def train(*, policy: bool, critic: bool) -> tuple[str, str]:
+        evict()
+        policy_digest, valued = "", create_critic(tiny_checkpoint(), exact())
+        engine = resident_engine(tiny_checkpoint(), config.training) if policy else None
+        for seed in range(2):
+            if engine is not None:
+                update(engine, rows)
+                policy_digest = publish(engine).digest
+            if critic:  # a seed of its own for each setting, so that no update is found in the store
+                valued = update_critic(valued, outputs, advantages, config, seed=10 * stage + seed + 100 * policy)
+        return policy_digest, valued.digest
+
+    # Two engines of one process do not disturb each other: both end in the bits that each ends in alone.
+    both = train(policy=True, critic=True)
+    assert both == (train(policy=True, critic=False)[0], train(policy=False, critic=True)[1])

@@ -1,0 +1,118 @@
+"""One of two ranks, as a process of its own: what `test_ranks` starts. Usage: python rank_process.py FOLDER RANK.
+
+It trains under each ZeRO stage, publishes after every update to the store in FOLDER, and reports into FOLDER/rank<RANK>.json.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+RANKS = 2
+STAGES = (0, 1, 2, 3)
+SPLITS = ((5, 2), (2, 5), (7, 0))
+"""Rows of rank 0 and of rank 1 in each update; together always the same seven."""
+MAX_TOKENS = 20
+BUSIEST = 7
+"""At least as many micro-batches as any rank has: one a row."""
+
+
+def config(stage: int | None) -> Any:
+    """How both sides of the comparison train: DeepSpeed at a ZeRO stage, or plain torch."""
+    from stages.training import AdamWConfig, DeepSpeedEngineConfig, TorchEngineConfig, TrainingConfig
+
+    return TrainingConfig(
+        engine=TorchEngineConfig() if stage is None else DeepSpeedEngineConfig(zero_stage=stage),
+        optimizer=AdamWConfig(learning_rate=1e-3),
+        precision="fp32",
+        max_grad_norm=1.0,
+        warmup_steps=4,
+        threads=1,
+    )
+
+
+def accumulate_share(engine: Any, split: tuple[int, int], *, weight: float = 1.0) -> None:
+    """This rank's part of the mean negative log-likelihood of all seven rows, in as many passes as every other rank."""
+    from stages.training.batching import micro_batches
+    from stages.training.forward import completion_logprobs
+    from tests.stages.training.tiny import random_rows
+
+    rows = random_rows(7)
+    targets = sum(len(row.output_ids) for row in rows)
+    own = rows[: split[0]] if engine.rank == 0 else rows[split[0] :]
+    passes: list[tuple[Any, float]] = [(batch, weight) for batch in micro_batches(own, MAX_TOKENS)]
+    passes += [(next(micro_batches(rows, 1)), 0.0)] * (BUSIEST - len(passes))
+    for number, (batch, factor) in enumerate(passes):
+        scored = completion_logprobs(engine.model, batch)
+        engine.backward(-factor * scored.logp_BO.sum() / targets, last=number == BUSIEST - 1)
+
+
+def train(engine: Any) -> dict[str, Any]:
+    """Three updates, then one that only rank 1 makes NaN."""
+    from stages.training.engine import publish
+
+    found: dict[str, Any] = {"place": [engine.rank, engine.world_size], "total": engine.total(engine.rank + 0.25)}
+    found["updates"] = []
+    for split in SPLITS:
+        accumulate_share(engine, split)
+        report = engine.step()
+        found["updates"].append({"norm": report.grad_norm, "skipped": report.skipped, "digest": publish(engine).digest})
+    accumulate_share(engine, SPLITS[0], weight=math.nan if engine.rank == 1 else 1.0)
+    report = engine.step()
+    found["nan"] = {"skipped": report.skipped, "finite": math.isfinite(report.grad_norm), "count": engine.skipped}
+    published = publish(engine, optimizer=False)
+    found["nan"]["digest"] = published.digest
+    return found
+
+
+def finetune(engine: Any) -> dict[str, float]:
+    """One supervised update of all seven rows, of whose micro-batches each rank computes its share."""
+    from stages.sft import SFTConfig
+    from stages.sft.stage import Curve, _update
+    from tests.stages.training.tiny import random_rows
+
+    curve = Curve(smoothing=0.5)
+    report = _update(engine, random_rows(7), SFTConfig(micro_batch_tokens=MAX_TOKENS), curve, factor=1.0)
+    return {"loss": curve.losses[0], "norm": report.grad_norm}
+
+
+def main(folder: Path, rank: int) -> None:
+    """Join the group, train under every stage, report."""
+    import torch
+
+    from pipeline.store import Store, use_store
+    from stages.models import Checkpoint
+    from stages.training.deepspeed_engine import DeepSpeedEngine
+    from stages.training.torch_engine import TorchEngine
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'rendezvous'}",
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    found: dict[str, Any] = {}
+    with use_store(Store(folder / "store")):
+        start = Checkpoint((folder / "start").read_text())
+        try:
+            TorchEngine(start, config(None))
+        except ValueError as error:
+            found["torch"] = str(error)
+        for stage in STAGES:
+            engine = DeepSpeedEngine(start, config(stage))
+            found[str(stage)] = train(engine)
+            engine.load(start)
+            found[str(stage)]["sft"] = finetune(engine)
+            engine.close()
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,136 @@
+"""The trainer's own step in float64, with the gradient laid open, beside the definition it is held against."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.models import Checkpoint
+from stages.training.engine import StepReport
+from stages.update.config import UpdateConfig
+from stages.update.examples import Example, pair_up
+from stages.update.ledger import Ledger
+from stages.update.minibatch import MiniBatch
+from stages.update.objectives import method_of
+from stages.update.steps import optimizer_step
+from tests.stages.training.tiny import tiny_model
+
+
+class ExactEngine:
+    """An `Engine` that computes in float64 and keeps the gradient instead of stepping."""
+
+    device = "cpu"
+    holds: str | None = None
+    skipped = 0
+    rank = 0
+    world_size = 1
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.double()
+        self.gradient: Tensor | None = None
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """None is needed."""
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate."""
+        torch.autograd.backward(loss)
+
+    def step(self, *, factor: float = 1.0) -> StepReport:
+        """Lay the gradient open."""
+        self.gradient = gradient_of(self.model)
+        self.model.zero_grad()
+        return StepReport(float(self.gradient.norm()), 0.0, skipped=False)
+
+    def total(self, value: float) -> float:
+        """There is one rank."""
+        return value
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Never asked for."""
+        raise NotImplementedError
+
+    def save(self, folder: Path, *, optimizer: bool = True) -> None:
+        """Never asked for."""
+        raise NotImplementedError
+
+
+def policy_model(seed: int = 0, **settings: Any) -> Any:
+    """A tiny Qwen2 in float64; another seed moves its weights."""
+    model = tiny_model(**settings).double()
+    model.set_attn_implementation("sdpa")  # the eager one has its softmax in float32, whatever the model's precision
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return model
+
+
+def gradient_of(model: Any) -> Tensor:
+    """All gradients as one vector."""
+    return torch.cat([p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in model.parameters()])
+
+
+def trained_gradient(
+    examples: Sequence[Example],
+    config: UpdateConfig,
+    *,
+    reference: Any = None,
+    old: Any = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Ledger]:
+    """The gradient of the loss that `update_policy` uses, negated: what it ascends; and what it noted."""
+    engine, ledger = ExactEngine(policy_model()), Ledger()
+    method = method_of(config.objective)
+    ordered = pair_up(examples) if method.pairs else list(examples)
+    mini_batch = MiniBatch.of(ordered, engine, temperature, config, method)
+    if method.needs_reference:
+        mini_batch.compare_with(reference, engine)
+    if old is not None:
+        mini_batch.remember_policy(ExactEngine(old))
+    if config.old_logprobs == "rollout":
+        mini_batch.trust_rollout()
+    optimizer_step(engine, mini_batch, method, config.correction, ledger)
+    assert engine.gradient is not None or not mini_batch.parts
+    found = engine.gradient if engine.gradient is not None else torch.zeros_like(gradient_of(engine.model))
+    return -found, ledger
+
+
+def logprobs(model: Any, example: Example, temperature: float = 1.0) -> Tensor:
+    """log pi of the output's tokens, one row at a time, without padding: `[T]`."""
+    ids = torch.tensor([[*example.prompt_ids, *example.output_ids]])
+    start = len(example.prompt_ids)
+    table = (model(input_ids=ids).logits[0, start - 1 : -1] / temperature).log_softmax(-1)
+    return table.gather(-1, ids[0, start:, None]).squeeze(-1)
+
+
+def defined_gradient(
+    examples: Sequence[Example],
+    coefficient: Callable[[Example, Tensor], Tensor],
+    *,
+    weight: Callable[[Example], float] | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Eq. 5 by definition: sum over outputs of (1/G) (1/|o|) sum_t GC grad log pi_theta, GC held constant.
+
+    Args:
+        coefficient: GC of an output, given its detached log-probabilities.
+        weight: of each of its tokens instead of (1/G) (1/|o|).
+    """
+    model = policy_model()
+    for example in examples:
+        logp = logprobs(model, example, temperature)
+        share = weight(example) if weight else 1 / (len(examples) * len(example.output_ids))
+        (share * coefficient(example, logp.detach()) * logp).sum().backward()
+    return gradient_of(model)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Distance of two gradients in units of the expected one's length."""
+    return float((found - expected).norm() / expected.norm())

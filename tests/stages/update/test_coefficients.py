@@ -1,0 +1,211 @@
+"""Each row of Table 10: the gradient of the loss the trainer uses is (1/|o|) sum GC grad log pi, to 1e-9 in float64."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from stages.kernels import coefficients
+from stages.update import (
+    CISPOConfig,
+    DAPOConfig,
+    DPOConfig,
+    DrGRPOConfig,
+    GRPOConfig,
+    GSPOConfig,
+    ObjectiveConfig,
+    OnlineRFTConfig,
+    PPOConfig,
+    ReinforcePlusPlusConfig,
+    RFTConfig,
+    RLOOConfig,
+    SFTObjectiveConfig,
+    TruncatedCorrectionConfig,
+    UpdateConfig,
+)
+from stages.update.examples import Example
+from tests.stages.training.tiny import random_rows
+from tests.stages.update.exact import defined_gradient, logprobs, policy_model, relative, trained_gradient
+
+ROWS = random_rows(8, seed=3)
+EXACT = 1e-9
+
+
+def examples(advantages: str, *, rollout: bool = False) -> list[Example]:
+    """Eight outputs of two questions, of 1 to 9 tokens, with advantages of one kind."""
+    rng = random.Random(5)
+    made = []
+    for number, row in enumerate(ROWS):
+        length = len(row.output_ids)
+        match advantages:
+            case "ones":
+                values = [1.0] * length
+            case "correct":
+                values = [float(number % 3 == 0)] * length
+            case "outputs":
+                values = [[1.5, -0.5, 0.25, -1.25][number % 4]] * length
+            case "pairs":
+                values = [1.0 if number % 2 == 0 else -1.0] * length
+            case _:
+                values = [rng.randrange(-8, 8) / 4 for _ in range(length)]
+        engine = tuple(rng.uniform(-4, -1) for _ in range(length)) if rollout else None
+        pair = number // 2 if advantages == "pairs" else None
+        made.append(
+            Example(f"q{number // 4}", tuple(row.prompt_ids), tuple(row.output_ids), tuple(values), 1.0, engine, pair)
+        )
+    return made
+
+
+def update(objective: ObjectiveConfig, **changes: object) -> UpdateConfig:
+    return UpdateConfig(objective=objective, micro_batch_tokens=40, **changes)  # several micro-batches
+
+
+def own(example: Example, _: Tensor) -> Tensor:
+    return torch.tensor(example.advantage, dtype=torch.float64)
+
+
+def test_sft_has_coefficient_one() -> None:
+    given = examples("ones")
+    found, _ = trained_gradient(given, update(SFTObjectiveConfig()))
+    assert relative(found, defined_gradient(given, lambda _, logp: coefficients.sft(logp))) < EXACT
+
+
+@pytest.mark.parametrize("objective", [RFTConfig(), OnlineRFTConfig()])
+def test_rft_and_online_rft_have_coefficient_one_where_the_answer_is_right_over_all_outputs(
+    objective: ObjectiveConfig,
+) -> None:
+    given = examples("correct")
+    found, _ = trained_gradient(given, update(objective))
+
+    def gc(example: Example, logp: Tensor) -> Tensor:
+        return coefficients.online_rft(torch.tensor([example.advantage[0] == 1.0]), logp[None])[0]
+
+    assert relative(found, defined_gradient(given, gc)) < EXACT
+
+
+def test_dpo_has_the_coefficient_of_eq_14_times_beta_on_means_of_log_ratios() -> None:
+    given, reference, beta = examples("pairs"), policy_model(1), 0.5
+    found, _ = trained_gradient(given, update(DPOConfig(beta=beta)), reference=reference)
+    policy = policy_model()
+    with torch.no_grad():
+        m = torch.stack([(logprobs(policy, e) - logprobs(reference, e)).mean() for e in given])
+    gc_P = coefficients.dpo(m[0::2], m[1::2], beta=beta)
+
+    def gc(example: Example, logp: Tensor) -> Tensor:
+        assert example.pair is not None
+        return gc_P[example.pair] * example.advantage[0] * torch.ones_like(logp)
+
+    # The mean is over pairs, half as many as outputs; the paper's coefficient lacks the factor beta.
+    expected = beta * defined_gradient(given, gc, weight=lambda e: 1 / (len(given) / 2 * len(e.output_ids)))
+    assert relative(found, expected) < EXACT
+
+
+def test_ppo_has_the_advantage_of_each_token_its_critic_detached() -> None:
+    given = examples("tokens")
+    found, _ = trained_gradient(given, update(PPOConfig()))
+    assert relative(found, defined_gradient(given, lambda e, _: coefficients.ppo(own(e, _)))) < EXACT
+
+
+@pytest.mark.parametrize("beta", [0.04, 1.0])
+def test_grpo_has_the_coefficient_of_eq_21(beta: float) -> None:
+    given, reference = examples("tokens"), policy_model(1)
+    found, _ = trained_gradient(given, update(GRPOConfig(beta=beta)), reference=reference)
+
+    def gc(example: Example, logp: Tensor) -> Tensor:
+        with torch.no_grad():
+            ref = logprobs(reference, example)
+        return coefficients.grpo(own(example, logp), logp, ref, beta=beta)
+
+    assert relative(found, defined_gradient(given, gc)) < EXACT
+
+
+def test_the_temperature_divides_the_logits_of_policy_and_reference() -> None:
+    given, reference = examples("tokens"), policy_model(1)
+    found, _ = trained_gradient(given, update(GRPOConfig(beta=1.0)), reference=reference, temperature=0.7)
+
+    def gc(example: Example, logp: Tensor) -> Tensor:
+        with torch.no_grad():
+            ref = logprobs(reference, example, 0.7)
+        return coefficients.grpo(own(example, logp), logp, ref, beta=1.0)
+
+    assert relative(found, defined_gradient(given, gc, temperature=0.7)) < EXACT
+
+
+def test_degenerate_groups_have_exactly_no_policy_gradient() -> None:
+    given = [
+        Example(e.question_id, e.prompt_ids, e.output_ids, (0.0,) * len(e.output_ids), 1.0) for e in examples("ones")
+    ]
+    found, _ = trained_gradient(given, update(GRPOConfig(beta=0.0)))
+    assert not found.any()
+
+
+def test_degenerate_groups_keep_the_gradient_of_their_kl_term() -> None:
+    given = [
+        Example(e.question_id, e.prompt_ids, e.output_ids, (0.0,) * len(e.output_ids), 1.0) for e in examples("ones")
+    ]
+    reference = policy_model(1)
+    found, _ = trained_gradient(given, update(GRPOConfig(beta=0.04)), reference=reference)
+
+    def gc(example: Example, logp: Tensor) -> Tensor:
+        with torch.no_grad():
+            return coefficients.grpo(torch.zeros_like(logp), logp, logprobs(reference, example), beta=0.04)
+
+    assert found.norm() > 0
+    assert relative(found, defined_gradient(given, gc)) < EXACT
+
+
+TOKENS = sum(len(row.output_ids) for row in ROWS)
+
+
+@pytest.mark.parametrize(
+    ("objective", "weight"),
+    [
+        (DrGRPOConfig(length=64), lambda _: 1 / (len(ROWS) * 64)),
+        (DAPOConfig(), lambda _: 1 / TOKENS),
+        (GSPOConfig(), lambda e: 1 / (len(ROWS) * len(e.output_ids))),
+        (CISPOConfig(), lambda _: 1 / TOKENS),
+        (RLOOConfig(), lambda _: 1 / len(ROWS)),
+        (ReinforcePlusPlusConfig(), lambda _: 1 / TOKENS),
+        (GRPOConfig(beta=0.0, aggregation="token_mean"), lambda _: 1 / TOKENS),
+        (GRPOConfig(beta=0.0, aggregation="constant", length=8), lambda _: 1 / (len(ROWS) * 8)),
+    ],
+)
+def test_later_methods_have_the_advantage_under_their_own_mean(objective: ObjectiveConfig, weight: object) -> None:
+    given = examples("outputs")
+    found, _ = trained_gradient(given, update(objective))
+    assert relative(found, defined_gradient(given, own, weight=weight)) < EXACT  # type: ignore[arg-type]
+
+
+def test_a_correction_multiplies_the_advantage_and_leaves_the_kl_term_alone() -> None:
+    given, reference = examples("tokens", rollout=True), policy_model(1)
+    config = update(GRPOConfig(beta=0.5), correction=TruncatedCorrectionConfig(level="token", cap=1.5))
+    found, ledger = trained_gradient(given, config, reference=reference)
+    assert ledger.sums["correction_mean"] > 0
+
+    def gc(example: Example, logp: Tensor) -> Tensor:
+        # The table keeps float32.
+        engine = torch.tensor(example.rollout_logp, dtype=torch.float32).double()
+        with torch.no_grad():
+            ref = logprobs(reference, example)
+        weight = (logp - engine).exp().clamp(max=1.5)
+        return coefficients.grpo(weight * own(example, logp), logp, ref, beta=0.5)
+
+    assert relative(found, defined_gradient(given, gc)) < EXACT
+
+
+def test_outputs_of_an_earlier_policy_are_weighed_by_the_ratio_to_it() -> None:
+    given, earlier = examples("tokens"), policy_model(2)
+    found, ledger = trained_gradient(given, update(GRPOConfig(beta=0.0, eps=0.2)), old=earlier)
+
+    def gc(example: Example, logp: Tensor) -> Tensor:
+        with torch.no_grad():
+            ratio = (logp - logprobs(earlier, example)).exp()
+        advantage = own(example, logp)
+        active = ratio * advantage <= ratio.clamp(0.8, 1.2) * advantage
+        return torch.where(active, ratio * advantage, 0.0)
+
+    assert 0 < ledger.sums["clip_fraction"] < 1
+    assert relative(found, defined_gradient(given, gc)) < EXACT

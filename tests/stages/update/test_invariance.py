@@ -1,0 +1,132 @@
+"""One batch, one gradient: whatever the micro-batches, row order, padding, accumulation, and whatever runs them.
+
+Ranks of a process group: tests/stages/training/test_ranks.py. One step per output: tests/stages/kernels/test_advantage.py.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.residency import evict
+from pipeline.store import Store
+from stages.models import load_model
+from stages.tables import Advantages, Rollouts
+from stages.training import AdamWConfig, DeepSpeedEngineConfig, TrainingConfig
+from stages.update import (
+    CISPOConfig,
+    DAPOConfig,
+    DPOConfig,
+    DrGRPOConfig,
+    GRPOConfig,
+    GSPOConfig,
+    ObjectiveConfig,
+    PPOConfig,
+    RFTConfig,
+    RLOOConfig,
+    UpdateConfig,
+    update_policy,
+)
+from stages.update.examples import Example
+from tests.stages.training.tiny import tiny_checkpoint
+from tests.stages.update.exact import policy_model, relative, trained_gradient
+from tests.stages.update.test_coefficients import examples
+from tests.stages.update.test_examples import advantage_row, rollout_row
+
+OBJECTIVES: dict[str, tuple[ObjectiveConfig, str]] = {
+    "grpo": (GRPOConfig(beta=0.5), "tokens"),
+    "grpo_token_mean": (GRPOConfig(beta=0.5, aggregation="token_mean"), "tokens"),
+    "ppo": (PPOConfig(), "tokens"),
+    "rft": (RFTConfig(), "correct"),
+    "dpo": (DPOConfig(), "pairs"),
+    "dr_grpo": (DrGRPOConfig(length=16), "outputs"),
+    "dapo": (DAPOConfig(), "outputs"),
+    "gspo": (GSPOConfig(), "outputs"),
+    "cispo": (CISPOConfig(), "outputs"),
+    "rloo": (RLOOConfig(), "outputs"),
+}
+
+
+def gradient(objective: ObjectiveConfig, given: Sequence[Example], tokens: int = 40) -> torch.Tensor:
+    config = UpdateConfig(objective=objective, micro_batch_tokens=tokens)
+    return trained_gradient(given, config, reference=policy_model(1), old=policy_model(2))[0]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_micro_batches_of_any_size_give_one_gradient(name: str) -> None:
+    objective, kind = OBJECTIVES[name]
+    whole = gradient(objective, examples(kind), tokens=10_000)
+    for tokens in (1, 30, 57):
+        assert relative(gradient(objective, examples(kind), tokens), whole) < 1e-12
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_rows_in_any_order_give_one_gradient(name: str) -> None:
+    objective, kind = OBJECTIVES[name]
+    given = examples(kind)
+    shuffled = random.Random(1).sample(given, len(given))
+    assert relative(gradient(objective, shuffled), gradient(objective, given)) < 1e-12
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_longer_row_beside_it_does_not_change_a_rows_part(name: str) -> None:
+    """Padding: the gradient of a batch is the sum of what its rows give alone, each with the batch's denominator."""
+    objective, kind = OBJECTIVES[name]
+    given = examples(kind)
+    size = 2 if kind == "pairs" else 1
+    alone = gradient(
+        objective, given, tokens=1
+    )  # every row (or pair) a micro-batch of its own: nothing is padded but a pair
+    together = gradient(objective, given, tokens=10_000)
+    assert len(given) > size
+    assert relative(together, alone) < 1e-12
+
+
+def exploration() -> tuple[Rollouts, Advantages]:
+    """Three questions of four outputs of 1 to 9 tokens."""
+    rng = random.Random(2)
+    rows: list[dict[str, Any]] = []
+    advantages: list[dict[str, Any]] = []
+    for question in range(3):
+        prompt = [rng.randrange(3, 26) for _ in range(2 + question)]
+        for sample in range(4):
+            ids = [rng.randrange(3, 26) for _ in range(rng.randint(1, 9))]
+            rows.append(rollout_row(f"q{question}", sample, ids) | {"prompt_ids": prompt})
+            advantages.append(advantage_row(f"q{question}", sample, [[1.5, -0.5, -0.5, -0.5][sample]] * len(ids)))
+    return Rollouts.write(rows), Advantages.write(advantages)
+
+
+def stage_gradient(engine: object, **changes: Any) -> dict[str, torch.Tensor]:
+    """The gradient that `update_policy` used, by parameter, read from AdamW's first moment: m = (1 - beta_1) g."""
+    training = TrainingConfig(
+        engine=engine, precision="fp32", max_grad_norm=0.0, optimizer=AdamWConfig(learning_rate=1e-3), threads=1
+    )  # type: ignore[arg-type]
+    outputs, advantages = exploration()
+    evict()
+    policy = tiny_checkpoint()
+    updated = update_policy(policy, policy, outputs, advantages, UpdateConfig(training=training, **changes), seed=0)
+    state = load_file(Path(updated.path) / "optimizer.safetensors")
+    names = [name for name, _ in load_model(policy, dtype=torch.float32).named_parameters()]
+    return {name: state[f"{name}/exp_avg"] / 0.1 for name in names}
+
+
+def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    return relative(*(torch.cat([g.flatten() for g in side.values()]) for side in (found, expected)))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_deepspeed_at_every_zero_stage_has_the_gradient_of_plain_torch(store: Store, zero_stage: Any) -> None:
+    plain = stage_gradient({"kind": "torch"}, micro_batch_tokens=60)
+    assert distance(stage_gradient(DeepSpeedEngineConfig(zero_stage=zero_stage), micro_batch_tokens=60), plain) < 1e-6
+
+
+def test_gradient_accumulation_in_fp32_changes_the_last_bits_only(store: Store) -> None:
+    whole = stage_gradient({"kind": "torch"}, micro_batch_tokens=10_000)
+    for tokens in (1, 24, 60):
+        assert distance(stage_gradient({"kind": "torch"}, micro_batch_tokens=tokens), whole) < 1e-6

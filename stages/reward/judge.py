@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import assert_never
+from typing import Any, Literal, assert_never
 
 from pipeline.residency import resident
 from stages.identity import DataError
@@ -13,13 +15,19 @@ from stages.reward.config import (
     AccuracyConfig,
     ComponentConfig,
     FormatConfig,
+    FunctionConfig,
+    LanguageConfig,
     OverlongConfig,
     RewardConfig,
     StepsConfig,
 )
+from stages.reward.functions.calls import FunctionScore, call_in_pieces, require_callable
+from stages.reward.functions.source import FunctionSource, find_source
+from stages.reward.functions.worker import load_function
 from stages.reward.pool import KillablePool
 from stages.reward.rules.accuracy import VERIFIER_MODULES, grade_answers
 from stages.reward.rules.form import has_form
+from stages.reward.rules.language import is_coherent
 from stages.reward.rules.length import overlong_score
 from stages.reward.rules.steps import StepLabels, label_steps
 
@@ -34,10 +42,17 @@ class Output:
     sample: int
     question: str
     gold: str
+    solution: str | None
     text: str
+    output_ids: Sequence[int]
     text_ends: Sequence[int]
-    """One per token, so that its length is that of the output."""
-    truncated: bool
+    """One per token."""
+    finish_reason: str
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the length limit cut it."""
+        return self.finish_reason == "length"
 
 
 @dataclass(frozen=True)
@@ -82,7 +97,7 @@ def _settled(component: ComponentConfig, config: RewardConfig) -> bool:
         case "as_is":
             return False
         case "as_unparseable":
-            return isinstance(component, AccuracyConfig | FormatConfig)
+            return isinstance(component, AccuracyConfig | FormatConfig | LanguageConfig | FunctionConfig)
         case _:
             assert_never(config.truncated)
 
@@ -108,9 +123,14 @@ def _score(rows: Sequence[Output], component: ComponentConfig, config: RewardCon
             return [Judged(float(has_form(row.text, component.form, component.pattern))) for row in rows]
         case StepsConfig():
             return [_judge_steps(row, component) for row in rows]
+        case LanguageConfig():
+            limits = component.model_dump(include={"max_foreign", "max_run", "max_compression"})
+            return [Judged(float(is_coherent(row.question, row.text, **limits))) for row in rows]
+        case FunctionConfig():
+            return _judge_by_function(rows, component, config)
         case OverlongConfig():
-            limits = {"max_tokens": component.max_tokens, "buffer_tokens": component.buffer_tokens}
-            return [Judged(overlong_score(len(row.text_ends), **limits)) for row in rows]
+            lengths = {"max_tokens": component.max_tokens, "buffer_tokens": component.buffer_tokens}
+            return [Judged(overlong_score(len(row.output_ids), **lengths)) for row in rows]
         case _:
             assert_never(component)
 
@@ -124,6 +144,94 @@ def _judge_steps(row: Output, component: StepsConfig) -> Judged:
         ) from None
     status = "unparseable" if steps.answer_right is None else "ok" if steps.answer_right else "wrong"
     return Judged(sum(steps.rewards) / max(len(steps.rewards), 1), status, steps=steps)
+
+
+def _judge_by_function(rows: Sequence[Output], component: FunctionConfig, config: RewardConfig) -> list[Judged]:
+    """Scores of the user's function: `ok` above 0, else `wrong`; `unparseable` where it abstains.
+
+    Raises:
+        ConfigError: a function that is not there or does not take what it would be given.
+    """
+    if not rows:
+        return []
+    source = find_source(component.function)
+    pool = _function_pool(source, component, config)
+    columns = _columns(rows, component)
+    require_callable(source, list(columns), pool)
+    scores = call_in_pieces(
+        source,
+        columns,
+        _units(rows, component.together),
+        pool=pool,
+        deadline_s=component.deadline_s,
+        patience_s=component.patience_s,
+    )
+    _warn_of_faults(rows, scores, component)
+    return [Judged(score.score, _status(score)) for score in scores]
+
+
+def _columns(rows: Sequence[Output], component: FunctionConfig) -> dict[str, list[Any]]:
+    """The keyword arguments, as TRL passes them; the template around a question is not part of a table."""
+    columns: dict[str, list[Any]] = {
+        "prompts": [row.question for row in rows],
+        "completions": [row.text for row in rows],
+        "completion_ids": [row.output_ids for row in rows],
+    }
+    for name in component.columns:
+        columns[name] = [row.gold if name == "answer" else getattr(row, name) for row in rows]
+    return columns
+
+
+def _units(rows: Sequence[Output], together: Literal["output", "question", "batch"]) -> list[list[int]]:
+    match together:
+        case "output":
+            return [[place] for place in range(len(rows))]
+        case "question":
+            units: dict[str, list[int]] = {}
+            for place, row in enumerate(rows):
+                units.setdefault(row.question_id, []).append(place)
+            return list(units.values())
+        case "batch":
+            return [list(range(len(rows)))]
+        case _:
+            assert_never(together)
+
+
+def _status(score: FunctionScore) -> str:
+    if score.fault is not None:
+        return score.fault
+    return "unparseable" if score.score is None else "ok" if score.score > 0 else "wrong"
+
+
+def _warn_of_faults(rows: Sequence[Output], scores: Sequence[FunctionScore], component: FunctionConfig) -> None:
+    """Say once what went wrong: the table has room for a status only."""
+    faults = [(row, score) for row, score in zip(rows, scores, strict=True) if score.fault is not None]
+    if faults:
+        first = {
+            score.detail: f"({row.question_id!r}, {row.sample}): {score.detail}" for row, score in reversed(faults)
+        }
+        shown = "; ".join(list(first.values())[::-1][:3])
+        warnings.warn(
+            f"component {component.name!r}: no score from {component.function} for {len(faults)} of {len(rows)} outputs, "
+            f"such as {shown}",
+            stacklevel=2,
+        )
+
+
+def _function_pool(source: FunctionSource, component: FunctionConfig, config: RewardConfig) -> KillablePool:
+    """A pool of the function's own: what it does to its process, it does not do to the verifier's."""
+    # The server that all workers are forked from is started once: with what the verifier will need, if it will.
+    verified = any(isinstance(each, AccuracyConfig) and each.verifier != "exact" for each in config.components)
+
+    def make() -> KillablePool:
+        return KillablePool(
+            workers=config.workers,
+            memory_mb=config.memory_mb,
+            preload=VERIFIER_MODULES if verified else (),
+            prepare=functools.partial(load_function, source),
+        )
+
+    return resident(f"function {component.name}", (config.workers, config.memory_mb, verified, source), make)
 
 
 def _verifier_pool(config: RewardConfig) -> KillablePool:

@@ -6,6 +6,7 @@ This is fault isolation, not a sandbox: the code runs with the user's rights. No
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import importlib
 import math
@@ -49,12 +50,22 @@ class KillablePool:
         memory_mb: address space a worker may add to what it has at its start.
         preload: modules imported once, in the server that workers are forked from. They must set what they need in the
             environment before they import heavy packages.
+        prepare: called in every new worker before its limits apply, with the time that a start may take; what it raises is
+            ignored: it can only make ready what the tasks would make themselves.
     """
 
-    def __init__(self, *, workers: int, memory_mb: int, preload: Sequence[str] = ()) -> None:
-        self._workers = workers
+    def __init__(
+        self,
+        *,
+        workers: int,
+        memory_mb: int,
+        preload: Sequence[str] = (),
+        prepare: Callable[[], object] | None = None,
+    ) -> None:
+        self.workers = workers
         self._memory_mb = memory_mb
         self._preload = tuple(preload)
+        self._prepare = prepare
         self._turn = threading.Lock()
         self._pool: Any = None
 
@@ -68,14 +79,17 @@ class KillablePool:
     ) -> list[Outcome]:
         """One outcome per task, in order, always.
 
-        A task that misses the deadline is tried once more, alone and with twice the time: the load of the machine must
-        not decide a reward. `function` must be importable by name.
+        Args:
+            function: importable by name; what it returns must unpickle without running foreign code.
+            tasks: its arguments, task by task.
+            deadline_s: seconds a task may run, counted from its start in a worker. One that misses it is killed and not
+                tried again; only a task that the pool itself lost is.
         """
-        with self._turn:  # one batch at a time, so that "alone" is true
+        with self._turn:
             outcomes = self._attempt(function, tasks, deadline_s)
             for index, outcome in enumerate(outcomes):
-                if outcome.fault in ("timeout", "lost"):
-                    outcomes[index] = self._attempt(function, [tasks[index]], 2 * deadline_s)[0]
+                if outcome.fault == "lost":
+                    outcomes[index] = self._attempt(function, [tasks[index]], deadline_s)[0]
             return outcomes
 
     def close(self) -> None:
@@ -111,12 +125,12 @@ class KillablePool:
         CONSTS.term_timeout = 0.2
         # Never fork this process: it may hold CUDA and the locks of a hundred threads.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(self._preload))
+        context.set_forkserver_preload([__name__, "pebble", *self._preload])  # a fork of it then starts in milliseconds
         self._pool = ProcessPool(
-            max_workers=self._workers,
+            max_workers=self.workers,
             max_tasks=_TASKS_PER_WORKER,
             initializer=_prepare_worker,
-            initargs=(self._memory_mb, self._preload),
+            initargs=(self._memory_mb, self._preload, self._prepare),
             context=context,
         )
         atexit.register(self.close)
@@ -130,8 +144,9 @@ class KillablePool:
         except Exception as error:
             self.close()
             raise RuntimeError(
-                "the verifier's worker processes do not start. A script that calls a flow at top level must do so under "
-                f"`if __name__ == '__main__':`, as worker processes import it again. ({type(error).__name__}: {error})"
+                "the reward's worker processes do not start. A script that calls a flow at top level must do so under "
+                "`if __name__ == '__main__':`, as worker processes import it again; a module that holds a reward function must "
+                f"not work, wait or exit while it is imported. ({type(error).__name__}: {error})"
             ) from error
 
 
@@ -143,26 +158,29 @@ def _outcome(future: Any) -> Outcome:
     if not future.done():
         return Outcome(fault="lost", detail="the worker pool stopped answering")
     try:
-        return Outcome(value=future.result())
+        returned: Outcome = future.result()
+        return returned
     except FutureTimeoutError:
         return Outcome(fault="timeout", detail="killed at the deadline")
     except ProcessExpired as error:
         return Outcome(fault="crash", detail=f"worker exited with code {error.exitcode}")
-    except MemoryError:
-        return Outcome(fault="memory", detail="memory limit reached")
     except BrokenProcessPool as error:
         return Outcome(fault="lost", detail=str(error))
-    except BaseException as error:  # whatever the task raised belongs to its row, never to the batch
-        return Outcome(fault="error", detail=f"{type(error).__name__}: {str(error)[:200]}")
+    except Exception as error:  # a result that cannot be sent belongs to its row, never to the batch
+        return Outcome(fault="error", detail=_named(error))
 
 
-def _prepare_worker(memory_mb: int, preload: Sequence[str]) -> None:
+def _prepare_worker(memory_mb: int, preload: Sequence[str], prepare: Callable[[], object] | None) -> None:
     """Limits of a fresh worker; imports come first, so that they count neither as memory nor as time of a task."""
+    os.dup2(2, 1)  # whatever a task prints is a message: stdout belongs to the command that was called
     if sys.platform == "linux":
         death_signal_option = 1  # PR_SET_PDEATHSIG: the fork server dies with its parent, and workers with it
         ctypes.CDLL(None).prctl(death_signal_option, signal.SIGKILL)
     for module in preload:
         importlib.import_module(module)
+    if prepare is not None:
+        with contextlib.suppress(Exception, SystemExit):
+            prepare()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     limit = _address_space() + memory_mb * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -177,8 +195,25 @@ def _address_space() -> int:
         return 0
 
 
-def _run_limited(function: Callable[..., Any], task: tuple[Any, ...], deadline_s: float) -> Any:
-    """Run in the worker; the CPU limit is for the case that nobody is left to enforce the deadline."""
+def _run_limited(function: Callable[..., Any], task: tuple[Any, ...], deadline_s: float) -> Outcome:
+    """Run in the worker; the CPU limit is for the case that nobody is left to enforce the deadline.
+
+    An exception becomes text here: its class might exist in the worker only, and unpickling it would break the pool.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + deadline_s) + 2, hard))
-    return function(*task)
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (math.ceil(time.process_time() + deadline_s * (os.cpu_count() or 1)) + 2, hard)
+    )
+    try:
+        return Outcome(value=function(*task))
+    except MemoryError:
+        return Outcome(fault="memory", detail="memory limit reached")
+    except BaseException as error:  # `exit()` in a task is an error of its row as well
+        return Outcome(fault="error", detail=_named(error))
+
+
+def _named(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    except Exception:  # an exception whose text raises
+        return type(error).__name__

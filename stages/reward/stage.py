@@ -19,14 +19,18 @@ __all__ = ["STATUSES", "score"]
 STATUSES: Final = ("ok", "wrong", "unparseable", "truncated", "timeout", "error")
 
 
-@stage(version="2")
+@stage(version="3")
 def score(outputs: Rollouts, questions: Questions, config: RewardConfig) -> Rewards:
-    """Score every output o_i of every question by rules, as a whole and, with a component `steps`, line by line.
+    """Score every output o_i of every question by rules and functions, as a whole and, with a component `steps`, line by line.
+
+    The status is that of the first component that reads the answer, else of the first; one that only scores says `ok` above 0.
 
     Metrics: `reward/mean`, `reward/<component>` (means over rows that have a score; of `steps` over all steps),
-    `reward/status_<status>`, `reward/screened`, `reward/missing` (shares of all rows).
+    `reward/status_<status>`, `reward/screened`, `reward/missing` (shares of all rows), `reward/faults` (components that timed
+    out or failed, per row).
 
     Raises:
+        ConfigError: a reward function that is not there or cannot be called.
         ValueError: a rollout of a question that `questions` does not have, a repeated row, a score that is not finite.
         GoldError: a question without an answer, by its id.
         DataError: step rewards of a question that is not of the built-in world.
@@ -55,16 +59,14 @@ def score(outputs: Rollouts, questions: Questions, config: RewardConfig) -> Rewa
 
 
 def _read(outputs: Rollouts, questions: Questions) -> list[Output]:
-    import pyarrow.compute as pc
-
     table = outputs.read()
-    rows = table.select(["question_id", "sample", "finish_reason", "text", "text_ends"]).to_pylist()
+    rows = table.select(["question_id", "sample", "finish_reason", "text", "text_ends", "output_ids"]).to_pylist()
     asked = _questions_of([(row["question_id"], row["sample"]) for row in rows], questions)
-    for row, tokens in zip(rows, pc.list_value_length(table["output_ids"]).to_pylist(), strict=True):
-        if len(row["text_ends"]) != tokens:
+    for row in rows:
+        if len(row["text_ends"]) != len(row["output_ids"]):
             raise ValueError(
-                f"rollout ({row['question_id']!r}, {row['sample']}): expected one of text_ends for each of {tokens} tokens, "
-                f"found {len(row['text_ends'])}"
+                f"rollout ({row['question_id']!r}, {row['sample']}): expected one of text_ends for each of "
+                f"{len(row['output_ids'])} tokens, found {len(row['text_ends'])}"
             )
     return [
         Output(
@@ -72,9 +74,11 @@ def _read(outputs: Rollouts, questions: Questions) -> list[Output]:
             sample=row["sample"],
             question=asked[row["question_id"]]["question"],
             gold=asked[row["question_id"]]["answer"],
+            solution=asked[row["question_id"]]["solution"],
             text=row["text"],
+            output_ids=row["output_ids"],
             text_ends=row["text_ends"],
-            truncated=row["finish_reason"] == "length",
+            finish_reason=row["finish_reason"],
         )
         for row in rows
     ]
@@ -85,7 +89,7 @@ def _questions_of(keys: Sequence[tuple[str, int]], questions: Questions) -> Mapp
     twice = [key for key, count in Counter(keys).items() if count > 1]
     if twice:
         raise ValueError(f"rollouts hold {twice[0]} more than once; a row is one (question_id, sample)")
-    table = questions.read().select(["question_id", "question", "answer"])
+    table = questions.read().select(["question_id", "question", "answer", "solution"])
     asked = {row["question_id"]: row for row in table.to_pylist()}
     if len(asked) < table.num_rows:
         raise ValueError("questions hold a question_id more than once")
@@ -130,6 +134,8 @@ def _metrics(
     metrics |= {f"reward/status_{status}": counts[status] / rows for status in STATUSES}
     metrics["reward/missing"] = sum(value is None for value in rewards) / rows
     metrics["reward/screened"] = sum(judged.screened for column in columns.values() for judged in column) / rows
+    faults = [judged for column in columns.values() for judged in column if judged.status in ("timeout", "error")]
+    metrics["reward/faults"] = len(faults) / rows
     return metrics
 
 

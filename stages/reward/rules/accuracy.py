@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, assert_never
 
 from stages.reward.pool import KillablePool, Outcome
+from stages.reward.rules.choice import choice_label, find_choice
 from stages.reward.rules.exact import canonical, compare_exactly, read_number
-from stages.reward.rules.extraction import Convention, find_answer, last_lines
+from stages.reward.rules.extraction import Convention, find_answer, last_lines, words_apart
 from stages.reward.rules.screen import objection
 from stages.reward.rules.verifier import compare_symbolically
 
@@ -98,14 +99,19 @@ class _Case(NamedTuple):
 
     def task(self) -> tuple[str, str]:
         """Arguments of `compare_symbolically`."""
-        return as_mathematics(self.gold), self.searched if self.searched is not None else as_mathematics(
-            self.answer or ""
-        )
+        return as_mathematics(self.gold), self.searched or as_mathematics(self.answer or "")
 
 
 def _case(gold: str, text: str, conventions: Sequence[Convention], verifier: Verifier) -> _Case:
     answer = find_answer(text, conventions)
-    return _Case(gold, answer, last_lines(text) if verifier == "math_verify_search" else None)
+    search = verifier == "math_verify_search"
+    option = choice_label(gold)
+    if option is not None:
+        label, marked = option
+        chosen = find_choice(text, answer, marked=marked, search=search)
+        if chosen is not None:
+            return _Case(label, chosen, None)
+    return _Case(gold, answer, words_apart(last_lines(text)) if search else None)
 
 
 def as_mathematics(answer: str) -> str:

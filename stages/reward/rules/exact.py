@@ -17,15 +17,19 @@ _MOST_DIGITS: Final = 400
 
 _LATEX_NOISE: Final = re.compile(r"\\[!,;:> ]|\\left|\\right|\\displaystyle|\\[()\[\]]|~")
 _TEXT_COMMAND: Final = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf|textnormal|textit|operatorname)\s?\{([^{}]*)\}")
-_INTEGER: Final = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?:[ ]\d{3})+|\d+)"
+_BLANK: Final = re.compile(r"(?:\\q?quad|\s)+")
+_LIST_SEPARATOR: Final = re.compile(r";|,? and\b")
+_INTEGER: Final = r"(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?:[ ]\d{3})+|\d+)"
+_TIMES_TEN: Final = r"\s*(?:\\times|\\cdot|[*×])\s*10\s*(?:\^|\*\*)\s*"
 _NUMBER: Final = re.compile(
     rf"""(?P<sign>[-+]?)\s*(?:[$€£¥₹]\s*)?(?P<inner>[-+]?)
-    (?: \\frac\s*\{{(?P<top>-?\d+)\}}\s*\{{(?P<bottom>\d+)\}} | \\frac(?P<one>\d)(?P<two>\d)
-      | (?P<a>\d+)\s*/\s*(?P<b>\d+)
-      | (?P<whole>{_INTEGER})?(?P<part>\.\d*)?(?:[eE](?P<exponent>[-+]?\d{{1,3}}))? )
+    (?: (?P<mixed>\d+)?\s*\\frac\s*\{{(?P<top>-?\d+)\}}\s*\{{(?P<bottom>\d+)\}} | \\frac(?P<one>\d)(?P<two>\d)
+      | (?:(?P<and>\d+)\s+(?=[1-9]))?(?P<a>\d+)\s*/\s*(?P<b>\d+)
+      | (?P<whole>{_INTEGER})?(?P<part>\.\d*)?(?:[eE](?P<e>[-+]?\d{{1,3}})|{_TIMES_TEN}\{{?(?P<ten>[-+]?\d{{1,3}})\}}?)? )
     (?P<rest>.*)""",
     re.VERBOSE | re.DOTALL | re.ASCII,
 )
+_DECIMAL_COMMA: Final = re.compile(r"[-+]?\d+,\d+", re.ASCII)
 _PERCENT: Final = re.compile(r"\s*(?:%|percent|percentage|pct)", re.IGNORECASE)
 _WORDS: Final = re.compile(r"(?:\s+(?:[A-Za-z]{2,}|[€£¥]|\$))(?:\s+[A-Za-z]+){0,3}(?:\^?\{?[23²³]\}?)?")
 _SYMBOLS: Final = re.compile(
@@ -66,11 +70,13 @@ def compare_exactly(gold: str, answer: str) -> bool | None:
     """Whether `answer` equals `gold`; None where that takes more than rational numbers and equal strings.
 
     Policy: units, currency signs and thousands separators do not count; `25%` equals both `25` and `0.25`; a number with a
-    decimal point may differ from the gold by rounding in the seventh decimal place.
+    decimal point may differ from the gold by rounding in the seventh decimal place; `1,22` is a decimal beside `1.22`, and a
+    list may be joined by `;` or "and".
     """
     if len(gold) > _LONGEST or len(answer) > _LONGEST:
         return None
     expected, stated = read_number(gold), read_number(answer)
+    expected, stated = expected or _with_comma(gold, stated), stated or _with_comma(answer, expected)
     if expected is not None and stated is not None:
         return any(_same(x, y, expected.decimal or stated.decimal) for x, y in _readings(expected, stated))
     if normalise_text(gold) == normalise_text(answer) != "":
@@ -97,8 +103,9 @@ def canonical(answer: str) -> str:
 
 def normalise_text(answer: str) -> str:
     r"""Spelling without meaning removed: spaces, `\left`, `\text{}`, `\dfrac`, dollars, the full stop; case of words."""
-    text = _TEXT_COMMAND.sub(r"\1", _LATEX_NOISE.sub("", answer)).replace("$", "")
+    text = _TEXT_COMMAND.sub(r" \1 ", _LATEX_NOISE.sub("", answer)).replace("$", "")
     text = text.replace("dfrac", "frac").replace("tfrac", "frac").replace("\\%", "%").replace("−", "-")
+    text = _LIST_SEPARATOR.sub(",", _BLANK.sub(" ", text))
     text = re.sub(r"\s+", "", text).strip().removesuffix(".")
     return text.lower() if len(text) > 1 and text.isalpha() else text
 
@@ -107,7 +114,7 @@ def read_number(answer: str) -> Number | None:
     """The rational number that `answer` is, with its unit or currency aside; None for anything else."""
     text = _LATEX_NOISE.sub("", answer[:_LONGEST]).replace("{,}", ",").replace("\\$", "$").replace("\\%", "%")
     text = _TEXT_COMMAND.sub(r" \1", text.replace("−", "-").replace("dfrac", "frac").replace("tfrac", "frac"))
-    text = text.strip().strip("*").removesuffix(".").strip()
+    text = text.strip().strip("*").rstrip("\\").removesuffix(".").strip()
     if text.startswith("$") and text.endswith("$") and len(text) > 2:
         text = text[1:-1].strip()
     if sum(map(str.isdigit, text)) > _MOST_DIGITS:
@@ -125,14 +132,28 @@ def read_number(answer: str) -> Number | None:
     return Number((-value if negative else value) * scale, percent, match["part"] is not None)
 
 
+def _with_comma(text: str, other: Number | None) -> Number | None:
+    """`1,22` beside a number with a decimal point: a decimal comma. Beside anything else it may be a pair."""
+    if other is None or not other.decimal:
+        return None
+    return read_number(text.replace(",", ".")) if _DECIMAL_COMMA.fullmatch(text.strip("$ ")) else None
+
+
 def _value(match: re.Match[str]) -> Fraction | None:
-    for top, bottom in (("top", "bottom"), ("one", "two"), ("a", "b")):
+    for units, top, bottom in (("mixed", "top", "bottom"), (None, "one", "two"), ("and", "a", "b")):
         if match[top] is not None:
-            return Fraction(int(match[top]), int(match[bottom])) if int(match[bottom]) else None
+            return _fraction(match[units] if units else None, int(match[top]), int(match[bottom]))
     digits = (match["whole"] or "").replace(",", "").replace(" ", "") + (match["part"] or "")
     if not any(map(str.isdigit, digits)) or not digits.isascii():
         return None
-    return Fraction(f"{digits.rstrip('.') or '0'}e{match['exponent'] or 0}")
+    return Fraction(f"{digits.rstrip('.') or '0'}e{match['e'] or match['ten'] or 0}")
+
+
+def _fraction(units: str | None, top: int, bottom: int) -> Fraction | None:
+    """A fraction, or a mixed number: `2 1/2` is 5/2. With an improper fraction it would be a product: left open."""
+    if bottom == 0 or (units is not None and not 0 <= top < bottom):
+        return None
+    return int(units or 0) + Fraction(top, bottom)
 
 
 def _unit_scale(rest: str) -> int | None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Final, Literal, assert_never
 
-__all__ = ["Convention", "boxed_answers", "find_answer", "last_lines", "tail"]
+__all__ = ["Convention", "boxed_answers", "find_answer", "last_lines", "tail", "words_apart"]
 
 Convention = Literal["boxed", "tags", "hashes", "line", "phrase", "number"]
 
@@ -16,15 +16,24 @@ _PHRASES: Final = ("answer is", "answer:", "答案是", "答案为", "答案:", 
 _SENTENCE_END: Final = re.compile(r"[.!?](?:\s|$)|[。！？]")
 _BOX: Final = re.compile(r"\\boxed ?\{")
 _BRACE: Final = re.compile(r"\\[{}]|[{}]")  # an escaped brace is text
-_BETWEEN_BOXES: Final = re.compile(r"(?:[\s,;$.]|and|or|和|\\text|\\quad|\\qquad|[{}]|\\\(|\\\)){0,24}")
+# Nothing but separators, or one word and "and": "\\boxed{1} papers and \\boxed{2} bins".
+_BETWEEN_BOXES: Final = re.compile(
+    r"(?:[\s,;$.]|and|or|和|\\text|\\quad|\\qquad|[{}]|\\\(|\\\)){0,24}|\$?\s+[a-z]{2,20}\s+and\s+\$?"
+)
+_FORMULA: Final = re.compile(r"\$[^$]+\$")
+_CLOSING: Final = "final answer is"
+_CHINESE_BORDER: Final = re.compile(r"(?<=[一-鿿])(?=[\w$\\-])|(?<=[\w%$}])(?=[一-鿿])", re.ASCII)
 
 
 def find_answer(text: str, conventions: Sequence[Convention]) -> str | None:
     """The final answer of `text` by the first convention that finds one; None where none does.
 
-    Of several marks of one convention the last counts: what a model says at the end is its answer.
+    Of several marks of one convention the last counts: what a model says at the end is its answer. "The final answer is"
+    behind the last box says it too: boxes before it held results on the way.
     """
     ending = tail(text)
+    if "phrase" in conventions and _closed_by_phrase(ending):
+        conventions = ["phrase", *conventions]
     for convention in conventions:
         answer = _finder(convention)(ending)
         if answer is not None and answer.strip():
@@ -41,6 +50,11 @@ def last_lines(text: str) -> str:
     """The whole lines within `tail(text)`: a search must not begin inside an expression that was cut."""
     ending = tail(text)
     return ending if len(text) <= _TAIL else ending.partition("\n")[2].strip()
+
+
+def words_apart(text: str) -> str:
+    """Spaces between Chinese characters and what they touch: searches that look for borders of words find none in 共有99颗."""
+    return _CHINESE_BORDER.sub(" ", text)
 
 
 def boxed_answers(text: str) -> list[tuple[int, int, str]]:
@@ -85,6 +99,13 @@ def _boxed(text: str) -> str | None:
     return ", ".join(content for _, _, content in parts)
 
 
+def _closed_by_phrase(text: str) -> bool:
+    """Whether a final answer with a digit in it is stated in words behind the last box."""
+    start = text.lower().rfind(_CLOSING)
+    boxes = boxed_answers(text) if start >= 0 else []
+    return bool(boxes) and start > boxes[-1][1] and any(map(str.isdigit, _phrase(text[start:]) or ""))
+
+
 def _tags(text: str) -> str | None:
     """Between the last `<answer>` and its `</answer>`."""
     before, closing, _ = text.rpartition("</answer>")
@@ -121,8 +142,10 @@ def _phrase(text: str) -> str | None:
 
 
 def _whole(text: str) -> str | None:
-    """The whole output, when it is nothing but a number."""
+    """The whole output, when it is nothing but a number or one formula."""
     stripped = text.strip()
+    if len(stripped) <= 512 and _FORMULA.fullmatch(stripped):
+        return stripped
     return stripped if len(stripped) <= 64 and re.fullmatch(r"[-+$]{0,2}\d[\d,.]*(?:/\d+)?%?", stripped) else None
 
 

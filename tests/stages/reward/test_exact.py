@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from fractions import Fraction
 
 import pytest
@@ -39,6 +40,16 @@ from stages.reward.rules.exact import canonical, compare_exactly, normalise_text
         ("5000000", "5 million"),
         ("even", r"\text{Even}"),
         (r"\left(1,2\right)", "(1, 2)"),
+        ("1.22", "1,22"),
+        ("0,111", "0.111"),
+        ("2.5", "2 1/2"),
+        (r"2\frac{1}{2}", "5/2"),
+        ("-1 1/2", "-1.5"),
+        (r"3.54 \times 10^{-7}", "3.54e-07"),
+        ("1500000", "1.5*10^6"),
+        ("p=5,q=2,p=7,q=2", r"p = 5, q = 2 \quad \text{and} \quad p = 7, q = 2"),
+        ("2, 3", "2; 3"),
+        ("2, 3 and 5", "2,3,5"),
     ],
 )
 def test_equal_answers_are_equal(gold: str, answer: str) -> None:
@@ -60,6 +71,9 @@ def test_equal_answers_are_equal(gold: str, answer: str) -> None:
         ("17", "unknown"),
         ("odd", "even"),
         ("C", "D"),
+        ("2.5", "2 1/3"),
+        ("2.5", r"2\frac{1}{3}"),
+        ("3.54", r"3.54\times10^{2}"),
     ],
 )
 def test_different_answers_are_different(gold: str, answer: str) -> None:
@@ -83,10 +97,23 @@ def test_different_answers_are_different(gold: str, answer: str) -> None:
         ("2", "3万"),
         ("42", "4²"),
         ("2", "1/0"),
+        ("122", "1,22"),
+        ("111", "0,111"),
+        ("(1,22)", "1.22"),
+        ("3", "2 3/2"),
+        ("1", r"2\frac{3}{2}"),
+        ("334", "1 002/3"),
     ],
 )
 def test_what_needs_more_than_arithmetic_is_left_open(gold: str, answer: str) -> None:
     assert compare_exactly(gold, answer) is None
+
+
+def test_separators_of_lists_cost_milliseconds() -> None:
+    started = time.perf_counter()
+    for bait in (" " * 500, r"\quad" * 100, " and" * 120, ", " * 250, "1 " * 250, "1" * 250 + " " * 250 + "x"):
+        compare_exactly("17", f"1{bait}2")
+    assert time.perf_counter() - started < 0.2
 
 
 def test_numbers_are_read_exactly() -> None:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from stages.reward.rules.extraction import Convention, find_answer, last_lines, tail
+from stages.reward.rules.extraction import Convention, find_answer, last_lines, tail, words_apart
 from stages.reward.rules.form import Form, has_form
 from stages.reward.rules.screen import objection
 
@@ -31,6 +31,11 @@ ALL: tuple[Convention, ...] = ("boxed", "tags", "hashes", "line", "phrase", "num
         ("所以答案是13只。", "13只"),
         ("1,234", "1,234"),
         (r"The answer is 5, that is \boxed{6}", "6"),
+        (r"half of it is \boxed{200}. Final Answer: The final answer is $10,455$. I hope it is correct.", "$10,455$"),
+        (r"\boxed{\frac{1}{2}} so the final answer is one half.", r"\frac{1}{2}"),
+        (r"\boxed{1} papers and \boxed{2} bins", "1, 2"),
+        (r"\boxed{1} is too small for it and \boxed{2} is right", "2"),
+        (" $p=5$ ", "$p=5$"),
     ],
 )
 def test_the_stated_answer_is_found(text: str, answer: str) -> None:
@@ -44,6 +49,12 @@ def test_an_output_that_states_no_answer_has_none(text: str) -> None:
 
 def test_only_the_conventions_asked_for_count() -> None:
     assert find_answer("A: 18", ("hashes",)) is None
+    assert find_answer(r"\boxed{5}. The final answer is 6.", ("boxed",)) == "5"
+
+
+def test_chinese_text_stands_apart_from_what_it_touches() -> None:
+    assert words_apart("共有99颗，比例为13/28") == "共有 99 颗，比例为 13/28"
+    assert words_apart(r"面积是$x^2$平方米") == r"面积是 $x^2$ 平方米"
 
 
 def test_hostile_texts_cost_milliseconds() -> None:

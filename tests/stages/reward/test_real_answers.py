@@ -50,63 +50,93 @@ def test_all_5276_labelled_solutions_are_scored_as_labelled(
     assert [grade.status == "ok" for grade in found] == labels
 
 
-def agreements(rows: list[dict[str, Any]], pool: KillablePool) -> int:
-    """How many cases we grade as their source does; a bare `answer` stands where our conventions would have put it."""
+def disagreements(rows: list[dict[str, Any]], pool: KillablePool) -> list[str]:
+    """Cases we grade otherwise than their source; a bare `answer` stands where our conventions would have put it."""
     pairs = [
         (row["gold"], row["prediction"] if row["kind"] == "text" else f"\\boxed{{{row['prediction']}}}") for row in rows
     ]
     found = grades(pairs, pool, "math_verify_search", 20.0)
-    return sum((grade.status == "ok") == row["expected"] for row, grade in zip(rows, found, strict=True))
+    return [row["id"] for row, grade in zip(rows, found, strict=True) if (grade.status == "ok") != row["expected"]]
 
 
-def test_every_eighth_of_other_graders_cases_agrees_where_policies_do(data_dir: Path, pool: KillablePool) -> None:
-    assert agreements(rows_of(data_dir / "grader_cases.jsonl")[::8], pool) >= 49  # of 58; measured 51
+OTHERWISE = {
+    "gc-0028": "a formula that spans lines is one for us",
+    "gc-0029": "a formula that spans lines is one for us",
+    "gc-0127": "their test rounds to 2 places; 0.33 is not 1/3",
+    "gc-0133": "their test rounds; 2.6667 is not 8/3",
+    "gc-0179": "their set of an inequality, a setting; the pair stands there with both verdicts",
+    "gc-0184": "two boxes in a gold answer with a stray backslash before each",
+    "gc-0244": "their equality of f(x) and f(y), a setting; the pair stands there with both verdicts",
+    "gc-0259": "their test rounds to 4 places; 0.3333 is not 1/3",
+    "gc-0286": "French prose whose last number is not the answer; we read English and Chinese",
+}
+
+
+def test_graders_cases_of_math_verify_and_lighteval_agree_but_for_9_of_306(data_dir: Path, pool: KillablePool) -> None:
+    rows = rows_of(data_dir / "grader_cases.jsonl")
+    own = [row for row in rows if "Math-Verify" in row["source"] or "lighteval" in row["source"]]
+    assert len(own) == 306
+    found = disagreements(own, pool)
+    assert found == list(OTHERWISE)
+    assert 1 - len(found) / len(own) >= 0.97
 
 
 @pytest.mark.slow
-def test_other_graders_cases_agree_where_policies_do(data_dir: Path, pool: KillablePool) -> None:
-    """Measured: 276 of 306 for Math-Verify and lighteval, 401 of 462 in all.
+def test_all_graders_cases_agree_where_policies_do(data_dir: Path, pool: KillablePool) -> None:
+    """425 of 462 agree; the other 28 disagreements are policies of their sources too.
 
-    The disagreements are policies, not accidents: 13 multiple-choice letters in running text (we extract mathematics), the
-    tests' own rounding to 2 or 4 places (we: 6), pairs listed with both verdicts, `1,22` as a decimal comma (we: a pair),
-    a box that is never closed in the part of the text we read, order of lists in hendrycks/math (we: math-verify's),
-    symeval's free percent (3.04 = 0.0304), units that change the value in MARIO (`10cm` is not 10), times of day, text
-    answers of NeMo-RL; and the rows marked SUSPECT.
+    Order of lists in hendrycks/math (ours: math-verify's); rounded irrational numbers, times of day and units that change the
+    value in MARIO (`10cm` is not 10); symeval's free percent (3.04 = 0.0304) and sets; text answers of NeMo-RL; and rows
+    marked SUSPECT.
     """
-    rows = rows_of(data_dir / "grader_cases.jsonl")
-    own = [row for row in rows if "Math-Verify" in row["source"] or "lighteval" in row["source"]]
-    assert agreements(own, pool) >= 273
-    assert agreements(rows, pool) >= 398
+    assert len(disagreements(rows_of(data_dir / "grader_cases.jsonl"), pool)) <= 37
 
 
 WORST = ("b001", "b009", "b026", "b029", "b030", "b042", "b043", "b046", "b053", "b061", "b069", "b084", "b097", "b106")
+PROBE = [(r"\frac{1}{\sqrt 2}", r"\boxed{\frac{\sqrt2}{2}}"), (r"\sqrt{8}", r"\boxed{3\sqrt{2}}")]
 
 
 def check_bombs(bombs: list[dict[str, Any]], pool: KillablePool, verifier: Verifier, deadline_s: float) -> None:
-    probe = [(r"\frac{1}{\sqrt 2}", r"\boxed{\frac{\sqrt2}{2}}"), (r"\sqrt{8}", r"\boxed{3\sqrt{2}}")]
-    assert [grade.status for grade in grades(probe, pool, verifier, 20.0)] == ["ok", "wrong"]
-    started = time.perf_counter()
-    found = grades([(bomb["gold"], bomb["prediction"]) for bomb in bombs], pool, verifier, deadline_s)
-    elapsed = time.perf_counter() - started
-    assert len(found) == len(bombs)
-    accepted = [b["id"] for b, g in zip(bombs, found, strict=True) if g.status == "ok" and b["expect"] == "not_correct"]
-    assert accepted == []
-    timeouts = sum(grade.status == "timeout" for grade in found)
-    # A timeout is a first try and a second alone with twice the time; a killed worker is replaced within a second or so.
-    assert elapsed < 30 + timeouts * (3 * deadline_s + 2)
-    assert [grade.status for grade in grades(probe, pool, verifier, 20.0)] == ["ok", "wrong"]
+    """Row by row, so that the time of each is its own: that in a worker, and all there is before and after it."""
+    assert [grade.status for grade in grades(PROBE, pool, verifier, 20.0)] == ["ok", "wrong"]
+    accepted, late = [], []
+    for bomb in bombs:
+        started = time.perf_counter()
+        (grade,) = grades([(bomb["gold"], bomb["prediction"])], pool, verifier, deadline_s)
+        elapsed = time.perf_counter() - started
+        if elapsed > deadline_s + 1.0:
+            late.append((bomb["id"], elapsed))
+        if grade.status == "ok" and bomb["expect"] == "not_correct":
+            accepted.append(bomb["id"])
+    assert (accepted, late) == ([], [])
+    assert [grade.status for grade in grades(PROBE, pool, verifier, 20.0)] == ["ok", "wrong"]
 
 
-def test_the_worst_bombs_are_answered_and_the_pool_lives(data_dir: Path, pool: KillablePool) -> None:
+def test_the_worst_bombs_are_answered_in_time_and_the_pool_lives(data_dir: Path, pool: KillablePool) -> None:
     bombs = [bomb for bomb in rows_of(data_dir / "verifier_bombs.jsonl") if bomb["id"] in WORST]
     assert len(bombs) == len(WORST)
-    check_bombs(bombs, pool, "math_verify", 1.0)
+    check_bombs(bombs, pool, "math_verify", 0.5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verifier", ["math_verify", "math_verify_search"])
-def test_all_117_bombs_are_answered_and_the_pool_lives(data_dir: Path, pool: KillablePool, verifier: Verifier) -> None:
-    check_bombs(rows_of(data_dir / "verifier_bombs.jsonl"), pool, verifier, DEADLINE_S)
+def test_all_117_bombs_are_answered_in_time_and_the_pool_lives(
+    data_dir: Path, pool: KillablePool, verifier: Verifier
+) -> None:
+    bombs = rows_of(data_dir / "verifier_bombs.jsonl")
+    assert len(bombs) == 117
+    check_bombs(bombs, pool, verifier, DEADLINE_S)
+
+
+def test_a_batch_of_bombs_has_a_row_for_each_and_right_answers_between_them_stay_right(
+    data_dir: Path, pool: KillablePool
+) -> None:
+    bombs = [bomb for bomb in rows_of(data_dir / "verifier_bombs.jsonl") if bomb["id"] in WORST]
+    pairs = [pair for bomb in bombs for pair in (PROBE[0], (bomb["gold"], bomb["prediction"]), PROBE[1])]
+    found = [grade.status for grade in grades(pairs, pool, "math_verify_search", 0.5)]
+    assert found[::3] == ["ok"] * len(bombs)
+    assert found[2::3] == ["wrong"] * len(bombs)
+    assert "ok" not in found[1::3]
 
 
 def test_no_bomb_is_right_by_the_exact_verifier(data_dir: Path, pool: KillablePool) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.store import Store
-from stages.reward import AccuracyConfig, FormatConfig, RewardConfig, score
+from stages.reward import AccuracyConfig, FormatConfig, LanguageConfig, RewardConfig, score
 from stages.reward.composition import Part, compose
 from stages.tables import Questions, Rewards, Rollouts
 
@@ -102,13 +102,26 @@ def test_an_answer_beyond_arithmetic_is_compared_symbolically() -> None:
     assert made.metrics["reward/screened"] == pytest.approx(1 / 3)
 
 
+def test_language_adds_its_share_to_the_reward_and_decides_no_status() -> None:
+    config = RewardConfig(components=(AccuracyConfig(verifier="exact"), LanguageConfig()))
+    outputs = rollouts(
+        ("a", 0, "There are 17 eggs.\n#### 17"), ("a", 1, "一共有十七个\n#### 17"), ("a", 2, "", "length")
+    )
+    table = [{"question_id": "a", "question": "How many eggs are there?", "answer": "17", "solution": None}]
+    made = score(outputs, Questions.write(table), config)
+    assert column(made, "reward") == [1.1, 1.0, 0.0]
+    assert column(made, "status") == ["ok", "ok", "truncated"]
+    assert column(made, "components")[1] == [("accuracy", 1.0), ("language", 0.0)]
+    assert made.metrics["reward/language"] == pytest.approx(1 / 3)
+
+
 def test_a_hanging_comparison_has_no_reward_and_the_rest_of_the_batch_keeps_its_own() -> None:
     bomb = r"\boxed{\sin^{40}(x)+\cos^{40}(x)-\tan^{20}(x)\sec^{20}(x)}"
     config = RewardConfig(workers=1, deadline_s=0.05)  # the comparison takes seconds
     made = score(rollouts(("a", 0, bomb), ("a", 1, r"\boxed{17}")), questions(a="17"), config)
     assert column(made, "status") == ["timeout", "ok"]
     assert column(made, "reward") == [None, 1.0]
-    assert made.metrics["reward/missing"] == 0.5
+    assert made.metrics["reward/missing"] == made.metrics["reward/faults"] == 0.5
     assert made.metrics["reward/mean"] == 1.0
 
 

@@ -1,0 +1,135 @@
+r"""Language coherence: an output in the script of its question, not mixed with another, and not caught in a loop.
+
+Scripts, not languages: English and French look alike here, English and Chinese do not. Digits, operators, LaTeX, code, single
+letters and the words of the question itself belong to every language.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+import zlib
+from collections import Counter
+from functools import lru_cache
+from itertools import accumulate
+from typing import Final
+
+__all__ = ["compression", "foreign_share", "is_coherent", "longest_run"]
+
+_LONGEST: Final = 16_384
+_WINDOW: Final = 2048
+_LONGEST_PERIOD: Final = 24
+_NEUTRAL: Final = re.compile(
+    r"```.*?(?:```|\Z)|`[^`\n]*`"  # code
+    r"|\$\$.{0,500}?\$\$|\$[^$\n]*\$|\\\(.{0,500}?\\\)|\\\[.{0,500}?\\\]"  # formulas; bounded, or bait costs seconds
+    r"|\\[A-Za-z]+|</?[A-Za-z]+>",  # commands of LaTeX, tags
+    re.DOTALL,
+)
+_WORD: Final = re.compile(r"[^\W\d_]+")
+_PASSAGE: Final = re.compile(r"[一-鿿぀-ヿ]|[^\W_]+")
+_JAPANESE: Final = frozenset({"HIRAGANA", "KATAKANA", "CJK"})
+
+
+def is_coherent(question: str, text: str, *, max_foreign: float, max_run: int, max_compression: float) -> bool:
+    """Whether `text` says something, in the script of `question`, without more of another script and without more repetition.
+
+    Args:
+        question: decides the script; one without words allows any one script.
+        text: the output; of more than 16,384 characters the last ones count.
+        max_foreign: largest `foreign_share`.
+        max_run: largest `longest_run`.
+        max_compression: largest `compression`.
+    """
+    text = text[-_LONGEST:]
+    return (
+        text.strip() != ""
+        and foreign_share(question, text) <= max_foreign
+        and compression(text) <= max_compression
+        and longest_run(text) <= max_run
+    )
+
+
+def foreign_share(question: str, text: str) -> float:
+    """Share of the words of `text` that are of another script than `question` is written in; 0 where it has no words.
+
+    A word is a run of letters of one script, at least two of them; in Chinese and Japanese every character counts as one.
+    Foreign words that the question has (names, units) do not count at all.
+    """
+    asked = _words(question)
+    quoted = {word.lower() for word, _ in asked}
+    said = _words(text)
+    scripts = Counter(script for _, script in asked or said)
+    if not scripts:
+        return 0.0
+    home = {scripts.most_common(1)[0][0]}
+    if scripts.keys() & {"HIRAGANA", "KATAKANA"} and home <= _JAPANESE:
+        home = set(_JAPANESE)
+    at_home = sum(script in home for _, script in said)
+    foreign = sum(script not in home and word.lower() not in quoted for word, script in said)
+    return foreign / max(foreign + at_home, 1)
+
+
+def longest_run(text: str) -> int:
+    """How often the same passage stands in a row: 3 for "so we go so we go so we go", 1 for a text without repetition.
+
+    A passage is up to 24 words, numbers or Chinese characters and has at least one word: `2*2*2*2*2` is no repetition, nor are
+    lines in which a number changes.
+    """
+    words = [word.lower() for word in _PASSAGE.findall(text)]
+    meaning = [0, *accumulate(map(_is_word, words))]
+    longest = 1
+    for period in range(1, min(_LONGEST_PERIOD, len(words) // 2) + 1):
+        if len(words) < period * (longest + 1):
+            break  # longer passages do not fit often enough to matter
+        longest = max(longest, _run(words, meaning, period))
+    return longest
+
+
+def _run(words: list[str], meaning: list[int], period: int) -> int:
+    """The longest run of passages of `period` words; `meaning[i]` counts those of the first i that are not numbers."""
+    longest = same = 0
+    for place in range(period, len(words)):
+        same = same + 1 if words[place] == words[place - period] else 0
+        if same > longest and meaning[place + 1] > meaning[place + 1 - period]:
+            longest = same
+    return longest // period + 1
+
+
+def _is_word(word: str) -> bool:
+    return word.isalpha() and (len(word) > 1 or not word.isascii())
+
+
+def compression(text: str) -> float:
+    """Characters per compressed byte in the most repetitive stretch of 2,048 characters: 2-3 in prose, 10 and more in loops.
+
+    Compressed by zlib, less the 8 bytes that an empty text needs; stretches under 256 characters count as 1. Characters, not
+    bytes, are counted: three bytes to a Chinese character are no repetition.
+    """
+    highest = 1.0
+    for start in range(0, max(len(text) - _WINDOW // 2, 1), _WINDOW // 2):
+        stretch = text[start : start + _WINDOW]
+        if len(stretch) >= 256:
+            packed = len(zlib.compress(stretch.encode("utf-8", "replace"), 6)) - 8
+            highest = max(highest, len(stretch) / packed)
+    return highest
+
+
+def _words(text: str) -> list[tuple[str, str]]:
+    """The words of a text, each with its script; a run of letters of two scripts is two words."""
+    words: list[tuple[str, str]] = []
+    for run in _WORD.findall(_NEUTRAL.sub(" ", text)):
+        start = 0
+        for place in range(1, len(run) + 1):
+            script = _script(run[start])
+            if place < len(run) and script not in ("CJK", "HIRAGANA", "KATAKANA") and _script(run[place]) == script:
+                continue
+            if place - start > 1 or not run[start].isascii():
+                words.append((run[start:place], script))
+            start = place
+    return words
+
+
+@lru_cache(maxsize=65_536)
+def _script(letter: str) -> str:
+    """The script of a letter by the first word of its Unicode name: LATIN, CJK, CYRILLIC, ARABIC, HIRAGANA."""
+    return unicodedata.name(letter, "UNKNOWN").split()[0]

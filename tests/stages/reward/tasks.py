@@ -1,0 +1,46 @@
+"""What the pool's tests have done in worker processes; a module of its own, as workers import it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+
+def double(x: int) -> int:
+    return 2 * x
+
+
+class MuteError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("not even this")
+
+
+def misbehave(how: str) -> Any:
+    match how:
+        case "hang":
+            while True:
+                pass
+        case "crash":
+            os.abort()
+        case "allocate":
+            return str(len(bytearray(8 * 2**30)))
+        case "allocate slowly":
+            kept = []
+            while True:
+                kept.append(bytearray(2**20))
+                time.sleep(0.001)
+        case "raise":
+            raise ValueError("no such luck")
+        case "raise unknown":
+            raise type("Unknown", (Exception,), {})("of this process only")
+        case "raise mute":
+            raise MuteError
+        case "exit":
+            sys.exit(3)
+        case "return a lock":
+            return threading.Lock()
+        case _:
+            return how

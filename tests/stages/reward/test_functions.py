@@ -1,0 +1,267 @@
+"""Your own reward: TRL's signature, in processes that are killed; one bad row never costs the others."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import ConfigError
+from pipeline.store import Store
+from stages.reward import AccuracyConfig, FunctionConfig, RewardConfig, score
+from stages.reward.functions.source import find_source
+from stages.tables import Questions, Rewards, Rollouts
+
+pytestmark = [pytest.mark.usefixtures("store"), pytest.mark.filterwarnings("ignore:component 'function'")]
+
+MODULE = "tests.stages.reward.reward_functions"
+
+
+def config(name: str, *, memory_mb: int = 256, truncated: Any = "as_unparseable", **fields: Any) -> RewardConfig:
+    function = FunctionConfig(function=name if ":" in name else f"{MODULE}:{name}", **({"deadline_s": 2.0} | fields))
+    return RewardConfig(components=(function,), memory_mb=memory_mb, truncated=truncated)
+
+
+def rollouts(*groups: tuple[str, ...], cut: tuple[str, ...] = ()) -> Rollouts:
+    """One question for each group of texts, `a`, `b`, ..."""
+    rows = []
+    for question, texts in enumerate(groups):
+        for sample, text in enumerate(texts):
+            rows.append(
+                {
+                    "question_id": "abcdef"[question],
+                    "sample": sample,
+                    "prompt_ids": [1],
+                    "output_ids": [7, 8],
+                    "logprobs": [-0.5, -0.5],
+                    "finish_reason": "length" if text in cut else "stop",
+                    "text": text,
+                    "text_ends": [0, len(text)],
+                    "temperature": 1.0,
+                    "seed": 0,
+                }
+            )
+    return Rollouts.write(rows)
+
+
+def questions() -> Questions:
+    rows = [{"question_id": each, "question": "2+2=?", "answer": "4", "solution": None} for each in "bcdef"]
+    return Questions.write([{"question_id": "a", "question": "2+2=?", "answer": "4", "solution": "2+2=4"}, *rows])
+
+
+def scored(reward: RewardConfig, *groups: tuple[str, ...], cut: tuple[str, ...] = ()) -> Rewards:
+    return score(rollouts(*groups, cut=cut), questions(), reward)
+
+
+def column(rewards: Rewards, name: str) -> list[Any]:
+    return [row[name] for row in rewards.rows()]
+
+
+def test_a_function_gets_what_trl_passes_and_its_numbers_are_the_scores() -> None:
+    facts = config("facts", columns=["question", "answer", "solution"])
+    assert column(scored(facts, ("4",), ("4",)), "reward") == [1.0, 1.0]
+    made = scored(config("by_text"), ("0.5", "-2", "0", "true"))
+    assert column(made, "reward") == [0.5, -2.0, 0.0, 1.0]
+    assert column(made, "status") == ["ok", "wrong", "wrong", "ok"]
+    assert made.metrics["reward/function"] == pytest.approx(-0.125)
+    assert made.metrics["reward/faults"] == 0.0
+    assert "tests.stages.reward.reward_functions" not in sys.modules, "it runs in workers only"
+
+
+def test_each_bad_row_has_its_status_and_the_rest_of_the_batch_its_scores() -> None:
+    bad = ("hang", "allocate", "raise", "exit", "abort", "drop", "twice", "nan", "inf", "text", "nonsense")
+    texts = [text for i, each in enumerate(bad) for text in (each, str(i))]
+    with pytest.warns(UserWarning, match=r"no score from .*:by_text for 11 of 22 outputs, such as \('a', 0\): killed"):
+        made = scored(config("by_text", deadline_s=1.5), tuple(texts))
+    assert column(made, "status")[::2] == ["timeout"] + ["error"] * 10
+    assert column(made, "reward")[::2] == [None] * 11
+    assert column(made, "reward")[1::2] == list(range(11))
+    assert made.metrics["reward/faults"] == made.metrics["reward/missing"] == 0.5
+
+
+def test_none_is_no_score_and_treated_as_declared() -> None:
+    texts = ("none", "0.5")
+    assert column(scored(config("by_text"), texts), "reward") == [None, 0.5]
+    assert column(scored(config("by_text"), texts), "status") == ["unparseable", "ok"]
+    assert column(scored(config("by_text", missing="zero"), texts), "reward") == [0.0, 0.5]
+    both = RewardConfig(
+        components=(
+            AccuracyConfig(verifier="exact"),
+            FunctionConfig(function=f"{MODULE}:by_text", weight=0.5, missing="rescale"),
+        )
+    )
+    made = scored(both, ("none", "4"))
+    assert column(made, "components") == [
+        [("accuracy", 0.0), ("function", None)],
+        [("accuracy", 1.0), ("function", 4.0)],
+    ]
+    assert column(made, "reward") == [0.0, 3.0]
+    assert column(made, "status") == ["unparseable", "ok"]
+
+
+def test_what_a_function_prints_goes_to_stderr(store: Store) -> None:
+    code = f"""
+from pathlib import Path
+from pipeline.store import Store, use_store
+from tests.stages.reward.test_functions import column, config, scored
+if __name__ == "__main__":
+    with use_store(Store(Path({str(store.root)!r}))):
+        print(column(scored(config("by_text"), ("print", "1")), "reward"))
+"""
+    script = store.root.parent / "script.py"
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, script],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout == "[0.25, 1.0]\n"
+    assert "printed by the function" in done.stderr
+    assert "written by the function" in done.stderr
+
+
+def test_a_call_holds_whole_what_belongs_together() -> None:
+    groups = (("1",) * 9, ("2",) * 6, ("3",) * 5)
+    assert column(scored(config("length_of_call"), *groups), "reward") == [16.0] * 16 + [4.0] * 4
+    by_question = config("length_of_call", together="question")
+    assert column(scored(by_question, *groups), "reward") == [15.0] * 15 + [5.0] * 5
+    assert column(scored(config("length_of_call", together="batch"), *groups), "reward") == [20.0] * 20
+
+
+def test_a_unit_that_fails_alone_costs_its_own_rows_only() -> None:
+    groups = (("1", "2"), ("raise", "4"), ("5", "6"))
+    by_row = column(scored(config("length_of_call"), *groups), "status")
+    assert by_row == ["ok", "ok", "error", "ok", "ok", "ok"]
+    by_question = column(scored(config("length_of_call", together="question"), *groups), "status")
+    assert by_question == ["ok", "ok", "error", "error", "ok", "ok"]
+    assert column(scored(config("length_of_call", together="batch"), *groups), "status") == ["error"] * 6
+
+
+def test_without_patience_the_rows_of_a_failing_call_share_its_fault() -> None:
+    with pytest.warns(UserWarning, match="in a call with 3 outputs: KeyError: 'no such rule'"):
+        made = scored(config("by_text", patience_s=0.0), ("1", "raise", "3"))
+    assert column(made, "status") == ["error"] * 3
+
+
+def test_a_function_that_always_hangs_ends_within_its_patience() -> None:
+    scored(config("by_text"), ("1",))
+    started = time.perf_counter()
+    made = scored(config("always_hang", deadline_s=0.5, patience_s=2.0), ("1",) * 40)
+    assert column(made, "status") == ["timeout"] * 40
+    # 3 calls on 2 workers, then no more than 2 s of pieces; starting processes takes the rest.
+    assert time.perf_counter() - started < 2 * 0.5 + 2.0 + 6.0
+
+
+def test_a_function_that_forgets_its_scores_is_an_error_in_words() -> None:
+    with pytest.warns(UserWarning, match="TypeError: expected a list of 1 scores, found NoneType"):
+        assert column(scored(config("without_return"), ("1",)), "status") == ["error"]
+
+
+def test_truncated_outputs_are_not_shown_to_the_function_unless_they_count_as_they_are() -> None:
+    made = scored(config("by_text"), ("raise", "1"), cut=("raise",))
+    assert column(made, "status") == ["truncated", "ok"]
+    assert column(made, "reward") == [0.0, 1.0]
+    assert column(scored(config("by_text", truncated="as_is"), ("2", "1"), cut=("2",)), "reward") == [2.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "reason"),
+    [
+        ("nowhere", (), "AttributeError: module .* has no attribute 'nowhere'"),
+        ("A_CONSTANT", (), "expected a plain function, found int"),
+        ("asynchronous", (), "expected a plain function, found function \\(async\\)"),
+        (
+            "of_one_column",
+            ("answer", "question"),
+            "got an unexpected keyword argument 'question'; name fewer `columns`",
+        ),
+        ("facts", (), "missing a required argument: 'question'"),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_refused_at_once(name: str, columns: tuple[Any, ...], reason: str) -> None:
+    with pytest.raises(ConfigError, match=rf"function '{MODULE}:{name}' in .*reward_functions.py: .*{reason}"):
+        scored(config(name, columns=columns), ("1",))
+
+
+def test_only_the_columns_named_are_passed() -> None:
+    assert column(scored(config("of_one_column", columns=("answer",)), ("4", "5")), "reward") == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        ("no_such_module:reward", "no module 'no_such_module' in .*; write it as module:name"),
+        ("tests.no_such_module:reward", r"no module 'tests.no_such_module' in .*tests;"),
+        ("json.decoder.deeper:reward", "no module 'json.decoder.deeper' in a module that is no package"),
+        ("sys:exit", "expected a file of Python source for 'sys', found built-in"),
+    ],
+)
+def test_a_module_that_is_not_there_is_refused_with_where_it_was_looked_for(function: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"function '{function}': {reason}"):
+        config(function).key()
+
+
+@pytest.mark.parametrize("function", ["reward", "a.b", "a/b.py:reward", "a:b.c", ":reward", "a:", "os;x:reward"])
+def test_a_function_is_named_as_module_and_name(function: str) -> None:
+    with pytest.raises(ConfigError, match="function"):
+        FunctionConfig.parse({"function": function})
+
+
+def test_the_files_content_is_part_of_the_key_and_a_changed_one_runs_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "my_rewards.py"
+    file.write_text("def reward(completions, **columns):\n    return [1.0] * len(completions)\n")
+    mine = config("my_rewards:reward")
+    first = mine.key()
+    assert column(scored(mine, ("x",)), "reward") == [1.0]
+    file.write_text("def reward(completions, **columns):\n    return [2.0] * len(completions)\n")
+    assert mine.key() != first
+    assert column(scored(mine, ("x",)), "reward") == [2.0]
+    assert "my_rewards" not in sys.modules
+
+
+def test_a_packages_code_does_not_run_while_the_function_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "bomb" / "inner"
+    folder.mkdir(parents=True)
+    for place in (tmp_path / "bomb", folder):
+        (place / "__init__.py").write_text("raise SystemExit('this must not run here')\n")
+    (folder / "rules.py").write_text("def reward(**columns): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    source = find_source("bomb.inner.rules:reward")
+    assert (source.file, source.root) == (folder / "rules.py", tmp_path)
+    assert find_source("bomb.inner:reward").root == tmp_path
+    with pytest.raises(
+        ConfigError, match=r"function 'bomb.inner.rules:reward' in .*: error: SystemExit: this must not run"
+    ):
+        scored(config("bomb.inner.rules:reward"), ("1",))
+
+
+def test_a_package_may_import_its_own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "kit"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "scale.py").write_text("FACTOR = 0.5\n")
+    (folder / "rules.py").write_text(
+        "from .scale import FACTOR\ndef reward(completions, **columns):\n    return [FACTOR * float(c) for c in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert column(scored(config("kit.rules:reward"), ("3",)), "reward") == [1.5]
+
+
+def test_limits_of_time_are_not_part_of_the_key_and_what_is_scored_is() -> None:
+    plain = FunctionConfig(function=f"{MODULE}:by_text")
+    assert plain.override({"deadline_s": 99.0, "patience_s": 1.0}).key() == plain.key()
+    assert plain.override({"together": "batch"}).key() != plain.key()
+    assert plain.override({"function": f"{MODULE}:facts"}).key() != plain.key()

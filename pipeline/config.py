@@ -6,6 +6,7 @@ A config answers three questions: is it valid (all errors at once, the nearest n
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Iterator, Mapping
@@ -70,7 +71,7 @@ class Config(BaseModel):
         values = self.model_dump(mode="json")
         # A whole before its parts, and a kind before what stands beside it: "objective.beta" lands in the new "objective.kind".
         for key in sorted(changes, key=lambda key: (key.count("."), key.split(".")[-1] != "kind")):
-            _assign(values, key, changes[key])
+            _assign(values, key, copy.deepcopy(changes[key]))  # later keys are written into it
         return type(self).parse(values, source=source)
 
     def key(self) -> dict[str, Any]:
@@ -174,7 +175,9 @@ def _load_mapping(text: str, source: str) -> Mapping[str, Any]:
 
 
 def _explain(root: type[BaseModel], details: ErrorDetails) -> str:
-    *parents, last = (str(part) for part in details["loc"]) if details["loc"] else ("config",)
+    if not details["loc"]:
+        return details["msg"].removeprefix("Value error, ")  # a check of the whole, which names the keys it is about
+    *parents, last = (str(part) for part in details["loc"])
     path, models = _descend({root}, parents)
     dotted = ".".join([*path, last])
     if details["type"] == "extra_forbidden":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,21 +17,23 @@ __all__ = ["Example", "join"]
 class Example:
     """An output with what the critic shall predict before each of its tokens."""
 
-    prompt_ids: Sequence[int]
-    output_ids: Sequence[int]
-    returns: Sequence[float]
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    returns: tuple[float, ...]
     """One value per output id."""
+    weight: float = 1.0
+    """How many equal outputs this one stands for."""
 
 
 def join(outputs: Rollouts, advantages: Advantages) -> list[Example]:
-    """One example per output that has advantages; rows masked out (null advantage) take no part.
+    """One example per distinct output that has advantages, weighted by its count; masked rows (null) take no part.
 
     Raises:
         ValueError: an output without a row of advantages or without returns, returns of another number than tokens or not
-            finite, or no output left.
+            finite.
     """
     by_key = {(row["question_id"], row["sample"]): row for row in advantages.rows()}
-    examples = []
+    weights: dict[Example, float] = {}
     for row in outputs.read().select(["question_id", "sample", "prompt_ids", "output_ids"]).to_pylist():
         key = (row["question_id"], row["sample"])
         if key not in by_key:
@@ -38,13 +41,12 @@ def join(outputs: Rollouts, advantages: Advantages) -> list[Example]:
         if by_key[key]["advantage"] is None:
             continue
         returns = _checked(key, by_key[key]["returns"], len(row["output_ids"]))
-        examples.append(Example(row["prompt_ids"], row["output_ids"], returns))
-    if not examples:
-        raise ValueError("every output is masked out; there is nothing for the critic to learn from")
-    return examples
+        example = Example(tuple(row["prompt_ids"]), tuple(row["output_ids"]), returns)
+        weights[example] = weights.get(example, 0.0) + 1.0
+    return [dataclasses.replace(example, weight=weight) for example, weight in weights.items()]
 
 
-def _checked(key: tuple[str, int], returns: Sequence[Any] | None, tokens: int) -> Sequence[float]:
+def _checked(key: tuple[str, int], returns: Sequence[Any] | None, tokens: int) -> tuple[float, ...]:
     if returns is None:
         raise ValueError(
             f"output {key} has no returns to fit a critic to; estimate advantages with advantage.kind = gae"
@@ -54,4 +56,4 @@ def _checked(key: tuple[str, int], returns: Sequence[Any] | None, tokens: int) -
     for token, value in enumerate(returns):
         if value is None or not math.isfinite(value):
             raise ValueError(f"output {key}: the return before token {token} is {value}; expected a finite number")
-    return returns
+    return tuple(returns)

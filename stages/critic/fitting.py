@@ -48,12 +48,14 @@ class Fit:
         """This rank's parts of `examples`, on the engine's device."""
         rows = [Row(example.prompt_ids, example.output_ids) for example in examples]
         batches = list(micro_batches(rows, micro_batch_tokens))
+        outputs = sum(example.weight for example in examples)
         parts = []
         for batch, factor in own_share(batches, rank=engine.rank, world_size=engine.world_size):
             mask_BO = batch.output_mask_BO
             flat_N = torch.tensor([value for row in batch.rows for value in examples[row].returns])
             return_BO = torch.zeros(mask_BO.shape).masked_scatter(mask_BO, flat_N)
-            weight_BO = sequence_mean_weights(mask_BO, torch.full((len(batch.rows),), factor), outputs=len(examples))
+            count_B = factor * torch.tensor([examples[row].weight for row in batch.rows])
+            weight_BO = sequence_mean_weights(mask_BO, count_B, outputs=outputs)
             parts.append(Part(batch.to(engine.device), return_BO.to(engine.device), weight_BO.to(engine.device)))
         return cls(parts)
 
@@ -72,13 +74,15 @@ class Fit:
         self.reports.append(engine.step())
 
     def metrics(self, engine: Engine) -> dict[str, float | None]:
-        """Loss and gradient norm as means over the steps; values and returns over all tokens, before the first step."""
+        """Loss and gradient norm as means over the steps; values and returns as the loss weighs them, before the first."""
         value_N = torch.cat(self.first_value_N).double()
         return_N = torch.cat([part.return_BO[part.weight_BO > 0] for part in self.parts]).double()
         steps = len(self.reports)
 
+        weight_N = torch.cat([part.weight_BO[part.weight_BO > 0] for part in self.parts])
+
         def mean(values_N: Tensor) -> float:
-            return engine.total(float(values_N.sum())) / engine.total(float(values_N.numel()))
+            return engine.total(float((weight_N * values_N).sum())) / engine.total(float(weight_N.sum()))
 
         return {
             "critic/loss": sum(self.losses) / steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 
 from pipeline.progress import report
 from pipeline.stage import record_metrics, stage
@@ -35,6 +36,8 @@ def update_critic(
 
     Raises:
         ValueError: returns that are missing, of another number than tokens or not finite, by row, before any step.
+
+    Where every row is masked out the critic stays as it is, with a warning, as the policy does.
     """
     from stages.critic.fitting import Fit
     from stages.training import threads
@@ -43,6 +46,10 @@ def update_critic(
 
     started = time.perf_counter()
     examples = join(outputs, advantages)
+    if not examples:
+        warnings.warn("update_critic: every output of a step is masked out; the critic stays as it is", stacklevel=2)
+        record_metrics({"critic/skipped_steps": config.mu, "time/critic": time.perf_counter() - started})
+        return critic
     with threads(config.training.threads), peak_memory() as peak:
         engine = resident_engine(critic, config.training, slot="critic")
         fit = Fit.of(examples, engine, config.micro_batch_tokens)

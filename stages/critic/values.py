@@ -20,26 +20,25 @@ def estimate_values(critic: Checkpoint, outputs: Rollouts, config: CriticConfig)
     Raises:
         ValueError: a value that is not finite, by its row.
     """
-    import torch
+    from torch import Tensor
 
     from stages.critic.forward import values_before
     from stages.training import threads
-    from stages.training.batching import Row, micro_batches
+    from stages.training.batching import Batch, Row
     from stages.training.engine import resident_engine
-    from stages.training.unpadding import rows_of
+    from stages.training.scoring import score_rows
 
     started = time.perf_counter()
     table = outputs.read().select(["question_id", "sample", "prompt_ids", "output_ids"]).to_pylist()
     rows = [Row(row["prompt_ids"], row["output_ids"]) for row in table]
-    value: list[list[float]] = [[] for _ in rows]
     with threads(config.training.threads):
         engine = resident_engine(critic, config.training, slot="critic")
-        for batch in micro_batches(rows, config.micro_batch_tokens):
-            # Not around the engine's making: one that restores its optimizer takes a step, with gradient.
-            with torch.no_grad(), engine.autocast():
-                value_BO = values_before(engine.model, batch.to(engine.device))
-            for index, values in rows_of(batch, value_BO):
-                value[index] = values
+
+        def score(batch: Batch) -> Tensor:
+            with engine.autocast():
+                return values_before(engine.model, batch.to(engine.device))
+
+        value = score_rows(rows, config.micro_batch_tokens, score)
     for row, values in zip(table, value, strict=True):
         if not all(map(math.isfinite, values)):
             key = (row["question_id"], row["sample"])

@@ -32,31 +32,35 @@ def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollout
     Raises:
         ValueError: outputs of several temperatures or greedy ones, or a log-probability that is not finite, by its row.
     """
-    import torch
+    from torch import Tensor
 
     from stages.training import threads
-    from stages.training.batching import Row, micro_batches
+    from stages.training.batching import Batch, Row
     from stages.training.engine import resident_engine
     from stages.training.forward import completion_logprobs
     from stages.training.reference import reference_model
+    from stages.training.scoring import score_rows
     from stages.training.temperature import sampling_temperature
-    from stages.training.unpadding import rows_of
 
     started = time.perf_counter()
     temperature = sampling_temperature(outputs)
     table = outputs.read().select(["question_id", "sample", "prompt_ids", "output_ids"]).to_pylist()
     rows = [Row(row["prompt_ids"], row["output_ids"]) for row in table]
-    compared = [{"question_id": row["question_id"], "sample": row["sample"]} for row in table]
     with threads(config.training.threads):
         engine = resident_engine(policy, config.training)
-        models = {"policy": engine.model, "reference": reference_model(reference, engine, config.training)}
-        for batch in micro_batches(rows, config.micro_batch_tokens):
-            on_device = batch.to(engine.device)
-            for name, model in models.items():
-                with torch.no_grad(), engine.autocast():
-                    logp_BO = completion_logprobs(model, on_device, temperature).logp_BO
-                for index, logp in rows_of(batch, logp_BO):
-                    compared[index][name] = logp
+
+        def under(model: Any) -> list[list[float]]:
+            def score(batch: Batch) -> Tensor:
+                with engine.autocast():
+                    return completion_logprobs(model, batch.to(engine.device), temperature).logp_BO
+
+            return score_rows(rows, config.micro_batch_tokens, score)
+
+        current, frozen = under(engine.model), under(reference_model(reference, engine, config.training))
+    compared = [
+        {"question_id": row["question_id"], "sample": row["sample"], "policy": logp, "reference": ref_logp}
+        for row, logp, ref_logp in zip(table, current, frozen, strict=True)
+    ]
     _refuse_nonfinite(compared)
     record_metrics({"policy/kl_k1": _mean_k1(compared), "time/logprobs": time.perf_counter() - started})
     return Logprobs.write(compared)

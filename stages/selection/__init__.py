@@ -24,6 +24,7 @@ def keep_informative(outputs: list[Rollouts], rewards: list[Rewards], *, size: i
         ValueError: tables of unequal number, or fewer questions than `size`.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     if len(outputs) != len(rewards):
         raise ValueError(f"expected one table of rewards per table of outputs, found {len(rewards)} and {len(outputs)}")
@@ -32,7 +33,7 @@ def keep_informative(outputs: list[Rollouts], rewards: list[Rewards], *, size: i
         table = drawn.read()
         differs = _questions_that_differ(scored)
         for question_id in dict.fromkeys(table["question_id"].to_pylist()):
-            rows = table.filter(pa.compute.equal(table["question_id"], question_id))
+            rows = table.filter(pc.equal(table["question_id"], question_id))
             groups.setdefault(question_id, (rows, question_id in differs))
     if len(groups) < size:
         raise ValueError(f"expected at least {size} questions, found {len(groups)}")

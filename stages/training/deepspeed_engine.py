@@ -180,6 +180,7 @@ class DeepSpeedEngine:
         for slots in self.model.optimizer.optimizer.state.values():
             slots["step"].fill_(state.updates)
 
+    @torch.enable_grad()  # whoever asks for an engine may be about to compute without gradient
     def _take_empty_step(self) -> None:
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
         loss = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.sum() * 0.0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 
 from pipeline.config import Config
 from stages.training.config import TrainingConfig
@@ -56,6 +56,14 @@ class UpdateConfig(Config):
     "Compute equal outputs of a question once, weighted by their count: the same sum, up to rounding, for less work."
     training: TrainingConfig = TrainingConfig()
     "Engine, optimizer, precision, learning rate."
+
+    @model_validator(mode="after")
+    def _one_use_of_rollout_logprobs(self) -> Self:
+        if self.old_logprobs == "rollout" and self.correction.kind != "none":
+            raise ValueError(
+                "correction compares pi_old with the rollout's records, which old_logprobs=rollout makes equal"
+            )
+        return self
 
     @property
     def reads_rollout_logprobs(self) -> bool:

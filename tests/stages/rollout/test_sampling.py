@@ -82,7 +82,7 @@ def test_a_token_without_probability_is_never_drawn_at_the_ends_of_the_unit_inte
 
 
 def test_logprobs_are_those_at_the_temperature() -> None:
-    # correctness 3.1: logits [2, 1, 0], token 1: -1.4076 at T = 1, -1.6887 at T = 0.7
+    # Logits 2, 1, 0, the second token: -1.4076 at T = 1, -1.6887 at T = 0.7
     logits = torch.tensor([[2.0, 1.0, 0.0]])
     for temperature, expected in ((1.0, -1.4076), (0.7, -1.6887)):
         token, logprob = sample(logits, np.array([0]), np.array([0.9]), temperature)

@@ -1,0 +1,93 @@
+"""What the rollout engine says of its outputs is what the trainer says of them: one distribution, from ids to weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.store import Store
+from stages.models import Checkpoint, load_tokenizer, save
+from stages.prompts import PromptConfig
+from stages.rollout import HFBackendConfig, RolloutConfig, rollout
+from stages.tables import Advantages, Questions, Rollouts
+from stages.tokenizers import CharacterTokenizerConfig, build_tokenizer
+from stages.training import AdamWConfig, TrainingConfig
+from stages.update import GRPOConfig, UpdateConfig, update_policy
+from tests.stages.update.test_examples import advantage_row
+
+PADDED = 7
+"""Rows of the embedding behind the tokenizer's last id, as models of others have them."""
+
+
+def policy_with_padded_rows() -> Checkpoint:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = build_tokenizer(["0123456789+-=.\n"], CharacterTokenizerConfig())
+    torch.manual_seed(3)
+    shape = Qwen2Config(
+        vocab_size=len(tokenizer) + PADDED, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3,
+        pad_token_id=None, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(shape)
+    return Checkpoint.write(lambda folder: save(folder, model, tokenizer, eos_token_ids=[tokenizer.eos_token_id]))
+
+
+def sampled(policy: Checkpoint, temperature: float, seed: int = 0) -> Rollouts:
+    """Outputs of questions of unlike length, so that shorter prompts are padded on the left while they are decoded."""
+    texts = ("1+2", "3456-78+9=", "7", "1+2+3+4+5+6")
+    rows = [{"question_id": f"q{i}", "question": t, "answer": "0", "solution": None} for i, t in enumerate(texts)]
+    backend = HFBackendConfig(dtype="float32", threads=1)
+    config = RolloutConfig(G=4, temperature=temperature, max_output_tokens=12, backend=backend)
+    return rollout(policy, Questions.write(rows), PromptConfig(suffix="\n"), config, seed=seed)
+
+
+def trained(policy: Checkpoint, outputs: Rollouts) -> Checkpoint:
+    """The policy after one update that takes log pi_old from the rollout engine: its ratios compare engine and trainer."""
+    rows = outputs.rows()
+    advantages = [
+        advantage_row(row["question_id"], row["sample"], [1.0 - 2.0 * (row["sample"] % 2)] * len(row["output_ids"]))
+        for row in rows
+    ]
+    training = TrainingConfig(precision="fp32", optimizer=AdamWConfig(learning_rate=1e-2), threads=1)
+    config = UpdateConfig(objective=GRPOConfig(beta=0.0), old_logprobs="rollout", training=training)
+    return update_policy(policy, policy, outputs, Advantages.write(advantages), config, seed=0)
+
+
+def ratios(policy: Checkpoint) -> tuple[float, float]:
+    return policy.metrics["policy/ratio_min"], policy.metrics["policy/ratio_max"]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+def test_engine_and_trainer_agree_on_every_token_at_any_temperature(store: Store, temperature: float) -> None:
+    policy = policy_with_padded_rows()
+    outputs = sampled(policy, temperature)
+    assert {row["finish_reason"] for row in outputs.rows()} == {"stop", "length"}
+    assert ratios(trained(policy, outputs)) == pytest.approx((1.0, 1.0), abs=1e-4)
+
+
+def test_the_temperature_left_out_would_show_in_the_ratio(store: Store) -> None:
+    policy = policy_with_padded_rows()
+    said_to_be_of_one = Rollouts.write([row | {"temperature": 1.0} for row in sampled(policy, 0.7).rows()])
+    low, high = ratios(trained(policy, said_to_be_of_one))
+    assert low < 0.8
+    assert high > 1.05
+
+
+def test_after_an_update_outputs_come_from_the_new_weights(store: Store) -> None:
+    first = policy_with_padded_rows()
+    second = trained(first, sampled(first, 1.0))
+    outputs = sampled(second, 1.0)  # by the engine that is resident, its weights reloaded in place
+    assert ratios(trained(second, outputs)) == pytest.approx((1.0, 1.0), abs=1e-4)
+    low, high = ratios(trained(first, outputs))
+    assert low < 0.9 < 1.1 < high, "the update moved nothing, and stale weights would not show"
+
+
+def test_a_padded_row_may_be_sampled_and_adds_nothing_to_the_text(store: Store) -> None:
+    policy = policy_with_padded_rows()
+    known = len(load_tokenizer(policy))
+    strange = [row for row in sampled(policy, 1.6).rows() if max(row["output_ids"]) >= known]
+    assert strange, "no id behind the tokenizer's last was drawn"
+    for row in strange:
+        assert len(row["text"]) <= sum(token < known for token in row["output_ids"])
+        assert len(row["text_ends"]) == len(row["output_ids"]) == len(row["logprobs"])

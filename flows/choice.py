@@ -28,9 +28,15 @@ class Choice:
     """The recipe before overrides; for a file that is complete in itself, the recipe of its name or the file."""
 
     def differences(self) -> dict[str, tuple[Any, Any]]:
-        """Dotted keys whose value differs from the base: what it was, what it is (None where there is no such key)."""
+        """Dotted keys whose value differs from the base: what it was, what it is.
+
+        What it was is None where there was no such key, and `...` where a section has become a value. Keys that are no more
+        went with a `kind` or a section that is in the list.
+        """
         was, now = (flatten(config.model_dump(mode="json")) for config in (self.base, self.config))
-        return {key: (was.get(key), now.get(key)) for key in [*was, *now] if was.get(key) != now.get(key)}
+        sections = {key[:place] for key in was for place, letter in enumerate(key) if letter == "."}
+        before = dict.fromkeys(sections, "...") | was
+        return {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
 
 
 class _Values(Config):
@@ -53,22 +59,34 @@ def choose(
     Raises:
         ConfigError: no such recipe or file, or all that is wrong in the result.
     """
-    start, changes = _start(source)
-    if method is not None:
-        # What a file says of its recipe comes before the method, so that the method fits what it finds.
-        whole = start.override(changes, source=source)
-        changes |= method_settings(method, whole)
+    base, changes = _start(source)
+    later: dict[str, Any] = {}
     for file in files:
-        changes |= _overrides(file)
-    changes |= parse_settings(list(settings))
+        later |= _overrides(file)
+    later |= parse_settings(list(settings))
     names = ([f"method {method}"] if method else []) + [str(file) for file in files] + (["--set"] if settings else [])
-    config = start.override(changes, source=" + ".join([source, *names])) if changes else start
-    return Choice(config, RECIPES[start.name]() if start.name in RECIPES else start)
+    origin = " + ".join([source, *names])
+    if method is None:
+        changes |= later
+        config = base.override(changes, source=origin) if changes else base
+    else:
+        # What a file says of its recipe comes before the method, so that the method fits what it finds.
+        start = base.override(changes, source=source) if changes else base
+        config = _by_method(start, method, later, origin)
+    return Choice(config, RECIPES[base.name]() if base.name in RECIPES else base)
 
 
 def descriptions() -> dict[str, str]:
     """The recipes by name, with the first line of what each says about itself."""
     return {name: (inspect.getdoc(make) or "").partition("\n")[0] for name, make in RECIPES.items()}
+
+
+def _by_method(start: IterativeRLConfig, method: str, later: dict[str, Any], origin: str) -> IterativeRLConfig:
+    """`start` made a run of `method`, then changed by `later`."""
+    first = start.override(method_settings(method, start) | later, source=origin)
+    # What a method takes over from other settings (the longest output, the policy's optimizer) is what `later` made of them.
+    settled = first.model_copy(update={"name": start.name, "critic": start.critic})
+    return start.override(method_settings(method, settled) | later, source=origin)
 
 
 def _start(source: str) -> tuple[IterativeRLConfig, dict[str, Any]]:

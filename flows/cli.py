@@ -47,12 +47,18 @@ app = App(
 _RUN, _LOOK, _KEEP = (Group(name, sort_key=place) for place, name in enumerate(("Train", "Look", "Keep")))
 
 
+_COMPARE: Final = """Train a recipe by several methods; one table of what they cost and came to.
+
+An arm is what `cohort run RECIPE --method METHOD` trains, with one seed, and a run of its own (`cohort runs`, MLflow). What
+arms share is computed once, and the same command again computes nothing."""
+
+
 def _add(name: str, place: str, text: str, group: Group) -> None:
     app.command(f"flows.commands.{place}", name=name, help=text, group=group)
 
 
 _add("run", "training:run", "Train as a recipe says; again: continue, reusing all that is computed.", _RUN)
-_add("compare", "training:compare", "Train a recipe by several methods; one table of what they cost and came to.", _RUN)
+_add("compare", "training:compare", _COMPARE, _RUN)
 _add("methods", "training:methods", "List the methods: Table 10 of the paper, and later ones.", _RUN)
 _add("recipes", "training:recipes", "List the recipes, or print one as YAML.", _RUN)
 _add("check", "training:check", "Check a configuration; every error at once.", _RUN)

@@ -7,18 +7,25 @@ outputs, is computed once. All figures come from the artifacts' own records, so 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from flows.choice import Choice
-from flows.methods import method_settings
+from flows.choice import Choice, choose
+from flows.places import Places
 from flows.summary import Summary
 from flows.wording import duration, number, percent
+from pipeline.config import flatten
+from pipeline.store import canonical_json, sha256_of
 
-__all__ = ["Arm", "Outcome", "arms_of", "comparison_markdown", "print_comparison"]
+__all__ = ["Arm", "Outcome", "arms_of", "comparison_file", "comparison_markdown", "print_comparison"]
+
+Columns = dict[str, list[str]]
+"""Heading -> one cell per method."""
 
 
 @dataclass(frozen=True)
@@ -38,49 +45,131 @@ class Outcome:
     summary: Summary
 
 
-def arms_of(base: Choice, methods: Sequence[str], seeds: int) -> list[Arm]:
-    """Every method with every seed of Algorithm 1's own randomness, from one supervised policy; all are checked at once.
+def arms_of(
+    recipe: str, methods: Sequence[str], seeds: int, *, files: Sequence[Path] = (), settings: Sequence[str] = ()
+) -> list[Arm]:
+    """Every method with every seed of Algorithm 1's own randomness, from one supervised policy; checked before any runs.
+
+    Each is what `cohort run RECIPE --method METHOD` with the same files and settings would train.
 
     Raises:
-        ConfigError: an unknown method, or one that does not fit the base.
+        ConfigError: an unknown method, or one that the recipe or a setting does not fit.
     """
-    arms = []
-    for seed in range(base.config.seed, base.config.seed + seeds):
-        for method in methods:
-            settings = method_settings(method, base.config)
-            settings |= {"seed": seed, "name": f"{settings['name']}-s{seed}"}
-            config = base.config.override(settings, source=f"method {method}")
-            arms.append(Arm(method, seed, Choice(config, base.config)))
-    return arms
+    chosen = {method: choose(recipe, files, settings, method=method) for method in methods}
+    return [_arm(method, choice, offset) for offset in range(seeds) for method, choice in chosen.items()]
+
+
+def _arm(method: str, choice: Choice, offset: int) -> Arm:
+    config, seed = choice.config, choice.config.seed + offset
+    # A name that the settings give is that of all arms: what tells them apart is added to it.
+    name = f"{config.name.removesuffix(f'-{method}')}-{method}-s{seed}"
+    return Arm(method, seed, Choice(config.override({"seed": seed, "name": name}), choice.base))
+
+
+def comparison_file(places: Places, arms: Sequence[Arm]) -> Path:
+    """Where the comparison is written: another set of arms has another file."""
+    digest = sha256_of(canonical_json([arm.choice.config.model_dump(mode="json") for arm in arms]))
+    return places.runs / f"{arms[0].choice.base.name}-comparison-{digest[:8]}.md"
+
+
+# ------------------------------------------------------------------------------------------------ for people
 
 
 def print_comparison(outcomes: Sequence[Outcome], console: Console) -> None:
-    """One table per held-out set, a line per method: mean over seeds and, for several, the range."""
+    """One table per held-out set and one of costs, a line per method: mean over seeds and, for several, the range."""
     for title, columns in _tables(outcomes):
-        table = Table(title=title, title_justify="left")
-        for name in columns:
-            table.add_column(name, justify="left" if name == "method" else "right")
-        for row in zip(*columns.values(), strict=True):
-            table.add_row(*row)
-        console.print(table)
+        for place, part in enumerate(_fitting(columns, console.width)):
+            table = Table(title=title if place == 0 else f"{title} (continued)", title_justify="left")
+            for name in part:
+                table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+            for row in zip(*part.values(), strict=True):
+                table.add_row(*row)
+            console.print(table)
 
 
-def comparison_markdown(outcomes: Sequence[Outcome]) -> str:
-    """The same tables as markdown."""
-    lines: list[str] = []
+def _fitting(columns: Columns, width: int) -> Iterator[Columns]:
+    """The columns as tables that are each no wider than `width`, the methods in all of them."""
+    first, *others = columns
+    part, used = {first: columns[first]}, _width(first, columns)
+    for name in others:
+        if len(part) > 1 and used + _width(name, columns) >= width:
+            yield part
+            part, used = {first: columns[first]}, _width(first, columns)
+        part[name] = columns[name]
+        used += _width(name, columns)
+    yield part
+
+
+def _width(name: str, columns: Columns) -> int:
+    return max(map(len, [name, *columns[name]])) + 3  # a border and two spaces
+
+
+def comparison_markdown(outcomes: Sequence[Outcome], command: str) -> str:
+    """What was compared, how to read it, and the same tables, as markdown."""
+    arms = [outcome.arm for outcome in outcomes]
+    config = arms[0].choice.config
+    plan = f"{config.iterations} x {config.steps} steps of {config.questions_per_step} questions x {config.rollout.G} outputs"
+    title = f"# {arms[0].choice.base.name}: {', '.join(dict.fromkeys(arm.method for arm in arms))}"
+    lines = [title, "", f"`{command}`", "", f"{plan}, {_seeds(arms)}.", "", _READING, "", *_settings_markdown(arms)]
     for title, columns in _tables(outcomes):
-        lines += [title, "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+        lines += [f"## {title}", "", f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
         lines += [f"| {' | '.join(row)} |" for row in zip(*columns.values(), strict=True)] + [""]
     return "\n".join(lines)
 
 
-def _tables(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, dict[str, list[str]]]]:
+_READING = """\
+All arms start from the policy `before`, the same for all; seeds draw the questions and the outputs. Several seeds are shown as
+mean (lowest-highest). Costs are those of training, without evaluation and supervised fine-tuning, from the records of what was
+computed: outputs that two arms share are counted in both. Outputs count when they are drawn, also those that nothing is learned
+from; those of sft are demonstrations. `peak MiB` is that of a GPU during an update, on a CPU that of the whole process, which
+also holds what earlier arms left; `tensors MiB` is what stays alive after it. The folder of a run (`cohort runs`) has its
+config.yaml with every setting."""
+
+
+def _settings_markdown(arms: Sequence[Arm]) -> list[str]:
+    shared, own = _settings(arms)
+    lines = []
+    if shared:
+        lines += ["| changed in the recipe, for all | recipe | here |", "|---|---|---|"]
+        lines += [f"| `{key}` | {was} | {now} |" for key, (was, now) in shared.items()] + [""]
+    lines += ["| method | what it sets | runs |", "|---|---|---|"]
+    for method, changes in own.items():
+        runs = ", ".join(f"`{arm.choice.config.name}`" for arm in arms if arm.method == method)
+        sets = ", ".join(f"`{key}={now}`" for key, (_, now) in changes.items())
+        lines.append(f"| {method} | {sets or '-'} | {runs} |")
+    return [*lines, ""]
+
+
+Changes = Mapping[str, tuple[Any, Any]]
+
+
+def _settings(arms: Sequence[Arm]) -> tuple[Changes, dict[str, Changes]]:
+    """What differs from the recipe in all arms, and in those of each method besides (of its critic: from the policy too)."""
+    changes: dict[str, Changes] = {}
+    for arm in arms:
+        policy = flatten({"critic": arm.choice.config.update.model_dump(mode="json")})
+        changes[arm.method] = {
+            key: (was, now)
+            for key, (was, now) in arm.choice.differences().items()
+            if key not in ("name", "seed") and policy.get(key, ...) != now
+        }
+    first, *others = changes.values()
+    shared = {key: now for key, now in first.items() if others and all(other.get(key) == now for other in others)}
+    return shared, {method: {k: v for k, v in found.items() if k not in shared} for method, found in changes.items()}
+
+
+def _seeds(arms: Sequence[Arm]) -> str:
+    seeds = sorted({arm.seed for arm in arms})
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def _tables(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, Columns]]:
     """Title and columns: accuracies by held-out set, then what it cost."""
     groups: dict[str, list[Summary]] = {}
     for outcome in outcomes:
         groups.setdefault(outcome.arm.method, []).append(outcome.summary)
-    seeds = sorted({outcome.arm.seed for outcome in outcomes})
-    over = f"mean (range) over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    over = _seeds([outcome.arm for outcome in outcomes])
+    over = f"mean (range) over {over}" if over.startswith("seeds") else over
 
     def each(write: Callable[[float], str], value: Callable[[Summary], float]) -> list[str]:
         return [_spread(write, [value(summary) for summary in group]) for group in groups.values()]
@@ -90,7 +179,7 @@ def _tables(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, dict[str, list[s
         for label, key in _MEASURES.items():
             if key in measured:
                 columns[f"{label} before"] = each(percent, lambda s, n=name, k=key: s.before[n][k])  # type: ignore[misc]
-                columns["after" + " " * (len(columns) // 2)] = each(percent, lambda s, n=name, k=key: s.after[n][k])  # type: ignore[misc]
+                columns[f"{label} after"] = each(percent, lambda s, n=name, k=key: s.after[n][k])  # type: ignore[misc]
         yield f"{name}: accuracy, {over}", columns
     columns = {"method": list(groups)}
     for label, (key, write) in _COSTS.items():
@@ -102,7 +191,7 @@ _MEASURES = {"greedy": "greedy_accuracy", "samples": "accuracy"}
 """Heading and metric of the accuracies shown."""
 _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "outputs": ("outputs", number),
-    "tokens sampled": ("tokens", number),
+    "output tokens": ("tokens", number),
     "sampling": ("sampling_seconds", duration),
     "updating": ("updating_seconds", duration),
     "peak MiB": ("peak_mib", lambda value: number(round(value))),

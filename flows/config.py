@@ -13,7 +13,7 @@ from stages.critic import CriticConfig
 from stages.data import ArithmeticConfig, DemonstrationConfig, QuestionFileConfig
 from stages.evaluation import EvaluationConfig
 from stages.prompts import PromptConfig
-from stages.reward import RewardConfig
+from stages.reward import OverlongConfig, RewardConfig
 from stages.rollout import RolloutConfig
 from stages.sft import PolicyConfig, SFTConfig
 from stages.update import DataSource, GRPOConfig, UpdateConfig
@@ -147,8 +147,9 @@ class IterativeRLConfig(Config):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        for complaint in (*self._misfits_of_the_row(), *self._misfits_of_the_parts()):
-            raise ValueError(complaint)
+        complaints = [*self._misfits_of_the_row(), *self._misfits_of_the_outputs(), *self._misfits_of_the_parts()]
+        if complaints:
+            raise ValueError("\n    ".join(complaints))
         return self
 
     def _misfits_of_the_row(self) -> Iterator[str]:
@@ -165,8 +166,25 @@ class IterativeRLConfig(Config):
                 f"update.old_logprobs: {kind} on outputs of the initial policy needs that policy's log-probabilities in its "
                 "ratio; set update.old_logprobs=rollout"
             )
-        if self.dynamic_sampling and self.data_source != "policy":
+
+    def _misfits_of_the_outputs(self) -> Iterator[str]:
+        """What does not go with where the outputs come from, and how they are sampled."""
+        source, update, sampled = self.data_source, self.update, self.rollout.temperature
+        if self.dynamic_sampling and source != "policy":
             yield "dynamic_sampling: only outputs of the current policy can be drawn again"
+        if update.correction.kind != "none" and source != "policy":
+            yield (
+                "update.correction: its weights compare rollout engine and trainer for one and the same policy, and these "
+                f"outputs are not the current one's (data_source: {source}); set update.correction.kind=none"
+            )
+        if source == "demonstrations":
+            if update.old_logprobs == "rollout":
+                yield "update.old_logprobs: no engine recorded any for demonstrations; set update.old_logprobs=trainer"
+            sampled = 1.0  # what demonstrations are recorded with
+        if sampled == 0:
+            yield "rollout.temperature: greedy outputs come from no distribution; nothing can be learned from them by RL"
+        if update.temperature not in (None, sampled):
+            yield f"update.temperature: {update.temperature:g} differs from that of the outputs, {sampled:g}"
 
     def _misfits_of_the_parts(self) -> Iterator[str]:
         advantage, objective = self.advantage, self.update.objective
@@ -180,9 +198,14 @@ class IterativeRLConfig(Config):
             yield f"rollout.G: advantages within a group need at least 2 outputs per question, found {self.rollout.G}"
         if isinstance(advantage, GroupConfig) and advantage.supervision == "process" and not self._scores_steps():
             yield "advantage.supervision: process needs rewards of steps; add a component of kind `steps` to reward.components"
-        expected = self.update.temperature
-        if expected is not None and self.data_source != "demonstrations" and expected != self.rollout.temperature:
-            yield f"update.temperature: {expected:g} differs from rollout.temperature, {self.rollout.temperature:g}"
+        longest = self.rollout.max_output_tokens
+        for component in self.reward.components:
+            if isinstance(component, OverlongConfig) and component.max_tokens != longest:
+                yield (
+                    f"reward.components: {component.name!r} punishes fully from max_tokens={component.max_tokens} on, and "
+                    f"outputs end at rollout.max_output_tokens={longest}: with another border it would meet none of them, "
+                    "or whole ones like cut ones; set them equal"
+                )
 
     def _scores_steps(self) -> bool:
         return any(component.kind == "steps" for component in self.reward.components)

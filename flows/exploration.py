@@ -24,10 +24,10 @@ def explore(
     """The outputs to learn from at `step`, and the questions to score them with (None: demonstrations have no reward)."""
     if config.data_source == "demonstrations":
         return None, _demonstrate(config, data, sampler, step)
-    questions = _draw(config, data, step)  # line 5
+    questions = sample_batch(data.train, size=config.questions_per_step, step=step, seed=config.seed)  # line 5
     outputs = rollout(sampler, questions, config.prompt, config.rollout, seed=seed)  # line 7
     if config.dynamic_sampling:
-        return data.train, _replace_agreeing_groups(config, data, sampler, step, seed, outputs)
+        return data.train, _replace_agreeing_groups(config, data, sampler, seed, outputs)
     return questions, outputs
 
 
@@ -51,21 +51,17 @@ def _demonstrate(config: IterativeRLConfig, data: DataSets, policy: Checkpoint, 
     return demonstrated_outputs(policy, data.demonstrations, config.prompt, size=size, step=step, seed=config.seed)
 
 
-def _draw(config: IterativeRLConfig, data: DataSets, step: int) -> Questions:
-    return sample_batch(data.train, size=config.questions_per_step, step=step, seed=config.seed)
-
-
 def _replace_agreeing_groups(
-    config: IterativeRLConfig, data: DataSets, sampler: Checkpoint, step: int, seed: int, outputs: Rollouts
+    config: IterativeRLConfig, data: DataSets, sampler: Checkpoint, seed: int, outputs: Rollouts
 ) -> Rollouts:
     """DAPO's dynamic sampling: draw further questions until enough groups have outputs of unequal reward."""
     drawn, rewards = [outputs], [score(outputs, data.train, config.reward)]
-    # Behind the questions of all steps, so that no step's own are taken from it (before the set begins anew).
-    first = config.iterations * config.steps + step * config.dynamic_sampling
-    for draw in range(first, first + config.dynamic_sampling):
+    for draw in range(config.dynamic_sampling):
         kept = keep_informative(drawn, rewards, size=config.questions_per_step)
         if kept.metrics["rollout/agreeing_groups"] == 0:
             return kept
-        drawn.append(rollout(sampler, _draw(config, data, draw), config.prompt, config.rollout, seed=seed))
+        # The step's own seed: what is drawn depends on the step alone, not on how long the run is.
+        questions = sample_batch(data.train, size=config.questions_per_step, step=draw, seed=seed)
+        drawn.append(rollout(sampler, questions, config.prompt, config.rollout, seed=seed))
         rewards.append(score(drawn[-1], data.train, config.reward))
     return keep_informative(drawn, rewards, size=config.questions_per_step)

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.artifact import Table
 from pipeline.sealing import StoreError
 from pipeline.store import Store
-from stages.tables import Advantages, Questions, Rewards, Rollouts
+from stages.tables import Advantages, Demonstrations, Questions, Rewards, Rollouts
 
 __all__ = ["Group", "Output", "groups_of"]
 
@@ -59,9 +60,11 @@ def groups_of(store: Store, digest: str) -> Iterator[Group] | None:
 def _groups(store: Store, digest: str, outputs: str) -> Iterator[Group]:
     calls = list(store.actions())
     made = next((call for call in reversed(calls) if call["result"] == outputs), None)
-    questions = _read(Questions, _artifact(made, "questions"))
-    by_id = {row["question_id"]: row for row in questions}
     beside = [call for call in calls if _artifact(call, "outputs") == outputs]
+    # Outputs that were selected or demonstrated were not made from questions: take those they were scored with, or shown in.
+    questions = next((found for call in [made, *beside] if (found := _artifact(call, "questions"))), None)
+    asked = _read(Questions, questions) or _read(Demonstrations, _artifact(made, "demonstrations"))
+    by_id = {row["question_id"]: row for row in asked}
     rewards = _by_key(_read(Rewards, _one_of(beside, "Rewards", digest)))
     advantages = _by_key(_read(Advantages, _one_of(beside, "Advantages", digest)))
     groups: dict[str, list[Output]] = {}
@@ -80,8 +83,8 @@ def _groups(store: Store, digest: str, outputs: str) -> Iterator[Group]:
             )
         )
     for name, members in groups.items():
-        about = by_id.get(name, {"question": "(the questions are not in the store)", "answer": ""})
-        yield Group(name, about["question"], about["answer"], members)
+        about = by_id.get(name, {"question": "(the questions are not in the store)"})
+        yield Group(name, about["question"], about.get("answer", ""), members)
 
 
 def _outputs_digest(store: Store, digest: str) -> str | None:
@@ -107,7 +110,7 @@ def _one_of(calls: list[dict[str, Any]], kind: str, wanted: str) -> str | None:
     return wanted if wanted in found else (found[-1] if found else None)
 
 
-def _read(table: type[Questions] | type[Rewards] | type[Advantages], digest: str | None) -> list[dict[str, Any]]:
+def _read(table: type[Table], digest: str | None) -> list[dict[str, Any]]:
     if digest is None:
         return []
     try:

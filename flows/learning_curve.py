@@ -34,7 +34,7 @@ def draw_learning_curve(curve: Curve, file: Path, *, title: str) -> None:
     axes[0].set_title(title, loc="left", fontsize=11)
     if rewards:
         _draw_reward(axes[1], rewards)
-    axes[-1].set_xlabel("step of GRPO")
+    axes[-1].set_xlabel("step")
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(file, format="png")
 

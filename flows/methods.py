@@ -6,12 +6,15 @@ enters. `cohort methods` prints the table; `cohort run RECIPE --method NAME` tra
 
 from __future__ import annotations
 
+import copy
 import difflib
 from typing import Any, Final
 
 from flows.config import IterativeRLConfig
 from pipeline.config import ConfigError
 from stages.critic import CriticConfig
+from stages.reward import StepsConfig
+from stages.reward.config import ComponentConfig
 
 __all__ = ["METHODS", "PAPER", "method_settings"]
 
@@ -67,22 +70,31 @@ def method_settings(name: str, base: IterativeRLConfig) -> dict[str, Any]:
         near = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"methods: {', '.join(METHODS)}"
         raise ConfigError(f"method {name!r} is unknown; {hint}")
+    before, _, method = base.name.rpartition("-")
     settings: dict[str, Any] = {
-        "name": f"{base.name}-{name}",
+        "name": f"{before if method in METHODS else base.name}-{name}",
         "data_source": "policy",
         "dynamic_sampling": 0,
         "critic": None,
+        "reward.components": _components(base, steps=name == "grpo_process"),
         "update.old_logprobs": "trainer",
     }
-    settings |= METHODS[name]
+    settings |= copy.deepcopy(METHODS[name])  # an override may write into it
+    if settings["data_source"] != "policy":
+        settings["update.correction"] = {"kind": "none"}  # it compares engine and trainer for the current policy
     if name == "ppo":
         settings["critic"] = (base.critic or _critic_like(base)).model_dump(mode="json")
     if name == "dr_grpo":
         settings["update.objective"] = {"kind": "dr_grpo", "length": base.rollout.max_output_tokens}
-    if name == "grpo_process" and not any(component.kind == "steps" for component in base.reward.components):
-        components = [component.model_dump(mode="json") for component in base.reward.components]
-        settings["reward.components"] = [*components, {"kind": "steps"}]
     return settings
+
+
+def _components(base: IterativeRLConfig, *, steps: bool) -> list[dict[str, Any]]:
+    """The base's components; with `steps` one that scores steps, without it none whose only use is process supervision."""
+    used: list[ComponentConfig] = [component for component in base.reward.components if component != StepsConfig()]
+    if steps and not any(component.kind == "steps" for component in used):
+        used.append(StepsConfig())
+    return [component.model_dump(mode="json") for component in used or base.reward.components]
 
 
 def _critic_like(base: IterativeRLConfig) -> CriticConfig:

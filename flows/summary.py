@@ -35,7 +35,7 @@ class Summary:
 
     name: str
     steps: int
-    """Steps of GRPO that the final policy went through."""
+    """Steps (exploration stages) that the final policy went through."""
     before: dict[str, dict[str, float]]
     """Set -> metrics of the policy before the first step (0)."""
     after: dict[str, dict[str, float]]
@@ -87,8 +87,9 @@ def summarise(
 
 
 def training_cost(points: Points) -> dict[str, float]:
-    """Outputs learned from, tokens sampled, seconds of sampling and of updating, largest memory of an update (MiB; on a CPU of
-    the whole process), largest total of the tensors that stay alive after one, parameters of the value function.
+    """Outputs drawn to learn from (DAPO's also those it replaces) and their tokens, seconds of sampling and of updating,
+    largest memory of an update (MiB; on a CPU of the whole process), largest total of the tensors that stay alive after one,
+    parameters of the value function.
 
     From the artifacts' own records: a repeated run has the same cost as the run that computed them.
     """

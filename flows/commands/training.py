@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -12,7 +14,7 @@ from rich.table import Table
 
 from flows.choice import Choice, choose, descriptions
 from flows.commands.options import ConfigFiles, Root, Settings, console, debugging
-from flows.comparison import Outcome, arms_of, comparison_markdown, print_comparison
+from flows.comparison import Outcome, arms_of, comparison_file, comparison_markdown, print_comparison
 from flows.methods import METHODS, PAPER, method_settings
 from flows.places import Places
 from flows.session import run_flow
@@ -69,55 +71,56 @@ def compare(
     engine: Annotated[Literal["prefect", "inline"], Parameter(help="inline: no server")] = "prefect",
     root: Root = None,
 ) -> None:
-    """Train a recipe by several methods from one supervised policy, on equally many outputs, and print one table.
+    """Train a recipe by several methods from one supervised policy, on equally many outputs, and print what came of it.
 
-    Every arm is a run of its own (`cohort runs`, MLflow); what arms share is computed once, and the same command again
-    computes nothing. The table is also written as comparison.md beside the runs.
+    An arm is what `cohort run RECIPE --method METHOD` trains, with one seed. Every arm is a run of its own (`cohort runs`,
+    MLflow); what arms share is computed once, and the same command again computes nothing. Printed at the end: accuracy
+    before and after by held-out set, then outputs, time, memory and critic; also written, with every setting, to a markdown
+    file beside the runs, which the last line names.
 
     Parameters
     ----------
     recipe
-        Name of a recipe or a YAML file: everything but the method.
+        Name of a recipe or a YAML file: everything but the method. The policy it starts RL from is that of every arm.
     method
-        A method (`cohort methods`); may be given several times. Without any: the six rows of the paper's Table 10.
+        A method (`cohort methods`), several times for several: --method grpo --method ppo. Default: all six of Table 10.
     seeds
-        Seeds per method, counted up from the recipe's; they draw questions and outputs, not the supervised policy.
+        Runs per method, each with the next seed (questions, outputs); the table shows mean (lowest-highest).
     config
-        YAML file of overrides of the recipe.
+        YAML file of overrides for every arm; may be given several times.
     set_
-        `key=value`, for every arm.
+        `key=value` for every arm, after its method; one that a method does not know is refused before anything runs.
     engine
         As for `cohort run`.
     root
         As for `cohort run`.
     """
     places, out = Places.under(root), console()
-    arms = arms_of(choose(recipe, config or [], set_ or []), method or PAPER, seeds)
+    arms = arms_of(recipe, method or PAPER, seeds, files=config or [], settings=set_ or [])
     outcomes = []
     for place, arm in enumerate(arms, 1):
         out.print(f"\n[bold]arm {place} of {len(arms)}[/]")
         _announce(arm.choice, places, engine, out)
         evict()  # nothing of one arm stays in memory for the next
-        command = f"cohort compare {recipe}"
-        summary = run_flow(arm.choice, places, engine=engine, console=out, command=command, debug=debugging())
-        outcomes.append(Outcome(arm, summary))
+        outcomes.append(Outcome(arm, run_flow(arm.choice, places, engine=engine, console=out, debug=debugging())))
     out.print()
     print_comparison(outcomes, out)
-    file = places.runs / f"{arms[0].choice.base.name}-comparison.md"
-    file.write_text(comparison_markdown(outcomes), encoding="utf-8")
+    file = comparison_file(places, arms)
+    file.write_text(comparison_markdown(outcomes, shlex.join(["cohort", *sys.argv[1:]])), encoding="utf-8")
     out.print(f"[cyan]{file}[/]", soft_wrap=True)
 
 
 def methods() -> None:
     """List the methods: the rows of the paper's Table 10, then later ones."""
     table = Table(title="grad J = E[ (1/|o|) sum_t GC grad log pi_theta(o_t) ]   (Eq. 5)", title_justify="left")
-    for column in ("method", "", "data source", "reward", "gradient coefficient (GC)"):
-        table.add_column(column)
+    for column in ("method", "data source", "reward"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("gradient coefficient (GC)")
     base = choose("arithmetic_cpu").config
     for name in METHODS:
-        settings = method_settings(name, base)
-        row = base.override(settings).update.objective.ROW
-        table.add_row(f"[bold]{name}[/]", row.title, settings["data_source"], row.reward, row.coefficient)
+        config = base.override(method_settings(name, base))
+        row = config.update.objective.ROW
+        table.add_row(f"[bold]{name}[/]", config.data_source, row.reward, row.coefficient)
     console().print(table)
 
 

@@ -81,6 +81,16 @@ def test_plain_output_has_one_line_per_computed_step() -> None:
     ]
 
 
+def test_a_step_without_rewards_or_kl_tells_what_it_has() -> None:
+    display, clock, text = plain()
+    clock.now += 2.0
+    display.take("stage", executed("update_policy", 1.0))
+    display.take("step", {"step": 1, "iteration": 0, "metrics": {"policy/entropy": 3.25}})
+    assert text.getvalue() == "00:00:02  step   1/4  entropy 3.250  2.0 s\n"
+    display.console.print(display)
+    assert "step 1/4" in text.getvalue()
+
+
 def test_reused_steps_are_one_line() -> None:
     display, _, text = plain()
     for done in (1, 2, 3):

@@ -55,6 +55,18 @@ def test_a_run_without_evaluations_has_a_summary() -> None:
     assert "rollout" in printed(summary)
 
 
+def test_a_run_that_samples_and_scores_nothing_has_a_summary_a_cost_and_a_curve(tmp_path: Path) -> None:
+    points = {0: POINTS[0], 1: {"policy/entropy": 3.2, "time/update": 1.5}, 2: {"eval/held_out/accuracy": 0.5}}
+    summary = summary_of(points)
+    assert summary.curve[1] == {}
+    assert summary.after == {"held_out": {"accuracy": 0.5}}
+    cost = {"outputs": 0, "tokens": 0, "sampling_seconds": 0, "updating_seconds": 1.5}
+    assert {key: summary.cost[key] for key in cost} == cost
+    assert "+0.100" in printed(summary)
+    draw_learning_curve(summary.curve, tmp_path / "curve.png", title="supervised")
+    assert (tmp_path / "curve.png").stat().st_size > 0
+
+
 def test_the_screen_shows_before_after_change_and_the_command_that_opens_the_ui() -> None:
     text = printed(summary_of(POINTS))
     row = next(line for line in text.splitlines() if "accuracy of samples" in line)

@@ -1,0 +1,186 @@
+"""The pages cannot rot: every file, function, test, setting, command and link that they name exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+import typing
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from pipeline.store import Store
+from stages.tables import Rollouts
+from tests.stages.update.test_examples import rollout_row
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+SPAN = re.compile(r"`([^`\n]+)`")
+FILE = re.compile(r"([\w./-]+\.py)(?:: ([\w., ]+)|::(test_\w+))?")
+LINK = re.compile(r"\]\(([^)#:]+)\)")
+SETTING = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
+
+
+def spans(page: Path) -> list[str]:
+    """What stands in backticks, code blocks apart."""
+    return SPAN.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
+
+
+def file_of(name: str) -> Path | None:
+    """Paths are given from the project's root; those of tests from `tests/` too."""
+    return next((path for path in (ROOT / name, ROOT / "tests" / name) if path.is_file()), None)
+
+
+@cache
+def names_in(path: Path) -> frozenset[str]:
+    """Functions, classes and constants of a module, and `Class.member`."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        own = set(bound_by(node))
+        found |= own
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{name}" for member in node.body for name in bound_by(member)}
+    return frozenset(found)
+
+
+def bound_by(node: ast.stmt) -> Iterator[str]:
+    match node:
+        case ast.FunctionDef() | ast.ClassDef():
+            yield node.name
+        case ast.Assign():
+            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            yield name
+
+
+def missing(page: Path) -> Iterator[str]:
+    """References of a page to code that is not there. "`file`, new:" introduces one that the reader is to write."""
+    last: Path | None = None
+    written = set(re.findall(r"`([^`\n]+)`, new:", page.read_text(encoding="utf-8")))
+    for span in spans(page):
+        if span in written:
+            continue
+        if re.fullmatch(r"::test_\w+", span):  # another test of the file named before
+            if last is None or span[2:] not in names_in(last):
+                yield span
+            continue
+        found = FILE.fullmatch(span)
+        if found is None:
+            continue
+        name, members, test = found.groups()
+        last = file_of(name)
+        wanted = [test] if test else [member.strip() for member in (members or "").split(",") if member.strip()]
+        if last is None or not set(wanted) <= names_in(last):
+            yield span
+
+
+def parts(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The configs inside an annotation: of a union every one, of a tuple or dictionary those it holds."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in typing.get_args(annotation):
+        yield from parts(inner)
+
+
+def is_setting(configs: list[type[BaseModel]], names: list[str]) -> bool:
+    fields = [config.model_fields[names[0]] for config in configs if names[0] in config.model_fields]
+    if not fields or len(names) == 1:
+        return bool(fields)
+    return is_setting([part for field in fields for part in parts(field.annotation)], names[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_function_and_test_that_a_page_names_exists(page: Path) -> None:
+    assert not list(missing(page))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
+    links = LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_setting_that_a_page_names_is_one(page: Path) -> None:
+    from flows.config import IterativeRLConfig
+
+    named = [span.split("=")[0] for span in spans(page)]
+    dotted = [name.split(".") for name in named if SETTING.fullmatch(name)]
+    settings = [names for names in dotted if names[0] in IterativeRLConfig.model_fields]
+    assert not [".".join(names) for names in settings if not is_setting([IterativeRLConfig], names)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_that_a_page_shows_exists(page: Path) -> None:
+    from flows.cli import app
+
+    shown = re.findall(r"(?:^|`)cohort ([a-z]+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert not [command for command in shown if command not in set(app)]
+
+
+def test_the_tutorials_own_reward_runs(store: Store) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/tutorial.md").read_text(), re.MULTILINE | re.DOTALL)
+    made: dict[str, Any] = {"__name__": "tutorial"}
+    exec(next(block for block in blocks if "def brevity" in block), made)  # our own page
+    outputs = Rollouts.write([rollout_row("q", 0, [5, 6]), rollout_row("q", 1, [5, 6, 7])])
+    rewards = made["brevity"](outputs, made["BrevityConfig"](limit=2))
+    assert [row["reward"] for row in rewards.rows()] == [1.0, 0.0]
+    assert rewards.metrics["reward/mean"] == 0.5
+
+
+def rows_of(page: str) -> list[list[str]]:
+    """Cells of every table row of a page but headings and rulers."""
+    lines = (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines()
+    tables = [line for line in lines if line.startswith("|")]
+    ruled = {number for number, line in enumerate(tables) if set(line) <= set("|-: ")}
+    rows = [line for number, line in enumerate(tables) if not {number, number + 1} & ruled]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
+
+
+def test_every_row_from_the_paper_names_the_test_that_holds_it_or_says_that_it_is_not_built() -> None:
+    rows = rows_of("paper-to-code.md")
+    assert len(rows) > 50
+    assert not [row[0] for row in rows if "::test_" not in row[-1] and not row[-1].startswith("not built")]
+
+
+def test_every_mistake_names_the_test_that_would_find_it_or_why_it_cannot_be_made_here() -> None:
+    page = (ROOT / "docs" / "correctness.md").read_text(encoding="utf-8")
+    mistakes = re.findall(r"^- (.+(?:\n  .+)*)", page, re.MULTILINE)
+    assert len(mistakes) > 60
+    excuses = ("Cannot occur", "Not built")
+    assert not [text for text in mistakes if "::test_" not in text and not any(excuse in text for excuse in excuses)]
+
+
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        ("`stages/tables.py: Rollouts`, `stages/tables.py: Rollouts.schema`", []),
+        ("`stages/tables.py: Rollout`", ["stages/tables.py: Rollout"]),
+        ("`stages/table.py`", ["stages/table.py"]),
+        ("`test_docs.py::test_every_link_to_a_file_leads_to_one`, `::test_nothing`", ["::test_nothing"]),
+        ("```\n`stages/table.py`\n```", []),
+        ("`stages/table.py`, new:\n", []),
+    ],
+)
+def test_what_is_not_there_is_found(tmp_path: Path, text: str, faults: list[str]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    assert list(missing(page)) == faults
+
+
+def test_settings_are_followed_through_unions_and_refused_where_they_end() -> None:
+    from flows.config import IterativeRLConfig
+
+    known = [
+        "advantage.kl_in_reward",
+        "critic.training.optimizer.betas",
+        "reward.components",
+        "update.objective.length",
+    ]
+    assert all(is_setting([IterativeRLConfig], name.split(".")) for name in known)
+    assert not any(is_setting([IterativeRLConfig], name.split(".")) for name in ("update.epsilon", "steps.many"))

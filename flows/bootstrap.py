@@ -18,7 +18,7 @@ from stages.models import Checkpoint, ExternalCheckpointConfig, import_checkpoin
 from stages.sft import create_policy, supervised_finetuning
 from stages.tables import Demonstrations, Questions
 
-__all__ = ["DataSets", "initial_policy", "prepare_data"]
+__all__ = ["DataSets", "base_model", "initial_policy", "prepare_data"]
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,20 @@ def prepare_data(data: ArithmeticData | FileData) -> DataSets:
             assert_never(data)
 
 
-def initial_policy(config: IterativeRLConfig, data: DataSets) -> Checkpoint:
-    """pi_theta_init (Algorithm 1, line 1): a model of others or one made from scratch, then supervised fine-tuning."""
+def base_model(config: IterativeRLConfig, data: DataSets) -> Checkpoint:
+    """A model of others, or one made from scratch."""
     if isinstance(config.policy, PretrainedPolicy):
-        policy = import_checkpoint(ExternalCheckpointConfig(path=Path(config.policy.path)))
-    else:
-        policy = create_policy(config.policy, data.demonstrations, config.prompt)
+        return import_checkpoint(ExternalCheckpointConfig(path=Path(config.policy.path)))
+    return create_policy(config.policy, data.demonstrations, config.prompt)
+
+
+def initial_policy(config: IterativeRLConfig, data: DataSets, base: Checkpoint) -> Checkpoint:
+    """pi_theta_init (Algorithm 1, line 1): the base model after supervised fine-tuning, where there is any."""
     if config.sft is None:
-        return policy
+        return base
     if data.demonstrations is None:
         raise ValueError("sft: the data set has no solutions to imitate; set sft to null or name the solution column")
-    return supervised_finetuning(policy, data.demonstrations, config.prompt, config.sft)
+    return supervised_finetuning(base, data.demonstrations, config.prompt, config.sft)
 
 
 def _below(folder: str, part: QuestionFileConfig) -> QuestionFileConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from pipeline.config import Config
 from stages.advantage import AdvantageConfig, GroupConfig
@@ -14,11 +14,13 @@ from stages.data import ArithmeticConfig, DemonstrationConfig, QuestionFileConfi
 from stages.evaluation import EvaluationConfig
 from stages.prompts import PromptConfig
 from stages.reward import OverlongConfig, RewardConfig
+from stages.reward_model import GaugeConfig, GaugeLimits, ScoringConfig
+from stages.reward_training import ReplayConfig, RewardModelConfig, RewardTrainingConfig
 from stages.rollout import RolloutConfig
 from stages.sft import PolicyConfig, SFTConfig
 from stages.update import DataSource, GRPOConfig, UpdateConfig
 
-__all__ = ["ArithmeticData", "EvaluationPlan", "FileData", "IterativeRLConfig", "PretrainedPolicy"]
+__all__ = ["ArithmeticData", "EvaluationPlan", "FileData", "IterativeRLConfig", "PretrainedPolicy", "RewardModelPlan"]
 
 
 class ArithmeticData(Config):
@@ -103,6 +105,39 @@ class EvaluationPlan(Config):
         return self
 
 
+class RewardModelPlan(Config):
+    """Learned rewards (DeepSeekMath, 4.1.2-4.1.4): models that learn from rule labels (5.2.1), again after every iteration."""
+
+    models: tuple[RewardModelConfig, ...] = Field((RewardModelConfig(),), min_length=1, max_length=2)
+    "An outcome model, a process model, or one of each; the process model's step rewards serve process supervision."
+    trunk: Literal["base", "initial_policy"] = "base"
+    """Whose trunk a model begins with: `base`, the model before supervised fine-tuning (4.2), or `initial_policy`. A base made
+    from scratch knows nothing; take `initial_policy` there."""
+    questions: PositiveInt = 1024
+    "Training questions whose outputs (`rollout.G` each) are labelled per training. The paper gives no number."
+    training: RewardTrainingConfig = RewardTrainingConfig()
+    "Objective, passes, optimizer."
+    scoring: ScoringConfig = ScoringConfig()
+    "How scores become rewards."
+    retrain: bool = True
+    "Algorithm 1, line 11: train on after each iteration; false = the models stay as they were before the first."
+    replay: ReplayConfig = ReplayConfig()
+    "How much history joins the fresh labels (4.1.4: 10 %)."
+    gauges: GaugeConfig = GaugeConfig()
+    "How the models are held against the rules, on the outputs of every step."
+    limits: GaugeLimits = GaugeLimits()
+    "Gauges that stop the run."
+
+    @model_validator(mode="after")
+    def _one_of_each_kind(self) -> Self:
+        kinds = [model.kind for model in self.models]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"models: expected at most one of each kind, found {kinds}")
+        if "process" in kinds and self.training.objective.kind == "bradley_terry":
+            raise ValueError("training.objective: steps have no pairs; a process model needs pointwise")
+        return self
+
+
 class IterativeRLConfig(Config):
     """Algorithm 1: I iterations of M steps, from a policy made here or by others; GRPO, or another row of Table 10."""
 
@@ -135,7 +170,9 @@ class IterativeRLConfig(Config):
     rollout: RolloutConfig = RolloutConfig()
     "Sampling of the G outputs per question."
     reward: RewardConfig = RewardConfig()
-    "r: rules for now."
+    "r by rules: what is learned from, or with `reward_model` what its labels and gauges come from."
+    reward_model: RewardModelPlan | None = None
+    "r by learned models in place of the rules; null: rules. For data that is scored at all (not demonstrations)."
     advantage: AdvantageConfig = GroupConfig()
     "A-hat: what the gradient coefficient is made of."
     critic: CriticConfig | None = None
@@ -208,7 +245,8 @@ class IterativeRLConfig(Config):
                 )
 
     def _scores_steps(self) -> bool:
-        return any(component.kind == "steps" for component in self.reward.components)
+        learned = self.reward_model.models if self.reward_model else ()
+        return any(part.kind in ("steps", "process") for part in (*self.reward.components, *learned))
 
 
 def _either(names: tuple[str, ...]) -> str:

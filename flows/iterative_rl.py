@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import hashlib
 
-from flows.bootstrap import initial_policy, prepare_data
+from flows.bootstrap import base_model, initial_policy, prepare_data
 from flows.config import IterativeRLConfig
 from flows.exploration import explore, token_evidence
 from flows.observer import observer
+from flows.reward_models import first_reward_models, reward_outputs, train_on
 from pipeline.orchestration import flow
 from stages.advantage import estimate_advantages
 from stages.critic import create_critic, update_critic
@@ -34,7 +35,9 @@ __all__ = ["iterative_rl"]
 def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
     """Train a policy as `config` says; returns the last one."""
     data = prepare_data(config.data)
-    policy = initial = initial_policy(config, data)                                                        # line 1
+    base = base_model(config, data)
+    policy = initial = initial_policy(config, data, base)                                                  # line 1
+    reward_models = first_reward_models(config, data, base, policy)
     critic = create_critic(policy, config.critic) if config.critic else None
     evaluate_policy(config, policy, data.evaluation, step=0)
     last = config.iterations * config.steps
@@ -44,16 +47,18 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
             seed = step_seed(config.seed, step)
             sampler = policy if config.data_source == "policy" else initial                                # line 6
             questions, outputs = explore(config, data, sampler, step, seed)                                # lines 5, 7
-            rewards = score(outputs, questions, config.reward) if questions else None                      # line 8
+            rewards, gauges = reward_outputs(config, sampler, reward_models, questions, outputs)           # line 8
             evidence = token_evidence(config, policy, reference, critic, outputs)
             advantages = estimate_advantages(rewards, outputs, config.advantage, *evidence)                # line 9
             policy = update_policy(policy, reference, outputs, advantages, config.update, seed=seed)       # line 10
             if critic and config.critic:
                 critic = update_critic(critic, outputs, advantages, config.critic, seed=seed)
-            observer().step(step + 1, iteration, policy, outputs, rewards, advantages, critic)
+            observer().step(step + 1, iteration, policy, outputs, rewards, gauges, advantages, critic)
             if config.evaluation.is_due(step + 1, last):
                 evaluate_policy(config, policy, data.evaluation, step=step + 1)
-        # Line 11, the reward model's continued training, has nothing to train yet: rewards are rules.
+        # After the last iteration nobody would ask the reward models anything.
+        if config.reward_model and config.reward_model.retrain and iteration + 1 < config.iterations:
+            reward_models = train_on(config, data, policy, reward_models, iteration=iteration + 1)         # line 11
     return policy
 # fmt: on
 

@@ -16,7 +16,18 @@ import pyarrow as pa
 
 from pipeline.artifact import Table
 
-__all__ = ["Advantages", "Demonstrations", "Evaluation", "Logprobs", "Questions", "Rewards", "Rollouts", "Values"]
+__all__ = [
+    "Advantages",
+    "Demonstrations",
+    "Evaluation",
+    "Logprobs",
+    "Questions",
+    "RewardGauges",
+    "RewardLabels",
+    "Rewards",
+    "Rollouts",
+    "Values",
+]
 
 
 def _required(name: str, kind: pa.DataType) -> pa.Field:
@@ -142,5 +153,45 @@ class Evaluation(Table):
             _required("correct", pa.int32()),
             _required("majority_correct", pa.bool_()),
             _required("status_counts", pa.map_(pa.string(), pa.int32())),
+        ]
+    )
+
+
+class RewardLabels(Table):
+    """What a reward model learns from: outputs of policies with the verdict of the rules, one row per labelled output.
+
+    `label` is 1 for a right answer, 0 for any other. `scored_index` names the token of `output_ids` at which the output's score
+    is read. `step_ends` and `step_labels` (share of credit of each step, 0 to 1) are null where there are no process labels.
+    `origin` is the digest of the policy that sampled the row, `vocabulary` that of the tokens its ids stand for.
+    """
+
+    schema = pa.schema(
+        [
+            *_KEY,
+            _required("prompt_ids", pa.list_(pa.int32())),
+            _required("output_ids", pa.list_(pa.int32())),
+            _required("scored_index", pa.int32()),
+            _required("label", pa.float64()),
+            pa.field("step_ends", pa.list_(pa.int32())),
+            pa.field("step_labels", pa.list_(pa.float64())),
+            _required("origin", pa.string()),
+            _required("vocabulary", pa.string()),
+        ]
+    )
+
+
+class RewardGauges(Table):
+    """How a reward model's scores stand to the rules' verdicts: one row per gauge, null where it is undefined.
+
+    `low` and `high` bound the 95 % interval of the gauges that have one; `rows` says from how many rows it was computed.
+    """
+
+    schema = pa.schema(
+        [
+            _required("gauge", pa.string()),
+            pa.field("value", pa.float64()),
+            pa.field("low", pa.float64()),
+            pa.field("high", pa.float64()),
+            _required("rows", pa.int32()),
         ]
     )

@@ -177,6 +177,7 @@ def executed(root: Path) -> dict[str, list[int]]:
     return {record.name: [attempt.executed for attempt in record.attempts] for record in read_records(Places(root))}
 
 
+@pytest.mark.slow
 def test_compare_trains_every_arm_and_a_second_call_computes_nothing(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

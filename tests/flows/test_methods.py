@@ -130,7 +130,10 @@ def test_no_two_methods_come_to_the_same_policy(runs: dict[str, Run]) -> None:
     assert len({weights(run.store, run.digest) for run in runs.values()}) == len(METHODS)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=() if name in ("dpo", "ppo", "dapo") else pytest.mark.slow) for name in METHODS],
+)
 def test_equal_seeds_give_equal_bits_also_when_resumed_after_the_first_step(
     runs: dict[str, Run], other_store: Store, method: str
 ) -> None:

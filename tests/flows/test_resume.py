@@ -46,19 +46,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return root, digest
 
 
-def test_a_run_killed_at_any_instant_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.flows.killing", str(tmp_path), "10"]
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_run_killed_at_any_instant_resumes_to_the_same_bits(tmp_path: Path, kills: int) -> None:
+    command = [sys.executable, "-m", "tests.flows.killing", str(tmp_path), str(kills)]
     single = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, cwd=REPOSITORY, env=single, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
     golden, trials = report["golden"], report["trials"]
-    assert len(trials) == 10
+    assert len(trials) == kills
     assert {trial["digest"] for trial in trials} == {golden["digest"]}
     # Nothing committed before the kill was computed again; at most the stage in flight was lost.
-    assert [trial["kept"] + trial["executed"] for trial in trials] == [golden["executed"]] * 10
-    assert sum(trial["killed"] for trial in trials) >= 8  # a late instant may find the run already over
-    assert len({trial["kept"] for trial in trials}) >= 5  # the instants were spread over the run
+    assert [trial["kept"] + trial["executed"] for trial in trials] == [golden["executed"]] * kills
+    assert sum(trial["killed"] for trial in trials) >= 0.8 * kills - 1  # a late instant may find the run already over
+    assert len({trial["kept"] for trial in trials}) >= kills / 2  # the instants were spread over the run
 
 
 def test_a_second_run_executes_nothing(finished: tuple[Path, str]) -> None:

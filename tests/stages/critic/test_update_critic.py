@@ -111,14 +111,14 @@ def test_metrics_are_those_of_the_critic_before_its_update(store: Store) -> None
 def test_a_critic_that_says_zero_explains_nothing_and_a_learned_one_most(store: Store) -> None:
     outputs, advantages = tables()
     critic, explained, losses = tiny_critic(), [], []
-    for seed in range(30):
-        critic = update_critic(critic, outputs, advantages, exact(mu=2), seed=seed)
+    for seed in range(4):
+        critic = update_critic(critic, outputs, advantages, exact(mu=20), seed=seed)
         explained.append(critic.metrics["critic/explained_variance"])
         losses.append(critic.metrics["critic/loss"])
     assert explained[0] == pytest.approx(0.0, abs=1e-12)
     # Not all: the outputs of a question have one value before their first token, and returns of their own.
     assert explained[-1] > 0.7
-    assert losses[-1] < 0.1 * losses[0]
+    assert losses[-1] < 0.3 * losses[0]  # means over the stage's passes
 
 
 def test_mu_passes_are_mu_updates(store: Store) -> None:

@@ -72,6 +72,7 @@ OTHERWISE = {
 }
 
 
+@pytest.mark.slow
 def test_graders_cases_of_math_verify_and_lighteval_agree_but_for_9_of_306(data_dir: Path, pool: KillablePool) -> None:
     rows = rows_of(data_dir / "grader_cases.jsonl")
     own = [row for row in rows if "Math-Verify" in row["source"] or "lighteval" in row["source"]]

@@ -1,0 +1,86 @@
+"""Learned rewards in the flow: made before Algorithm 1 begins, held against the rules, trained on after each iteration."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from flows.bootstrap import DataSets
+from flows.config import IterativeRLConfig
+from stages.data import sample_batch
+from stages.models import Checkpoint
+from stages.reward import score
+from stages.reward_model import check_gauges, measure_reward_model, score_outputs
+from stages.reward_training import create_reward_model, label_outputs, mix_with_history, train_reward_model
+from stages.rollout import rollout
+from stages.tables import Questions, RewardGauges, RewardLabels, Rewards, Rollouts
+
+__all__ = ["RewardModels", "first_reward_models", "reward_outputs", "train_on"]
+
+
+@dataclass(frozen=True)
+class RewardModels:
+    """r_phi as it is, and the labels it has learned from so far, one table an iteration."""
+
+    models: list[Checkpoint]
+    history: list[RewardLabels]
+
+
+def first_reward_models(
+    config: IterativeRLConfig, data: DataSets, base: Checkpoint, policy: Checkpoint
+) -> RewardModels:
+    """r_phi before the first iteration: trained on outputs of the initial policy that the rules have labelled (5.2.1).
+
+    Args:
+        base: the model before supervised fine-tuning, whose trunk the paper's reward model has (4.2).
+        policy: the initial policy, which samples what is labelled.
+    """
+    plan = config.reward_model
+    if plan is None:
+        return RewardModels([], [])
+    trunk = base if plan.trunk == "base" else policy
+    untrained = [create_reward_model(trunk, kind) for kind in plan.models]
+    return train_on(config, data, policy, RewardModels(untrained, []), iteration=0)
+
+
+def train_on(
+    config: IterativeRLConfig, data: DataSets, policy: Checkpoint, reward: RewardModels, *, iteration: int
+) -> RewardModels:
+    """r_phi after training on fresh rule-labelled outputs of `policy` and a sample of history (Algorithm 1, line 11)."""
+    plan = config.reward_model
+    if plan is None or not reward.models:
+        return reward
+    seed = _seed(config.seed, iteration)
+    questions = sample_batch(data.train, size=plan.questions, step=0, seed=seed)
+    outputs = rollout(policy, questions, config.prompt, config.rollout, seed=seed)
+    fresh = label_outputs(outputs, score(outputs, questions, config.reward), policy)
+    labels = mix_with_history(fresh, reward.history, plan.replay, seed=seed) if reward.history else fresh
+    models = [train_reward_model(model, labels, plan.training, seed=seed) for model in reward.models]
+    return RewardModels(models, [*reward.history, fresh])
+
+
+def reward_outputs(
+    config: IterativeRLConfig, sampler: Checkpoint, reward: RewardModels, questions: Questions | None, outputs: Rollouts
+) -> tuple[Rewards | None, RewardGauges | None]:
+    """r of every output (line 8): by rules, or by the reward models with the rules beside them as their gauge.
+
+    Demonstrations, which have no questions to be scored with, have no reward.
+
+    Raises:
+        RewardModelError: the models' scores have left the limits that the config sets.
+    """
+    if questions is None:
+        return None, None
+    rules = score(outputs, questions, config.reward)
+    plan = config.reward_model
+    if plan is None or not reward.models:
+        return rules, None
+    rewards = score_outputs(outputs, sampler, reward.models, plan.scoring, rules)
+    gauges = measure_reward_model(rewards, rules, outputs, plan.scoring, plan.gauges)
+    check_gauges(gauges, plan.limits)
+    return rewards, gauges
+
+
+def _seed(seed: int, iteration: int) -> int:
+    """Another for the labels of each iteration than for any step."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/labels/{iteration}".encode()).digest()[:4], "big") >> 1

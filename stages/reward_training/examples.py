@@ -1,0 +1,172 @@
+"""From labels to what a reward model learns from: examples, and the units that are learned from as a whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, assert_never
+
+from stages.models import Checkpoint
+from stages.reward_models import RewardKind, check_lengths, reward_kind, vocabulary_of
+from stages.reward_training.config import BradleyTerryConfig, PointwiseConfig, RewardObjectiveConfig
+from stages.tables import RewardLabels
+
+__all__ = ["Example", "Pair", "Unit", "draw_updates", "read_examples", "units_of"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """An output, where its scores are read, and the label of each; it stands for `weight` equal ones."""
+
+    question_id: str
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    places: tuple[int, ...]
+    """Indices into `output_ids`: one of an outcome, one for each step of a process."""
+    labels: tuple[float, ...]
+    """One for each place."""
+    weight: int = 1
+
+
+class Pair(NamedTuple):
+    """A comparison: numbers of two examples, standing for `weight` equal ones."""
+
+    preferred: int
+    other: int
+    weight: int = 1
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Examples that must stand in one micro-batch, and the pairs to compare among them, numbered within the unit."""
+
+    examples: tuple[Example, ...]
+    pairs: tuple[Pair, ...] = ()
+
+
+def read_examples(labels: RewardLabels, model: Checkpoint, objective: RewardObjectiveConfig) -> list[Example]:
+    """The examples `model` can learn from, checked.
+
+    For a process model those with step labels; with pairs those of questions that have a right and a wrong output.
+
+    Raises:
+        ValueError: an objective that does not fit the model; no labels; another vocabulary; a row that is too long or names a
+            token it does not have; labels without any difference to learn.
+    """
+    kind = reward_kind(model)
+    if kind == "process" and isinstance(objective, BradleyTerryConfig):
+        raise ValueError(
+            "objective bradley_terry compares whole outputs; train a process model with objective.kind=pointwise"
+        )
+    rows = labels.rows()
+    _check_vocabulary(rows, model)
+    check_lengths(model, rows)
+    examples = [_example(row, kind) for row in rows if kind == "outcome" or row["step_ends"]]
+    if not examples:
+        missing = "step labels; score the outputs with a component of kind `steps`" if rows else "rows"
+        raise ValueError(f"there is nothing to train the reward model on: {labels} has no {missing}")
+    return _with_differences(examples, objective)
+
+
+def draw_updates(examples: Sequence[Example], questions: int, *, epoch: int, seed: int) -> list[list[Example]]:
+    """The examples of each update of one epoch: those of so many questions, in an order drawn for the epoch."""
+    groups = list(_by_question(examples).values())
+    uniform = random.Random(f"reward_training/{seed}/{epoch}").random
+    groups.sort(key=lambda _: uniform())
+    return [
+        [example for group in groups[start : start + questions] for example in group]
+        for start in range(0, len(groups), questions)
+    ]
+
+
+def units_of(examples: Sequence[Example], objective: RewardObjectiveConfig) -> list[Unit]:
+    """What is learned from as a whole: an output, a pair, or the outputs of a question with all their pairs.
+
+    Equal outputs of a question are computed once, weighted by their number: the same sum, up to rounding, for less work.
+    Matched pairs are left as they are.
+    """
+    match objective:
+        case PointwiseConfig():
+            return [Unit((example,)) for example in _merged(examples)]
+        case BradleyTerryConfig():
+            return [unit for group in _by_question(examples).values() for unit in _compared(group, objective)]
+        case _ as unknown:
+            assert_never(unknown)
+
+
+def _compared(group: Sequence[Example], objective: BradleyTerryConfig) -> list[Unit]:
+    right = [example for example in group if example.labels[0] == 1]
+    wrong = [example for example in group if example.labels[0] != 1]
+    match objective.pairs:
+        case "matched":
+            return [Unit(pair, (Pair(0, 1),)) for pair in zip(right, wrong, strict=False)]
+        case "all":
+            right, wrong = _merged(right), _merged(wrong)
+            pairs = [
+                Pair(i, len(right) + j, preferred.weight * other.weight)
+                for i, preferred in enumerate(right)
+                for j, other in enumerate(wrong)
+            ]
+            return [Unit((*right, *wrong), tuple(pairs))] if pairs else []
+        case _:
+            assert_never(objective.pairs)
+
+
+def _merged(examples: Sequence[Example]) -> list[Example]:
+    """Each distinct example with how often it occurs, in the order first seen."""
+    return [dataclasses.replace(example, weight=count) for example, count in Counter(examples).items()]
+
+
+def _by_question(examples: Sequence[Example]) -> dict[str, list[Example]]:
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.question_id, []).append(example)
+    return groups
+
+
+def _example(row: Mapping[str, Any], kind: RewardKind) -> Example:
+    places = [row["scored_index"]] if kind == "outcome" else row["step_ends"]
+    labels = [row["label"]] if kind == "outcome" else row["step_labels"]
+    key, tokens = (row["question_id"], row["sample"]), len(row["output_ids"])
+    if len(places) != len(labels or ()):
+        raise ValueError(f"output {key}: expected one step label for each of {len(places)} step ends, found {labels}")
+    if not all(0 <= place < tokens for place in places):
+        raise ValueError(f"output {key} has {tokens} tokens; its scores cannot be read at {places}")
+    if not all(0 <= label <= 1 for label in labels):
+        raise ValueError(f"output {key}: expected labels from 0 to 1, found {labels}")
+    prompt_ids, output_ids = tuple(row["prompt_ids"]), tuple(row["output_ids"])
+    return Example(row["question_id"], prompt_ids, output_ids, tuple(places), tuple(labels))
+
+
+def _check_vocabulary(rows: Sequence[Mapping[str, Any]], model: Checkpoint) -> None:
+    own = vocabulary_of(model)
+    for row in rows:
+        if row["vocabulary"] != own:
+            raise ValueError(
+                f"output {(row['question_id'], row['sample'])} was sampled with another tokenizer than the reward {model} has "
+                f"(vocabulary {row['vocabulary'][:12]}, the model's is {own[:12]}); its ids mean other tokens there: make the "
+                "reward model from a model that shares the policy's tokenizer"
+            )
+
+
+def _with_differences(examples: list[Example], objective: RewardObjectiveConfig) -> list[Example]:
+    """The examples that there is something to learn from: with pairs those of questions that have one."""
+    labels = [label for example in examples for label in example.labels]
+    if isinstance(objective, BradleyTerryConfig):
+        groups = [group for group in _by_question(examples).values() if _compared(group, objective)]
+        if groups:
+            return [example for group in groups for example in group]
+        raise ValueError(
+            f"no question has both a right and a wrong output ({sum(label == 1 for label in labels)} of {len(labels)} are "
+            "right), so there is no pair to compare: sample more outputs per question, at a higher temperature or of questions "
+            "of medium difficulty, or set objective.kind=pointwise"
+        )
+    if min(labels) == max(labels):
+        raise ValueError(
+            f"all {len(labels)} labels are {labels[0]:g}; a reward model would learn a constant: sample from questions that "
+            "the policy answers sometimes, not always or never"
+        )
+    return examples

@@ -1,0 +1,85 @@
+"""Learned rewards in Algorithm 1: the model of an iteration is that of the one before, trained on with replay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flows.config import RewardModelPlan
+from pipeline.config import ConfigError
+from pipeline.store import Store, use_store
+from stages.tables import RewardLabels, Rewards
+from tests.flows.test_methods import Run, train
+
+PLAN = {
+    "models": [{"kind": "outcome"}, {"kind": "process"}],
+    "trunk": "initial_policy",
+    "questions": 48,
+    "training": {
+        "questions_per_update": 12,
+        "training": {"precision": "fp32", "threads": 1, "optimizer": {"kind": "adamw", "learning_rate": 1e-3}},
+    },
+    "scoring": {"precision": "fp32", "threads": 1},
+    "gauges": {"resamples": 100},
+}
+STEPS = {"reward.components": [{"kind": "accuracy", "verifier": "exact"}, {"kind": "steps"}]}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two iterations of one step, rewards by an outcome and a process model."""
+    with use_store(Store(Path(tmp_path_factory.mktemp("rm")) / "store")) as store:
+        return train(store, "grpo", iterations=2, steps=1, reward_model=PLAN, **STEPS)
+
+
+def models_of(run: Run) -> list[list[str]]:
+    """The reward models that each step's outputs were scored with."""
+    return [[part["artifact"] for part in record["arguments"]["models"]] for record in run.of("score_outputs")]
+
+
+def test_the_policy_of_an_iteration_learns_from_the_models_of_the_one_before(run: Run) -> None:
+    trained = run.made("train_reward_model")
+    assert len(trained) == 4  # two models, before the first iteration and after it; none after the last
+    assert models_of(run) == [trained[:2], trained[2:]]
+    assert run.given("train_reward_model", "model")[2:] == trained[:2]  # continued, not begun anew
+
+
+def test_labels_are_the_rules_on_outputs_of_the_policy_as_it_was(run: Run) -> None:
+    assert run.given("label_outputs", "policy") == [run.supervised, run.made("update_policy")[0]]
+
+
+def test_replay_joins_a_tenth_of_history_from_the_second_training_on(run: Run) -> None:
+    (mixed,) = run.of("mix_with_history")
+    with use_store(run.store):
+        fresh, rows = (RewardLabels(d).read().num_rows for d in (run.made("label_outputs")[1], mixed["result"]))
+    assert rows - fresh == round(fresh / 9)  # 10 % of the mixture
+
+
+def test_rewards_are_the_models_and_the_rules_stay_beside_them(run: Run) -> None:
+    with use_store(run.store):
+        rewards = Rewards(run.made("score_outputs")[0]).rows()
+    assert {row["scorer"] for row in rewards} == {"+".join(models_of(run)[0])}
+    assert all(dict(row["components"])["rule"] in (0.0, 1.0) and row["step_rewards"] for row in rewards)
+    assert run.given("estimate_advantages", "rewards") == run.made("score_outputs")
+
+
+def test_every_step_shows_how_far_the_models_can_be_trusted(run: Run) -> None:
+    assert all({"rm/auc", "rm/pearson", "rm/step_accuracy"} <= run.points[step].keys() for step in (1, 2))
+
+
+def test_a_gauge_beyond_its_limit_stops_the_run_and_names_it(run: Run) -> None:
+    with (
+        use_store(run.store),
+        pytest.raises(ValueError, match="scores no longer stand for being right: pearson"),
+    ):
+        train(
+            run.store, "grpo", iterations=1, steps=1, reward_model=PLAN | {"limits": {"min_correlation": 1.0}}, **STEPS
+        )
+
+
+def test_two_models_of_one_kind_and_pairs_of_steps_are_refused() -> None:
+    with pytest.raises(ConfigError, match="at most one of each kind"):
+        RewardModelPlan.parse({"models": [{"kind": "outcome"}, {"kind": "outcome"}]})
+    with pytest.raises(ConfigError, match="a process model needs pointwise"):
+        RewardModelPlan.parse({"models": [{"kind": "process"}], "training": {"objective": {"kind": "bradley_terry"}}})

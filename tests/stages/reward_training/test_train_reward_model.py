@@ -1,0 +1,317 @@
+"""Training of reward models: gradients against plain loops, what is refused, and that an interrupted run is no other run."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+
+from pipeline.residency import evict
+from pipeline.store import Store
+from stages.models import Checkpoint, load_model, load_optimizer_state, load_trainer_state
+from stages.reward_model import ScoringConfig, score_outputs
+from stages.reward_training import (
+    BradleyTerryConfig,
+    PointwiseConfig,
+    RewardTrainingConfig,
+    train_reward_model,
+)
+from stages.tables import RewardLabels
+from stages.training import DeepSpeedEngineConfig
+from tests.stages.reward_training.worlds import (
+    EOS,
+    RIGHT,
+    base_with_pad_as_eos,
+    exact,
+    label_rows,
+    labels,
+    outputs_of,
+    outspoken,
+    tiny_reward_model,
+)
+from tests.stages.training.tiny import VOCABULARY, tiny_checkpoint
+
+ALL, MATCHED, POINTWISE = BradleyTerryConfig(), BradleyTerryConfig(pairs="matched"), PointwiseConfig()
+CASES: list[tuple[Any, Any]] = [("outcome", ALL), ("outcome", MATCHED), ("outcome", POINTWISE), ("process", POINTWISE)]
+
+
+def logits_of(model: Any, row: dict[str, Any]) -> torch.Tensor:
+    """A score at every output token, by trunk and head alone: no batch, no padding, no pooling."""
+    ids = torch.tensor([row["prompt_ids"] + row["output_ids"]])
+    logits: torch.Tensor = model.score(model.base_model(input_ids=ids).last_hidden_state)[0, :, 0]
+    return logits[len(row["prompt_ids"]) :]
+
+
+def loss_by_definition(model: Any, rows: list[dict[str, Any]], objective: Any) -> torch.Tensor:
+    kind = type(model).__name__
+    if kind.endswith("ForTokenClassification"):
+        outputs = []
+        for row in rows:
+            scores = logits_of(model, row)[row["step_ends"]]
+            outputs.append(binary_cross_entropy_with_logits(scores, torch.tensor(row["step_labels"])))
+        return torch.stack(outputs).mean()
+    scores = [logits_of(model, row)[-1] for row in rows]
+    if objective == POINTWISE:
+        return torch.stack([-logsigmoid(s if row["label"] else -s) for s, row in zip(scores, rows, strict=True)]).mean()
+    losses = []
+    for _, group in itertools.groupby(zip(scores, rows, strict=True), key=lambda pair: pair[1]["question_id"]):
+        members = list(group)
+        right, wrong = ([s for s, row in members if row["label"] == label] for label in (1.0, 0.0))
+        pairs = zip(right, wrong, strict=False) if objective == MATCHED else itertools.product(right, wrong)
+        losses += [-logsigmoid(preferred - other) for preferred, other in pairs]
+    return torch.stack(losses).mean()
+
+
+def gradient_by_definition(model: Checkpoint, rows: list[dict[str, Any]], objective: Any) -> torch.Tensor:
+    loaded = load_model(model, dtype=torch.float32)
+    loss_by_definition(loaded, rows, objective).backward()
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in loaded.parameters()])
+
+
+def gradient_of_stage(model: Checkpoint, table: RewardLabels, config: RewardTrainingConfig) -> torch.Tensor:
+    """The gradient the stage used, read from AdamW's first moment: m = (1 - beta_1) g after one step."""
+    evict()
+    state = load_optimizer_state(train_reward_model(model, table, config, seed=0))
+    loaded = load_model(model, dtype=torch.float32)
+    return torch.cat([state[f"{name}/exp_avg"].flatten() for name, _ in loaded.named_parameters()]) / (1 - 0.9)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool(torch.linalg.vector_norm(found - expected) < 2e-6 * torch.linalg.vector_norm(expected))
+
+
+@pytest.mark.parametrize(("kind", "objective"), CASES)
+def test_the_gradient_is_that_of_the_loss_as_it_is_written(store: Store, kind: Any, objective: Any) -> None:
+    base = tiny_checkpoint()
+    model = outspoken(kind, base)
+    found = gradient_of_stage(model, labels(base), exact(objective=objective))
+    assert close(found, gradient_by_definition(model, label_rows(base), objective))
+
+
+@pytest.mark.parametrize(("kind", "objective"), CASES)
+def test_the_gradient_does_not_depend_on_micro_batches(store: Store, kind: Any, objective: Any) -> None:
+    base = tiny_checkpoint()
+    model, table = outspoken(kind, base), labels(base)
+    whole = gradient_of_stage(model, table, exact(objective=objective, micro_batch_tokens=10_000))
+    parts = gradient_of_stage(model, table, exact(objective=objective, micro_batch_tokens=20))
+    assert close(parts, whole)
+
+
+@pytest.mark.parametrize(("kind", "objective"), CASES)
+def test_equal_outputs_count_as_often_as_they_occur(store: Store, kind: Any, objective: Any) -> None:
+    base = tiny_checkpoint()
+    model, rows = outspoken(kind, base), label_rows(base)
+    again = [{**row, "sample": row["sample"] + 10} for row in rows if row["sample"] in (0, 2)]
+    rows = sorted(
+        [*rows, *again, *({**row, "sample": row["sample"] + 20} for row in again)], key=lambda r: r["question_id"]
+    )
+    found = gradient_of_stage(model, RewardLabels.write(rows), exact(objective=objective))
+    assert close(found, gradient_by_definition(model, rows, objective))
+
+
+@pytest.mark.parametrize("objective", [ALL, POINTWISE])
+def test_the_scored_token_is_the_named_one_where_padding_is_the_end_of_sequence(store: Store, objective: Any) -> None:
+    base = base_with_pad_as_eos()
+    rows = label_rows(base)
+    for row in rows:  # an end of sequence within the output too, as a chat template may have it
+        row["output_ids"][0] = EOS
+    model = outspoken("outcome", base)
+    found = gradient_of_stage(model, RewardLabels.write(rows), exact(objective=objective))
+    assert close(found, gradient_by_definition(model, rows, objective))
+
+
+def test_the_index_in_the_table_decides_where_the_score_is_read(store: Store) -> None:
+    base = tiny_checkpoint()
+    model, rows = outspoken("outcome", base), label_rows(base)
+    for row in rows:
+        row["scored_index"] -= 1
+    found = gradient_of_stage(model, RewardLabels.write(rows), exact())
+    shorter = [{**row, "output_ids": row["output_ids"][:-1]} for row in rows]
+    assert close(found, gradient_by_definition(model, shorter, POINTWISE))
+
+
+@pytest.mark.parametrize(("kind", "objective"), CASES)
+def test_metrics_are_those_of_the_model_before_its_update(store: Store, kind: Any, objective: Any) -> None:
+    base = tiny_checkpoint()
+    model = outspoken(kind, base)
+    metrics = train_reward_model(model, labels(base), exact(objective=objective), seed=0).metrics
+    loss = loss_by_definition(load_model(model, dtype=torch.float32), label_rows(base), objective)
+    assert metrics["rm/loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["rm/grad_norm"] == pytest.approx(
+        float(gradient_by_definition(model, label_rows(base), objective).norm()), rel=1e-5
+    )
+    assert metrics["rm/updates"] == 1
+    assert metrics["rm/learning_rate"] == 1e-2
+    pairs = sum(len(right) * (4 - len(right)) for right in RIGHT)
+    matched = sum(min(len(right), 4 - len(right)) for right in RIGHT)
+    assert metrics["rm/pairs"] == (pairs if objective == ALL else matched if objective == MATCHED else 0)
+    assert metrics["rm/examples"] == (16 if objective == POINTWISE else 12)  # all samples of one question are right
+
+
+def test_training_accuracy_counts_pairs_in_order(store: Store) -> None:
+    base = tiny_checkpoint()
+    model, rows = outspoken("outcome", base), label_rows(base)
+    loaded = load_model(model, dtype=torch.float32)
+    scores = [(row["question_id"], row["label"], logits_of(loaded, row)[-1].item()) for row in rows]
+    pairs = [s > t for q, y, s in scores for p, z, t in scores if q == p and y > z]
+    metrics = train_reward_model(model, labels(base), exact(objective=ALL), seed=0).metrics
+    assert metrics["rm/train_accuracy"] == pytest.approx(sum(pairs) / len(pairs))
+    metrics = train_reward_model(model, labels(base), exact(), seed=0).metrics
+    assert metrics["rm/train_accuracy"] == pytest.approx(sum((s > 0) == (y == 1) for _, y, s in scores) / len(scores))
+
+
+@pytest.mark.parametrize(("kind", "objective"), CASES)
+def test_labels_are_learned(store: Store, kind: Any, objective: Any) -> None:
+    base = tiny_checkpoint()
+    config = exact(objective=objective, epochs=80, learning_rate=1e-2)
+    model = train_reward_model(tiny_reward_model(kind, base), labels(base), config, seed=0)
+    assert model.metrics["rm/train_accuracy"] == pytest.approx(1.0)
+    assert model.metrics["rm/loss"] < 0.05
+    rows = label_rows(base)
+    scores = score_outputs(outputs_of(rows), base, [model], ScoringConfig(precision="fp32", threads=1)).rows()
+    if kind == "process":
+        right = [[score > 0 for score in row["step_rewards"]] for row in scores]
+        assert right == [[label == 1 for label in row["step_labels"]] for row in rows]
+    elif objective == POINTWISE:
+        assert [row["reward"] > 0 for row in scores] == [row["label"] == 1 for row in rows]
+
+
+def test_an_update_has_all_outputs_of_its_questions(store: Store) -> None:
+    base = tiny_checkpoint()
+    model = tiny_reward_model("outcome", base)
+    assert train_reward_model(model, labels(base), exact(questions_per_update=3), seed=0).metrics["rm/updates"] == 2
+    config = exact(questions_per_update=1, epochs=2, objective=ALL)
+    # One question has no pair: there are three to learn from.
+    assert train_reward_model(model, labels(base), config, seed=0).metrics["rm/updates"] == 6
+
+
+def test_the_rate_falls_within_a_training_and_begins_anew_with_the_next(store: Store) -> None:
+    base = tiny_checkpoint()
+    config = exact(questions_per_update=2, epochs=2)  # four updates: the last at a quarter of the rate
+    first = train_reward_model(tiny_reward_model("outcome", base), labels(base), config, seed=0)
+    assert first.metrics["rm/learning_rate"] == pytest.approx(0.25e-2)
+    second = train_reward_model(first, labels(base), exact(), seed=0)
+    assert second.metrics["rm/learning_rate"] == pytest.approx(1e-2)
+    constant = train_reward_model(first, labels(base), config.override({"decay": "none"}), seed=0)
+    assert constant.metrics["rm/learning_rate"] == pytest.approx(1e-2)
+
+
+def test_the_seed_orders_the_questions(store: Store) -> None:
+    base = tiny_checkpoint()
+    model, table, config = tiny_reward_model("outcome", base), labels(base), exact(questions_per_update=1)
+    digests = [train_reward_model(model, table, config, seed=seed).digest for seed in (0, 1)]
+    assert digests[0] != digests[1]
+    evict()
+    other = exact(questions_per_update=1, micro_batch_tokens=16383)  # another call of the stage, the same computation
+    assert train_reward_model(model, table, other, seed=0).digest == digests[0]
+
+
+def test_a_warm_engine_and_a_cold_one_give_the_same_bits(store: Store) -> None:
+    base = tiny_checkpoint()
+    table = labels(base)
+
+    def two_rounds(*, cold: bool) -> Checkpoint:
+        model = tiny_reward_model("outcome", base)
+        config = exact(questions_per_update=2, micro_batch_tokens=16384 + cold)  # so that nothing is found in the store
+        for seed in (0, 1):
+            if cold:
+                evict()
+            model = train_reward_model(model, table, config, seed=seed)
+        return model
+
+    assert two_rounds(cold=True) == two_rounds(cold=False)
+
+
+@pytest.mark.parametrize("carry", [True, False])
+def test_the_optimizer_is_kept_or_begun_anew(store: Store, carry: bool) -> None:
+    base = tiny_checkpoint()
+    config = exact().override({"training.carry_optimizer": carry})
+    once = train_reward_model(tiny_reward_model("outcome", base), labels(base), config, seed=0)
+    twice = train_reward_model(once, labels(base), config, seed=1)
+    assert load_trainer_state(twice)["updates"] == (2 if carry else 1)
+
+
+def refusal(store: Store, change: Any, *, kind: Any = "outcome", objective: Any = POINTWISE, **settings: Any) -> str:
+    base = tiny_checkpoint(**settings)
+    rows = label_rows(base)
+    changed = change(rows) or rows
+    with pytest.raises(ValueError) as error:
+        train_reward_model(
+            tiny_reward_model(kind, base), RewardLabels.write(changed), exact(objective=objective), seed=0
+        )
+    return str(error.value)
+
+
+def all_right(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        row["label"] = 1.0
+
+
+def test_labels_without_a_pair_are_refused_with_what_to_do(store: Store) -> None:
+    message = refusal(store, all_right, objective=ALL)
+    assert "no question has both a right and a wrong output (16 of 16 are right)" in message
+    assert "sample more outputs per question" in message
+    assert "set objective.kind=pointwise" in message
+
+
+def test_labels_without_a_difference_are_refused(store: Store) -> None:
+    assert "all 16 labels are 1; a reward model would learn a constant" in refusal(store, all_right)
+
+
+def test_no_labels_are_refused(store: Store) -> None:
+    base = tiny_checkpoint()
+    with pytest.raises(ValueError, match=r"nothing to train the reward model on: .* has no rows"):
+        train_reward_model(tiny_reward_model("outcome", base), RewardLabels.write([]), exact(), seed=0)
+    with pytest.raises(ValueError, match="has no step labels; score the outputs with a component of kind `steps`"):
+        train_reward_model(tiny_reward_model("process", base), labels(base, steps=False), exact(), seed=0)
+
+
+def test_a_process_model_is_not_trained_on_pairs(store: Store) -> None:
+    assert "train a process model with objective.kind=pointwise" in refusal(store, list, kind="process", objective=ALL)
+
+
+def test_a_row_longer_than_the_window_is_named_with_its_lengths(store: Store) -> None:
+    def lengthen(rows: list[dict[str, Any]]) -> None:
+        rows[5]["output_ids"] = [7] * 14
+
+    message = refusal(store, lengthen, max_position_embeddings=16)
+    assert "output ('q1', 1): 3 prompt + 14 output tokens are 17" in message
+    assert "has a window of 16" in message
+
+
+def test_ids_of_another_tokenizer_are_refused(store: Store) -> None:
+    def rename(rows: list[dict[str, Any]]) -> None:
+        rows[2]["vocabulary"] = "f" * 64
+
+    message = refusal(store, rename)
+    assert "output ('q0', 2) was sampled with another tokenizer" in message
+    assert "vocabulary ffffffffffff" in message
+
+    def enlarge(rows: list[dict[str, Any]]) -> None:
+        rows[2]["output_ids"][0] = VOCABULARY
+
+    assert f"output ('q0', 2) has the token id {VOCABULARY}" in refusal(store, enlarge)
+
+
+def test_places_beyond_an_output_are_refused(store: Store) -> None:
+    def displace(rows: list[dict[str, Any]]) -> None:
+        rows[1]["scored_index"] = 40
+
+    assert "output ('q0', 1)" in refusal(store, displace)
+    assert "cannot be read at [40]" in refusal(store, displace)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize(("kind", "objective"), [("outcome", ALL), ("process", POINTWISE)])
+def test_under_deepspeed_the_gradient_is_that_of_torch(store: Store, stage: Any, kind: Any, objective: Any) -> None:
+    base = tiny_checkpoint()
+    model = outspoken(kind, base)
+    engine = DeepSpeedEngineConfig(zero_stage=stage)
+    config = exact(objective=objective, micro_batch_tokens=40)
+    config = config.override({"training.engine": engine.model_dump()})
+    found = gradient_of_stage(model, labels(base), config)
+    assert close(found, gradient_by_definition(model, label_rows(base), objective))

@@ -4,7 +4,8 @@
         │                     │  │  │                   │              ^     ^                └──────> update_critic
         │                     │  │  └── estimate_values ── Values ─────┘     │            (PPO only)
         │                     │  └───── compare_policies ── Logprobs ────────┘    (where KL is part of the reward)
-    Demonstrations ──> SFT    └─────────────────────────┴──> evaluate ──> Evaluation
+    Demonstrations ──> SFT    ├─────────────────────────┴──> evaluate ──> Evaluation
+                              └── label_outputs ── RewardLabels ──> train_reward_model ──> score_outputs ──> Rewards
 
 A row is keyed by `question_id` and, below a question, by `sample` (0 .. G-1); stages join by key, never by position. Ids are
 the truth: what was sampled is `output_ids`; `text` is for people and for rewards that read text.
@@ -90,8 +91,8 @@ class Rollouts(Table):
 class Rewards(Table):
     """One row per output, always. `reward` is null where there is no score (never 0 for it); `status` says why.
 
-    `status`: `ok` (right answer), `wrong`, `unparseable`, `truncated`, `timeout`, `error`. `components` holds the score of each
-    named component before weighting, null where it abstained.
+    `status`: `ok` (right answer), `wrong`, `unparseable`, `truncated`, `timeout`, `error`; `unjudged` where a model scored and
+    no rule looked. `components` holds the score of each named component before weighting, null where it abstained.
 
     Process supervision (DeepSeekMath, 4.1.3): `step_rewards` holds r^index(j) of each step j, `step_ends` index(j), the place
     of the step's last token in `output_ids`; both null where outputs are scored as a whole. `scorer` is the digest of the

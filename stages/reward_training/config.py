@@ -64,7 +64,7 @@ class RewardTrainingConfig(Config):
     decay: Literal["linear", "none"] = "linear"
     """The learning rate within one training: from the configured one to 0 over its updates, or constant; every training
     begins at the full rate again, where `training.schedule` counts on from one to the next. Ours: the paper gives one rate;
-    on the built-in world the decay makes most of the difference between an AUC of 0.85 and one of 0.99."""
+    on the built-in world the held-out AUC was 0.95 and 0.99 (two seeds) with decay, 0.85 (one seed) without."""
     micro_batch_tokens: int = Field(16384, ge=1)
     """Padded tokens per forward and backward; bounds memory and changes no result but in its last bits. A unit that is
     learned from as a whole (with `pairs: all` the outputs of a question) may exceed it."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from stages.arithmetic import check_solution
+from stages.steps import step_ends
 
 __all__ = ["Credit", "StepLabels", "label_steps"]
 
@@ -39,12 +39,9 @@ def label_steps(question: str, text: str, text_ends: Sequence[int], credit: Cred
         DataError: a question of another world.
     """
     checks = check_solution(question, text)
-    rewards = [float(check.right if credit == "right" else check.consistent) for check in checks]
-    # The newline is part of its line; the first token that reaches behind it ends the step.
-    ends = [min(bisect_left(text_ends, check.end + 1), len(text_ends) - 1) for check in checks]
-    finals = [check.right for check in checks if check.final]
     if not text_ends:
         return StepLabels([], [], None)
-    if not checks:
-        return StepLabels([0.0], [len(text_ends) - 1], None)
-    return StepLabels(rewards, [*ends[:-1], len(text_ends) - 1], finals[0] if finals else None)
+    rewards = [float(check.right if credit == "right" else check.consistent) for check in checks]
+    finals = [check.right for check in checks if check.final]
+    # An output without any line is one step of no reward.
+    return StepLabels(rewards or [0.0], step_ends(text, text_ends), finals[0] if finals else None)

@@ -59,8 +59,8 @@ def score_head(model: Any) -> torch.nn.Linear:
     head = getattr(inner, "score", None) or getattr(inner, "classifier", None)
     if not isinstance(head, torch.nn.Linear) or head.out_features != 1:
         raise ValueError(
-            f"{type(inner).__name__}: expected one layer `score` or `classifier` with a single output; make a reward model "
-            "with create_reward_model"
+            f"{type(inner).__name__}: expected one layer `score` or `classifier` with a single output; make a critic with "
+            "create_critic, a reward model with create_reward_model"
         )
     return head
 
@@ -69,6 +69,7 @@ def score_head(model: Any) -> torch.nn.Linear:
 def _head_at(model: torch.nn.Module, positions_N: Tensor) -> Iterator[None]:
     """Inside the block the head is applied to the flattened positions [N] only, and never in less than its own precision.
 
+    Under autocast a value of 0.7 would be rounded to steps of 0.004, and a temporal-difference error is a difference of two.
     The layer's `forward` is replaced instead of calling trunk and head ourselves, so that an engine that wraps the model
     (DeepSpeed) still sees a forward of the whole, hooks on the layer included. A sequence classifier picks one token of each
     row from what the head returns: it gets the row's one score at every token, so that whichever it picks is the right one.

@@ -199,6 +199,7 @@ def test_compare_trains_every_arm_and_a_second_call_computes_nothing(
     assert file.read_text() == text
 
 
+@pytest.mark.slow
 def test_the_summary_of_a_run_without_rewards_or_kl_can_be_read(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compare(root)
     (folder,) = (root / "runs").glob("arithmetic_smoke-sft-s0-*/")

@@ -59,6 +59,7 @@ def get(url: str) -> object:
         return json.loads(answer.read())
 
 
+@pytest.mark.slow
 def test_runs_started_together_share_one_server(home: Path) -> None:
     code = f"from pathlib import Path; from pipeline.server import ensure_server; print(ensure_server(Path({str(home)!r})))"
     others = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) for _ in range(2)]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from pipeline.config import Config
-from stages.update.objectives.method import Method, Row, Tokens
-
-if TYPE_CHECKING:
-    from stages.kernels.objective import Surrogate
+from stages.update.objectives.method import Method, Row, clipped_ratio
 
 __all__ = ["DAPOConfig", "dapo"]
 
@@ -33,9 +30,4 @@ class DAPOConfig(Config):
 
 def dapo(config: DAPOConfig) -> Method:
     """(1 / sum_i |o_i|) sum_i sum_t min[ r A, clip(r, 1 - eps_low, 1 + eps_high) A ]."""
-    from stages.kernels.objective import clipped
-
-    def surrogate(tokens: Tokens) -> Surrogate:
-        return clipped(tokens.logp, tokens.old_logp, tokens.advantage, eps_low=config.eps_low, eps_high=config.eps_high)
-
-    return Method(surrogate, "token_mean")
+    return Method(clipped_ratio(config.eps_low, config.eps_high), "token_mean")

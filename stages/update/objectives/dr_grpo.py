@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
 from pipeline.config import Config
-from stages.update.objectives.method import Method, Row, Tokens
-
-if TYPE_CHECKING:
-    from stages.kernels.objective import Surrogate
+from stages.update.objectives.method import Method, Row, clipped_ratio
 
 __all__ = ["DrGRPOConfig", "dr_grpo"]
 
@@ -29,9 +26,4 @@ class DrGRPOConfig(Config):
 
 def dr_grpo(config: DrGRPOConfig) -> Method:
     """(1/G) sum_i (1/L) sum_t min[ r A, clip(r) A ]."""
-    from stages.kernels.objective import clipped
-
-    def surrogate(tokens: Tokens) -> Surrogate:
-        return clipped(tokens.logp, tokens.old_logp, tokens.advantage, eps_low=config.eps, eps_high=config.eps)
-
-    return Method(surrogate, "constant", config.length)
+    return Method(clipped_ratio(config.eps, config.eps), "constant", config.length)

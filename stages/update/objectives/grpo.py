@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from pipeline.config import Config
-from stages.update.objectives.method import Aggregation, Divergence, Method, Row, Tokens
-
-if TYPE_CHECKING:
-    from stages.kernels.objective import Surrogate
+from stages.update.objectives.method import Aggregation, Divergence, Method, Row, clipped_ratio
 
 __all__ = ["GRPOConfig", "grpo"]
 
@@ -47,9 +44,6 @@ class GRPOConfig(Config):
 
 def grpo(config: GRPOConfig) -> Method:
     """min[ r A, clip(r, 1 - eps, 1 + eps) A ] - beta D_KL."""
-    from stages.kernels.objective import clipped
-
-    def surrogate(tokens: Tokens) -> Surrogate:
-        return clipped(tokens.logp, tokens.old_logp, tokens.advantage, eps_low=config.eps, eps_high=config.eps)
-
-    return Method(surrogate, config.aggregation, config.length or 1, config.beta, config.divergence)
+    return Method(
+        clipped_ratio(config.eps, config.eps), config.aggregation, config.length or 1, config.beta, config.divergence
+    )

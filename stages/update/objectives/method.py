@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from stages.kernels.objective import Surrogate
 
-__all__ = ["Aggregation", "DataSource", "Divergence", "Method", "Row", "Tokens"]
+__all__ = ["Aggregation", "DataSource", "Divergence", "Method", "Row", "Tokens", "clipped_ratio"]
 
 DataSource = Literal["demonstrations", "initial_policy", "policy"]
 """Where outputs come from: P_sft(Q, O), pi_sft(O|q), or pi_theta(O|q)."""
@@ -79,3 +79,13 @@ class Method:
     def skips_idle(self) -> bool:
         """Whether an output of advantage 0 has no gradient, and so need not be computed."""
         return self.beta == 0
+
+
+def clipped_ratio(eps_low: float, eps_high: float) -> Callable[[Tokens], Surrogate]:
+    """The surrogate that PPO, GRPO and their descendants share: min[ r A, clip(r, 1 - eps_low, 1 + eps_high) A ]."""
+    from stages.kernels.objective import clipped
+
+    def surrogate(tokens: Tokens) -> Surrogate:
+        return clipped(tokens.logp, tokens.old_logp, tokens.advantage, eps_low=eps_low, eps_high=eps_high)
+
+    return surrogate

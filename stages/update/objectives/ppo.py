@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from pipeline.config import Config
-from stages.update.objectives.method import Method, Row, Tokens
-
-if TYPE_CHECKING:
-    from stages.kernels.objective import Surrogate
+from stages.update.objectives.method import Method, Row, clipped_ratio
 
 __all__ = ["PPOConfig", "ppo"]
 
@@ -30,9 +27,4 @@ class PPOConfig(Config):
 
 def ppo(config: PPOConfig) -> Method:
     """min[ r A, clip(r, 1 - eps, 1 + eps) A ], and no KL term: it is in A."""
-    from stages.kernels.objective import clipped
-
-    def surrogate(tokens: Tokens) -> Surrogate:
-        return clipped(tokens.logp, tokens.old_logp, tokens.advantage, eps_low=config.eps, eps_high=config.eps)
-
-    return Method(surrogate)
+    return Method(clipped_ratio(config.eps, config.eps))

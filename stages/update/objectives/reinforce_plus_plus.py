@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from pipeline.config import Config
-from stages.update.objectives.method import Method, Row, Tokens
-
-if TYPE_CHECKING:
-    from stages.kernels.objective import Surrogate
+from stages.update.objectives.method import Method, Row, clipped_ratio
 
 __all__ = ["ReinforcePlusPlusConfig", "reinforce_plus_plus"]
 
@@ -27,9 +24,4 @@ class ReinforcePlusPlusConfig(Config):
 
 def reinforce_plus_plus(config: ReinforcePlusPlusConfig) -> Method:
     """(1 / sum_i |o_i|) sum_i sum_t min[ r A, clip(r) A ]."""
-    from stages.kernels.objective import clipped
-
-    def surrogate(tokens: Tokens) -> Surrogate:
-        return clipped(tokens.logp, tokens.old_logp, tokens.advantage, eps_low=config.eps, eps_high=config.eps)
-
-    return Method(surrogate, "token_mean")
+    return Method(clipped_ratio(config.eps, config.eps), "token_mean")

@@ -52,7 +52,9 @@ def test_a_policy_of_an_architecture_without_a_token_classifier_is_refused(store
                                  num_attention_heads=2)  # fmt: skip
     model = AutoModelForCausalLM.from_config(shape)
     policy = Checkpoint.write(lambda folder: save(folder, model, tiny_tokenizer()))
-    with pytest.raises(ValueError, match="no token classifier of architecture olmo; choose a policy of another"):
+    with pytest.raises(
+        ValueError, match="no AutoModelForTokenClassification of architecture olmo; choose a model of another"
+    ):
         create_critic(policy, exact())
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,9 +63,14 @@ class ExactEngine:
         raise NotImplementedError
 
 
-def policy_model(seed: int = 0, **settings: Any) -> Any:
-    """A tiny Qwen2 in float64; another seed moves its weights."""
-    model = tiny_model(**settings).double()
+def policy_model(seed: int = 0) -> Any:
+    """A tiny Qwen2 in float64, the caller's own; another seed moves its weights."""
+    return copy.deepcopy(_made(seed))
+
+
+@functools.lru_cache
+def _made(seed: int) -> Any:
+    model = tiny_model().double()
     model.set_attn_implementation("sdpa")  # the eager one has its softmax in float32, whatever the model's precision
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

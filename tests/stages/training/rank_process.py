@@ -80,6 +80,30 @@ def finetune(engine: Any) -> dict[str, float]:
     return {"loss": curve.losses[0], "norm": report.grad_norm}
 
 
+def improve(engine: Any) -> dict[str, Any]:
+    """Three GRPO updates on one exploration (mu = 3), of whose micro-batches each rank computes its share."""
+    from stages.training.engine import publish
+    from stages.update import GRPOConfig, UpdateConfig
+    from stages.update.ledger import Ledger
+    from stages.update.minibatch import MiniBatch
+    from stages.update.objectives import method_of
+    from stages.update.steps import optimizer_step
+    from tests.stages.update.exact import policy_model
+    from tests.stages.update.test_coefficients import examples
+
+    config = UpdateConfig(objective=GRPOConfig(beta=0.5), mu=3, micro_batch_tokens=MAX_TOKENS)
+    method, ledger = method_of(config.objective), Ledger()
+    mini_batch = MiniBatch.of(examples("tokens"), engine, 1.0, config, method)
+    mini_batch.compare_with(policy_model(1).float(), engine)
+    mini_batch.remember_policy(engine)
+    for _ in range(config.mu):
+        optimizer_step(engine, mini_batch, method, config.correction, ledger)
+    ledger.add_up(engine.total)
+    metrics = ledger.metrics(beta=0.5, seconds=1.0, computed=0)
+    shown = {name: metrics[f"policy/{name}"] for name in ("loss", "kl", "ratio_mean", "entropy", "grad_norm")}
+    return {"metrics": shown, "digest": publish(engine).digest}
+
+
 def main(folder: Path, rank: int) -> None:
     """Join the group, train under every stage, report."""
     import torch
@@ -109,6 +133,8 @@ def main(folder: Path, rank: int) -> None:
             found[str(stage)] = train(engine)
             engine.load(start)
             found[str(stage)]["sft"] = finetune(engine)
+            engine.load(start)
+            found[str(stage)]["grpo"] = improve(engine)
             engine.close()
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()

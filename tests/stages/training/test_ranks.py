@@ -34,6 +34,7 @@ class Trained(NamedTuple):
     norms: list[float]
     checkpoints: list[Checkpoint]
     sft: dict[str, float]
+    grpo: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +53,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
             norms.append(update(alone, random_rows(7)).grad_norm)
             checkpoints.append(publish(alone))
         sft = rank_process.finetune(TorchEngine(start, config(None)))
+        grpo = rank_process.improve(TorchEngine(start, config(None)))
         ranks = _finish(folder, processes)
     torch.set_num_threads(threads)
-    return Trained(store, ranks, norms, checkpoints, sft)
+    return Trained(store, ranks, norms, checkpoints, sft, grpo)
 
 
 def _start(folder: Path, rank: int) -> subprocess.Popen[bytes]:
@@ -159,3 +161,18 @@ def test_plain_torch_refuses_to_be_one_of_several_ranks(trained: Trained) -> Non
     for number, rank in enumerate(trained.ranks):
         assert f"expected one process, found rank {number} of 2" in rank["torch"]
         assert "set training.engine.kind to deepspeed" in rank["torch"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_policy_updates_on_two_ranks_are_those_of_one(trained: Trained, stage: int) -> None:
+    for rank in trained.ranks:
+        assert rank[str(stage)]["grpo"]["metrics"] == pytest.approx(trained.grpo["metrics"], rel=1e-6)
+    # The gradients, as AdamW's first moments have them: what it then does to parameters also magnifies their rounding.
+    found, expected = (
+        torch.cat([tensor.flatten() for name, tensor in sorted(moments.items()) if name.endswith("/exp_avg")])
+        for moments in (
+            _tensors(trained, digest, "optimizer.safetensors")
+            for digest in (trained.ranks[0][str(stage)]["grpo"]["digest"], trained.grpo["digest"])
+        )
+    )
+    assert (found - expected).norm() <= 1e-6 * expected.norm()

@@ -47,7 +47,7 @@ app = App(
 _RUN, _LOOK, _KEEP = (Group(name, sort_key=place) for place, name in enumerate(("Train", "Look", "Keep")))
 
 
-_COMPARE: Final = """Train a recipe by several methods; one table of what they cost and came to.
+_COMPARE: Final = """Train a recipe by several methods; tables of what they cost and came to.
 
 An arm is what `cohort run RECIPE --method METHOD` trains, with one seed, and a run of its own (`cohort runs`, MLflow). What
 arms share is computed once, and the same command again computes nothing."""

@@ -127,6 +127,9 @@ class RewardModelPlan(Config):
     "How the models are held against the rules, on the outputs of every step."
     limits: GaugeLimits = GaugeLimits()
     "Gauges that stop the run."
+    held_out_questions: NonNegativeInt = 128
+    """Questions of the first held-out set whose outputs show, after every iteration, how the models have aged and what
+    retraining mended (`rm/held_out_auc/...`); 0 = not measured. Ours."""
 
     @model_validator(mode="after")
     def _one_of_each_kind(self) -> Self:

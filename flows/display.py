@@ -20,14 +20,20 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.run_state import RunState
-from flows.wording import accuracies, duration, number
+from flows.wording import accuracies, duration, number, percent
 from pipeline.progress import listen
 
 __all__ = ["Display", "displaying"]
 
 _PLAIN_SECONDS: Final = 5.0
 """Plain output repeats where a long stage stands no more often than this."""
-_STEP_METRICS: Final = {"reward": "reward/mean", "KL": "policy/kl", "entropy": "policy/entropy"}
+_STEP_METRICS: Final = {
+    "reward": "reward/mean",
+    "rules": "reward/rule",  # beside the reward of learned models
+    "AUC": "rm/auc",
+    "KL": "policy/kl",
+    "entropy": "policy/entropy",
+}
 _WORTH_A_LINE: Final = 1.0
 """Stages before the first step that took less (seconds) are not mentioned."""
 _BAR: Final = 24
@@ -59,6 +65,8 @@ class Display:
                 self._step()
             case "evaluation":
                 self._evaluation((values["step"], values["set"]), values["mode"], accuracies(values["metrics"]))
+            case "drift":
+                self._drift(values["step"], values["metrics"])
             case "server":
                 if "note" in values:
                     self._line(f"waiting for the local Prefect server ({values['note']})", "dim")
@@ -103,6 +111,14 @@ class Display:
         self._flush_greedy()
         self._flush_reused()
         self._line(f"step {where[0]:>3}  {where[1]}: {text}", "bold")
+
+    def _drift(self, step: int, metrics: Mapping[str, float]) -> None:
+        aucs = [(key.rpartition("/")[2], value) for key, value in metrics.items() if key.startswith("rm/held_out_auc/")]
+        if aucs:
+            self._flush_greedy()
+            self._flush_reused()
+            text = "  ".join(f"{name.replace('_', ' ')} {percent(value)}" for name, value in aucs)
+            self._line(f"step {step:>3}  reward model, AUC on held-out outputs: {text}", "bold")
 
     def _flush_greedy(self) -> None:
         if self._greedy:

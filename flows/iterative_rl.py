@@ -14,6 +14,7 @@ import hashlib
 
 from flows.bootstrap import base_model, initial_policy, prepare_data
 from flows.config import IterativeRLConfig
+from flows.drift import measure_drift
 from flows.exploration import explore, token_evidence
 from flows.observer import observer
 from flows.reward_models import first_reward_models, reward_outputs, train_on
@@ -38,6 +39,7 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
     base = base_model(config, data)
     policy = initial = initial_policy(config, data, base)                                                  # line 1
     reward_models = first_reward_models(config, data, base, policy)
+    measure_drift(config, data, (reward_models, reward_models), (policy, policy), step=0)
     critic = create_critic(policy, config.critic) if config.critic else None
     evaluate_policy(config, policy, data.evaluation, step=0)
     last = config.iterations * config.steps
@@ -56,9 +58,11 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
             observer().step(step + 1, iteration, policy, outputs, rewards, gauges, advantages, critic)
             if config.evaluation.is_due(step + 1, last):
                 evaluate_policy(config, policy, data.evaluation, step=step + 1)
+        asked = reward_models
         # After the last iteration nobody would ask the reward models anything.
         if config.reward_model and config.reward_model.retrain and iteration + 1 < config.iterations:
             reward_models = train_on(config, data, policy, reward_models, iteration=iteration + 1)         # line 11
+        measure_drift(config, data, (asked, reward_models), (reference, policy), step=step + 1)
     return policy
 # fmt: on
 

@@ -58,6 +58,11 @@ class Observer:
         self._take(step, {f"eval/{name}/{key}": value for key, value in metrics.items()})
         report("evaluation", step=step, set=name, mode=mode, metrics=metrics)
 
+    def drift(self, step: int, metrics: dict[str, float]) -> None:
+        """After `step`, reward models were held against the rules on held-out outputs."""
+        self._take(step, metrics)
+        report("drift", step=step, metrics=metrics)
+
     def _take(self, step: int, metrics: dict[str, float]) -> None:
         self.points.setdefault(step, {}).update(metrics)
         if self.log is not None:

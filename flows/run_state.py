@@ -83,6 +83,8 @@ class RunState:
                     self._step_started = self.clock()  # what came before is no part of the first step
             case "server":
                 self.server_seconds += values.get("seconds", 0.0)
+            case "drift":
+                pass  # the display's alone
             case _:
                 self.detail = dict(values)
 

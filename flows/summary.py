@@ -20,7 +20,7 @@ from stages.models import Checkpoint
 
 __all__ = ["Summary", "print_summary", "summarise", "summary_markdown"]
 
-_CURVES: Final = ("eval/", "reward/mean")
+_CURVES: Final = ("eval/", "reward/mean", "reward/rule", "rm/auc", "rm/held_out_auc/")
 """Prefixes of the metrics that summary.json keeps by step; all others are in MLflow and in the store."""
 
 _WORTH_A_ROW: Final = 0.05
@@ -43,7 +43,7 @@ class Summary:
     best: dict[str, tuple[int, float]]
     """Set -> step and accuracy of the best evaluation (of samples where there are any, else greedy)."""
     curve: dict[int, dict[str, float]]
-    """Step -> evaluation metrics and mean reward."""
+    """Step -> evaluation metrics, mean reward, and AUCs of reward models on held-out outputs."""
     cost: dict[str, float]
     """What training took over all steps, evaluation apart: see `training_cost`."""
     time: dict[str, dict[str, float]]
@@ -140,6 +140,8 @@ def print_summary(summary: Summary, console: Console, *, ui_command: str) -> Non
     console.print()
     if summary.after:
         console.print(_accuracy_table(summary))
+    if drift := _drift_table(summary.curve):
+        console.print(drift)
     console.print(_time_table(summary))
     console.print(_reuse(summary))
     console.print()
@@ -174,6 +176,30 @@ def _measures(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
         ks = sorted(int(key.removeprefix(prefix)) for key in metrics if key.startswith(prefix))
         named += [(f"{label}@{k}", f"{prefix}{k}") for k in ks if k > 1]
     return [(label, key) for label, key in named if key in metrics]
+
+
+def _drift_table(curve: Points) -> Table | None:
+    """How reward models aged (`flows/drift.py`), a line per step at which they were measured; None without any."""
+    prefix = "rm/held_out_auc/"
+    rows = {step: metrics for step, metrics in curve.items() if any(key.startswith(prefix) for key in metrics)}
+    if not rows:
+        return None
+    table = Table(title="reward model: AUC against the rules on held-out outputs", title_justify="left")
+    table.add_column("after step", justify="right")
+    for heading in _DRIFT.values():
+        table.add_column(heading, justify="right")
+    for step, metrics in rows.items():
+        table.add_row(str(step), *(percent(metrics.get(prefix + cell)) for cell in _DRIFT))
+    return table
+
+
+_DRIFT: Final = {
+    "old_model_old_policy": "as it was, old policy",
+    "old_model_new_policy": "as it was, new policy",
+    "new_model_old_policy": "retrained, old policy",
+    "new_model_new_policy": "retrained, new policy",
+}
+"""Which model on whose outputs, and the heading."""
 
 
 def _with_interval(metrics: Mapping[str, float], key: str) -> str:

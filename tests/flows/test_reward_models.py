@@ -34,8 +34,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def models_of(run: Run) -> list[list[str]]:
-    """The reward models that each step's outputs were scored with."""
-    return [[part["artifact"] for part in record["arguments"]["models"]] for record in run.of("score_outputs")]
+    """The reward models that each step's outputs were scored with; other outputs are scored to see how the models age."""
+    learned_from = run.given("estimate_advantages", "rewards")
+    scored = [record for record in run.of("score_outputs") if record["result"] in learned_from]
+    return [[part["artifact"] for part in record["arguments"]["models"]] for record in scored]
 
 
 def test_the_policy_of_an_iteration_learns_from_the_models_of_the_one_before(run: Run) -> None:
@@ -58,10 +60,9 @@ def test_replay_joins_a_tenth_of_history_from_the_second_training_on(run: Run) -
 
 def test_rewards_are_the_models_and_the_rules_stay_beside_them(run: Run) -> None:
     with use_store(run.store):
-        rewards = Rewards(run.made("score_outputs")[0]).rows()
+        rewards = Rewards(run.given("estimate_advantages", "rewards")[0]).rows()
     assert {row["scorer"] for row in rewards} == {"+".join(models_of(run)[0])}
     assert all(dict(row["components"])["rule"] in (0.0, 1.0) and row["step_rewards"] for row in rewards)
-    assert run.given("estimate_advantages", "rewards") == run.made("score_outputs")
 
 
 def test_every_step_shows_how_far_the_models_can_be_trusted(run: Run) -> None:
@@ -83,3 +84,13 @@ def test_two_models_of_one_kind_and_pairs_of_steps_are_refused() -> None:
         RewardModelPlan.parse({"models": [{"kind": "outcome"}, {"kind": "outcome"}]})
     with pytest.raises(ConfigError, match="a process model needs pointwise"):
         RewardModelPlan.parse({"models": [{"kind": "process"}], "training": {"objective": {"kind": "bradley_terry"}}})
+
+
+def test_after_each_iteration_the_models_are_held_against_the_old_and_the_new_policys_outputs(run: Run) -> None:
+    measured = [
+        {key.rpartition("/")[2] for key in run.points[step] if key.startswith("rm/held_out_accuracy/")}
+        for step in (0, 1, 2)
+    ]
+    both = {f"{model}_{policy}" for model in ("old_model", "new_model") for policy in ("old_policy", "new_policy")}
+    # No second policy before the first iteration, no second model after the last.
+    assert measured == [{"old_model_old_policy"}, both, {"old_model_old_policy", "old_model_new_policy"}]

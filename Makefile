@@ -8,7 +8,7 @@ BENCH := .venv-bench
 UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet
 export DO_NOT_TRACK := 1
 
-.PHONY: setup demo test test-slow check format bench clean
+.PHONY: setup demo test test-slow check format bench bench-memory clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -54,6 +54,9 @@ $(BENCH)/.ready: benchmarks/requirements-peers.txt $(VENV)/.ready
 
 bench: $(BENCH)/.ready ## one GRPO step against TRL's, as a ratio (quiet machine; minutes)
 	@$(BIN)/python -m benchmarks.step --out artifacts/bench-step.json
+
+bench-memory: $(BENCH)/.ready ## peak memory of one update at a vocabulary of 151,936 (14 GiB; half an hour)
+	@$(BIN)/python -m benchmarks.memory --out artifacts/bench-memory.json
 
 clean: ## remove the virtual environment and caches (artifacts stay)
 	rm -rf $(VENV) $(BENCH) .mypy_cache .ruff_cache .import_linter_cache .hypothesis

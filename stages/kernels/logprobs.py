@@ -1,7 +1,8 @@
 """Log-probabilities of given tokens and entropy of the next-token distribution, in float32 or better.
 
 Half precision is widened to float32; float64 logits stay float64 from end to end, which is what checks of formulas by numbers
-need. Shapes: N scored positions, V vocabulary. Values are in nats.
+need. Where the logits themselves would be too many: `stages.kernels.head`. Shapes: N scored positions, n those of a chunk, V
+vocabulary. Values are in nats.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["entropies", "token_logprobs"]
+__all__ = ["entropies", "entropy_given", "precision", "token_logprobs"]
 
 _CHUNK = 1 << 22
 """Logits widened to float32 at a time (16 MiB): the [N, V] logits themselves are kept in their own precision only."""
@@ -31,14 +32,30 @@ def token_logprobs(logits_NV: Tensor, tokens_N: Tensor, *, temperature: float = 
 @torch.no_grad()
 def entropies(logits_NV: Tensor, *, temperature: float = 1.0) -> Tensor:
     """H = logsumexp(x) - sum softmax(x) x with x = logits / T, without gradient: `[N]`."""
-    parts = [_entropy(_scaled(logits_NV[rows], temperature)) for rows in _chunks(logits_NV)]
-    return torch.cat(parts) if parts else logits_NV.new_zeros(0, dtype=_precision(logits_NV))
+    parts = []
+    for rows in _chunks(logits_NV):
+        x_nV = _scaled(logits_NV[rows], temperature)
+        parts.append(entropy_given(x_nV, x_nV.logsumexp(-1)))
+    return torch.cat(parts) if parts else logits_NV.new_zeros(0, dtype=precision(logits_NV))
+
+
+def entropy_given(x_nV: Tensor, log_total_n: Tensor) -> Tensor:
+    """H of the distributions softmax(x), given their logsumexp: `[n]`. `x_nV` is overwritten."""
+    softmax_nV = (x_nV - log_total_n.unsqueeze(-1)).exp_()
+    # 0 * log 0 = 0 for tokens that a mask made impossible (-inf).
+    terms_nV = softmax_nV.mul_(x_nV.clamp_(min=torch.finfo(x_nV.dtype).min))
+    return log_total_n - terms_nV.sum(-1)
+
+
+def precision(logits: Tensor) -> torch.dtype:
+    """What is computed in: float32 for half precision and float32, float64 for float64."""
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, tokens_N: Tensor, temperature: float) -> Tensor:
-        logp_N = logits_NV.new_empty(len(tokens_N), dtype=_precision(logits_NV))
+        logp_N = logits_NV.new_empty(len(tokens_N), dtype=precision(logits_NV))
         log_total_N = torch.empty_like(logp_N)
         for rows in _chunks(logits_NV):
             x_nV = _scaled(logits_NV[rows], temperature)
@@ -63,22 +80,10 @@ class _TokenLogprobs(torch.autograd.Function):
         return gradient_NV, None, None
 
 
-def _entropy(x_nV: Tensor) -> Tensor:
-    log_total_n1 = x_nV.logsumexp(-1, keepdim=True)
-    # 0 * log 0 = 0 for tokens that a mask made impossible (-inf).
-    terms_nV = (x_nV - log_total_n1).exp() * x_nV.clamp(min=torch.finfo(x_nV.dtype).min)
-    return log_total_n1.squeeze(-1) - terms_nV.sum(-1)
-
-
 def _scaled(logits_nV: Tensor, temperature: float) -> Tensor:
     """A copy of the logits in working precision, divided by the temperature."""
-    x_nV = logits_nV.to(_precision(logits_nV), copy=True)
+    x_nV = logits_nV.to(precision(logits_nV), copy=True)
     return x_nV if temperature == 1.0 else x_nV.div_(temperature)
-
-
-def _precision(logits: Tensor) -> torch.dtype:
-    """What is computed in: float32 for half precision and float32, float64 for float64."""
-    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _chunks(logits_NV: Tensor) -> Iterator[slice]:

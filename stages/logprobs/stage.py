@@ -52,7 +52,8 @@ def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollout
         def under(model: Any) -> list[list[float]]:
             def score(batch: Batch) -> Tensor:
                 with engine.autocast():
-                    return completion_logprobs(model, batch.to(engine.device), temperature).logp_BO
+                    given = batch.to(engine.device)
+                    return completion_logprobs(model, given, temperature, max_logits=engine.max_logits).logp_BO
 
             return score_rows(rows, config.micro_batch_tokens, score)
 

@@ -137,7 +137,8 @@ def _update(engine: Engine, rows: list[Row], config: SFTConfig, curve: Curve, *,
     for number, (batch, share) in enumerate(passes):
         weight_BO = share * _weights(batch, rows, config).to(engine.device)
         with engine.autocast():
-            logp_BO = completion_logprobs(engine.model, batch.to(engine.device)).logp_BO
+            given = batch.to(engine.device)
+            logp_BO = completion_logprobs(engine.model, given, max_logits=engine.max_logits).logp_BO
         loss = -(weight_BO.to(logp_BO.dtype) * logp_BO).sum()
         engine.backward(loss, last=number == len(passes) - 1)
         losses.append(loss.detach())

@@ -76,6 +76,13 @@ class TrainingConfig(Config):
     """Updates of the whole run, for the linear schedule."""
     carry_optimizer: bool = True
     """Continue with the optimizer state stored in the checkpoint; False starts each stage call with none."""
+    max_logits: PositiveInt | None = 1 << 25
+    """Logits (scored positions times vocabulary) that exist at a time, 128 MiB in float32. A micro-batch that has more computes
+    them in chunks, and again in backward: the same values and gradients but for the last bits, for one more product of the
+    head's size. Small vocabularies never come near it. None: always all at once."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the model's layers for backward, which computes the rest again: a third more arithmetic, and far
+    less memory (one hidden state per layer and token). The same values and gradients."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "eager"
     """Attention implementation; eager has the faster backward at small sizes on a CPU."""
     threads: PositiveInt | None = None

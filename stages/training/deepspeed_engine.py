@@ -30,9 +30,11 @@ import torch
 from torch import Tensor
 
 from stages.models import Checkpoint, load_model, model_weights
+from stages.training.activations import checkpoint_activations
 from stages.training.config import DeepSpeedEngineConfig, TrainingConfig
 from stages.training.engine import StepReport, autocast
 from stages.training.hardware import training_device
+from stages.training.head import logit_transform
 from stages.training.optimizers import build_optimizer, optimizer_state, restore_optimizer_state, set_learning_rate
 from stages.training.schedule import learning_rate_factor
 from stages.training.torch_engine import clip_gradients
@@ -52,6 +54,7 @@ class DeepSpeedEngine:
         self._config = config
         self._stage = config.engine.zero_stage
         self.device = training_device()
+        self.max_logits = config.max_logits
         _import_deepspeed(self.device)
         _join_group(self.device)
         self.rank: int = torch.distributed.get_rank()
@@ -85,11 +88,14 @@ class DeepSpeedEngine:
         self.close()
         state = read_trainer_state(checkpoint, self._config)
         model = load_model(checkpoint, dtype=torch.float32, attention=self._config.attention)
+        if self._config.activation_checkpointing:
+            checkpoint_activations(model, reentrant=self._stage == 3)
         self._names = {id(tensor): name for name, tensor in model.named_parameters()}
         self._description = checkpoint.path
         self.model = self._initialize(model)
         self._updates, self.skipped = state.updates, state.skipped
         self._restore(state)
+        self._measure_head()
         self.holds = checkpoint.digest
 
     def save(self, folder: Path, *, optimizer: bool = True) -> None:
@@ -140,6 +146,11 @@ class DeepSpeedEngine:
             )
         engine.module.eval()
         return engine
+
+    def _measure_head(self) -> None:
+        """On all ranks now: later, one whose micro-batch is small would not take part in the forward that it needs."""
+        if self.max_logits is not None and self.model.module.get_output_embeddings() is not None:
+            logit_transform(self.model)
 
     def _settings(self) -> dict[str, Any]:
         # Stage 0 clips in `_step_alone`; a limit that DeepSpeed knows as well would clip twice.

@@ -45,6 +45,8 @@ class Engine(Protocol):
     """Call it (under `autocast()`) with input_ids, attention_mask and position_ids; has an output head."""
     device: str
     """Where batches belong."""
+    max_logits: int | None
+    """Logits to have at a time in a forward pass (`TrainingConfig.max_logits`)."""
     holds: str | None
     """Digest of the checkpoint it is equal to; None once anything changed."""
     skipped: int

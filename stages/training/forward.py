@@ -5,15 +5,15 @@ Shapes: B rows, T padded tokens, O longest output, N output tokens of the batch,
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from stages.kernels.head import HeadScores
 from stages.kernels.logprobs import entropies, token_logprobs
 from stages.training.batching import Batch
+from stages.training.head import chunked_scores, head_only_at, logit_transform, partitioned
 
 __all__ = ["CompletionLogprobs", "completion_logprobs"]
 
@@ -30,14 +30,33 @@ class CompletionLogprobs(NamedTuple):
 
 
 def completion_logprobs(
-    model: torch.nn.Module, batch: Batch, temperature: float = 1.0, *, with_entropy: bool = False
+    model: torch.nn.Module,
+    batch: Batch,
+    temperature: float = 1.0,
+    *,
+    with_entropy: bool = False,
+    max_logits: int | None = None,
 ) -> CompletionLogprobs:
     """log pi of every output token of the batch, at the temperature it was sampled at.
 
     The output head sees only the N positions whose next token is scored: neither prompts nor padding cost logits.
+
+    Args:
+        max_logits: above so many logits (N V) they are computed in chunks, forward and backward; None: never.
     """
     mask_BO = batch.output_mask_BO
-    with _head_only_at(model, batch.target_index_N - 1):
+    scores = _in_chunks(model, batch, temperature, with_entropy, max_logits)
+    if scores is None:
+        scores = _in_full(model, batch, temperature, with_entropy)
+    return CompletionLogprobs(
+        logp_BO=_spread(scores.logp_N, mask_BO),
+        entropy_BO=None if scores.entropy_N is None else _spread(scores.entropy_N, mask_BO),
+        mask_BO=mask_BO,
+    )
+
+
+def _in_full(model: torch.nn.Module, batch: Batch, temperature: float, with_entropy: bool) -> HeadScores:
+    with head_only_at(model, batch.target_index_N - 1):
         logits_NV = model(
             input_ids=batch.input_ids_BT,
             attention_mask=batch.attention_mask_BT,
@@ -45,33 +64,27 @@ def completion_logprobs(
             use_cache=False,
         ).logits.squeeze(0)
     logp_N = token_logprobs(logits_NV, batch.targets_N, temperature=temperature)
-    entropy_N = entropies(logits_NV, temperature=temperature) if with_entropy else None
-    return CompletionLogprobs(
-        logp_BO=_spread(logp_N, mask_BO),
-        entropy_BO=None if entropy_N is None else _spread(entropy_N, mask_BO),
-        mask_BO=mask_BO,
+    return HeadScores(logp_N, entropies(logits_NV, temperature=temperature) if with_entropy else None)
+
+
+def _in_chunks(
+    model: torch.nn.Module, batch: Batch, temperature: float, with_entropy: bool, max_logits: int | None
+) -> HeadScores | None:
+    """None where the logits are few enough, or the model's head cannot be taken apart."""
+    if max_logits is None:
+        return None
+    inner: Any = getattr(model, "module", model)
+    few = len(batch.targets_N) * inner.config.get_text_config().vocab_size <= max_logits
+    # Ranks that share parameters must pass through the same modules, also where one's micro-batch is small.
+    if few and not partitioned(model):
+        return None
+    transform = logit_transform(model)
+    if transform is None:
+        return None
+    return chunked_scores(
+        model, batch, transform, temperature=temperature, max_logits=max_logits, with_entropy=with_entropy
     )
 
 
 def _spread(values_N: Tensor, mask_BO: Tensor) -> Tensor:
     return values_N.new_zeros(mask_BO.shape).masked_scatter(mask_BO, values_N)
-
-
-@contextlib.contextmanager
-def _head_only_at(model: torch.nn.Module, positions_N: Tensor) -> Iterator[None]:
-    """Inside the block the model's output head is applied to the flattened positions [N] only, as one row.
-
-    A hook on the head instead of calling trunk and head ourselves: whatever the model does after its head (scaling,
-    soft-capping) still happens, and an engine that wraps the model (DeepSpeed) still sees a forward of the whole.
-    """
-    inner: Any = getattr(model, "module", model)
-
-    def select(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden_BTH, *others = arguments
-        return (hidden_BTH.flatten(0, 1).index_select(0, positions_N).unsqueeze(0), *others)
-
-    handle = inner.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()

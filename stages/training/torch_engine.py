@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stages.models import Checkpoint, load_model, load_weights, model_weights
+from stages.training.activations import checkpoint_activations
 from stages.training.config import TrainingConfig
 from stages.training.engine import StepReport, autocast
 from stages.training.hardware import training_device
@@ -37,7 +38,10 @@ class TorchEngine:
         self._description = checkpoint.path
         self.device = training_device()
         self.holds: str | None = None
+        self.max_logits = config.max_logits
         self.model: Any = load_model(checkpoint, dtype=torch.float32, attention=config.attention).to(self.device)
+        if config.activation_checkpointing:
+            checkpoint_activations(self.model)
         self._optimizer = build_optimizer(self.model, config.optimizer)
         self._restore(checkpoint)
 

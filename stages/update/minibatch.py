@@ -77,7 +77,10 @@ class MiniBatch:
         first step of an iteration.
         """
         with engine.autocast():
-            return [completion_logprobs(model, part.batch, self.temperature).logp_BO for part in self.parts]
+            return [
+                completion_logprobs(model, part.batch, self.temperature, max_logits=engine.max_logits).logp_BO
+                for part in self.parts
+            ]
 
     def compare_with(self, reference: torch.nn.Module, engine: Engine) -> None:
         """Fill in log pi_ref."""

@@ -50,7 +50,7 @@ def optimizer_step(
     for number, part in enumerate(mini_batch.parts):
         with engine.autocast():
             logp_BO, entropy_BO, _ = completion_logprobs(
-                engine.model, part.batch, mini_batch.temperature, with_entropy=True
+                engine.model, part.batch, mini_batch.temperature, with_entropy=True, max_logits=engine.max_logits
             )
         terms = micro_batch_terms(logp_BO, part, method, correction)
         loss = -(part.weight.to(logp_BO.dtype) * terms.objective_BO).sum()

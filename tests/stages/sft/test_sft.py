@@ -56,7 +56,7 @@ def new_policy(corpus: Demonstrations, **changes: Any) -> Checkpoint:
 class Accumulating:
     """An engine that keeps the gradient it was given: its step changes nothing."""
 
-    device, rank, world_size = "cpu", 0, 1
+    device, rank, world_size, max_logits = "cpu", 0, 1, None
 
     def __init__(self) -> None:
         self.model = tiny_model()

@@ -21,7 +21,7 @@ BUSIEST = 7
 """At least as many micro-batches as any rank has: one a row."""
 
 
-def config(stage: int | None) -> Any:
+def config(stage: int | None, **changes: Any) -> Any:
     """How both sides of the comparison train: DeepSpeed at a ZeRO stage, or plain torch."""
     from stages.training import AdamWConfig, DeepSpeedEngineConfig, TorchEngineConfig, TrainingConfig
 
@@ -32,7 +32,12 @@ def config(stage: int | None) -> Any:
         max_grad_norm=1.0,
         warmup_steps=4,
         threads=1,
+        **changes,
     )
+
+
+FRUGAL: dict[str, Any] = {"max_logits": 8 * 26, "activation_checkpointing": True}
+"""Logits of more than 8 positions in chunks: those of some micro-batches, which one rank may have and the other not."""
 
 
 def accumulate_share(engine: Any, split: tuple[int, int], *, weight: float = 1.0) -> None:
@@ -133,7 +138,8 @@ def main(folder: Path, rank: int) -> None:
             found[str(stage)] = train(engine)
             engine.load(start)
             found[str(stage)]["sft"] = finetune(engine)
-            engine.load(start)
+            engine.close()
+            engine = DeepSpeedEngine(start, config(stage, **FRUGAL))
             found[str(stage)]["grpo"] = improve(engine)
             engine.close()
     (folder / f"rank{rank}.json").write_text(json.dumps(found))

@@ -32,8 +32,8 @@ class ExactEngine:
     rank = 0
     world_size = 1
 
-    def __init__(self, model: Any) -> None:
-        self.model = model.double()
+    def __init__(self, model: Any, max_logits: int | None = None) -> None:
+        self.model, self.max_logits = model.double(), max_logits
         self.gradient: Tensor | None = None
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
@@ -91,16 +91,18 @@ def trained_gradient(
     reference: Any = None,
     old: Any = None,
     temperature: float = 1.0,
+    max_logits: int | None = None,
+    policy: Any = None,
 ) -> tuple[Tensor, Ledger]:
     """The gradient of the loss that `update_policy` uses, negated: what it ascends; and what it noted."""
-    engine, ledger = ExactEngine(policy_model()), Ledger()
+    engine, ledger = ExactEngine(policy or policy_model(), max_logits), Ledger()
     method = method_of(config.objective)
     ordered = pair_up(examples) if method.pairs else list(examples)
     mini_batch = MiniBatch.of(ordered, engine, temperature, config, method)
     if method.needs_reference:
         mini_batch.compare_with(reference, engine)
     if old is not None:
-        mini_batch.remember_policy(ExactEngine(old))
+        mini_batch.remember_policy(ExactEngine(old, max_logits))
     if config.old_logprobs == "rollout":
         mini_batch.trust_rollout()
     optimizer_step(engine, mini_batch, method, config.correction, ledger)

@@ -53,6 +53,9 @@ OBJECTIVES: dict[str, tuple[ObjectiveConfig, str]] = {
 }
 
 
+VOCABULARY = 26
+
+
 def gradient(objective: ObjectiveConfig, given: Sequence[Example], tokens: int = 40) -> torch.Tensor:
     config = UpdateConfig(objective=objective, micro_batch_tokens=tokens)
     return trained_gradient(given, config, reference=policy_model(1), old=policy_model(2))[0]
@@ -88,6 +91,31 @@ def test_a_longer_row_beside_it_does_not_change_a_rows_part(name: str) -> None:
     assert relative(together, alone) < 1e-12
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_logits_in_chunks_give_one_gradient_loss_and_entropy(name: str, temperature: float) -> None:
+    objective, kind = OBJECTIVES[name]
+    config = UpdateConfig(objective=objective, micro_batch_tokens=60)
+
+    def step(max_logits: int | None) -> tuple[torch.Tensor, dict[str, float]]:
+        found, ledger = trained_gradient(
+            examples(kind),
+            config,
+            reference=policy_model(1),
+            old=policy_model(2),
+            temperature=temperature,
+            max_logits=max_logits,
+        )
+        return found, ledger.metrics(beta=0.5, seconds=1.0, computed=0)
+
+    whole, numbers = step(None)
+    assert numbers["policy/entropy"] > 1.0
+    for rows in (1, 5, 10_000):
+        chunked, found = step(rows * VOCABULARY)
+        assert relative(chunked, whole) < 1e-12
+        assert found == pytest.approx(numbers, rel=1e-12, abs=1e-14)
+
+
 def exploration() -> tuple[Rollouts, Advantages]:
     """Three questions of four outputs of 1 to 9 tokens."""
     rng = random.Random(2)
@@ -102,11 +130,22 @@ def exploration() -> tuple[Rollouts, Advantages]:
     return Rollouts.write(rows), Advantages.write(advantages)
 
 
-def stage_gradient(engine: object, **changes: Any) -> dict[str, torch.Tensor]:
+def stage_gradient(
+    engine: object,
+    max_logits: int | None = None,
+    activation_checkpointing: bool = False,
+    **changes: Any,
+) -> dict[str, torch.Tensor]:
     """The gradient that `update_policy` used, by parameter, read from AdamW's first moment: m = (1 - beta_1) g."""
     training = TrainingConfig(
-        engine=engine, precision="fp32", max_grad_norm=0.0, optimizer=AdamWConfig(learning_rate=1e-3), threads=1
-    )  # type: ignore[arg-type]
+        engine=engine,  # type: ignore[arg-type]
+        precision="fp32",
+        max_grad_norm=0.0,
+        optimizer=AdamWConfig(learning_rate=1e-3),
+        threads=1,
+        max_logits=max_logits,
+        activation_checkpointing=activation_checkpointing,
+    )
     outputs, advantages = exploration()
     evict()
     policy = tiny_checkpoint()
@@ -124,6 +163,19 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 def test_deepspeed_at_every_zero_stage_has_the_gradient_of_plain_torch(store: Store, zero_stage: Any) -> None:
     plain = stage_gradient({"kind": "torch"}, micro_batch_tokens=60)
     assert distance(stage_gradient(DeepSpeedEngineConfig(zero_stage=zero_stage), micro_batch_tokens=60), plain) < 1e-6
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("zero_stage", [None, 0, 1, 2, 3])
+def test_chunks_and_recomputed_activations_have_the_gradient_of_neither(
+    store: Store, zero_stage: Any, checkpointing: bool
+) -> None:
+    plain = stage_gradient({"kind": "torch"}, micro_batch_tokens=60)
+    engine = {"kind": "torch"} if zero_stage is None else DeepSpeedEngineConfig(zero_stage=zero_stage)
+    found = stage_gradient(
+        engine, max_logits=3 * VOCABULARY, activation_checkpointing=checkpointing, micro_batch_tokens=60
+    )
+    assert distance(found, plain) < 1e-6
 
 
 def test_gradient_accumulation_in_fp32_changes_the_last_bits_only(store: Store) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from flows.preflight import PreflightConfig
 from pipeline.config import Config
 from stages.advantage import AdvantageConfig, GroupConfig
 from stages.critic import CriticConfig
@@ -15,7 +16,13 @@ from stages.evaluation import EvaluationConfig
 from stages.prompts import PromptConfig
 from stages.reward import OverlongConfig, RewardConfig
 from stages.reward_model import GaugeConfig, GaugeLimits, ScoringConfig
-from stages.reward_training import ReplayConfig, RewardModelConfig, RewardTrainingConfig
+from stages.reward_training import (
+    ReplayConfig,
+    RewardModelConfig,
+    RewardTrainingConfig,
+    RuleStepsConfig,
+    StepLabelsConfig,
+)
 from stages.rollout import RolloutConfig
 from stages.sft import PolicyConfig, SFTConfig
 from stages.update import DataSource, GRPOConfig, UpdateConfig
@@ -115,6 +122,9 @@ class RewardModelPlan(Config):
     from scratch knows nothing; take `initial_policy` there."""
     questions: PositiveInt = 1024
     "Training questions whose outputs (`rollout.G` each) are labelled per training. The paper gives no number."
+    step_labels: StepLabelsConfig = RuleStepsConfig()
+    """Where a process model's labels come from: `rules`, exact and of the built-in world only, or `monte_carlo`, completions
+    of each step as in Math-Shepherd, which the paper follows (4.2)."""
     training: RewardTrainingConfig = RewardTrainingConfig()
     "Objective, passes, optimizer."
     scoring: ScoringConfig = ScoringConfig()
@@ -138,6 +148,11 @@ class RewardModelPlan(Config):
             raise ValueError(f"models: expected at most one of each kind, found {kinds}")
         if "process" in kinds and self.training.objective.kind == "bradley_terry":
             raise ValueError("training.objective: steps have no pairs; a process model needs pointwise")
+        if "process" not in kinds and self.step_labels.kind == "monte_carlo":
+            raise ValueError(
+                "step_labels: monte_carlo labels steps, and no model learns from them; add {kind: process} to models, or set "
+                "step_labels.kind=rules"
+            )
         return self
 
 
@@ -184,6 +199,8 @@ class IterativeRLConfig(Config):
     "The policy update."
     evaluation: EvaluationPlan = EvaluationPlan()
     "Held-out evaluation."
+    preflight: PreflightConfig = PreflightConfig()
+    "When the run stops before its first update, since there is nothing to learn from."
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -236,8 +253,7 @@ class IterativeRLConfig(Config):
             )
         if advantage.kind in ("group", "pairs") and self.rollout.G < 2:
             yield f"rollout.G: advantages within a group need at least 2 outputs per question, found {self.rollout.G}"
-        if isinstance(advantage, GroupConfig) and advantage.supervision == "process" and not self._scores_steps():
-            yield "advantage.supervision: process needs rewards of steps; add a component of kind `steps` to reward.components"
+        yield from self._misfits_of_the_steps()
         longest = self.rollout.max_output_tokens
         for component in self.reward.components:
             if isinstance(component, OverlongConfig) and component.max_tokens != longest:
@@ -247,9 +263,27 @@ class IterativeRLConfig(Config):
                     "or whole ones like cut ones; set them equal"
                 )
 
-    def _scores_steps(self) -> bool:
-        learned = self.reward_model.models if self.reward_model else ()
-        return any(part.kind in ("steps", "process") for part in (*self.reward.components, *learned))
+    def _misfits_of_the_steps(self) -> Iterator[str]:
+        """What process supervision and process models lack."""
+        plan, by_rules = self.reward_model, any(part.kind == "steps" for part in self.reward.components)
+        learned = plan is not None and any(model.kind == "process" for model in plan.models)
+        if isinstance(self.advantage, GroupConfig) and self.advantage.supervision == "process":
+            if plan is None and not by_rules:
+                yield (
+                    "advantage.supervision: process needs rewards of steps; add a component of kind `steps` to "
+                    "reward.components (built-in world), or a process model to reward_model.models"
+                )
+            if plan is not None and not learned:
+                yield (
+                    "advantage.supervision: process needs rewards of steps, and the rewards are those of reward_model, which "
+                    "has an outcome model only; add {kind: process} to reward_model.models"
+                )
+        if plan is not None and learned and plan.step_labels.kind == "rules" and not by_rules:
+            yield (
+                "reward_model.step_labels: no rule labels the steps that the process model learns from; set "
+                "reward_model.step_labels.kind=monte_carlo, or in the built-in world add a component of kind `steps` to "
+                "reward.components"
+            )
 
 
 def _either(names: tuple[str, ...]) -> str:

@@ -65,6 +65,8 @@ class Display:
                 self._step()
             case "evaluation":
                 self._evaluation((values["step"], values["set"]), values["mode"], accuracies(values["metrics"]))
+            case "preflight":
+                self._line(f"first outputs: {values['text']}")
             case "drift":
                 self._drift(values["step"], values["metrics"])
             case "server":
@@ -79,6 +81,7 @@ class Display:
         """Show a warning, once per text."""
         if message not in self._seen:
             self._seen.add(message)
+            self.state.warnings.append(message)
             self._line(f"warning: {message}", "yellow")
 
     def close(self) -> None:

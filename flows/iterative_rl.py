@@ -17,6 +17,7 @@ from flows.config import IterativeRLConfig
 from flows.drift import measure_drift
 from flows.exploration import explore, token_evidence
 from flows.observer import observer
+from flows.preflight import preflight
 from flows.reward_models import first_reward_models, reward_outputs, train_on
 from pipeline.orchestration import flow
 from stages.advantage import estimate_advantages
@@ -50,6 +51,7 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
             sampler = policy if config.data_source == "policy" else initial                                # line 6
             questions, outputs = explore(config, data, sampler, step, seed)                                # lines 5, 7
             rewards, gauges = reward_outputs(config, sampler, reward_models, questions, outputs)           # line 8
+            preflight(config, outputs, rewards, step)
             evidence = token_evidence(config, policy, reference, critic, outputs)
             advantages = estimate_advantages(rewards, outputs, config.advantage, *evidence)                # line 9
             policy = update_policy(policy, reference, outputs, advantages, config.update, seed=seed)       # line 10

@@ -63,6 +63,11 @@ class Observer:
         self._take(step, metrics)
         report("drift", step=step, metrics=metrics)
 
+    def preflight(self, metrics: dict[str, float], text: str) -> None:
+        """Before the first update, the first step's outputs were examined; `text` says what they hold."""
+        self._take(0, metrics)
+        report("preflight", text=text)
+
     def _take(self, step: int, metrics: dict[str, float]) -> None:
         self.points.setdefault(step, {}).update(metrics)
         if self.log is not None:

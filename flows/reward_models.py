@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass
+from typing import assert_never
 
 from flows.bootstrap import DataSets
-from flows.config import IterativeRLConfig
+from flows.config import IterativeRLConfig, RewardModelPlan
 from stages.data import sample_batch
 from stages.models import Checkpoint
 from stages.reward import score
 from stages.reward_model import check_gauges, measure_reward_model, score_outputs
-from stages.reward_training import create_reward_model, label_outputs, mix_with_history, train_reward_model
-from stages.rollout import rollout
+from stages.reward_training import (
+    MonteCarloConfig,
+    RewardModelConfig,
+    RewardTrainingConfig,
+    RuleStepsConfig,
+    create_reward_model,
+    estimate_step_labels,
+    label_outputs,
+    mix_with_history,
+    nothing_to_learn,
+    train_reward_model,
+)
+from stages.rollout import continue_outputs, cut_into_prefixes, rollout
 from stages.tables import Questions, RewardGauges, RewardLabels, Rewards, Rollouts
 
 __all__ = ["RewardModels", "first_reward_models", "reward_outputs", "train_on"]
@@ -46,7 +59,11 @@ def first_reward_models(
 def train_on(
     config: IterativeRLConfig, data: DataSets, policy: Checkpoint, reward: RewardModels, *, iteration: int
 ) -> RewardModels:
-    """r_phi after training on fresh rule-labelled outputs of `policy` and a sample of history (Algorithm 1, line 11)."""
+    """r_phi after training on fresh rule-labelled outputs of `policy` and a sample of history (Algorithm 1, line 11).
+
+    Where these labels hold nothing to learn (all right, all wrong, or no pair), a model of an earlier iteration stays as it is,
+    with a warning; the first training fails (iteration 0).
+    """
     plan = config.reward_model
     if plan is None or not reward.models:
         return reward
@@ -54,8 +71,14 @@ def train_on(
     questions = sample_batch(data.train, size=plan.questions, step=0, seed=seed)
     outputs = rollout(policy, questions, config.prompt, config.rollout, seed=seed)
     fresh = label_outputs(outputs, score(outputs, questions, config.reward), policy)
+    fresh = _with_step_labels(config, plan, policy, questions, outputs, fresh, seed=seed)
     labels = mix_with_history(fresh, reward.history, plan.replay, seed=seed) if reward.history else fresh
-    models = [train_reward_model(model, labels, plan.training, seed=seed) for model in reward.models]
+    models = [
+        model
+        if iteration > 0 and _stays(kind, labels, plan.training, iteration)
+        else train_reward_model(model, labels, plan.training, seed=seed)
+        for kind, model in zip(plan.models, reward.models, strict=True)
+    ]
     return RewardModels(models, [*reward.history, fresh])
 
 
@@ -79,6 +102,40 @@ def reward_outputs(
     gauges = measure_reward_model(rewards, rules, outputs, plan.scoring, plan.gauges)
     check_gauges(gauges, plan.limits)
     return rewards, gauges
+
+
+def _with_step_labels(
+    config: IterativeRLConfig,
+    plan: RewardModelPlan,
+    policy: Checkpoint,
+    questions: Questions,
+    outputs: Rollouts,
+    labels: RewardLabels,
+    *,
+    seed: int,
+) -> RewardLabels:
+    """`labels` with those of steps: the rules' own, or what becomes of each step when `policy` goes on from it."""
+    match plan.step_labels:
+        case RuleStepsConfig():
+            return labels
+        case MonteCarloConfig() as completion:
+            prefixes = cut_into_prefixes(outputs, outputs_per_question=completion.outputs_per_question)
+            continued = continue_outputs(
+                policy, outputs, prefixes, config.rollout, samples=completion.samples, seed=seed
+            )
+            return estimate_step_labels(labels, prefixes, score(continued, questions, config.reward), completion)
+        case _ as unknown:
+            assert_never(unknown)
+
+
+def _stays(model: RewardModelConfig, labels: RewardLabels, training: RewardTrainingConfig, iteration: int) -> bool:
+    """Whether `labels` hold nothing to train such a model on; says so."""
+    reason = nothing_to_learn(labels, model.kind, training.objective)
+    if reason:
+        warnings.warn(
+            f"the {model.kind} reward model stays as it was after iteration {iteration}: {reason}", stacklevel=2
+        )
+    return reason is not None
 
 
 def _seed(seed: int, iteration: int) -> int:

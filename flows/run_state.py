@@ -62,6 +62,8 @@ class RunState:
     evaluations: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
     """The last evaluation of each set and mode."""
 
+    warnings: list[str] = field(default_factory=list)
+    """What the display warned of, each once."""
     server_seconds: float = 0.0
     """Spent waiting for the Prefect server."""
 
@@ -83,7 +85,7 @@ class RunState:
                     self._step_started = self.clock()  # what came before is no part of the first step
             case "server":
                 self.server_seconds += values.get("seconds", 0.0)
-            case "drift":
+            case "drift" | "preflight":
                 pass  # the display's alone
             case _:
                 self.detail = dict(values)

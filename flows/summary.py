@@ -6,12 +6,13 @@ One value, `Summary`: printed as tables, written as summary.json, drawn as the l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flows.config import IterativeRLConfig
 from flows.run_state import RunState
@@ -56,6 +57,8 @@ class Summary:
     """Digest of the final policy."""
     paths: dict[str, str]
     """What lies where, by what it is."""
+    warnings: list[str] = field(default_factory=list)
+    """What this run warned of; what a reused stage warned of, the run that computed it says."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -83,6 +86,7 @@ def summarise(
         server_seconds=state.server_seconds,
         policy=policy.digest,
         paths={what: str(path) for what, path in paths.items()},
+        warnings=list(state.warnings),
     )
 
 
@@ -144,6 +148,8 @@ def print_summary(summary: Summary, console: Console, *, ui_command: str) -> Non
         console.print(drift)
     console.print(_time_table(summary))
     console.print(_reuse(summary))
+    for warning in summary.warnings:
+        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
     console.print()
     width = max(map(len, [*summary.paths, "compare runs"]))
     for what, path in summary.paths.items():
@@ -257,4 +263,5 @@ def summary_markdown(summary: Summary, command: str, differences: Mapping[str, t
             f"| {name} | {label} | {percent(before.get(key))} | {percent(after[key])} |"
             for label, key in _measures(after)
         ]
+    lines += ["", *(f"* warning: {warning}" for warning in summary.warnings)] if summary.warnings else []
     return "\n".join([*lines, "", f"Policy `{summary.policy}` after {summary.steps} steps."])

@@ -7,17 +7,25 @@
     Demonstrations ──> SFT    ├─────────────────────────┴──> evaluate ──> Evaluation
                               └── label_outputs ── RewardLabels ──> train_reward_model ──> score_outputs ──> Rewards
 
+Step labels without a checker (Monte-Carlo completion), between label_outputs and train_reward_model:
+
+    Rollouts ──> cut_into_prefixes ── StepPrefixes ──> continue_outputs ── Rollouts ──> score ── Rewards ──┐
+                                          └────────────────────── RewardLabels ──> estimate_step_labels ───┴──> RewardLabels
+
 A row is keyed by `question_id` and, below a question, by `sample` (0 .. G-1); stages join by key, never by position. Ids are
 the truth: what was sampled is `output_ids`; `text` is for people and for rewards that read text.
 """
 
 from __future__ import annotations
 
+from typing import Final
+
 import pyarrow as pa
 
 from pipeline.artifact import Table
 
 __all__ = [
+    "VERDICTS",
     "Advantages",
     "Demonstrations",
     "Evaluation",
@@ -27,8 +35,13 @@ __all__ = [
     "RewardLabels",
     "Rewards",
     "Rollouts",
+    "StepPrefixes",
     "Values",
 ]
+
+
+VERDICTS: Final = ("ok", "wrong", "unparseable", "truncated")
+"""The statuses of `Rewards` by which the rules have judged an output; the others say that nobody could."""
 
 
 def _required(name: str, kind: pa.DataType) -> pa.Field:
@@ -60,6 +73,24 @@ class Demonstrations(Table):
             _required("question", pa.string()),
             _required("completion", pa.string()),
             pa.field("author", pa.string()),
+        ]
+    )
+
+
+class Solutions(Table):
+    """Solutions that others wrote, several of a question, with its gold answer.
+
+    `author` names who wrote it, `label` says whether the file itself calls it right; each is null where the file is silent.
+    """
+
+    schema = pa.schema(
+        [
+            *_KEY,
+            _required("question", pa.string()),
+            _required("answer", pa.string()),
+            _required("solution", pa.string()),
+            pa.field("author", pa.string()),
+            pa.field("label", pa.bool_()),
         ]
     )
 
@@ -178,6 +209,19 @@ class RewardLabels(Table):
             _required("origin", pa.string()),
             _required("vocabulary", pa.string()),
         ]
+    )
+
+
+class StepPrefixes(Table):
+    """From where the steps of outputs are continued (Math-Shepherd): one row per step of each output that is to be labelled.
+
+    `step` counts the steps of an output from 0; `end` is index(j), the place of the step's last token in `output_ids`. `prefix`
+    numbers the distinct prefixes of a question, which are what its outputs begin with, up to and including `end`: equal ones
+    share a number and are continued once. It is null where the output itself ends: what the output comes to is known.
+    """
+
+    schema = pa.schema(
+        [*_KEY, _required("step", pa.int32()), _required("end", pa.int32()), pa.field("prefix", pa.int32())]
     )
 
 

@@ -68,10 +68,10 @@ class FormatConfig(Config):
     """`hashes`: ends with one line `#### <number>`; `boxed`: exactly one `\\boxed{}`; `line`: ends with `A: <answer>`;
     `pattern`: `pattern` is found."""
     pattern: str | None = None
-    """Regular expression for `form: pattern`. It runs in this process without a deadline: keep it free of nested
-    repetition."""
+    """Regular expression for `form: pattern`, looked for in the last 4 KiB. One with groups or several repetitions may
+    backtrack for ever, and runs in the reward's worker processes under its deadline."""
     missing: Missing = "no_reward"
-    """As for accuracy; a format is always decidable."""
+    """As for accuracy; only a pattern can have no verdict (status `timeout`)."""
 
     @model_validator(mode="after")
     def _pattern_with_its_form(self) -> Self:

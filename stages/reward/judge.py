@@ -23,15 +23,19 @@ from stages.reward.config import (
 )
 from stages.reward.functions.calls import FunctionScore, call_in_pieces, require_callable
 from stages.reward.functions.source import FunctionSource, find_source
-from stages.reward.functions.worker import load_function
+from stages.reward.functions.worker import call_function, load_function
 from stages.reward.pool import KillablePool
 from stages.reward.rules.accuracy import VERIFIER_MODULES, grade_answers
-from stages.reward.rules.form import has_form
+from stages.reward.rules.extraction import tail
+from stages.reward.rules.form import has_form, is_quick, match_pattern
 from stages.reward.rules.language import is_coherent
 from stages.reward.rules.length import overlong_score
 from stages.reward.rules.steps import StepLabels, label_steps
 
 __all__ = ["Judged", "Output", "judge"]
+
+_PATTERN_PATIENCE_S = 60.0
+"""Seconds that a batch may spend on finding out which of its outputs a pattern hangs on; as for functions."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,10 @@ def _score(rows: Sequence[Output], component: ComponentConfig, config: RewardCon
             )
             return [Judged(grade.score, grade.status, grade.extracted, grade.screened) for grade in grades]
         case FormatConfig():
-            return [Judged(float(has_form(row.text, component.form, component.pattern))) for row in rows]
+            form = component.form
+            if form == "pattern":
+                return _judge_by_pattern(rows, component, config)
+            return [Judged(float(has_form(row.text, form))) for row in rows]
         case StepsConfig():
             return [_judge_steps(row, component) for row in rows]
         case LanguageConfig():
@@ -146,6 +153,27 @@ def _judge_steps(row: Output, component: StepsConfig) -> Judged:
     return Judged(sum(steps.rewards) / max(len(steps.rewards), 1), status, steps=steps)
 
 
+def _judge_by_pattern(rows: Sequence[Output], component: FormatConfig, config: RewardConfig) -> list[Judged]:
+    """1 where the user's regular expression is found; no score where that took too long: it may backtrack for ever."""
+    pattern, endings = component.pattern or "", [tail(row.text) for row in rows]
+    if not rows or is_quick(pattern):
+        return [Judged(score) for score, _ in match_pattern(pattern, {"texts": endings})]
+    distinct = list(dict.fromkeys(endings))
+    found = call_in_pieces(
+        match_pattern,
+        pattern,
+        {"texts": distinct},
+        [[place] for place in range(len(distinct))],
+        pool=_pattern_pool(config),
+        deadline_s=config.deadline_s,
+        patience_s=_PATTERN_PATIENCE_S,
+    )
+    by_ending = dict(zip(distinct, found, strict=True))
+    scores = [by_ending[ending] for ending in endings]
+    _warn_of_faults(rows, scores, component.name, f"the pattern {pattern}")
+    return [Judged(score.score, score.fault) for score in scores]
+
+
 def _judge_by_function(rows: Sequence[Output], component: FunctionConfig, config: RewardConfig) -> list[Judged]:
     """Scores of the user's function: `ok` above 0, else `wrong`; `unparseable` where it abstains.
 
@@ -159,6 +187,7 @@ def _judge_by_function(rows: Sequence[Output], component: FunctionConfig, config
     columns = _columns(rows, component)
     require_callable(source, list(columns), pool)
     scores = call_in_pieces(
+        call_function,
         source,
         columns,
         _units(rows, component.together),
@@ -166,7 +195,7 @@ def _judge_by_function(rows: Sequence[Output], component: FunctionConfig, config
         deadline_s=component.deadline_s,
         patience_s=component.patience_s,
     )
-    _warn_of_faults(rows, scores, component)
+    _warn_of_faults(rows, scores, component.name, component.function)
     return [Judged(score.score, _status(score)) for score in scores]
 
 
@@ -203,7 +232,7 @@ def _status(score: FunctionScore) -> str:
     return "unparseable" if score.score is None else "ok" if score.score > 0 else "wrong"
 
 
-def _warn_of_faults(rows: Sequence[Output], scores: Sequence[FunctionScore], component: FunctionConfig) -> None:
+def _warn_of_faults(rows: Sequence[Output], scores: Sequence[FunctionScore], component: str, scorer: str) -> None:
     """Say once what went wrong: the table has room for a status only."""
     faults = [(row, score) for row, score in zip(rows, scores, strict=True) if score.fault is not None]
     if faults:
@@ -212,26 +241,37 @@ def _warn_of_faults(rows: Sequence[Output], scores: Sequence[FunctionScore], com
         }
         shown = "; ".join(list(first.values())[::-1][:3])
         warnings.warn(
-            f"component {component.name!r}: no score from {component.function} for {len(faults)} of {len(rows)} outputs, "
-            f"such as {shown}",
+            f"component {component!r}: no score from {scorer} for {len(faults)} of {len(rows)} outputs, such as {shown}",
             stacklevel=2,
         )
 
 
 def _function_pool(source: FunctionSource, component: FunctionConfig, config: RewardConfig) -> KillablePool:
     """A pool of the function's own: what it does to its process, it does not do to the verifier's."""
-    # The server that all workers are forked from is started once: with what the verifier will need, if it will.
-    verified = any(isinstance(each, AccuracyConfig) and each.verifier != "exact" for each in config.components)
+    preload = _preload(config)
 
     def make() -> KillablePool:
-        return KillablePool(
-            workers=config.workers,
-            memory_mb=config.memory_mb,
-            preload=VERIFIER_MODULES if verified else (),
-            prepare=functools.partial(load_function, source),
-        )
+        prepare = functools.partial(load_function, source)
+        return KillablePool(workers=config.workers, memory_mb=config.memory_mb, preload=preload, prepare=prepare)
 
-    return resident(f"function {component.name}", (config.workers, config.memory_mb, verified, source), make)
+    return resident(f"function {component.name}", (config.workers, config.memory_mb, preload, source), make)
+
+
+def _pattern_pool(config: RewardConfig) -> KillablePool:
+    preload = _preload(config)
+    if preload:
+        return _verifier_pool(config)
+
+    def make() -> KillablePool:
+        return KillablePool(workers=config.workers, memory_mb=config.memory_mb)
+
+    return resident("pattern", (config.workers, config.memory_mb), make)
+
+
+def _preload(config: RewardConfig) -> tuple[str, ...]:
+    """The server that all workers are forked from is started once: with what the verifier will need, if it will."""
+    verified = any(isinstance(each, AccuracyConfig) and each.verifier != "exact" for each in config.components)
+    return VERIFIER_MODULES if verified else ()
 
 
 def _verifier_pool(config: RewardConfig) -> KillablePool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from pipeline.stage import record_metrics, stage
 from stages.reward_model.config import GaugeConfig, GaugeLimits, ScoringConfig
-from stages.tables import RewardGauges, Rewards, Rollouts
+from stages.tables import VERDICTS, RewardGauges, Rewards, Rollouts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from stages.kernels.voting import Interval
 
 __all__ = ["RewardModelError", "check_gauges", "measure_reward_model"]
-
-_JUDGED: Final = ("ok", "wrong", "unparseable", "truncated")
-"""Statuses that are a verdict on the output."""
 
 
 class RewardModelError(ValueError):
@@ -133,7 +130,7 @@ def _join(scores: Rewards, rules: Rewards, outputs: Rollouts) -> _Joined:
                 f"score of {key} has no {'output' if key in by_key else 'rule reward'}; join equal rollouts"
             )
         rule = by_key[key]
-        if rule["status"] not in _JUDGED or rule["reward"] is None or scored["reward"] is None:
+        if rule["status"] not in VERDICTS or rule["reward"] is None or scored["reward"] is None:
             continue
         rows.append((scored["reward"], rule["reward"], rule["status"], lengths[key], key[0]))
         steps += _steps(key, scored, rule)

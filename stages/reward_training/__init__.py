@@ -2,26 +2,36 @@
 
 from stages.reward_training.config import (
     BradleyTerryConfig,
+    MonteCarloConfig,
     PointwiseConfig,
     ReplayConfig,
     RewardModelConfig,
     RewardObjectiveConfig,
     RewardTrainingConfig,
+    RuleStepsConfig,
+    StepLabelsConfig,
 )
 from stages.reward_training.creation import create_reward_model
+from stages.reward_training.examples import nothing_to_learn
 from stages.reward_training.labelling import label_outputs
+from stages.reward_training.monte_carlo import estimate_step_labels
 from stages.reward_training.replay import mix_with_history
 from stages.reward_training.stage import train_reward_model
 
 __all__ = [
     "BradleyTerryConfig",
+    "MonteCarloConfig",
     "PointwiseConfig",
     "ReplayConfig",
     "RewardModelConfig",
     "RewardObjectiveConfig",
     "RewardTrainingConfig",
+    "RuleStepsConfig",
+    "StepLabelsConfig",
     "create_reward_model",
+    "estimate_step_labels",
     "label_outputs",
     "mix_with_history",
+    "nothing_to_learn",
     "train_reward_model",
 ]

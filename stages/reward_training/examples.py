@@ -14,7 +14,7 @@ from stages.reward_models import RewardKind, check_lengths, reward_kind, vocabul
 from stages.reward_training.config import BradleyTerryConfig, PointwiseConfig, RewardObjectiveConfig
 from stages.tables import RewardLabels
 
-__all__ = ["Example", "Pair", "Unit", "draw_updates", "read_examples", "units_of"]
+__all__ = ["Example", "Pair", "Unit", "draw_updates", "nothing_to_learn", "read_examples", "units_of"]
 
 
 @dataclass(frozen=True)
@@ -152,21 +152,43 @@ def _check_vocabulary(rows: Sequence[Mapping[str, Any]], model: Checkpoint) -> N
             )
 
 
-def _with_differences(examples: list[Example], objective: RewardObjectiveConfig) -> list[Example]:
-    """The examples that there is something to learn from: with pairs those of questions that have one."""
-    labels = [label for example in examples for label in example.labels]
+def nothing_to_learn(labels: RewardLabels, kind: RewardKind, objective: RewardObjectiveConfig) -> str | None:
+    """Why a model of this kind cannot learn from these labels, for which its training would fail; None where it can."""
+    column = "label" if kind == "outcome" else "step_labels"
+    table = labels.read().select(["question_id", column])
+    groups: dict[str, list[float]] = {}
+    for question_id, found in zip(table["question_id"].to_pylist(), table[column].to_pylist(), strict=True):
+        groups.setdefault(question_id, []).extend([found] if isinstance(found, float) else found or [])
+    return _objection(groups, objective)
+
+
+def _objection(labels_by_question: Mapping[str, Sequence[float]], objective: RewardObjectiveConfig) -> str | None:
+    labels = [label for group in labels_by_question.values() for label in group]
     if isinstance(objective, BradleyTerryConfig):
-        groups = [group for group in _by_question(examples).values() if _compared(group, objective)]
-        if groups:
-            return [example for group in groups for example in group]
-        raise ValueError(
+        if any(1 in group and any(label != 1 for label in group) for group in labels_by_question.values()):
+            return None
+        return (
             f"no question has both a right and a wrong output ({sum(label == 1 for label in labels)} of {len(labels)} are "
             "right), so there is no pair to compare: sample more outputs per question, at a higher temperature or of questions "
             "of medium difficulty, or set objective.kind=pointwise"
         )
+    if not labels:
+        return "there are no labels of its kind"
     if min(labels) == max(labels):
-        raise ValueError(
+        return (
             f"all {len(labels)} labels are {labels[0]:g}; a reward model would learn a constant: sample from questions that "
             "the policy answers sometimes, not always or never"
         )
+    return None
+
+
+def _with_differences(examples: list[Example], objective: RewardObjectiveConfig) -> list[Example]:
+    """The examples that there is something to learn from: with pairs those of questions that have one."""
+    groups = _by_question(examples)
+    labels = {question: [label for example in group for label in example.labels] for question, group in groups.items()}
+    objection = _objection(labels, objective)
+    if objection:
+        raise ValueError(objection)
+    if isinstance(objective, BradleyTerryConfig):
+        return [example for group in groups.values() if _compared(group, objective) for example in group]
     return examples

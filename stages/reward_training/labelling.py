@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 from pipeline.stage import record_metrics, stage
 from stages.models import Checkpoint
 from stages.reward_models import vocabulary_of
-from stages.tables import RewardLabels, Rewards, Rollouts
+from stages.tables import VERDICTS, RewardLabels, Rewards, Rollouts
 
 __all__ = ["label_outputs"]
-
-_LABELS: Final = {"ok": 1.0, "wrong": 0.0, "unparseable": 0.0, "truncated": 0.0}
-"""Label by status; the other statuses are no verdict on the output."""
 
 
 @stage(version="1")
@@ -40,11 +37,11 @@ def label_outputs(outputs: Rollouts, rewards: Rewards, policy: Checkpoint) -> Re
     labelled = []
     for row in table:
         verdict = _verdict(row, by_key)
-        if verdict["reward"] is None or verdict["status"] not in _LABELS:
+        if verdict["reward"] is None or verdict["status"] not in VERDICTS:
             continue
         labels = {
             "scored_index": len(row["output_ids"]) - 1,
-            "label": _LABELS[verdict["status"]],
+            "label": float(verdict["status"] == "ok"),
             "step_ends": verdict["step_ends"],
             "step_labels": verdict["step_rewards"],
         }

@@ -46,12 +46,13 @@ def rollout(
 
     tokenizer = load_tokenizer(policy)
     prompts = _prompts(questions, tokenizer, prompt, G=config.G, seed=seed)
-    stop_ids = _stop_ids(policy, tokenizer) if config.stop else ()
-    sampling = Sampling(config.temperature, config.max_output_tokens, stop_ids)
+    sampling = Sampling(
+        config.temperature, config.max_output_tokens, stop_ids(policy, tokenizer) if config.stop else ()
+    )
     with threads(config.backend.threads):
-        generator = HFGenerator(_resident_model(policy, config.backend), batch_rows=config.backend.batch_rows)
+        generator = HFGenerator(resident_model(policy, config.backend), batch_rows=config.backend.batch_rows)
         started = time.perf_counter()
-        outputs = generator.generate(prompts, sampling, _reporter(len(prompts) * config.G))
+        outputs = generator.generate(prompts, sampling, reporter(len(prompts) * config.G))
         seconds = time.perf_counter() - started
     _record(outputs, seconds)
     return Rollouts.write(_columns(prompts, outputs, tokenizer, config.temperature))
@@ -78,7 +79,7 @@ def _prompts(
     ]
 
 
-def _stop_ids(policy: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+def stop_ids(policy: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """End-of-sequence ids of the tokenizer and of generation_config.json, which may list several.
 
     Raises:
@@ -102,7 +103,7 @@ class _Resident:
     holds: str | None
 
 
-def _resident_model(policy: Checkpoint, backend: HFBackendConfig) -> PreTrainedModel:
+def resident_model(policy: Checkpoint, backend: HFBackendConfig) -> PreTrainedModel:
     """The policy's model, ready: reloaded in place when only the weights differ, made anew when the architecture does."""
     import torch
 
@@ -129,15 +130,15 @@ def _resident_model(policy: Checkpoint, backend: HFBackendConfig) -> PreTrainedM
     return kept.model
 
 
-def _reporter(total: int) -> Progress:
-    """Reports at most twice a second; a token may take a millisecond."""
+def reporter(total: int, topic: str = "rollout") -> Progress:
+    """Reports how far `topic` is, at most twice a second; a token may take a millisecond."""
     started = last = time.perf_counter()
 
     def progress(done: int, tokens: int) -> None:
         nonlocal last
         now = time.perf_counter()
         if done == total or now - last > 0.5:
-            report("rollout", done=done, total=total, tokens=tokens, tokens_per_s=tokens / (now - started))
+            report(topic, done=done, total=total, tokens=tokens, tokens_per_s=tokens / (now - started))
             last = now
 
     return progress

@@ -237,3 +237,27 @@ def test_what_differs_is_told_without_what_went_with_its_kind() -> None:
         "update.objective.kind": ("grpo", "sft"),
     }
     assert choose("arithmetic_smoke", settings=["sft=null"]).differences() == {"sft": ("...", None)}
+
+
+# ------------------------------------------------------------------------------------- reward functions
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("no_such_rewards:reward", "function 'no_such_rewards:reward': no module 'no_such_rewards' in"),
+        ("my_rewards:rewrad", "it has no 'rewrad'; did you mean 'reward'?"),
+        ("broken_rewards:reward", "not Python source"),
+    ],
+)
+def test_a_reward_function_that_is_not_there_is_found_when_the_configuration_is_chosen(
+    function: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards.py").write_text("def reward(completions, **columns):\n    raise SystemExit\n")
+    (tmp_path / "broken_rewards.py").write_text("def reward(completions:\n")
+    component = "[{kind: function, function: '%s'}]"
+    with pytest.raises(ConfigError) as caught:
+        choose("arithmetic_smoke", settings=["reward.components=" + component % function])
+    assert said in str(caught.value)
+    choose("arithmetic_smoke", settings=["reward.components=" + component % "my_rewards:reward"])

@@ -142,6 +142,19 @@ def test_a_warning_of_a_stage_is_shown_once_and_one_of_a_library_not_at_all() ->
     assert "chatter" not in text.getvalue()
 
 
+def test_what_was_warned_of_is_kept_for_the_summary_once() -> None:
+    display, _, _ = plain()
+    for message in ("the model stays", "a file is damaged", "the model stays"):
+        display.warn(message)
+    assert display.state.warnings == ["the model stays", "a file is damaged"]
+
+
+def test_the_first_outputs_have_a_line_that_stays() -> None:
+    display, _, text = plain()
+    display.take("preflight", {"text": "1 truncated, 0 unparseable of 8"})
+    assert text.getvalue() == "00:00:00  first outputs: 1 truncated, 0 unparseable of 8\n"
+
+
 def test_reports_made_inside_the_block_arrive() -> None:
     state = RunState(steps=1)
     with displaying(state, Console(file=io.StringIO(), force_terminal=False)):

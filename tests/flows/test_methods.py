@@ -1,94 +1,15 @@
-"""Every method as a whole run: two steps of the smallest recipe, all from one supervised policy in one store.
-
-Chains of two numbers and enough supervised steps, so that some answers are right and the rewards are the real ones.
-"""
+"""Every method as a whole run: two steps of the smallest recipe, all from one supervised policy in one store."""
 
 from __future__ import annotations
 
-import shutil
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
-
 import pytest
 
-from flows.config import IterativeRLConfig
 from flows.groups import groups_of
-from flows.iterative_rl import iterative_rl
-from flows.methods import METHODS, method_settings
-from flows.observer import Observer, observing
-from flows.recipes import arithmetic_smoke
-from pipeline.progress import listen
+from flows.methods import METHODS
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
 from stages.tables import Advantages, Rewards
-
-SHORT = {"shortest": 2, "longest": 2}
-BASE = arithmetic_smoke().override(
-    {
-        "data.demonstrations.chains": {"count": 2000, **SHORT},
-        "data.train": {"count": 48, **SHORT},
-        "sft.max_steps": 300,
-        "reward.components": [{"kind": "accuracy", "verifier": "exact"}],
-        "iterations": 1,
-        "questions_per_step": 6,
-        "rollout.max_output_tokens": 16,
-        "evaluation": {"every": 0, "samples": 0, "greedy": False, "estimates": {"ks": [1]}},
-    }
-)
-
-
-@dataclass
-class Run:
-    """What a run did: every stage call in order, which of them were computed, and the metrics by step."""
-
-    store: Store
-    digest: str = ""
-    calls: list[tuple[str, str]] = field(default_factory=list)
-    """Name and key."""
-    executed: Counter[str] = field(default_factory=Counter)
-    points: dict[int, dict[str, float]] = field(default_factory=dict)
-
-    def take(self, topic: str, values: dict[str, Any]) -> None:
-        if topic == "stage" and values["outcome"] in ("executed", "cached"):
-            self.calls.append((values["name"], values["key"]))
-            self.executed[values["name"]] += values["outcome"] == "executed"
-
-    def of(self, stage: str) -> list[dict[str, Any]]:
-        """The records of a stage's calls, in order."""
-        records = [self.store.find(key) for name, key in self.calls if name == stage]
-        return [record for record in records if record is not None]
-
-    def given(self, stage: str, parameter: str) -> list[str]:
-        """The digests that a stage's calls were given."""
-        return [record["arguments"][parameter]["artifact"] for record in self.of(stage)]
-
-    def made(self, stage: str) -> list[str]:
-        """The digests that a stage's calls returned."""
-        return [record["result"] for record in self.of(stage)]
-
-    @property
-    def supervised(self) -> str:
-        """The policy that RL starts from."""
-        return self.made("supervised_finetuning")[0]
-
-
-def train(store: Store, method: str, **changes: Any) -> Run:
-    """Train as a method does."""
-    config: IterativeRLConfig = BASE.override(method_settings(method, BASE) | {"steps": 2} | changes)
-    run, seen = Run(store), Observer()
-    with use_store(store), listen(run.take), observing(seen):
-        run.digest = iterative_rl(config).digest
-    run.points = seen.points
-    return run
-
-
-@pytest.fixture(scope="module")
-def supervised(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """A run that ends with supervised fine-tuning."""
-    yield train(Store(tmp_path_factory.mktemp("supervised")), "grpo", iterations=0)
-    evict()
+from tests.flows.short_runs import Run, copied, train
 
 
 @pytest.fixture(scope="module")
@@ -269,9 +190,3 @@ def advantages(run: Run) -> list[list[list[float]]]:
     with use_store(run.store):
         tables = [Advantages(digest).rows() for digest in run.made("estimate_advantages")]
     return [[row["advantage"] for row in rows if row["advantage"] is not None] for rows in tables]
-
-
-def copied(store: Store, folders: pytest.TempPathFactory) -> Store:
-    root = folders.mktemp("store")
-    shutil.copytree(store.root, root, dirs_exist_ok=True)
-    return Store(root)

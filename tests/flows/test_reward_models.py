@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
 from flows.config import RewardModelPlan
 from pipeline.config import ConfigError
-from pipeline.store import Store, use_store
+from pipeline.residency import evict
+from pipeline.store import use_store
 from stages.tables import RewardLabels, Rewards
-from tests.flows.test_methods import Run, train
+from tests.flows.short_runs import Run, copied, train
 
 PLAN = {
     "models": [{"kind": "outcome"}, {"kind": "process"}],
@@ -27,10 +28,11 @@ STEPS = {"reward.components": [{"kind": "accuracy", "verifier": "exact"}, {"kind
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(supervised: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """Two iterations of one step, rewards by an outcome and a process model."""
-    with use_store(Store(Path(tmp_path_factory.mktemp("rm")) / "store")) as store:
-        return train(store, "grpo", iterations=2, steps=1, reward_model=PLAN, **STEPS)
+    store = copied(supervised.store, tmp_path_factory)
+    yield train(store, "grpo", iterations=2, steps=1, reward_model=PLAN, **STEPS)
+    evict()
 
 
 def models_of(run: Run) -> list[list[str]]:

@@ -22,8 +22,8 @@ POINTS = {
 }
 
 
-def summary_of(points: dict[int, dict[str, float]]) -> Summary:
-    state = RunState(steps=4, clock=lambda: 0.0)
+def summary_of(points: dict[int, dict[str, float]], *warnings: str) -> Summary:
+    state = RunState(steps=4, clock=lambda: 0.0, warnings=list(warnings))
     state.stages["rollout"] = StageTotals(executed=3, cached=1, seconds=6.0, saved=2.0)
     state.step = 4
     return summarise(arithmetic_smoke(), points, state, Checkpoint("ab" * 32), {"run": Path("runs/x")})
@@ -80,6 +80,14 @@ def test_the_markdown_names_what_differs_from_the_recipe() -> None:
     text = summary_markdown(summary_of(POINTS), "cohort run x", {"update.objective.beta": (0.04, 0.0)})
     assert "| `update.objective.beta` | 0.04 | 0.0 |" in text
     assert "| held_out | accuracy of samples | 0.400 | 0.900 |" in text
+
+
+def test_warnings_of_the_run_are_told_again_at_its_end() -> None:
+    summary = summary_of(POINTS, "the outcome reward model stays [as it was]")
+    assert "warning: the outcome reward model stays [as it was]" in printed(summary)
+    assert "* warning: the outcome reward model stays" in summary_markdown(summary, "cohort run x", {})
+    assert summary.as_json()["warnings"] == ["the outcome reward model stays [as it was]"]
+    assert "warning" not in summary_markdown(summary_of(POINTS), "cohort run x", {})
 
 
 def test_the_learning_curve_is_a_png(tmp_path: Path) -> None:

@@ -1,15 +1,15 @@
-"""Scores of a reward function for a batch: in calls of a bounded size, the failing ones in halves."""
+"""Scores for a batch by code that may fail or hang: in calls of a bounded size, the failing ones in halves."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.config import ConfigError
 from stages.reward.functions.source import FunctionSource
-from stages.reward.functions.worker import call_function, objection_to
+from stages.reward.functions.worker import objection_to
 from stages.reward.pool import KillablePool, Outcome
 
 __all__ = ["FunctionScore", "call_in_pieces", "require_callable"]
@@ -20,7 +20,7 @@ _CHECK_S = 30.0
 
 @dataclass(frozen=True)
 class FunctionScore:
-    """What a reward function says of one output: a score, an abstention (neither score nor fault), or a fault."""
+    """What such code says of one output: a score, an abstention (neither score nor fault), or a fault."""
 
     score: float | None = None
     fault: Literal["timeout", "error"] | None = None
@@ -40,7 +40,8 @@ def require_callable(source: FunctionSource, arguments: Sequence[str], pool: Kil
 
 
 def call_in_pieces(
-    source: FunctionSource,
+    call: Callable[[Any, Mapping[str, list[Any]]], list[tuple[float | None, str | None]]],
+    subject: Any,
     columns: Mapping[str, Sequence[Any]],
     units: Sequence[Sequence[int]],
     *,
@@ -51,8 +52,10 @@ def call_in_pieces(
     """One result per row, in order, always.
 
     Args:
-        source: the function.
-        columns: its arguments, one value per row.
+        call: what runs in a worker; from `subject` and the columns of its rows it makes, for each row, a score and what is
+            wrong with it.
+        subject: what it is called with beside the columns: the source of a function, a pattern.
+        columns: by name, one value per row.
         units: the rows, in parts that a call must hold whole.
         pool: where it runs.
         deadline_s: seconds for one call.
@@ -63,13 +66,14 @@ def call_in_pieces(
     def attempt(calls: Sequence[_Call]) -> list[_Call]:
         """Make the calls, keep their scores, and return the halves of those that failed."""
         tasks = [
-            (source, {name: [column[row] for row in _rows(call)] for name, column in columns.items()}) for call in calls
+            (subject, {name: [column[row] for row in _rows(held)] for name, column in columns.items()})
+            for held in calls
         ]
-        outcomes = pool.run(call_function, tasks, deadline_s=deadline_s)
-        for call, outcome in zip(calls, outcomes, strict=True):
-            for row, score in zip(_rows(call), _scores(outcome, len(_rows(call))), strict=True):
+        outcomes = pool.run(call, tasks, deadline_s=deadline_s)
+        for held, outcome in zip(calls, outcomes, strict=True):
+            for row, score in zip(_rows(held), _scores(outcome, len(_rows(held))), strict=True):
                 scores[row] = score
-        return [half for call, outcome in zip(calls, outcomes, strict=True) if outcome.fault for half in _halves(call)]
+        return [half for held, outcome in zip(calls, outcomes, strict=True) if outcome.fault for half in _halves(held)]
 
     left = attempt(_packed(units))
     until = time.monotonic() + patience_s

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import ast
+import difflib
 import hashlib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from typing import Final
 
 from pipeline.config import ConfigError
 
 __all__ = ["FunctionSource", "find_source"]
+
+
+_ANY_NAME: Final = frozenset({"*", "__getattr__", "globals", "exec", "setattr"})
+"""What may bind names that the source does not spell out."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,8 @@ def find_source(function: str) -> FunctionSource:
     """The file behind `module:name`, found as Python would find it, but without importing the packages on the way.
 
     Raises:
-        ConfigError: no such module, or one that is not a file of Python source, with what was tried.
+        ConfigError: no such module, or one that is not a file of Python source, with what was tried; a file that cannot be
+            parsed or in which the name does not occur.
     """
     module, _, name = function.partition(":")
     importlib.invalidate_caches()  # a file that was just written
@@ -57,7 +65,38 @@ def find_source(function: str) -> FunctionSource:
         found = "a folder without __init__.py" if file is None else str(file)
         raise ConfigError(f"function {function!r}: expected a file of Python source for {module!r}, found {found}")
     file = file.resolve()
-    return FunctionSource(module, name, file, hashlib.sha256(file.read_bytes()).hexdigest())
+    content = file.read_bytes()
+    objection = _unbound(name, content)
+    if objection:
+        raise ConfigError(f"function {function!r} in {file}: {objection}")
+    return FunctionSource(module, name, file, hashlib.sha256(content).hexdigest())
+
+
+def _unbound(name: str, content: bytes) -> str | None:
+    """Why the source cannot define the name, or None: as far as can be told without running it."""
+    try:
+        tree = ast.parse(content)
+    except (SyntaxError, ValueError) as error:  # ValueError: null bytes
+        return f"not Python source: {error}"
+    names = set(_names(tree))
+    if name in names or names & _ANY_NAME:
+        return None
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"it has no {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _names(tree: ast.Module) -> Iterator[str]:
+    """Every name that the source defines, imports or uses."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                yield name
+            case ast.alias(name=name, asname=other):
+                yield other or name
+            case ast.Name(id=name):
+                yield name
+            case _:
+                pass
 
 
 def _spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:

@@ -175,7 +175,12 @@ def test_truncated_outputs_are_not_shown_to_the_function_unless_they_count_as_th
 @pytest.mark.parametrize(
     ("name", "columns", "reason"),
     [
-        ("nowhere", (), "AttributeError: module .* has no attribute 'nowhere'"),
+        ("by_test", (), "it has no 'by_test'; did you mean 'by_text'?"),
+        (
+            "scores",
+            (),
+            "AttributeError: module .* has no attribute 'scores'",
+        ),  # the name of a variable inside a function
         ("A_CONSTANT", (), "expected a plain function, found int"),
         ("asynchronous", (), "expected a plain function, found function \\(async\\)"),
         (
@@ -236,7 +241,7 @@ def test_a_packages_code_does_not_run_while_the_function_is_looked_for(
     folder = tmp_path / "bomb" / "inner"
     folder.mkdir(parents=True)
     for place in (tmp_path / "bomb", folder):
-        (place / "__init__.py").write_text("raise SystemExit('this must not run here')\n")
+        (place / "__init__.py").write_text("raise SystemExit('this must not run here')\nreward = None\n")
     (folder / "rules.py").write_text("def reward(**columns): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     source = find_source("bomb.inner.rules:reward")

@@ -17,6 +17,7 @@ from stages.reward_training import (
     BradleyTerryConfig,
     PointwiseConfig,
     RewardTrainingConfig,
+    nothing_to_learn,
     train_reward_model,
 )
 from stages.tables import RewardLabels
@@ -259,6 +260,46 @@ def test_labels_without_a_pair_are_refused_with_what_to_do(store: Store) -> None
 
 def test_labels_without_a_difference_are_refused(store: Store) -> None:
     assert "all 16 labels are 1; a reward model would learn a constant" in refusal(store, all_right)
+
+
+def all_wrong(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        row["label"] = 0.0
+
+
+def right_by_question(rows: list[dict[str, Any]]) -> None:
+    """Labels that differ, and no pair."""
+    for row in rows:
+        row["label"] = float(row["question_id"] == "q1")
+
+
+def without_steps(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        row["step_ends"] = row["step_labels"] = None
+
+
+@pytest.mark.parametrize("change", [list, list.clear, all_right, all_wrong, right_by_question, without_steps])
+@pytest.mark.parametrize(("kind", "objective"), CASES)
+def test_what_training_would_refuse_for_its_labels_is_known_beforehand(
+    store: Store, change: Any, kind: Any, objective: Any
+) -> None:
+    base = tiny_checkpoint()
+    rows = label_rows(base)
+    change(rows)
+    table, model = RewardLabels.write(rows), tiny_reward_model(kind, base)
+    if nothing_to_learn(table, kind, objective) is None:
+        assert load_trainer_state(train_reward_model(model, table, exact(objective=objective), seed=0))["updates"] == 1
+        return
+    with pytest.raises(ValueError, match=r"no question has both|labels are|nothing to train"):
+        train_reward_model(model, table, exact(objective=objective), seed=0)
+
+
+def test_labels_that_differ_between_questions_only_teach_a_pointwise_model_alone(store: Store) -> None:
+    rows = label_rows(tiny_checkpoint())
+    right_by_question(rows)
+    table = RewardLabels.write(rows)
+    assert nothing_to_learn(table, "outcome", POINTWISE) is None
+    assert "no pair to compare" in str(nothing_to_learn(table, "outcome", ALL))
 
 
 def test_no_labels_are_refused(store: Store) -> None:

@@ -188,5 +188,6 @@ def test_configs_that_contradict_themselves_are_refused() -> None:
     assert RolloutConfig(temperature=0, G=1).backend == HFBackendConfig()
 
 
-def test_the_package_exports_its_stage_and_configs() -> None:
-    assert set(package.__all__) == {"HFBackendConfig", "RolloutConfig", "rollout"}
+def test_the_package_exports_its_stages_and_configs() -> None:
+    stages = {"continue_outputs", "cut_into_prefixes", "rollout"}
+    assert set(package.__all__) == {"HFBackendConfig", "RolloutConfig", *stages}

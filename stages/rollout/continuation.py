@@ -1,0 +1,230 @@
+"""Continuing outputs from the ends of their steps: what Monte-Carlo completion samples (Math-Shepherd, arXiv 2312.08935)."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from pipeline.stage import record_metrics, stage
+from stages.decoding import decode_outputs
+from stages.models import Checkpoint, load_tokenizer
+from stages.rollout.config import RolloutConfig
+from stages.rollout.generator import Generator, Output, Progress, Prompt, Sampling
+from stages.rollout.seeds import sample_seed
+from stages.rollout.stage import reporter, resident_model, stop_ids
+from stages.tables import Rollouts, StepPrefixes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["Prefix", "complete", "continue_outputs"]
+
+
+@stage(version="1")
+def continue_outputs(
+    policy: Checkpoint, outputs: Rollouts, prefixes: StepPrefixes, config: RolloutConfig, *, samples: int, seed: int
+) -> Rollouts:
+    """`samples` (Math-Shepherd's N) continuations of every distinct prefix, each a whole output that begins with the prefix.
+
+    A row is an output of its question like any other: its prompt is the question's, its `output_ids` are prefix and
+    continuation, so that whatever scores outputs scores it. Number n of prefix p has `sample` = p * samples + n.
+    `max_output_tokens` counts the prefix too, as it did when the output was sampled. `logprobs` are null: the prefix may be
+    another policy's, and nothing shall be learned from a row of which only the end was sampled.
+
+    Each row's seed is a function of (seed, question_id, prefix, n): a prefix keeps its continuations whatever other outputs
+    there are (up to the last bits of float32), and a larger N adds to a smaller one's.
+
+    Args:
+        outputs: what `prefixes` was cut from; sampled with the tokenizer of `policy`.
+        config: as the outputs were sampled; its `G` is not used.
+
+    Metrics: `rm/continuations`, `rm/continued_tokens` (sampled), `rm/continued_length_mean` (tokens of a continuation),
+    `rm/continued_truncated_rate`, `time/continuations`.
+
+    Raises:
+        PromptTooLongError: prompt and `max_output_tokens` exceed the model's window.
+        ValueError: temperature 0 with more than one sample; by row: an output that is missing, that leaves no room, or whose
+            ids mean another text in the policy's tokenizer.
+    """
+    from stages.rollout.hf import HFGenerator
+    from stages.training.hardware import threads
+
+    if config.temperature == 0 and samples > 1:
+        raise ValueError(
+            f"temperature 0 gives {samples} equal continuations of a prefix; set samples = 1, or another one"
+        )
+    tokenizer = load_tokenizer(policy)
+    found = _read(outputs, prefixes, tokenizer, limit=config.max_output_tokens)
+    started = time.perf_counter()
+    with threads(config.backend.threads):
+        model = resident_model(policy, config.backend)
+        ends = stop_ids(policy, tokenizer) if config.stop else ()
+        completed = complete(
+            HFGenerator(model, batch_rows=config.backend.batch_rows),
+            found,
+            Sampling(config.temperature, config.max_output_tokens, ends),
+            samples=samples,
+            seed=seed,
+            window=getattr(model.config, "max_position_embeddings", None),
+        )
+    _record(completed, time.perf_counter() - started)
+    return Rollouts.write(_columns(found, completed, tokenizer, config.temperature, seed))
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The beginning of an output, up to the end of one of its steps."""
+
+    question_id: str
+    number: int
+    prompt_ids: Sequence[int]
+    ids: Sequence[int]
+
+    def seeds(self, seed: int, samples: int) -> list[int]:
+        """Those of its continuations; no other prefix's and no rollout's."""
+        name = hashlib.sha256(",".join(map(str, self.ids)).encode()).hexdigest()
+        return [sample_seed(seed, f"{self.question_id}\0{name}", n) for n in range(samples)]
+
+
+def complete(
+    generator: Generator,
+    prefixes: Sequence[Prefix],
+    sampling: Sampling,
+    *,
+    samples: int,
+    seed: int,
+    window: int | None,
+) -> list[list[Output]]:
+    """For each prefix its continuations, without the prefix, none beyond `sampling.max_output_tokens` together with it."""
+    limit = sampling.max_output_tokens
+    completed: list[list[Output]] = [[] for _ in prefixes]
+    progress, done, tokens = reporter(len(prefixes) * samples, "continue_outputs"), 0, 0
+    for room, members in _calls(prefixes, limit=limit, window=window):
+        prompts = [
+            Prompt(prefix.question_id, [*prefix.prompt_ids, *prefix.ids], prefix.seeds(seed, samples))
+            for prefix in (prefixes[place] for place in members)
+        ]
+        groups = generator.generate(prompts, replace(sampling, max_output_tokens=room), _behind(progress, done, tokens))
+        for place, group in zip(members, groups, strict=True):
+            completed[place] = [_cut(output, limit - len(prefixes[place].ids)) for output in group]
+        done += len(members) * samples
+        tokens += sum(len(output.ids) for group in groups for output in group)
+    return completed
+
+
+def _calls(prefixes: Sequence[Prefix], *, limit: int, window: int | None) -> Iterator[tuple[int, list[int]]]:
+    """Prefixes that are continued together, and how many tokens a call samples at most: what its shortest prefix leaves.
+
+    A generator has one limit for all prompts of a call. So a call's prefixes differ by a quarter of the limit at most, which
+    bounds what is sampled in vain and the memory of keys, and none of them is taken beyond the window by a shorter one's room.
+    """
+    left = sorted(range(len(prefixes)), key=lambda place: len(prefixes[place].ids))
+    while left:
+        shortest = len(prefixes[left[0]].ids)
+        room = limit - shortest
+        members = left[:1]
+        rest: list[int] = []
+        for place in left[1:]:
+            length = len(prefixes[place].ids)
+            fits = window is None or len(prefixes[place].prompt_ids) + length + room <= window
+            (members if fits and length - shortest <= limit // 4 else rest).append(place)
+        yield room, members
+        left = rest
+
+
+def _cut(output: Output, room: int) -> Output:
+    """What a generator with a limit of `room` would have sampled: tokens are drawn one by one, so it is how this one begins."""
+    if len(output.ids) <= room:
+        return output
+    return Output(output.ids[:room], output.logprobs[:room], "length")
+
+
+def _behind(progress: Progress, done: int, tokens: int) -> Progress:
+    """Goes on counting where the calls before have ended."""
+    return lambda ended, sampled: progress(done + ended, tokens + sampled)
+
+
+def _read(outputs: Rollouts, prefixes: StepPrefixes, tokenizer: PreTrainedTokenizerFast, *, limit: int) -> list[Prefix]:
+    """The distinct prefixes, by the first output that has each."""
+    table = outputs.read().select(["question_id", "sample", "prompt_ids", "output_ids", "text"]).to_pylist()
+    rows = {(row["question_id"], row["sample"]): row for row in table}
+    found: dict[tuple[str, int], Prefix] = {}
+    used: dict[tuple[str, int], Mapping[str, Any]] = {}
+    for step in prefixes.rows():
+        key, name = (step["question_id"], step["sample"]), (step["question_id"], step["prefix"])
+        if step["prefix"] is None or name in found:
+            continue
+        if key not in rows or len(rows[key]["output_ids"]) <= step["end"]:
+            raise ValueError(
+                f"output {key} is not there, or shorter than its steps; were the prefixes cut from others?"
+            )
+        ids = rows[key]["output_ids"][: step["end"] + 1]
+        if len(ids) >= limit:
+            raise ValueError(
+                f"output {key}: step {step['step']} ends at token {len(ids)}, and max_output_tokens = {limit} leaves no room "
+                "behind it; continue with the limit that the outputs were sampled with"
+            )
+        found[name] = Prefix(*name, rows[key]["prompt_ids"], ids)
+        used[key] = rows[key]
+    _check_vocabulary(list(used.values()), tokenizer)
+    return list(found.values())
+
+
+def _check_vocabulary(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast) -> None:
+    """Ids of another tokenizer would be continued as the text that they happen to spell in this one."""
+    texts = decode_outputs(tokenizer, [row["output_ids"] for row in rows]).texts
+    for row, text in zip(rows, texts, strict=True):
+        if text != row["text"]:
+            raise ValueError(
+                f"output {(row['question_id'], row['sample'])} reads {row['text'][:40]!r}, and {text[:40]!r} in the policy's "
+                "tokenizer; continue outputs with a policy that shares the tokenizer they were sampled with"
+            )
+
+
+def _record(completed: Sequence[Sequence[Output]], seconds: float) -> None:
+    every = [output for group in completed for output in group]
+    tokens = sum(len(output.ids) for output in every)
+    record_metrics(
+        {
+            "rm/continuations": len(every),
+            "rm/continued_tokens": tokens,
+            "rm/continued_length_mean": tokens / len(every) if every else None,
+            "rm/continued_truncated_rate": (
+                sum(output.finish_reason == "length" for output in every) / len(every) if every else None
+            ),
+            "time/continuations": seconds,
+        }
+    )
+
+
+def _columns(
+    prefixes: Sequence[Prefix],
+    completed: Sequence[Sequence[Output]],
+    tokenizer: PreTrainedTokenizerFast,
+    temperature: float,
+    seed: int,
+) -> dict[str, Any]:
+    rows = [
+        (prefix, prefix.number * len(group) + n, output)
+        for prefix, group in zip(prefixes, completed, strict=True)
+        for n, output in enumerate(group)
+    ]
+    ids = [[*prefix.ids, *output.ids.tolist()] for prefix, _, output in rows]
+    decoded = decode_outputs(tokenizer, ids)
+    seeds = [prefix.seeds(seed, len(group)) for prefix, group in zip(prefixes, completed, strict=True)]
+    return {
+        "question_id": [prefix.question_id for prefix, _, _ in rows],
+        "sample": [sample for _, sample, _ in rows],
+        "prompt_ids": [list(prefix.prompt_ids) for prefix, _, _ in rows],
+        "output_ids": ids,
+        "logprobs": [None] * len(rows),
+        "finish_reason": [output.finish_reason for _, _, output in rows],
+        "text": decoded.texts,
+        "text_ends": decoded.ends,
+        "temperature": [temperature] * len(rows),
+        "seed": list(itertools.chain.from_iterable(seeds)),
+    }

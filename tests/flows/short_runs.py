@@ -1,0 +1,86 @@
+"""Whole runs for the tests: a step or two of the smallest recipe, by any method, and what they did.
+
+Chains of two numbers and enough supervised steps, so that some answers are right and the rewards are the real ones.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from flows.config import IterativeRLConfig
+from flows.iterative_rl import iterative_rl
+from flows.methods import method_settings
+from flows.observer import Observer, observing
+from flows.recipes import arithmetic_smoke
+from pipeline.progress import listen
+from pipeline.store import Store, use_store
+
+SHORT = {"shortest": 2, "longest": 2}
+BASE = arithmetic_smoke().override(
+    {
+        "data.demonstrations.chains": {"count": 2000, **SHORT},
+        "data.train": {"count": 48, **SHORT},
+        "sft.max_steps": 300,
+        "reward.components": [{"kind": "accuracy", "verifier": "exact"}],
+        "iterations": 1,
+        "questions_per_step": 6,
+        "rollout.max_output_tokens": 16,
+        "evaluation": {"every": 0, "samples": 0, "greedy": False, "estimates": {"ks": [1]}},
+    }
+)
+
+
+@dataclass
+class Run:
+    """What a run did: every stage call in order, which of them were computed, and the metrics by step."""
+
+    store: Store
+    digest: str = ""
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    """Name and key."""
+    executed: Counter[str] = field(default_factory=Counter)
+    points: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    def take(self, topic: str, values: dict[str, Any]) -> None:
+        if topic == "stage" and values["outcome"] in ("executed", "cached"):
+            self.calls.append((values["name"], values["key"]))
+            self.executed[values["name"]] += values["outcome"] == "executed"
+
+    def of(self, stage: str) -> list[dict[str, Any]]:
+        """The records of a stage's calls, in order."""
+        records = [self.store.find(key) for name, key in self.calls if name == stage]
+        return [record for record in records if record is not None]
+
+    def given(self, stage: str, parameter: str) -> list[str]:
+        """The digests that a stage's calls were given."""
+        return [record["arguments"][parameter]["artifact"] for record in self.of(stage)]
+
+    def made(self, stage: str) -> list[str]:
+        """The digests that a stage's calls returned."""
+        return [record["result"] for record in self.of(stage)]
+
+    @property
+    def supervised(self) -> str:
+        """The policy that RL starts from."""
+        return self.made("supervised_finetuning")[0]
+
+
+def train(store: Store, method: str, *, run: Run | None = None, **changes: Any) -> Run:
+    """Train as a method does; `run` is filled in place, also where the training fails."""
+    config: IterativeRLConfig = BASE.override(method_settings(method, BASE) | {"steps": 2} | changes)
+    run = run or Run(store)
+    with use_store(store), listen(run.take), observing(Observer(points=run.points)):
+        run.digest = iterative_rl(config).digest
+    return run
+
+
+def copied(store: Store, folders: pytest.TempPathFactory) -> Store:
+    """Another store that holds the same."""
+    root = folders.mktemp("store")
+    shutil.copytree(store.root, root, dirs_exist_ok=True)
+    return Store(root)

@@ -1,11 +1,16 @@
 """Question sets: files of others, the built-in world of chain arithmetic, and the batch of each step.
 
-Every set is a `Questions` table with unique ids; demonstrations for supervised fine-tuning are `Demonstrations`.
+Every set is a `Questions` table with unique ids; demonstrations for supervised fine-tuning are `Demonstrations`, right and
+wrong solutions of others `Solutions`, with what can be told of them by their surface alone.
 """
 
 from stages.arithmetic import ArithmeticConfig, AuthorShares, LineCheck, check_solution
+from stages.data.discrimination import measure_discrimination
+from stages.data.files import ColumnsConfig, QuestionFileConfig
+from stages.data.outputs import solution_outputs
 from stages.data.sampling import sample_batch
-from stages.data.sources import ColumnsConfig, QuestionFileConfig
+from stages.data.shortcuts import Feature, shortcut_scores
+from stages.data.solutions import SolutionFileConfig, demonstrations_of, questions_of, read_solutions, take_solutions
 from stages.data.stages import (
     DemonstrationConfig,
     arithmetic_demonstrations,
@@ -21,12 +26,21 @@ __all__ = [
     "ColumnsConfig",
     "DataError",
     "DemonstrationConfig",
+    "Feature",
     "LineCheck",
     "QuestionFileConfig",
+    "SolutionFileConfig",
     "arithmetic_demonstrations",
     "arithmetic_questions",
     "check_solution",
     "demonstrations_from_solutions",
+    "demonstrations_of",
+    "measure_discrimination",
+    "questions_of",
     "read_questions",
+    "read_solutions",
     "sample_batch",
+    "shortcut_scores",
+    "solution_outputs",
+    "take_solutions",
 ]

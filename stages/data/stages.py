@@ -22,7 +22,8 @@ from stages.arithmetic import (
     unique_chains,
     write_solution,
 )
-from stages.data.sources import QuestionFileConfig, load_questions
+from stages.data.files import QuestionFileConfig
+from stages.data.sources import load_questions
 from stages.identity import DataError, identify
 from stages.tables import Demonstrations, Questions
 

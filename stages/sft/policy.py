@@ -28,7 +28,9 @@ def create_policy(config: PolicyConfig, corpus: Demonstrations | None, prompt: P
     import torch
     from transformers import AutoModelForCausalLM
 
-    tokenizer = build_tokenizer(_texts(corpus, prompt), config.tokenizer)
+    tokenizer = build_tokenizer(
+        list(_texts(corpus, prompt)), config.tokenizer
+    )  # read here: it iterates in a thread of its own
     description = _describe(config)
     description.vocab_size = len(tokenizer)
     description.bos_token_id = tokenizer.bos_token_id

@@ -1,0 +1,186 @@
+"""Files of solutions that others wrote, right ones and wrong ones: what a reward model can learn from without a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.config import Config
+from pipeline.stage import record_metrics, stage
+from stages.data.files import QuestionFileConfig, Row, required_text, rows_of, text_of
+from stages.data.sources import extract_answer, without_calculator_marks
+from stages.identity import DataError, identify, is_held_out
+from stages.tables import Demonstrations, Questions, Solutions
+
+__all__ = ["SolutionFileConfig", "demonstrations_of", "questions_of", "read_solutions", "take_solutions"]
+
+
+class SolutionFileConfig(Config):
+    """A file of labelled solutions, in one of two forms.
+
+    Flat: a row has a question and one solution. Nested (`authors`): a row has a question and, for each author, a column with
+    that author's solution, either its text or an object `{solution, label}`.
+    """
+
+    source: QuestionFileConfig
+    """The file, and the columns of the question and of its gold answer, as for a question set. Where no column holds the answer
+    (`columns.answer: null`), it is taken from `columns.solution`, which then is the data set's own solution. Ids are made from
+    the questions' texts, so that equal questions are one; `limit` counts rows of the file."""
+    authors: tuple[str, ...] = ()
+    """Nested form: the columns, one per author. A row without a solution by one of them is no fault. Empty: flat."""
+    solution: str = Field("solution", min_length=1)
+    """Where the text stands: the column of a flat file, the key in an author's object."""
+    label: str | None = None
+    """Where the file's own label stands (true or false, 1 or 0), in the same way; null: it has none."""
+    author: str | None = None
+    """The column of a flat file that names the author; null: none."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if self.authors and self.author:
+            raise ValueError(
+                "`author` is a column of a flat file, `authors` are the columns of a nested one; set one of them"
+            )
+        if len(set(self.authors)) < len(self.authors):
+            raise ValueError(f"authors: expected each column once, found {list(self.authors)}")
+        return self
+
+
+class _Found(NamedTuple):
+    """One solution as the file has it."""
+
+    text: str
+    author: str | None
+    label: bool | None
+
+
+@stage(version="1")
+def read_solutions(config: SolutionFileConfig) -> Solutions:
+    """The solutions of a file, in its order; those of one question are its samples 0, 1, ...
+
+    Metrics: `data/solutions`, `data/questions`, `data/right_share` (of the file's own labels, where it has any).
+
+    Raises:
+        DataError: names the file, the row and the column: an absent column, a question without an answer or with two different
+            ones, a label that is neither true nor false, a flat row without a solution, a file without any.
+    """
+    source, answers, counts = config.source, dict[str, tuple[str, str]](), dict[str, int]()
+    table: list[dict[str, Any]] = []
+    for row in list(rows_of(source))[: source.limit]:
+        question = " ".join(required_text(row, name) for name in _question_columns(source))
+        question_id, answer = identify(question), _answer(row, source)
+        known, where = answers.setdefault(question_id, (answer, row.where))
+        if answer != known:
+            raise DataError(f"{row.where}: the answer {answer!r}, where {where} has {known!r} for the same question")
+        for found in _found(row, config):
+            text = without_calculator_marks(found.text) if source.remove_calculator_marks else found.text
+            sample = counts[question_id] = counts.get(question_id, -1) + 1
+            key = {"question_id": question_id, "sample": sample, "question": question, "answer": answer}
+            table.append({**key, "solution": text, "author": found.author, "label": found.label})
+    if not table:
+        raise DataError(f"{source.path}: no solutions: the file has none in {_places(config)}")
+    record_metrics(_metrics(table))
+    return Solutions.write(table)
+
+
+@stage(version="1")
+def take_solutions(solutions: Solutions, *, start: float, stop: float) -> Solutions:
+    """The solutions of the questions that lie between `start` and `stop`, where a hash of its text places each in 0..1.
+
+    A split by question: all solutions of one are on one side of any border, whatever the order and size of the file. The
+    border is `is_held_out`'s, so that the held-out part of a share s is 0 to s.
+
+    Raises:
+        DataError: there are none.
+    """
+    table = solutions.read()
+    sides = {text: is_held_out(text, stop) and not is_held_out(text, start) for text in set(_column(table, "question"))}
+    chosen = [place for place, text in enumerate(_column(table, "question")) if sides[text]]
+    if not chosen:
+        raise DataError(f"none of {len(sides)} questions lies between {start} and {stop}; choose a larger share")
+    return Solutions.write(table.take(chosen))
+
+
+@stage(version="1")
+def questions_of(solutions: Solutions) -> Questions:
+    """The questions of the solutions, each once, with their gold answers."""
+    rows = {row["question_id"]: row for row in solutions.read().drop(["solution"]).to_pylist()}
+    columns = ("question_id", "question", "answer")
+    return Questions.write([{**{name: row[name] for name in columns}, "solution": None} for row in rows.values()])
+
+
+@stage(version="1")
+def demonstrations_of(solutions: Solutions) -> Demonstrations:
+    """The solutions, right and wrong, as demonstrations: for a tokenizer made from them, not to be imitated."""
+    table = solutions.read().select(["question_id", "question", "solution", "author"])
+    return Demonstrations.write(table.rename_columns(Demonstrations.schema.names))
+
+
+def _column(table: Any, name: str) -> list[str]:
+    values: list[str] = table.column(name).to_pylist()
+    return values
+
+
+def _question_columns(source: QuestionFileConfig) -> tuple[str, ...]:
+    named = source.columns.question
+    return (named,) if isinstance(named, str) else named
+
+
+def _answer(row: Row, source: QuestionFileConfig) -> str:
+    columns = source.columns
+    if columns.answer is not None:
+        return required_text(row, columns.answer, kind="question without an answer")
+    worked = required_text(row, columns.solution, kind="question without an answer") if columns.solution else ""
+    answer = extract_answer(worked, source.answer_marker)
+    if answer is None:
+        raise DataError(
+            f"{row.where}: question without an answer: no {source.answer_marker!r} in column {columns.solution!r}; name the "
+            "column of the answer, or of a solution that states it (source.columns)"
+        )
+    return answer
+
+
+def _found(row: Row, config: SolutionFileConfig) -> Iterator[_Found]:
+    if not config.authors:
+        _require_columns(row, [config.solution, config.label, config.author])
+        author = text_of(row, config.author) if config.author else None
+        yield _Found(required_text(row, config.solution, kind="no solution"), author, _label(row, config.label))
+        return
+    _require_columns(row, config.authors)
+    for author in config.authors:
+        value = row.values[author]
+        nested = value if isinstance(value, Mapping) else {config.solution: value}
+        part = Row(f"{row.where}, {author}", dict(nested))
+        text = text_of(part, config.solution)
+        if text is not None:
+            yield _Found(text, author, _label(part, config.label))
+
+
+def _require_columns(row: Row, names: Sequence[str | None]) -> None:
+    absent = [name for name in names if name is not None and name not in row.values]
+    if absent:
+        raise DataError(f"{row.where}: no column {absent[0]!r}; found columns {sorted(row.values)}")
+
+
+def _label(row: Row, name: str | None) -> bool | None:
+    if name is None:
+        return None
+    value = row.values.get(name)
+    if value not in (True, False):  # 1 and 0, 1.0 and 0.0 are equal to them
+        raise DataError(f"{row.where}: label {name!r}: expected true or false (or 1 or 0), found {value!r}")
+    return bool(value)
+
+
+def _places(config: SolutionFileConfig) -> str:
+    return f"the columns {list(config.authors)}" if config.authors else f"column {config.solution!r}"
+
+
+def _metrics(table: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    labels = [row["label"] for row in table if row["label"] is not None]
+    return {
+        "data/solutions": len(table),
+        "data/questions": len({row["question_id"] for row in table}),
+        "data/right_share": sum(labels) / len(labels) if labels else None,
+    }

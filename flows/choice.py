@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,21 +46,35 @@ class _Values(Config):
 
 
 def choose(
-    source: str, files: Sequence[Path] = (), settings: Sequence[str] = (), *, method: str | None = None
+    source: str,
+    files: Sequence[Path] = (),
+    settings: Sequence[str] = (),
+    *,
+    method: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Choice:
-    """The configuration named by `source`, made a run of `method`, changed by `files` and then by `settings`.
+    """The configuration named by `source`, made a run of `method`, changed by `overrides`, `files` and then by `settings`.
 
     Args:
         source: name of a recipe, or a YAML file. A file with the key `recipe` holds overrides of that recipe.
         files: YAML files of overrides, nested or with dotted keys.
         settings: `key=value` each.
         method: a name in `flows/methods.py`; None leaves the method of the source.
+        overrides: by dotted key, those of an experiment's arm.
 
     Raises:
-        ConfigError: no such recipe or file, or all that is wrong in the result.
+        ConfigError: no such recipe or file, all that is wrong in the result, or a reward function that is not there.
     """
+    choice = _choose(source, files, settings, method, overrides or {})
+    choice.config.reward.key()  # reads the files of reward functions, so that one that is not there is found here
+    return choice
+
+
+def _choose(
+    source: str, files: Sequence[Path], settings: Sequence[str], method: str | None, overrides: Mapping[str, Any]
+) -> Choice:
     base, changes = _start(source)
-    later: dict[str, Any] = {}
+    later = dict(overrides)
     for file in files:
         later |= _overrides(file)
     later |= parse_settings(list(settings))

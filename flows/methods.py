@@ -10,16 +10,19 @@ import copy
 import difflib
 from typing import Any, Final
 
-from flows.config import IterativeRLConfig
+from flows.config import IterativeRLConfig, RewardModelPlan
 from pipeline.config import ConfigError
 from stages.critic import CriticConfig
 from stages.reward import StepsConfig
 from stages.reward.config import ComponentConfig
 
-__all__ = ["METHODS", "PAPER", "method_settings"]
+__all__ = ["METHODS", "PAPER", "check_method", "method_settings"]
 
 PAPER: Final = ("sft", "rft", "dpo", "online_rft", "ppo", "grpo")
 """The rows of Table 10, in its order."""
+
+_BY_RULE: Final = ("sft", "rft", "dpo", "online_rft")
+"""The rows whose reward is the rule (Table 10), also where a recipe has a reward model for the others."""
 
 METHODS: Final[dict[str, dict[str, Any]]] = {
     # Table 10.
@@ -60,8 +63,8 @@ METHODS: Final[dict[str, dict[str, Any]]] = {
 """Overrides by method; a section given whole starts from its own defaults."""
 
 
-def method_settings(name: str, base: IterativeRLConfig) -> dict[str, Any]:
-    """What turns `base` into a run of the method, whatever method it was.
+def check_method(name: str) -> None:
+    """Refuse what is not a method.
 
     Raises:
         ConfigError: no such method; the nearest is named.
@@ -70,15 +73,28 @@ def method_settings(name: str, base: IterativeRLConfig) -> dict[str, Any]:
         near = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"methods: {', '.join(METHODS)}"
         raise ConfigError(f"method {name!r} is unknown; {hint}")
+
+
+def method_settings(name: str, base: IterativeRLConfig) -> dict[str, Any]:
+    """What turns `base` into a run of the method, whatever method it was.
+
+    Raises:
+        ConfigError: no such method; the nearest is named.
+    """
+    check_method(name)
     before, _, method = base.name.rpartition("-")
     settings: dict[str, Any] = {
         "name": f"{before if method in METHODS else base.name}-{name}",
         "data_source": "policy",
         "dynamic_sampling": 0,
         "critic": None,
-        "reward.components": _components(base, steps=name == "grpo_process"),
+        "reward.components": _components(base, steps=name == "grpo_process" and _rules_know_steps(base)),
         "update.old_logprobs": "trainer",
     }
+    if name in _BY_RULE:
+        settings["reward_model"] = None
+    if name == "grpo_process" and base.reward_model:
+        settings |= _process_model(base, base.reward_model)
     settings |= copy.deepcopy(METHODS[name])  # an override may write into it
     if settings["data_source"] != "policy":
         settings["update.correction"] = {"kind": "none"}  # it compares engine and trainer for the current policy
@@ -95,6 +111,22 @@ def _components(base: IterativeRLConfig, *, steps: bool) -> list[dict[str, Any]]
     if steps and not any(component.kind == "steps" for component in used):
         used.append(StepsConfig())
     return [component.model_dump(mode="json") for component in used or base.reward.components]
+
+
+def _rules_know_steps(base: IterativeRLConfig) -> bool:
+    """Of the built-in world's questions; of others' only a model that learned from completions of each step."""
+    return base.data.kind == "arithmetic" or base.reward_model is None
+
+
+def _process_model(base: IterativeRLConfig, plan: RewardModelPlan) -> dict[str, Any]:
+    """The plan's models and, where none of them is one, a process model."""
+    models = [model.model_dump(mode="json") for model in plan.models]
+    if any(model["kind"] == "process" for model in models):
+        labels = plan.step_labels.kind
+    else:
+        models.append({"kind": "process"})
+        labels = "rules" if base.data.kind == "arithmetic" else "monte_carlo"
+    return {"reward_model.models": models, "reward_model.step_labels.kind": labels}
 
 
 def _critic_like(base: IterativeRLConfig) -> CriticConfig:

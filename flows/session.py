@@ -10,9 +10,10 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 
@@ -20,6 +21,7 @@ from flows.choice import Choice
 from flows.config import IterativeRLConfig
 from flows.display import displaying
 from flows.learning_curve import draw_learning_curve
+from flows.ledger import Ledger
 from flows.observer import Observer, observing
 from flows.places import Places
 from flows.records import RunRecord, run_folder, write_json
@@ -31,7 +33,7 @@ from pipeline.store import Store, use_store
 from pipeline.tracking import Tracker, track
 from stages.models import Checkpoint
 
-__all__ = ["InterruptedRunError", "run_flow"]
+__all__ = ["InterruptedRunError", "run_flow", "terminations_interrupt"]
 
 
 class InterruptedRunError(Exception):
@@ -39,18 +41,30 @@ class InterruptedRunError(Exception):
 
 
 def run_flow(
-    choice: Choice, places: Places, *, engine: Engine, console: Console, command: str = "", debug: bool = False
+    choice: Choice,
+    places: Places,
+    *,
+    engine: Engine,
+    console: Console,
+    command: str = "",
+    debug: bool = False,
+    tags: Mapping[str, str] | None = None,
+    difference: Mapping[str, Any] | None = None,
 ) -> Summary:
-    """Train as configured, showing progress; leaves record, summary and learning curve in the run's folder.
+    """Train as configured, showing progress; leaves record, summary, ledger and learning curve in the run's folder.
 
     Args:
         command: what continues the run; that of this process by default.
+        tags: what MLflow is told beside the configuration.
+        difference: what differs from an experiment's baseline, by dotted key: MLflow's parameters `diff.*`.
 
     Raises:
+        ConfigError: a reward function that is not there.
         InterruptedRunError: stopped from outside; what was computed is in the store.
         Exception: whatever a stage raised.
     """
     config = choice.config
+    config.reward.key()  # a reward function that is not there stops the run now, not after its first outputs
     if engine == "prefect":
         from pipeline.server import start_server_soon
 
@@ -58,16 +72,22 @@ def run_flow(
         start_server_soon(places.prefect)
     command = command or shlex.join(["cohort", *sys.argv[1:]])
     record = RunRecord.begin(places, config, command=command, engine=engine)
-    state, observer = RunState(steps=config.iterations * config.steps), Observer()
+    state, observer, ledger = RunState(steps=config.iterations * config.steps), Observer(), Ledger()
     key = run_folder(places, config).name
-    parameters = config.model_dump(mode="json")
+    parameters = config.model_dump(mode="json") | {f"diff.{name}": value for name, value in (difference or {}).items()}
     try:
         with (
-            _terminations_interrupt(),
+            terminations_interrupt(),
             displaying(state, console, all_warnings=debug),
             listen(lambda topic, values: record.note(state)),
+            listen(ledger.take),
             track(
-                places.root, experiment=config.experiment, run_name=config.name, run_key=key, config=parameters
+                places.root,
+                experiment=config.experiment,
+                run_name=config.name,
+                run_key=key,
+                config=parameters,
+                tags=tags,
             ) as tracker,
         ):
             observer.log = tracker
@@ -75,7 +95,7 @@ def run_flow(
             record.policy = policy.digest
             summary = summarise(config, observer.points, state, policy, _paths(record, places))
             record.accuracy = {"before": summary.before, "best": summary.best, "final": summary.after}
-            _conclude(summary, record, tracker, choice, command)
+            _conclude(summary, ledger, record, tracker, choice, command)
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt) or type(error).__name__ == "TerminationSignal"
         record.end("interrupted" if interrupted else "failed", state, f"{type(error).__name__}: {error}"[:2000])
@@ -89,12 +109,12 @@ def run_flow(
 def _train(config: IterativeRLConfig, places: Places, engine: Engine, observer: Observer, *, warm: bool) -> Checkpoint:
     from flows.iterative_rl import iterative_rl
 
-    with use_store(Store(places.store)), observing(observer), _orchestration(engine, places, warm=warm):
+    with use_store(Store(places.store)), observing(observer), orchestration(engine, places, warm=warm):
         return iterative_rl(config)
 
 
 @contextlib.contextmanager
-def _orchestration(engine: Engine, places: Places, *, warm: bool) -> Iterator[None]:
+def orchestration(engine: Engine, places: Places, *, warm: bool) -> Iterator[None]:
     """The engine that flows run on inside the block: plain calls, or Prefect with a server that is kept alive.
 
     Args:
@@ -138,13 +158,16 @@ def _paths(record: RunRecord, places: Places) -> dict[str, Path]:
     return {"run": record.folder, "learning curve": curve, "final policy": places.payload(record.policy)}
 
 
-def _conclude(summary: Summary, record: RunRecord, tracker: Tracker, choice: Choice, command: str) -> None:
+def _conclude(
+    summary: Summary, ledger: Ledger, record: RunRecord, tracker: Tracker, choice: Choice, command: str
+) -> None:
     """Leave the outcome in the run's folder and in MLflow."""
     try:
+        ledger.write(record.folder)
         _draw(summary, record, tracker)
         write_json(record.folder / "summary.json", summary.as_json())
     except Exception as error:  # a picture that cannot be drawn must not make a trained policy a failed run
-        warnings.warn(f"summary or learning curve of {record.folder}: {error}", stacklevel=2)
+        warnings.warn(f"ledger, summary or learning curve of {record.folder}: {error}", stacklevel=2)
     finals = {f"final/{name}/{key}": value for name, part in summary.after.items() for key, value in part.items()}
     bests = {f"best/{name}/accuracy": accuracy for name, (_, accuracy) in summary.best.items()}
     tracker.log_summary({key: value for key, value in finals.items() if key.endswith("accuracy")} | bests)
@@ -168,7 +191,7 @@ def _same_curve(file: Path, summary: Summary) -> bool:
 
 
 @contextlib.contextmanager
-def _terminations_interrupt() -> Iterator[None]:
+def terminations_interrupt() -> Iterator[None]:
     """Let SIGTERM (batch systems, `timeout`) stop a run as Ctrl-C does, so that its record and tracker say so."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -25,6 +25,8 @@ _PARAMS_A_BATCH: Final = 100
 _PARAM_LENGTH: Final = 6000
 _TAG_LENGTH: Final = 8000
 _RUN_KEY: Final = "cohort.run_key"
+_PARENT_KEY: Final = "cohort.parent_key"
+"""A tag with the key of the run that this one stands under in MLflow's table, of the same experiment."""
 
 _QUIET: Final = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -90,10 +92,8 @@ class MlflowRun:
 
     def __init__(self, client: Any, run: Record, artifacts: Path | None) -> None:
         self._client = client
-        experiment = self._experiment(run["experiment"], artifacts)
-        where = f"tags.`{_RUN_KEY}` = '{run['key']}'"
-        found = client.search_runs([experiment], filter_string=where, max_results=1)
-        state = found[0] if found else self._new_run(experiment, run)
+        self._experiment_id = self._experiment(run["experiment"], artifacts)
+        state = self._run_of(run["key"], run["name"])
         self.id: str = state.info.run_id
         self.status: str = state.info.status
         self._params: dict[str, str] = dict(state.data.params)
@@ -144,9 +144,13 @@ class MlflowRun:
             self._client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
 
-    def _new_run(self, experiment: str, run: Record) -> Any:
-        tags = {_RUN_KEY: run["key"], "mlflow.source.name": "cohort", "mlflow.source.type": "LOCAL"}
-        return self._client.create_run(experiment, run_name=run["name"], tags=tags)
+    def _run_of(self, key: str, name: str) -> Any:
+        where = f"tags.`{_RUN_KEY}` = '{key}'"
+        found = self._client.search_runs([self._experiment_id], filter_string=where, max_results=1)
+        if found:
+            return found[0]
+        tags = {_RUN_KEY: key, "mlflow.source.name": "cohort", "mlflow.source.type": "LOCAL"}
+        return self._client.create_run(self._experiment_id, run_name=name, tags=tags)
 
     def _send_steps(self, records: Sequence[Record]) -> None:
         from mlflow.entities import Metric
@@ -178,6 +182,10 @@ class MlflowRun:
     def _send_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
+        if _PARENT_KEY in tags:
+            # Its own journal may come later and then finds it by the key.
+            parent = self._run_of(tags[_PARENT_KEY], tags[_PARENT_KEY])
+            tags = {**tags, "mlflow.parentRunId": parent.info.run_id}
         for batch in _batches([RunTag(key, value[:_TAG_LENGTH]) for key, value in tags.items()], _PARAMS_A_BATCH):
             self._client.log_batch(self.id, tags=batch)
 

@@ -101,14 +101,13 @@ class Projector:
             return sent.error
         return ""
 
-    def rebuild(self, journal: Path) -> str:
-        """Delete the run of a journal in MLflow and send everything again; returns the error or nothing."""
+    def delete(self, journal: Path) -> None:
+        """Delete the run of a journal in MLflow; everything is sent again when it is next projected."""
         sent = Sent.read(journal)
         if sent.run_id and self._is_target(sent):
             self._connected().delete_run(sent.run_id)
         Sent(self.uri).write(journal)
         self._runs.pop(journal, None)
-        return self.project(journal)
 
     def _attempt(self, journal: Path, living: set[Path]) -> None:
         self._attempted_alive = (self._attempted_alive | {journal}) & living

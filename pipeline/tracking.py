@@ -165,7 +165,10 @@ def sync(home: Path, *, rebuild: bool = False) -> SyncReport:
     projector = Projector(home, tracking_uri(home))
     found = list(journals(folder_of(home)))
     idle = [journal for journal in found if not is_live(journal)]
-    errors = {str(journal): projector.rebuild(journal) if rebuild else projector.project(journal) for journal in idle}
+    if rebuild:  # all, before any is sent: runs name the run they stand under
+        for journal in idle:
+            projector.delete(journal)
+    errors = {str(journal): projector.project(journal) for journal in idle}
     failed = {journal: error for journal, error in errors.items() if error}
     return SyncReport(len(idle) - len(failed), len(found) - len(idle), failed)
 

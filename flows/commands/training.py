@@ -1,28 +1,23 @@
-"""`cohort run`, `compare`, `recipes`, `methods`, `check`: choose a configuration and train."""
+"""`cohort run`, `recipes`, `methods`, `check`: choose a configuration and train."""
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
-from cyclopts.validators import Number
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
 from flows.choice import Choice, choose, descriptions
 from flows.commands.options import ConfigFiles, Root, Settings, console, debugging
-from flows.comparison import Outcome, arms_of, comparison_file, comparison_markdown, print_comparison
-from flows.methods import METHODS, PAPER, method_settings
+from flows.methods import METHODS, method_settings
 from flows.places import Places
 from flows.session import run_flow
 from flows.summary import print_summary
 from flows.wording import number
-from pipeline.residency import evict
 
-__all__ = ["check", "compare", "methods", "recipes", "run"]
+__all__ = ["check", "methods", "recipes", "run"]
 
 Method = Annotated[str | None, Parameter(name="--method")]
 
@@ -61,55 +56,6 @@ def run(
     print_summary(summary, out, ui_command=f"cohort ui{places.option()}")
 
 
-def compare(
-    recipe: str,
-    *,
-    method: Annotated[list[str] | None, Parameter(name="--method", negative="")] = None,
-    seeds: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
-    config: ConfigFiles = None,
-    set_: Settings = None,
-    engine: Annotated[Literal["prefect", "inline"], Parameter(help="inline: no server")] = "prefect",
-    root: Root = None,
-) -> None:
-    """Train a recipe by several methods from one supervised policy, on equally many outputs, and print what came of it.
-
-    An arm is what `cohort run RECIPE --method METHOD` trains, with one seed. Every arm is a run of its own (`cohort runs`,
-    MLflow); what arms share is computed once, and the same command again computes nothing. Printed at the end: accuracy
-    before and after by held-out set, then outputs, time, memory and critic; also written, with every setting, to a markdown
-    file beside the runs, which the last line names.
-
-    Parameters
-    ----------
-    recipe
-        Name of a recipe or a YAML file: everything but the method. The policy it starts RL from is that of every arm.
-    method
-        A method (`cohort methods`), several times for several: --method grpo --method ppo. Default: all six of Table 10.
-    seeds
-        Runs per method, each with the next seed (questions, outputs); the table shows mean (lowest-highest).
-    config
-        YAML file of overrides for every arm; may be given several times.
-    set_
-        `key=value` for every arm, after its method; one that a method does not know is refused before anything runs.
-    engine
-        As for `cohort run`.
-    root
-        As for `cohort run`.
-    """
-    places, out = Places.under(root), console()
-    arms = arms_of(recipe, method or PAPER, seeds, files=config or [], settings=set_ or [])
-    outcomes = []
-    for place, arm in enumerate(arms, 1):
-        out.print(f"\n[bold]arm {place} of {len(arms)}[/]")
-        _announce(arm.choice, places, engine, out)
-        evict()  # nothing of one arm stays in memory for the next
-        outcomes.append(Outcome(arm, run_flow(arm.choice, places, engine=engine, console=out, debug=debugging())))
-    out.print()
-    print_comparison(outcomes, out)
-    file = comparison_file(places, arms)
-    file.write_text(comparison_markdown(outcomes, shlex.join(["cohort", *sys.argv[1:]])), encoding="utf-8")
-    out.print(f"[cyan]{file}[/]", soft_wrap=True)
-
-
 def methods() -> None:
     """List the methods: the rows of the paper's Table 10, then later ones."""
     table = Table(title="grad J = E[ (1/|o|) sum_t GC grad log pi_theta(o_t) ]   (Eq. 5)", title_justify="left")
@@ -143,7 +89,14 @@ def recipes(name: str | None = None) -> None:
     out.print(table)
 
 
-def check(recipe: str, *, config: ConfigFiles = None, set_: Settings = None, method: Method = None) -> None:
+def check(
+    recipe: str,
+    *,
+    config: ConfigFiles = None,
+    set_: Settings = None,
+    method: Method = None,
+    faithful: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
     """Check a configuration without running it: all errors at once (exit code 2), or what differs from its recipe.
 
     Parameters
@@ -156,15 +109,20 @@ def check(recipe: str, *, config: ConfigFiles = None, set_: Settings = None, met
         `key=value`.
     method
         A method (`cohort methods`) instead of the recipe's.
+    faithful
+        Also list what is not as in the paper, with its sections, and what is chosen where the paper is silent.
     """
     choice = choose(recipe, config or [], set_ or [], method=method)
     out = console()
-    differences = choice.differences()
-    if not differences:
+    if differences := choice.differences():
+        out.print(f"{recipe} is valid; it differs from {choice.base.name} in")
+        out.print(_differences(choice, differences))
+    else:
         out.print(f"{recipe} is valid")
-        return
-    out.print(f"{recipe} is valid; it differs from {choice.base.name} in")
-    out.print(_differences(choice, differences))
+    if faithful:
+        from flows.faithful_view import print_faithfulness
+
+        print_faithfulness(choice.config, out)
 
 
 def _announce(choice: Choice, places: Places, engine: str, out: Console) -> None:

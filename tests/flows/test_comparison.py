@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from flows.ablation import tables_file
+from flows.arms import method_experiment
 from flows.choice import choose
 from flows.cli import run_command
-from flows.comparison import Arm, Outcome, arms_of, comparison_file, comparison_markdown, print_comparison
+from flows.comparison import Arm, Outcome, comparison_markdown, print_comparison
 from flows.methods import METHODS, PAPER
 from flows.places import Places
 from flows.records import read_records
@@ -49,6 +51,14 @@ def outcome(arm: Arm, before: float, after: float, cost: float = 1.0) -> Outcome
     return Outcome(arm, summarise(arm.choice.config, points, state, Checkpoint("ab" * 32), {}))
 
 
+def arms_of(recipe: str, methods: Sequence[str], seeds: int, **changes: Any) -> tuple[Arm, ...]:
+    return method_experiment(recipe, methods, seeds, **changes).arms
+
+
+def markdown(compared: list[Outcome], command: str = "cohort compare") -> str:
+    return comparison_markdown(compared, command, name="arithmetic_smoke-methods")
+
+
 def outcomes(methods: tuple[str, ...] = PAPER, seeds: int = 2, **changes: Any) -> list[Outcome]:
     arms = arms_of("arithmetic_smoke", methods, seeds, **changes)
     return [outcome(arm, 0.25, 0.5 + arm.seed / 8, cost=1 + arm.seed) for arm in arms]
@@ -65,7 +75,7 @@ def printed(compared: list[Outcome], width: int) -> str:
 
 def test_an_arm_is_a_method_with_a_seed_counted_up_from_the_recipes() -> None:
     arms = arms_of("arithmetic_smoke", ["grpo", "sft"], 2, settings=["seed=5"])
-    assert [(arm.method, arm.seed, arm.choice.config.seed) for arm in arms] == [
+    assert [(arm.name, arm.seed, arm.choice.config.seed) for arm in arms] == [
         ("grpo", 5, 5),
         ("sft", 5, 5),
         ("grpo", 6, 6),
@@ -90,16 +100,16 @@ def test_a_setting_that_a_method_does_not_know_is_refused_before_any_arm_runs() 
 
 
 def test_a_cell_is_the_mean_over_seeds_with_its_range() -> None:
-    text = comparison_markdown(outcomes(("grpo", "ppo"), seeds=3), "cohort compare")
+    text = markdown(outcomes(("grpo", "ppo"), seeds=3))
     rows = [line for line in text.splitlines() if line.startswith("| grpo |")]
     # Seeds 0, 1, 2 end at 0.5, 0.625, 0.75 greedily and at half of that by samples.
-    assert rows[-2] == "| grpo | 0.250 | 0.625 (0.500-0.750) | 0.125 | 0.312 (0.250-0.375) |"
+    assert rows[-2] == "| grpo | 0.250 | 0.625 (0.500-0.750) | 0.125 | 0.312 (0.250-0.375) | 0.312 (0.250-0.375) |"
     assert "81,920 (40,960-122,880)" in rows[-1]
 
 
 def test_one_seed_has_no_range() -> None:
-    text = comparison_markdown(outcomes(("grpo",), seeds=1), "cohort compare")
-    assert "| grpo | 0.250 | 0.500 | 0.125 | 0.250 |" in text
+    text = markdown(outcomes(("grpo",), seeds=1))
+    assert "| grpo | 0.250 | 0.500 | 0.125 | 0.250 | 0.250 |" in text
     assert "accuracy, seed 0" in text
 
 
@@ -110,18 +120,18 @@ def test_a_table_too_wide_for_the_screen_goes_on_in_further_ones_with_every_cell
     assert max(map(len, lines)) <= width
     assert not [line for line in lines if "…" in line]
     cells = {cell.strip() for line in lines for cell in re.split("[│┃]", line)}
-    markdown = comparison_markdown(compared, "cohort compare").split("## in_domain")[1].splitlines()
-    expected = {cell.strip() for line in markdown if line.startswith("| ") for cell in line.split("|")}
+    written = markdown(compared).split("## in_domain")[1].splitlines()
+    expected = {cell.strip() for line in written if line.startswith("| ") for cell in line.split("|")}
     assert expected <= cells
     headings = [line for line in lines if line.startswith("┃")]
-    assert all("method" in line for line in headings)
-    assert len(headings) == {120: 3, 80: 7}[width]
+    assert all("arm" in line for line in headings)
+    assert len(headings) == {120: 4, 80: 7}[width]
 
 
 def test_the_file_tells_a_stranger_what_was_compared() -> None:
     compared = outcomes(("grpo", "sft"), settings=["rollout.G=8"])
-    text = comparison_markdown(compared, "cohort compare arithmetic_smoke --set rollout.G=8")
-    assert text.startswith("# arithmetic_smoke: grpo, sft\n")
+    text = markdown(compared, "cohort compare arithmetic_smoke --set rollout.G=8")
+    assert text.startswith("# arithmetic_smoke-methods: grpo, sft\n")
     assert "`cohort compare arithmetic_smoke --set rollout.G=8`" in text
     assert "2 x 2 steps of 4 questions x 8 outputs, seeds 0, 1." in text
     assert "| `rollout.G` | 4 | 8 |" in text
@@ -132,7 +142,7 @@ def test_the_file_tells_a_stranger_what_was_compared() -> None:
 
 def test_the_file_lists_of_a_critic_only_what_the_policy_does_not_have() -> None:
     settings = ["critic.mu=3"]
-    text = comparison_markdown(outcomes(("ppo",), settings=settings) + outcomes(("grpo",)), "cohort compare")
+    text = markdown(outcomes(("ppo",), settings=settings) + outcomes(("grpo",)))
     (line,) = [line for line in text.splitlines() if line.startswith("| ppo |") and "critic" in line]
     assert re.findall(r"`(critic[^`]*)`", line) == ["critic.mu=3"]
 
@@ -140,11 +150,11 @@ def test_the_file_lists_of_a_critic_only_what_the_policy_does_not_have() -> None
 def test_another_set_of_arms_has_another_file(tmp_path: Path) -> None:
     places = Places(tmp_path)
     sets = [
-        arms_of("arithmetic_smoke", ["grpo"], 1),
-        arms_of("arithmetic_smoke", ["grpo"], 2),
-        arms_of("arithmetic_smoke", ["grpo"], 1, settings=["steps=3"]),
+        method_experiment("arithmetic_smoke", ["grpo"], 1),
+        method_experiment("arithmetic_smoke", ["grpo"], 2),
+        method_experiment("arithmetic_smoke", ["grpo"], 1, settings=["steps=3"]),
     ]
-    assert len({comparison_file(places, arms) for arms in sets}) == 3
+    assert len({tables_file(places, planned) for planned in sets}) == 3
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -186,7 +196,7 @@ def test_compare_trains_every_arm_and_a_second_call_computes_nothing(
     counts = executed(root)
     assert sorted(counts) == [f"arithmetic_smoke-{method}-s{seed}" for method in ("ppo", "sft") for seed in (0, 1)]
     assert all(count[0] > 0 for count in counts.values())
-    (file,) = (root / "runs").glob("*.md")
+    (file,) = (root / "runs").glob("*/tables.md")
     text = file.read_text()
     assert str(file) in first
     assert "in_domain: accuracy, mean (range) over seeds 0, 1" in first

@@ -93,6 +93,24 @@ def test_a_finished_run_has_its_points_parameters_note_table_and_status(home: Pa
     }
 
 
+@pytest.mark.parametrize("first", ["parent", "child"])
+def test_a_run_stands_under_its_parent_whichever_is_sent_first(home: Path, first: str) -> None:
+    study = f"study-{first}"
+
+    def run(key: str) -> None:
+        tags = {"cohort.parent_key": study} if key != study else {}
+        with track(home, experiment="study", run_name=key, run_key=key, config={}, tags=tags) as tracker:
+            tracker.set_note(f"# {key}")
+        run_of(home, key)  # sent
+
+    for key in [study, f"{study}-arm"] if first == "parent" else [f"{study}-arm", study]:
+        run(key)
+    parent, child = run_of(home, study), run_of(home, f"{study}-arm")
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert (parent.info.status, child.info.status) == ("FINISHED", "FINISHED")
+    assert parent.data.tags["mlflow.note.content"] == f"# {study}"
+
+
 def test_a_resumed_run_continues_the_same_run_without_a_repeated_point(home: Path) -> None:
     def fail_after_two_steps() -> None:
         with tracked(home, "resumed") as tracker:

@@ -1,0 +1,191 @@
+"""What an experiment came to, as `runs/<experiment>/experiment.json`: the seam between running arms and drawing them.
+
+`ExperimentResult` documents the fields. Curves, costs and artifacts are in the folders of the runs: `RunResult.summary` has the
+metrics by step, `RunResult.ledger` the digests of every step and evaluation, which `pipeline.store` opens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from flows.ledger import Ledger, read_ledger
+from flows.places import Places
+from flows.records import write_json
+from flows.summary import Summary
+from pipeline.config import Config
+from pipeline.experiment import Experiment
+from pipeline.store import StoreError, canonical_json, sha256_of
+
+__all__ = [
+    "ArmResult",
+    "ExperimentResult",
+    "RunResult",
+    "Sharing",
+    "experiment_folder",
+    "read_experiment",
+    "read_summary",
+    "sharing_of",
+    "write_experiment",
+]
+
+_FILE: Final = "experiment.json"
+
+
+class ArmResult(Config):
+    """An arm."""
+
+    name: str
+    "Its name; runs have it as `arm`."
+    also: tuple[str, ...]
+    "Further names: arms that came to the same configuration."
+    differences: dict[str, tuple[Any, Any]]
+    "Dotted key -> value in the baseline arm, value here. None: not there in the baseline; `...`: a section there."
+
+
+class RunResult(Config):
+    """One arm with one seed."""
+
+    arm: str
+    "Name of the arm."
+    seed: int
+    "Its seed."
+    name: str
+    "Name of the run, in `cohort runs` and in MLflow."
+    folder: str
+    "Name of its folder under runs/, which is its key in MLflow (`cohort.run_key`), too."
+    status: Literal["finished", "failed", "interrupted", "killed", "running", "not run"]
+    "What became of it. Figures are there of runs that finished."
+    error: str
+    "Why it failed."
+    steps: int
+    "Steps done."
+    policy: str
+    "Digest of the final policy."
+    before: dict[str, dict[str, float]]
+    "Held-out set -> metrics of the policy before RL: `greedy_accuracy`, `accuracy`, `pass_at_8`, `maj_at_8`, `..._ci_low`, ..."
+    final: dict[str, dict[str, float]]
+    "The same of the final policy."
+    best: dict[str, tuple[int, float]]
+    "Held-out set -> step and accuracy of the best evaluation (of samples where there are any, else greedy)."
+    cost: dict[str, float]
+    "What training took: see `flows.summary.training_cost`."
+
+    def summary(self, places: Places) -> Summary | None:
+        """Everything of the run; `curve` has its metrics by step."""
+        return read_summary(places.runs / self.folder)
+
+    def ledger(self, places: Places) -> Ledger | None:
+        """The artifacts of its steps and evaluations."""
+        return read_ledger(places.runs / self.folder)
+
+
+class Sharing(Config):
+    """What computing equal stage calls once saves, from what they took when they were computed."""
+
+    runs: int
+    "Runs that are counted: those that finished."
+    asked: int
+    "Different stage calls of each run, added up."
+    distinct: int
+    "Different stage calls of all runs."
+    seconds_apart: float
+    "What `asked` takes: every run with an empty store of its own."
+    seconds_together: float
+    "What `distinct` takes: one store for all."
+
+    @property
+    def ratio(self) -> float:
+        """Together over apart; 1 where nothing is shared."""
+        return self.seconds_together / self.seconds_apart if self.seconds_apart else 1.0
+
+
+class ExperimentResult(Config):
+    """An experiment, all its arms and seeds, and what is there of each by now."""
+
+    experiment: Experiment
+    "The experiment as it was run: with the seeds and the arms of the command."
+    tracked_in: str
+    "Name of the MLflow experiment; the key of the summary's run there is the experiment's name."
+    command: str
+    "The last command that ran it."
+    arms: tuple[ArmResult, ...]
+    "In their order; equal ones are one."
+    runs: tuple[RunResult, ...]
+    "Every arm with every seed, seed by seed; also those that did not run yet."
+    sharing: Sharing
+    "What the runs have in common."
+
+    def finals(self, arm: str, held_out: str, metric: str) -> list[float]:
+        """A metric of the final policies of an arm on a held-out set, one for each seed that finished and has it."""
+        found = [run.final.get(held_out, {}).get(metric) for run in self.runs if run.arm == arm]
+        return [value for value in found if value is not None]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """A row for each run: names, status, and accuracies by held-out set before, at best and at the end."""
+        for run in self.runs:
+            row: dict[str, Any] = {"arm": run.arm, "seed": run.seed, "run": run.name, "status": run.status}
+            for name, final in run.final.items():
+                key = "accuracy" if "accuracy" in final else "greedy_accuracy"
+                row |= {f"{name} before": run.before.get(name, {}).get(key), f"{name} final": final.get(key)}
+                row[f"{name} best"] = run.best[name][1] if name in run.best else None
+            yield row
+
+
+def experiment_folder(places: Places, name: str) -> Path:
+    """Where an experiment's results lie: experiment.json, tables.md, the logs of runs in processes of their own."""
+    return places.runs / name
+
+
+def write_experiment(places: Places, result: ExperimentResult) -> Path:
+    """Write the results; earlier ones of runs that are no part of these are kept under another name.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    folder = experiment_folder(places, result.experiment.name)
+    file = folder / _FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = read_experiment(folder)
+        if earlier and not {run.folder for run in earlier.runs} <= {run.folder for run in result.runs}:
+            digest = sha256_of(canonical_json([run.folder for run in earlier.runs]))
+            file.rename(folder / f"experiment-{digest[:8]}.json")
+        write_json(file, result.model_dump(mode="json"))
+    except OSError as error:
+        raise StoreError(
+            f"{file} cannot be written ({error.strerror or error}); the runs themselves are kept"
+        ) from None
+    return file
+
+
+def read_experiment(folder: Path) -> ExperimentResult | None:
+    """The results in an experiment's folder; None where there are none, or none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        return ExperimentResult.parse(json.loads((folder / _FILE).read_text(encoding="utf-8")), source=str(folder))
+    return None
+
+
+def read_summary(folder: Path) -> Summary | None:
+    """The summary in a run's folder; None where there is none."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        values = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        values["best"] = {name: (step, accuracy) for name, (step, accuracy) in values["best"].items()}
+        values["curve"] = {int(step): metrics for step, metrics in values["curve"].items()}
+        return Summary(**values)
+    return None
+
+
+def sharing_of(ledgers: Sequence[Ledger]) -> Sharing:
+    """What the runs with these ledgers have in common."""
+    distinct = {key: call.seconds for ledger in ledgers for key, call in ledger.calls.items()}
+    return Sharing(
+        runs=len(ledgers),
+        asked=sum(len(ledger.calls) for ledger in ledgers),
+        distinct=len(distinct),
+        seconds_apart=sum(call.seconds for ledger in ledgers for call in ledger.calls.values()),
+        seconds_together=sum(distinct.values()),
+    )

@@ -1,0 +1,274 @@
+"""The paper's studies as experiments, in three sizes: the built-in world on a CPU, the same quicker, and the paper's own.
+
+Sources as in `flows/recipes.py`: "5.2.1" and the like are sections of DeepSeekMath, "ours" is our choice. Arms that name a
+`method` have its settings (`flows/methods.py`), to which their other overrides are added. The paper's sizes were not run here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from flows.methods import PAPER
+from pipeline.config import ConfigError
+from pipeline.experiment import Experiment
+
+__all__ = ["EXPERIMENTS", "SCALES", "Scale", "named_experiment"]
+
+_QUICK: Final[dict[str, Any]] = {
+    "steps": 16,  # ours; 40
+    "questions_per_step": 32,  # ours; 64
+    "rollout.G": 8,  # ours; 16
+    "data.evaluation.in_domain.count": 256,  # ours; 512
+    "data.evaluation.out_of_domain.count": 128,  # ours; 256
+    "evaluation.every": 4,  # ours; 10
+}
+"""Quick sizes: about an eighth of the outputs."""
+
+_QUICK_REWARD: Final[dict[str, Any]] = {
+    "reward_model.questions": 512,  # ours; 2,048
+    "reward_model.training.epochs": 2,  # ours; 4
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a study is at one size."""
+
+    base: str
+    """Recipe that the arms override."""
+    learned_base: str
+    """The same for a study of iterations, whose rewards are learned."""
+    methods: dict[str, Any]
+    """For every arm of a study of methods, which has a single iteration."""
+    whole: dict[str, Any]
+    """For every arm of a study of the whole RL."""
+    learned: dict[str, Any]
+    """For every arm of a study of iterations."""
+    iteration: int
+    """Steps of an iteration there."""
+    kinds: dict[str, Any]
+    """Further held-out sets of kinds that RL does not train on."""
+    candidates: dict[str, Any]
+    """Held-out sets that 64 candidates are drawn for."""
+    seeds: tuple[int, ...]
+    """Of every arm."""
+
+
+_SHORTER: Final = {"shortest": 2, "longest": 2}  # ours: beside 3-5 numbers, where RL trains, and 6; SFT saw 2 to 6
+_CPU: Final = Scale(
+    base="arithmetic_cpu",
+    learned_base="arithmetic_learned_reward",
+    methods={},
+    whole={},
+    learned={},
+    iteration=10,  # ours
+    kinds={"data.evaluation.shorter": {"count": 256, **_SHORTER}},  # ours
+    candidates={},
+    seeds=(0, 1, 2),  # ours; the paper shows one curve each
+)
+_SMALL: Final = Scale(
+    base="arithmetic_cpu",
+    learned_base="arithmetic_learned_reward",
+    methods=_QUICK,
+    whole=_QUICK,
+    learned=_QUICK | _QUICK_REWARD,
+    iteration=8,  # ours
+    kinds={"data.evaluation.shorter": {"count": 128, **_SHORTER}},  # ours
+    candidates={"data.evaluation.in_domain.count": 128, "data.evaluation.out_of_domain.count": 64},  # ours
+    seeds=(0, 1, 2),  # ours
+)
+_PAPER: Final = Scale(
+    base="deepseekmath_7b",
+    learned_base="deepseekmath_7b",
+    methods={
+        "policy.path": "deepseek-math-1.3b-instruct",  # 5.2.1: Fig. 5 is of Instruct 1.3B
+        "iterations": 1,  # 5.2.1
+        "steps": 8500,  # Fig. 5, read off
+    },
+    whole={},  # 4.2
+    learned={},  # 4.2
+    iteration=1770,  # Fig. 6, read off: about 5,300 in all
+    kinds={},  # Table 5: the recipe's
+    candidates={},
+    seeds=(0,),  # the paper shows one curve each
+)
+SCALES: Final = {"": _CPU, "quick": _SMALL, "paper": _PAPER}
+"""By the option that chooses it, which is added to the experiment's name."""
+
+
+def fig5(scale: Scale) -> Experiment:
+    """RFT, Online RFT, GRPO with outcome and with process supervision."""
+    return Experiment(
+        name="fig5",
+        asks="Fig. 5: is online better than offline, a graded coefficient better than a rule, and process supervision best?",
+        base=scale.base,
+        common=scale.methods,
+        arms={
+            "rft": {"method": "rft"},  # 5.2.1
+            "online_rft": {"method": "online_rft"},  # 5.2.1
+            "grpo_os": {"method": "grpo"},  # 5.2.1; ours: rules reward, where the paper has a model
+            "grpo_ps": {"method": "grpo_process"},  # 5.2.1; ours: rules label the steps, exactly
+        },
+        baseline="rft",
+        seeds=scale.seeds,
+    )
+
+
+def fig6(scale: Scale) -> Experiment:
+    """Iterative RL: each iteration goes on from the one before, with a new reference and a retrained reward model."""
+    steps = scale.iteration
+    return Experiment(
+        name="fig6",
+        asks="Fig. 6: what does each further iteration, with a new reference and a retrained reward model, add?",
+        base=scale.learned_base,
+        common=scale.learned,
+        arms={
+            # 5.2.1: Iteration-0, -1 and -2. A longer arm continues the shorter ones, whose steps it shares.
+            "iteration_0": {"iterations": 1, "steps": steps},
+            "iteration_1": {"iterations": 2, "steps": steps},
+            "iteration_2": {"iterations": 3, "steps": steps},
+            # Ours: as many steps without a second iteration, to tell what the iterations do from what the steps do.
+            "one_long": {"iterations": 1, "steps": 3 * steps},
+        },
+        baseline="iteration_0",
+        seeds=scale.seeds,
+    )
+
+
+def fig7(scale: Scale) -> Experiment:
+    """Maj@K and Pass@K before and after RL, from 64 samples of each policy."""
+    return Experiment(
+        name="fig7",
+        asks="Fig. 7: does RL raise Maj@K, and Pass@K as well?",
+        base=scale.base,
+        common=scale.whole
+        | {
+            "evaluation.every": 0,  # 5.2.2: the policy before RL against that after it
+            "evaluation.samples": 64,  # Fig. 7
+            "evaluation.temperature": 0.7,  # Fig. 7
+            "evaluation.estimates.ks": [1, 4, 8, 16, 32, 64],  # Fig. 7
+        }
+        | scale.candidates,
+        arms={"grpo": {"method": "grpo"}},  # 5.2.2
+        baseline="grpo",
+        seeds=scale.seeds,
+    )
+
+
+def online_vs_offline(scale: Scale) -> Experiment:
+    """RFT against Online RFT, and GRPO on the policy's own outputs against GRPO on frozen ones."""
+    return Experiment(
+        name="online_vs_offline",
+        asks="What is learned from: the initial policy's outputs for ever, or those of the policy as it is?",
+        base=scale.base,
+        common=scale.methods,
+        arms={
+            "rft": {"method": "rft"},  # 5.2.1
+            "online_rft": {"method": "online_rft"},  # 5.2.1
+            # Ours: the same question asked of GRPO. Its ratio is to the policy that sampled, whose log-probabilities the
+            # rollout has recorded.
+            "grpo_offline": {"method": "grpo", "data_source": "initial_policy", "update.old_logprobs": "rollout"},
+            "grpo": {"method": "grpo"},
+        },
+        baseline="rft",
+        seeds=scale.seeds,
+    )
+
+
+def outcome_vs_process(scale: Scale) -> Experiment:
+    """GRPO with one reward for an output against one for each of its steps."""
+    return Experiment(
+        name="outcome_vs_process",
+        asks="Does a reward for every step teach more than one for the answer (4.1.2 against 4.1.3)?",
+        base=scale.base,
+        common=scale.methods,
+        arms={"outcome": {"method": "grpo"}, "process": {"method": "grpo_process"}},
+        baseline="outcome",
+        seeds=scale.seeds,
+    )
+
+
+def single_vs_iterative(scale: Scale) -> Experiment:
+    """Equally many steps in one, two or three iterations, with learned rewards."""
+    total = 3 * scale.iteration
+    arms = {f"iterations_{count}": {"iterations": count, "steps": total // count} for count in (1, 2, 3)}
+    return Experiment(
+        name="single_vs_iterative",
+        asks="Are equally many steps worth more with a new reference and reward model on the way (4.1.4)?",
+        base=scale.learned_base,
+        common=scale.learned,
+        arms=arms,
+        baseline="iterations_1",
+        seeds=scale.seeds,
+    )
+
+
+def methods(scale: Scale) -> Experiment:
+    """The six rows of Table 10."""
+    return Experiment(
+        name="methods",
+        asks="Table 10: what do the six methods make of one supervised policy with equally many outputs?",
+        base=scale.base,
+        common=scale.methods,
+        arms={method: {"method": method} for method in PAPER},
+        baseline="sft",
+        seeds=scale.seeds,
+    )
+
+
+def in_and_out_of_domain(scale: Scale) -> Experiment:
+    """RL on chains of three to five numbers; what becomes of shorter and of longer ones."""
+    return Experiment(
+        name="in_and_out_of_domain",
+        asks="Table 5: does RL on some questions raise the accuracy on kinds of questions that it never saw?",
+        base=scale.base,
+        common=scale.whole | scale.kinds,
+        arms={"sft": {"method": "sft"}, "grpo": {"method": "grpo"}},  # ours: sft learns on from as many demonstrations
+        baseline="sft",
+        seeds=scale.seeds,
+    )
+
+
+EXPERIMENTS: Final[dict[str, Callable[[Scale], Experiment]]] = {
+    make.__name__: make
+    for make in (
+        fig5,
+        fig6,
+        fig7,
+        methods,
+        online_vs_offline,
+        outcome_vs_process,
+        single_vs_iterative,
+        in_and_out_of_domain,
+    )
+}
+"""Every study by name."""
+
+
+def named_experiment(name: str, *, scale: str = "") -> Experiment:
+    """A study of the paper by its name, or the experiment in a YAML file.
+
+    Args:
+        scale: a key of `SCALES`. It is added to the name, so that another size has results of its own.
+
+    Raises:
+        ConfigError: no such study or file, or what is wrong in the file.
+    """
+    if name in EXPERIMENTS:
+        experiment = EXPERIMENTS[name](SCALES[scale])
+        return experiment.override({"name": f"{name}-{scale}"}) if scale else experiment
+    file = Path(name)
+    if not file.is_file():
+        near = difflib.get_close_matches(name, EXPERIMENTS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"experiments: {', '.join(EXPERIMENTS)}"
+        raise ConfigError(f"{name}: neither an experiment nor a YAML file; {hint}")
+    if scale:
+        raise ConfigError(f"--{scale}: {name} has one size; another one is a matter of --set")
+    try:
+        return Experiment.from_yaml(file.read_text(encoding="utf-8"), source=name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name}: cannot be read: {error}") from None

@@ -1,0 +1,162 @@
+"""Experiments as data: named arms, each a set of overrides of one base config, times seeds; checked before anything runs.
+
+    experiment = Experiment(name="eps", asks="Does the clip range matter?", base="demo", baseline="usual",
+                            arms={"usual": {}, "wide": {"update.objective.eps": 0.4}}, seeds=(0, 1, 2))
+    for trial in trials(experiment, lambda overrides: demo.override(overrides)):
+        run(trial.config)
+
+The DAG of an experiment is not declared: what trials have in common is what stages find in the store.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Generic, Self, TypeVar
+
+from pydantic import Field, NonNegativeInt, field_validator, model_validator
+
+from pipeline.config import Config, ConfigError, flatten
+
+__all__ = ["Experiment", "Trial", "selected", "trials"]
+
+C = TypeVar("C", bound=Config)
+
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+class Experiment(Config):
+    """Named arms over a base config, and the seeds that each is run with.
+
+    Overrides have dotted keys; nested mappings mean the same (`{rollout: {G: 8}}` is `{rollout.G: 8}`), an arm that is empty is
+    the base. What the keys mean is the business of whoever turns them into a config.
+    """
+
+    name: str
+    "Name of the study: up to 64 letters a-z, digits and ._-"
+    asks: str
+    "What it is to find out, in a sentence."
+    base: str
+    "The config that the arms override: a name or a file, resolved by whoever runs the experiment."
+    common: dict[str, Any] = Field(default={})
+    "Overrides of the base for every arm; those of an arm come after them."
+    arms: dict[str, dict[str, Any]] = Field(min_length=1)
+    "Overrides by arm."
+    baseline: str
+    "The arm that the others are held against."
+    seeds: tuple[NonNegativeInt, ...] = Field((0,), min_length=1)
+    "Values of the config's field `seed`; every arm is run with each."
+
+    @field_validator("common", mode="before")
+    @classmethod
+    def _dotted(cls, overrides: Any) -> Any:
+        return flatten(overrides) if isinstance(overrides, Mapping) else {} if overrides is None else overrides
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _dotted_arms(cls, arms: Any) -> Any:
+        return {name: cls._dotted(overrides) for name, overrides in arms.items()} if isinstance(arms, Mapping) else arms
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        complaints = [
+            f"{what}: expected up to 64 letters a-z, digits and ._-, found {name!r}"
+            for what, name in [("name", self.name), *(("arms", name) for name in self.arms)]
+            if not _NAME.fullmatch(name)
+        ]
+        complaints += [
+            f"{where}.seed: the seeds of an experiment are its own dimension; set seeds"
+            for where, overrides in [("common", self.common), *((f"arms.{n}", o) for n, o in self.arms.items())]
+            if "seed" in overrides
+        ]
+        if self.baseline not in self.arms:
+            complaints.append(f"baseline: {_unknown_arm(self.baseline, self.arms)}")
+        complaints += [f"seeds: {seed} stands {count} times" for seed, count in _repeated(self.seeds).items()]
+        if complaints:
+            raise ValueError("\n  ".join(complaints))
+        return self
+
+
+@dataclass(frozen=True)
+class Trial(Generic[C]):
+    """One arm with one seed."""
+
+    arm: str
+    also: tuple[str, ...]
+    """Further arms that come to the same config: run once, as this one."""
+    seed: int
+    config: C
+
+
+def trials(experiment: Experiment, configure: Callable[[Mapping[str, Any]], C]) -> list[Trial[C]]:
+    """Every arm with every seed, seed by seed. Arms that come to equal configs are one trial under several names.
+
+    Args:
+        configure: the config that overrides (dotted keys) make of the base; its field `seed` is set here.
+
+    Raises:
+        ConfigError: what is wrong in any arm, all at once; what is wrong in the same way in several arms, once.
+    """
+    configs: dict[str, C] = {}
+    complaints: dict[str, list[str]] = {}
+    for arm, overrides in experiment.arms.items():
+        try:
+            configs[arm] = configure(experiment.common | overrides).override({"seed": experiment.seeds[0]})
+        except ConfigError as error:
+            complaints.setdefault(_without_source(str(error)), []).append(arm)
+    if complaints:
+        lines = [f"  {_arms(arms)}:\n    {what}" for what, arms in complaints.items()]
+        raise ConfigError("\n".join([f"experiment {experiment.name}: nothing was run", *lines]))
+    groups = _equal(configs, experiment.baseline)
+    return [
+        Trial(arm, also, seed, configs[arm].override({"seed": seed}))
+        for seed in experiment.seeds
+        for arm, also in groups.items()
+    ]
+
+
+def selected(planned: Sequence[Trial[C]], arms: Sequence[str]) -> list[Trial[C]]:
+    """The trials of these arms, under any of their names.
+
+    Raises:
+        ConfigError: no such arm; the nearest is named.
+    """
+    known = {name: trial.arm for trial in planned for name in (trial.arm, *trial.also)}
+    for arm in arms:
+        if arm not in known:
+            raise ConfigError(f"--arm: {_unknown_arm(arm, known)}")
+    return [trial for trial in planned if trial.arm in {known[arm] for arm in arms}]
+
+
+def _equal(configs: Mapping[str, C], baseline: str) -> dict[str, tuple[str, ...]]:
+    """Arm -> the others that equal it; the first in the order of the arms stands for them, or the baseline."""
+    groups: list[list[str]] = []
+    for arm, config in configs.items():
+        group = next((group for group in groups if configs[group[0]] == config), None)
+        if group is None:
+            groups.append([arm])
+        else:
+            group.insert(0 if arm == baseline else len(group), arm)
+    return {first: tuple(others) for first, *others in groups}
+
+
+def _without_source(text: str) -> str:
+    """An error of `Config.parse` without its first line, which says how many there are and in what."""
+    first, _, rest = text.partition("\n")
+    return rest.strip().replace("\n", "\n  ") if rest else first
+
+
+def _arms(names: Sequence[str]) -> str:
+    return f"arm{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+
+def _unknown_arm(name: str, arms: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, arms, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"arms: {', '.join(arms)}"
+    return f"{name!r} is not an arm; {hint}"
+
+
+def _repeated(seeds: Sequence[int]) -> dict[int, int]:
+    return {seed: seeds.count(seed) for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -14,39 +13,60 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-import stages.tables
 from flows.groups import Group, groups_of
 from flows.wording import duration, moment, number, size
-from pipeline.artifact import Table as ArtifactTable
+from pipeline.comparing import read_rows
 from pipeline.config import flatten
 from pipeline.store import Store
+from pipeline.weights import stored_tensors
 
-__all__ = ["show_artifact"]
+__all__ = ["show_artifact", "show_groups", "show_metrics"]
 
 _CELL: Final = 60
 """Characters of a value in a table of rows."""
+_WIDE: Final = 110
+"""Characters from which on there is room for three columns of metrics."""
 
 
 def show_artifact(
     store: Store, digest: str, console: Console, *, limit: int | None, question: str | None, full: bool
 ) -> None:
     """Print an artifact: its origin and metrics, then groups of outputs, rows, or a checkpoint's description."""
-    manifest = store.manifest(digest)
-    _show_origin(store, manifest, digest, console, full=full)
+    manifest, calls = store.manifest(digest), list(store.actions())
+    _show_origin([call for call in calls if call["result"] == digest], manifest, digest, console, full=full)
     if (folder := store.path(digest)) and (folder / "config.json").exists():
         _show_checkpoint(folder, console)
     if any(file["name"] == "table.arrow" for file in manifest["files"]):
-        groups = groups_of(store, digest)
+        groups = groups_of(store, digest, calls)
         if groups is None:
-            _show_rows(manifest["type"], digest, console, limit or 10)
-            return
-        wanted = (group for group in groups if question in (None, group.question_id))
-        for group in islice(wanted, limit or 3):
-            _show_group(group, console)
+            _show_rows(store, digest, console, limit or 10)
+        else:
+            show_groups(groups, console, limit=limit, question=question)
 
 
-def _show_origin(store: Store, manifest: Mapping[str, Any], digest: str, console: Console, *, full: bool) -> None:
-    calls = [call for call in store.actions() if call["result"] == digest]
+def show_groups(groups: Iterable[Group], console: Console, *, limit: int | None, question: str | None) -> None:
+    """Print questions with their outputs, three unless told, or that of one id.
+
+    Raises:
+        ValueError: no group has that id.
+    """
+    wanted = (group for group in groups if question in (None, group.question_id))
+    found = list(islice(wanted, limit or 3))
+    if question is not None and not found:
+        raise ValueError(f"--question {question}: no group of this table has that question_id")
+    for group in found:
+        _show_group(group, console)
+
+
+def show_metrics(metrics: Mapping[str, float], console: Console) -> None:
+    """Print metrics in columns, as many as there is room for."""
+    if metrics:
+        console.print(_pairs(metrics, console.width))
+
+
+def _show_origin(
+    calls: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any], digest: str, console: Console, *, full: bool
+) -> None:
     made: Mapping[str, Any] = calls[-1] if calls else manifest.get("provenance") or {}
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
@@ -62,8 +82,7 @@ def _show_origin(store: Store, manifest: Mapping[str, Any], digest: str, console
     table.add_row("files", ", ".join(f"{file['name']} {size(file['size'])}" for file in manifest["files"]))
     table.add_row("size", f"{size(total)}{rows}")
     console.print(table)
-    if metrics := made.get("metrics"):
-        console.print(_pairs(metrics))
+    show_metrics(made.get("metrics") or {}, console)
 
 
 def _argument(value: Any, *, full: bool) -> str:
@@ -79,12 +98,13 @@ def _argument(value: Any, *, full: bool) -> str:
             return escape(str(value))
 
 
-def _pairs(metrics: Mapping[str, float]) -> Table:
-    """Metrics in three columns of name and value."""
+def _pairs(metrics: Mapping[str, float], width: int) -> Table:
+    """Metrics in two or three columns of name and value."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), title="metrics", title_justify="left")
     entries = [cell for name, value in sorted(metrics.items()) for cell in (f"[dim]{name}[/]", number(value))]
-    for start in range(0, len(entries), 6):
-        table.add_row(*entries[start : start + 6])
+    cells = 6 if width >= _WIDE else 4
+    for start in range(0, len(entries), cells):
+        table.add_row(*entries[start : start + cells])
     return table
 
 
@@ -110,12 +130,10 @@ def _show_group(group: Group, console: Console) -> None:
     console.print(table)
 
 
-def _show_rows(kind: str, digest: str, console: Console, limit: int) -> None:
-    declared: type[ArtifactTable] | None = getattr(stages.tables, kind, None)
-    if declared is None:
-        console.print(f"rows of a {kind} are not shown: no such table is declared here", style="dim")
+def _show_rows(store: Store, digest: str, console: Console, limit: int) -> None:
+    content = read_rows(store, digest)
+    if content is None:
         return
-    content = declared(digest).read()
     table = Table(title=f"first rows of {content.num_rows:,}", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for field in content.schema:
         table.add_column(f"{field.name}\n[dim]{field.type}{'?' if field.nullable else ''}[/]", overflow="fold")
@@ -136,7 +154,7 @@ def _show_checkpoint(folder: Path, console: Console) -> None:
     table.add_column(overflow="fold")
     table.add_row("folder", str(folder))
     table.add_row("architecture", ", ".join(config.get("architectures") or [str(config.get("model_type"))]))
-    table.add_row("parameters", f"{_parameters(folder):,}")
+    table.add_row("parameters", f"{sum(tensor.size for tensor in stored_tensors(folder).values()):,}")
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings"):
         if name in config:
             table.add_row(name.replace("_", " "), number(config[name]))
@@ -145,13 +163,3 @@ def _show_checkpoint(folder: Path, console: Console) -> None:
         for name, value in flatten(json.loads(trainer.read_text(encoding="utf-8"))).items():
             table.add_row(f"trainer: {name}", number(value))
     console.print(table)
-
-
-def _parameters(folder: Path) -> int:
-    """Number of parameters, from the headers of the safetensors files (8 bytes of length, then JSON)."""
-    count = 0
-    for file in sorted(folder.glob("model*.safetensors")):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-    return count

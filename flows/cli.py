@@ -53,17 +53,34 @@ An arm is what `cohort run RECIPE --method METHOD` trains, with one seed, and a 
 arms share is computed once, and the same command again computes nothing."""
 
 
+_REWARD_MODEL: Final = """Train a reward model on labelled solutions of others; judge it beside baselines.
+
+Nothing is learned from the questions it is judged on, and the same command again computes nothing."""
+
+
+_ABLATE: Final = """Run an experiment: named arms times seeds, what they share computed once; tables.
+
+The paper's studies (`cohort experiments`) or a YAML file. The same command again computes nothing; an arm that is added later
+computes what is its own."""
+
+
 def _add(name: str, place: str, text: str, group: Group) -> None:
     app.command(f"flows.commands.{place}", name=name, help=text, group=group)
 
 
 _add("run", "training:run", "Train as a recipe says; again: continue, reusing all that is computed.", _RUN)
-_add("compare", "training:compare", _COMPARE, _RUN)
+_add("compare", "ablation:compare", _COMPARE, _RUN)
+_add("reward-model", "studying:reward_model", _REWARD_MODEL, _RUN)
+_add("ablate", "ablation:ablate", _ABLATE, _RUN)
+_add("experiments", "ablation:experiments", "List the paper's studies, or print one as YAML.", _RUN)
 _add("methods", "training:methods", "List the methods: Table 10 of the paper, and later ones.", _RUN)
 _add("recipes", "training:recipes", "List the recipes, or print one as YAML.", _RUN)
 _add("check", "training:check", "Check a configuration; every error at once.", _RUN)
+app.command("flows.commands.ablation:child", name="child", help="One arm, for ablate --parallel.", show=False)
 _add("runs", "looking:runs", "What ran: when, how far, how well.", _LOOK)
-_add("show", "looking:show", "Show an artifact: groups of outputs with rewards, a checkpoint, any table.", _LOOK)
+_add("show", "looking:show", "Show a run, a step of it, or any artifact: groups with rewards, a checkpoint.", _LOOK)
+_add("diff", "comparing:diff", "What differs between two runs or two artifacts, and why.", _LOOK)
+_add("replay", "comparing:replay", "One stage of a run again with other settings; what changes.", _LOOK)
 _add("explain", "looking:explain", "Why a stage was computed and not reused.", _LOOK)
 _add("lineage", "looking:lineage", "What an artifact was made from, down to the data.", _LOOK)
 _add("ui", "serving:ui", "Open MLflow's and Prefect's user interfaces.", _LOOK)
@@ -136,3 +153,7 @@ def _hush(*, debug: bool) -> None:
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         for name in _QUIET_LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    main()

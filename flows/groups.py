@@ -5,7 +5,7 @@ Given any table of a step (rollouts, rewards or advantages), the others are foun
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from pipeline.store import Store
 from stages.tables import Advantages, Demonstrations, Questions, Rewards, Rollouts
 
 __all__ = ["Group", "Output", "groups_of"]
+
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,27 +50,61 @@ class Group:
         return [(count, output) for output, count in counts.items()]
 
 
-def groups_of(store: Store, digest: str) -> Iterator[Group] | None:
+def groups_of(store: Store, digest: str, calls: Sequence[Record] | None = None) -> Iterator[Group] | None:
     """The groups that a table of rollouts, rewards or advantages is about; None for anything else.
 
-    Tables that were never computed, or whose payload is gone, leave their columns empty.
+    Rewards and advantages belong together: advantages are shown with the rewards they were estimated from. Tables that were
+    never computed, or whose payload is gone, leave their columns empty.
+
+    Args:
+        calls: what `store.actions()` has, where that was read already.
     """
-    outputs = _outputs_digest(store, digest)
-    return None if outputs is None else _groups(store, digest, outputs)
+    kind = store.manifest(digest).get("type")
+    if kind not in ("Rollouts", "Rewards", "Advantages"):
+        return None
+    calls = list(store.actions()) if calls is None else calls
+    tables = _tables(kind, digest, calls)
+    return None if tables is None else _groups(tables, calls)
 
 
-def _groups(store: Store, digest: str, outputs: str) -> Iterator[Group]:
-    calls = list(store.actions())
-    made = next((call for call in reversed(calls) if call["result"] == outputs), None)
+@dataclass(frozen=True)
+class _Tables:
+    """Digests of tables that belong together."""
+
+    outputs: str
+    rewards: str | None
+    advantages: str | None
+
+
+def _tables(kind: str, digest: str, calls: Sequence[Record]) -> _Tables | None:
+    """The tables that belong to one of them; of several made from the same outputs or rewards the latest."""
+    made = next((call for call in calls if call["result"] == digest), None)
+    outputs = digest if kind == "Rollouts" else _artifact(made, "outputs")
+    if outputs is None:
+        return None
     beside = [call for call in calls if _artifact(call, "outputs") == outputs]
+    estimates = [call for call in beside if call["type"] == "Advantages"]
+    match kind:
+        case "Advantages":
+            return _Tables(outputs, _artifact(made, "rewards"), digest)
+        case "Rewards":
+            estimates = [call for call in estimates if _artifact(call, "rewards") == digest]
+            return _Tables(outputs, digest, estimates[-1]["result"] if estimates else None)
+    scored = [call["result"] for call in beside if call["type"] == "Rewards"]
+    rewards = _artifact(estimates[-1], "rewards") if estimates else None
+    return _Tables(outputs, rewards or (scored or [None])[-1], estimates[-1]["result"] if estimates else None)
+
+
+def _groups(tables: _Tables, calls: Sequence[Record]) -> Iterator[Group]:
+    made = next((call for call in reversed(calls) if call["result"] == tables.outputs), None)
+    beside = [call for call in calls if _artifact(call, "outputs") == tables.outputs]
     # Outputs that were selected or demonstrated were not made from questions: take those they were scored with, or shown in.
     questions = next((found for call in [made, *beside] if (found := _artifact(call, "questions"))), None)
     asked = _read(Questions, questions) or _read(Demonstrations, _artifact(made, "demonstrations"))
     by_id = {row["question_id"]: row for row in asked}
-    rewards = _by_key(_read(Rewards, _one_of(beside, "Rewards", digest)))
-    advantages = _by_key(_read(Advantages, _one_of(beside, "Advantages", digest)))
+    rewards, advantages = _by_key(_read(Rewards, tables.rewards)), _by_key(_read(Advantages, tables.advantages))
     groups: dict[str, list[Output]] = {}
-    for row in Rollouts(outputs).rows():
+    for row in Rollouts(tables.outputs).rows():
         key = (row["question_id"], row["sample"])
         reward, advantage = rewards.get(key, {}), advantages.get(key, {}).get("advantage")
         groups.setdefault(row["question_id"], []).append(
@@ -87,27 +123,10 @@ def _groups(store: Store, digest: str, outputs: str) -> Iterator[Group]:
         yield Group(name, about["question"], about.get("answer", ""), members)
 
 
-def _outputs_digest(store: Store, digest: str) -> str | None:
-    """Digest of the rollouts that a table belongs to."""
-    kind = store.manifest(digest).get("type")
-    if kind == "Rollouts":
-        return digest
-    if kind not in ("Rewards", "Advantages"):
-        return None
-    made = next((call for call in store.actions() if call["result"] == digest), None)
-    return _artifact(made, "outputs")
-
-
 def _artifact(call: Mapping[str, Any] | None, parameter: str) -> str | None:
     """Digest of the artifact that a recorded call was given."""
     given = (call or {}).get("arguments", {}).get(parameter)
     return given.get("artifact") if isinstance(given, Mapping) else None
-
-
-def _one_of(calls: list[dict[str, Any]], kind: str, wanted: str) -> str | None:
-    """The table of a kind made from these outputs: the one asked for where it is among them, else the latest."""
-    found = [call["result"] for call in calls if call["type"] == kind]
-    return wanted if wanted in found else (found[-1] if found else None)
 
 
 def _read(table: type[Table], digest: str | None) -> list[dict[str, Any]]:

@@ -6,16 +6,28 @@ Nothing is recorded for this: the action records of the store (stage, version, a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from pipeline.store import MissingArtifactError, Store
 
-__all__ = ["Ancestor", "Change", "Explanation", "ancestry", "explain", "mermaid", "tree"]
+__all__ = [
+    "ABSENT",
+    "Ancestor",
+    "Change",
+    "Explanation",
+    "ancestry",
+    "compare_calls",
+    "explain",
+    "mermaid",
+    "producers",
+    "tree",
+]
 
 Record = dict[str, Any]
 
-_ABSENT: Final = "(absent)"
+ABSENT: Final = "(absent)"
+"""Stands in a `Change` for a part that one of two calls does not have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +96,14 @@ def ancestry(store: Store, digest: str, *, key: str | None = None) -> dict[str, 
         key: the call that is meant, where several calls gave equal content (an update without a gradient returns the policy
             it was given); by default the earliest that did not consume its own result.
     """
-    producers = _producers(store)
+    makers = producers(store.actions())
     if key is not None:
-        producers[digest] = store.action(key)
+        makers[digest] = store.action(key)
     found: dict[str, Ancestor] = {}
     waiting = [digest]
     for current in waiting:  # grows while it is walked: breadth first
         if current not in found:
-            found[current] = _ancestor(store, current, producers.get(current))
+            found[current] = _ancestor(store, current, makers.get(current))
             waiting.extend(source for _, source in found[current].inputs)
     return found
 
@@ -147,18 +159,30 @@ def explain(store: Store, record: Record) -> Explanation:
         return Explanation(record, None, (), ())
     # Of equally near ones the latest: min keeps the first.
     nearest = min(reversed(earlier), key=lambda other: len(_changes(other, record)))
-    changes = tuple(_changes(nearest, record))
-    return Explanation(record, nearest, changes, tuple(_causes(_producers(store), nearest, record)))
+    return compare_calls(producers(store.actions()), nearest, record)
 
 
-def _producers(store: Store) -> dict[str, Record]:
-    """The call to name as the origin of each artifact: the earliest one that was not given the artifact itself."""
-    producers: dict[str, Record] = {}
-    for record in store.actions():
-        given = {digest for _, digest in _inputs(record["arguments"])}
+def compare_calls(makers: Mapping[str, Record], before: Record, after: Record) -> Explanation:
+    """What differs between two calls of one stage, and what of that was not itself computed.
+
+    Args:
+        makers: `producers` of the calls in which causes are looked for.
+    """
+    return Explanation(after, before, tuple(_changes(before, after)), tuple(_causes(makers, before, after)))
+
+
+def producers(records: Iterable[Record]) -> dict[str, Record]:
+    """The call to name as the origin of each artifact: the earliest one that was not given the artifact itself.
+
+    Args:
+        records: calls, oldest first, as `store.actions()` has them.
+    """
+    found: dict[str, Record] = {}
+    for record in records:
+        given = {digest for _, digest in inputs(record["arguments"])}
         if record["result"] not in given:
-            producers.setdefault(record["result"], record)
-    return producers
+            found.setdefault(record["result"], record)
+    return found
 
 
 def _ancestor(store: Store, digest: str, record: Record | None) -> Ancestor:
@@ -169,11 +193,12 @@ def _ancestor(store: Store, digest: str, record: Record | None) -> Ancestor:
             kind = "missing artifact"
         return Ancestor(digest, kind, None, None, 0.0, ())
     return Ancestor(
-        digest, record["type"], record["stage"], record["key"], record["seconds"], tuple(_inputs(record["arguments"]))
+        digest, record["type"], record["stage"], record["key"], record["seconds"], tuple(inputs(record["arguments"]))
     )
 
 
-def _inputs(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def inputs(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Parameter and digest of every artifact among the recorded arguments of a call."""
     for part, value in _parts(arguments):
         if isinstance(value, _Digest):
             yield part, value.digest
@@ -208,18 +233,18 @@ def _changes(before: Record, after: Record) -> list[Change]:
     old = {"version": before["version"], **dict(_parts(before["arguments"]))}
     new = {"version": after["version"], **dict(_parts(after["arguments"]))}
     return [
-        Change(after["stage"], part, _text(old.get(part, _ABSENT)), _text(new.get(part, _ABSENT)))
+        Change(after["stage"], part, _text(old.get(part, ABSENT)), _text(new.get(part, ABSENT)))
         for part in dict.fromkeys([*new, *old])
-        if old.get(part, _ABSENT) != new.get(part, _ABSENT)
+        if old.get(part, ABSENT) != new.get(part, ABSENT)
     ]
 
 
 def _text(value: Any) -> str:
-    text = str(value) if isinstance(value, _Digest) or value is _ABSENT else repr(value)
+    text = str(value) if isinstance(value, _Digest) or value is ABSENT else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _causes(producers: Mapping[str, Record], before: Record, after: Record) -> Iterator[Change]:
+def _causes(made_by: Mapping[str, Record], before: Record, after: Record) -> Iterator[Change]:
     """Follow differing inputs to the calls that made them, down to what was not computed."""
     found: set[Change] = set()
     compared: set[tuple[str, str]] = set()
@@ -227,7 +252,7 @@ def _causes(producers: Mapping[str, Record], before: Record, after: Record) -> I
     for old, new in waiting:  # grows while it is walked
         old_parts, new_parts = dict(_parts(old["arguments"])), dict(_parts(new["arguments"]))
         for change in _changes(old, new):
-            makers = _makers(producers, old_parts.get(change.part), new_parts.get(change.part))
+            makers = _makers(made_by, old_parts.get(change.part), new_parts.get(change.part))
             if makers is None and change not in found:
                 found.add(change)
                 yield change
@@ -236,11 +261,11 @@ def _causes(producers: Mapping[str, Record], before: Record, after: Record) -> I
                 waiting.append(makers)
 
 
-def _makers(producers: Mapping[str, Record], old: Any, new: Any) -> tuple[Record, Record] | None:
+def _makers(made_by: Mapping[str, Record], old: Any, new: Any) -> tuple[Record, Record] | None:
     """The two calls of one stage that made two artifacts; None where there is nothing to compare."""
     if not (isinstance(old, _Digest) and isinstance(new, _Digest)):
         return None
-    makers = producers.get(old.digest), producers.get(new.digest)
+    makers = made_by.get(old.digest), made_by.get(new.digest)
     if makers[0] is None or makers[1] is None or makers[0]["stage"] != makers[1]["stage"]:
         return None
     return makers[0], makers[1]

@@ -6,14 +6,17 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.table import Table
 
 from flows.artifact_view import show_artifact
 from flows.commands.options import Root, console
+from flows.history import find_run, history_of
 from flows.places import Places
 from flows.records import RunRecord, read_records
 from flows.wording import duration, moment, percent
 from pipeline import lineage as ancestry
+from pipeline.config import ConfigError
 from pipeline.store import MissingArtifactError, Store, use_store
 
 __all__ = ["explain", "lineage", "runs", "show"]
@@ -43,30 +46,53 @@ def runs(*, root: Root = None) -> None:
 
 
 def show(
-    digest: str,
+    what: str,
     *,
-    limit: Annotated[int | None, Parameter(name=["--limit", "-n"], help="how many: 3 groups or 10 rows")] = None,
+    step: Annotated[int | None, Parameter(help="of a run: its groups at this step")] = None,
+    limit: Annotated[
+        int | None,
+        Parameter(name=["--limit", "-n"], validator=Number(gte=1), help="how many: 3 groups, 10 rows or 50 steps"),
+    ] = None,
     question: str | None = None,
     full: bool = False,
     root: Root = None,
 ) -> None:
     """Show an artifact: what made it and its metrics; then groups of outputs with rewards and advantages, a checkpoint's
-    description, or the first rows of a table.
+    description, or the first rows of a table. Or a run: settings that differ from its recipe, its evaluations, and the
+    artifacts of its steps; with --step one step: artifacts, metrics, groups.
 
     Parameters
     ----------
-    digest
-        Digest of the artifact, or its beginning; a run of `cohort runs` means its final policy.
+    what
+        Digest of an artifact, or its beginning; or a run of `cohort runs`.
     question
         Only the group of this question.
     full
-        Show the configuration of the stage that made it.
+        Show the configuration of the stage that made an artifact.
     root
         Folder of the store.
     """
     places = Places.under(root)
+    record = find_run(places, what)
     with use_store(Store(places.store)) as store:
-        show_artifact(store, _digest(places, store, digest), console(), limit=limit, question=question, full=full)
+        if record is not None:
+            _show_run(places, store, record, step=step, limit=limit, question=question)
+            return
+        if step is not None:
+            raise ConfigError(f"--step: only runs have steps, and no run is named {what}; `cohort runs` lists them")
+        show_artifact(store, store.resolve(what), console(), limit=limit, question=question, full=full)
+
+
+def _show_run(
+    places: Places, store: Store, record: RunRecord, *, step: int | None, limit: int | None, question: str | None
+) -> None:
+    from flows.run_view import show_run, show_step
+
+    history = history_of(places, store, record)
+    if step is None:
+        show_run(store, history, console(), limit=limit)
+    else:
+        show_step(store, history, step, console(), limit=limit, question=question)
 
 
 def explain(what: str | None = None, *, root: Root = None) -> None:
@@ -146,10 +172,8 @@ def _accuracy(metrics: Mapping[str, float]) -> str:
 
 def _digest(places: Places, store: Store, what: str) -> str:
     """A digest from its beginning, or the final policy of a run."""
-    for record in reversed(list(read_records(places))):
-        if what in (record.folder.name, record.name) and record.policy:
-            return record.policy
-    return store.resolve(what)
+    record = find_run(places, what)
+    return record.policy if record and record.policy else store.resolve(what)
 
 
 def _calls_of(places: Places, store: Store, calls: list[dict[str, Any]], what: str | None) -> list[dict[str, Any]]:

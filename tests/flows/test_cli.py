@@ -120,8 +120,9 @@ def test_show_prints_groups_with_rewards_and_advantages(root: Path, capsys: pyte
     assert "estimate_advantages (version" in out
 
 
-def test_show_describes_the_final_policy_of_a_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(["show", "arithmetic_smoke", "--full", "--root", str(root)]) == 0
+def test_show_describes_a_checkpoint(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = next(read_records(Places(root))).policy
+    assert run_command(["show", policy, "--full", "--root", str(root)]) == 0
     out = capsys.readouterr().out
     assert "objective.beta: 0.04" in out
     assert "trainer: updates" in out

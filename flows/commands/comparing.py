@@ -1,0 +1,127 @@
+"""`cohort diff` and `replay`: what differs between two runs or artifacts, and between a stage call and its repetition."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from flows.artifact_diff import print_artifact_difference
+from flows.commands.options import Root, Settings, console
+from flows.history import find_run, history_of
+from flows.places import Places
+from flows.wording import duration
+from pipeline.config import ConfigError
+from pipeline.progress import listen
+from pipeline.store import Store, use_store
+
+__all__ = ["diff", "replay"]
+
+Limit = Annotated[int, Parameter(name=["--limit", "-n"], validator=Number(gte=1))]
+
+
+def diff(before: str, after: str, *, limit: Limit = 5, root: Root = None) -> None:
+    """Show what differs between two runs, or between two artifacts of one type.
+
+    Runs: configuration, inputs, accuracies, the first step at which they part, and by stage how many calls they share and why
+    the others were computed apart. Artifacts: what made them and why it differs, metrics, rows joined by key, columns that
+    differ; of checkpoints configuration and weights.
+
+    Parameters
+    ----------
+    before
+        A run of `cohort runs`, or the digest of an artifact or its beginning.
+    after
+        Another.
+    limit
+        Rows or tensors of artifacts, or changed settings per stage of runs.
+    root
+        Folder of the runs and the store.
+    """
+    places, out = Places.under(root), console()
+    runs = [find_run(places, what) for what in (before, after)]
+    with use_store(Store(places.store)) as store:
+        if runs[0] and runs[1]:
+            from flows.run_diff import print_run_difference
+
+            histories = [history_of(places, store, run) for run in runs if run]
+            print_run_difference(store, histories[0], histories[1], out, limit=limit)
+            return
+        # A run beside an artifact means its final policy, as for `cohort lineage`.
+        digests = [
+            run.policy if run and run.policy else store.resolve(what)
+            for run, what in zip(runs, (before, after), strict=True)
+        ]
+        print_artifact_difference(store, digests[0], digests[1], out, limit=limit)
+
+
+def replay(
+    stage: str,
+    *,
+    run: str,
+    step: int | None = None,
+    iteration: int | None = None,
+    evaluation: str | None = None,
+    set_: Settings = None,
+    limit: Limit = 5,
+    root: Root = None,
+) -> None:
+    """Compute one stage of a run again from its cached artifacts, with other settings, and show what changes.
+
+    The run stays as it is; the result is one more artifact in the store, and the same replay again is reused.
+
+    Parameters
+    ----------
+    stage
+        A stage: `score`, `estimate_advantages`, `update_policy`, `evaluate`, ...
+    run
+        A run of `cohort runs`.
+    step
+        Which step of the run; 0 is what came before the first.
+    iteration
+        Iteration, counted from 1: then --step counts within it, and without --step its last step is meant.
+    evaluation
+        A call of an evaluation after the step, as `in_domain/sampled`, and not the step's own.
+    set_
+        `key=value`: a field of the stage's configuration (`scale=none`), or a parameter (`seed=3`, `policy=DIGEST`).
+    limit
+        Rows or tensors to show.
+    root
+        Folder of the runs and the store.
+    """
+    from flows.replay import choose_call, prepare_replay
+
+    places, out = Places.under(root), console()
+    record = find_run(places, run)
+    if record is None:
+        raise ConfigError(f"--run: no run is named {run}; `cohort runs --root {places.root}` lists them")
+    outcomes: list[dict[str, object]] = []
+    with (
+        use_store(Store(places.store)) as store,
+        listen(lambda topic, values: outcomes.append({"topic": topic, **values})),
+    ):
+        history = history_of(places, store, record)
+        call = choose_call(history, stage, _step(history.config.steps, step, iteration), evaluation)
+        prepared = prepare_replay(store, history, call, set_ or [])
+        result = prepared.run()
+        last = next(part for part in reversed(outcomes) if part["topic"] == "stage" and part["outcome"] != "started")
+        took = duration(float(str(last["seconds"])))
+        how = f"computed in {took}" if last["outcome"] == "executed" else f"found in the store; it took {took}"
+        where = f"step {call.step}" + (f", {evaluation}" if evaluation else "")
+        out.print(f"[bold]{stage}[/] of {record.folder.name}, {where}: {how}", soft_wrap=True)
+        calls = (prepared.recorded, store.action(result.action or ""))
+        print_artifact_difference(store, call.digest, result.digest, out, limit=limit, calls=calls)
+
+
+def _step(per_iteration: int, step: int | None, iteration: int | None) -> int:
+    """The step of the whole run that --step and --iteration mean."""
+    if iteration is None:
+        if step is None:
+            raise ConfigError("expected --step K, or --iteration I, or both; `cohort show RUN` lists the steps")
+        return step
+    if iteration < 1:
+        raise ConfigError(f"--iteration {iteration}: iterations count from 1")
+    if step is not None and not 1 <= step <= per_iteration:
+        raise ConfigError(f"--step {step}: an iteration of this run has the steps 1 to {per_iteration}")
+    return (iteration - 1) * per_iteration + (per_iteration if step is None else step)

@@ -1,0 +1,38 @@
+"""The evaluations of a run: what was measured on which held-out set after which step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = ["Curve", "best", "evaluations", "measures"]
+
+Curve = dict[int, dict[str, float]]
+"""Step -> metric -> value, on one held-out set."""
+
+
+def evaluations(points: Mapping[int, Mapping[str, float]]) -> dict[str, Curve]:
+    """Held-out set -> its curve, from metrics named `eval/<set>/<metric>`."""
+    curves: dict[str, Curve] = {}
+    for step in sorted(points):
+        for key, value in points[step].items():
+            if key.startswith("eval/"):
+                _, name, metric = key.split("/", 2)
+                curves.setdefault(name, {}).setdefault(step, {})[metric] = value
+    return curves
+
+
+def best(curve: Curve) -> tuple[int, float] | None:
+    """The first step that reached the highest accuracy (of samples where there are any, else greedy), and that accuracy."""
+    found = {step: metrics.get("accuracy", metrics.get("greedy_accuracy")) for step, metrics in curve.items()}
+    known = {step: accuracy for step, accuracy in found.items() if accuracy is not None}
+    step = max(known, key=lambda step: (known[step], -step), default=None)
+    return None if step is None else (step, known[step])
+
+
+def measures(metrics: Mapping[str, float]) -> dict[str, str]:
+    """Label -> metric of what an evaluation has: greedy, samples, then Pass@K and Maj@K by K."""
+    named = {"greedy": "greedy_accuracy", "sampled": "accuracy"}
+    for label, prefix in (("Pass", "pass_at_"), ("Maj", "maj_at_")):
+        ks = sorted(int(name.removeprefix(prefix)) for name in metrics if name.startswith(prefix))
+        named |= {f"{label}@{k}": f"{prefix}{k}" for k in ks if k > 1}
+    return {label: name for label, name in named.items() if name in metrics}

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from flows.choice import choose
 from pipeline.store import Store
 from stages.tables import Rollouts
 from tests.stages.update.test_examples import rollout_row
@@ -119,7 +120,7 @@ def test_every_setting_that_a_page_names_is_one(page: Path) -> None:
 def test_every_command_that_a_page_shows_exists(page: Path) -> None:
     from flows.cli import app
 
-    shown = re.findall(r"(?:^|`)cohort ([a-z]+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    shown = re.findall(r"(?:^|`)cohort ([a-z][a-z-]*)", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert not [command for command in shown if command not in set(app)]
 
 
@@ -131,6 +132,22 @@ def test_the_tutorials_own_reward_runs(store: Store) -> None:
     rewards = made["brevity"](outputs, made["BrevityConfig"](limit=2))
     assert [row["reward"] for row in rewards.rows()] == [1.0, 0.0]
     assert rewards.metrics["reward/mean"] == 0.5
+
+
+def test_the_tutorials_own_reward_function_is_found_by_its_command_and_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(def brief.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (setting,) = re.findall(r'^cohort run (\w+) --set "(reward\.components=.*)"$', page, re.MULTILINE)
+    (tmp_path / "my_rewards.py").write_text(block)
+    monkeypatch.chdir(tmp_path)
+    _, function = choose(setting[0], settings=[setting[1]]).config.reward.components
+    assert (function.name, function.weight) == ("function", 0.2)
+    made: dict[str, Any] = {}
+    exec(block, made)  # our own page
+    arguments = {name: ["", ""] for name in ("prompts", "completions", "question_id", "question", "answer", "solution")}
+    assert made["brief"](completion_ids=[[1] * 48, [1] * 49], **arguments) == [1.0, 0.0]
 
 
 def rows_of(page: str) -> list[list[str]]:

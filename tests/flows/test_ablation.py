@@ -258,7 +258,7 @@ def test_what_arms_share_is_computed_once(first: Path) -> None:
     apart = [seconds[key] for ledger in ledgers(first) for key in ledger.calls]
     assert result.sharing.asked == len(apart)
     assert result.sharing.seconds_apart == pytest.approx(sum(apart))
-    assert result.sharing.ratio < 0.6
+    assert result.sharing.ratio == result.sharing.seconds_together / result.sharing.seconds_apart < 1
 
 
 def test_the_results_lead_to_differences_curves_and_artifacts(first: Path) -> None:

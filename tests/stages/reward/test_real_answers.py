@@ -134,7 +134,7 @@ def test_a_batch_of_bombs_has_a_row_for_each_and_right_answers_between_them_stay
 ) -> None:
     bombs = [bomb for bomb in rows_of(data_dir / "verifier_bombs.jsonl") if bomb["id"] in WORST]
     pairs = [pair for bomb in bombs for pair in (PROBE[0], (bomb["gold"], bomb["prediction"]), PROBE[1])]
-    found = [grade.status for grade in grades(pairs, pool, "math_verify_search", 0.5)]
+    found = [grade.status for grade in grades(pairs, pool, "math_verify_search", 1.0)]
     assert found[::3] == ["ok"] * len(bombs)
     assert found[2::3] == ["wrong"] * len(bombs)
     assert "ok" not in found[1::3]

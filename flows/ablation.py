@@ -25,9 +25,11 @@ from flows.experiment_results import (
     sharing_of,
     write_experiment,
 )
+from flows.figures import draw_figures
 from flows.ledger import read_ledger
 from flows.places import Places
 from flows.records import read_record, run_folder
+from flows.report import write_report
 from flows.session import InterruptedRunError
 from pipeline.config import flatten
 from pipeline.lineage import explain
@@ -38,6 +40,7 @@ __all__ = [
     "collect",
     "conclude",
     "earlier_settings",
+    "figures_folder",
     "is_finished",
     "outcomes_of",
     "reasons",
@@ -123,10 +126,10 @@ def is_finished(places: Places, arm: Arm) -> bool:
 
 
 def conclude(planned: PlannedExperiment, places: Places, command: str, tracker: Tracker) -> ExperimentResult:
-    """Leave results and tables in the experiment's folder and in MLflow.
+    """Leave results, tables and figures in the experiment's folder and in MLflow, and the report in the folder.
 
     Raises:
-        StoreError: the folder cannot be written.
+        StoreError: the folder cannot be written; what was written before is kept.
     """
     result = collect(planned, places, command)
     write_experiment(places, result)
@@ -136,8 +139,28 @@ def conclude(planned: PlannedExperiment, places: Places, command: str, tracker: 
         experiment = planned.experiment
         text = comparison_markdown(outcomes, command, name=experiment.name, asks=experiment.asks)
         tables_file(places, planned).write_text(text, encoding="utf-8")
-        tracker.set_note(text)
+        notes = [text]
+        try:
+            notes += _draw(result, planned, places, tracker)
+        finally:
+            tracker.set_note("\n\n".join(notes))
+    else:
+        write_report(result, places, [])
     return result
+
+
+def _draw(result: ExperimentResult, planned: PlannedExperiment, places: Places, tracker: Tracker) -> list[str]:
+    """Leave the figures, and the report that has them; returns their captions."""
+    figures = draw_figures(result, places, figures_folder(places, planned))
+    write_report(result, places, figures)
+    for file in (file for figure in figures for file in (figure.png, figure.svg)):
+        tracker.log_figure(file)
+    return [f"**{figure.title}** (figures/{figure.png.name}). {figure.caption}" for figure in figures]
+
+
+def figures_folder(places: Places, planned: PlannedExperiment) -> Path:
+    """The figures, as PNG and SVG."""
+    return experiment_folder(places, planned.experiment.name) / "figures"
 
 
 def tables_file(places: Places, planned: PlannedExperiment) -> Path:

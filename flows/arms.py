@@ -11,6 +11,7 @@ from typing import Any, Final
 from flows.choice import Choice, choose
 from flows.comparison import Arm, Changes
 from flows.config import IterativeRLConfig
+from flows.learning_curve import COLOURS
 from flows.methods import check_method
 from pipeline.config import Config, ConfigError, flatten
 from pipeline.experiment import Experiment, selected, trials
@@ -18,11 +19,6 @@ from pipeline.store import canonical_json, sha256_of
 
 __all__ = ["PlannedExperiment", "method_experiment", "plan"]
 
-_COLOURS: Final = (
-    *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"),
-    *("#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"),
-)
-"""Of arms in MLflow, in their order: the same in every chart."""
 _NOT_SETTINGS: Final = ("name", "experiment", "seed")
 """Fields that tell runs apart and are no part of what an arm is."""
 
@@ -64,7 +60,7 @@ class PlannedExperiment:
             "arm": arm.name,
             "seed": str(arm.seed),
             "cohort.parent_key": self.experiment.name,
-            "mlflow.runColor": _COLOURS[self.names.index(arm.name) % len(_COLOURS)],
+            "mlflow.runColor": COLOURS[self.names.index(arm.name) % len(COLOURS)],
         }
 
 

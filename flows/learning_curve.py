@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw_learning_curve"]
+__all__ = ["COLOURS", "draw_learning_curve"]
 
-_COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's palette: told apart by colour-blind readers."""
 
 Curve = Mapping[int, Mapping[str, float]]
@@ -41,7 +41,7 @@ def draw_learning_curve(curve: Curve, file: Path, *, title: str) -> None:
 
 def _draw_accuracy(axes: Axes, curve: Curve) -> None:
     names = dict.fromkeys(key.split("/")[1] for metrics in curve.values() for key in metrics if key.startswith("eval/"))
-    for name, colour in zip(names, _COLOURS * len(names), strict=False):
+    for name, colour in zip(names, COLOURS * len(names), strict=False):
         sampled = _series(curve, f"eval/{name}/accuracy")
         label = name.replace("_", " ")
         if sampled:

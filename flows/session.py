@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from flows.choice import Choice
+from flows.completions import completion_rows
 from flows.config import IterativeRLConfig
 from flows.display import displaying
 from flows.learning_curve import draw_learning_curve
@@ -29,7 +30,7 @@ from flows.run_state import RunState
 from flows.summary import Summary, summarise, summary_markdown
 from pipeline.orchestration import Engine, use_engine
 from pipeline.progress import listen, report
-from pipeline.store import Store, use_store
+from pipeline.store import PrunedArtifactError, Store, StoreError, use_store
 from pipeline.tracking import Tracker, track
 from stages.models import Checkpoint
 
@@ -96,6 +97,7 @@ def run_flow(
             summary = summarise(config, observer.points, state, policy, _paths(record, places))
             record.accuracy = {"before": summary.before, "best": summary.best, "final": summary.after}
             _conclude(summary, ledger, record, tracker, choice, command)
+            _log_completions(ledger, places, tracker)
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt) or type(error).__name__ == "TerminationSignal"
         record.end("interrupted" if interrupted else "failed", state, f"{type(error).__name__}: {error}"[:2000])
@@ -173,6 +175,19 @@ def _conclude(
     tracker.log_summary({key: value for key, value in finals.items() if key.endswith("accuracy")} | bests)
     tracker.set_tags({"cohort.policy": summary.policy})
     tracker.set_note(summary_markdown(summary, command, choice.differences()))
+
+
+def _log_completions(ledger: Ledger, places: Places, tracker: Tracker) -> None:
+    """Under one name in every run, so that MLflow's comparison shows the same questions side by side."""
+    try:
+        rows = completion_rows(Store(places.store), ledger)
+    except PrunedArtifactError:
+        return  # MLflow keeps the table that it was given when the outputs were there
+    except StoreError as error:
+        warnings.warn(f"MLflow gets no table of completions: {error}", stacklevel=2)
+        return
+    if rows:
+        tracker.log_table("completions", rows)
 
 
 def _draw(summary: Summary, record: RunRecord, tracker: Tracker) -> None:

@@ -33,6 +33,7 @@ from flows.experiments import EXPERIMENTS, named_experiment
 from flows.methods import PAPER
 from flows.places import Places
 from flows.records import read_record, run_folder
+from flows.report import report_file
 from flows.running import ChildConfig, run_in_turn, run_side_by_side
 from flows.session import run_flow
 from flows.wording import duration, number
@@ -263,6 +264,7 @@ def _conduct(planned: PlannedExperiment, places: Places, engine: Engine, paralle
         f"results  [cyan]{experiment_folder(places, planned.experiment.name) / 'experiment.json'}[/]", soft_wrap=True
     )
     out.print(f"tables   [cyan]{tables_file(places, planned)}[/]", soft_wrap=True)
+    out.print(f"report   [cyan]{report_file(places, planned.experiment.name)}[/]", soft_wrap=True)
     if errors:
         failed = "\n".join(f"  {name}: {error}" for name, error in errors.items())
         raise RuntimeError(

@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows.ablation import (
+from flows.choice import Choice
+from flows.commands.options import ConfigFiles, Root, Settings, console, debugging
+from flows.experiments.ablation import (
     conclude,
     earlier_settings,
     is_finished,
@@ -24,17 +26,15 @@ from flows.ablation import (
     tables_file,
     track_experiment,
 )
-from flows.arms import PlannedExperiment, method_experiment, plan
-from flows.choice import Choice
-from flows.commands.options import ConfigFiles, Root, Settings, console, debugging
-from flows.comparison import print_comparison
-from flows.experiment_results import Sharing, experiment_folder
-from flows.experiments import EXPERIMENTS, named_experiment
+from flows.experiments.arms import PlannedExperiment, method_experiment, plan
+from flows.experiments.comparison import print_comparison
+from flows.experiments.report import report_file
+from flows.experiments.results import Sharing, experiment_folder
+from flows.experiments.running import ChildConfig, run_in_turn, run_side_by_side
+from flows.experiments.studies import EXPERIMENTS, named_experiment
 from flows.methods import PAPER
 from flows.places import Places
 from flows.records import read_record, run_folder
-from flows.report import report_file
-from flows.running import ChildConfig, run_in_turn, run_side_by_side
 from flows.session import run_flow
 from flows.wording import duration, number
 from pipeline.config import ConfigError, parse_settings
@@ -170,7 +170,7 @@ def child(file: Path) -> None:
     Parameters
     ----------
     file
-        YAML of `flows/running.py: ChildConfig`.
+        YAML of `flows/experiments/running.py: ChildConfig`.
     """
     told = ChildConfig.from_yaml(file.read_text(encoding="utf-8"), source=str(file))
     run_flow(

@@ -9,9 +9,9 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.table import Table
 
-from flows.artifact_view import show_artifact
 from flows.commands.options import Root, console
-from flows.history import find_run, history_of
+from flows.looking.artifact_view import show_artifact
+from flows.looking.history import find_run, history_of
 from flows.places import Places
 from flows.records import RunRecord, read_records
 from flows.wording import duration, moment, percent
@@ -86,7 +86,7 @@ def show(
 def _show_run(
     places: Places, store: Store, record: RunRecord, *, step: int | None, limit: int | None, question: str | None
 ) -> None:
-    from flows.run_view import show_run, show_step
+    from flows.looking.run_view import show_run, show_step
 
     history = history_of(places, store, record)
     if step is None:

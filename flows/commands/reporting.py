@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from flows.commands.options import Root, console
-from flows.experiment_results import experiment_folder, read_experiment
+from flows.experiments.results import experiment_folder, read_experiment
 from flows.places import Places
 from pipeline.config import ConfigError
 
@@ -28,8 +28,8 @@ def report(experiment: str, *, root: Root = None) -> None:
     result = read_experiment(experiment_folder(places, experiment))
     if result is None:
         raise ConfigError(f"{experiment}: {_advice(places, experiment)}")
-    from flows.figures import draw_figures
-    from flows.report import write_report
+    from flows.experiments.figures import draw_figures
+    from flows.experiments.report import write_report
 
     figures = draw_figures(result, places, experiment_folder(places, experiment) / "figures")
     console().print(f"report  [cyan]{write_report(result, places, figures)}[/]", soft_wrap=True)

@@ -120,7 +120,7 @@ def check(
     else:
         out.print(f"{recipe} is valid")
     if faithful:
-        from flows.faithful_view import print_faithfulness
+        from flows.looking.faithful_view import print_faithfulness
 
         print_faithfulness(choice.config, out)
 

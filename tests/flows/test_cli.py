@@ -16,7 +16,7 @@ import pytest
 
 from flows.choice import choose
 from flows.cli import run_command
-from flows.groups import groups_of
+from flows.looking.groups import groups_of
 from flows.places import Places
 from flows.recipes import RECIPES, arithmetic_smoke
 from flows.records import Attempt, RunRecord, read_records, run_folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flows.groups import groups_of
+from flows.looking.groups import groups_of
 from flows.methods import METHODS
 from pipeline.residency import evict
 from pipeline.store import Store, use_store

@@ -1,0 +1,144 @@
+"""Experiments as runs: every arm with every seed as a configuration, checked before any runs, and what tells arms apart."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from flows.choice import Choice, choose
+from flows.config import IterativeRLConfig
+from flows.experiments.comparison import Arm, Changes
+from flows.learning_curve import COLOURS
+from flows.methods import check_method
+from pipeline.config import Config, ConfigError, flatten
+from pipeline.experiment import Experiment, selected, trials
+from pipeline.store import canonical_json, sha256_of
+
+__all__ = ["PlannedExperiment", "method_experiment", "plan"]
+
+_NOT_SETTINGS: Final = ("name", "experiment", "seed")
+"""Fields that tell runs apart and are no part of what an arm is."""
+
+
+@dataclass(frozen=True)
+class PlannedExperiment:
+    """An experiment whose arms were found to be valid."""
+
+    experiment: Experiment
+    arms: tuple[Arm, ...]
+    """Every arm with every seed, seed by seed. What a choice is held against is the recipe."""
+    chosen: tuple[Arm, ...]
+    """Those of them that are to run."""
+
+    @property
+    def names(self) -> list[str]:
+        """The arms, equal ones once."""
+        return list(dict.fromkeys(arm.name for arm in self.arms))
+
+    def against_baseline(self, arm: Arm) -> Choice:
+        """The arm's configuration, held against that of the baseline with the same seed."""
+        baseline = self.experiment.baseline
+        (other,) = (one for one in self.arms if one.seed == arm.seed and baseline in (one.name, *one.also))
+        return Choice(arm.choice.config, other.choice.config)
+
+    def differences(self, arm: Arm) -> Changes:
+        """What the arm sets otherwise than the baseline; of a section of another kind what is not that kind's default."""
+        choice = self.against_baseline(arm)
+        known = flatten(choice.base.model_dump(mode="json"))
+        return {
+            key: change
+            for key, change in choice.differences().items()
+            if key not in _NOT_SETTINGS and (key in known or not _is_default(choice.config, key))
+        }
+
+    def tags(self, arm: Arm) -> dict[str, str]:
+        """What MLflow is told of a run beside its configuration: arm, seed, colour, and the run it belongs to."""
+        return {
+            "arm": arm.name,
+            "seed": str(arm.seed),
+            "cohort.parent_key": self.experiment.name,
+            "mlflow.runColor": COLOURS[self.names.index(arm.name) % len(COLOURS)],
+        }
+
+
+def plan(
+    experiment: Experiment,
+    *,
+    files: Sequence[Path] = (),
+    settings: Sequence[str] = (),
+    only: Sequence[str] = (),
+    own_names: bool = True,
+) -> PlannedExperiment:
+    """Every arm with every seed as a run; all are checked before any runs.
+
+    Args:
+        files, settings: overrides for every arm, after its own.
+        only: names of the arms to run; none means all.
+        own_names: runs are named after the experiment, and MLflow's experiment is called so; else as the base says.
+
+    Raises:
+        ConfigError: whatever is wrong in any arm.
+    """
+    bases: list[IterativeRLConfig] = []
+    names = {"name": experiment.name, "experiment": experiment.name} if own_names else {}
+
+    def configure(overrides: Mapping[str, Any]) -> IterativeRLConfig:
+        arm = dict(overrides)
+        method = arm.pop("method", None)
+        choice = choose(experiment.base, files, settings, method=method, overrides=names | arm)
+        bases.append(choice.base)
+        # The method is the arm's, whose name is added to that of the run below.
+        return choice.config.override({"name": choice.config.name.removesuffix(f"-{method}")})
+
+    planned = trials(experiment, configure)
+    wanted = selected(planned, only) if only else planned
+    arms = {
+        (trial.arm, trial.seed): Arm(
+            trial.arm,
+            trial.seed,
+            Choice(trial.config.override({"name": f"{trial.config.name}-{trial.arm}-s{trial.seed}"}), bases[0]),
+            trial.also,
+        )
+        for trial in planned
+    }
+    return PlannedExperiment(experiment, tuple(arms.values()), tuple(arms[one.arm, one.seed] for one in wanted))
+
+
+def method_experiment(
+    recipe: str, methods: Sequence[str], seeds: int, *, files: Sequence[Path] = (), settings: Sequence[str] = ()
+) -> PlannedExperiment:
+    """The experiment whose arms are methods, from one supervised policy, with seeds counted up from the recipe's.
+
+    Each arm is what `cohort run RECIPE --method METHOD` with the same files and settings would train.
+
+    Raises:
+        ConfigError: an unknown method, or one that the recipe or a setting does not fit.
+    """
+    for method in methods:
+        check_method(method)
+    arms = {method: {"method": method} for method in methods}
+    first, name = 0, "methods"
+    with contextlib.suppress(ConfigError):  # raised again below, with those of the other arms
+        choice = choose(recipe, files, settings, method=methods[0])
+        first, name = choice.config.seed, f"{choice.base.name[:40]}-methods"
+    experiment = Experiment(
+        name=name, asks="", base=recipe, arms=arms, baseline=methods[0], seeds=tuple(range(first, first + seeds))
+    )
+    planned = plan(experiment, files=files, settings=settings, own_names=False)
+    # Another set of arms has results of its own.
+    digest = sha256_of(canonical_json([arm.choice.config.model_dump(mode="json") for arm in planned.arms]))
+    return replace(planned, experiment=experiment.override({"name": f"{name}-{digest[:8]}"}))
+
+
+def _is_default(config: Config, key: str) -> bool:
+    """Whether a dotted key has the value that its own part of the config begins with; never of a kind."""
+    *parents, name = key.split(".")
+    part: Any = config
+    for parent in parents:
+        part = part.get(parent) if isinstance(part, Mapping) else getattr(part, parent, None)
+    if name == "kind" or not isinstance(part, Config):
+        return False
+    return bool(getattr(part, name) == type(part).model_fields[name].get_default(call_default_factory=True))

@@ -1,0 +1,12 @@
+"""The figures of an experiment, in the paper's layout: its results decide which, checks on the numbers what they say.
+
+for figure in draw_figures(read_experiment(folder), places, folder / "figures"):
+    print(figure.title, figure.caption)
+"""
+
+from __future__ import annotations
+
+from flows.experiments.figures.drawing import draw_figures
+from flows.experiments.figures.figure import Figure
+
+__all__ = ["Figure", "draw_figures"]

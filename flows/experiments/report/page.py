@@ -1,0 +1,159 @@
+"""The report as a page: sections from results, put into the template, written in one piece.
+
+What models wrote stands in the page as text: every value is escaped, and the page forbids scripts and other files itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from flows.experiments.report.accuracies import accuracy_tables, findings, reward_model_table
+from flows.experiments.report.answers import chosen_seed, side_by_side
+from flows.experiments.report.cells import Grid, setting_pair
+from flows.experiments.report.descent import descent
+from flows.experiments.report.paper import deviation_tables
+from flows.experiments.results import ExperimentResult, RunResult, experiment_folder
+from flows.places import Places
+from flows.wording import duration, number
+from pipeline.store import StoreError
+
+if TYPE_CHECKING:
+    from flows.experiments.figures import Figure
+
+__all__ = ["report_file", "write_report"]
+
+_TEMPLATE: Final = "report.html.j2"
+_FILE: Final = "report.html"
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A figure in the page."""
+
+    title: str
+    caption: str
+    source: str
+    """`data:` address that holds it; empty where its files are gone."""
+
+
+def write_report(result: ExperimentResult, places: Places, figures: Sequence[Figure]) -> Path:
+    """Write runs/<experiment>/report.html; returns its path. Whatever is missing is said in its place.
+
+    Raises:
+        StoreError: the folder cannot be written; the report that was there stays.
+    """
+    file = report_file(places, result.experiment.name)
+    page = _render(result, places, figures)
+    draft = file.with_suffix(f".{os.getpid()}.draft")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(page, encoding="utf-8")
+        draft.replace(file)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise StoreError(
+            f"{file} cannot be written ({error.strerror or error}): free space or mend permissions, then "
+            f"`cohort report {result.experiment.name}`; results and runs are kept"
+        ) from None
+    return file
+
+
+def report_file(places: Places, name: str) -> Path:
+    """Where the report of an experiment lies."""
+    return experiment_folder(places, name) / _FILE
+
+
+def _render(result: ExperimentResult, places: Places, figures: Sequence[Figure]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(_TEMPLATE).render(**_sections(result, places, figures))
+
+
+def _sections(result: ExperimentResult, places: Places, figures: Sequence[Figure]) -> dict[str, Any]:
+    return {
+        "experiment": result.experiment,
+        "command": result.command,
+        "arms": [arm.name for arm in result.arms],
+        "findings": list(findings(result)),
+        "pictures": [_picture(figure) for figure in figures],
+        "accuracies": list(accuracy_tables(result)),
+        "differences": _differences(result),
+        "runs": _runs(result),
+        "unfinished": [_unfinished(run) for run in result.runs if run.status != "finished"],
+        "sharing": list(_sharing(result)),
+        "seed": chosen_seed(result),
+        "comparisons": side_by_side(result, places),
+        "descent": descent(result, places),
+        "deviations": list(deviation_tables(result, places)),
+        "reward_models": reward_model_table(result, places),
+    }
+
+
+def _picture(figure: Figure) -> _Picture:
+    """As an image, which runs nothing, whatever is in the file."""
+    for file, kind in ((figure.svg, "svg+xml"), (figure.png, "png")):
+        try:
+            content = base64.b64encode(file.read_bytes()).decode()
+        except OSError:
+            continue
+        return _Picture(figure.title, figure.caption, f"data:image/{kind};base64,{content}")
+    return _Picture(figure.title, figure.caption, "")
+
+
+def _differences(result: ExperimentResult) -> Grid:
+    """A row for each setting in which any arm differs from the baseline, a column for each arm."""
+    changed = {key: was for arm in result.arms for key, (was, _) in arm.differences.items()}
+    rows = []
+    for key, was in changed.items():
+        cells = [key]
+        for arm in result.arms:
+            shown = setting_pair(was, arm.differences[key][1])[1] if key in arm.differences else ""
+            cells.append(shown or _baseline_value(result, key))
+        rows.append(cells)
+    headings = ["setting", *(" = ".join([arm.name, *arm.also]) for arm in result.arms)]
+    return Grid(f"Settings that are not those of {result.experiment.baseline}", headings, rows, numbers=False)
+
+
+def _baseline_value(result: ExperimentResult, key: str) -> str:
+    """What the baseline has, as it stands beside the first arm that has something else."""
+    was, now = next(arm.differences[key] for arm in result.arms if key in arm.differences)
+    return setting_pair(was, now)[0] if was is not None else "-"
+
+
+def _runs(result: ExperimentResult) -> Grid:
+    rows = [
+        [run.name, str(run.seed), run.status, number(run.steps), run.policy[:12] or "-", run.folder]
+        for run in result.runs
+    ]
+    return Grid(
+        "Every arm with every seed", ["run", "seed", "status", "steps", "final policy", "folder"], rows, numbers=False
+    )
+
+
+def _unfinished(run: RunResult) -> str:
+    reason = f": {run.error}" if run.error else ""
+    return f"{run.name}: {run.status}{reason}"
+
+
+def _sharing(result: ExperimentResult) -> Iterator[tuple[str, str]]:
+    """What the runs that finished ask for apart, what was executed for all of them, and what that saves."""
+    sharing = result.sharing
+    yield "runs that finished", number(sharing.runs)
+    yield "stage calls asked for", number(sharing.asked)
+    yield "executed", number(sharing.distinct)
+    yield "reused", number(sharing.asked - sharing.distinct)
+    yield "time apart", duration(sharing.seconds_apart)
+    yield "time together", f"{duration(sharing.seconds_together)} ({sharing.ratio:.2f} of it)"
+    yield "saved", duration(sharing.seconds_apart - sharing.seconds_together)

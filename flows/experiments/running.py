@@ -1,0 +1,215 @@
+"""The runs of an experiment, in turn in this process or side by side in processes of their own.
+
+A run that fails is told and the others go on; an interruption stops all. Side by side is safe, since a stage that several runs
+ask for is computed by one of them while the others wait (`pipeline/locking.py`), and the lock of a process that is killed is
+free at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+
+from flows.config import IterativeRLConfig
+from flows.experiments.arms import PlannedExperiment
+from flows.experiments.comparison import Arm
+from flows.experiments.results import experiment_folder
+from flows.places import Places
+from flows.records import read_record, run_folder
+from flows.session import InterruptedRunError, run_flow, terminations_interrupt
+from pipeline.config import Config
+from pipeline.orchestration import Engine
+from pipeline.residency import evict
+
+__all__ = ["ChildConfig", "run_in_turn", "run_side_by_side"]
+
+_POLL: Final = 0.1
+_PROGRESS_SECONDS: Final = 30.0
+"""How often it is told where the runs stand."""
+_GRACE: Final = 30.0
+"""Seconds that a run has to note that it was interrupted, before it is killed."""
+_ROOT: Final = Path(__file__).parents[2]
+
+
+class ChildConfig(Config):
+    """What a process that runs one arm with one seed is told (`cohort child FILE`)."""
+
+    config: IterativeRLConfig
+    "The run."
+    baseline: IterativeRLConfig
+    "What it is held against in MLflow."
+    tags: dict[str, str]
+    "Its tags in MLflow."
+    difference: dict[str, Any]
+    "Its parameters `diff.*` in MLflow."
+    engine: Engine
+    "As for `cohort run`."
+    root: Path
+    "Folder of store, runs and databases."
+    command: str
+    "What continues the experiment."
+
+
+def run_in_turn(
+    planned: PlannedExperiment, places: Places, *, engine: Engine, console: Console, command: str, debug: bool = False
+) -> dict[str, str]:
+    """Run every chosen arm, one after the other; returns the errors by name of the run.
+
+    Raises:
+        InterruptedRunError: stopped from outside.
+    """
+    errors: dict[str, str] = {}
+    for place, arm in enumerate(planned.chosen, 1):
+        _announce(planned, arm, f"{place} of {len(planned.chosen)}", console)
+        evict()  # nothing of one arm stays in memory for the next
+        try:
+            run_flow(
+                planned.against_baseline(arm),
+                places,
+                engine=engine,
+                console=console,
+                command=command,
+                debug=debug,
+                tags=planned.tags(arm),
+                difference=_values(planned, arm),
+            )
+        except InterruptedRunError:
+            raise
+        except Exception as error:  # whatever a stage raised: the other arms go on
+            if debug:
+                raise
+            errors[arm.choice.config.name] = f"{type(error).__name__}: {error}"
+            console.print(f"[red]failed:[/] {arm.choice.config.name}: {error}", soft_wrap=True)
+    evict()
+    return errors
+
+
+def run_side_by_side(
+    planned: PlannedExperiment, places: Places, *, limit: int, engine: Engine, console: Console, command: str
+) -> dict[str, str]:
+    """Run every chosen arm in a process of its own, `limit` at a time; returns the errors by name of the run.
+
+    Raises:
+        InterruptedRunError: stopped from outside; the processes were told and have ended.
+    """
+    errors: dict[str, str] = {}
+    waiting = list(planned.chosen)
+    children: list[_Child] = []
+    told = time.monotonic()
+    with terminations_interrupt(), _ending(children, command):
+        while waiting or children:
+            while waiting and len(children) < limit:
+                children.append(_start(planned, waiting.pop(0), places, engine, command))
+                console.print(f"started  {children[-1].name}  [dim]{children[-1].log}[/]", soft_wrap=True)
+            time.sleep(_POLL)
+            for child in [child for child in children if child.process.poll() is not None]:
+                children.remove(child)
+                _signal(child, signal.SIGKILL)  # workers that a killed run leaves behind
+                error = child.error()
+                if error:
+                    errors[child.name] = error
+                console.print(
+                    f"[red]failed[/]   {child.name}  {error}" if error else f"finished {child.name}", soft_wrap=True
+                )
+            if children and time.monotonic() - told > _PROGRESS_SECONDS:
+                told = time.monotonic()
+                console.print(", ".join(child.progress() for child in children), style="dim", soft_wrap=True)
+    return errors
+
+
+@dataclass
+class _Child:
+    name: str
+    folder: Path
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def error(self) -> str:
+        """Why it ended without a result; empty where it did not."""
+        code = self.process.returncode
+        if code == 0:
+            return ""
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}; its log: {self.log}"
+        record = read_record(self.folder)
+        said = record.attempts[-1].error if record and record.attempts[-1].pid == self.process.pid else ""
+        return said or f"ended with exit code {code}; its log: {self.log}"
+
+    def progress(self) -> str:
+        record = read_record(self.folder)
+        return f"{self.name} {f'step {record.steps}/{record.total_steps}' if record else 'starting'}"
+
+
+def _start(planned: PlannedExperiment, arm: Arm, places: Places, engine: Engine, command: str) -> _Child:
+    choice = planned.against_baseline(arm)
+    told = ChildConfig(
+        config=choice.config,
+        baseline=choice.base,
+        tags=planned.tags(arm),
+        difference=_values(planned, arm),
+        engine=engine,
+        root=places.root,
+        command=command,
+    )
+    folder = experiment_folder(places, planned.experiment.name) / "children"
+    folder.mkdir(parents=True, exist_ok=True)
+    file, log = folder / f"{choice.config.name}.yaml", folder / f"{choice.config.name}.log"
+    file.write_text(told.to_yaml(), encoding="utf-8")
+    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with open(log, "wb") as output:
+        # A session of its own: Ctrl-C reaches this process only, which tells each child once.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", "child", str(file)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        )
+    return _Child(choice.config.name, run_folder(places, choice.config), log, process)
+
+
+@contextlib.contextmanager
+def _ending(children: Sequence[_Child], command: str) -> Iterator[None]:
+    """However the block ends, no child lives on: each is interrupted, and killed where that does not help."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptedRunError(command) from None
+    finally:
+        for child in children:
+            _signal(child, signal.SIGINT)
+        deadline = time.monotonic() + _GRACE
+        for child in children:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.process.wait(max(0.0, deadline - time.monotonic()))
+            _signal(child, signal.SIGKILL)
+            child.process.wait()
+
+
+def _signal(child: _Child, number: int) -> None:
+    """To the child and to the workers it has."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.process.pid, number)
+
+
+def _values(planned: PlannedExperiment, arm: Arm) -> dict[str, Any]:
+    return {key: now for key, (_, now) in planned.differences(arm).items()}
+
+
+def _announce(planned: PlannedExperiment, arm: Arm, place: str, console: Console) -> None:
+    config, sets = arm.choice.config, [f"{key}={now}" for key, now in _values(planned, arm).items()]
+    plan = f"{config.iterations} x {config.steps} steps, {config.questions_per_step} questions x {config.rollout.G} outputs"
+    console.print(f"\n[bold]arm {arm.label}, seed {arm.seed}[/] ({place})  {plan}", soft_wrap=True)
+    if sets:
+        console.print(f"  against {planned.experiment.baseline}: {', '.join(sets)}", soft_wrap=True)

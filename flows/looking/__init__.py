@@ -1,0 +1,1 @@
+"""Looking at what ran: runs, steps, artifacts, what differs, what another setting would have changed."""

@@ -1,0 +1,172 @@
+"""A run on the screen: settings that differ from its recipe, evaluations, artifacts by step; or one step with its groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from flows.config import IterativeRLConfig
+from flows.looking.artifact_view import show_groups, show_metrics
+from flows.looking.difference_view import column, pairs_table, shortened_pair, titled
+from flows.looking.groups import groups_of
+from flows.looking.history import History, PlacedCall, placed_calls
+from flows.looking.run_curve import Curve, evaluations, measures
+from flows.looking.run_diff import config_changes
+from flows.recipes import RECIPES
+from flows.wording import duration, moment, percent
+from pipeline.store import MissingArtifactError, Store
+
+__all__ = ["show_run", "show_step"]
+
+_STEPS: Final = 50
+"""Steps in the table unless told."""
+_BAR: Final = 20
+"""Characters of a bar for an accuracy of 1."""
+_TABLES: Final = ("outputs", "rewards", "advantages", "policy")
+"""What a step comes to."""
+_WIDE: Final = 80
+"""Characters from which on there is room for digests of twelve letters."""
+
+
+def show_run(store: Store, run: History, console: Console, *, limit: int | None) -> None:
+    """Print a run: how it went, what its settings change, its evaluations, and the artifacts of its steps.
+
+    Args:
+        limit: steps to list, evenly spread; 50 unless told.
+    """
+    _show_head(run, console)
+    _show_settings(run.config, console)
+    for name, curve in evaluations(run.points).items():
+        console.print(_curve(name, curve))
+    if run.ledger.steps:
+        console.print(_steps(store, run, console.width, limit or _STEPS))
+        console.print(
+            f"\n`cohort show {run.record.folder.name} --step K` shows the groups of a step", style="dim", soft_wrap=True
+        )
+
+
+def show_step(
+    store: Store, run: History, step: int, console: Console, *, limit: int | None, question: str | None
+) -> None:
+    """Print one step of a run: its artifacts, its metrics, and groups of outputs with rewards and advantages.
+
+    Raises:
+        MissingArtifactError: the run has no such step.
+    """
+    if step not in run.ledger.steps:
+        last = max(run.ledger.steps, default=0)
+        known = f"its steps are 1 to {last}" if last else f"it has none yet ({run.note})"
+        raise MissingArtifactError(f"{run.record.folder.name} has no step {step}; {known}")
+    own = [call for call in placed_calls(run.ledger) if call.step == step and not call.where]
+    table = Table(title=f"{run.record.folder.name}, step {step}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for heading in ("stage", "made", "took"):
+        column(table, heading, right=heading == "took")
+    metrics: dict[str, float] = {}
+    for call in own:
+        record = _record(store, call)
+        table.add_row(call.stage, f"[cyan]{call.digest[:12]}[/]", duration(record.get("seconds", 0.0)))
+        metrics |= record.get("metrics", {})
+    console.print(table)
+    show_metrics(metrics, console)
+    advantages = run.ledger.steps[step].get("estimate_advantages")
+    if advantages and (groups := groups_of(store, advantages)):
+        show_groups(groups, console, limit=limit, question=question)
+
+
+def _show_head(run: History, console: Console) -> None:
+    record, last = run.record, run.record.attempts[-1]
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("run", f"[bold]{record.folder.name}[/]")
+    took = duration(sum(attempt.seconds for attempt in record.attempts))
+    attempts = f", {len(record.attempts)} attempts" if len(record.attempts) > 1 else ""
+    table.add_row("status", f"{last.outcome()}, {record.steps} of {record.total_steps} steps, took {took}{attempts}")
+    table.add_row("started", moment(record.attempts[0].started))
+    table.add_row("command", Text(last.command))
+    if last.error:
+        table.add_row("error", Text(last.error))
+    if record.policy:
+        table.add_row("policy", f"[cyan]{record.policy}[/]")
+    if run.note:
+        table.add_row("note", Text(run.note))
+    console.print(table)
+
+
+def _show_settings(config: IterativeRLConfig, console: Console) -> None:
+    """What differs from the recipe that is nearest: a configuration does not say which one it was made from."""
+    values = config.model_dump(mode="json")
+    found = {name: config_changes(recipe().model_dump(mode="json"), values) for name, recipe in RECIPES.items()}
+    nearest = min(found, key=lambda name: (name != config.name, len(found[name])))
+    rows = [(key, *shortened_pair(*pair, room=60)) for key, pair in found[nearest].items() if key != "name"]
+    if rows:
+        console.print(pairs_table(f"differs from the recipe {nearest} in", rows, names=(nearest, "here")))
+    else:
+        console.print(f"\nthe recipe {nearest} as it is")
+
+
+def _curve(name: str, curve: Curve) -> Group:
+    """A line per evaluation; the bar is the accuracy of samples, or greedy where there are none."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    labels = measures({metric: value for metrics in curve.values() for metric, value in metrics.items()})
+    column(table, "step", right=True)
+    for label in labels:
+        column(table, label, right=True)
+    column(table, "")
+    for step, metrics in curve.items():
+        accuracy = metrics.get("accuracy", metrics.get("greedy_accuracy", 0.0))
+        table.add_row(str(step), *(percent(metrics.get(key)) for key in labels.values()), "█" * round(_BAR * accuracy))
+    return titled(name, table)
+
+
+def _steps(store: Store, run: History, width: int, limit: int) -> Group:
+    steps = _spread(sorted(run.ledger.steps), limit)
+    some = "" if len(steps) == len(run.ledger.steps) else f", {len(steps)} of {len(run.ledger.steps)} (--limit)"
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    column(table, "step", right=True)
+    for heading in (*_TABLES, "reward"):
+        column(table, heading, right=heading == "reward")
+    letters = 12 if width >= _WIDE else 8
+    calls = [call for call in placed_calls(run.ledger) if not call.where and call.step in set(steps)]
+    for step in steps:
+        own = {call: _record(store, call) for call in calls if call.step == step}
+        made = _made(own)
+        scored = [record for call, record in own.items() if call.digest == made.get("rewards")]
+        reward = scored[0].get("metrics", {}).get("reward/mean") if scored else None
+        table.add_row(str(step), *(made.get(name, "-")[:letters] for name in _TABLES), percent(reward))
+    return titled(f"artifacts by step{some}", table)
+
+
+def _made(own: Mapping[PlacedCall, Mapping[str, Any]]) -> dict[str, str]:
+    """The step's tables and policy by heading; rewards are those that advantages were estimated from."""
+    made: dict[str, str] = {}
+    for call, record in own.items():
+        if call.stage in ("update_policy", "estimate_advantages"):
+            given = {name: part["artifact"] for name, part in record.get("arguments", {}).items() if _is_artifact(part)}
+            made |= {name: digest for name, digest in given.items() if name in ("outputs", "rewards", "advantages")}
+        if call.stage == "update_policy":
+            made["policy"] = call.digest
+    return made
+
+
+def _is_artifact(value: Any) -> bool:
+    return isinstance(value, Mapping) and "artifact" in value
+
+
+def _spread(steps: list[int], limit: int) -> list[int]:
+    """At most `limit` steps at equal distances, the last one among them."""
+    if len(steps) <= limit:
+        return steps
+    stride = -(-len(steps) // limit)
+    return steps[::-1][::stride][::-1]
+
+
+def _record(store: Store, call: PlacedCall) -> dict[str, Any]:
+    try:
+        return store.action(call.key)
+    except MissingArtifactError:  # forgotten since
+        return {}

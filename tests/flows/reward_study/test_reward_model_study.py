@@ -155,6 +155,7 @@ def command(data: Path, root: Path) -> list[str]:
     return ["reward-model", "gsm8k_solutions", "--config", str(overrides), "--engine", "inline", "--root", str(root)]
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_and_the_second_time_computes_nothing(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,10 @@ PIXEL = base64.b64decode(
 )
 
 
+pytestmark = pytest.mark.slow
+"""Six runs, half a minute."""
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The root of an experiment that was run."""
@@ -351,7 +355,6 @@ def test_mlflow_gets_the_same_questions_from_every_run_under_one_name(root: Path
 # ------------------------------------------------------------------------------------- in a browser
 
 
-@pytest.mark.slow
 def test_chromium_shows_arms_figure_and_completions(root: Path, tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:

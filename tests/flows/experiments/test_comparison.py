@@ -239,6 +239,7 @@ def test_check_says_what_a_method_changes(capsys: pytest.CaptureFixture[str]) ->
     assert ["update.objective.kind", "grpo", "rloo"] in lines
 
 
+@pytest.mark.slow
 def test_run_trains_by_the_method_and_says_so(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--method", "online_rft", *SETTINGS, "--engine", "inline", "--root", str(root)]
     assert run_command(["run", "arithmetic_smoke", *arguments]) == 0

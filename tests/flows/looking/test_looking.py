@@ -25,6 +25,8 @@ from stages.selection import keep_informative
 from stages.tables import Advantages, Rewards, Rollouts
 from tests.flows.test_cli import HEAVY, REPOSITORY
 
+pytestmark = pytest.mark.slow
+"""Two runs with their tracking, and a process of its own: half a minute."""
 Say = Callable[..., tuple[int, str]]
 SETTINGS = ["iterations=1", "steps=2", "sft.max_steps=2", "sft.decay_steps=1", "evaluation.every=1"]
 

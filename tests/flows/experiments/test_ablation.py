@@ -236,6 +236,7 @@ def test_experiments_are_listed_and_printed_as_yaml_that_runs(
 # ------------------------------------------------------------------------------------- running
 
 
+@pytest.mark.slow
 def test_what_arms_share_is_computed_once(first: Path) -> None:
     result = result_of(first)
     assert [(run.arm, run.seed, run.status) for run in result.runs] == [
@@ -261,6 +262,7 @@ def test_what_arms_share_is_computed_once(first: Path) -> None:
     assert result.sharing.ratio == result.sharing.seconds_together / result.sharing.seconds_apart < 1
 
 
+@pytest.mark.slow
 def test_the_results_lead_to_differences_curves_and_artifacts(first: Path) -> None:
     result = result_of(first)
     assert {arm.name: arm.differences for arm in result.arms} == {
@@ -285,6 +287,7 @@ def test_the_results_lead_to_differences_curves_and_artifacts(first: Path) -> No
     assert Experiment.from_yaml((first / "runs" / "tiny" / "experiment.yaml").read_text()) == result.experiment
 
 
+@pytest.mark.slow
 def test_mlflow_is_told_arm_seed_parent_and_difference(first: Path) -> None:
     (run,) = [run for run in result_of(first).runs if (run.arm, run.seed) == ("wide", 1)]
     told = read_journal(first / "tracking" / "tiny" / f"{run.folder}.jsonl", 0)[0][0]
@@ -297,6 +300,7 @@ def test_mlflow_is_told_arm_seed_parent_and_difference(first: Path) -> None:
     assert parent[1]["columns"][:4] == ["arm", "seed", "run", "status"]
 
 
+@pytest.mark.slow
 def test_a_repeat_computes_nothing_and_imports_no_torch(first: Path) -> None:
     tables = (first / "runs" / "tiny" / "tables.md").read_text().splitlines()[5:]
     code = (
@@ -311,6 +315,7 @@ def test_a_repeat_computes_nothing_and_imports_no_torch(first: Path) -> None:
     assert (first / "runs" / "tiny" / "tables.md").read_text().splitlines()[5:] == tables
 
 
+@pytest.mark.slow
 def test_an_arm_that_is_added_computes_what_is_its_own(first: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = len(list(Store(first / "store").actions()))
     assert ablate(first, arms=TINY["arms"] | {"sharp": {"rollout.temperature": 0.5}}) == 0
@@ -325,6 +330,7 @@ def test_an_arm_that_is_added_computes_what_is_its_own(first: Path, capsys: pyte
     assert not list((first / "runs" / "tiny").glob("experiment-*.json"))
 
 
+@pytest.mark.slow
 def test_a_changed_base_is_told_with_the_stages_that_differ_and_earlier_results_are_kept(
     first: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -338,6 +344,7 @@ def test_a_changed_base_is_told_with_the_stages_that_differ_and_earlier_results_
     assert json.loads(kept.read_text())["experiment"]["name"] == "tiny"
 
 
+@pytest.mark.slow
 def test_an_arm_that_fails_is_told_and_the_others_go_on(first: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arms = {"strict": {"preflight.unreadable": 0.01}, "usual": {}}
     assert ablate(first, "--seeds", "1", arms=arms) == 1

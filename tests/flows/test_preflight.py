@@ -170,7 +170,8 @@ def test_a_reward_model_that_tells_nothing_apart_is_named_in_place_of_the_questi
 @pytest.mark.usefixtures("store")
 @pytest.mark.parametrize("method", ["grpo", "rft", "online_rft", "dpo", "ppo"])
 def test_one_question_with_a_signal_is_enough(method: str) -> None:
-    passes(config(method), [OK, WRONG], [WRONG, WRONG], [WRONG, WRONG])
+    seen = passes(config(method), [OK, WRONG], [WRONG, WRONG], [WRONG, WRONG])
+    assert seen.points[0]["reward/frac_degenerate_groups"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.usefixtures("store")
@@ -215,8 +216,10 @@ def test_the_shares_are_reported_in_words_and_as_metrics_of_step_zero() -> None:
 def test_rewards_whose_payload_was_pruned_were_examined_when_they_were_new(store: Store) -> None:
     table = rows([WRONG, WRONG])
     rewards = Rewards.write(table)
-    store.prune(rewards.digest)
-    preflight(config(), outputs(table), rewards, 0)
+    assert store.prune(rewards.digest) > 0
+    with observing(Observer()) as seen:
+        preflight(config(), outputs(table), rewards, 0)
+    assert seen.points == {}
 
 
 # ------------------------------------------------------------------------------------- a whole run

@@ -10,8 +10,10 @@ def test_a_model_is_imported_without_scikit_learn_which_can_still_be_imported_by
     script = (
         "import stages, sys\n"
         "from transformers.models.qwen2 import Qwen2ForCausalLM\n"
-        "assert 'transformers.generation.candidate_generator' in sys.modules, 'the place where it was imported has moved'\n"
-        "assert 'sklearn' not in sys.modules\n"
+        "print('transformers.generation.candidate_generator' in sys.modules, 'sklearn' in sys.modules)\n"
         "import sklearn.metrics\n"
+        "print('sklearn' in sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    # The first: the place where transformers asks for it is still the one that is watched.
+    assert done.stdout.split() == ["True", "False", "True"]

@@ -16,7 +16,7 @@ from flows.methods import method_settings
 from flows.recipes import RECIPES
 from pipeline.config import Config, ConfigError, flatten, parse_settings
 
-__all__ = ["Choice", "choose", "descriptions"]
+__all__ = ["Choice", "choose", "descriptions", "read_overrides", "read_values"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _choose(
     base, changes = _start(source)
     later = dict(overrides)
     for file in files:
-        later |= _overrides(file)
+        later |= read_overrides(file)
     later |= parse_settings(list(settings))
     names = ([f"method {method}"] if method else []) + [str(file) for file in files] + (["--set"] if settings else [])
     origin = " + ".join([source, *names])
@@ -111,7 +111,7 @@ def _start(source: str) -> tuple[IterativeRLConfig, dict[str, Any]]:
         near = difflib.get_close_matches(source, RECIPES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(RECIPES)}"
         raise ConfigError(f"{source}: neither a recipe nor a YAML file; {hint}")
-    values = _read(file)
+    values = read_values(file)
     if "recipe" not in values:
         return IterativeRLConfig.parse(values, source=source), {}
     recipe = values.pop("recipe")
@@ -120,13 +120,23 @@ def _start(source: str) -> tuple[IterativeRLConfig, dict[str, Any]]:
     return RECIPES[recipe](), flatten(values)
 
 
-def _overrides(file: Path) -> dict[str, Any]:
+def read_overrides(file: Path) -> dict[str, Any]:
+    """What a `--config` file changes, by dotted key.
+
+    Raises:
+        ConfigError: no such file, or it cannot be read.
+    """
     if not file.is_file():
         raise ConfigError(f"--config {file}: no such file")
-    return flatten(_read(file))
+    return flatten(read_values(file))
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_values(file: Path) -> dict[str, Any]:
+    """A YAML file as plain values.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     try:
         return dict(_Values.from_yaml(file.read_text(encoding="utf-8"), source=str(file)).model_extra or {})
     except (OSError, UnicodeDecodeError) as error:

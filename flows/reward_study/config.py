@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
+from flows.choice import read_overrides, read_values
 from flows.config import PretrainedPolicy
 from pipeline.config import Config, ConfigError, flatten, parse_settings
 from stages.data import ColumnsConfig, Feature, QuestionFileConfig, SolutionFileConfig
@@ -176,25 +177,21 @@ class StudyChoice:
         return {key: (was.get(key), value) for key, value in now.items() if was.get(key) != value}
 
 
-class _Values(Config):
-    """Any mapping in YAML, read as configs are; what it means is checked where it is used."""
-
-    model_config = ConfigDict(extra="allow")
-
-
 def choose_study(source: str, files: Sequence[Path] = (), settings: Sequence[str] = ()) -> StudyChoice:
     """The configuration named by `source`, a recipe or a YAML file, changed by `files` and then by `settings`.
 
     Raises:
-        ConfigError: no such recipe or file, or all that is wrong in the result.
+        ConfigError: no such recipe or file, all that is wrong in the result, or a reward function that is not there.
     """
     base = STUDIES[source]() if source in STUDIES else _from_file(source)
     changes: dict[str, Any] = {}
     for file in files:
-        changes |= flatten(_read(file))
+        changes |= read_overrides(file)
     changes |= parse_settings(list(settings))
     origin = " + ".join([source, *map(str, files), *(["--set"] if settings else [])])
-    return StudyChoice(base.override(changes, source=origin) if changes else base, base)
+    config = base.override(changes, source=origin) if changes else base
+    config.reward.key()  # reads the files of reward functions, so that one that is not there is found here
+    return StudyChoice(config, base)
 
 
 def _from_file(source: str) -> RewardModelStudyConfig:
@@ -202,11 +199,4 @@ def _from_file(source: str) -> RewardModelStudyConfig:
         near = difflib.get_close_matches(source, STUDIES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(STUDIES)}"
         raise ConfigError(f"{source}: neither a recipe of a study nor a YAML file; {hint}")
-    return RewardModelStudyConfig.parse(_read(Path(source)), source=source)
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    try:
-        return dict(_Values.from_yaml(file.read_text(encoding="utf-8"), source=str(file)).model_extra or {})
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from None
+    return RewardModelStudyConfig.parse(read_values(Path(source)), source=source)

@@ -1,0 +1,243 @@
+"""Persistent worker processes, one or a group of ranks, that are fed orders and killed as a whole.
+
+For work that must not or cannot happen in the flow's own process: ranks of a training group, an inference engine with an
+environment of its own. A group is started once and kept warm (`pipeline/residency.py`); between orders it holds a cache of
+artifacts, never state. What goes over the wire is small JSON; tensors and tables go through files.
+
+Each process has a session of its own, so that Ctrl-C reaches the flow alone and a kill reaches whatever the process started.
+A process that dies, hangs or fails ends the order, and the group, with an error that has its rank, exit code and last lines.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline import worker
+from pipeline.progress import report
+
+__all__ = ["Group", "WorkerError", "free_port"]
+
+_LAST_LINES: Final = 12
+_TICK: Final = 0.2
+"""Seconds between two looks at whether every process still lives."""
+_OTHERS: Final = 3.0
+"""Seconds that the other ranks have to say what they died of, once one is known to have failed."""
+
+
+class WorkerError(RuntimeError):
+    """A worker process that died, hung, or could not do what it was asked."""
+
+    def __init__(self, message: str, *, rank: int, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.exit_code = exit_code
+        """Negative: the signal that ended it. None: it was alive."""
+
+
+class Group:
+    """Worker processes that run one handler (see `pipeline/worker.py`), started together and ended together."""
+
+    def __init__(
+        self,
+        name: str,
+        handler: Path,
+        *,
+        python: Path,
+        environments: Sequence[Mapping[str, str]],
+        logs: Path,
+        deadline: float,
+    ) -> None:
+        """Start the processes and wait until each has made its handler.
+
+        Args:
+            name: what errors call them.
+            handler: the module file that has `make_handler`.
+            python: the interpreter.
+            environments: the whole environment of each process; as many processes as there are of these.
+            logs: folder for what they print, `<name>-<rank>.log`, overwritten.
+            deadline: seconds until all must be ready.
+
+        Raises:
+            WorkerError: one died, failed or was not ready in time; none is left.
+        """
+        self.name = name
+        logs.mkdir(parents=True, exist_ok=True)
+        self._logs = [logs / f"{name}-{rank}.log" for rank in range(len(environments))]
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._connections: list[Connection] = []
+        atexit.register(self.close)
+        with self._or_nothing(always=True), socket.create_server(("127.0.0.1", 0)) as server:
+            key = secrets.token_bytes(32)
+            host, port = server.getsockname()
+            command = [str(python), "-P", worker.__file__, str(handler)]
+            for rank, surroundings in enumerate(environments):
+                told = {worker.ADDRESS: f"{host}:{port}", worker.KEY: key.hex(), worker.RANK: str(rank)}
+                self._processes.append(_started(command, {**surroundings, **told}, self._logs[rank]))
+            end = time.monotonic() + deadline
+            self._connections = self._accept(server, key, end, deadline)
+            self._replies(end, deadline)
+
+    def order(self, order: Mapping[str, Any], *, deadline: float) -> list[Any]:
+        """Give every process the same order; the reply of each, by rank. Rank 0's progress is reported as it comes.
+
+        Raises:
+            WorkerError: a process died, failed, or did not reply within `deadline` seconds. The group is ended, unless it is
+                a single process that says itself what was wrong with the order.
+        """
+        with self._or_nothing():
+            message = json.dumps(order).encode()
+            for rank, connection in enumerate(self._connections):
+                try:
+                    connection.send_bytes(message)
+                except OSError:
+                    raise self._death(rank) from None
+            return self._replies(time.monotonic() + deadline, deadline)
+
+    @property
+    def alive(self) -> bool:
+        """Whether every process is there and can take orders."""
+        return bool(self._processes) and all(process.poll() is None for process in self._processes)
+
+    def close(self) -> None:
+        """End all processes and whatever they started; at once for those that do not end by themselves."""
+        atexit.unregister(self.close)
+        for connection in self._connections:
+            connection.close()
+        end = time.monotonic() + (worker.GRACE if self._connections else 0.0)
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
+        self._kill()
+
+    # ------------------------------------------------------------------------------------------------ inside
+
+    @contextlib.contextmanager
+    def _or_nothing(self, *, always: bool = False) -> Iterator[None]:
+        """Kill the group when the block is left by an exception, Ctrl-C included: what computes hears nothing else."""
+        try:
+            yield
+        except BaseException as error:
+            if always or len(self._processes) > 1 or not isinstance(error, _RefusedError):
+                self._kill()
+            raise
+
+    def _kill(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # also where it ended: what it started is in its group
+            process.wait()
+        self._processes, self._connections = [], []
+
+    def _accept(self, server: socket.socket, key: bytes, end: float, deadline: float) -> list[Connection]:
+        """One connection per process, by rank."""
+        server.settimeout(_TICK)
+        found: dict[int, Connection] = {}
+        while len(found) < len(self._processes):
+            self._look(end, [rank for rank in range(len(self._processes)) if rank not in found], deadline)
+            with contextlib.suppress(TimeoutError):
+                accepted, _ = server.accept()
+                accepted.setblocking(True)
+                connection = Connection(accepted.detach())
+                deliver_challenge(connection, key)
+                answer_challenge(connection, key)
+                found[json.loads(connection.recv_bytes())["rank"]] = connection
+        return [found[rank] for rank in sorted(found)]
+
+    def _replies(self, end: float, deadline: float) -> list[Any]:
+        replies: dict[int, Any] = {}
+        while len(replies) < len(self._connections):
+            missing = [rank for rank in range(len(self._connections)) if rank not in replies]
+            self._look(end, missing, deadline)
+            for connection in wait([self._connections[rank] for rank in missing], timeout=_TICK):
+                assert isinstance(connection, Connection)
+                self._take(self._connections.index(connection), replies)
+        return [replies[rank] for rank in sorted(replies)]
+
+    def _take(self, rank: int, replies: dict[int, Any]) -> None:
+        try:
+            message = json.loads(self._connections[rank].recv_bytes())
+        except (EOFError, OSError):
+            raise self._death(rank) from None
+        if "error" in message:
+            raise _RefusedError(f"{self._called(rank)}: {message['error']}", rank=rank)
+        if "report" in message:
+            topic, values = message["report"]
+            if rank == 0:
+                report(topic, **values)
+        else:
+            replies[rank] = message["reply"]
+
+    def _look(self, end: float, missing: Sequence[int], deadline: float) -> None:
+        """Raise for a process that is dead, or for those that are late."""
+        for rank, process in enumerate(self._processes):
+            if process.poll() is not None and not self._has_news(rank):
+                raise self._death(rank)
+        if time.monotonic() > end:
+            late = " and ".join(map(str, missing))
+            raise WorkerError(
+                f"{self.name}: rank {late} of {len(self._processes)} gave no answer within {deadline:.0f} s and was killed; "
+                f"raise the deadline if the work needs longer. Last lines:\n{self._tail(missing[0])}",
+                rank=missing[0],
+            )
+
+    def _has_news(self, rank: int) -> bool:
+        return rank < len(self._connections) and self._connections[rank].poll()
+
+    def _death(self, rank: int) -> WorkerError:
+        """What a process died of; the first of several that failed by themselves, since its death takes others along."""
+        end = time.monotonic() + _OTHERS
+        while self._processes[rank].poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        code = self._processes[rank].poll()
+        reason = {None: "hung up", -9: "was killed (signal 9: out of memory, or by hand)"}.get(
+            code, f"ended with exit code {code}"
+        )
+        return WorkerError(
+            f"{self._called(rank)} {reason}. Its last lines ({self._logs[rank]}):\n{self._tail(rank)}",
+            rank=rank,
+            exit_code=code,
+        )
+
+    def _called(self, rank: int) -> str:
+        return f"{self.name}, rank {rank} of {len(self._processes)}" if len(self._processes) > 1 else self.name
+
+    def _tail(self, rank: int) -> str:
+        lines = self._logs[rank].read_text(errors="replace").splitlines()[-_LAST_LINES:]
+        return "\n".join(f"  | {line}" for line in lines) or "  | (it printed nothing)"
+
+
+class _RefusedError(WorkerError):
+    """A process says itself what is wrong with an order; it still runs."""
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on right now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def _started(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )

@@ -1,0 +1,178 @@
+"""Groups of real processes: orders and replies, and every way in which one of them can end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pipeline.launch import Group, WorkerError, free_port
+from pipeline.progress import listen
+
+HANDLER = """
+import os, subprocess, sys, time
+
+def make_handler():
+    print("ready, says", os.environ["COHORT_LAUNCHER_RANK"], flush=True)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    rank = int(os.environ["COHORT_LAUNCHER_RANK"])
+
+    def handle(order, report):
+        if order.get("rank", rank) != rank:
+            return time.sleep(order.get("others", 0))
+        match order["do"]:
+            case "pids":
+                return [os.getpid(), child.pid]
+            case "echo":
+                report("echo", {"done": 1, "of": rank})
+                return order
+            case "raise":
+                raise ValueError("expected a number, found a cat")
+            case "exit":
+                print("this is the end", flush=True)
+                os._exit(order["code"])
+            case "hang":
+                time.sleep(600)
+    return handle
+"""
+
+Start = Callable[..., Group]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    groups: list[Group] = []
+
+    def started(ranks: int = 1, handler: str = HANDLER, deadline: float = 20.0) -> Group:
+        file = tmp_path / "handler.py"
+        file.write_text(textwrap.dedent(handler))
+        environments = [{"PATH": os.environ["PATH"]}] * ranks
+        group = Group(
+            "crew", file, python=Path(sys.executable), environments=environments, logs=tmp_path, deadline=deadline
+        )
+        groups.append(group)
+        return group
+
+    yield started
+    for group in groups:
+        group.close()
+
+
+def _gone(pids: list[int]) -> bool:
+    """Whether none of the processes runs any more (what init has not buried yet does not run)."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_every_rank_replies_to_an_order_and_the_first_one_s_progress_is_reported(start: Start) -> None:
+    group, heard = start(ranks=2), []
+    with listen(lambda topic, values: heard.append((topic, values))):
+        replies = group.order({"do": "echo", "text": "größer"}, deadline=10)
+    assert replies == [{"do": "echo", "text": "größer"}] * 2
+    assert heard == [("echo", {"done": 1, "of": 0})]
+    assert group.order({"do": "echo"}, deadline=10) == [{"do": "echo"}] * 2, "and again"
+
+
+def test_closing_leaves_no_process_nor_what_it_started(start: Start) -> None:
+    group = start(ranks=2)
+    pids = [pid for own in group.order({"do": "pids"}, deadline=10) for pid in own]
+    assert len(set(pids)) == 4
+    assert all(psutil.pid_exists(pid) for pid in pids)
+    group.close()
+    assert _gone(pids)
+    assert not group.alive
+
+
+def test_a_rank_that_dies_is_named_with_exit_code_and_last_lines_and_takes_the_group_along(start: Start) -> None:
+    group = start(ranks=2)
+    pids = [pid for own in group.order({"do": "pids"}, deadline=10) for pid in own]
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match=r"crew, rank 1 of 2 ended with exit code 3") as raised:
+        group.order({"do": "exit", "code": 3, "rank": 1, "others": 600}, deadline=60)
+    assert time.monotonic() - began < 10
+    assert (raised.value.rank, raised.value.exit_code) == (1, 3)
+    assert "| ready, says 1\n  | this is the end" in str(raised.value)
+    assert _gone(pids)
+
+
+def test_a_killed_process_is_told_from_one_that_ended(start: Start) -> None:
+    group = start()
+    [pids] = group.order({"do": "pids"}, deadline=10)
+    os.kill(pids[0], signal.SIGKILL)
+    with pytest.raises(WorkerError, match=r"was killed \(signal 9: out of memory"):
+        group.order({"do": "echo"}, deadline=10)
+    assert _gone(pids)
+
+
+def test_a_process_that_hangs_is_killed_at_the_deadline(start: Start) -> None:
+    group = start(ranks=2)
+    pids = [pid for own in group.order({"do": "pids"}, deadline=10) for pid in own]
+    with pytest.raises(WorkerError, match="rank 1 of 2 gave no answer within 1 s and was killed"):
+        group.order({"do": "hang", "rank": 1}, deadline=1)
+    assert _gone(pids)
+
+
+def test_a_single_process_survives_an_order_that_it_refuses(start: Start) -> None:
+    group = start()
+    with pytest.raises(WorkerError, match="crew: ValueError: expected a number, found a cat"):
+        group.order({"do": "raise"}, deadline=10)
+    assert group.order({"do": "echo"}, deadline=10) == [{"do": "echo"}]
+
+
+def test_one_of_several_that_fails_ends_all(start: Start) -> None:
+    group = start(ranks=2)
+    with pytest.raises(WorkerError, match="crew, rank 1 of 2: ValueError: expected a number"):
+        group.order({"do": "raise", "rank": 1, "others": 600}, deadline=60)
+    assert not group.alive
+
+
+def test_a_handler_that_cannot_be_made_is_an_error_at_the_start(start: Start) -> None:
+    with pytest.raises(WorkerError, match="crew: ModuleNotFoundError: No module named 'vllm_of_nowhere'"):
+        start(handler="import vllm_of_nowhere")
+
+
+def test_a_process_that_never_becomes_ready_is_killed_at_the_deadline(start: Start) -> None:
+    with pytest.raises(WorkerError, match="rank 0 of 1 gave no answer within 1 s"):
+        start(handler="import time\ndef make_handler():\n    time.sleep(600)", deadline=1)
+
+
+def test_workers_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "handler.py").write_text(HANDLER)
+    launcher = f"""
+        import os, sys, time
+        from pathlib import Path
+        from pipeline.launch import Group
+        folder = Path({str(tmp_path)!r})
+        group = Group("crew", folder / "handler.py", python=Path(sys.executable),
+                      environments=[dict(os.environ)], logs=folder, deadline=20)
+        print(*group.order({{"do": "pids"}}, deadline=10)[0], flush=True)
+        time.sleep(600)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(launcher)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    pids = [int(word) for word in process.stdout.readline().split()]
+    assert len(pids) == 2
+    process.kill()
+    process.wait()
+    assert _gone(pids)
+
+
+def test_a_free_port_can_be_listened_on() -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", free_port())) as server:
+        found: Any = server.getsockname()
+    assert found[0] == "127.0.0.1"

@@ -1,29 +1,45 @@
 """Checkpoints: a Hugging Face folder with tokenizer and, when trained, optimizer state. Safetensors and JSON only.
 
 `model.safetensors` holds the float32 masters: what training changed by 1e-6 is in the file, and loaders cast. Reading a
-checkpoint never runs code: no pickle, `trust_remote_code=False`.
+checkpoint runs no code: no pickle, and of the model's own Python files only those that an import was asked to trust
+(`stages/trusted_code.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from pipeline.artifact import ArtifactError, Folder
 from pipeline.config import Config
+from pipeline.sealing import measure, sha256_of
 from pipeline.stage import stage
+from stages.model_folders import (
+    OPTIMIZER,
+    TRAINER,
+    WEIGHTS,
+    copy_description,
+    copy_model,
+    model_files,
+    weight_files,
+)
+from stages.trusted_code import RECORD, code_digest, code_files, is_trusted
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 __all__ = [
+    "OPTIMIZER",
+    "TRAINER",
+    "WEIGHTS",
     "Checkpoint",
     "ExternalCheckpointConfig",
+    "architecture_of",
     "copy_description",
     "import_checkpoint",
     "load_model",
@@ -36,12 +52,6 @@ __all__ = [
     "write_tensors",
 ]
 
-WEIGHTS = "model.safetensors"
-WEIGHT_INDEX = "model.safetensors.index.json"
-OPTIMIZER = "optimizer.safetensors"
-TRAINER = "trainer_state.json"
-_TRAINED = (OPTIMIZER, TRAINER, "sft_curve.json")
-"""Files that belong to one state of the weights and do not follow to the next."""
 _HEADS = {
     "ForCausalLM": "AutoModelForCausalLM",
     "LMHeadModel": "AutoModelForCausalLM",
@@ -49,10 +59,6 @@ _HEADS = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
 }
 """How the name of an architecture ends, and the class of transformers that loads such a model."""
-_SEAL = "manifest.json"
-"""The store's own file in a checkpoint: a checkpoint of one store may be imported into another."""
-_DESCRIPTION_SUFFIXES = (".json", ".txt", ".model", ".jinja")
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 class Checkpoint(Folder):
@@ -79,7 +85,7 @@ def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, attention: str = "
         checkpoint.path,
         dtype=dtype,
         attn_implementation=attention,
-        trust_remote_code=False,
+        trust_remote_code=is_trusted(checkpoint.path),
         local_files_only=True,
         use_safetensors=True,
         output_loading_info=True,
@@ -105,8 +111,22 @@ def _auto_class(checkpoint: Checkpoint) -> Any:
     )
 
 
-def load_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+def architecture_of(checkpoint: Checkpoint) -> str:
+    """What decides which module is built, whatever its weights: config.json, and the code that is trusted to read it.
+
+    A module kept warm may take the weights of another checkpoint of the same architecture.
+    """
+    parts = [checkpoint.path / "config.json", checkpoint.path / RECORD]
+    return sha256_of("\0".join(part.read_text(encoding="utf-8") for part in parts if part.is_file()))
+
+
+def load_weights(
+    model: PreTrainedModel, checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor] | None = None
+) -> None:
     """Overwrite the weights of `model` in place, each cast to the dtype it has there; tied weights follow their twin.
+
+    Args:
+        targets: the weights by the names that the checkpoint knows them by; None: `model_weights`.
 
     Raises:
         ArtifactError: names or shapes that differ from the model's.
@@ -114,7 +134,7 @@ def load_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     import torch
     from safetensors import safe_open
 
-    targets = model_weights(model)
+    targets = model_weights(model) if targets is None else targets
     left = set(targets)
     for file in weight_files(checkpoint.path):
         with safe_open(file, framework="pt") as tensors, torch.no_grad():
@@ -137,7 +157,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
     """The tokenizer stored beside the weights."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
+    trusted = is_trusted(checkpoint.path)
+    return AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trusted, local_files_only=True)
 
 
 def load_optimizer_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -154,27 +175,6 @@ def load_trainer_state(checkpoint: Checkpoint) -> dict[str, Any]:
     file = checkpoint.path / TRAINER
     state: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     return state
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold the weights: one, or the shards that an index names.
-
-    Raises:
-        ArtifactError: no weights, or a shard that the index names and the folder lacks.
-    """
-    index = folder / WEIGHT_INDEX
-    if index.exists():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        for shard in shards:
-            if Path(shard).name != shard or not (folder / shard).is_file():
-                raise ArtifactError(f"{folder}: shard {shard} is named by {WEIGHT_INDEX} but missing; copy it again")
-        return [folder / shard for shard in shards]
-    if not (folder / WEIGHTS).is_file():
-        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
-        if pickles:
-            raise ArtifactError(f"{folder}: {pickles[0]} is a pickle and refused; convert it to {WEIGHTS}")
-        raise ArtifactError(f"{folder}: missing {WEIGHTS}")
-    return [folder / WEIGHTS]
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -215,14 +215,6 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     save_file({name: plain(tensor) for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
 
 
-def copy_description(source: Path, target: Path) -> None:
-    """Copy what describes a model and does not change with training: configuration and tokenizer."""
-    skipped = {*_TRAINED, WEIGHT_INDEX, _SEAL}
-    for file in sorted(source.iterdir()):
-        if file.suffix in _DESCRIPTION_SUFFIXES and file.name not in skipped:
-            shutil.copyfile(file, target / file.name)  # without the read-only mode of the store
-
-
 # ------------------------------------------------------------------------------------------------ importing
 
 
@@ -231,43 +223,35 @@ class ExternalCheckpointConfig(Config):
 
     path: Path
     """Folder with config.json, safetensors and tokenizer files, as `save_pretrained` or a download leaves it."""
+    trusted_code: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
+    """Run the folder's own Python code, which is pinned by these digits (`code_digest`); null: it stays behind."""
 
     def key(self) -> dict[str, Any]:
         """The content decides, not the place."""
-        return {file.name: _sha256(file) for file in _checked_files(self.path)}
+        files = model_files(self.path)
+        if self.trusted_code is None:
+            return {file.name: measure(file)["sha256"] for file in files}
+        named = {file.name: measure(file)["sha256"] for file in [*files, *code_files(self.path)]}
+        return {**named, "trusted_code": self.trusted_code}
 
 
-@stage(version="1")
+@stage(version="2")
 def import_checkpoint(config: ExternalCheckpointConfig) -> Checkpoint:
-    """Copy a model folder into the store, as it is; weights are cast when they are loaded.
+    """Copy a model folder into the store; weights stay as they are and are cast when they are loaded.
 
     Raises:
-        ArtifactError: a missing configuration, shard or tokenizer, or weights that are pickles, by file name.
+        ArtifactError: a missing configuration, shard or tokenizer, weights that are pickles, by file name; an architecture
+            that needs code of its own which is not trusted, or is not the code that was pinned; a tokenizer that loses text.
     """
-    files = _checked_files(config.path)
-
-    def fill(folder: Path) -> None:
-        for file in files:
-            shutil.copyfile(file, folder / file.name)
-
-    return Checkpoint.write(fill)
-
-
-def _checked_files(folder: Path) -> list[Path]:
-    """Files of the folder that make a checkpoint; whatever could run code is left behind."""
-    if not folder.is_dir():
-        raise ArtifactError(f"{folder}: no such folder; expected config.json, {WEIGHTS} and a tokenizer in it")
-    if not (folder / "config.json").is_file():
-        raise ArtifactError(f"{folder}: missing config.json")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise ArtifactError(f"{folder}: missing tokenizer.json")
-    described = [f for f in folder.iterdir() if f.suffix in _DESCRIPTION_SUFFIXES and f.name not in (*_TRAINED, _SEAL)]
-    return sorted({*described, *weight_files(folder)})
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    pin, files = config.trusted_code, code_files(config.path) if config.path.is_dir() else []
+    found = code_digest(files)
+    if pin not in (None, found):
+        raise ArtifactError(
+            f"{config.path}: its code ({', '.join(file.name for file in files) or 'none'}) has the digest {found}, not the "
+            f"{pin} that was pinned. Read it again; if you trust it, set policy.revision={found}"
+        )
+    setting = f"policy.trust_remote_code=true and policy.revision={found}"
+    return Checkpoint.write(lambda folder: copy_model(config.path, folder, pin=pin, setting=setting))
 
 
 def _shown(wrong: Mapping[str, list[str]]) -> str:

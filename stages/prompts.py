@@ -8,22 +8,22 @@ piece is one of a special or added token.
 
 Also checked: that the tokenizer can express the text. Byte-level BPE drops bytes that are not in its vocabulary silently.
 
-The paper's prompts (DeepSeekMath README) are raw strings here: in the README's own example "\b" of "\boxed" is a backspace.
+The paper's prompts (DeepSeekMath README) have two backslashes here: in the README's own example "\b" of "\boxed" is a
+backspace.
 """
 
 from __future__ import annotations
 
-import json
-import unicodedata
-import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self
+
+from pydantic import model_validator
 
 from pipeline.config import Config
+from stages.plain_text import Plain, PromptError, encode_texts, plain_of
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 __all__ = [
@@ -44,10 +44,6 @@ INSTRUCTIONS: Final = {
 }
 
 
-class PromptError(ValueError):
-    """Text that cannot become a prompt; names the character, token or template at fault."""
-
-
 class PromptConfig(Config):
     """What stands around a question. The parts nest: `prefix`, chat turn, question, instruction, end of turn, `suffix`."""
 
@@ -56,10 +52,43 @@ class PromptConfig(Config):
     chat: Literal["none", "deepseek_math", "tokenizer"] = "none"
     """The turn around question and instruction: none, the paper's `User: ...` and `Assistant:` (no system prompt), or the
     tokenizer's own chat template with its generation prompt."""
+    chat_template: str | None = None
+    """With `chat: tokenizer`, a Jinja template in place of the tokenizer's own: its text, or a file that ends in `.jinja`. It
+    sees `messages` (one of the role `user`) and `add_generation_prompt`, in transformers' sandbox."""
     prefix: str = ""
     """Text before everything, for example `Question: `. Special tokens written here act as such."""
     suffix: str = ""
     """Text behind everything, for example a newline or `Answer:` on a line of its own. Special tokens written here act."""
+
+    @model_validator(mode="after")
+    def _template_is_used(self) -> Self:
+        if self.chat_template is not None and self.chat != "tokenizer":
+            raise ValueError(
+                f"chat_template: is read where chat is tokenizer, and chat is {self.chat}; set chat=tokenizer"
+            )
+        return self
+
+    def key(self) -> dict[str, Any]:
+        """A template of one's own counts by its text; without one the key is what it was before there could be one."""
+        parts = super().key()
+        del parts["chat_template"]
+        return parts if self.chat_template is None else {**parts, "chat_template": self.own_template()}
+
+    def own_template(self) -> str | None:
+        """The text of `chat_template`, read from its file where it names one.
+
+        Raises:
+            PromptError: the file cannot be read.
+        """
+        given = self.chat_template
+        if given is None or "{" in given or not given.endswith(".jinja"):
+            return given
+        try:
+            return Path(given).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PromptError(
+                f"prompt.chat_template: {given} cannot be read ({error}); name a Jinja file, or its text"
+            ) from None
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, question: str, config: PromptConfig) -> list[int]:
@@ -79,7 +108,7 @@ def encode_prompts(
         PromptError: a question holds a character the tokenizer cannot express, or the chat template is missing or unusable.
     """
     frame = _frame(tokenizer, config)
-    bodies = _encode_texts(tokenizer, [frame.lead + question + frame.tail for question in questions])
+    bodies = encode_texts(tokenizer, [frame.lead + question + frame.tail for question in questions])
     return [frame.head_ids + body + frame.end_ids for body in bodies]
 
 
@@ -96,7 +125,7 @@ def encode_completions(tokenizer: PreTrainedTokenizerFast, completions: Sequence
     """
     if tokenizer.eos_token_id is None:
         raise PromptError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
-    return [[*ids, tokenizer.eos_token_id] for ids in _encode_texts(tokenizer, completions)]
+    return [[*ids, tokenizer.eos_token_id] for ids in encode_texts(tokenizer, completions)]
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -105,7 +134,7 @@ def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     Raises:
         PromptError: a character the tokenizer cannot express.
     """
-    return _encode_texts(tokenizer, [text])[0]
+    return encode_texts(tokenizer, [text])[0]
 
 
 class _Frame(NamedTuple):
@@ -117,106 +146,14 @@ class _Frame(NamedTuple):
     end_ids: list[int]
 
 
-@dataclass
-class _Plain:
-    """What encoding needs of one tokenizer, made once: copies, because calls with padding, truncation or
-    `split_special_tokens` leave those switched on in the tokenizer they were made on."""
-
-    added: frozenset[int]
-    """Ids of every special and added token."""
-    text: Tokenizer
-    """A copy of the backend that knows no added tokens."""
-    template: Tokenizer
-    """A copy that knows them."""
-    forbidden: frozenset[int]
-    """Ids that text must not give: `added` less added tokens that are one ordinary character (Gemma's newline)."""
-    expressible: set[str] = field(default_factory=set)
-    """Characters found to be encoded without loss."""
-
-
-_PLAIN: Final[weakref.WeakKeyDictionary[PreTrainedTokenizerFast, _Plain]] = weakref.WeakKeyDictionary()
-
-
-def _plain(tokenizer: PreTrainedTokenizerFast) -> _Plain:
-    decoder = tokenizer.added_tokens_decoder
-    added = frozenset(decoder) | frozenset(tokenizer.all_special_ids)
-    known = _PLAIN.get(tokenizer)
-    if known is None or known.added != added:  # a token may be added to a tokenizer at any time
-        harmless = {number for number, token in decoder.items() if len(token.content) == 1 and not token.special}
-        forbidden = added - (harmless - set(tokenizer.all_special_ids))
-        description = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Not `split_special_tokens`, which misses added tokens with special=False.
-        text = _copy(description, added_tokens=[], post_processor=None)
-        known = _PLAIN[tokenizer] = _Plain(added, text, _copy(description), forbidden)
-    return known
-
-
-def _copy(description: dict[str, Any], **changes: Any) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_str(json.dumps(description | {"truncation": None, "padding": None} | changes))
-
-
-def _encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    plain = _plain(tokenizer)
-    _require_expressible(plain, texts)
-    encoded: list[list[int]] = []
-    encodings = plain.text.encode_batch_fast(list(texts), add_special_tokens=False)
-    for text, encoding in zip(texts, encodings, strict=True):
-        ids: list[int] = encoding.ids
-        if not plain.forbidden.isdisjoint(ids):
-            ids = _split_around(plain, text)
-        encoded.append(ids)
-    return encoded
-
-
-def _split_around(plain: _Plain, text: str) -> list[int]:
-    """`text` with each forbidden match encoded character by character.
-
-    For added tokens that the model's own vocabulary also holds as a word, which encoding can then reach without them.
-    """
-    ids: list[int] = []
-    encoding = plain.text.encode(text, add_special_tokens=False)
-    for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-        if number not in plain.forbidden:
-            ids.append(number)
-            continue
-        for character in text[start:end]:
-            ids += plain.text.encode(character, add_special_tokens=False).ids
-    if found := plain.forbidden.intersection(ids):
-        raise PromptError(f"text gives the special or added tokens {sorted(found)}: {text[:80]!r}")
-    return ids
-
-
-def _require_expressible(plain: _Plain, texts: Sequence[str]) -> None:
-    """Refuse characters that a tokenizer drops or replaces; each is tried once for a tokenizer.
-
-    Texts are read in NFC: a tokenizer that composes accents loses nothing.
-    """
-    characters: set[str] = set()
-    for text in texts:
-        characters.update(text if text.isascii() else unicodedata.normalize("NFC", text))
-    for character in sorted(characters - plain.expressible):
-        ids = plain.text.encode(character, add_special_tokens=False).ids
-        decoded = plain.text.decode(ids, skip_special_tokens=False)
-        lost = not ids or not plain.forbidden.isdisjoint(ids) or ("\ufffd" in decoded and character != "\ufffd")
-        if lost:
-            where = next(text for text in texts if character in unicodedata.normalize("NFC", text))
-            raise PromptError(
-                f"the tokenizer cannot express the character {character!r} (U+{ord(character):04X}) of {where[:80]!r}; "
-                "use a byte-level tokenizer or one made from this text"
-            )
-        plain.expressible.add(character)
-
-
 def _frame(tokenizer: PreTrainedTokenizerFast, config: PromptConfig) -> _Frame:
     before, after = "", INSTRUCTIONS[config.template]
     if config.chat == "deepseek_math":
         before, after = "User: " + before, after + "\n\nAssistant:"
     elif config.chat == "tokenizer":
-        before, after = _chat_turn(tokenizer, after)
+        before, after = _chat_turn(tokenizer, after, config.own_template())
     before, after = config.prefix + before, after + config.suffix
-    plain = _plain(tokenizer)
+    plain = plain_of(tokenizer)
     head_ids, lead = _cut_behind_last(plain, before)
     tail, end_ids = _cut_before_first(plain, after)
     if config.chat != "tokenizer":
@@ -225,21 +162,31 @@ def _frame(tokenizer: PreTrainedTokenizerFast, config: PromptConfig) -> _Frame:
     return _Frame(head_ids, lead, tail, end_ids)
 
 
-def _chat_turn(tokenizer: PreTrainedTokenizerFast, instruction: str) -> tuple[str, str]:
-    """What the tokenizer's chat template writes before the question and behind it, the instruction included."""
-    if not tokenizer.chat_template:
-        raise PromptError("chat is 'tokenizer', but this tokenizer has no chat template; set chat to another value")
+def _chat_turn(tokenizer: PreTrainedTokenizerFast, instruction: str, template: str | None) -> tuple[str, str]:
+    """What the chat template writes before the question and behind it, the instruction included."""
+    from jinja2 import TemplateError
+
+    if not (template or tokenizer.chat_template):
+        raise PromptError(
+            "chat is 'tokenizer', but this tokenizer has no chat template; set chat to another value, or chat_template"
+        )
     # A stand-in, so that the template sees no user text: two private-use characters that no template trims or tests for.
     stand_in = "\ue000\ue001"
     messages = [{"role": "user", "content": stand_in + instruction}]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        # `None` is the tokenizer's own. Either is rendered in jinja2's immutable sandbox.
+        rendered = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        raise PromptError(f"the chat template cannot be rendered: {type(error).__name__}: {error}") from None
     before, found, after = str(rendered).partition(stand_in)
     if not found or stand_in in after:
-        raise PromptError("the tokenizer's chat template does not write the user's message exactly once, as it is")
+        raise PromptError("the chat template does not write the user's message exactly once, as it is")
     return before, after
 
 
-def _cut_behind_last(plain: _Plain, text: str) -> tuple[list[int], str]:
+def _cut_behind_last(plain: Plain, text: str) -> tuple[list[int], str]:
     """Ids up to the last added token of `text`, and the text behind it."""
     encoding = plain.template.encode(text, add_special_tokens=False)
     last = max((place for place, number in enumerate(encoding.ids) if number in plain.added), default=None)
@@ -248,7 +195,7 @@ def _cut_behind_last(plain: _Plain, text: str) -> tuple[list[int], str]:
     return encoding.ids[: last + 1], text[encoding.offsets[last][1] :]
 
 
-def _cut_before_first(plain: _Plain, text: str) -> tuple[str, list[int]]:
+def _cut_before_first(plain: Plain, text: str) -> tuple[str, list[int]]:
     """The text before the first added token of `text`, and ids from there on."""
     encoding = plain.template.encode(text, add_special_tokens=False)
     first = next((place for place, number in enumerate(encoding.ids) if number in plain.added), None)
@@ -257,7 +204,7 @@ def _cut_before_first(plain: _Plain, text: str) -> tuple[str, list[int]]:
     return text[: encoding.offsets[first][0]], encoding.ids[first:]
 
 
-def _start_ids(plain: _Plain) -> list[int]:
+def _start_ids(plain: Plain) -> list[int]:
     """The ids the tokenizer puts before any text: its beginning of sequence, or nothing."""
     encoding = plain.template.encode("a", add_special_tokens=True)
     mask: list[int] = encoding.special_tokens_mask

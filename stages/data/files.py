@@ -1,4 +1,4 @@
-"""Files of questions: JSONL and Parquet files, Hugging Face `datasets` folders, data sets of the hub, row by row.
+"""Files of questions: JSONL, CSV and Parquet files, Hugging Face `datasets` folders, data sets of the hub, row by row.
 
 Reading a set never runs code of the set. A set is known to the cache by its content (sha256 of its files), not by its path;
 a hub data set by the 40 hexadecimal digits of the commit that `revision` must name.
@@ -6,6 +6,7 @@ a hub data set by the 40 hexadecimal digits of the commit that `revision` must n
 
 from __future__ import annotations
 
+import csv
 import difflib
 import functools
 import hashlib
@@ -22,11 +23,11 @@ from stages.identity import DataError
 
 __all__ = ["ColumnsConfig", "QuestionFileConfig", "Row", "required_text", "rows_of", "text_of"]
 
-Format = Literal["jsonl", "parquet", "datasets", "hub"]
+Format = Literal["jsonl", "csv", "tsv", "parquet", "datasets", "hub"]
 
 
 class ColumnsConfig(Config):
-    """Which column holds what. `solution` and `id` may be missing from the data as long as they are not named here."""
+    """Which column holds what. `solution` and `id` may be missing from the data as long as no other name is given here."""
 
     question: str | tuple[str, ...] = "question"
     """The question's text; several columns are joined by a space (SVAMP: `["body", "question"]`)."""
@@ -42,10 +43,11 @@ class QuestionFileConfig(Config):
     """A question set and how to read it."""
 
     path: str = Field(min_length=1)
-    """A `.jsonl` or `.parquet` file, a folder written by `datasets`' `save_to_disk`, a folder of data files, or (with
-    `format: hub`) the name of a data set on the hub. No part of the cache key: the content is."""
-    format: Literal["auto", "jsonl", "parquet", "datasets", "hub"] = "auto"
-    """`auto` goes by the file's ending; a folder is `datasets`."""
+    """A `.jsonl`, `.csv`, `.tsv` or `.parquet` file, a folder written by `datasets`' `save_to_disk`, a folder of data files, or
+    (with `format: hub`) the name of a data set on the hub. No part of the cache key: the content is."""
+    format: Literal["auto", "jsonl", "csv", "tsv", "parquet", "datasets", "hub"] = "auto"
+    """`auto` goes by the file's ending; a folder is `datasets`. `csv` (commas) and `tsv` (tabs): the first line names the
+    columns."""
     columns: ColumnsConfig = Field(default_factory=ColumnsConfig)
     """Names of the columns."""
     split: str | None = None
@@ -88,10 +90,16 @@ def _format_of(config: QuestionFileConfig) -> Format:
     match path.suffix.lower():
         case ".jsonl" | ".ndjson":
             return "jsonl"
+        case ".csv":
+            return "csv"
+        case ".tsv":
+            return "tsv"
         case ".parquet":
             return "parquet"
         case suffix:
-            raise DataError(f"{path}: cannot tell the format by the ending {suffix!r}; set format to jsonl or parquet")
+            raise DataError(
+                f"{path}: cannot tell the format by the ending {suffix!r}; set format to jsonl, csv or parquet"
+            )
 
 
 def rows_of(config: QuestionFileConfig) -> Iterator[Row]:
@@ -104,6 +112,10 @@ def rows_of(config: QuestionFileConfig) -> Iterator[Row]:
     match kind:
         case "jsonl":
             return _jsonl_rows(_existing(config.path))
+        case "csv":
+            return _csv_rows(_existing(config.path), ",")
+        case "tsv":
+            return _csv_rows(_existing(config.path), "\t")
         case "parquet":
             return _parquet_rows(_existing(config.path))
         case "datasets":
@@ -126,6 +138,27 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             if not isinstance(values, dict):
                 raise DataError(f"{path}: line {number}: expected a JSON object, found {type(values).__name__}")
             yield Row(f"{path}: line {number}", values)
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
+    """Cells are text, as they stand there; an empty one is no value. A quoted cell may hold newlines."""
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        try:
+            names = next(reader, [])
+            if len(set(names)) < len(names):
+                raise DataError(f"{path}: line 1: a column stands there twice: {names}")
+            for cells in reader:
+                where = f"{path}: line {reader.line_num}"
+                if not cells:
+                    continue
+                if len(cells) != len(names):
+                    raise DataError(
+                        f"{where}: expected {len(names)} cells ({', '.join(names)}), found {len(cells)}; quote commas"
+                    )
+                yield Row(where, dict(zip(names, cells, strict=True)))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{path}: line {reader.line_num + 1} is not CSV in UTF-8: {error}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -158,7 +191,13 @@ def _hub_rows(config: QuestionFileConfig) -> Iterator[Row]:
     import datasets
 
     _require_revision(config)
-    found = datasets.load_dataset(config.path, config.subset, revision=config.revision)
+    try:
+        found = datasets.load_dataset(config.path, config.subset, revision=config.revision)
+    except Exception as error:  # the library raises many kinds; all mean that this set cannot be had
+        raise DataError(
+            f"{config.path} at {config.revision}: `datasets` cannot load it from the hub: {type(error).__name__}: {error}; "
+            "where there is no connection, download it elsewhere and name its files"
+        ) from None
     return _numbered(config.path, _pick_split(found, config.split, config.path).to_list())
 
 

@@ -67,10 +67,13 @@ def _names(columns: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _resolve_columns(config: QuestionFileConfig, present: set[str]) -> ColumnsConfig:
-    """The columns to read: those named must be there, `solution` and `id` give way when they are only the defaults."""
+    """The columns to read: those named must be there; `solution` and `id` give way where they have their default names.
+
+    By the name and not by who gave it: a configuration that went through a file or an override names every field.
+    """
     columns = config.columns
     for name in ("solution", "id"):
-        if name not in columns.model_fields_set and getattr(columns, name) not in present:
+        if getattr(columns, name) == ColumnsConfig.model_fields[name].default not in present:
             columns = columns.model_copy(update={name: None})
     if columns.answer is None and columns.solution is None:
         raise DataError(f"{config.path}: neither an answer nor a solution column; found columns {sorted(present)}")

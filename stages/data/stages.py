@@ -97,11 +97,11 @@ def arithmetic_demonstrations(config: DemonstrationConfig) -> Demonstrations:
 
 @stage(version="1")
 def read_questions(config: QuestionFileConfig) -> Questions:
-    """A question set from a JSONL or Parquet file, a Hugging Face `datasets` folder or a hub data set.
+    """A question set from a JSONL, CSV or Parquet file, a Hugging Face `datasets` folder or a hub data set.
 
     Raises:
         DataError: names file, row and column: a question without an answer, a duplicate id, an empty set, a missing column, a
-            line that is not JSON, a missing file.
+            line that is not JSON or CSV, a missing file, a set that would need a script.
     """
     return Questions.write(load_questions(config))
 

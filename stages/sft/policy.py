@@ -62,5 +62,7 @@ def _texts(corpus: Demonstrations, prompt: PromptConfig) -> Iterator[str]:
     yield from (prompt.prefix, INSTRUCTIONS[prompt.template], prompt.suffix)
     if prompt.chat == "deepseek_math":
         yield "User: \n\nAssistant: "
+    if (template := prompt.own_template()) is not None:
+        yield template
     for column in ("question", "completion"):
         yield from table.column(column).to_pylist()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import unicodedata
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.config import ConfigError
 from stages.prompts import (
     PromptConfig,
     PromptError,
@@ -91,6 +93,49 @@ def test_a_template_reads_as_the_paper_or_the_tokenizer_writes_it(
     ids = encode_prompt(tokenizer, "2+2?", PromptConfig.parse(config))
     assert tokenizer.decode(ids, skip_special_tokens=False) == prompt
     assert chr(8) not in prompt  # the README's "\b" of "\boxed"
+
+
+OWN = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}{% if add_generation_prompt %} <think>{% endif %}"
+)
+
+
+def test_a_template_of_ones_own_stands_in_for_the_tokenizers_as_text_or_file(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text(OWN)
+    text, named = (PromptConfig(chat="tokenizer", chat_template=given) for given in (OWN, str(file)))
+    ids = encode_prompt(tokenizer, "2+2?", text)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "[user] 2+2? <think>"
+    assert ids[-1] == tokenizer.convert_tokens_to_ids("<think>")
+    assert encode_prompt(tokenizer, "2+2?", named) == ids
+    assert text.key() == named.key()
+    file.write_text(OWN + " ")
+    assert text.key() != named.key()
+
+
+def test_without_a_template_of_ones_own_the_cache_key_is_what_it_was_before_there_were_any() -> None:
+    assert PromptConfig(chat="tokenizer").key() == {"template": "raw", "chat": "tokenizer", "prefix": "", "suffix": ""}
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0].content.__class__.__mro__ }}", "SecurityError"),
+        ("{% for m in messages %}", "TemplateSyntaxError"),
+        ("{{ raise_exception('no system prompt') }}", "no system prompt"),
+        ("fixed", "does not write the user's message exactly once"),
+        ("{{ messages[0].content | upper }}{{ messages[0].content }}", "exactly once"),
+        ("missing.jinja", r"missing\.jinja cannot be read"),
+    ],
+)
+def test_a_template_that_is_unsafe_or_unusable_is_refused(tokenizer: Any, template: str, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        encode_prompt(tokenizer, "2+2?", PromptConfig(chat="tokenizer", chat_template=template))
+
+
+def test_a_template_that_nothing_would_read_is_refused() -> None:
+    with pytest.raises(ConfigError, match="chat_template: is read where chat is tokenizer, and chat is none"):
+        PromptConfig.parse({"chat_template": OWN})
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -37,7 +38,15 @@ def test_jsonl_rows_become_questions(store: Store, tmp_path: Path) -> None:
     assert rows[1] == {"question_id": "b", "question": "2*3?", "answer": "6", "solution": "2*3=<<2*3=6>>6"}
 
 
-def test_jsonl_parquet_and_a_datasets_folder_give_one_and_the_same_artifact(store: Store, tmp_path: Path) -> None:
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> str:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+def test_every_kind_of_file_gives_one_and_the_same_artifact(store: Store, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "q.parquet")
     datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
@@ -46,10 +55,52 @@ def test_jsonl_parquet_and_a_datasets_folder_give_one_and_the_same_artifact(stor
     found = {
         read_questions(config(write_jsonl(tmp_path / "q.jsonl", ROWS))),
         read_questions(config(str(tmp_path / "q.parquet"))),
+        read_questions(config(write_csv(tmp_path / "q.csv", ROWS))),
+        read_questions(config(write_csv(tmp_path / "q.tsv", ROWS))),
         read_questions(config(str(tmp_path / "saved"), split="train")),
         read_questions(config(str(tmp_path / "plain"))),
     }
     assert len(found) == 1
+
+
+def test_cells_of_csv_are_text_with_commas_quotes_and_newlines(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_bytes(
+        b'\xef\xbb\xbfprompt,gold\r\n"Add 1,000 and ""7"":\n\xe4\xb8\xad",01.50\r\n\r\nplain,2\r\n'  # as Excel saves it
+    )
+    rows = read_questions(config(str(tmp_path / "q.csv"), columns={"question": "prompt", "answer": "gold"})).rows()
+    assert [(row["question"], row["answer"]) for row in rows] == [('Add 1,000 and "7":\n中', "01.50"), ("plain", "2")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"question,answer\n1,2\n1 and 2,3,4\n", r"q\.csv: line 3: expected 2 cells \(question, answer\), found 3"),
+        (b"question,answer\n1,\n", r"q\.csv: line 2: question without an answer: column 'answer' is empty"),
+        (b'question,answer\n1,2\n"1,2\n', r"q\.csv: line 4 is not CSV in UTF-8"),
+        (b"question,answer\n\xff,2\n", r"q\.csv: line \d is not CSV in UTF-8"),
+        (b"question,answer,answer\n1,2,3\n", r"line 1: a column stands there twice"),
+        (b"question;answer\n1;2\n", r"no column 'question'; found columns \['question;answer'\]"),
+        (b"", "no questions: the set is empty"),
+    ],
+)
+def test_a_bad_line_of_csv_is_named(store: Store, tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "q.csv").write_bytes(text)
+    with pytest.raises(DataError, match=message):
+        read_questions(config(str(tmp_path / "q.csv")))
+
+
+def test_a_script_of_a_data_set_never_runs(store: Store, tmp_path: Path) -> None:
+    """The way a data set once brought its own loader: a module of the folder's name."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "scripted"
+    folder.mkdir()
+    (folder / "scripted.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()")
+    with pytest.raises(DataError, match="scripted: `datasets` cannot read this folder"):
+        read_questions(config(str(folder)))
+    write_jsonl(folder / "train.jsonl", ROWS)
+    with pytest.raises(DataError, match="Dataset scripts are no longer supported"):
+        read_questions(config(str(folder)))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_cache_key_is_the_content_not_the_path(tmp_path: Path) -> None:
@@ -146,8 +197,16 @@ def test_equal_questions_without_ids_are_refused_as_duplicates(store: Store, tmp
 
 def test_an_id_column_that_was_asked_for_must_exist(store: Store, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "q.jsonl", [{"question": "2+2?", "answer": "4"}])
-    with pytest.raises(DataError, match="no column 'id'"):
-        read_questions(config(path, columns={"id": "id"}))
+    with pytest.raises(DataError, match="no column 'number'"):
+        read_questions(config(path, columns={"id": "number"}))
+
+
+def test_a_configuration_that_was_overridden_or_written_down_asks_for_no_more_columns(
+    store: Store, tmp_path: Path
+) -> None:
+    given = config(write_jsonl(tmp_path / "q.jsonl", [{"question": "2+2?", "answer": "4"}]))
+    for same in (given.override({"limit": 1}), QuestionFileConfig.from_yaml(given.to_yaml())):
+        assert read_questions(same).rows()[0]["solution"] is None
 
 
 def test_a_missing_file_is_an_error_with_the_nearest_name(store: Store, tmp_path: Path) -> None:

@@ -1,0 +1,199 @@
+"""Models of the Hugging Face hub, as checkpoints: a branch is resolved to a commit once, and the commit is what is fetched.
+
+A branch moves; a run that is continued must not move with it. `resolve_revision` is a stage, so its answer is an artifact that
+later runs reuse (`cohort forget` asks again), and `fetch_checkpoint` knows commits only: they are its cache key, stand in its
+provenance, and need no network where they were fetched before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import Field
+
+from pipeline.artifact import Folder
+from pipeline.config import Config
+from pipeline.progress import report
+from pipeline.stage import stage
+from stages.model_folders import copy_model
+from stages.models import Checkpoint
+
+__all__ = [
+    "COMMIT",
+    "REPOSITORY",
+    "HubCheckpointConfig",
+    "HubError",
+    "Revision",
+    "fetch_checkpoint",
+    "resolve_revision",
+]
+
+REPOSITORY: Final = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+"""`owner/name`."""
+COMMIT: Final = r"[0-9a-f]{40}"
+
+_WANTED: Final = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+_UNWANTED: Final = ("*/*", "consolidated*")
+"""Other formats in folders of their own, and Mistral's second copy of the weights."""
+_FILE: Final = "revision.json"
+
+
+class HubError(RuntimeError):
+    """A model that cannot be fetched; says what to do."""
+
+
+class Revision(Folder):
+    """What a branch or tag of a repository was when somebody first asked: revision.json with `commit`."""
+
+    @property
+    def commit(self) -> str:
+        """40 hexadecimal digits."""
+        commit: str = json.loads((self.path / _FILE).read_text(encoding="utf-8"))["commit"]
+        return commit
+
+
+class HubCheckpointConfig(Config):
+    """A model of the hub at one commit."""
+
+    repository: str = Field(pattern=f"^{REPOSITORY}$")
+    """`owner/name`."""
+    revision: str = Field(pattern=f"^{COMMIT}$")
+    """The commit: branches move."""
+    trust_remote_code: bool = False
+    """Fetch the repository's own Python code with it, and let it run whenever the model is loaded."""
+
+
+@stage(version="1")
+def resolve_revision(repository: str, revision: str) -> Revision:
+    """The commit that a branch or tag is now, with a warning that names it: it stays that of every later run.
+
+    Raises:
+        HubError: no such repository or revision, no access, or no connection and nothing in the hub's cache.
+    """
+    with _explained(repository, revision):
+        commit = _commit(repository, revision)
+    warnings.warn(
+        f"{repository}: {revision} is commit {commit}, which this and later runs use; set policy.revision={commit} so that the "
+        "configuration says it",
+        stacklevel=2,
+    )
+    found = {"repository": repository, "revision": revision, "commit": commit}
+    return Revision.write(lambda folder: _write_json(folder / _FILE, found))
+
+
+@stage(version="1")
+def fetch_checkpoint(config: HubCheckpointConfig) -> Checkpoint:
+    """Download a model into the hub's own cache (HF_HUB_CACHE), then copy it into the store.
+
+    Safetensors, JSON, text, sentencepiece models and templates only: no pickles, and Python files only if trusted.
+
+    Raises:
+        HubError: as `resolve_revision`.
+        ArtifactError: as `import_checkpoint`.
+    """
+    report("fetch", repository=config.repository, revision=config.revision)
+    with _explained(config.repository, config.revision):
+        folder = _snapshot(config)
+    pin = config.revision if config.trust_remote_code else None
+    setting = f"policy.trust_remote_code=true and policy.revision={config.revision}"
+    return Checkpoint.write(lambda target: copy_model(folder, target, pin=pin, setting=setting, name=config.repository))
+
+
+def _snapshot(config: HubCheckpointConfig) -> Path:
+    """The files in the hub's cache, downloaded where they are not there and the hub answers."""
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    refusal: Exception | None = None
+    unavailable: tuple[type[Exception], ...] = (errors.HfHubHTTPError, *_unreachable())
+    try:
+        # One quick question: the download itself would try six times to reach a hub that is not there.
+        HfApi(endpoint=_endpoint()).model_info(config.repository, revision=config.revision)
+    except unavailable as error:
+        refusal = error
+    try:
+        folder = snapshot_download(
+            config.repository,
+            revision=config.revision,
+            allow_patterns=[*_WANTED, *(["*.py"] if config.trust_remote_code else [])],
+            ignore_patterns=list(_UNWANTED),
+            cache_dir=_cache(),
+            endpoint=_endpoint(),
+            local_files_only=refusal is not None,
+        )
+    except errors.LocalEntryNotFoundError as error:
+        raise refusal or error from None
+    return Path(folder)
+
+
+def _commit(repository: str, revision: str) -> str:
+    """What the hub says; without a connection what its cache holds, from an earlier download by whatever program."""
+    from huggingface_hub import HfApi, errors, try_to_load_from_cache
+
+    try:
+        return str(HfApi(endpoint=_endpoint()).model_info(repository, revision=revision).sha)
+    except errors.HfHubHTTPError:  # an answer, and a connection error's sibling
+        raise
+    except _unreachable():
+        cached = try_to_load_from_cache(repository, "config.json", revision=revision, cache_dir=_cache())
+        if not isinstance(cached, str):
+            raise
+        return Path(cached).parent.name
+
+
+# The library reads its environment when it is imported, which the program that calls us may have done before setting it.
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def _cache() -> str | None:
+    return os.environ.get("HF_HUB_CACHE") or None
+
+
+def _unreachable() -> tuple[type[Exception], ...]:
+    """What the library raises where there is no connection: none is wanted, or none comes about."""
+    from huggingface_hub import errors
+
+    # `HTTPError` of the HTTP library in use, the parent of its connection errors.
+    return (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, getattr(errors, "HTTPError", OSError))
+
+
+@contextlib.contextmanager
+def _explained(repository: str, revision: str) -> Iterator[None]:
+    """The library's errors as `HubError`s that say what to do."""
+    from huggingface_hub import constants, errors
+
+    place = _endpoint() or constants.ENDPOINT
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise HubError(
+            f"{repository} is gated: accept its terms at {place}/{repository}, then log in (`hf auth login`, or HF_TOKEN)"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise HubError(f"{repository} has no branch, tag or commit {revision}; mend policy.revision") from None
+    except errors.RepositoryNotFoundError:
+        raise HubError(
+            f"{repository}: neither a folder here nor a model at {place} that you may read; mend policy.path, or log in where "
+            "it is private (`hf auth login`, or HF_TOKEN)"
+        ) from None
+    except errors.HfHubHTTPError as error:
+        raise HubError(f"{repository}: {place} answers {error.response.status_code}; try again later") from None
+    except _unreachable() as error:
+        raise HubError(
+            f"{repository}: {place} cannot be reached ({_reason(error)}), no folder of that name is here, and the hub's cache "
+            f"does not hold {revision}; connect, set HF_ENDPOINT to a mirror, or set policy.path to a copy of the model"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error) or 'no details').splitlines()[0]}"
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")

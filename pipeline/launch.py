@@ -25,15 +25,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline import worker
-from pipeline.progress import report
+from pipeline.progress import Listener, report
 
-__all__ = ["Group", "WorkerError", "free_port"]
+__all__ = ["Group", "RefusedError", "WorkerError", "free_port"]
 
 _LAST_LINES: Final = 12
 _TICK: Final = 0.2
 """Seconds between two looks at whether every process still lives."""
-_OTHERS: Final = 3.0
-"""Seconds that the other ranks have to say what they died of, once one is known to have failed."""
+_ENDING: Final = 3.0
+"""Seconds until a process that hung up has ended, so that its exit code is known."""
+_DEATHS: Final = 0.5
+"""Seconds in which the death of a rank shows, once another says that it was left alone."""
 
 
 class WorkerError(RuntimeError):
@@ -44,6 +46,16 @@ class WorkerError(RuntimeError):
         self.rank = rank
         self.exit_code = exit_code
         """Negative: the signal that ended it. None: it was alive."""
+
+
+class RefusedError(WorkerError):
+    """A process says itself what is wrong with an order; it was alive then."""
+
+    def __init__(self, called: str, kinds: Sequence[str], text: str, *, rank: int) -> None:
+        super().__init__(f"{called}: {kinds[0]}: {text}", rank=rank)
+        self.kinds = kinds
+        """Names of the exception's class and of those it derives from."""
+        self.text = text
 
 
 class Group:
@@ -77,6 +89,7 @@ class Group:
         self._logs = [logs / f"{name}-{rank}.log" for rank in range(len(environments))]
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
+        self._hear: Listener = _report
         atexit.register(self.close)
         with self._or_nothing(always=True), socket.create_server(("127.0.0.1", 0)) as server:
             key = secrets.token_bytes(32)
@@ -89,13 +102,21 @@ class Group:
             self._connections = self._accept(server, key, end, deadline)
             self._replies(end, deadline)
 
-    def order(self, order: Mapping[str, Any], *, deadline: float) -> list[Any]:
+    def order(
+        self, order: Mapping[str, Any], *, deadline: float, renewed: bool = False, hear: Listener | None = None
+    ) -> list[Any]:
         """Give every process the same order; the reply of each, by rank. Rank 0's progress is reported as it comes.
 
+        Args:
+            deadline: seconds until every process must have replied.
+            renewed: by every report of progress, for work whose whole length nobody knows; what hangs reports nothing.
+            hear: takes rank 0's progress; None: it is reported under the topic it has.
+
         Raises:
-            WorkerError: a process died, failed, or did not reply within `deadline` seconds. The group is ended, unless it is
-                a single process that says itself what was wrong with the order.
+            WorkerError: a process died, failed (`RefusedError`), or missed the deadline. The group is ended, unless it is a
+                single process that says itself what was wrong with the order.
         """
+        self._hear = hear or _report
         with self._or_nothing():
             message = json.dumps(order).encode()
             for rank, connection in enumerate(self._connections):
@@ -103,7 +124,12 @@ class Group:
                     connection.send_bytes(message)
                 except OSError:
                     raise self._death(rank) from None
-            return self._replies(time.monotonic() + deadline, deadline)
+            return self._replies(time.monotonic() + deadline, deadline, renewed=renewed)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids by rank, for as long as the group is there; each leads a process group of its own."""
+        return [process.pid for process in self._processes]
 
     @property
     def alive(self) -> bool:
@@ -129,7 +155,7 @@ class Group:
         try:
             yield
         except BaseException as error:
-            if always or len(self._processes) > 1 or not isinstance(error, _RefusedError):
+            if always or len(self._processes) > 1 or not isinstance(error, RefusedError):
                 self._kill()
             raise
 
@@ -157,7 +183,7 @@ class Group:
                 found[json.loads(connection.recv_bytes())["rank"]] = connection
         return [found[rank] for rank in sorted(found)]
 
-    def _replies(self, end: float, deadline: float) -> list[Any]:
+    def _replies(self, end: float, deadline: float, *, renewed: bool = False) -> list[Any]:
         replies: dict[int, Any] = {}
         while len(replies) < len(self._connections):
             missing = [rank for rank in range(len(self._connections)) if rank not in replies]
@@ -165,6 +191,7 @@ class Group:
             for connection in wait([self._connections[rank] for rank in missing], timeout=_TICK):
                 assert isinstance(connection, Connection)
                 self._take(self._connections.index(connection), replies)
+                end = time.monotonic() + deadline if renewed else end
         return [replies[rank] for rank in sorted(replies)]
 
     def _take(self, rank: int, replies: dict[int, Any]) -> None:
@@ -173,13 +200,23 @@ class Group:
         except (EOFError, OSError):
             raise self._death(rank) from None
         if "error" in message:
-            raise _RefusedError(f"{self._called(rank)}: {message['error']}", rank=rank)
+            raise self._refusal(rank, message)
         if "report" in message:
             topic, values = message["report"]
             if rank == 0:
-                report(topic, **values)
+                self._hear(topic, values)
         else:
             replies[rank] = message["reply"]
+
+    def _refusal(self, rank: int, message: Mapping[str, Any]) -> WorkerError:
+        """What a process complains of; or the death of another, where that is what it complains of."""
+        end = time.monotonic() + _DEATHS
+        while len(self._processes) > 1 and time.monotonic() < end:
+            for other, process in enumerate(self._processes):
+                if process.poll() is not None:
+                    return self._death(other)
+            time.sleep(0.01)
+        return RefusedError(self._called(rank), message["kinds"], message["error"], rank=rank)
 
     def _look(self, end: float, missing: Sequence[int], deadline: float) -> None:
         """Raise for a process that is dead, or for those that are late."""
@@ -198,8 +235,8 @@ class Group:
         return rank < len(self._connections) and self._connections[rank].poll()
 
     def _death(self, rank: int) -> WorkerError:
-        """What a process died of; the first of several that failed by themselves, since its death takes others along."""
-        end = time.monotonic() + _OTHERS
+        """What a process died of."""
+        end = time.monotonic() + _ENDING
         while self._processes[rank].poll() is None and time.monotonic() < end:
             time.sleep(0.01)
         code = self._processes[rank].poll()
@@ -220,8 +257,8 @@ class Group:
         return "\n".join(f"  | {line}" for line in lines) or "  | (it printed nothing)"
 
 
-class _RefusedError(WorkerError):
-    """A process says itself what is wrong with an order; it still runs."""
+def _report(topic: str, values: dict[str, Any]) -> None:
+    report(topic, **values)
 
 
 def free_port() -> int:

@@ -79,7 +79,7 @@ def stage(*, version: str) -> Callable[[Callable[P, A]], Callable[P, A]]:
 def _return_type(function: Callable[..., A]) -> type[A]:
     """The artifact class a stage is annotated to return; other annotations may name what is imported for typing only."""
     only = types.SimpleNamespace(__annotations__={"return": function.__annotations__["return"]})
-    kind: type[A] = typing.get_type_hints(only, globalns=function.__globals__)["return"]
+    kind: type[A] = typing.get_type_hints(only, globalns=inspect.unwrap(function).__globals__)["return"]
     return kind
 
 

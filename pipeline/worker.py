@@ -60,7 +60,7 @@ def _attempt(say: Callable[..., None], work: Callable[[], Any]) -> Any:
         result = work()
     except Exception as error:
         traceback.print_exc()
-        say(error=f"{type(error).__name__}: {error}")
+        say(error=str(error), kinds=[kind.__name__ for kind in type(error).__mro__])
         return None
     say(reply=None if callable(result) else result)
     return result

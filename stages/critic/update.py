@@ -11,11 +11,13 @@ from stages.critic.config import CriticConfig
 from stages.critic.examples import join
 from stages.models import Checkpoint
 from stages.tables import Advantages, Rollouts
+from stages.training.ranks import on_ranks
 
 __all__ = ["update_critic"]
 
 
 @stage(version="1")
+@on_ranks
 def update_critic(
     critic: Checkpoint, outputs: Rollouts, advantages: Advantages, config: CriticConfig, *, seed: int
 ) -> Checkpoint:
@@ -59,7 +61,8 @@ def update_critic(
         metrics = fit.metrics(engine)
         checkpoint = publish(engine)
     seconds = time.perf_counter() - started
-    parameters = sum(parameter.numel() for parameter in engine.model.parameters())
+    # Under ZeRO 3 a parameter between its uses is an empty stand-in that knows its size.
+    parameters = sum(getattr(each, "ds_numel", each.numel()) for each in engine.model.parameters())
     held = {"critic/parameters": parameters, "memory/critic_mb": peak.mib, "memory/tensors_mb": live_tensors_mib()}
     record_metrics({**metrics, **held, "time/critic": seconds})
     return checkpoint

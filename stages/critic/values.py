@@ -9,11 +9,13 @@ from pipeline.stage import record_metrics, stage
 from stages.critic.config import CriticConfig
 from stages.models import Checkpoint
 from stages.tables import Rollouts, Values
+from stages.training.ranks import on_ranks
 
 __all__ = ["estimate_values"]
 
 
 @stage(version="1")
+@on_ranks
 def estimate_values(critic: Checkpoint, outputs: Rollouts, config: CriticConfig) -> Values:
     """V(q, o_<t): the value before every output token, in the order of `outputs`.
 
@@ -38,7 +40,7 @@ def estimate_values(critic: Checkpoint, outputs: Rollouts, config: CriticConfig)
             with engine.autocast():
                 return values_before(engine.model, batch.to(engine.device))
 
-        value = score_rows(rows, config.micro_batch_tokens, score)
+        value = score_rows(rows, config.micro_batch_tokens, score, engine)
     for row, values in zip(table, value, strict=True):
         if not all(map(math.isfinite, values)):
             key = (row["question_id"], row["sample"])

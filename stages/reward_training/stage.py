@@ -10,11 +10,13 @@ from stages.models import Checkpoint
 from stages.reward_training.config import RewardTrainingConfig
 from stages.reward_training.examples import draw_updates, read_examples
 from stages.tables import RewardLabels
+from stages.training.ranks import on_ranks
 
 __all__ = ["train_reward_model"]
 
 
 @stage(version="1")
+@on_ranks
 def train_reward_model(
     model: Checkpoint, labels: RewardLabels, config: RewardTrainingConfig, *, seed: int
 ) -> Checkpoint:
@@ -51,9 +53,9 @@ def train_reward_model(
             for number, held in enumerate(drawn):
                 done = (epoch + number / len(drawn)) / config.epochs
                 update(engine, held, config, ledger, factor=1 - done if config.decay == "linear" else 1.0)
+                report("train_reward_model", done=epoch * len(drawn) + number + 1, total=config.epochs * len(drawn))
             updates += len(ledger.reports)
             skipped += sum(step.skipped for step in ledger.reports)
-            report("train_reward_model", done=epoch + 1, total=config.epochs)
         metrics = ledger.metrics(engine)
         checkpoint = publish(engine)
     counts = {"rm/updates": updates - skipped, "rm/skipped_steps": skipped, "rm/examples": len(examples)}

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.launch import Group, WorkerError, free_port
+from pipeline.launch import Group, RefusedError, WorkerError, free_port
 from pipeline.progress import listen
 
 HANDLER = """
@@ -35,8 +35,17 @@ def make_handler():
             case "echo":
                 report("echo", {"done": 1, "of": rank})
                 return order
+            case "work":
+                for done in range(4):
+                    time.sleep(0.5)
+                    report("work", {"done": done + 1})
             case "raise":
                 raise ValueError("expected a number, found a cat")
+            case "desert":
+                if rank == order["deserter"]:
+                    os._exit(3)
+                time.sleep(0.2)
+                raise ConnectionError("where are the others?")
             case "exit":
                 print("this is the end", flush=True)
                 os._exit(order["code"])
@@ -90,6 +99,7 @@ def test_closing_leaves_no_process_nor_what_it_started(start: Start) -> None:
     group = start(ranks=2)
     pids = [pid for own in group.order({"do": "pids"}, deadline=10) for pid in own]
     assert len(set(pids)) == 4
+    assert pids[::2] == group.pids
     assert all(psutil.pid_exists(pid) for pid in pids)
     group.close()
     assert _gone(pids)
@@ -127,8 +137,9 @@ def test_a_process_that_hangs_is_killed_at_the_deadline(start: Start) -> None:
 
 def test_a_single_process_survives_an_order_that_it_refuses(start: Start) -> None:
     group = start()
-    with pytest.raises(WorkerError, match="crew: ValueError: expected a number, found a cat"):
+    with pytest.raises(RefusedError, match="crew: ValueError: expected a number, found a cat") as raised:
         group.order({"do": "raise"}, deadline=10)
+    assert (raised.value.kinds[0], raised.value.text) == ("ValueError", "expected a number, found a cat")
     assert group.order({"do": "echo"}, deadline=10) == [{"do": "echo"}]
 
 
@@ -137,6 +148,18 @@ def test_one_of_several_that_fails_ends_all(start: Start) -> None:
     with pytest.raises(WorkerError, match="crew, rank 1 of 2: ValueError: expected a number"):
         group.order({"do": "raise", "rank": 1, "others": 600}, deadline=60)
     assert not group.alive
+
+
+def test_one_that_is_left_alone_is_not_blamed_for_what_another_died_of(start: Start) -> None:
+    with pytest.raises(WorkerError, match="crew, rank 1 of 2 ended with exit code 3"):
+        start(ranks=2).order({"do": "desert", "deserter": 1}, deadline=60)
+
+
+def test_progress_renews_a_deadline_where_that_is_asked_for(start: Start) -> None:
+    group = start()
+    assert group.order({"do": "work"}, deadline=1.5, renewed=True) == [None]
+    with pytest.raises(WorkerError, match="gave no answer within 1 s"):
+        group.order({"do": "work"}, deadline=1)
 
 
 def test_a_handler_that_cannot_be_made_is_an_error_at_the_start(start: Start) -> None:

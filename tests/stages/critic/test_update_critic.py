@@ -224,7 +224,8 @@ def test_under_deepspeed_values_and_gradient_are_those_of_torch(store: Store, st
     assert torch.linalg.vector_norm(gradient - by_definition) < 1e-6 * torch.linalg.vector_norm(by_definition)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
 def test_under_deepspeed_policy_and_critic_are_trained_side_by_side(store: Store, stage: int) -> None:
     from stages.training.engine import publish, resident_engine
     from tests.stages.training.tiny import random_rows, update

@@ -26,7 +26,7 @@ def config(stage: int | None, **changes: Any) -> Any:
     from stages.training import AdamWConfig, DeepSpeedEngineConfig, TorchEngineConfig, TrainingConfig
 
     return TrainingConfig(
-        engine=TorchEngineConfig() if stage is None else DeepSpeedEngineConfig(zero_stage=stage),
+        engine=TorchEngineConfig() if stage is None else DeepSpeedEngineConfig(zero_stage=stage, ranks=RANKS),
         optimizer=AdamWConfig(learning_rate=1e-3),
         precision="fp32",
         max_grad_norm=1.0,

@@ -22,7 +22,9 @@ from tests.stages.training import rank_process
 from tests.stages.training.rank_process import RANKS, SPLITS, STAGES, config
 from tests.stages.training.tiny import random_rows, tiny_checkpoint, update
 
-DEADLINE = 120
+pytestmark = pytest.mark.engines
+
+DEADLINE = 300
 """Seconds until both ranks are killed."""
 
 

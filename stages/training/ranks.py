@@ -1,0 +1,203 @@
+"""Stages on several ranks: their body runs in a group of processes that is started once and stays warm between calls.
+
+The flow's process asks the cache, holds the lock and records the call; the body computes on every rank of the group, in
+lockstep, and rank 0 says what came of it. A group that failed is gone: the next call starts another, and its engines load what
+they need from artifacts.
+
+One host. Each rank is a process in a session of its own, so that its exit code is known and a kill reaches what it started;
+the workers of torchrun have sessions too, but are its children, and a killed torchrun leaves them behind. The rendezvous is a
+file: there is no port that could be taken, or that others could reach.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import os
+import re
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, ParamSpec, TypeVar
+
+from pipeline.artifact import Artifact, ArtifactError
+from pipeline.config import ConfigError
+from pipeline.launch import Group, RefusedError, WorkerError
+from pipeline.remote import accept, order_of
+from pipeline.residency import evict, resident
+from pipeline.store import DamagedArtifactError, MissingArtifactError, PrunedArtifactError, StoreError
+from stages.training.config import DeepSpeedEngineConfig
+
+__all__ = ["RANK_VARIABLES", "RENDEZVOUS", "body_called", "environments", "on_ranks"]
+
+P = ParamSpec("P")
+A = TypeVar("A", bound=Artifact)
+
+RANK_VARIABLES: Final = (
+    "RANK",
+    "WORLD_",
+    "GROUP_",
+    "ROLE_",
+    "LOCAL_",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "SLURM_",
+    "OMPI_",
+    "PMI",
+)
+"""Prefixes of variables by which a surrounding launcher would make a process a rank of something else."""
+RENDEZVOUS: Final = "COHORT_RENDEZVOUS"
+"""Variable with the file through which the ranks find one another."""
+_SLOT: Final = "ranks"
+_SAME: Final[dict[str, type[Exception]]] = {
+    kind.__name__: kind
+    for kind in (
+        *(ValueError, ArtifactError, ConfigError),
+        *(StoreError, MissingArtifactError, DamagedArtifactError, PrunedArtifactError),
+    )
+}
+"""Errors about data or store, which are raised here as they would be with one rank."""
+
+_bodies: dict[str, Callable[..., Artifact]] = {}
+
+
+def on_ranks(function: Callable[P, A]) -> Callable[P, A]:
+    """Let the body of a stage run on the ranks that its parameter `config` asks for; with one, in this process.
+
+    Stands under `@stage`. On several ranks the body is called by each with the same arguments: it trains through
+    `resident_engine` and `publish`, which know their rank.
+    """
+    name = f"{function.__module__}:{function.__name__}"
+    signature = inspect.signature(function)
+    _bodies[name] = function
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> A:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        engine = bound.arguments["config"].training.engine
+        if not isinstance(engine, DeepSpeedEngineConfig) or engine.ranks == 1:
+            return function(*args, **kwargs)
+        reply = _ordered(order_of(name, function, bound.arguments), engine)
+        result: A = accept(reply, function)
+        return result
+
+    return call
+
+
+def body_called(name: str) -> Callable[..., Artifact]:
+    """The body behind a name, "module:function": one of our stages that runs on ranks, and nothing else.
+
+    Raises:
+        ValueError: something else.
+    """
+    module, _, _ = name.partition(":")
+    if re.fullmatch(r"stages(\.[a-z_]+)+", module):
+        importlib.import_module(module)
+    if name not in _bodies:
+        raise ValueError(f"{name!r} is no stage that runs on ranks")
+    return _bodies[name]
+
+
+class Ranks:
+    """The group as a resident of the flow's process, with its folder of logs."""
+
+    def __init__(self, count: int, deadline: float) -> None:
+        from stages.training.hardware import training_device
+
+        for slot in ("trainer", "reference", "reward_trainer", "critic"):
+            evict(slot)  # models that this process trained, on one rank, would stay in memory beside those of the ranks
+        cuda = training_device() == "cuda"
+        given = environments(count, devices=_visible_devices() if cuda else None)
+        self._folder = Path(tempfile.mkdtemp(prefix="cohort-ranks-"))
+        rendezvous = {RENDEZVOUS: str(self._folder / "rendezvous")}
+        self.group = Group(
+            "training",
+            Path(__file__).with_name("rank.py"),
+            python=Path(sys.executable),
+            environments=[environment | rendezvous for environment in given],
+            logs=self._folder,
+            deadline=deadline,
+        )
+
+    def close(self) -> None:
+        """End the ranks. The logs go with them, unless they failed: errors name the file."""
+        alive = self.group.alive
+        self.group.close()
+        if alive:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def environments(count: int, *, devices: Sequence[str] | None) -> list[dict[str, str]]:
+    """The environment of each rank: this process's, without what another launcher put there.
+
+    Args:
+        devices: the CUDA devices that may be used; None: train on the CPU.
+
+    Raises:
+        ConfigError: fewer devices than ranks.
+    """
+    if devices is not None and len(devices) < count:
+        raise ConfigError(
+            f"training.engine.ranks: expected at most {len(devices)}, the CUDA devices of this machine, found {count}; ranks "
+            "on several hosts are not supported"
+        )
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
+    packages = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    shared = {
+        "PYTHONPATH": os.pathsep.join(packages),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // count)),
+    }
+    if devices is None:
+        loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+        shared |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": loopback}
+    return [inherited | shared | _place(rank, devices) for rank in range(count)]
+
+
+def _place(rank: int, devices: Sequence[str] | None) -> dict[str, str]:
+    """Which rank it is. One that sees a single device has the first of those it sees."""
+    if devices is None:
+        return {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    return {"RANK": str(rank), "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": devices[rank]}
+
+
+def _visible_devices() -> list[str]:
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _ordered(order: Mapping[str, Any], engine: DeepSpeedEngineConfig) -> dict[str, Any]:
+    """The reply of rank 0, once all ranks have replied.
+
+    Raises:
+        WorkerError: a rank died, hung or failed; the group is gone.
+        ValueError, StoreError: what the body says of its data or of the store.
+    """
+    ranks = resident(_SLOT, engine.ranks, lambda: Ranks(engine.ranks, engine.deadline))
+    if not ranks.group.alive:  # died between two calls, or with an earlier one
+        evict(_SLOT)
+        ranks = resident(_SLOT, engine.ranks, lambda: Ranks(engine.ranks, engine.deadline))
+    try:
+        replies = ranks.group.order(order, deadline=engine.deadline, renewed=True)
+    except RefusedError as error:
+        for kind in error.kinds:
+            if kind in _SAME:
+                raise _SAME[kind](error.text) from error
+        raise
+    digests = {reply["digest"] for reply in replies}
+    if len(digests) > 1:
+        raise WorkerError(f"training: the ranks ended with different artifacts: {sorted(digests)}", rank=0)
+    reply: dict[str, Any] = replies[0]
+    return reply

@@ -1,0 +1,109 @@
+"""Whole runs whose training is on two ranks: they end, resume and stop as those on one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from flows.iterative_rl import iterative_rl
+from flows.recipes import arithmetic_smoke
+from pipeline.config import parse_settings
+from pipeline.launch import WorkerError
+from pipeline.progress import listen
+from pipeline.store import Store, use_store
+from tests.stages.training.groups import gone, rank_processes
+
+pytestmark = pytest.mark.engines
+
+REPOSITORY = Path(__file__).parents[2]
+SETTINGS = [
+    f"{part}.training.engine.{setting}"
+    for part in ("sft", "update")
+    for setting in ("kind=deepspeed", "ranks=2", "zero_stage=2")
+] + [
+    "sft.training.optimizer.kind=adamw",  # ZeRO flattens the matrices that muon works on
+    "update.micro_batch_tokens=200",  # several micro-batches to share
+    *("iterations=2", "steps=1", "update.mu=2", "sft.max_steps=6", "sft.decay_steps=2", "evaluation.every=0"),
+]
+
+
+@pytest.fixture(autouse=True)
+def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that fail leave their logs, which errors name: here, also those that a command starts."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+def run(*, kill: tuple[str, int, int] | None = None) -> tuple[str, list[str]]:
+    """Final digest and executed stages; `kill`: rank, at how manieth report of a topic."""
+    executed: list[str] = []
+    reports = 0
+
+    def note(topic: str, values: dict[str, Any]) -> None:
+        nonlocal reports
+        if topic == "stage" and values["outcome"] == "executed":
+            executed.append(values["name"])
+        if kill and topic == kill[0]:
+            reports += 1
+            if reports == kill[1]:
+                rank_processes()[kill[2]].kill()
+
+    with listen(note):
+        digest = iterative_rl(arithmetic_smoke().override(parse_settings(SETTINGS))).digest
+    return digest, executed
+
+
+def test_a_run_on_ranks_that_loses_one_twice_ends_where_an_undisturbed_one_does(store: Store, tmp_path: Path) -> None:
+    golden, executed = run()
+    ranks = rank_processes()
+    assert len(ranks) == 2, "one group, which is still there for what may come"
+    assert executed.count("update_policy") == 2
+    assert run() == (golden, []), "a second run executes nothing"
+    assert all(process.is_running() for process in ranks.values())
+
+    with use_store(Store(tmp_path / "disturbed")) as disturbed:
+        for rank, topic, reports in ((1, "sft", 5), (0, "update_policy", 3)):
+            with pytest.raises(WorkerError, match=rf"training, rank {rank} of 2 was killed \(signal 9") as raised:
+                run(kill=(topic, reports, rank))
+            assert (raised.value.rank, raised.value.exit_code) == (rank, -9)
+            assert not rank_processes()
+        done = len(list(disturbed.actions()))
+        digest, rest = run()
+    assert digest == golden
+    assert len(rest) == len(executed) - done, "nothing was computed again"
+
+
+def test_ctrl_c_ends_command_and_ranks_and_the_same_command_resumes(tmp_path: Path) -> None:
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    command = [sys.executable, "-m", "flows.cli", "run", "arithmetic_smoke", "--engine", "inline", *settings]
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--root", str(tmp_path)], cwd=REPOSITORY, env=dict(os.environ), stdout=output, stderr=output
+        )
+    ranks = _ranks_at_work(process, tmp_path)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, log.read_text()
+    assert gone(ranks)
+    resumed = subprocess.run([*command, "--root", str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+
+
+def _ranks_at_work(process: subprocess.Popen[bytes], root: Path) -> dict[int, psutil.Process]:
+    """The ranks of a run, once they have finished a first stage of it."""
+    end = time.monotonic() + 240
+    while time.monotonic() < end and process.poll() is None:
+        trained = [record for record in Store(root / "store").actions() if record["stage"] == "supervised_finetuning"]
+        if trained:
+            return rank_processes(psutil.Process(process.pid))
+        time.sleep(0.2)
+    raise AssertionError(f"no stage was trained; the run ended with {process.poll()}")

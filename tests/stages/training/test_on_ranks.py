@@ -1,0 +1,263 @@
+"""Stages on two ranks end where one rank does, under every ZeRO stage, and whatever becomes of a rank."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import psutil
+import pytest
+
+from pipeline.launch import WorkerError
+from pipeline.progress import listen
+from pipeline.residency import evict
+from pipeline.store import Store, use_store
+from stages.critic import CriticConfig, estimate_values, update_critic
+from stages.logprobs import LogprobsConfig, compare_policies
+from stages.models import Checkpoint
+from stages.prompts import PromptConfig
+from stages.reward_training import BradleyTerryConfig, PointwiseConfig, RewardTrainingConfig, train_reward_model
+from stages.sft import SFTConfig, supervised_finetuning
+from stages.tables import Rollouts
+from stages.training import DeepSpeedEngineConfig, LoRAConfig, TorchEngineConfig
+from stages.update import GRPOConfig, UpdateConfig, update_policy
+from tests.stages.critic.worlds import outspoken_critic
+from tests.stages.critic.worlds import tables as returns
+from tests.stages.reward_training.worlds import labels, outspoken
+from tests.stages.sft.test_sft import demonstrations, new_policy
+from tests.stages.training.groups import apart, gone, on_two_ranks, rank_processes, training
+from tests.stages.training.tiny import tiny_checkpoint
+from tests.stages.update.test_update import exploration, tiny_policy, weights_of
+
+pytestmark = pytest.mark.engines
+
+STAGES = (0, 1, 2, 3)
+ALONE = TorchEngineConfig()
+Engine = TorchEngineConfig | DeepSpeedEngineConfig
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """One store for all tests, and so one group of ranks for those that leave it alive."""
+    with pytest.MonkeyPatch.context() as patch, use_store(Store(tmp_path_factory.mktemp("store"))) as opened:
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("logs")))  # those of ranks that failed are kept
+        yield opened
+        ranks = rank_processes()
+        evict()
+    assert gone(ranks)
+
+
+def updated(engines: list[Engine], *, tokens: int = 24, **changes: Any) -> Checkpoint:
+    """A policy after one update by each engine in turn, on five micro-batches of 4, 3, 2, 2 and 1 rows."""
+    policy, reference = tiny_policy(0), tiny_policy(1)
+    outputs, advantages = exploration()
+    for number, engine in enumerate(engines):
+        how = training(engine, **changes)
+        config = UpdateConfig(objective=GRPOConfig(beta=0.04), micro_batch_tokens=tokens, training=how)
+        policy = update_policy(policy, reference, outputs, advantages, config, seed=number)
+    return policy
+
+
+def assert_same_metrics(found: Checkpoint, expected: Checkpoint) -> None:
+    """All but those that say how long it took and in how much memory."""
+
+    def comparable(metrics: dict[str, float]) -> dict[str, float]:
+        return {name: metrics[name] for name in metrics if not re.match(r"time/|memory/|.*(seconds|_per_s)$", name)}
+
+    ours, theirs = comparable(found.metrics), comparable(expected.metrics)
+    assert ours.keys() == theirs.keys()
+    assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_three_policy_updates_on_two_ranks_are_those_of_one(shared: Store, stage: int) -> None:
+    found, expected = updated([on_two_ranks(stage)] * 3), updated([ALONE] * 3)
+    assert found.digest != expected.digest, "the ranks did nothing of their own"
+    assert len(rank_processes()) == 2
+    assert apart(found, expected) < 1e-5
+    assert_same_metrics(found, expected)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_of_two_ranks_is_continued_by_one_and_the_other_way_round(shared: Store, stage: int) -> None:
+    one_rank = DeepSpeedEngineConfig(zero_stage=3 - stage)
+    assert apart(updated([ALONE, on_two_ranks(stage), one_rank]), updated([ALONE] * 3)) < 1e-5
+
+
+@pytest.mark.parametrize(("stage", "what"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters")])
+def test_offloading_changes_nothing(shared: Store, stage: int, what: str) -> None:
+    found = updated([on_two_ranks(stage, offload=what)] * 3)
+    assert apart(found, updated([ALONE] * 3)) < 1e-5
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_adapter_trained_on_two_ranks_is_that_of_one(shared: Store, stage: int) -> None:
+    pytest.importorskip("peft")
+    found, expected = (updated([engine] * 3, adapter=LoRAConfig(r=3)) for engine in (on_two_ranks(stage), ALONE))
+    assert found.digest != expected.digest
+    assert apart(found, expected) < 1e-5
+
+
+def test_more_ranks_than_micro_batches_are_idle_and_no_error(shared: Store) -> None:
+    assert apart(updated([on_two_ranks(2)], tokens=10_000), updated([ALONE], tokens=10_000)) < 1e-5
+
+
+def tuned(engine: Engine) -> Checkpoint:
+    corpus = demonstrations()
+    config = SFTConfig(
+        training=training(engine), batch_size=5, max_steps=2, decay_steps=2, micro_batch_tokens=60, stop_loss=None
+    )
+    return supervised_finetuning(new_policy(corpus), corpus, PromptConfig(suffix="\n"), config)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_supervised_finetuning_on_two_ranks_is_that_of_one(shared: Store, stage: int) -> None:
+    found, expected = tuned(on_two_ranks(stage)), tuned(ALONE)
+    distance = (weights_of(found) - weights_of(expected)).norm() / weights_of(expected).norm()
+    assert distance < 1e-5
+    assert_same_metrics(found, expected)
+    assert (found.path / "sft_curve.json").read_text() == (expected.path / "sft_curve.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective"),
+    [("outcome", BradleyTerryConfig()), ("outcome", PointwiseConfig()), ("process", PointwiseConfig())],
+)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_reward_model_trained_on_two_ranks_is_that_of_one(
+    shared: Store, stage: int, kind: Any, objective: Any
+) -> None:
+    base = tiny_checkpoint()
+    model, table = outspoken(kind, base), labels(base)
+
+    def trained(engine: Engine) -> Checkpoint:
+        config = RewardTrainingConfig(
+            training=training(engine), objective=objective, epochs=2, questions_per_update=3, micro_batch_tokens=40
+        )
+        return train_reward_model(model, table, config, seed=0)
+
+    found, expected = trained(on_two_ranks(stage)), trained(ALONE)
+    assert apart(found, expected) < 1e-5
+    assert_same_metrics(found, expected)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_critic_on_two_ranks_is_that_of_one(shared: Store, stage: int) -> None:
+    critic, (outputs, advantages) = outspoken_critic(), returns()
+    found, expected = (
+        update_critic(
+            critic,
+            outputs,
+            advantages,
+            CriticConfig(training=training(engine), mu=3, micro_batch_tokens=24),
+            seed=0,
+        )
+        for engine in (on_two_ranks(stage), ALONE)
+    )
+    assert apart(found, expected) < 1e-5
+    assert_same_metrics(found, expected)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_scores_of_two_ranks_are_those_of_one(shared: Store, stage: int) -> None:
+    (outputs, _), (valued, _), critic = exploration(), returns(), outspoken_critic()
+    compared, values = (
+        [run(training(engine)) for engine in (on_two_ranks(stage), ALONE)]
+        for run in (
+            lambda how: compare_policies(
+                tiny_policy(0), tiny_policy(1), outputs, LogprobsConfig(training=how, micro_batch_tokens=24)
+            ),
+            lambda how: estimate_values(critic, valued, CriticConfig(training=how, micro_batch_tokens=24)),
+        )
+    )
+    for (found, expected), columns in ((compared, ("policy", "reference")), (values, ("value",))):
+        for ours, theirs in itertools.zip_longest(found.rows(), expected.rows()):
+            assert (ours["question_id"], ours["sample"]) == (theirs["question_id"], theirs["sample"])
+            for column in columns:
+                assert ours[column] == pytest.approx(theirs[column], rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- failures
+
+
+def update_in_four_steps(seed: int, deadline: float = 120.0) -> Checkpoint:
+    """One call whose optimizer steps are reported. The seed decides nothing here but whether it is another call."""
+    outputs, advantages = exploration()
+    config = UpdateConfig(training=training(on_two_ranks(2, deadline=deadline)), mu=4, micro_batch_tokens=24)
+    return update_policy(tiny_policy(0), tiny_policy(1), outputs, advantages, config, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shared: Store) -> str:
+    return update_in_four_steps(seed=0).digest
+
+
+def after_the_first_step(act: Callable[[dict[int, psutil.Process]], None]) -> AbstractContextManager[None]:
+    """Act on the ranks once they have done one step of several."""
+
+    def hear(topic: str, values: dict[str, Any]) -> None:
+        if topic == "update_policy" and values["done"] == 1:
+            act(rank_processes())
+
+    return listen(hear)
+
+
+def test_a_rank_that_hangs_is_killed_at_the_deadline(undisturbed: str) -> None:
+    update_in_four_steps(seed=3)  # starts the ranks, where there are none
+    ranks, began = rank_processes(), time.monotonic()
+    with (
+        after_the_first_step(lambda found: found[1].suspend()),
+        pytest.raises(WorkerError, match=r"training: rank .*1 of 2 gave no answer within 15 s and was killed"),
+    ):
+        update_in_four_steps(seed=4, deadline=15.0)
+    assert time.monotonic() - began < 60
+    assert gone(ranks)
+    assert update_in_four_steps(seed=4).digest == undisturbed
+
+
+def test_ranks_that_died_between_two_steps_are_replaced(undisturbed: str) -> None:
+    update_in_four_steps(seed=7)
+    ranks = rank_processes()
+    for process in ranks.values():
+        process.kill()
+        process.wait()
+    assert update_in_four_steps(seed=8).digest == undisturbed
+    assert {process.pid for process in rank_processes().values()}.isdisjoint(each.pid for each in ranks.values())
+
+
+def test_a_rank_that_is_out_of_memory_says_so(undisturbed: str) -> None:
+    update_in_four_steps(seed=5)
+    ranks = rank_processes()
+    ranks[1].rlimit(resource.RLIMIT_AS, (ranks[1].memory_info().vms + (8 << 20), resource.RLIM_INFINITY))
+    big = tiny_checkpoint(hidden_size=1024, intermediate_size=1024, num_hidden_layers=1)  # 30 MiB and more
+    outputs, advantages = exploration()
+    with pytest.raises(WorkerError, match=r"(?s)training, rank 1 of 2.*memory"):
+        update_policy(big, big, outputs, advantages, UpdateConfig(training=training(on_two_ranks(2))), seed=0)
+    assert gone(ranks)
+
+
+def test_what_is_wrong_with_the_data_is_said_as_by_one_rank(shared: Store) -> None:
+    outputs, advantages = exploration()
+    hot = Rollouts.write([row | {"temperature": 0.5 + (number == 3)} for number, row in enumerate(outputs.rows())])
+
+    def complaint(engine: Engine) -> str:
+        config = UpdateConfig(training=training(engine))
+        with pytest.raises(ValueError, match="temperature") as raised:
+            update_policy(tiny_policy(0), tiny_policy(1), hot, advantages, config, seed=0)
+        assert type(raised.value) is ValueError
+        return str(raised.value)
+
+    assert complaint(on_two_ranks()) == complaint(ALONE)
+
+
+def test_an_engine_for_several_ranks_is_refused_outside_of_their_group(shared: Store) -> None:
+    from stages.training.engine import resident_engine
+
+    with pytest.raises(ValueError, match=r"training.engine.ranks: expected 1, .* found 2"):
+        resident_engine(tiny_policy(), training(on_two_ranks()))

@@ -14,6 +14,7 @@ from stages.prompts import PromptConfig
 from stages.sft.config import SFTConfig
 from stages.sft.encoding import encode_demonstrations
 from stages.tables import Demonstrations
+from stages.training.ranks import on_ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +26,7 @@ __all__ = ["supervised_finetuning"]
 
 
 @stage(version="2")
+@on_ranks
 def supervised_finetuning(
     policy: Checkpoint, demonstrations: Demonstrations, prompt: PromptConfig, config: SFTConfig
 ) -> Checkpoint:
@@ -39,6 +41,7 @@ def supervised_finetuning(
     from stages.training.batching import Row
     from stages.training.engine import publish, resident_engine
     from stages.training.hardware import threads
+    from stages.training.optimizers import trained_values
 
     encoded = encode_demonstrations(policy, load_tokenizer(policy), demonstrations.read(), prompt)
     rows = [Row(*ids) for ids in encoded]
@@ -57,6 +60,7 @@ def supervised_finetuning(
             "sft/steps": len(curve.losses),
             "sft/reached_stop_loss": curve.ended_by == "stop_loss",
             "sft/skipped_steps": engine.skipped,
+            "sft/trained_parameters": trained_values(engine.model),
             "sft/seconds": seconds,
             "sft/tokens_per_s": curve.tokens / seconds,
         }

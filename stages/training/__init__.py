@@ -3,6 +3,7 @@
 from stages.training.config import (
     AdamWConfig,
     DeepSpeedEngineConfig,
+    LoRAConfig,
     MuonConfig,
     TorchEngineConfig,
     TrainingConfig,
@@ -12,6 +13,7 @@ from stages.training.hardware import native_bf16, threads
 __all__ = [
     "AdamWConfig",
     "DeepSpeedEngineConfig",
+    "LoRAConfig",
     "MuonConfig",
     "TorchEngineConfig",
     "TrainingConfig",

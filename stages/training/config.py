@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from pipeline.config import Config
+from pipeline.config import UNKEYED, Config
 
-__all__ = ["AdamWConfig", "DeepSpeedEngineConfig", "MuonConfig", "TorchEngineConfig", "TrainingConfig"]
+__all__ = [
+    "AdamWConfig",
+    "DeepSpeedEngineConfig",
+    "LoRAConfig",
+    "MuonConfig",
+    "TorchEngineConfig",
+    "TrainingConfig",
+]
 
 
 class TorchEngineConfig(Config):
@@ -23,6 +30,28 @@ class DeepSpeedEngineConfig(Config):
     kind: Literal["deepspeed"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO stage; 0 replicates everything."""
+    ranks: PositiveInt = 1
+    """Processes on this host that share every batch, one a CUDA device; 1 trains in the flow's own process. Micro-batches are
+    dealt out whole: give a batch at least as many as there are ranks (`micro_batch_tokens`). They change the order of sums, and
+    so the last bits."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What lives in host memory instead of the device's: the optimizer's state with its step (ZeRO 1-3), or the parameters
+    between their uses as well (ZeRO 3)."""
+    deadline: Annotated[PositiveFloat, UNKEYED] = 1800.0
+    """Seconds without a sign of progress after which several ranks are killed. Starting, loading and every optimizer step are
+    signs; ours."""
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> Self:
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(f"offload {self.offload} needs zero_stage {least} or above, found {self.zero_stage}")
+        return self
+
+    def key(self) -> dict[str, Any]:
+        """With one rank and nothing offloaded as it was before there was a choice."""
+        before = {"ranks": 1, "offload": "none"}
+        return {name: value for name, value in super().key().items() if name not in before or value != before[name]}
 
 
 class AdamWConfig(Config):
@@ -56,6 +85,26 @@ class MuonConfig(Config):
     """For all parameters that are not matrices of hidden layers."""
 
 
+class LoRAConfig(Config):
+    """Low-rank adapters (Hu et al. 2021): W x + s B A x, where W [out, in] stays as it is, and A [r, in] and B [out, r] learn.
+
+    B begins at 0, so that the first policy is the base exactly. There is no dropout: ratios must be exactly 1. The best
+    learning rate is about ten times that of training in full (Schulman et al. 2025).
+    """
+
+    r: PositiveInt = 8
+    """Rank: r (in + out) values are trained a matrix. Hu et al. find 1 to 8 enough; rewards carry few bits to learn from."""
+    alpha: PositiveFloat = 32.0
+    """Numerator of the scale s. 32: Schulman et al. 2025 (LoRA Without Regret), for every rank."""
+    scaling: Literal["lora", "rslora"] = "lora"
+    """s: alpha / r, or alpha / sqrt(r) (Kalajdzievski 2023), which does not fade as r grows."""
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """Which linear layers: all but the output head, or those of these names or name endings (`q_proj`). Neither embeddings nor
+    output head can be among them: where they share one matrix, a change to one would not reach the other."""
+    seed: NonNegativeInt = 0
+    """Draws A, uniform in +-1/sqrt(in) as peft does."""
+
+
 class TrainingConfig(Config):
     """One way of updating parameters."""
 
@@ -63,6 +112,9 @@ class TrainingConfig(Config):
     """What runs backward and step."""
     optimizer: Annotated[AdamWConfig | MuonConfig, Field(discriminator="kind")] = AdamWConfig()
     """The update rule; its state is part of a checkpoint."""
+    adapter: LoRAConfig | None = None
+    """Trained in place of the weights (None: the weights). An adapter of these settings that the checkpoint has goes on;
+    otherwise the checkpoint's weights are the base of a new one. `--set update.training.adapter.r=8` asks for one."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of matrix products. Parameters, gradients and optimizer state are float32 in both: an update of 1e-6 is
     lost in a bfloat16 weight. On a CPU without bfloat16 instructions fp32 is far faster (`hardware.native_bf16`)."""
@@ -94,4 +146,16 @@ class TrainingConfig(Config):
             raise ValueError(f"schedule linear needs total_steps above warmup_steps ({self.warmup_steps})")
         if self.optimizer.kind == "muon" and self.engine.kind == "deepspeed" and self.engine.zero_stage > 0:
             raise ValueError("optimizer muon needs engine.zero_stage 0: ZeRO 1-3 flatten the matrices it works on")
+        if self.optimizer.kind == "muon" and self.adapter is not None:
+            raise ValueError(
+                "optimizer muon cannot train an adapter: it makes all singular values of a step equal, of a matrix and not of "
+                "its factors; set optimizer.kind to adamw"
+            )
         return self
+
+    def key(self) -> dict[str, Any]:
+        """Without an adapter as it was before there were any."""
+        parts = super().key()
+        if self.adapter is None:
+            del parts["adapter"]
+        return parts

@@ -15,13 +15,7 @@ so `backward` multiplies by the number of ranks. Norms are taken after that redu
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import logging
 import math
-import os
-import warnings
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -29,21 +23,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.models import Checkpoint, load_model, model_weights
+from stages.models import Checkpoint, model_weights
 from stages.training.activations import checkpoint_activations
+from stages.training.adapters import load_trainable
 from stages.training.config import DeepSpeedEngineConfig, TrainingConfig
 from stages.training.engine import StepReport, autocast
 from stages.training.hardware import training_device
 from stages.training.head import logit_transform
-from stages.training.optimizers import build_optimizer, optimizer_state, restore_optimizer_state, set_learning_rate
+from stages.training.optimizers import (
+    build_optimizer,
+    optimizer_state,
+    restore_optimizer_state,
+    set_learning_rate,
+    trainable,
+)
+from stages.training.process_group import import_deepspeed, join_group, launched
 from stages.training.schedule import learning_rate_factor
 from stages.training.torch_engine import clip_gradients
 from stages.training.trainer_state import TrainerState, read_trainer_state, write_checkpoint
 
 __all__ = ["DeepSpeedEngine"]
-
-_RANK_VARIABLES = ("RANK", "WORLD_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_", "TORCHELASTIC_", "SLURM_", "OMPI_", "PMI")
-"""Prefixes of variables by which a surrounding launcher would make this process a rank of something else."""
 
 
 class DeepSpeedEngine:
@@ -55,10 +54,15 @@ class DeepSpeedEngine:
         self._stage = config.engine.zero_stage
         self.device = training_device()
         self.max_logits = config.max_logits
-        _import_deepspeed(self.device)
-        _join_group(self.device)
+        import_deepspeed(self.device)
+        join_group(self.device)
         self.rank: int = torch.distributed.get_rank()
         self.world_size: int = torch.distributed.get_world_size()
+        if self.world_size != config.engine.ranks:
+            raise ValueError(
+                f"training.engine.ranks: expected {self.world_size}, the processes of the group that trains here, found "
+                f"{config.engine.ranks}; what trains on ranks is called through a stage that is marked `@on_ranks`"
+            )
         self.holds: str | None = None
         self.model: Any = None
         self.load(checkpoint)
@@ -69,14 +73,14 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of a loss; summed over the ranks by the last micro-batch."""
-        self.holds = None
+        self._change()
         self.model.set_gradient_accumulation_boundary(last)
         # The loss has the global denominator already: DeepSpeed must not divide by its own count of micro-batches.
         self.model.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self, *, factor: float = 1.0) -> StepReport:
         """Clip, schedule, update."""
-        self.holds = None
+        self._change()
         rate = set_learning_rate(self.model.optimizer, factor * learning_rate_factor(self._updates, self._config))
         norm, skipped = self._step_alone() if self._stage == 0 else self._step_zero()
         self._updates += not skipped
@@ -86,24 +90,34 @@ class DeepSpeedEngine:
     def load(self, checkpoint: Checkpoint) -> None:
         """Make a new DeepSpeed engine from the checkpoint."""
         self.close()
-        state = read_trainer_state(checkpoint, self._config)
-        model = load_model(checkpoint, dtype=torch.float32, attention=self._config.attention)
+        model, self._adapter = load_trainable(checkpoint, self._config, torch.float32)
+        state = read_trainer_state(checkpoint, self._config, self._adapter)
         if self._config.activation_checkpointing:
             checkpoint_activations(model, reentrant=self._stage == 3)
+            if self._adapter is not None and self._stage == 3:
+                model.enable_input_require_grads()  # a reentrant layer has no gradient inside where its input has none
         self._names = {id(tensor): name for name, tensor in model.named_parameters()}
         self._description = checkpoint.path
         self.model = self._initialize(model)
         self._updates, self.skipped = state.updates, state.skipped
         self._restore(state)
         self._measure_head()
-        self.holds = checkpoint.digest
+        self._previous, self.holds = checkpoint, checkpoint.digest
 
     def save(self, folder: Path, *, optimizer: bool = True) -> None:
         """Write a complete checkpoint, gathered from all partitions; on a rank other than 0 only take part in that."""
         state = TrainerState(self._updates, self.skipped, self._optimizer_state()) if optimizer else None
         weights = self._weights()
         if self.rank == 0:
-            write_checkpoint(folder, description=self._description, weights=weights, state=state, config=self._config)
+            write_checkpoint(
+                folder,
+                description=self._description,
+                weights=weights,
+                state=state,
+                config=self._config,
+                adapter=self._adapter,
+                previous=self._previous,
+            )
 
     def total(self, value: float) -> float:
         """Sum of a number over the ranks."""
@@ -119,6 +133,11 @@ class DeepSpeedEngine:
             self.model = None
 
     # -------------------------------------------------------------------------------------------- stepping
+
+    def _change(self) -> None:
+        """Note that the engine is about to differ from the checkpoint that it holds, and which that was."""
+        if self.holds is not None:
+            self._previous, self.holds = Checkpoint(self.holds), None
 
     def _step_alone(self) -> tuple[float, bool]:
         """Under stage 0 DeepSpeed neither reports the norm nor looks for NaN."""
@@ -140,7 +159,7 @@ class DeepSpeedEngine:
         import deepspeed
 
         optimizer = build_optimizer(model, self._config.optimizer)
-        with _launched():
+        with launched():
             engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=self._settings(), dist_init_required=False
             )
@@ -159,7 +178,12 @@ class DeepSpeedEngine:
             "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: batches are made by the caller
             "gradient_accumulation_steps": 1,
             "gradient_clipping": clipping,
-            "zero_optimization": {"stage": self._stage, "overlap_comm": False, "reduce_scatter": self._stage > 1},
+            "zero_optimization": {
+                "stage": self._stage,
+                "overlap_comm": False,
+                "reduce_scatter": self._stage > 1,
+                **self._offloads(),
+            },
             "zero_allow_untested_optimizer": True,  # torch.optim.AdamW: DeepSpeed's own would be compiled on first use
             "zero_force_ds_cpu_optimizer": False,
             # No module may communicate in less than float32, hence the empty list.
@@ -171,6 +195,12 @@ class DeepSpeedEngine:
             "steps_per_print": 2**31,
         }
 
+    def _offloads(self) -> dict[str, Any]:
+        assert isinstance(self._config.engine, DeepSpeedEngineConfig)
+        parts = {"none": [], "optimizer": ["optimizer"], "parameters": ["optimizer", "param"]}
+        host = {"device": "cpu", "pin_memory": self.device == "cuda"}
+        return {f"offload_{part}": host for part in parts[self._config.engine.offload]}
+
     # -------------------------------------------------------------------------------------------- state
 
     def _restore(self, state: TrainerState) -> None:
@@ -178,18 +208,27 @@ class DeepSpeedEngine:
         if self._stage == 0:
             restore_optimizer_state(self.model.module, self.model.optimizer, state.optimizer)
             return
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         self._take_empty_step()
-        for parameter in self.model.module.parameters():
+        for parameter in trainable(self.model.module).values():
             name = self._names[id(parameter)]
             for slot in ("exp_avg", "exp_avg_sq"):
                 stored = state.optimizer.get(f"{name}/{slot}")
                 value = torch.zeros(_full_shape(parameter)) if stored is None else stored
-                safe_set_full_optimizer_state(parameter, value.to(self.device), slot)
+                self._set_moment(parameter, slot, value.to(self.device))
         # AdamW counts its updates per parameter, ZeRO per flat partition; skipped steps leave all alike.
         for slots in self.model.optimizer.optimizer.state.values():
             slots["step"].fill_(state.updates)
+
+    def _set_moment(self, parameter: Any, slot: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self._stage < 3:
+            safe_set_full_optimizer_state(parameter, value, slot)
+            return
+        # Its setter of whole values forgets the padding of parameters that the ranks do not divide, and fails on them.
+        size = parameter.ds_tensor.numel()
+        padded = torch.nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
+        safe_set_local_optimizer_state(parameter, padded[self.rank * size : (self.rank + 1) * size], slot)
 
     @torch.enable_grad()  # whoever asks for an engine may be about to compute without gradient
     def _take_empty_step(self) -> None:
@@ -208,7 +247,7 @@ class DeepSpeedEngine:
         state: dict[str, Tensor] = {}
         if self._updates == 0:
             return state  # as an optimizer that never stepped: the traces of the empty step are not state
-        for parameter in self.model.module.parameters():
+        for parameter in trainable(self.model.module).values():
             name = self._names[id(parameter)]
             state[f"{name}/step"] = torch.tensor(float(self._updates))
             for slot in ("exp_avg", "exp_avg_sq"):
@@ -221,67 +260,23 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_fp32_param
 
         weights = model_weights(self.model.module)
-        return weights | {self._names[id(p)]: safe_get_full_fp32_param(p) for p in self.model.module.parameters()}
+        for parameter in self.model.module.parameters():
+            name = self._names[id(parameter)]
+            # What is not trained is no part of the optimizer, which holds the masters of the rest.
+            weights[name] = safe_get_full_fp32_param(parameter) if parameter.requires_grad else _gathered(parameter)
+        return weights
+
+
+def _gathered(parameter: Any) -> Tensor:
+    """The whole of a partitioned parameter; all ranks call it together."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([parameter]):
+        whole: Tensor = parameter.detach().cpu().clone()
+    return whole
 
 
 def _full_shape(parameter: Any) -> torch.Size:
     """Shape of the whole parameter; under ZeRO 3 the tensor itself is an empty stand-in."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
-
-
-def _import_deepspeed(device: str) -> None:
-    """Import DeepSpeed quietly, and on the CPU when that is where we train."""
-    if device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read at import; it would otherwise look for devices
-    import deepspeed.ops
-
-    # Its shared-memory collectives would be compiled now (minutes without a cache); torch has its own.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # DeepSpeed calls collectives by names that torch renames; one line for each forward under ZeRO 3.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-
-
-def _join_group(device: str) -> None:
-    """The process group that this process is in already, else one with it as the only rank.
-
-    The rendezvous of the latter is in memory: no port that another run could take, no address in the environment.
-    """
-    from deepspeed import comm
-
-    if not torch.distributed.is_initialized():
-        backend = "nccl" if device == "cuda" else "gloo"
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-        # Left to the interpreter's end it would print a warning about leaked resources.
-        atexit.register(_leave_group)
-    if not comm.is_initialized():
-        with _launched():
-            comm.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
-
-
-def _leave_group() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _launched() -> Iterator[None]:
-    """While DeepSpeed reads the environment: it agrees with the process group."""
-    if torch.distributed.get_world_size() > 1:
-        # A launcher of several hosts sets it; on one host it is the rank.
-        os.environ.setdefault("LOCAL_RANK", str(torch.distributed.get_rank()))
-        yield
-        return
-    # This is the only rank, whatever launcher may surround us.
-    before = dict(os.environ)
-    for name in [name for name in before if name.startswith(_RANK_VARIABLES)]:
-        del os.environ[name]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    try:
-        yield
-    finally:
-        del os.environ["RANK"], os.environ["WORLD_SIZE"]
-        # ZeRO 3 reads LOCAL_RANK again in every forward; it stays.
-        os.environ.update({name: value for name, value in before.items() if name not in os.environ})

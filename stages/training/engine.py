@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.residency import resident
-from stages.models import Checkpoint
+from stages.models import Checkpoint, architecture_of
 from stages.training.config import DeepSpeedEngineConfig, TorchEngineConfig, TrainingConfig
 
 __all__ = ["Engine", "StepReport", "publish", "resident_engine"]
@@ -92,8 +92,7 @@ class Engine(Protocol):
 
 def resident_engine(checkpoint: Checkpoint, config: TrainingConfig, slot: str = "trainer") -> Engine:
     """The engine kept warm in `slot`, holding exactly `checkpoint`; it loads only when it holds something else."""
-    architecture = (checkpoint.path / "config.json").read_text()
-    key = (json.dumps(config.key(), sort_keys=True), architecture)
+    key = (json.dumps(config.key(), sort_keys=True), architecture_of(checkpoint))
     engine = resident(slot, key, lambda: _make_engine(checkpoint, config))
     if engine.holds != checkpoint.digest or not config.carry_optimizer:
         engine.load(checkpoint)

@@ -6,8 +6,12 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-__all__ = ["native_bf16", "threads", "training_device"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["inference_dtype", "native_bf16", "threads", "training_device"]
 
 
 @functools.cache
@@ -28,6 +32,15 @@ def training_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def inference_dtype(chosen: Literal["auto", "bfloat16", "float32"]) -> torch.dtype:
+    """What outputs are computed in; `auto`: bfloat16 where it is native, else float32."""
+    import torch
+
+    if chosen == "auto":
+        return torch.bfloat16 if training_device() == "cuda" or native_bf16() else torch.float32
+    return torch.bfloat16 if chosen == "bfloat16" else torch.float32
 
 
 @contextlib.contextmanager

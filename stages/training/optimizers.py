@@ -12,18 +12,36 @@ from torch import Tensor, nn
 from stages.kernels.muon import orthogonalise
 from stages.training.config import AdamWConfig, MuonConfig
 
-__all__ = ["build_optimizer", "matrix_names", "optimizer_state", "restore_optimizer_state", "set_learning_rate"]
+__all__ = [
+    "build_optimizer",
+    "matrix_names",
+    "optimizer_state",
+    "restore_optimizer_state",
+    "set_learning_rate",
+    "trainable",
+    "trained_values",
+]
 
 
 def build_optimizer(model: nn.Module, config: AdamWConfig | MuonConfig) -> torch.optim.Optimizer:
-    """The configured optimizer over all parameters of `model`."""
+    """The configured optimizer over the parameters of `model` that are trained."""
     match config:
         case AdamWConfig():
-            return _adamw([{"params": list(model.parameters())}], config)
+            return _adamw([{"params": list(trainable(model).values())}], config)
         case MuonConfig():
             return _MuonWithAdamW(model, config)
         case _ as unknown:
             assert_never(unknown)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name: all, or those of an adapter."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def trained_values(model: nn.Module) -> int:
+    """How many numbers are trained, over all ranks: parameters that ZeRO 3 partitions count whole."""
+    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trainable(model).values())
 
 
 def matrix_names(model: nn.Module) -> set[str]:

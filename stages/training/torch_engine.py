@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.models import Checkpoint, load_model, load_weights, model_weights
+from stages.models import Checkpoint, model_weights
 from stages.training.activations import checkpoint_activations
+from stages.training.adapters import load_trainable, reload_trainable
 from stages.training.config import TrainingConfig
 from stages.training.engine import StepReport, autocast
 from stages.training.hardware import training_device
@@ -39,7 +40,9 @@ class TorchEngine:
         self.device = training_device()
         self.holds: str | None = None
         self.max_logits = config.max_logits
-        self.model: Any = load_model(checkpoint, dtype=torch.float32, attention=config.attention).to(self.device)
+        self.model: Any
+        self.model, self._adapter = load_trainable(checkpoint, config, torch.float32)
+        self.model.to(self.device)
         if config.activation_checkpointing:
             checkpoint_activations(self.model)
         self._optimizer = build_optimizer(self.model, config.optimizer)
@@ -51,12 +54,12 @@ class TorchEngine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of a loss."""
-        self.holds = None
+        self._change()
         torch.autograd.backward(loss)
 
     def step(self, *, factor: float = 1.0) -> StepReport:
         """Clip, schedule, update."""
-        self.holds = None
+        self._change()
         rate = set_learning_rate(self._optimizer, factor * learning_rate_factor(self._updates, self._config))
         norm = clip_gradients(self.model, self._config.max_grad_norm)
         finite = math.isfinite(norm)
@@ -71,7 +74,7 @@ class TorchEngine:
     def load(self, checkpoint: Checkpoint) -> None:
         """Overwrite weights, optimizer state and counters in place."""
         self.holds = None
-        load_weights(self.model, checkpoint)
+        self._adapter = reload_trainable(self.model, self._adapter, checkpoint, self._config)
         self._restore(checkpoint)
 
     def save(self, folder: Path, *, optimizer: bool = True) -> None:
@@ -83,19 +86,26 @@ class TorchEngine:
             weights=model_weights(self.model),
             state=state if optimizer else None,
             config=self._config,
+            adapter=self._adapter,
+            previous=self._previous,
         )
 
     def total(self, value: float) -> float:
         """The value itself: there is one rank."""
         return value
 
+    def _change(self) -> None:
+        """Note that the engine is about to differ from the checkpoint that it holds, and which that was."""
+        if self.holds is not None:
+            self._previous, self.holds = Checkpoint(self.holds), None
+
     def _restore(self, checkpoint: Checkpoint) -> None:
         self._description = checkpoint.path
         self._optimizer.zero_grad(set_to_none=True)
-        state = read_trainer_state(checkpoint, self._config)
+        state = read_trainer_state(checkpoint, self._config, self._adapter)
         restore_optimizer_state(self.model, self._optimizer, state.optimizer)
         self._updates, self.skipped = state.updates, state.skipped
-        self.holds = checkpoint.digest
+        self._previous, self.holds = checkpoint, checkpoint.digest
 
 
 def _refuse_ranks() -> None:

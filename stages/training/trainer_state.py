@@ -18,6 +18,7 @@ from stages.models import (
     load_trainer_state,
     write_tensors,
 )
+from stages.training.adapters import Adapter, adapter_base, merge, write_adapter_state
 from stages.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -38,11 +39,15 @@ class TrainerState:
     """`<parameter name>/<slot>`; empty before the first update."""
 
 
-def read_trainer_state(checkpoint: Checkpoint, config: TrainingConfig) -> TrainerState:
+def read_trainer_state(checkpoint: Checkpoint, config: TrainingConfig, adapter: Adapter | None) -> TrainerState:
     """What the checkpoint stores of a trainer; a fresh one where it stores nothing or nothing is to be carried over.
 
+    Args:
+        adapter: what is trained in place of the weights.
+
     Raises:
-        ValueError: the state belongs to another kind of optimizer.
+        ValueError: the state belongs to another kind of optimizer, or to an adapter where none or another is trained, or to the
+            weights where an adapter is.
     """
     stored = load_trainer_state(checkpoint)
     if not stored or not config.carry_optimizer:
@@ -51,6 +56,14 @@ def read_trainer_state(checkpoint: Checkpoint, config: TrainingConfig) -> Traine
         raise ValueError(
             f"{checkpoint} holds the state of optimizer {stored['optimizer']}, the config asks for "
             f"{config.optimizer.kind}; set carry_optimizer=false to begin with a fresh one"
+        )
+    continued = adapter_base(checkpoint) is None if adapter is None else adapter.continued
+    if not continued:
+        trained = "all weights" if adapter_base(checkpoint) is None else "an adapter"
+        asked = "all weights" if adapter is None else "an adapter" if trained == "all weights" else "another adapter"
+        raise ValueError(
+            f"{checkpoint} holds the optimizer state of {trained}, the config asks for training {asked}; set "
+            "training.carry_optimizer=false to begin with a fresh one (an adapter is then merged into the weights)"
         )
     return TrainerState(stored["updates"], stored["skipped"], load_optimizer_state(checkpoint))
 
@@ -62,10 +75,18 @@ def write_checkpoint(
     weights: Mapping[str, Tensor],
     state: TrainerState | None,
     config: TrainingConfig,
+    adapter: Adapter | None,
+    previous: Checkpoint | None,
 ) -> None:
-    """Write weights, and `state` unless it is None, beside the files that describe the model."""
+    """Write weights, adapter, and `state` unless it is None, beside the files that describe the model.
+
+    Args:
+        previous: the checkpoint that training went on from.
+    """
     copy_description(description, folder)
-    write_tensors(folder / WEIGHTS, weights)
+    write_tensors(folder / WEIGHTS, weights if adapter is None else merge(weights, adapter))
+    if adapter is not None:
+        write_adapter_state(folder, weights, adapter, previous)
     if state is None:
         return
     write_tensors(folder / OPTIMIZER, state.optimizer)

@@ -1,0 +1,239 @@
+"""LoRA adapters through peft: what an engine trains, and how a checkpoint holds it.
+
+A checkpoint of an adapted policy is a policy like any other, complete by itself:
+
+* `model.safetensors`: the merged weights W + s B A in float32, which everything that reads a policy (rollouts, evaluation,
+  reference, export) loads without knowing of adapters;
+* `adapter/adapter_model.safetensors` and `adapter/adapter_config.json`: A and B in peft's own format, so that this folder is an
+  adapter that peft loads; `base_model_name_or_path` is the digest of the checkpoint on which the adapter was begun;
+* `adapter/base.safetensors`: W of the adapted matrices, since it cannot be had back from the merged ones without rounding.
+  Every checkpoint of an adapter has the same file: a hard link where the file system has them.
+
+The folder's name keeps the files from loaders that would add the adapter to weights that hold it already (transformers does so
+where `adapter_config.json` lies beside the weights).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.artifact import ArtifactError
+from pipeline.config import ConfigError
+from stages.models import Checkpoint, load_model, load_weights, model_weights, write_tensors
+from stages.training.adapter_layers import adapter_settings
+from stages.training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = [
+    "ADAPTER_SETTINGS",
+    "Adapter",
+    "adapter_base",
+    "load_trainable",
+    "merge",
+    "reload_trainable",
+    "write_adapter",
+    "write_adapter_state",
+]
+
+FOLDER = "adapter"
+FACTORS = "adapter_model.safetensors"
+ADAPTER_SETTINGS = "adapter_config.json"
+BASE = "base.safetensors"
+_A, _B, _W = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer.weight"
+_LAYER = ".base_layer"
+"""How peft names things inside the module that takes a linear layer's place."""
+_BASE_NAME = "base_model_name_or_path"
+
+
+class Adapter(NamedTuple):
+    """The adapter of a model in an engine."""
+
+    settings: Mapping[str, Any]
+    """What adapter_config.json says."""
+    continued: bool
+    """Whether the checkpoint that was loaded had it; otherwise it is new there."""
+
+    @property
+    def scale(self) -> float:
+        """s: alpha / r, or alpha / sqrt(r)."""
+        r: int = self.settings["r"]
+        return float(self.settings["lora_alpha"]) / (math.sqrt(r) if self.settings["use_rslora"] else r)
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def load_trainable(checkpoint: Checkpoint, config: TrainingConfig, dtype: torch.dtype) -> tuple[Any, Adapter | None]:
+    """The checkpoint as a model to train or, frozen, to compare with; with adapter layers where the config asks for them.
+
+    The same function makes policy and reference, so that a checkpoint is computed alike as either and their KL is exactly 0.
+
+    Raises:
+        ConfigError: peft is not installed, a target module does not exist or is none that can be adapted, or the model is no
+            causal language model.
+    """
+    if config.adapter is None:
+        return load_model(checkpoint, dtype=dtype, attention=config.attention), None
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError(
+            "training.adapter: peft is not installed; pip install 'cohort-rl[lora]', or set adapter to null"
+        )
+    import peft
+
+    model = load_model(checkpoint, dtype=dtype, attention=config.attention)
+    settings = adapter_settings(model, config.adapter)
+    peft.inject_adapter_in_model(peft.LoraConfig(**settings), model)
+    return model.eval(), _fill(model, checkpoint, settings, config.adapter.seed)
+
+
+def reload_trainable(
+    model: Any, adapter: Adapter | None, checkpoint: Checkpoint, config: TrainingConfig
+) -> Adapter | None:
+    """Overwrite what `load_trainable` made for this config, in place, with another checkpoint of the architecture."""
+    if adapter is None or config.adapter is None:
+        load_weights(model, checkpoint)
+        return None
+    load_weights(model, checkpoint, {_plain(name): tensor for name, tensor in _without_factors(model_weights(model))})
+    settings = {name: value for name, value in adapter.settings.items() if name != _BASE_NAME}
+    return _fill(model, checkpoint, settings, config.adapter.seed)
+
+
+def _fill(model: Any, checkpoint: Checkpoint, settings: Mapping[str, Any], seed: int) -> Adapter:
+    """Into a model that has the checkpoint's merged weights: its adapter, on its base, if that is asked for; else a new one."""
+    from safetensors.torch import load_file
+
+    parameters = dict(model.named_parameters())
+    stored = _stored_settings(checkpoint)
+    if stored is None or stored != {_BASE_NAME: stored[_BASE_NAME], **settings}:
+        _draw(parameters, seed)
+        return Adapter({**settings, _BASE_NAME: checkpoint.digest}, continued=False)
+    folder = checkpoint.path / FOLDER
+    for name, tensor in load_file(folder / BASE).items():
+        parameters[name.removesuffix(".weight") + _W].data.copy_(tensor)
+    factors = load_file(folder / FACTORS)
+    for name, parameter in parameters.items():
+        if name.endswith((_A, _B)):
+            parameter.data.copy_(factors[_name_in_peft(name)])
+    return Adapter(stored, continued=True)
+
+
+def _draw(parameters: Mapping[str, Tensor], seed: int) -> None:
+    """A uniform, B zero; drawn on the CPU, so that devices and ranks agree."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in parameters.items():
+        if name.endswith(_A):
+            bound = parameter.shape[1] ** -0.5
+            parameter.data.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+        elif name.endswith(_B):
+            parameter.data.zero_()
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def merge(weights: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
+    """The policy's weights under their plain names: W + s B A in float32 on the CPU, wherever they were trained."""
+    merged = {_plain(name): tensor for name, tensor in _without_factors(weights)}
+    for name, tensor in weights.items():
+        if name.endswith(_A):
+            layer = name.removesuffix(_A)
+            change = weights[layer + _B].detach().float().cpu() @ tensor.detach().float().cpu()
+            change = change.T if adapter.settings["fan_in_fan_out"] else change
+            merged[f"{layer}.weight"] = weights[layer + _W].detach().float().cpu() + adapter.scale * change
+    return merged
+
+
+def write_adapter_state(
+    folder: Path, weights: Mapping[str, Tensor], adapter: Adapter, previous: Checkpoint | None
+) -> None:
+    """Write `adapter/` of a checkpoint: what merging loses and going on needs.
+
+    Args:
+        weights: of the model with its adapter layers, by name.
+        previous: an earlier checkpoint, whose base.safetensors is shared where it is of the same adapter.
+    """
+    target = folder / FOLDER
+    target.mkdir()
+    (target / ADAPTER_SETTINGS).write_text(_as_text(adapter.settings))
+    factors = {_name_in_peft(name): tensor for name, tensor in weights.items() if name.endswith((_A, _B))}
+    write_tensors(target / FACTORS, factors)
+    if previous is None or not _shared(previous, adapter, target / BASE):
+        base = {_plain(name): weights[name] for name in weights if name.endswith(_W)}
+        write_tensors(target / BASE, base)
+
+
+def _shared(previous: Checkpoint, adapter: Adapter, target: Path) -> bool:
+    """Whether `target` is now a link to the base weights of `previous`: not where that was pruned, nor across file systems."""
+    try:
+        if _stored_settings(previous) != adapter.settings:
+            return False
+        os.link(previous.path / FOLDER / BASE, target)
+    except OSError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ what a checkpoint has
+
+
+def adapter_base(checkpoint: Checkpoint) -> str | None:
+    """Digest of the checkpoint on which the checkpoint's adapter was begun; None where it has no adapter."""
+    settings = _stored_settings(checkpoint)
+    return None if settings is None else str(settings[_BASE_NAME])
+
+
+def write_adapter(checkpoint: Checkpoint, folder: Path, *, base: str | None = None) -> None:
+    """Write the adapter alone, as `PeftModel.from_pretrained(base_model, folder)` reads it.
+
+    Args:
+        folder: an existing folder.
+        base: name or path of the base model, for adapter_config.json; None leaves the base's digest.
+
+    Raises:
+        ArtifactError: the checkpoint has no adapter.
+    """
+    settings = _stored_settings(checkpoint)
+    if settings is None:
+        raise ArtifactError(
+            f"{checkpoint} has no adapter: it was trained in full (training.adapter null); export it as a model"
+        )
+    described = {**settings, _BASE_NAME: base or settings[_BASE_NAME]}
+    (folder / ADAPTER_SETTINGS).write_text(_as_text(described))
+    shutil.copyfile(checkpoint.path / FOLDER / FACTORS, folder / FACTORS)  # without the read-only mode of the store
+
+
+def _stored_settings(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    file = checkpoint.path / FOLDER / ADAPTER_SETTINGS
+    settings: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+    return settings
+
+
+def _as_text(settings: Mapping[str, Any]) -> str:
+    # Not by peft, which writes its version, and target modules in the order of a set: equal adapters must have equal bytes.
+    return json.dumps(dict(settings), indent=1, sort_keys=True) + "\n"
+
+
+def _without_factors(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    return ((name, tensor) for name, tensor in weights.items() if not name.endswith((_A, _B)))
+
+
+def _plain(name: str) -> str:
+    """The name a weight has without adapters."""
+    return name.replace(f"{_LAYER}.", ".")
+
+
+def _name_in_peft(name: str) -> str:
+    """The name a factor has in peft's files."""
+    return "base_model.model." + name.replace(".default.", ".")

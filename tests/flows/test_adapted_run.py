@@ -1,0 +1,77 @@
+"""A whole run that trains adapters: cached, resumed from artifacts alone, compared with each iteration's start; its export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flows.cli import run_command
+from flows.iterative_rl import iterative_rl
+from flows.observer import Observer, observing
+from flows.places import Places
+from flows.recipes import arithmetic_smoke
+from pipeline.residency import evict
+from pipeline.store import Store, use_store
+from stages.models import Checkpoint
+from stages.training.adapters import adapter_base
+
+SETTINGS = {"update.training.adapter.r": 2, "update.training.optimizer.learning_rate": 3e-3}
+
+
+@pytest.mark.slow
+def test_a_run_with_adapters_that_is_resumed_ends_in_the_same_policy(tmp_path: Path) -> None:
+    config, seen = arithmetic_smoke().override(SETTINGS), Observer()
+    with use_store(Store(tmp_path / "uninterrupted")) as store, observing(seen):
+        final = iterative_rl(config)
+        made = len(list(store.actions()))
+        evict()
+        assert iterative_rl(config) == final
+        assert len(list(store.actions())) == made  # nothing was computed again
+        starts = [call["result"] for call in store.actions() if call["stage"] == "supervised_finetuning"]
+        assert [adapter_base(final)] == starts
+    kl = [seen.points[step]["policy/kl"] for step in (1, 2, 3, 4)]
+    assert (kl[0], kl[2]) == (0.0, 0.0)
+    assert min(kl[1], kl[3]) > 0
+    with use_store(Store(tmp_path / "resumed")):
+        for iterations in (1, 2):
+            resumed = iterative_rl(config.override({"iterations": iterations}))
+            evict()
+    assert resumed == final
+
+
+def policy(folder: Path, *, adapter: bool) -> None:
+    """What export reads of a checkpoint."""
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    if adapter:
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "aa11", "r": 2}')
+        (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"factors")
+        (folder / "adapter" / "base.safetensors").write_bytes(b"W")
+
+
+def test_an_adapter_is_exported_alone_and_only_over_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places, target = Places.under(tmp_path / "root"), tmp_path / "adapter"
+    with use_store(Store(places.store)):
+        adapted, full = (Checkpoint.write(lambda at, has=has: policy(at, adapter=has)).digest for has in (True, False))
+
+    def export(*arguments: str) -> tuple[int, str]:
+        code = run_command(["export", *arguments, "--root", str(places.root)])
+        said = capsys.readouterr()
+        return code, " ".join((said.out + said.err).split())
+
+    code, said = export(adapted, str(target), "--adapter", "--base", "org/model")
+    assert code == 0
+    assert "it belongs on aa11" in said
+    assert sorted(file.name for file in target.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    described = json.loads((target / "adapter_config.json").read_text())
+    assert described == {"base_model_name_or_path": "org/model", "r": 2}
+    assert (target / "adapter_model.safetensors").read_bytes() == b"factors"
+    assert "is not empty" in export(adapted, str(target), "--adapter")[1]
+    assert export(adapted, str(target), "--adapter", "--force")[0] == 0
+    assert "has no adapter: it was trained in full" in export(full, str(tmp_path / "none"), "--adapter")[1]
+    assert not (tmp_path / "none").exists()
+    assert "holds no model that --force could replace" in export(full, str(target), "--force")[1]
+    assert "--base names the base of an adapter" in export(full, str(target), "--base", "org/model")[1]

@@ -1,0 +1,342 @@
+"""LoRA: what is trained, what a checkpoint of it is to everyone else, and that going on from one is not having stopped."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.config import ConfigError
+from pipeline.store import Store, current_store
+from stages.models import Checkpoint, load_model
+from stages.training import AdamWConfig, DeepSpeedEngineConfig, LoRAConfig, TrainingConfig
+from stages.training.adapters import adapter_base, write_adapter
+from stages.training.batching import collate
+from stages.training.engine import Engine, publish, resident_engine
+from stages.training.forward import completion_logprobs
+from stages.training.optimizers import trainable, trained_values
+from stages.training.reference import reference_model
+from stages.training.torch_engine import TorchEngine
+from tests.stages.training.tiny import accumulate, random_rows, tiny_checkpoint, tiny_model, update
+
+ROWS = random_rows(6)
+BATCH = collate(ROWS, range(len(ROWS)))
+
+
+def config(**changes: Any) -> TrainingConfig:
+    settings: dict[str, Any] = {
+        "optimizer": AdamWConfig(learning_rate=1e-2),
+        "precision": "fp32",
+        "adapter": LoRAConfig(r=4),
+    }
+    return TrainingConfig(**(settings | changes))
+
+
+def trained(start: Checkpoint, how: TrainingConfig, updates: int = 2) -> tuple[TorchEngine, Checkpoint]:
+    engine = TorchEngine(start, how)
+    for _ in range(updates):
+        update(engine, ROWS)
+    return engine, publish(engine)
+
+
+@torch.no_grad()
+def logprobs(model: Any) -> torch.Tensor:
+    return completion_logprobs(model, BATCH).logp_BO
+
+
+def stored(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = load_file(checkpoint.path / name)
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------------ what is trained
+
+
+def test_the_first_policy_is_the_base_bit_for_bit(store: Store) -> None:
+    start = tiny_checkpoint()
+    engine = TorchEngine(start, config())
+    assert logprobs(engine.model).equal(logprobs(load_model(start, dtype=torch.float32)))
+    factors = {name: p for name, p in engine.model.named_parameters() if ".lora_" in name}
+    assert all(p.eq(0).all() for name, p in factors.items() if ".lora_B." in name)
+    spread = torch.cat([(p * p.shape[1] ** 0.5).flatten() for name, p in factors.items() if ".lora_A." in name])
+    assert 0.95 < spread.abs().max().item() <= 1
+    assert spread.var().item() == pytest.approx(1 / 3, rel=0.1)  # uniform in +-1
+
+
+def test_only_the_adapter_has_gradient_and_optimizer_state(store: Store) -> None:
+    engine = TorchEngine(tiny_checkpoint(), config())
+    # Per layer q, k, v, o: 32 -> 32; gate, up: 32 -> 64; down: 64 -> 32; two layers.
+    expected = 2 * 4 * (4 * (32 + 32) + 3 * (32 + 64))
+    assert trained_values(engine.model) == expected
+    accumulate(engine, ROWS)
+    assert {name for name, p in engine.model.named_parameters() if p.grad is not None} == set(trainable(engine.model))
+    engine.step()
+    moments = stored(publish(engine), "optimizer.safetensors")
+    assert sum(tensor.numel() for key, tensor in moments.items() if key.endswith("/exp_avg")) == expected
+    assert all(".lora_" in key for key in moments)
+
+
+@pytest.mark.parametrize(("scaling", "scale"), [("lora", 6.0 / 4), ("rslora", 6.0 / math.sqrt(4))])
+def test_weights_are_merged_by_the_formula(store: Store, scaling: Any, scale: float) -> None:
+    start = tiny_checkpoint()
+    _, after = trained(start, config(adapter=LoRAConfig(r=4, alpha=6.0, scaling=scaling)))
+    factors = stored(after, "adapter/adapter_model.safetensors")
+    before, merged = stored(start, "model.safetensors"), stored(after, "model.safetensors")
+    assert merged.keys() == before.keys()
+    for name, tensor in merged.items():
+        a, b = (factors.get(f"base_model.model.{name.removesuffix('.weight')}.lora_{x}.weight") for x in "AB")
+        if a is None or b is None:
+            assert tensor.equal(before[name]), name
+        else:
+            assert b.abs().max() > 1e-3
+            wanted = before[name].double() + scale * b.double() @ a.double()
+            torch.testing.assert_close(tensor.double(), wanted, rtol=0, atol=1e-7)
+
+
+def test_layers_of_gpt2_which_are_transposed_are_adapted(store: Store) -> None:
+    settings = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 1}
+    start = gpt2_checkpoint(settings)
+    engine, after = trained(start, config())
+    assert json.loads((after.path / "adapter/adapter_config.json").read_text())["fan_in_fan_out"] is True
+    change = logprobs(engine.model) - logprobs(load_model(start, dtype=torch.float32))
+    assert change.abs().max() > 1e-2
+    again = logprobs(load_model(after, dtype=torch.float32))
+    torch.testing.assert_close(again, logprobs(engine.model), rtol=0, atol=1e-6)
+
+
+def gpt2_checkpoint(settings: dict[str, Any]) -> Checkpoint:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from stages.models import save
+    from tests.stages.training.tiny import VOCABULARY, tiny_tokenizer
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **settings)).eval()
+    return Checkpoint.write(lambda folder: save(folder, model, tiny_tokenizer()))
+
+
+# ------------------------------------------------------------------------------------------------ what a checkpoint is
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_who_loads_the_checkpoint_knowing_nothing_of_adapters_has_the_trainers_policy(store: Store, tied: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    start = tiny_checkpoint(tie_word_embeddings=tied)
+    engine, after = trained(start, config())
+    found = logprobs(AutoModelForCausalLM.from_pretrained(after.path, dtype=torch.float32))
+    torch.testing.assert_close(found, logprobs(engine.model), rtol=0, atol=1e-6)
+    assert (found - logprobs(load_model(start, dtype=torch.float32))).abs().max() > 1e-2
+
+
+def test_peft_loads_the_adapter_on_the_base(store: Store, tmp_path: Path) -> None:
+    import peft
+
+    start = tiny_checkpoint()
+    engine, after = trained(start, config())
+    assert adapter_base(after) == start.digest
+    write_adapter(after, tmp_path, base="org/model")
+    assert {file.name for file in tmp_path.iterdir() if file.is_file()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert peft.PeftConfig.from_pretrained(str(tmp_path)).base_model_name_or_path == "org/model"
+    loaded = peft.PeftModel.from_pretrained(load_model(start, dtype=torch.float32), str(tmp_path))
+    assert logprobs(loaded.base_model.model).equal(logprobs(engine.model))
+    with pytest.raises(ValueError, match="has no adapter: it was trained in full"):
+        write_adapter(start, tmp_path)
+
+
+def test_the_adapted_matrices_of_the_base_are_stored_once(store: Store) -> None:
+    engine, first = trained(tiny_checkpoint(), config())
+    update(engine, ROWS)
+    second = publish(engine)
+    reloaded = TorchEngine(second, config())
+    update(reloaded, ROWS)
+    third = publish(reloaded)
+    files = [checkpoint.path / "adapter" / "base.safetensors" for checkpoint in (first, second, third)]
+    assert len({file.stat().st_ino for file in files}) == 1
+    # Freed in one checkpoint it stays in the others; where the one before has none left to share it is written again.
+    current_store().prune(third.digest)
+    update(reloaded, ROWS)
+    again = publish(reloaded).path / "adapter" / "base.safetensors"
+    assert again.stat().st_ino != files[0].stat().st_ino
+    assert again.read_bytes() == files[0].read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------ going on
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_a_reloaded_run_continues_bit_for_bit(store: Store, precision: str) -> None:
+    how = config(precision=precision, warmup_steps=3)
+    engine, middle = trained(tiny_checkpoint(), how)
+    for _ in range(2):
+        update(engine, ROWS)
+    uninterrupted = publish(engine)
+    assert trained(middle, how)[1] == uninterrupted
+    engine.load(middle)  # in place, over a state that went on
+    for _ in range(2):
+        update(engine, ROWS)
+    assert publish(engine) == uninterrupted
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_at_the_start_of_the_second_iteration_the_reference_is_the_policy_bit_for_bit(
+    store: Store, precision: str
+) -> None:
+    start, how = tiny_checkpoint(), config(precision=precision)
+    _, policy = trained(start, how)
+    engine = resident_engine(policy, how)
+    reference = reference_model(policy, engine, how)
+    with engine.autocast():
+        assert logprobs(reference).equal(logprobs(engine.model))
+        base = logprobs(load_model(start, dtype=torch.float32))
+        # Neither the base nor the merged weights would have done.
+        assert (base - logprobs(engine.model)).abs().max() > 1e-2
+        assert not logprobs(load_model(policy, dtype=torch.float32)).equal(logprobs(engine.model))
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+
+
+def test_an_adapter_of_other_settings_begins_on_the_merged_weights(store: Store) -> None:
+    _, first = trained(tiny_checkpoint(), config())
+    how = config(adapter=LoRAConfig(r=2, target_modules=("q_proj",)), carry_optimizer=False)
+    engine, second = trained(first, how)
+    assert adapter_base(second) == first.digest
+    before, after = stored(first, "model.safetensors"), stored(second, "model.safetensors")
+    changed = {name for name in before if not before[name].equal(after[name])}
+    assert changed == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)}
+    # And in full: the adapter is gone, its weights are part of the policy.
+    full, third = trained(second, config(adapter=None, carry_optimizer=False), updates=0)
+    assert logprobs(full.model).sub(logprobs(engine.model)).abs().max() < 1e-6
+    assert not (third.path / "adapter").exists()
+
+
+def test_a_new_adapter_in_a_resident_engine_is_the_one_of_a_fresh_engine(store: Store) -> None:
+    start, how = tiny_checkpoint(), config()
+    engine, _ = trained(start, how)
+    engine.load(start)
+    update(engine, ROWS)
+    assert publish(engine) == trained(start, how, updates=1)[1]
+
+
+def test_optimizer_state_of_what_is_not_trained_is_refused(store: Store) -> None:
+    start = tiny_checkpoint()
+    full, adapted = (trained(start, config(adapter=adapter), updates=1)[1] for adapter in (None, LoRAConfig(r=4)))
+    cases = (
+        (full, LoRAConfig(r=4), "of all weights, the config asks for training an adapter"),
+        (adapted, None, "of an adapter, the config asks for training all weights"),
+        (adapted, LoRAConfig(r=3), "of an adapter, the config asks for training another adapter"),
+    )
+    for checkpoint, adapter, message in cases:
+        with pytest.raises(ValueError, match=f"{message}; set training.carry_optimizer=false"):
+            TorchEngine(checkpoint, config(adapter=adapter))
+        TorchEngine(checkpoint, config(adapter=adapter, carry_optimizer=False))
+
+
+# ------------------------------------------------------------------------------------------------ with the rest
+
+
+def test_recomputed_activations_and_a_chunked_head_change_only_the_last_bits(store: Store) -> None:
+    start = tiny_checkpoint()
+    plain = stored(trained(start, config(max_logits=None))[1], "model.safetensors")
+    frugal = config(max_logits=40, activation_checkpointing=True)
+    for name, tensor in stored(trained(start, frugal)[1], "model.safetensors").items():
+        torch.testing.assert_close(tensor, plain[name], rtol=0, atol=2e-6, msg=name)
+
+
+def test_what_cannot_be_adapted_is_refused_by_name(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = tiny_checkpoint()
+    cases = {
+        "q_porj": r"'q_porj' does not exist; did you mean 'q_proj'\?; Qwen2ForCausalLM has down_proj, gate_proj, k_proj",
+        "lm_head": "'lm_head' is not a linear layer below the output head",
+        "embed_tokens": "'embed_tokens' is not a linear layer below the output head",
+    }
+    for name, message in cases.items():
+        with pytest.raises(ConfigError, match=message):
+            TorchEngine(start, config(adapter=LoRAConfig(target_modules=(name,))))
+    with pytest.raises(ConfigError, match="optimizer muon cannot train an adapter"):
+        TrainingConfig.parse({"optimizer": {"kind": "muon"}, "adapter": {}})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"peft is not installed; pip install 'cohort-rl\[lora\]'"):
+        TorchEngine(start, config())
+
+
+def test_critics_and_reward_models_are_refused(store: Store) -> None:
+    from transformers import AutoModelForTokenClassification
+
+    from stages.models import save
+    from tests.stages.training.tiny import tiny_tokenizer
+
+    model = AutoModelForTokenClassification.from_config(tiny_model().config)
+    critic = Checkpoint.write(lambda folder: save(folder, model, tiny_tokenizer()))
+    with pytest.raises(ConfigError, match="Qwen2ForTokenClassification is no causal language model"):
+        TorchEngine(critic, config())
+
+
+def test_without_an_adapter_the_key_is_what_it_was(store: Store) -> None:
+    assert "adapter" not in TrainingConfig().key()
+    assert config().key()["adapter"]["r"] == 4
+    assert TrainingConfig().override({"adapter.r": 16}).adapter == LoRAConfig(r=16)
+
+
+# ------------------------------------------------------------------------------------------------ DeepSpeed
+
+deepspeed_only = pytest.mark.slow  # its import is
+STAGES = (0, 1, 2, 3)
+
+
+def sharded(stage: int, **changes: Any) -> TrainingConfig:
+    return config(engine=DeepSpeedEngineConfig(zero_stage=stage), max_grad_norm=0.5, **changes)  # type: ignore[arg-type]
+
+
+@deepspeed_only
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "recomputed"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_three_updates_by_deepspeed_equal_those_of_torch(store: Store, stage: int, checkpointing: bool) -> None:
+    from stages.training.deepspeed_engine import DeepSpeedEngine
+
+    start, how = tiny_checkpoint(), sharded(stage, activation_checkpointing=checkpointing)
+    engines: tuple[Engine, ...] = (DeepSpeedEngine(start, how), TorchEngine(start, how))
+    assert [trained_values(engine.model) for engine in engines] == [4352, 4352]
+    for _ in range(3):
+        reports = [update(engine, ROWS) for engine in engines]
+        assert reports[0].grad_norm == pytest.approx(reports[1].grad_norm, rel=1e-6)
+    ours, theirs = map(publish, engines)
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors", "adapter/base.safetensors"):
+        expected = stored(theirs, file)
+        found = stored(ours, file)
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            limit = 3e-2 if "k_proj.bias" in name else 1e-6 * expected[name].norm() + 1e-7
+            assert (tensor - expected[name]).norm() <= limit, (file, name)
+    assert stored(ours, "optimizer.safetensors").keys() == stored(theirs, "optimizer.safetensors").keys()
+
+
+@deepspeed_only
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_by_deepspeed_continues_bit_for_bit_and_passes_to_torch(store: Store, stage: int) -> None:
+    from stages.training.deepspeed_engine import DeepSpeedEngine
+
+    how = sharded(stage, precision="bf16")
+    engine = DeepSpeedEngine(tiny_checkpoint(), how)
+    for _ in range(2):
+        update(engine, ROWS)
+    middle = publish(engine)
+    for _ in range(2):
+        update(engine, ROWS)
+    uninterrupted = publish(engine)
+    engine.load(middle)
+    assert publish(engine).digest == middle.digest
+    assert publish(TorchEngine(middle, how)).digest == middle.digest
+    for _ in range(2):
+        update(engine, ROWS)
+    assert publish(engine).digest == uninterrupted.digest
+    engine.close()

@@ -4,6 +4,7 @@
         │                     │  │  │                   │              ^     ^                └──────> update_critic
         │                     │  │  └── estimate_values ── Values ─────┘     │            (PPO only)
         │                     │  └───── compare_policies ── Logprobs ────────┘    (where KL is part of the reward)
+        │                     ├──────── score_reference ── ReferenceLogprobs ──> update_policy   (reference_pass: stage)
     Demonstrations ──> SFT    ├─────────────────────────┴──> evaluate ──> Evaluation
                               └── label_outputs ── RewardLabels ──> train_reward_model ──> score_outputs ──> Rewards
 
@@ -31,6 +32,7 @@ __all__ = [
     "Evaluation",
     "Logprobs",
     "Questions",
+    "ReferenceLogprobs",
     "RewardGauges",
     "RewardLabels",
     "Rewards",
@@ -156,6 +158,12 @@ class Logprobs(Table):
     schema = pa.schema(
         [*_KEY, _required("policy", pa.list_(pa.float32())), _required("reference", pa.list_(pa.float32()))]
     )
+
+
+class ReferenceLogprobs(Table):
+    """log pi_ref(o_t | q, o_<t) of the outputs under the reference, in nats, at the temperature they were sampled at."""
+
+    schema = pa.schema([*_KEY, _required("reference", pa.list_(pa.float32()))])
 
 
 class Advantages(Table):

@@ -1,4 +1,4 @@
-"""Configuration of the comparison of two policies."""
+"""Configuration of scoring outputs under fixed policies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["LogprobsConfig"]
 
 
 class LogprobsConfig(Config):
-    """How outputs are scored under the policy and the reference."""
+    """How outputs are scored under policy and reference, or the reference alone."""
 
     micro_batch_tokens: int = Field(16384, ge=1)
     """Padded tokens per forward; bounds memory and changes no result but in its last bits."""

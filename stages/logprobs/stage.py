@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from statistics import fmean
@@ -10,13 +9,16 @@ from typing import Any
 
 from pipeline.stage import record_metrics, stage
 from stages.logprobs.config import LogprobsConfig
+from stages.logprobs.rows import refuse_nonfinite, rows_of
 from stages.models import Checkpoint
 from stages.tables import Logprobs, Rollouts
+from stages.training.ranks import on_ranks
 
 __all__ = ["compare_policies"]
 
 
 @stage(version="1")
+@on_ranks
 def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollouts, config: LogprobsConfig) -> Logprobs:
     """log pi(o_t | q, o_<t) of every output token under pi_theta and pi_ref, in the order of `outputs`.
 
@@ -35,7 +37,7 @@ def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollout
     from torch import Tensor
 
     from stages.training import threads
-    from stages.training.batching import Batch, Row
+    from stages.training.batching import Batch
     from stages.training.engine import resident_engine
     from stages.training.forward import completion_logprobs
     from stages.training.reference import reference_model
@@ -44,8 +46,7 @@ def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollout
 
     started = time.perf_counter()
     temperature = sampling_temperature(outputs)
-    table = outputs.read().select(["question_id", "sample", "prompt_ids", "output_ids"]).to_pylist()
-    rows = [Row(row["prompt_ids"], row["output_ids"]) for row in table]
+    keys, rows = rows_of(outputs)
     with threads(config.training.threads):
         engine = resident_engine(policy, config.training)
 
@@ -55,27 +56,15 @@ def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollout
                     given = batch.to(engine.device)
                     return completion_logprobs(model, given, temperature, max_logits=engine.max_logits).logp_BO
 
-            return score_rows(rows, config.micro_batch_tokens, score)
+            return score_rows(rows, config.micro_batch_tokens, score, engine)
 
         current, frozen = under(engine.model), under(reference_model(reference, engine, config.training))
     compared = [
-        {"question_id": row["question_id"], "sample": row["sample"], "policy": logp, "reference": ref_logp}
-        for row, logp, ref_logp in zip(table, current, frozen, strict=True)
+        key | {"policy": logp, "reference": ref_logp} for key, logp, ref_logp in zip(keys, current, frozen, strict=True)
     ]
-    _refuse_nonfinite(compared)
+    refuse_nonfinite(compared, "policy", "reference")
     record_metrics({"policy/kl_k1": _mean_k1(compared), "time/logprobs": time.perf_counter() - started})
     return Logprobs.write(compared)
-
-
-def _refuse_nonfinite(compared: Sequence[dict[str, Any]]) -> None:
-    for row in compared:
-        for name in ("policy", "reference"):
-            if not all(map(math.isfinite, row[name])):
-                key = (row["question_id"], row["sample"])
-                raise ValueError(
-                    f"output {key}: a log-probability under the {name} is not finite; does the {name} have NaN weights, or "
-                    "was a token sampled that it cannot say?"
-                )
 
 
 def _mean_k1(compared: Sequence[dict[str, Any]]) -> float:

@@ -1,6 +1,7 @@
 """Policy update (Algorithm 1, line 10): mu passes over one exploration stage, maximising an objective of the paradigm."""
 
-from stages.update.config import NoCorrectionConfig, TruncatedCorrectionConfig, UpdateConfig
+from stages.update.config import MismatchLimits, NoCorrectionConfig, TruncatedCorrectionConfig, UpdateConfig
+from stages.update.mismatch import MismatchError, check_mismatch
 from stages.update.objectives import (
     CISPOConfig,
     DAPOConfig,
@@ -27,6 +28,8 @@ __all__ = [
     "DrGRPOConfig",
     "GRPOConfig",
     "GSPOConfig",
+    "MismatchError",
+    "MismatchLimits",
     "NoCorrectionConfig",
     "ObjectiveConfig",
     "OnlineRFTConfig",
@@ -37,5 +40,6 @@ __all__ = [
     "SFTObjectiveConfig",
     "TruncatedCorrectionConfig",
     "UpdateConfig",
+    "check_mismatch",
     "update_policy",
 ]

@@ -6,11 +6,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from pipeline.config import Config
+from pipeline.config import UNKEYED, Config
 from stages.training.config import TrainingConfig
 from stages.update.objectives import GRPOConfig, ObjectiveConfig
 
-__all__ = ["NoCorrectionConfig", "TruncatedCorrectionConfig", "UpdateConfig"]
+__all__ = ["MismatchLimits", "NoCorrectionConfig", "TruncatedCorrectionConfig", "UpdateConfig"]
 
 
 class NoCorrectionConfig(Config):
@@ -31,6 +31,22 @@ class TruncatedCorrectionConfig(Config):
     "Largest weight (Yao et al. 2025 use 2)."
 
 
+class MismatchLimits(Config):
+    """How far the trainer may be from what the rollout engine recorded before a run stops; null: any distance.
+
+    For outputs that are the policy's own, before the optimizer step that would learn from them. What the figures cover:
+    `stages/update/mismatch.py`; of several mini-batches, each step is held to those computed so far. Ours.
+    """
+
+    max_mean: PositiveFloat | None = None
+    "Most nats per token that the two may differ by in the mean (`rollout/mismatch_mean`)."
+    max_kl: PositiveFloat | None = None
+    "Largest divergence of the two, in nats per token (`rollout/mismatch_kl`)."
+    min_ess: float | None = Field(None, gt=0, le=1)
+    """Least effective sample size of the outputs' importance ratios, as a share of the outputs (`rollout/mismatch_ess`). It
+    falls with the length of outputs: what the tokens differ by adds up."""
+
+
 class UpdateConfig(Config):
     """One exploration stage's updates."""
 
@@ -47,6 +63,8 @@ class UpdateConfig(Config):
         NoCorrectionConfig()
     )
     "Importance weights between rollout engine and trainer; not in the paper."
+    mismatch: Annotated[MismatchLimits, UNKEYED] = MismatchLimits()
+    "When the run stops because engine and trainer disagree. Never by default."
     temperature: PositiveFloat | None = None
     """Temperature the outputs must have been sampled at; others are refused. null: whatever they were sampled at. In either
     case it divides the logits of all policies, so that ratios compare what was really sampled from."""
@@ -69,3 +87,17 @@ class UpdateConfig(Config):
     def reads_rollout_logprobs(self) -> bool:
         """Whether the engine's log-probabilities enter the loss."""
         return self.old_logprobs == "rollout" or self.correction.kind != "none"
+
+    @property
+    def measures_mismatch(self) -> bool:
+        """Whether the outputs are sure to be the policy's own, so that engine and trainer speak of one policy.
+
+        Those of an earlier policy or of a demonstrator have log-probabilities that say nothing about the engine.
+        """
+        row = self.objective.ROW
+        return self.old_logprobs == "trainer" and (row.uses_ratio or row.sources == ("policy",))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether log pi_ref enters the loss."""
+        return getattr(self.objective, "beta", 0.0) > 0

@@ -6,14 +6,16 @@ import dataclasses
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final
 
-from stages.tables import Advantages, Rollouts
+from stages.tables import Advantages, ReferenceLogprobs, Rollouts
 
 __all__ = ["Example", "deal", "drop_idle", "join", "merge_equal", "pair_up"]
 
 Key = tuple[str, int]
+
+_RECORDS: Final = "rollout log-probabilities"
 
 
 @dataclass(frozen=True)
@@ -31,32 +33,66 @@ class Example:
     """The rollout engine's log-probabilities, one per output id, where the loss reads them."""
     pair: int | None = None
     """The preference it belongs to, where there are any."""
+    ref_logp: tuple[float, ...] | None = field(default=None, compare=False)
+    """log pi_ref, one per output id, where it was computed before; equal for equal outputs."""
+    recorded: tuple[tuple[float, ...], ...] = field(default=(), compare=False)
+    """The rollout engine's log-probabilities of each output that this one stands for, where they are only measured: unlike
+    those that the loss reads, they keep no two outputs apart."""
 
 
-def join(outputs: Rollouts, advantages: Advantages, *, with_logprobs: bool = False) -> list[Example]:
+def join(
+    outputs: Rollouts,
+    advantages: Advantages,
+    *,
+    with_logprobs: bool = False,
+    with_records: bool = False,
+    reference: ReferenceLogprobs | None = None,
+) -> list[Example]:
     """One example per output that has advantages; rows masked out (null advantage) take no part.
+
+    Args:
+        with_logprobs: the loss reads the rollout engine's log-probabilities: every row must have them.
+        with_records: they are measured, in the rows that have them.
+        reference: log pi_ref of these outputs.
 
     Raises:
         ValueError: names the row: an output without advantages or advantages without an output, another number of them than
             tokens, or one that is not finite (log-probabilities too, where they are read).
     """
-    by_key = {(row["question_id"], row["sample"]): row for row in advantages.rows()}
-    columns = ["question_id", "sample", "prompt_ids", "output_ids", *(["logprobs"] if with_logprobs else [])]
-    rows = {(row["question_id"], row["sample"]): row for row in outputs.read().select(columns).to_pylist()}
+    by_key = _by_key(advantages.rows())
+    read = with_logprobs or with_records
+    columns = ["question_id", "sample", "prompt_ids", "output_ids", *(["logprobs"] if read else [])]
+    rows = _by_key(outputs.read().select(columns).to_pylist())
     _check_same_rows(rows, by_key)
-    return [
-        _example(key, row, by_key[key], with_logprobs)
-        for key, row in rows.items()
-        if by_key[key]["advantage"] is not None
-    ]
+    frozen = None if reference is None else {key: row["reference"] for key, row in _by_key(reference.rows()).items()}
+    joined = []
+    for key, row in rows.items():
+        if by_key[key]["advantage"] is None:
+            continue
+        example = _example(key, row, by_key[key], with_logprobs)
+        if with_records and row["logprobs"] is not None:
+            recorded = example.rollout_logp or _per_token(key, _RECORDS, row["logprobs"], row["output_ids"])
+            example = dataclasses.replace(example, recorded=(recorded,))
+        if frozen is not None:
+            ref_logp = _per_token(key, "reference log-probabilities", frozen.get(key), row["output_ids"])
+            example = dataclasses.replace(example, ref_logp=ref_logp)
+        joined.append(example)
+    return joined
 
 
 def merge_equal(examples: Sequence[Example]) -> list[Example]:
     """Equal outputs (with equal advantages) of one question as one example of their summed weight, in first-seen order."""
-    weights: dict[Example, float] = {}
+    equal: dict[Example, list[Example]] = {}
     for example in examples:
-        weights[example] = weights.get(example, 0.0) + example.weight
-    return [dataclasses.replace(example, weight=weight) for example, weight in weights.items()]
+        equal.setdefault(example, []).append(example)
+    return [
+        dataclasses.replace(
+            example,
+            weight=math.fsum(member.weight for member in members),
+            recorded=tuple(logprobs for member in members for logprobs in member.recorded),
+        )
+        for example, members in equal.items()
+    ]
 
 
 def pair_up(examples: Sequence[Example]) -> list[Example]:
@@ -104,6 +140,10 @@ def deal(examples: Sequence[Example], *, mini_batches: int, seed: int) -> list[l
     return hands
 
 
+def _by_key(rows: Sequence[Mapping[str, Any]]) -> dict[Key, Mapping[str, Any]]:
+    return {(row["question_id"], row["sample"]): row for row in rows}
+
+
 def _check_same_rows(rows: Mapping[Key, Any], by_key: Mapping[Key, Any]) -> None:
     bare = [key for key in rows if key not in by_key]
     if bare:
@@ -115,9 +155,7 @@ def _check_same_rows(rows: Mapping[Key, Any], by_key: Mapping[Key, Any]) -> None
 
 def _example(key: Key, row: Mapping[str, Any], found: Mapping[str, Any], with_logprobs: bool) -> Example:
     advantage = _per_token(key, "advantages", found["advantage"], row["output_ids"])
-    logprobs = (
-        _per_token(key, "rollout log-probabilities", row["logprobs"], row["output_ids"]) if with_logprobs else None
-    )
+    logprobs = _per_token(key, _RECORDS, row["logprobs"], row["output_ids"]) if with_logprobs else None
     ids = tuple(row["prompt_ids"]), tuple(row["output_ids"])
     return Example(key[0], *ids, advantage, 1.0, logprobs, found["pair"])
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from stages.update.minibatch import MicroBatch
+from stages.update.mismatch import MismatchGauge
 
 if TYPE_CHECKING:
     from stages.update.steps import Terms
@@ -28,8 +29,11 @@ class Ledger:
     steps: int = 0
     skipped: int = 0
     tokens: float = 0
+    places: float = 0
+    """Tokens with their padding."""
     grad_norm: float = 0.0
     learning_rate: float = 0.0
+    mismatch: MismatchGauge = field(default_factory=MismatchGauge)
 
     def add(self, part: MicroBatch, terms: Terms, entropy_BO: Tensor | None, loss: float) -> None:
         """Account for one micro-batch."""
@@ -52,6 +56,9 @@ class Ledger:
         self.ratio_max = max(self.ratio_max, float(ratio_N.max()))
         self.ratio_min = min(self.ratio_min, float(ratio_N.min()))
         self.tokens += int(part.batch.attention_mask_BT.sum())
+        self.places += part.batch.attention_mask_BT.numel()
+        if part.recorded is not None:
+            self.mismatch.add(terms.old_logp_BO, part.batch.output_mask_BO, part.recorded.logp_RO, part.recorded.row_R)
 
     def stepped(self, grad_norm: float, learning_rate: float, *, skipped: bool) -> None:
         """Account for one optimizer step."""
@@ -63,7 +70,7 @@ class Ledger:
     def add_up(self, total: Callable[[float], float]) -> None:
         """Sum what was noted over the ranks; extremes of the ratio stay this rank's."""
         self.sums = {name: total(value) for name, value in sorted(self.sums.items())}
-        self.tokens = total(self.tokens)
+        self.tokens, self.places = total(self.tokens), total(self.places)
 
     def metrics(self, *, beta: float, seconds: float, computed: int) -> dict[str, float]:
         """Means over the exploration stage's optimizer steps, under the names MLflow shows."""
@@ -73,6 +80,7 @@ class Ledger:
         mean |= {name: mean[name] / share for name in self.shown if share}
         if self.tokens:
             mean |= {"ratio_max": self.ratio_max, "ratio_min": self.ratio_min}
+            mean |= {"padding_share": 1 - self.tokens / self.places}
         return {f"policy/{name}": value for name, value in mean.items()} | {
             "policy/policy_loss": mean.get("loss", 0.0) - beta * mean.get("kl", 0.0),
             "policy/grad_norm": self.grad_norm / self.steps,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self, assert_never
+from typing import Any, Self, assert_never
 
 import torch
 from torch import Tensor
@@ -21,7 +21,20 @@ from stages.update.config import UpdateConfig
 from stages.update.examples import Example, drop_idle
 from stages.update.objectives.method import Method
 
-__all__ = ["MicroBatch", "MiniBatch"]
+__all__ = ["MicroBatch", "MiniBatch", "Recorded"]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the rollout engine recorded, a row for each output that was sampled: R of them, equal ones not merged."""
+
+    logp_RO: Tensor
+    row_R: Tensor
+    """The row of the micro-batch that the output is computed in."""
+
+    def to(self, device: str) -> Recorded:
+        """The same on a device."""
+        return Recorded(self.logp_RO.to(device), self.row_R.to(device))
 
 
 @dataclass(frozen=True)
@@ -37,12 +50,24 @@ class MicroBatch:
     old_logp: Tensor | None = None
     """log pi_old; None = pi_old is the policy as it is at the step."""
     ref_logp: Tensor | None = None
-    """log pi_ref; None = no reference."""
+    """log pi_ref; None = no reference, or `ref_is_policy`."""
+    ref_is_policy: bool = False
+    """pi_ref is the policy as it is at the step."""
+    recorded: Recorded | None = None
+    """The rollout engine's log-probabilities, where they are measured."""
 
     def to(self, device: str) -> MicroBatch:
-        """The same on a device, before any log-probabilities of policies are known."""
-        rollout = None if self.rollout_logp is None else self.rollout_logp.to(device)
-        return MicroBatch(self.batch.to(device), self.advantage.to(device), self.weight.to(device), rollout)
+        """The same on a device."""
+        moved: dict[str, Any] = {
+            field.name: part.to(device)
+            for field in dataclasses.fields(self)
+            if isinstance(part := getattr(self, field.name), Tensor | Batch | Recorded)
+        }
+        return dataclasses.replace(self, **moved)
+
+    def share(self, factor: float) -> MicroBatch:
+        """What a rank computes of it, `factor` being 0 where another rank accounts for it."""
+        return dataclasses.replace(self, weight=factor * self.weight, recorded=self.recorded if factor else None)
 
 
 @dataclass
@@ -65,8 +90,7 @@ class MiniBatch:
         whole = list(micro_batches(rows, config.micro_batch_tokens, together=2 if method.pairs else 1))
         parts = []
         for batch, factor in own_share(whole, rank=engine.rank, world_size=engine.world_size):
-            part = _micro_batch(batch, computed, examples, method).to(engine.device)
-            parts.append(dataclasses.replace(part, weight=factor * part.weight))
+            parts.append(_micro_batch(batch, computed, examples, method).to(engine.device).share(factor))
         return cls(parts, temperature)
 
     @torch.no_grad()
@@ -87,6 +111,10 @@ class MiniBatch:
         found = self.logprobs(reference, engine)
         self.parts = [dataclasses.replace(part, ref_logp=logp) for part, logp in zip(self.parts, found, strict=True)]
 
+    def take_policy_as_reference(self) -> None:
+        """pi_ref is the policy before the step that this is learned from: KL is 0, and no forward is needed to say so."""
+        self.parts = [dataclasses.replace(part, ref_is_policy=True) for part in self.parts]
+
     def remember_policy(self, engine: Engine) -> None:
         """Fill in log pi_old from the policy as it is now."""
         found = self.logprobs(engine.model, engine)
@@ -104,8 +132,21 @@ def _micro_batch(batch: Batch, computed: Sequence[Example], examples: Sequence[E
     rollout_BO = None
     if all(member.rollout_logp is not None for member in members):
         rollout_BO = _spread([value for member in members for value in member.rollout_logp or ()], mask_BO)
+    ref_BO = None
+    if all(member.ref_logp is not None for member in members):
+        ref_BO = _spread([value for member in members for value in member.ref_logp or ()], mask_BO)
     weight_B = torch.tensor([member.weight for member in members])
-    return MicroBatch(batch, advantage_BO, _weights(mask_BO, weight_B, examples, method), rollout_BO)
+    weight_BO = _weights(mask_BO, weight_B, examples, method)
+    return MicroBatch(batch, advantage_BO, weight_BO, rollout_BO, ref_logp=ref_BO, recorded=_recorded(members, mask_BO))
+
+
+def _recorded(members: Sequence[Example], mask_BO: Tensor) -> Recorded | None:
+    """What was recorded for the outputs behind `members`; None where nothing was."""
+    row_R = torch.tensor([row for row, member in enumerate(members) for _ in member.recorded], dtype=torch.long)
+    if not len(row_R):
+        return None
+    values = [value for member in members for output in member.recorded for value in output]
+    return Recorded(_spread(values, mask_BO[row_R]), row_R)
 
 
 def _weights(mask_BO: Tensor, weight_B: Tensor, examples: Sequence[Example], method: Method) -> Tensor:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from pipeline.progress import report
 from pipeline.stage import record_metrics, stage
 from stages.models import Checkpoint
-from stages.tables import Advantages, Rollouts
+from stages.tables import Advantages, ReferenceLogprobs, Rollouts
+from stages.training.ranks import on_ranks
 from stages.update.config import UpdateConfig
 from stages.update.examples import Example, deal, join, merge_equal, pair_up
 from stages.update.objectives import method_of
@@ -23,9 +24,10 @@ __all__ = ["update_policy"]
 
 
 @stage(version="2")
+@on_ranks
 def update_policy(
     policy: Checkpoint,
-    reference: Checkpoint,
+    reference: Checkpoint | ReferenceLogprobs,
     outputs: Rollouts,
     advantages: Advantages,
     config: UpdateConfig,
@@ -36,7 +38,8 @@ def update_policy(
 
     Args:
         policy: pi_theta before the update; pi_old, the policy that sampled `outputs`, unless `old_logprobs` says otherwise.
-        reference: pi_ref; not loaded where the objective has no use for it.
+        reference: pi_ref, or its log-probabilities of `outputs` (`score_reference`), for which no model is loaded beside the
+            policy. Nor is one where the objective has no use for it, or pi_ref is `policy`, whose own log-probabilities serve.
         outputs: o_i with their ids; the temperature they were sampled at scales the logits of all policies.
         advantages: A-hat_{i,t}, joined by key; rows without advantages take no part and do not count in 1/G.
         config: objective, passes, batching, engine.
@@ -45,6 +48,7 @@ def update_policy(
     Raises:
         ValueError: before any step, naming the row: outputs of several temperatures, of another than configured, or greedy ones
             (drawn from no distribution); rows without a counterpart; numbers that are not finite.
+        MismatchError: before the step, where `config.mismatch` has limits and the engine's log-probabilities are beyond them.
 
     Where every row is masked out (no question has a right and a wrong output, say) the policy stays as it is, with a warning;
     the step counts among `policy/skipped_steps`.
@@ -52,54 +56,96 @@ def update_policy(
     from stages.training import threads
     from stages.training.engine import publish, resident_engine
     from stages.training.memory import live_tensors_mib, peak_memory
+    from stages.training.optimizers import trained_values
     from stages.training.temperature import sampling_temperature
     from stages.update.ledger import Ledger
+    from stages.update.mismatch import MismatchGauge
     from stages.update.steps import optimizer_step
 
     started = time.perf_counter()
     temperature = sampling_temperature(outputs, config.temperature)
-    method, ledger = method_of(config.objective), Ledger()
-    examples = _examples(outputs, advantages, config, method)
+    method, ledger = method_of(config.objective), Ledger(mismatch=MismatchGauge(config.mismatch))
+    examples = _examples(outputs, advantages, reference, config, method)
     if not examples:
         warnings.warn("update_policy: every output of a step is masked out; the policy stays as it is", stacklevel=2)
     hands = deal(examples, mini_batches=config.mini_batches, seed=seed)
     with threads(config.training.threads), peak_memory() as peak:
         engine = resident_engine(policy, config.training)
-        mini_batches = _mini_batches(hands, engine, reference, temperature, config)
+        mini_batches = _mini_batches(hands, engine, policy, reference, temperature, config)
         for number in range(config.mu * config.mini_batches):
             optimizer_step(engine, mini_batches[number % config.mini_batches], method, config.correction, ledger)
             report("update_policy", done=number + 1, total=config.mu * config.mini_batches)
         ledger.add_up(engine.total)
+        parts = [part for mini_batch in mini_batches for part in mini_batch.parts]
+        computed = int(engine.total(sum(len(part.batch.rows) for part in parts if part.weight.any())))
+        mismatch = ledger.mismatch.figures(engine)
         checkpoint = publish(engine)
-    computed = sum(len(part.batch.rows) for mini_batch in mini_batches for part in mini_batch.parts)
     seconds = time.perf_counter() - started
-    record_metrics(ledger.metrics(beta=method.beta, seconds=seconds, computed=computed))
+    record_metrics(ledger.metrics(beta=method.beta, seconds=seconds, computed=computed) | mismatch)
     record_metrics({"memory/update_mb": peak.mib, "memory/tensors_mb": live_tensors_mib()})
+    record_metrics({"policy/trained_parameters": trained_values(engine.model)})
     return checkpoint
 
 
-def _examples(outputs: Rollouts, advantages: Advantages, config: UpdateConfig, method: Method) -> list[Example]:
-    examples = join(outputs, advantages, with_logprobs=config.reads_rollout_logprobs)
+def _examples(
+    outputs: Rollouts,
+    advantages: Advantages,
+    reference: Checkpoint | ReferenceLogprobs,
+    config: UpdateConfig,
+    method: Method,
+) -> list[Example]:
+    examples = join(
+        outputs,
+        advantages,
+        with_logprobs=config.reads_rollout_logprobs,
+        with_records=config.measures_mismatch,
+        reference=reference if method.needs_reference and isinstance(reference, ReferenceLogprobs) else None,
+    )
     if method.pairs:
         return pair_up(examples)
     return merge_equal(examples) if config.merge_equal_outputs else examples
 
 
 def _mini_batches(
-    hands: list[list[Example]], engine: Engine, reference: Checkpoint, temperature: float, config: UpdateConfig
+    hands: list[list[Example]],
+    engine: Engine,
+    policy: Checkpoint,
+    reference: Checkpoint | ReferenceLogprobs,
+    temperature: float,
+    config: UpdateConfig,
 ) -> list[MiniBatch]:
     """Mini-batches with the log-probabilities of every policy that stays fixed while they are learned from."""
-    from stages.training.reference import reference_model
     from stages.update.minibatch import MiniBatch
 
     method = method_of(config.objective)
     made = [MiniBatch.of(hand, engine, temperature, config, method) for hand in hands]
+    single = config.mu * config.mini_batches == 1
     for mini_batch in made:
-        if method.needs_reference:
-            mini_batch.compare_with(reference_model(reference, engine, config.training), engine)
+        if method.needs_reference and isinstance(reference, Checkpoint):
+            _compare(mini_batch, engine, policy, reference, config, single=single)
         if config.old_logprobs == "rollout":
             mini_batch.trust_rollout()
-        elif config.mu * config.mini_batches > 1:
+        elif not single:
             # A single step needs none: its own forward, detached, makes the ratio exactly 1.
             mini_batch.remember_policy(engine)
     return made
+
+
+def _compare(
+    mini_batch: MiniBatch,
+    engine: Engine,
+    policy: Checkpoint,
+    reference: Checkpoint,
+    config: UpdateConfig,
+    *,
+    single: bool,
+) -> None:
+    """Give a mini-batch log pi_ref; where the reference is the policy that has not stepped yet, from the policy itself."""
+    from stages.training.reference import reference_model
+
+    if reference.digest != policy.digest:
+        mini_batch.compare_with(reference_model(reference, engine, config.training), engine)
+    elif single:
+        mini_batch.take_policy_as_reference()
+    else:
+        mini_batch.compare_with(engine.model, engine)

@@ -35,6 +35,8 @@ class Terms:
 
     objective_BO: Tensor
     """c surrogate - beta D, with gradient."""
+    old_logp_BO: Tensor
+    """log pi_old."""
     surrogate: Surrogate
     kl_BO: Tensor | None
     """D, detached; None without a reference."""
@@ -45,7 +47,11 @@ class Terms:
 def optimizer_step(
     engine: Engine, mini_batch: MiniBatch, method: Method, correction: Correction, ledger: Ledger
 ) -> None:
-    """One step up the gradient of J over a mini-batch; gradients of its micro-batches add up to the batch's own."""
+    """One step up the gradient of J over a mini-batch; gradients of its micro-batches add up to the batch's own.
+
+    Raises:
+        MismatchError: before the step, where the outputs are not what the trainer takes them for.
+    """
     last = len(mini_batch.parts) - 1
     for number, part in enumerate(mini_batch.parts):
         with engine.autocast():
@@ -57,6 +63,7 @@ def optimizer_step(
         engine.backward(loss, last=number == last)
         ledger.add(part, terms, entropy_BO, float(loss.detach()))
     if mini_batch.parts:
+        ledger.mismatch.check(engine)
         step = engine.step()
         ledger.stepped(step.grad_norm, step.learning_rate, skipped=step.skipped)
     else:
@@ -69,15 +76,16 @@ def micro_batch_terms(logp_BO: Tensor, part: MicroBatch, method: Method, correct
     # Where nothing was computed before, pi_old = pi_theta: its own values, detached, make the ratio exactly 1.
     old_logp_BO = logp_BO.detach() if part.old_logp is None else part.old_logp
     mask_BO = part.batch.output_mask_BO
-    surrogate = method.surrogate(Tokens(logp_BO, old_logp_BO, part.ref_logp, part.advantage, mask_BO))
+    ref_logp_BO = logp_BO.detach() if part.ref_is_policy else part.ref_logp
+    surrogate = method.surrogate(Tokens(logp_BO, old_logp_BO, ref_logp_BO, part.advantage, mask_BO))
     objective_BO = surrogate.value_BT
     correction_BO = _correction(old_logp_BO, part.rollout_logp, mask_BO, correction)
     if correction_BO is not None:
         objective_BO = correction_BO * objective_BO
-    if method.beta == 0 or part.ref_logp is None:
-        return Terms(objective_BO, surrogate, None, correction_BO)
-    kl_BO = _divergence(logp_BO, part.ref_logp, old_logp_BO, method)
-    return Terms(objective_BO - method.beta * kl_BO, surrogate, kl_BO.detach(), correction_BO)
+    if method.beta == 0 or ref_logp_BO is None:
+        return Terms(objective_BO, old_logp_BO, surrogate, None, correction_BO)
+    kl_BO = _divergence(logp_BO, ref_logp_BO, old_logp_BO, method)
+    return Terms(objective_BO - method.beta * kl_BO, old_logp_BO, surrogate, kl_BO.detach(), correction_BO)
 
 
 def _divergence(logp_BO: Tensor, ref_logp_BO: Tensor, old_logp_BO: Tensor, method: Method) -> Tensor:

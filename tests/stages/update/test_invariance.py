@@ -163,7 +163,8 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
     return relative(*(torch.cat([g.flatten() for g in side.values()]) for side in (found, expected)))
 
 
-@pytest.mark.parametrize("zero_stage", STAGES)
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_deepspeed_at_every_zero_stage_has_the_gradient_of_plain_torch(store: Store, zero_stage: Any) -> None:
     plain = stage_gradient({"kind": "torch"}, micro_batch_tokens=60)
     assert distance(stage_gradient(DeepSpeedEngineConfig(zero_stage=zero_stage), micro_batch_tokens=60), plain) < 1e-6

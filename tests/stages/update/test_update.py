@@ -128,6 +128,16 @@ def test_merged_outputs_are_computed_once(store: Store) -> None:
     assert updated.metrics["policy/outputs_computed"] == Q * G / 2
 
 
+def test_the_share_of_padding_is_what_is_left_of_the_micro_batches_without_their_tokens(store: Store) -> None:
+    outputs, advantages = exploration()
+    policy = tiny_policy()
+    lengths = sorted((len(row["prompt_ids"]) + len(row["output_ids"]) for row in outputs.rows()), reverse=True)
+    together = update_policy(policy, policy, outputs, advantages, sgd_like(), seed=0).metrics
+    assert together["policy/padding_share"] == pytest.approx(1 - sum(lengths) / (Q * G * lengths[0]))
+    alone = update_policy(policy, policy, outputs, advantages, sgd_like(micro_batch_tokens=1), seed=0).metrics
+    assert alone["policy/padding_share"] == 0.0
+
+
 def test_idle_rows_cost_nothing_without_kl_and_still_count_in_the_mean(store: Store) -> None:
     policy = tiny_policy()
     outputs, advantages = exploration()

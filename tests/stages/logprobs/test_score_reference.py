@@ -1,0 +1,175 @@
+"""The reference in a pass of its own: the values the update would compute, the same policies from either, nothing beside it."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.residency import evict
+from pipeline.store import Store
+from stages.logprobs import LogprobsConfig, compare_policies, score_reference
+from stages.models import WEIGHTS, Checkpoint
+from stages.tables import Advantages, ReferenceLogprobs, Rollouts
+from stages.update import DPOConfig, GRPOConfig, UpdateConfig, update_policy
+from tests.stages.logprobs.test_compare_policies import changed, exact, output_rows, trained
+from tests.stages.training.tiny import tiny_checkpoint
+from tests.stages.update.test_examples import advantage_row
+
+SLOW = pytest.mark.slow
+
+
+def update_config(**changes: Any) -> UpdateConfig:
+    return UpdateConfig(objective=GRPOConfig(beta=0.5), training=exact().training).override(changes)
+
+
+def pass_config(update: UpdateConfig) -> LogprobsConfig:
+    return LogprobsConfig(micro_batch_tokens=update.micro_batch_tokens, training=update.training)
+
+
+def advantages(*, masked: int | None = None) -> Advantages:
+    rows = output_rows()
+    return Advantages.write(
+        [
+            advantage_row(
+                row["question_id"], row["sample"], None if number == masked else [value] * len(row["output_ids"])
+            )
+            for number, row in enumerate(rows)
+            for value in [1.0 - number % 3]
+        ]
+    )
+
+
+def three_updates(policy: Checkpoint, config: UpdateConfig, learned: Advantages, *, staged: bool) -> Checkpoint:
+    """Each learns from the same outputs; the reference is the policy before the first."""
+    reference, outputs = policy, Rollouts.write(output_rows())
+    evict()
+    for seed in range(3):
+        scored = (
+            score_reference(reference, outputs, pass_config(config)) if staged and policy != reference else reference
+        )
+        policy = update_policy(policy, scored, outputs, learned, config, seed=seed)
+    return policy
+
+
+def twin(policy: Checkpoint) -> Checkpoint:
+    """Equal weights under another digest: no shortcut knows that they are equal."""
+
+    def fill(folder: Any) -> None:
+        skipped = shutil.ignore_patterns("manifest.json")
+        shutil.copytree(policy.path, folder, copy_function=shutil.copyfile, ignore=skipped, dirs_exist_ok=True)
+        (folder / "note.txt").write_text("the same weights")
+
+    return Checkpoint.write(fill)
+
+
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=SLOW), "bf16"])
+def test_values_are_bit_for_bit_those_of_a_comparison_beside_the_policy(store: Store, precision: str) -> None:
+    reference, outputs = tiny_checkpoint(), Rollouts.write(output_rows())
+    how = exact(training=exact().training.override({"precision": precision}), micro_batch_tokens=30)
+    beside = compare_policies(trained(reference), reference, outputs, how).rows()
+    alone = score_reference(reference, outputs, how).rows()
+    assert [(row["question_id"], row["sample"]) for row in alone] == [(f"q{n // 3}", n % 3) for n in range(7)]
+    assert [row["reference"] for row in alone] == [row["reference"] for row in beside]
+
+
+@pytest.mark.parametrize("tokens", [pytest.param(16384, marks=SLOW), 30])
+def test_three_updates_come_to_the_same_bits_with_the_reference_beside_them_or_before(
+    store: Store, tokens: int
+) -> None:
+    config = update_config(micro_batch_tokens=tokens)
+    inline = three_updates(tiny_checkpoint(), config, advantages(), staged=False)
+    staged = three_updates(tiny_checkpoint(), config, advantages(), staged=True)
+    assert inline.metrics["policy/kl"] > 0
+    assert staged == inline
+
+
+@SLOW
+@pytest.mark.parametrize("changes", [{"mini_batches": 2}, {"mu": 2}, {}])
+def test_where_micro_batches_differ_three_updates_agree_to_1e_6(store: Store, changes: dict[str, int]) -> None:
+    config, learned = update_config(micro_batch_tokens=30, **changes), advantages(masked=None if changes else 2)
+    inline = three_updates(tiny_checkpoint(), config, learned, staged=False)
+    staged = three_updates(tiny_checkpoint(), config, learned, staged=True)
+    one, other = (load_file(checkpoint.path / WEIGHTS) for checkpoint in (inline, staged))
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, *(pytest.param(each, marks=SLOW) for each in ({"training.precision": "bf16"}, {"mini_batches": 2}))]
+)
+def test_an_equal_reference_has_a_kl_of_exactly_zero_however_it_is_asked(store: Store, changes: dict[str, Any]) -> None:
+    policy, outputs, config = tiny_checkpoint(), Rollouts.write(output_rows()), update_config(**changes)
+    # A learning rate below every weight's resolution: also at the second mini-batch the policy is the reference.
+    config = config.override({"training.optimizer.learning_rate": 1e-30})
+    equal = twin(policy)
+    own = update_policy(policy, policy, outputs, advantages(), config, seed=0)
+    beside = update_policy(policy, equal, outputs, advantages(), config, seed=0)
+    assert own.metrics["policy/kl"] == beside.metrics["policy/kl"] == 0.0
+    assert own == beside
+    if not changes.get("mini_batches"):
+        before = update_policy(
+            policy, score_reference(equal, outputs, pass_config(config)), outputs, advantages(), config, seed=0
+        )
+        assert before.metrics["policy/kl"] == 0.0
+
+
+@SLOW
+def test_a_pass_serves_every_objective_that_reads_the_reference(store: Store) -> None:
+    reference, outputs = tiny_checkpoint(), Rollouts.write(output_rows()[:2])
+    policy, config = trained(reference), update_config()
+    scored = score_reference(reference, outputs, pass_config(config))
+    pairs = [
+        advantage_row(row["question_id"], row["sample"], [1.0 - 2 * row["sample"]] * len(row["output_ids"]), pair=0)
+        for row in outputs.rows()
+    ]
+    for objective in (DPOConfig(), GRPOConfig(beta=0.5, divergence="k2")):
+        other = config.override({"objective": objective.model_dump(mode="json")})
+        results = [
+            update_policy(policy, given, outputs, Advantages.write(pairs), other, seed=0)
+            for given in (reference, scored)
+        ]
+        assert results[0] == results[1], objective.kind
+        first = [
+            update_policy(reference, given, outputs, Advantages.write(pairs), other, seed=0)
+            for given in (reference, twin(reference))
+        ]
+        assert first[0] == first[1], objective.kind
+
+
+@SLOW
+def test_the_update_keeps_no_tensors_of_a_reference_that_was_asked_before(store: Store) -> None:
+    reference, outputs, config = tiny_checkpoint(), Rollouts.write(output_rows()), update_config()
+    policy = trained(reference)
+    scored = score_reference(reference, outputs, pass_config(config))
+    alive = []
+    for given in (scored, reference):
+        evict()
+        alive.append(update_policy(policy, given, outputs, advantages(), config, seed=0).metrics["memory/tensors_mb"])
+    size = sum(tensor.nbytes for tensor in load_file(reference.path / WEIGHTS).values()) / 2**20
+    assert alive[1] - alive[0] == pytest.approx(size, rel=0.2)
+
+
+def test_values_of_other_outputs_are_refused_by_row(store: Store) -> None:
+    policy, rows, config = tiny_checkpoint(), output_rows(), update_config()
+    scored = score_reference(policy, Rollouts.write(rows), pass_config(config)).rows()
+    outputs = Rollouts.write(rows)
+    with pytest.raises(ValueError, match=r"output \('q2', 0\) has no reference log-probabilities"):
+        update_policy(policy, ReferenceLogprobs.write(scored[:-1]), outputs, advantages(), config, seed=0)
+    scored[1]["reference"] = [*scored[1]["reference"], -1.0]
+    length = len(rows[1]["output_ids"])
+    with pytest.raises(
+        ValueError, match=rf"\('q0', 1\): expected {length} reference log-probabilities, found {length + 1}"
+    ):
+        update_policy(policy, ReferenceLogprobs.write(scored), outputs, advantages(), config, seed=0)
+
+
+def test_a_value_that_is_not_finite_is_refused_by_its_row(store: Store) -> None:
+    rows = [row | {"prompt_ids": [5, 6], "output_ids": [7, 8]} for row in output_rows()[:2]]
+    rows[1] |= {"output_ids": [25, 8]}
+    reference = changed(tiny_checkpoint(tie_word_embeddings=False), "model.embed_tokens.weight", 25, float("nan"))
+    with pytest.raises(ValueError, match=r"output \('q0', 1\): a log-probability under the reference is not finite"):
+        score_reference(reference, Rollouts.write(rows), exact())

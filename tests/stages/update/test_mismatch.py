@@ -1,0 +1,262 @@
+"""What an update says of the rollout engine: against log-probabilities that differ from the trainer's by known amounts."""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.residency import evict
+from pipeline.store import Store
+from stages.models import Checkpoint, load_model
+from stages.tables import Advantages, Rollouts
+from stages.update import (
+    GRPOConfig,
+    MismatchError,
+    MismatchLimits,
+    OnlineRFTConfig,
+    RFTConfig,
+    TruncatedCorrectionConfig,
+    UpdateConfig,
+    check_mismatch,
+    update_policy,
+)
+from stages.update.minibatch import MiniBatch
+from stages.update.mismatch import MismatchGauge
+from stages.update.objectives import method_of
+from tests.stages.update.exact import ExactEngine, logprobs, policy_model
+from tests.stages.update.test_coefficients import examples
+from tests.stages.update.test_invariance import OBJECTIVES
+from tests.stages.update.test_update import G, Q, exploration, sgd_like, tiny_policy
+
+Rows = list[dict[str, Any]]
+
+
+def recorded(policy: Checkpoint, *, distinct: bool = True) -> tuple[Rows, Advantages]:
+    """Q x G outputs with the log-probabilities that the policy gives them, each row computed alone."""
+    outputs, advantages = exploration(distinct=distinct)
+    model, rows = load_model(policy, dtype=torch.float32), outputs.rows()
+    for row in rows:
+        ids = torch.tensor([row["prompt_ids"] + row["output_ids"]])
+        with torch.no_grad():
+            table = model(input_ids=ids).logits[0, len(row["prompt_ids"]) - 1 : -1].log_softmax(-1)
+        row["logprobs"] = table.gather(-1, torch.tensor(row["output_ids"])[:, None]).squeeze(-1).tolist()
+    return rows, advantages
+
+
+def shift(row: dict[str, Any], number: int) -> list[float]:
+    """By how much the engine's record of an output lies below the trainer's: another amount for each row."""
+    return [0.05 * (number % 5) - 0.02 * token for token in range(len(row["output_ids"]))]
+
+
+def wrong_by_known_amounts(rows: Rows) -> Rows:
+    return [
+        row | {"logprobs": [logp - d for logp, d in zip(row["logprobs"], shift(row, number), strict=True)]}
+        for number, row in enumerate(rows)
+    ]
+
+
+def expected(rows: Rows, covered: list[int]) -> dict[str, float]:
+    """The figures by their definitions, over the outputs `covered`."""
+    given = [shift(rows[number], number) for number in covered]
+    every = [d for output in given for d in output]
+    weights = [math.exp(sum(output)) for output in given]
+    return {
+        "rollout/mismatch_mean": sum(map(abs, every)) / len(every),
+        "rollout/mismatch_max": max(map(abs, every)),
+        "rollout/mismatch_kl": sum(math.exp(d) - d - 1 for d in every) / len(every),
+        "rollout/mismatch_ess": sum(weights) ** 2 / (len(weights) * sum(w * w for w in weights)),
+    }
+
+
+def updated(policy: Checkpoint, rows: Rows, advantages: Advantages, config: UpdateConfig) -> Checkpoint:
+    return update_policy(policy, policy, Rollouts.write(rows), advantages, config, seed=0)
+
+
+def figures(policy: Checkpoint) -> dict[str, float]:
+    return {name: value for name, value in policy.metrics.items() if "mismatch" in name}
+
+
+@pytest.mark.parametrize("passes", [{}, {"mu": 2, "mini_batches": 2, "micro_batch_tokens": 12}])
+def test_the_figures_are_those_of_the_differences_whatever_the_passes(store: Store, passes: dict[str, int]) -> None:
+    policy = tiny_policy()
+    rows, advantages = recorded(policy)
+    found = figures(updated(policy, wrong_by_known_amounts(rows), advantages, sgd_like(**passes)))
+    assert found == pytest.approx(expected(rows, list(range(Q * G))), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_an_engine_that_computes_the_same_differs_by_rounding_only(store: Store) -> None:
+    policy = tiny_policy()
+    found = figures(updated(policy, *recorded(policy), sgd_like()))
+    assert found["rollout/mismatch_max"] < 1e-5
+    assert found["rollout/mismatch_kl"] < 1e-10
+    assert found["rollout/mismatch_ess"] == pytest.approx(1.0, abs=1e-9)
+
+
+def test_equal_outputs_are_computed_once_and_count_each_with_its_own_record(store: Store) -> None:
+    policy = tiny_policy()
+    rows, advantages = recorded(policy, distinct=False)
+    merged = updated(policy, wrong_by_known_amounts(rows), advantages, sgd_like())
+    assert merged.metrics["policy/outputs_computed"] == Q * G / 2
+    assert figures(merged) == pytest.approx(expected(rows, list(range(Q * G))), rel=1e-4)
+
+
+@pytest.mark.parametrize(("beta", "covered"), [(0.0, Q * (G - 1)), pytest.param(0.04, Q * G, marks=pytest.mark.slow)])
+def test_outputs_that_are_not_computed_are_not_covered(store: Store, beta: float, covered: int) -> None:
+    policy = tiny_policy()
+    rows, advantages = recorded(policy)
+    last = [number for number, row in enumerate(rows) if row["sample"] == G - 1]
+    idle = [
+        row | {"advantage": [0.0] * len(row["advantage"])} if row["sample"] == G - 1 else row
+        for row in advantages.rows()
+    ]
+    computed = [number for number in range(Q * G) if beta or number not in last]
+    assert len(computed) == covered
+    config = sgd_like(objective=GRPOConfig(beta=beta))
+    found = figures(updated(policy, wrong_by_known_amounts(rows), Advantages.write(idle), config))
+    assert found == pytest.approx(expected(rows, computed), rel=1e-4)
+
+
+def test_masked_outputs_and_those_without_a_record_are_not_covered(store: Store) -> None:
+    policy = tiny_policy()
+    rows, advantages = recorded(policy)
+    masked = [row | {"advantage": None} if number == 2 else row for number, row in enumerate(advantages.rows())]
+    wrong = wrong_by_known_amounts(rows)
+    wrong[7]["logprobs"] = None
+    found = figures(updated(policy, wrong, Advantages.write(masked), sgd_like()))
+    assert found == pytest.approx(expected(rows, [n for n in range(Q * G) if n not in (2, 7)]), rel=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"old_logprobs": "rollout"}, {"objective": RFTConfig()}])
+def test_outputs_that_may_be_another_policys_have_no_figures(store: Store, changes: dict[str, Any]) -> None:
+    policy = tiny_policy()
+    assert figures(updated(policy, *recorded(policy), sgd_like(**changes))) == {}
+
+
+def test_outputs_that_no_engine_sampled_have_no_figures_and_pass_every_limit(store: Store) -> None:
+    policy = tiny_policy()
+    rows, advantages = recorded(policy)
+    bare = [row | {"logprobs": None} for row in rows]
+    config = sgd_like(objective=OnlineRFTConfig(), mismatch=MismatchLimits(max_mean=1e-9))
+    assert figures(updated(policy, bare, advantages, config)) == {}
+
+
+def test_a_limit_stops_the_update_before_its_step(store: Store) -> None:
+    policy = tiny_policy()
+    rows, advantages = recorded(policy)
+    wrong = wrong_by_known_amounts(rows)
+    evict()
+    with pytest.raises(
+        MismatchError, match=r"mean difference of nats per token of 0\.\d+ is above update\.mismatch\.max_mean"
+    ):
+        updated(policy, wrong, advantages, sgd_like(mismatch=MismatchLimits(max_mean=0.01)))
+    # The same call without limits: under its key nothing was recorded, and the engine learned nothing meanwhile.
+    after = updated(policy, wrong, advantages, sgd_like())
+    evict()
+    fresh = updated(policy, wrong, advantages, sgd_like(micro_batch_tokens=16383))
+    assert after == fresh
+    assert after != policy
+
+
+@pytest.mark.parametrize(
+    ("limits", "named"),
+    [
+        ({"max_mean": 0.01}, "mean difference of nats per token of 0.02 is above update.mismatch.max_mean=0.01"),
+        ({"max_kl": 1e-4}, "divergence in nats per token of 0.0003 is above update.mismatch.max_kl=0.0001"),
+        ({"min_ess": 0.9}, "effective sample size of 0.8 of the outputs is below update.mismatch.min_ess=0.9"),
+    ],
+)
+def test_a_figure_beyond_its_limit_is_named_with_what_may_have_caused_it(limits: dict[str, float], named: str) -> None:
+    found = {"rollout/mismatch_mean": 0.02, "rollout/mismatch_kl": 3e-4, "rollout/mismatch_ess": 0.8}
+    with pytest.raises(MismatchError, match=re.escape(named)) as caught:
+        check_mismatch(found, MismatchLimits(**limits))
+    for cause in ("stale", "LoRA", "precision", "top-p", "temperature", "update.correction"):
+        assert cause in str(caught.value)
+    check_mismatch(found, MismatchLimits(max_mean=0.02, max_kl=3e-4, min_ess=0.8))
+    check_mismatch({}, MismatchLimits(**limits))
+
+
+def test_limits_decide_no_result_and_are_in_no_key() -> None:
+    assert UpdateConfig(mismatch=MismatchLimits(max_mean=0.1)).key() == UpdateConfig().key()
+    assert "mismatch" not in UpdateConfig().key()
+
+
+def test_a_figure_that_is_no_number_passes_no_limit() -> None:
+    with pytest.raises(MismatchError, match="nan is above"):
+        check_mismatch({"rollout/mismatch_mean": math.nan}, MismatchLimits(max_mean=1.0))
+    with pytest.raises(MismatchError, match="nan of the outputs is below"):
+        check_mismatch({"rollout/mismatch_ess": math.nan}, MismatchLimits(min_ess=0.1))
+
+
+def test_a_truncated_correction_weighs_by_the_recorded_column(store: Store) -> None:
+    policy = tiny_policy()
+    rows, advantages = recorded(policy)
+    config = sgd_like(correction=TruncatedCorrectionConfig(cap=1.08))
+    found = updated(policy, wrong_by_known_amounts(rows), advantages, config)
+    weights = [[min(math.exp(d), 1.08) for d in shift(row, number)] for number, row in enumerate(rows)]
+    mean = sum(sum(output) / len(output) for output in weights) / len(weights)
+    assert found.metrics["policy/correction_mean"] == pytest.approx(mean, rel=1e-5)
+    assert max(map(max, weights)) == 1.08
+    # Measured beside it, from the same column and before truncation.
+    assert figures(found) == pytest.approx(expected(rows, list(range(Q * G))), rel=1e-4)
+
+
+class Rank(ExactEngine):
+    """One of several ranks in threads of this process: sums are exchanged at a barrier."""
+
+    def __init__(self, rank: int, shares: list[float], barrier: threading.Barrier) -> None:
+        super().__init__(policy_model())
+        self.rank, self.world_size = rank, len(shares)
+        self._shares, self._barrier = shares, barrier
+
+    def total(self, value: float) -> float:
+        """The sum of what all ranks say in this round."""
+        self._shares[self.rank] = value
+        self._barrier.wait(timeout=60)
+        summed = sum(self._shares)
+        self._barrier.wait(timeout=60)
+        return summed
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_rank_has_the_figures_of_all_outputs(world_size: int) -> None:
+    given = examples("tokens", rollout=True)
+    measured = [example.__class__(**(vars(example) | {"recorded": (example.rollout_logp,)})) for example in given]
+    config = UpdateConfig(micro_batch_tokens=16)
+    shares, barrier = [0.0] * world_size, threading.Barrier(world_size)
+    found: dict[int, dict[str, float]] = {}
+
+    def measure(engine: ExactEngine) -> None:
+        gauge, mini_batch = MismatchGauge(), MiniBatch.of(measured, engine, 1.0, config, method_of(config.objective))
+        for part, logp_BO in zip(mini_batch.parts, mini_batch.logprobs(engine.model, engine), strict=True):
+            if part.recorded is not None:
+                gauge.add(logp_BO, part.batch.output_mask_BO, part.recorded.logp_RO, part.recorded.row_R)
+        found[engine.rank] = gauge.figures(engine)
+
+    ranks = [threading.Thread(target=measure, args=(Rank(rank, shares, barrier),)) for rank in range(world_size)]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join()
+    d = [(logprobs(policy_model(), e).detach() - torch.tensor(e.rollout_logp)).tolist() for e in given]
+    every, weights = [x for output in d for x in output], [math.exp(sum(output)) for output in d]
+    by_hand = {
+        "rollout/mismatch_mean": sum(map(abs, every)) / len(every),
+        "rollout/mismatch_max": max(map(abs, every)),
+        "rollout/mismatch_kl": sum(math.exp(x) - x - 1 for x in every) / len(every),
+        "rollout/mismatch_ess": sum(weights) ** 2 / (len(weights) * sum(w * w for w in weights)),
+    }
+    assert set(found) == set(range(world_size))
+    for rank in found:
+        assert found[rank] == pytest.approx(by_hand, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_config_says_like_the_method_whether_a_reference_is_needed(name: str) -> None:
+    objective = OBJECTIVES[name][0]
+    assert UpdateConfig(objective=objective).needs_reference == method_of(objective).needs_reference

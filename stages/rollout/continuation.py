@@ -15,7 +15,7 @@ from stages.models import Checkpoint, load_tokenizer
 from stages.rollout.config import RolloutConfig
 from stages.rollout.generator import Generator, Output, Progress, Prompt, Sampling
 from stages.rollout.seeds import sample_seed
-from stages.rollout.stage import reporter, resident_model, stop_ids
+from stages.rollout.stage import generator_of, reporter, stop_ids
 from stages.tables import Rollouts, StepPrefixes
 
 if TYPE_CHECKING:
@@ -47,12 +47,10 @@ def continue_outputs(
 
     Raises:
         PromptTooLongError: prompt and `max_output_tokens` exceed the model's window.
+        ConfigError, WorkerError, StaleWeightsError: an engine's, see `rollout`.
         ValueError: temperature 0 with more than one sample; by row: an output that is missing, that leaves no room, or whose
             ids mean another text in the policy's tokenizer.
     """
-    from stages.rollout.hf import HFGenerator
-    from stages.training.hardware import threads
-
     if config.temperature == 0 and samples > 1:
         raise ValueError(
             f"temperature 0 gives {samples} equal continuations of a prefix; set samples = 1, or another one"
@@ -60,16 +58,15 @@ def continue_outputs(
     tokenizer = load_tokenizer(policy)
     found = _read(outputs, prefixes, tokenizer, limit=config.max_output_tokens)
     started = time.perf_counter()
-    with threads(config.backend.threads):
-        model = resident_model(policy, config.backend)
-        ends = stop_ids(policy, tokenizer) if config.stop else ()
+    ends = stop_ids(policy, tokenizer) if config.stop else ()
+    with generator_of(policy, config.backend) as generator:
         completed = complete(
-            HFGenerator(model, batch_rows=config.backend.batch_rows),
+            generator,
             found,
             Sampling(config.temperature, config.max_output_tokens, ends),
             samples=samples,
             seed=seed,
-            window=getattr(model.config, "max_position_embeddings", None),
+            window=generator.window,
         )
     _record(completed, time.perf_counter() - started)
     return Rollouts.write(_columns(found, completed, tokenizer, config.temperature, seed))

@@ -1,6 +1,6 @@
 """The seam between the rollout stage and whatever decodes: questions' ids in, sampled ids out.
 
-A backend (`hf.py` now) implements `Generator`. It knows nothing of tables, templates or tokenizers.
+A backend (`hf.py`, `vllm.py`, `served.py`) implements `Generator`. It knows nothing of tables, templates or tokenizers.
 """
 
 from __future__ import annotations
@@ -58,14 +58,41 @@ Progress = Callable[[int, int], None]
 class Generator(Protocol):
     """Samples outputs of a causal language model."""
 
+    @property
+    def window(self) -> int | None:
+        """Tokens of prompt and output together, at most; None: the model names no limit."""
+        ...
+
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
     ) -> list[list[Output]]:
         """For every prompt, in the order given, one output per seed, in the order of its seeds.
 
-        The same prompts, sampling and weights give the same outputs bit for bit on one machine.
+        Each output is drawn by its own seed. With `hf` the same prompts, sampling and weights give the same outputs bit for
+        bit on one machine; other engines promise that only for the same call to an engine in the same state.
 
         Raises:
             PromptTooLongError: naming the question, the tokens it needs and the tokens the model has.
         """
         ...
+
+
+def check_window(window: int | None, prompt: Prompt, sampling: Sampling, *, called: str = "window") -> None:
+    """Refuse what a generator with such a window, which the message calls `called`, cannot answer in full.
+
+    Raises:
+        PromptTooLongError: see `Generator.generate`.
+        ValueError: an empty prompt.
+    """
+    if not prompt.ids:
+        raise ValueError(
+            f"question {prompt.question_id!r}: expected at least one prompt token, found none; add a prefix"
+        )
+    if window is None or len(prompt.ids) + sampling.max_output_tokens <= window:
+        return
+    room = window - sampling.max_output_tokens
+    raise PromptTooLongError(
+        f"question {prompt.question_id!r}: expected a prompt of at most {max(room, 0)} tokens (the model's {called} of {window}"
+        f" less max_output_tokens = {sampling.max_output_tokens}), found {len(prompt.ids)}; shorten or drop the question,"
+        " lower max_output_tokens, or take a model with a larger window"
+    )

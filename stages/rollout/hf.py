@@ -1,7 +1,8 @@
 """Decoding with a transformers model: prefill once a question, share prefixes, drop finished rows, write keys in place.
 
-The loop is ours, the model is transformers' (any causal LM with full attention and a standard cache). A step runs the model
-over the distinct prefixes alive (`rows.py`), samples every output from its row's distribution, and regroups.
+The loop is ours, the model is transformers' (any causal LM with full attention and a standard cache; sliding attention up to
+its window). A step runs the model over the distinct prefixes alive (`rows.py`), samples every output from its row's
+distribution, and regroups.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from stages.rollout.generator import FinishReason, Output, Progress, Prompt, PromptTooLongError, Sampling
+from stages.rollout.generator import FinishReason, Output, Progress, Prompt, Sampling, check_window
 from stages.rollout.kv_cache import RowCache
 from stages.rollout.rows import regroup
 from stages.rollout.sampling import sample
@@ -32,12 +33,26 @@ class HFGenerator:
         self.model = model
         self.batch_rows = batch_rows
 
+    @property
+    def window(self) -> int | None:
+        """See `Generator.window`. Up to its window sliding attention is full attention; beyond it, it is refused."""
+        positions: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        limits = [limit for limit in (positions, self._sliding) if limit is not None]
+        return min(limits, default=None)
+
+    @property
+    def _sliding(self) -> int | None:
+        slides = "sliding_attention" in _layer_kinds(self.model)
+        window: int | None = getattr(self.model.config, "sliding_window", None) if slides else None
+        return window
+
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
     ) -> list[list[Output]]:
         """See `Generator.generate`. Prompts are decoded in batches of like length, the longest first."""
         for prompt in prompts:
-            _check_window(self.model, prompt, sampling)
+            called = "sliding window" if self.window == self._sliding is not None else "window"
+            check_window(self.window, prompt, sampling, called=called)
         outputs: list[list[Output | None]] = [[None] * len(prompt.seeds) for prompt in prompts]
         done = tokens = 0
         with torch.inference_mode():
@@ -186,29 +201,18 @@ class _Batch:
         return groups.sample_row, groups.row_token
 
 
-def _check_window(model: PreTrainedModel, prompt: Prompt, sampling: Sampling) -> None:
-    if not prompt.ids:
-        raise ValueError(
-            f"question {prompt.question_id!r}: expected at least one prompt token, found none; add a prefix"
-        )
-    window = getattr(model.config, "max_position_embeddings", None)
-    if window is None or len(prompt.ids) + sampling.max_output_tokens <= window:
-        return
-    room = window - sampling.max_output_tokens
-    raise PromptTooLongError(
-        f"question {prompt.question_id!r}: expected a prompt of at most {max(room, 0)} tokens (the model's window of {window}"
-        f" less max_output_tokens = {sampling.max_output_tokens}), found {len(prompt.ids)}; shorten or drop the question,"
-        " lower max_output_tokens, or take a model with a larger window"
-    )
-
-
 def _refuse_unusual_attention(model: PreTrainedModel) -> None:
-    """Sliding windows and recurrent layers need masks and caches that this loop does not keep: refuse, never guess."""
-    window, limit = (getattr(model.config, name, None) for name in ("sliding_window", "max_position_embeddings"))
-    default = ["full_attention" if window is None or (limit or window + 1) <= window else "sliding_attention"]
-    kinds = set(getattr(model.config, "layer_types", None) or default)
-    if kinds != {"full_attention"}:
+    """Recurrent and chunked layers need masks and caches that this loop does not keep: refuse, never guess."""
+    unusual = _layer_kinds(model) - {"full_attention", "sliding_attention"}
+    if unusual:
         raise ValueError(
-            f"the hf backend expects full attention in every layer, found {', '.join(sorted(kinds))} in"
-            f" {type(model).__name__}; take another model or another rollout backend"
+            f"the hf backend expects full attention in every layer, or sliding attention within its window, found"
+            f" {', '.join(sorted(unusual))} in {type(model).__name__}; take another model or another rollout backend"
         )
+
+
+def _layer_kinds(model: PreTrainedModel) -> set[str]:
+    named = getattr(model.config, "layer_types", None)
+    if named:
+        return set(named)
+    return {"full_attention" if getattr(model.config, "sliding_window", None) is None else "sliding_attention"}

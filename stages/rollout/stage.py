@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
 from pipeline.progress import report
 from pipeline.residency import resident
 from pipeline.stage import record_metrics, stage
 from stages.decoding import decode_outputs
-from stages.models import Checkpoint, load_model, load_tokenizer, load_weights
+from stages.models import Checkpoint, architecture_of, load_model, load_tokenizer, load_weights
 from stages.prompts import PromptConfig, encode_prompt
-from stages.rollout.config import HFBackendConfig, RolloutConfig
+from stages.rollout.config import BackendConfig, HFBackendConfig, RolloutConfig, VLLMBackendConfig, VLLMServerConfig
 from stages.tables import Questions, Rollouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from stages.rollout.generator import Output, Progress, Prompt
+    from stages.rollout.generator import Generator, Output, Progress, Prompt
 
 
 @stage(version="2")
@@ -39,18 +39,16 @@ def rollout(
     Raises:
         PromptTooLongError: a prompt and `max_output_tokens` exceed the model's window.
         ValueError: no questions, or a question twice.
+        ConfigError, WorkerError, StaleWeightsError: as `generator_of`.
     """
     from stages.rollout.generator import Sampling
-    from stages.rollout.hf import HFGenerator
-    from stages.training.hardware import threads
 
     tokenizer = load_tokenizer(policy)
     prompts = _prompts(questions, tokenizer, prompt, G=config.G, seed=seed)
     sampling = Sampling(
         config.temperature, config.max_output_tokens, stop_ids(policy, tokenizer) if config.stop else ()
     )
-    with threads(config.backend.threads):
-        generator = HFGenerator(resident_model(policy, config.backend), batch_rows=config.backend.batch_rows)
+    with generator_of(policy, config.backend) as generator:
         started = time.perf_counter()
         outputs = generator.generate(prompts, sampling, reporter(len(prompts) * config.G))
         seconds = time.perf_counter() - started
@@ -82,17 +80,63 @@ def _prompts(
 def stop_ids(policy: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """End-of-sequence ids of the tokenizer and of generation_config.json, which may list several.
 
+    Without a generation_config.json those of config.json, as transformers reads older folders.
+
     Raises:
-        ValueError: neither names one; no output would ever end.
+        ValueError: none names one; no output would ever end.
     """
-    file = policy.path / "generation_config.json"
-    listed = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+    files = [policy.path / name for name in ("generation_config.json", "config.json")]
+    described = next(file for file in files if file.exists())
+    listed = json.loads(described.read_text(encoding="utf-8")).get("eos_token_id")
     ids = {*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id} - {None}
     if not ids:
         raise ValueError(
-            f"{policy}: expected eos_token_id in generation_config.json or the tokenizer, found none in both"
+            f"{policy}: expected eos_token_id in generation_config.json or config.json, or an eos_token of the tokenizer, "
+            "found none; no output would ever end: name the token in generation_config.json of the model's folder"
         )
     return tuple(sorted(ids))
+
+
+def require_backend(backend: BackendConfig) -> None:
+    """Find out before anything is computed whether what decodes is installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if isinstance(backend, VLLMBackendConfig):
+        from stages.rollout.vllm_environment import require_vllm
+
+        require_vllm(backend)
+
+
+@contextlib.contextmanager
+def generator_of(policy: Checkpoint, backend: BackendConfig) -> Iterator[Generator]:
+    """What decodes, with the weights of `policy`; for the block.
+
+    Raises:
+        ConfigError: an engine that is not installed.
+        WorkerError: vLLM's process died, hung, or cannot run this model.
+        ServerError: the server cannot be reached, or cannot do what it is asked.
+        StaleWeightsError: an engine, or a server, with other weights.
+    """
+    match backend:
+        case HFBackendConfig():
+            from stages.rollout.hf import HFGenerator
+            from stages.training.hardware import threads
+
+            with threads(backend.threads):
+                yield HFGenerator(resident_model(policy, backend), batch_rows=backend.batch_rows)
+        case VLLMBackendConfig():
+            from stages.rollout.vllm import vllm_generator
+
+            with vllm_generator(policy, backend) as generator:
+                yield generator
+        case VLLMServerConfig():
+            from stages.rollout.served import ServedGenerator
+
+            yield ServedGenerator(policy, backend)
+        case _:
+            assert_never(backend)
 
 
 @dataclass
@@ -105,24 +149,16 @@ class _Resident:
 
 def resident_model(policy: Checkpoint, backend: HFBackendConfig) -> PreTrainedModel:
     """The policy's model, ready: reloaded in place when only the weights differ, made anew when the architecture does."""
-    import torch
-
     from stages.rollout.attention import GROUPED
-    from stages.training.hardware import native_bf16, training_device
+    from stages.training.hardware import inference_dtype, training_device
 
-    device = training_device()
-    if backend.dtype == "auto":
-        dtype = torch.bfloat16 if device == "cuda" or native_bf16() else torch.float32
-    else:
-        dtype = torch.bfloat16 if backend.dtype == "bfloat16" else torch.float32
-
+    device, dtype = training_device(), inference_dtype(backend.dtype)
     attention = GROUPED if backend.attention == "grouped" else backend.attention
 
     def make() -> _Resident:
         return _Resident(load_model(policy, dtype=dtype, attention=attention).to(device), policy.digest)
 
-    architecture = hashlib.sha256((policy.path / "config.json").read_bytes()).hexdigest()
-    kept = resident("rollout", (architecture, dtype, attention, device), make)
+    kept = resident("rollout", (architecture_of(policy), dtype, attention, device), make)
     if kept.holds != policy.digest:
         kept.holds = None
         load_weights(kept.model, policy)

@@ -165,10 +165,26 @@ def test_an_empty_prompt_is_refused_by_name(qwen2: PreTrainedModel) -> None:
         HFGenerator(qwen2, batch_rows=8).generate([Prompt("void", [], [0])], Sampling(0.0, 2, ()))
 
 
-def test_a_model_with_sliding_windows_is_refused() -> None:
+def test_sliding_attention_is_refused_beyond_its_window_only() -> None:
+    """Up to the window sliding attention is full attention, which the loop computes; beyond it, it would not be."""
+    torch.manual_seed(0)
     config = MistralConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     config.num_key_value_heads, config.sliding_window, config.max_position_embeddings = 1, 16, 64
-    with pytest.raises(ValueError, match="full attention in every layer, found sliding_attention in Mistral"):
+    model = MistralForCausalLM(config).eval()
+    generator, prompt = HFGenerator(model, batch_rows=8), Prompt("q", [3, 4, 5, 6], [0])
+    ids = torch.tensor([[3, 4, 5, 6]])
+    expected = model.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=0, eos_token_id=None)[0, 4:]
+    assert _ids(generator.generate([prompt], Sampling(0.0, 12, ()))) == [[expected.tolist()]]
+    with pytest.raises(
+        PromptTooLongError, match=r"at most 3 tokens \(the model's sliding window of 16 less .* = 13\), found 4"
+    ):
+        generator.generate([prompt], Sampling(0.0, 13, ()))
+
+
+def test_layers_that_are_not_attention_are_refused() -> None:
+    config = MistralConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config.num_key_value_heads, config.layer_types = 1, ["linear_attention"]
+    with pytest.raises(ValueError, match="or sliding attention within its window, found linear_attention in Mistral"):
         HFGenerator(MistralForCausalLM(config), batch_rows=8)
 
 

@@ -1,0 +1,122 @@
+"""Whether an engine has the weights it should have: its log-probabilities of a probe against transformers' own.
+
+The probe is a fixed sequence of token ids, of which the engine says the log-probabilities, and a few tokens that it samples
+itself behind them, so that its decoding and its `logprobs_mode` are looked at too. A version counter alone would not do: vLLM's
+reload on a CPU reports success and leaves a mixture of two models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.models import Checkpoint, load_model
+from stages.trusted_code import is_trusted
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["SAMPLED", "Answer", "StaleWeightsError", "check_answer", "probe_ids", "vocabulary_and_window"]
+
+SAMPLED: Final = 8
+"""Tokens that the engine samples behind the probe."""
+_PROMPT: Final = 24
+_FLOAT32: Final = 2e-3
+"""Nats, for any single token; two right engines differ by less than 1e-5 on small models."""
+_BFLOAT16: Final = 2.0**-7
+"""Nats per unit of the logits' size, for the mean over tokens: twice the spacing of bfloat16, relative to the number."""
+
+
+class StaleWeightsError(RuntimeError):
+    """An engine computes with other weights than those whose outputs are wanted."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an engine says of the probe."""
+
+    prompt_logprobs: Sequence[float]
+    """Of every token of the prompt but the first, at T = 1."""
+    ids: Sequence[int]
+    """What it sampled behind the prompt."""
+    logprobs: Sequence[float]
+    """Of these, at the temperature they were sampled with (at T = 1 where that was 0)."""
+
+
+def vocabulary_and_window(policy: Checkpoint) -> tuple[int, int | None]:
+    """How many token ids its model knows, and how many tokens it reads (None: it names no limit)."""
+    from transformers import AutoConfig
+
+    path = policy.path
+    described = AutoConfig.from_pretrained(path, trust_remote_code=is_trusted(path), local_files_only=True)
+    return int(described.vocab_size), getattr(described, "max_position_embeddings", None)
+
+
+def probe_ids(vocabulary: int, window: int | None) -> list[int]:
+    """The probe's prompt: ids all over the vocabulary, so that few of them are what any model expects."""
+    length = _PROMPT if window is None else max(1, min(_PROMPT, window - SAMPLED))
+    return [(7 + 2654435761 * place) % vocabulary for place in range(length)]
+
+
+def check_answer(
+    answer: Answer,
+    policy: Checkpoint,
+    prompt: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    temperature: float,
+    tolerance: float | None,
+    engine: str,
+) -> float:
+    """Compare with transformers in float32, on the weights as `dtype` rounds them; the largest difference in nats.
+
+    In float32 no token may differ by more than `tolerance`; in bfloat16 the mean over tokens may not, and by default it is
+    twice the spacing of bfloat16 at the size of the logits. What changes the probe by less is not noticed: in bfloat16 that is
+    also a single small update.
+
+    Raises:
+        StaleWeightsError: more than rounding.
+    """
+    import torch
+
+    logits = _logits(policy, [*prompt, *answer.ids], dtype)
+    expected = _logprobs(logits, [*prompt, *answer.ids], sampled=len(answer.ids), temperature=temperature)
+    found = np.array([*answer.prompt_logprobs, *answer.logprobs], dtype=np.float64)
+    difference = np.abs(found - expected)
+    if dtype == torch.float32:
+        allowed, measured = _FLOAT32 if tolerance is None else tolerance, float(difference.max())
+    else:
+        size = float(logits.abs().amax(dim=-1).mean())
+        allowed, measured = _BFLOAT16 * size if tolerance is None else tolerance, float(difference.mean())
+    if not measured <= allowed:
+        raise StaleWeightsError(
+            f"{engine}: its log-probabilities of the probe differ by {measured:.3g} nats from transformers' on the weights of "
+            f"{policy} (expected at most {allowed:.2g}): it has other weights, or reports log-probabilities of another "
+            "distribution than it samples from (expected logprobs_mode=processed_logprobs)"
+        )
+    return float(difference.max())
+
+
+def _logits(policy: Checkpoint, ids: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """`[T, V]`, computed on the CPU: the GPU is the engine's."""
+    import torch
+
+    model = load_model(policy, dtype=dtype).float()
+    with torch.inference_mode():
+        logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)])).logits[0].float()
+    return logits
+
+
+def _logprobs(logits: torch.Tensor, ids: Sequence[int], *, sampled: int, temperature: float) -> NDArray[np.float64]:
+    """Of ids[1:]: at T = 1, and the last `sampled` at `temperature`."""
+    import torch
+
+    scale = torch.ones(len(ids) - 1, dtype=torch.float64)
+    scale[len(ids) - 1 - sampled :] = temperature or 1.0
+    logp = (logits[:-1].double() / scale[:, None]).log_softmax(dim=-1)
+    picked: NDArray[np.float64] = logp[torch.arange(len(ids) - 1), torch.tensor(list(ids[1:]))].numpy()
+    return picked

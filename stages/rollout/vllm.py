@@ -1,0 +1,298 @@
+"""Rollouts by vLLM, in a worker process that has an interpreter of its own (`vllm_worker.py` is its other end).
+
+The engine is kept warm and given new weights in place. After every load its log-probabilities of a probe are compared with
+transformers' on the same checkpoint (`probe.py`), and every order names the checkpoint whose outputs are wanted: outputs of
+stale weights are an error. What goes over the wire is small; ids go through files of a scratch folder.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from pipeline.launch import Group, RefusedError, WorkerError
+from pipeline.provenance import record_package
+from pipeline.residency import evict, resident
+from stages.model_folders import WEIGHT_INDEX, weight_files
+from stages.models import Checkpoint, architecture_of
+from stages.rollout.config import VLLMBackendConfig
+from stages.rollout.generator import Output, Progress, Prompt, Sampling, check_window
+from stages.rollout.probe import SAMPLED, Answer, StaleWeightsError, check_answer, probe_ids, vocabulary_and_window
+from stages.rollout.vllm_environment import environment_of, require_vllm
+from stages.trusted_code import is_trusted
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["VLLMGenerator", "vllm_generator"]
+
+_HANDLER: Final = Path(__file__).with_name("vllm_worker.py")
+_PROBE_TEMPERATURE: Final = 0.7
+"""Not 1: there `raw_logprobs` and `processed_logprobs` are the same."""
+
+
+_STEP_TOKENS: Final = 4096
+"""Tokens that a step computes on a CPU, at most; vLLM's own default there. A longer window raises it."""
+
+
+@contextlib.contextmanager
+def vllm_generator(policy: Checkpoint, backend: VLLMBackendConfig) -> Iterator[VLLMGenerator]:
+    """A generator that has the weights of `policy`, over an engine that may serve others afterwards.
+
+    Raises:
+        ConfigError: no vLLM.
+        StaleWeightsError: the engine does not compute with the policy's weights.
+        WorkerError: it died, hung, or cannot run such a model, in its own words.
+    """
+    from stages.training.hardware import training_device
+
+    architecture = architecture_of(policy)
+    engine = resident("rollout", ("vllm", architecture, backend), lambda: Engine(backend))
+    if not engine.alive:
+        evict("rollout")
+        engine = resident("rollout", ("vllm", architecture, backend), lambda: Engine(backend))
+    afterwards = backend.between_calls
+    if afterwards == "auto":
+        afterwards = "kill" if training_device() == "cuda" else "warm"
+    try:
+        engine.hold(policy)
+        yield VLLMGenerator(engine, policy)
+        if afterwards == "sleep":
+            engine.sleep()
+    except BaseException:
+        evict("rollout")  # whatever it was doing, it shall not be found in the middle of it
+        raise
+    if afterwards == "kill":
+        evict("rollout")
+
+
+class VLLMGenerator:
+    """`Generator` over an engine that holds the weights of one checkpoint."""
+
+    def __init__(self, engine: Engine, policy: Checkpoint) -> None:
+        self.engine = engine
+        self.policy = policy
+        self._window = engine.window(policy)
+
+    @property
+    def window(self) -> int | None:
+        """See `Generator.window`."""
+        return self._window
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
+    ) -> list[list[Output]]:
+        """See `Generator.generate`; all prompts at once, vLLM forms its own batches.
+
+        Raises:
+            WorkerError: the engine died, hung, or refused.
+        """
+        for prompt in prompts:
+            check_window(self.window, prompt, sampling)
+        return self.engine.generate(self.policy, prompts, sampling, progress)
+
+
+class Engine:
+    """A vLLM engine in a process of its own, and which checkpoint it holds."""
+
+    def __init__(self, backend: VLLMBackendConfig) -> None:
+        python = require_vllm(backend)
+        self.backend = backend
+        self.holds: str | None = None
+        """Digest of the checkpoint that it was seen to have the weights of; None while they change."""
+        self._about = ""
+        self._folder = Path(tempfile.mkdtemp(prefix="cohort-vllm-"))
+        try:
+            self._group = Group(
+                "vllm",
+                _HANDLER,
+                python=python,
+                environments=[environment_of(backend)],
+                logs=self._folder,
+                deadline=backend.start_deadline,
+            )
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        atexit.register(self.close)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can take orders."""
+        return self._group.alive
+
+    def window(self, policy: Checkpoint) -> int | None:
+        """Tokens of prompt and output that fit."""
+        limits = (vocabulary_and_window(policy)[1], self.backend.max_model_len)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def hold(self, policy: Checkpoint) -> None:
+        """Have the weights of `policy`, and prove it.
+
+        Raises:
+            StaleWeightsError: it has others.
+            WorkerError: see `vllm_generator`.
+        """
+        if self.holds != policy.digest:
+            self.holds = None
+            with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+                told = self.order(
+                    {
+                        "do": "hold",
+                        "folder": _model_folder(policy, Path(folder)),
+                        "digest": policy.digest,
+                        "engine": self._arguments(policy),
+                    },
+                    deadline=self.backend.start_deadline,
+                )
+            self._about = f"{told['vllm']} ({str(self.dtype).removeprefix('torch.')}, {told['device']})"
+            self._prove(policy)
+            self.holds = policy.digest
+        record_package("vllm", self._about)
+
+    def generate(
+        self, policy: Checkpoint, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None
+    ) -> list[list[Output]]:
+        """For every prompt one output per seed."""
+        if not any(prompt.seeds for prompt in prompts):
+            return [[] for _ in prompts]
+        requests, outputs = self._folder / "requests.npz", self._folder / "outputs.npz"
+        np.savez(
+            requests,
+            ids=np.concatenate([np.asarray(prompt.ids, dtype=np.int64) for prompt in prompts]),
+            lengths=np.array([len(prompt.ids) for prompt in prompts]),
+            counts=np.array([len(prompt.seeds) for prompt in prompts]),
+            seeds=np.array([seed for prompt in prompts for seed in prompt.seeds], dtype=np.int64),
+        )
+
+        def hear(topic: str, values: dict[str, Any]) -> None:
+            if progress is not None:
+                progress(values["done"], values["tokens"])
+
+        self.order(
+            {
+                "do": "generate",
+                "digest": policy.digest,
+                "requests": str(requests),
+                "outputs": str(outputs),
+                "temperature": sampling.temperature,
+                "max_tokens": sampling.max_output_tokens,
+                "stop_ids": list(sampling.stop_ids),
+            },
+            deadline=self.backend.deadline,
+            hear=hear,
+        )
+        groups = _read(outputs, [len(prompt.seeds) for prompt in prompts])
+        every = [output for group in groups for output in group]
+        hear("vllm", {"done": len(every), "tokens": sum(len(output.ids) for output in every)})
+        return groups
+
+    def sleep(self) -> None:
+        """Give the GPU's memory back; the weights are gone then."""
+        self.holds = None
+        self.order({"do": "sleep"}, deadline=self.backend.start_deadline)
+
+    def order(self, order: dict[str, Any], *, deadline: float, hear: Any = None) -> Any:
+        """Let the worker do it, without news for `deadline` seconds at most."""
+        try:
+            [reply] = self._group.order(order, deadline=deadline, renewed=True, hear=hear)
+        except RefusedError as error:
+            if "StaleWeightsError" in error.kinds:
+                raise StaleWeightsError(str(error)) from None
+            raise
+        return reply
+
+    def close(self) -> None:
+        """End the process, which is the only sure way to have its memory back. Its log stays where it did not end well."""
+        atexit.unregister(self.close)
+        well = self._group.alive
+        self._group.close()
+        if well:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        from stages.training.hardware import inference_dtype
+
+        return inference_dtype(self.backend.dtype)
+
+    def _arguments(self, policy: Checkpoint) -> dict[str, Any]:
+        """vLLM's own, by their names there."""
+        from stages.training.hardware import training_device
+
+        backend, eager, window = self.backend, self.backend.eager, self.window(policy)
+        on_cpu = training_device() == "cpu"
+        # A prompt that is cut over two steps makes vLLM rewind its request's random numbers, which a CPU's generator cannot.
+        whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(_STEP_TOKENS, window or 0)}
+        return {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "max_model_len": window,
+            "max_num_seqs": backend.max_num_seqs,
+            "tensor_parallel_size": backend.tensor_parallel_size,
+            "gpu_memory_utilization": backend.gpu_memory_utilization,
+            "enforce_eager": on_cpu if eager is None else eager,
+            "enable_sleep_mode": backend.between_calls == "sleep",
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",  # not the model's, whose top_p and penalties would change the distribution
+            "logprobs_mode": "processed_logprobs",
+            "trust_remote_code": False,
+            "disable_log_stats": True,
+            "seed": 0,  # every request has its own
+            **(whole if on_cpu else {}),
+        }
+
+    def _prove(self, policy: Checkpoint) -> None:
+        prompt = probe_ids(vocabulary_and_window(policy)[0], self.window(policy))
+        told = self.order(
+            {
+                "do": "probe",
+                "digest": policy.digest,
+                "ids": prompt,
+                "tokens": SAMPLED,
+                "temperature": _PROBE_TEMPERATURE,
+            },
+            deadline=self.backend.deadline,
+        )
+        check_answer(
+            Answer(**told),
+            policy,
+            prompt,
+            dtype=self.dtype,
+            temperature=_PROBE_TEMPERATURE,
+            tolerance=self.backend.probe_tolerance,
+            engine="vllm",
+        )
+
+
+def _model_folder(policy: Checkpoint, folder: Path) -> str:
+    """The checkpoint's model alone: vLLM would load the optimizer's tensors, which lie beside it, as weights."""
+    if is_trusted(policy.path):
+        raise ValueError(
+            f"{policy}: its model is code of its own folder, which vLLM is not given to run; set rollout.backend.kind=hf"
+        )
+    names = ["config.json", "generation_config.json", WEIGHT_INDEX, *(file.name for file in weight_files(policy.path))]
+    for name in names:
+        if (policy.path / name).exists():
+            (folder / name).symlink_to((policy.path / name).absolute())
+    return str(folder)
+
+
+def _read(file: Path, counts: Sequence[int]) -> list[list[Output]]:
+    with np.load(file, allow_pickle=False) as found:
+        ends = np.cumsum(found["lengths"])[:-1]
+        rows = zip(
+            np.split(found["ids"], ends), np.split(found["logprobs"], ends), found["stopped"].tolist(), strict=True
+        )
+        outputs = [Output(ids, logprobs, "stop" if stopped else "length") for ids, logprobs, stopped in rows]
+    if len(outputs) != sum(counts):
+        raise WorkerError(f"vllm: expected {sum(counts)} outputs, found {len(outputs)}", rank=0)
+    every = iter(outputs)
+    return [[next(every) for _ in range(count)] for count in counts]

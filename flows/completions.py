@@ -28,12 +28,13 @@ def completion_rows(store: Store, ledger: Ledger, count: int = 16) -> list[dict[
     groups = groups_made(store, ledger, evaluation.artifacts) if evaluation else []
     return [
         {
-            "question_id": group.question_id,
+            # MLflow lines runs up by the first column and shows the second: these two need no click.
             "question": group.question,
-            "answer": group.answer,
             "completion": group.outputs[0].text,
             "status": group.outputs[0].status,
             "reward": group.outputs[0].reward,
+            "answer": group.answer,
+            "question_id": group.question_id,
         }
         for group in groups[:count]
     ]

@@ -5,7 +5,7 @@ it. The writer holds a lock on the file as long as it lives, so that a killed ru
 process id. Beside `<run_key>.jsonl` lies `<run_key>.sent.json`: how far it was projected, where to, and the last error.
 
 Kinds of records: `run` (experiment, name, parameters, tags), `start`, `step` (metrics at a step), `table`, `figure`, `tags`,
-`end` (status).
+`dataset`, `model` and `alias` (by digest), `end` (status).
 """
 
 from __future__ import annotations

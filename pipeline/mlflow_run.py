@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.journal import Record
+from pipeline.registry import Registry, source_of
 
 __all__ = ["MlflowRun", "connect", "local_database", "tracking_uri"]
 
@@ -24,9 +25,8 @@ _METRICS_A_BATCH: Final = 1000  # MLflow's limits for one request
 _PARAMS_A_BATCH: Final = 100
 _PARAM_LENGTH: Final = 6000
 _TAG_LENGTH: Final = 8000
+_DATASET_DIGEST_LENGTH: Final = 36
 _RUN_KEY: Final = "cohort.run_key"
-_PARENT_KEY: Final = "cohort.parent_key"
-"""A tag with the key of the run that this one stands under in MLflow's table, of the same experiment."""
 
 _QUIET: Final = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -93,7 +93,8 @@ class MlflowRun:
     def __init__(self, client: Any, run: Record, artifacts: Path | None) -> None:
         self._client = client
         self._experiment_id = self._experiment(run["experiment"], artifacts)
-        state = self._run_of(run["key"], run["name"])
+        self._registry = Registry(client, self._experiment_id)
+        state = self._run_of(run["key"], run["name"], run.get("time"))
         self.id: str = state.info.run_id
         self.status: str = state.info.status
         self._params: dict[str, str] = dict(state.data.params)
@@ -117,6 +118,14 @@ class MlflowRun:
                     self._send_tags(record["tags"])
                 case "table":
                     self._send_table(record)
+                case "dataset":
+                    self._send_dataset(record)
+                case "model":
+                    self._registry.add(record, self.id)
+                case "alias":
+                    # The journal of the run that has the model may come later: then the run is made here.
+                    run = self._run_of(record["run"], record["run_name"])
+                    self._registry.point(record["alias"], record["model"], run.info.run_id)
                 case "figure":
                     # The file may be gone by now: a picture, drawn again by the next run.
                     with contextlib.suppress(FileNotFoundError):
@@ -144,13 +153,16 @@ class MlflowRun:
             self._client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
 
-    def _run_of(self, key: str, name: str) -> Any:
+    def _run_of(self, key: str, name: str, started: float | None = None) -> Any:
         where = f"tags.`{_RUN_KEY}` = '{key}'"
         found = self._client.search_runs([self._experiment_id], filter_string=where, max_results=1)
         if found:
             return found[0]
         tags = {_RUN_KEY: key, "mlflow.source.name": "cohort", "mlflow.source.type": "LOCAL"}
-        return self._client.create_run(self._experiment_id, run_name=name, tags=tags)
+        began = (
+            None if started is None else int(started * 1000)
+        )  # not when it is first sent, which may be after its end
+        return self._client.create_run(self._experiment_id, start_time=began, run_name=name, tags=tags)
 
     def _send_steps(self, records: Sequence[Record]) -> None:
         from mlflow.entities import Metric
@@ -182,10 +194,6 @@ class MlflowRun:
     def _send_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        if _PARENT_KEY in tags:
-            # Its own journal may come later and then finds it by the key.
-            parent = self._run_of(tags[_PARENT_KEY], tags[_PARENT_KEY])
-            tags = {**tags, "mlflow.parentRunId": parent.info.run_id}
         for batch in _batches([RunTag(key, value[:_TAG_LENGTH]) for key, value in tags.items()], _PARAMS_A_BATCH):
             self._client.log_batch(self.id, tags=batch)
 
@@ -196,6 +204,20 @@ class MlflowRun:
         if {"path": path, "type": "table"} not in self._tables:
             self._tables.append({"path": path, "type": "table"})
             self._client.set_tag(self.id, "mlflow.loggedArtifacts", json.dumps(self._tables))
+
+    def _send_dataset(self, record: Record) -> None:
+        """A data set among the run's inputs, by digest; MLflow leaves out what is there."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            name=record["name"],
+            digest=record["digest"][:_DATASET_DIGEST_LENGTH],
+            source_type="cohort",
+            source=json.dumps({"uri": source_of(record["digest"])}),
+            profile=json.dumps({"num_rows": record["rows"]}),
+        )
+        context = InputTag("mlflow.data.context", record["context"])
+        self._client.log_inputs(self.id, datasets=[DatasetInput(dataset, tags=[context])])
 
 
 def _batches(entries: list[Any], size: int) -> Iterator[list[Any]]:

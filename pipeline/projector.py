@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.journal import Record, Sent, is_live, journals, read_records
+from pipeline.locking import locked
 from pipeline.mlflow_run import MlflowRun, connect, local_database, tracking_uri
 
 __all__ = ["Projector", "folder_of", "start_projector"]
@@ -87,7 +88,14 @@ class Projector:
         return [journal for journal in journals(folder_of(self.home)) if self._is_pending(journal, journal in living)]
 
     def project(self, journal: Path) -> str:
-        """Send what one journal holds beyond what was sent; returns the error, which its state keeps too, or nothing."""
+        """Send what one journal holds beyond what was sent; returns the error, which its state keeps too, or nothing.
+
+        One process at a time: `sync` beside a projector would send the same records, and make the same versions, once more.
+        """
+        with locked(folder_of(self.home) / f"sending-{_place_of(self.uri)}.lock"):
+            return self._project(journal)
+
+    def _project(self, journal: Path) -> str:
         sent = Sent.read(journal)
         if not self._is_target(sent):  # another database: from the beginning; what it has already is left out
             sent = Sent(self.uri)
@@ -173,11 +181,16 @@ def _status(records: list[Record], status: str, live: bool) -> str:
     return "KILLED" if status in ("", "RUNNING") else status
 
 
+def _place_of(uri: str) -> str:
+    """A tracking URI as part of a file name."""
+    return hashlib.sha256(uri.encode()).hexdigest()[:8]
+
+
 def main(home: Path, uri: str) -> None:
     """Be the project's projector, or its successor, or nobody when both are there."""
     os.nice(5)  # training goes first
     folder = folder_of(home)
-    name = f"projector-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"  # one for each place that is sent to
+    name = f"projector-{_place_of(uri)}"  # one for each place that is sent to
     with open(folder / f"{name}.lock", "w") as working:
         with open(folder / f"{name}.next.lock", "w") as waiting:
             try:

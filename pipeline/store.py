@@ -168,7 +168,8 @@ class Store:
         """Free the payload of an object, keep its manifest; returns the bytes freed."""
         with named_errors(self.root), self.lock(digest):
             payload = [self._object(digest) / file["name"] for file in self.manifest(digest)["files"]]
-            freed: int = sum(path.stat().st_size for path in payload if path.exists())
+            states = [path.stat() for path in payload if path.exists()]
+            freed: int = sum(state.st_size for state in states if state.st_nlink == 1)  # else another artifact keeps it
             if not (self._object(digest) / PRUNED).exists():
                 with draft_folder(self.root) as draft:
                     write_sealed(draft / PRUNED, {"digest": digest, "pruned": time.time()})

@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.config import flatten
-from pipeline.journal import Journal, JournalBusyError, Record, Sent, is_live, journals
+from pipeline.journal import Journal, JournalBusyError, Record, Sent, is_live, journals, read_records
 from pipeline.mlflow_run import tracking_uri
 from pipeline.projector import Projector, folder_of, start_projector
+from pipeline.registry import TrackedModel, alias_of
 
-__all__ = ["SyncReport", "Tracker", "sync", "track", "tracking_uri"]
+__all__ = ["SyncReport", "Tracker", "sync", "track", "tracked_models", "tracking_uri"]
 
 CLOSE_SECONDS: Final = 20.0
 """How long the end of a run waits for its last points to arrive; after that they arrive without it."""
@@ -74,6 +75,24 @@ class Tracker:
         """A picture; one of the same file name is replaced."""
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         self._append({"kind": "figure", "name": path.name, "path": str(path.resolve()), "digest": digest})
+
+    def log_dataset(self, name: str, digest: str, *, context: str, rows: int) -> None:
+        """A data set that the run reads, by digest.
+
+        Args:
+            context: what for: `training`, `evaluation`.
+        """
+        self._append({"kind": "dataset", "name": name, "digest": digest, "context": context, "rows": rows})
+
+    def log_model(self, model: TrackedModel) -> None:
+        """A model that the run came to: a version of the registered model, one for each digest, and an output of the run."""
+        self._append(model.record())
+
+    def set_alias(self, alias: str, model: TrackedModel, *, run_name: str, run_key: str) -> None:
+        """Let an alias name the version of a model, which a run of the same experiment came to; an equal alias is moved."""
+        alias = alias_of(alias)
+        run = {"run": run_key, "run_name": run_name, "model": model.record()}
+        self._append({"kind": "alias", "name": f"{model.name}@{alias}", "alias": alias, **run})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Tags; equal keys are replaced."""
@@ -134,7 +153,7 @@ def track(
     params = {name: value if isinstance(value, str) else json.dumps(value) for name, value in flatten(config).items()}
     tracker = Tracker(home.resolve(), _open(folder_of(home.resolve()) / experiment / f"{run_key}.jsonl", params))
     name_and_key = {"name": run_name, "key": run_key, "experiment": experiment}
-    tracker._append({"kind": "run", **name_and_key, "params": params, "tags": dict(tags or {})})
+    tracker._append({"kind": "run", **name_and_key, "params": params, "tags": dict(tags or {}), "time": time.time()})
     try:
         yield tracker
     except (KeyboardInterrupt, SystemExit, GeneratorExit) as stop:
@@ -145,6 +164,14 @@ def track(
         raise
     else:
         tracker._close("FINISHED", "")
+
+
+def tracked_models(home: Path, experiment: str, run_key: str) -> list[TrackedModel]:
+    """The models that a run came to, in the order in which it first told of them; none of a run that was not tracked."""
+    path = folder_of(home.resolve()) / experiment / f"{run_key}.jsonl"
+    records = read_records(path, 0)[0] if path.is_file() else []
+    found = {record["name"]: record for record in records if record["kind"] == "model"}
+    return [TrackedModel(part["model"], part["digest"], part["step"], part["tags"]) for part in found.values()]
 
 
 @dataclasses.dataclass(frozen=True)

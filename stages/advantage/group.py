@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from stages.advantage.checks import check_groups
 from stages.advantage.config import GroupConfig
-from stages.advantage.estimate import Estimate, answer_metrics
+from stages.advantage.estimate import Estimate
 from stages.advantage.inputs import Outputs, Scored, read_k1
 from stages.tables import Logprobs
 
@@ -38,7 +38,7 @@ def group_advantages(outputs: Outputs, scored: Scored, logprobs: Logprobs | None
         masked_N = masked_N | outputs.cut_N
     if config.degenerate == "mask":
         masked_N = masked_N | degenerate_Q[outputs.group_N]
-    metrics = {"reward/frac_degenerate_groups": float(degenerate_Q.mean()), **answer_metrics(outputs, scored)}
+    metrics = {"reward/frac_degenerate_groups": float(degenerate_Q.mean())}
     return Estimate(estimate.advantage_M, masked_N, metrics=estimate.metrics | metrics)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stages.advantage.checks import check_groups
-from stages.advantage.estimate import Estimate, answer_metrics
+from stages.advantage.estimate import Estimate
 from stages.advantage.inputs import Outputs, Scored
 
 __all__ = ["pair_advantages"]
@@ -31,5 +31,5 @@ def pair_advantages(outputs: Outputs, scored: Scored) -> Estimate:
     for number, (better, worse) in enumerate(preferences):
         pair_N[better] = pair_N[worse] = number
         sign_N[better], sign_N[worse] = 1.0, -1.0
-    metrics = {"reward/pairs": float(len(preferences)), **answer_metrics(outputs, scored)}
+    metrics = {"reward/pairs": float(len(preferences))}
     return Estimate(np.repeat(sign_N, outputs.length_N), sign_N == 0, pair_N=pair_N, metrics=metrics)

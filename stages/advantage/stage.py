@@ -16,7 +16,7 @@ from stages.advantage.config import (
     PairsConfig,
 )
 from stages.advantage.critic import critic_advantages
-from stages.advantage.estimate import Estimate
+from stages.advantage.estimate import Estimate, answer_metrics
 from stages.advantage.group import group_advantages
 from stages.advantage.inputs import Outputs, Scored, read_outputs, read_rewards
 from stages.advantage.pairs import pair_advantages
@@ -49,8 +49,8 @@ def estimate_advantages(
         values: a critic's values, for kind `gae`.
         logprobs: of policy and reference, where the KL is part of the reward.
 
-    Metrics: `reward/frac_masked` (share of rows). Where outputs are compared by question: `reward/frac_all_correct`,
-    `reward/frac_all_wrong` (shares of questions). Kind `group`: `reward/std_within_group` (mean over questions) and
+    Metrics: `reward/frac_masked` (share of rows). Where there are rewards: `reward/frac_all_correct`, `reward/frac_all_wrong`
+    (shares of questions). Kind `group`: `reward/std_within_group` (mean over questions) and
     `reward/frac_degenerate_groups`; with process supervision both are of step rewards, and `reward/steps_mean` counts the steps
     of an output. KL in the reward: `reward/kl_penalty`, the mean of beta * sum_t k1_t. Kind `pairs`: `reward/pairs`.
 
@@ -61,7 +61,8 @@ def estimate_advantages(
     read = read_outputs(outputs)
     scored = None if rewards is None else read_rewards(rewards, read)
     estimate = _estimate(read, scored, config, values, logprobs)
-    record_metrics(estimate.metrics | {"reward/frac_masked": float(estimate.masked_N.mean())})
+    answers = {} if scored is None else answer_metrics(read, scored)
+    record_metrics(answers | estimate.metrics | {"reward/frac_masked": float(estimate.masked_N.mean())})
     return Advantages.write(
         {
             "question_id": [question_id for question_id, _ in read.keys],

@@ -17,7 +17,9 @@ import pytest
 
 from pipeline.journal import Journal, Sent, is_live, read_records
 from pipeline.mlflow_run import connect, tracking_uri
-from pipeline.tracking import Tracker, sync, track
+from pipeline.projector import Projector
+from pipeline.registry import TrackedModel
+from pipeline.tracking import Tracker, sync, track, tracked_models
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {"rollout": {"G": 8, "stops": [1, 2]}, "lr": 3e-4, "name": "demo"}
@@ -93,22 +95,97 @@ def test_a_finished_run_has_its_points_parameters_note_table_and_status(home: Pa
     }
 
 
-@pytest.mark.parametrize("first", ["parent", "child"])
-def test_a_run_stands_under_its_parent_whichever_is_sent_first(home: Path, first: str) -> None:
-    study = f"study-{first}"
+def test_a_run_began_when_its_process_told_of_it_not_when_it_was_sent(home: Path) -> None:
+    before = time.time()
+    with tracked(home, "began"):
+        began = time.time()
+    info = run_of(home, "began").info
+    assert int(before * 1000) <= info.start_time <= int(began * 1000)
+    assert info.end_time >= info.start_time
 
-    def run(key: str) -> None:
-        tags = {"cohort.parent_key": study} if key != study else {}
-        with track(home, experiment="study", run_name=key, run_key=key, config={}, tags=tags) as tracker:
-            tracker.set_note(f"# {key}")
+
+def test_runs_of_an_experiment_stand_side_by_side(home: Path) -> None:
+    """MLflow shows one row and no chart of runs that stand under another until somebody unfolds them."""
+    with track(home, experiment="study", run_name="arm", run_key="arm", config={}, tags={"cohort.parent_key": "all"}):
+        pass
+    tags = run_of(home, "arm").data.tags
+    assert tags["cohort.parent_key"] == "all"
+    assert "mlflow.parentRunId" not in tags
+
+
+# ------------------------------------------------------------------------------------- models and data by digest
+
+
+def model(digest: str, **tags: str) -> TrackedModel:
+    return TrackedModel("policy", digest * 32, 4, {"run": "grpo-s0", "seed": "0", **tags})
+
+
+def versions(home: Path, digest: str) -> list[Any]:
+    found = connect(tracking_uri(home)).search_model_versions(f"name = 'policy' and tags.digest = '{digest * 32}'")
+    return [connect(tracking_uri(home)).get_model_version("policy", version.version) for version in found]
+
+
+def outputs(home: Path, key: str) -> list[tuple[str, int]]:
+    run = connect(tracking_uri(home)).get_run(run_of(home, key).info.run_id)
+    return [(output.model_id, output.step) for output in run.outputs.model_outputs]
+
+
+def test_a_model_of_two_runs_is_one_version_that_refers_to_the_store_and_an_output_of_both(home: Path) -> None:
+    for key in ("one", "two", "one"):
+        with tracked(home, key) as tracker:
+            tracker.log_model(model("ab", arm="usual"))
         run_of(home, key)  # sent
+    (version,) = versions(home, "ab")
+    assert version.source == f"cohort:///objects/ab/{'ab' * 32}"
+    assert version.run_id == run_of(home, "one").info.run_id
+    assert {name: version.tags[name] for name in ("arm", "seed", "step")} == {"arm": "usual", "seed": "0", "step": "4"}
+    assert outputs(home, "one") == outputs(home, "two") == [(version.tags["cohort.logged_model"], 4)]
+    assert tracked_models(home, "study", "one") == [model("ab", arm="usual")]
+    assert list((home / "mlruns").rglob("*.pkl")) == []
 
-    for key in [study, f"{study}-arm"] if first == "parent" else [f"{study}-arm", study]:
-        run(key)
-    parent, child = run_of(home, study), run_of(home, f"{study}-arm")
-    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert (parent.info.status, child.info.status) == ("FINISHED", "FINISHED")
-    assert parent.data.tags["mlflow.note.content"] == f"# {study}"
+
+def test_an_alias_names_the_version_also_where_its_journal_is_sent_before_that_of_the_run(home: Path) -> None:
+    with tracked(home, "all") as tracker:
+        tracker.set_alias("best-x.y", model("c1"), run_name="arm-c1", run_key="arm-c1")
+    run_of(home, "all")
+    with tracked(home, "arm-c1") as tracker:
+        tracker.log_model(model("c1"))
+    run = run_of(home, "arm-c1")
+    (version,) = versions(home, "c1")
+    assert version.aliases == ["best-x-y"]  # a dot is not MLflow's
+    assert version.run_id == run.info.run_id
+
+
+def test_a_rebuilt_run_has_its_model_once_with_the_alias_that_a_person_gave(home: Path) -> None:
+    with tracked(home, "rebuilt") as tracker:
+        tracker.log_model(model("de"))
+    run_of(home, "rebuilt")
+    (old,) = versions(home, "de")
+    client = connect(tracking_uri(home))
+    client.set_registered_model_alias("policy", "champion", old.version)
+    journal = home / "tracking" / "study" / "rebuilt.jsonl"
+    projector = Projector(home, tracking_uri(home))
+    projector.delete(journal)
+    assert projector.project(journal) == ""
+    (version,) = versions(home, "de")
+    assert version.version != old.version
+    assert version.aliases == ["champion"]
+    assert outputs(home, "rebuilt") == [(version.tags["cohort.logged_model"], 4)]
+
+
+def test_data_sets_are_inputs_of_a_run_once_by_digest(home: Path) -> None:
+    with tracked(home, "data") as tracker:
+        tracker.log_dataset("in_domain", "ef" * 32, context="evaluation", rows=256)
+    run_of(home, "data")
+    journal = home / "tracking" / "study" / "data.jsonl"
+    journal.with_suffix(".sent.json").unlink()
+    assert Projector(home, tracking_uri(home)).project(journal) == ""
+    run = connect(tracking_uri(home)).get_run(run_of(home, "data").info.run_id)
+    (held_out,) = run.inputs.dataset_inputs
+    assert (held_out.dataset.name, held_out.dataset.digest) == ("in_domain", "ef" * 18)
+    assert json.loads(held_out.dataset.source) == {"uri": f"cohort:///objects/ef/{'ef' * 32}"}
+    assert json.loads(held_out.dataset.profile) == {"num_rows": 256}
+    assert [(tag.key, tag.value) for tag in held_out.tags] == [("mlflow.data.context", "evaluation")]
 
 
 def test_a_resumed_run_continues_the_same_run_without_a_repeated_point(home: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import assert_never
 
-from flows.config import ArithmeticData, FileData, IterativeRLConfig, PretrainedPolicy
+from flows.config import ArithmeticData, FileData, IterativeRLConfig
+from flows.pretrained import PretrainedPolicy, pretrained_model
+from pipeline.store import PrunedArtifactError
 from stages.data import (
     QuestionFileConfig,
     arithmetic_demonstrations,
@@ -14,7 +17,7 @@ from stages.data import (
     demonstrations_from_solutions,
     read_questions,
 )
-from stages.models import Checkpoint, ExternalCheckpointConfig, import_checkpoint
+from stages.models import Checkpoint
 from stages.sft import create_policy, supervised_finetuning
 from stages.tables import Demonstrations, Questions
 
@@ -43,7 +46,7 @@ def prepare_data(data: ArithmeticData | FileData) -> DataSets:
             train = read_questions(_below(data.path, data.train))
             return DataSets(
                 train=train,
-                demonstrations=demonstrations_from_solutions(train),
+                demonstrations=_demonstrations(train),
                 evaluation={name: read_questions(_below(data.path, part)) for name, part in data.evaluation.items()},
             )
         case _:
@@ -53,7 +56,7 @@ def prepare_data(data: ArithmeticData | FileData) -> DataSets:
 def base_model(config: IterativeRLConfig, data: DataSets) -> Checkpoint:
     """A model of others, or one made from scratch."""
     if isinstance(config.policy, PretrainedPolicy):
-        return import_checkpoint(ExternalCheckpointConfig(path=Path(config.policy.path)))
+        return pretrained_model(config.policy)
     return create_policy(config.policy, data.demonstrations, config.prompt)
 
 
@@ -64,6 +67,15 @@ def initial_policy(config: IterativeRLConfig, data: DataSets, base: Checkpoint) 
     if data.demonstrations is None:
         raise ValueError("sft: the data set has no solutions to imitate; set sft to null or name the solution column")
     return supervised_finetuning(base, data.demonstrations, config.prompt, config.sft)
+
+
+def _demonstrations(questions: Questions) -> Demonstrations | None:
+    """The set's own solutions; None where it has not a single one, which is all the same to RL."""
+    with contextlib.suppress(PrunedArtifactError):  # then the stage answers, which was asked before
+        solutions = questions.read().column("solution")
+        if solutions.null_count == len(solutions):
+            return None
+    return demonstrations_from_solutions(questions)
 
 
 def _below(folder: str, part: QuestionFileConfig) -> QuestionFileConfig:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from flows.preflight import PreflightConfig
+from flows.pretrained import PretrainedPolicy
 from pipeline.config import Config
 from stages.advantage import AdvantageConfig, GroupConfig
 from stages.critic import CriticConfig
@@ -23,7 +24,7 @@ from stages.reward_training import (
     RuleStepsConfig,
     StepLabelsConfig,
 )
-from stages.rollout import RolloutConfig
+from stages.rollout import BackendConfig, RolloutConfig
 from stages.sft import PolicyConfig, SFTConfig
 from stages.update import DataSource, GRPOConfig, UpdateConfig
 
@@ -64,15 +65,6 @@ class FileData(Config):
     "Named held-out sets."
 
 
-class PretrainedPolicy(Config):
-    """A policy made by others: a folder in Hugging Face format."""
-
-    kind: Literal["pretrained"] = "pretrained"
-    "Selects an existing model."
-    path: str
-    "Folder with config.json, safetensors and tokenizer."
-
-
 class EvaluationPlan(Config):
     """When and how the policy is evaluated; the first and the last policy always are."""
 
@@ -84,6 +76,8 @@ class EvaluationPlan(Config):
     "Temperature of those samples. The paper's Fig. 7 has 0.7; 1 is the policy as it is trained."
     greedy: bool = True
     "Also decode greedily."
+    backend: BackendConfig | None = None
+    "What decodes held-out outputs; null = what decodes those of training."
     estimates: EvaluationConfig = EvaluationConfig()
     "The K of pass@K and maj@K, and the bootstrap."
 
@@ -92,8 +86,10 @@ class EvaluationPlan(Config):
         return step == last or (self.every > 0 and step % self.every == 0)
 
     def modes(self, rollout: RolloutConfig) -> list[tuple[str, RolloutConfig, EvaluationConfig]]:
-        """What an evaluation runs: name, sampling (that of training but for G and temperature), and estimates."""
+        """What an evaluation runs: name, sampling (that of training but for G, temperature and backend), and estimates."""
         modes = []
+        if self.backend is not None:
+            rollout = rollout.override({"backend": self.backend.model_dump(mode="json")})
         if self.greedy:
             modes.append(
                 ("greedy", rollout.override({"G": 1, "temperature": 0.0}), self.estimates.override({"ks": [1]}))
@@ -197,6 +193,9 @@ class IterativeRLConfig(Config):
     "PPO's learned value function; null for every other method."
     update: UpdateConfig = UpdateConfig()
     "The policy update."
+    reference_pass: Literal["inline", "stage"] = "inline"
+    """Where pi_ref scores the outputs. `inline`: in the update, loaded beside the policy. `stage`: before it, in a cached pass
+    that loads and frees the reference. The same values up to their last bits (`stages/logprobs/reference.py`)."""
     evaluation: EvaluationPlan = EvaluationPlan()
     "Held-out evaluation."
     preflight: PreflightConfig = PreflightConfig()
@@ -227,6 +226,7 @@ class IterativeRLConfig(Config):
     def _misfits_of_the_outputs(self) -> Iterator[str]:
         """What does not go with where the outputs come from, and how they are sampled."""
         source, update, sampled = self.data_source, self.update, self.rollout.temperature
+        yield from self._misfits_of_a_server()
         if self.dynamic_sampling and source != "policy":
             yield "dynamic_sampling: only outputs of the current policy can be drawn again"
         if update.correction.kind != "none" and source != "policy":
@@ -242,6 +242,15 @@ class IterativeRLConfig(Config):
             yield "rollout.temperature: greedy outputs come from no distribution; nothing can be learned from them by RL"
         if update.temperature not in (None, sampled):
             yield f"update.temperature: {update.temperature:g} differs from that of the outputs, {sampled:g}"
+
+    def _misfits_of_a_server(self) -> Iterator[str]:
+        """A server keeps the weights that it was started with, and training changes the policy's."""
+        serving, evaluating = self.rollout.backend.kind, (self.evaluation.backend or self.rollout.backend).kind
+        fixed = "a server keeps the weights it was started with"
+        if serving == "vllm_server" and self.data_source == "policy":
+            yield f"rollout.backend: {fixed}, and data_source policy samples from changing ones; set kind vllm or hf"
+        if evaluating == "vllm_server":
+            yield f"evaluation.backend: {fixed}, and each policy evaluated has others; set evaluation.backend.kind=vllm or hf"
 
     def _misfits_of_the_parts(self) -> Iterator[str]:
         advantage, objective = self.advantage, self.update.objective

@@ -29,6 +29,7 @@ _PLAIN_SECONDS: Final = 5.0
 """Plain output repeats where a long stage stands no more often than this."""
 _STEP_METRICS: Final = {
     "reward": "reward/mean",
+    "accuracy": "reward/status_ok",  # of the step's own outputs; left out where it is the reward
     "rules": "reward/rule",  # beside the reward of learned models
     "AUC": "rm/auc",
     "KL": "policy/kl",
@@ -138,7 +139,7 @@ class Display:
             return
         self._flush_reused()
         if not self.live:
-            self._line(f"step {state.step:>3}/{state.steps}  {_step_text(state)}{_left(state)}")
+            self._line(f"step {state.step:>3}/{state.steps}{_iteration(state)}  {_step_text(state)}{_left(state)}")
 
     def _flush_reused(self) -> None:
         if self._reused:
@@ -158,19 +159,19 @@ class Display:
     def __rich__(self) -> RenderableType:
         state = self.state
         grid = Table.grid(padding=(0, 2))
-        grid.add_column(width=22, no_wrap=True, overflow="ellipsis")
+        grid.add_column(width=28, no_wrap=True, overflow="ellipsis")
         grid.add_column(width=_BAR)
         grid.add_column(no_wrap=True, overflow="ellipsis")
         bar: RenderableType = ProgressBar(max(state.steps, 1), state.step, width=_BAR)
-        grid.add_row(Text(f"step {state.step}/{state.steps}", style="bold"), bar, Text(_left(state).strip()))
+        place = f"step {state.step}/{state.steps}{_iteration(state)}"
+        grid.add_row(Text(place, style="bold"), bar, Text(_left(state).strip()))
         if state.stage:
             total, done = state.detail.get("total"), state.detail.get("done", 0)
             seconds = Text(duration(state.clock() - state.stage_since), style="dim")
             bar = ProgressBar(total, done, width=_BAR) if total else seconds
             grid.add_row(Text(state.stage, style="cyan"), bar, Text(_detail_text(state.detail)))
-        return Group(
-            Text(), grid, Text(f"{_clock(state.elapsed)}  {_step_text(state)}", style="dim", overflow="ellipsis")
-        )
+        last = "  ".join(filter(None, [_clock(state.elapsed), _step_text(state), _held_out(state)]))
+        return Group(Text(), grid, Text(last, style="dim", overflow="ellipsis"))
 
 
 @contextlib.contextmanager
@@ -211,11 +212,25 @@ def _left(state: RunState) -> str:
     return "" if left is None or state.step >= state.steps else f"  about {duration(left)} left"
 
 
+def _iteration(state: RunState) -> str:
+    """Where there are several; before the first step it is the first."""
+    return f", iteration {state.iteration + 1}/{state.iterations}" if state.iterations > 1 else ""
+
+
+def _held_out(state: RunState) -> str:
+    """The last accuracy on each held-out set: by samples, where there are any, else greedily."""
+    found = {name: metrics["accuracy"] for (name, _), metrics in sorted(state.evaluations.items())}
+    return "  ".join(f"{name} {accuracy:.3f}" for name, accuracy in found.items())
+
+
 def _step_text(state: RunState) -> str:
     """The last step in one line: metrics, tokens per second, seconds."""
     if not state.metrics:
         return ""
-    parts = [f"{label} {state.metrics[key]:.3f}" for label, key in _STEP_METRICS.items() if key in state.metrics]
+    known = {label: state.metrics[key] for label, key in _STEP_METRICS.items() if key in state.metrics}
+    if known.get("accuracy") == known.get("reward"):
+        known.pop("accuracy", None)
+    parts = [f"{label} {value:.3f}" for label, value in known.items()]
     parts += _rate(state.metrics.get("rollout/tokens_per_s"))
     return "  ".join([*parts, duration(state.step_seconds)])
 

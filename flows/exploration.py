@@ -7,15 +7,15 @@ from flows.config import IterativeRLConfig
 from pipeline.config import ConfigError
 from stages.critic import estimate_values
 from stages.data import sample_batch
-from stages.logprobs import LogprobsConfig, compare_policies
+from stages.logprobs import LogprobsConfig, compare_policies, score_reference
 from stages.models import Checkpoint
 from stages.reward import score
 from stages.rollout import rollout
 from stages.selection import keep_informative
 from stages.sft import demonstrated_outputs
-from stages.tables import Logprobs, Questions, Rollouts, Values
+from stages.tables import Logprobs, Questions, ReferenceLogprobs, Rollouts, Values
 
-__all__ = ["explore", "token_evidence"]
+__all__ = ["explore", "reference_evidence", "token_evidence"]
 
 
 def explore(
@@ -38,9 +38,23 @@ def token_evidence(
     values = estimate_values(critic, outputs, config.critic) if critic and config.critic else None
     if not getattr(config.advantage, "kl_in_reward", 0.0):
         return values, None
-    update = config.update
-    compared = LogprobsConfig(micro_batch_tokens=update.micro_batch_tokens, training=update.training)
-    return values, compare_policies(policy, reference, outputs, compared)
+    return values, compare_policies(policy, reference, outputs, _like_update(config))
+
+
+def reference_evidence(
+    config: IterativeRLConfig, policy: Checkpoint, reference: Checkpoint, outputs: Rollouts
+) -> ReferenceLogprobs | None:
+    """log pi_ref of the outputs where a pass of its own computes it; None where the update does, or has no use for it.
+
+    At the first step of an iteration the reference is the policy, whose own log-probabilities serve.
+    """
+    if config.reference_pass == "inline" or not config.update.needs_reference or reference == policy:
+        return None
+    return score_reference(reference, outputs, _like_update(config))
+
+
+def _like_update(config: IterativeRLConfig) -> LogprobsConfig:
+    return LogprobsConfig(micro_batch_tokens=config.update.micro_batch_tokens, training=config.update.training)
 
 
 def _demonstrate(config: IterativeRLConfig, data: DataSets, policy: Checkpoint, step: int) -> Rollouts:

@@ -10,12 +10,14 @@ gradient coefficient are lines 8 and 9, their objective is line 10 (`flows/metho
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 from flows.bootstrap import base_model, initial_policy, prepare_data
 from flows.config import IterativeRLConfig
 from flows.drift import measure_drift
-from flows.exploration import explore, token_evidence
+from flows.exploration import explore, reference_evidence, token_evidence
 from flows.observer import observer
 from flows.preflight import preflight
 from flows.reward_models import first_reward_models, reward_outputs, train_on
@@ -27,7 +29,7 @@ from stages.models import Checkpoint
 from stages.reward import score
 from stages.rollout import rollout
 from stages.tables import Questions
-from stages.update import update_policy
+from stages.update import MismatchError, check_mismatch, update_policy
 
 __all__ = ["iterative_rl"]
 
@@ -54,10 +56,13 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
             preflight(config, outputs, rewards, step)
             evidence = token_evidence(config, policy, reference, critic, outputs)
             advantages = estimate_advantages(rewards, outputs, config.advantage, *evidence)                # line 9
-            policy = update_policy(policy, reference, outputs, advantages, config.update, seed=seed)       # line 10
+            scored = reference_evidence(config, policy, reference, outputs)
+            with naming(step + 1):
+                policy = update_policy(policy, scored or reference, outputs, advantages, config.update, seed=seed)  # line 10
+                check_mismatch(policy.metrics, config.update.mismatch)
             if critic and config.critic:
                 critic = update_critic(critic, outputs, advantages, config.critic, seed=seed)
-            observer().step(step + 1, iteration, policy, outputs, rewards, gauges, advantages, critic)
+            observer().step(step + 1, iteration, policy, outputs, rewards, gauges, advantages, scored, critic)
             if config.evaluation.is_due(step + 1, last):
                 evaluate_policy(config, policy, data.evaluation, step=step + 1)
         asked = reward_models
@@ -76,6 +81,17 @@ def evaluate_policy(config: IterativeRLConfig, policy: Checkpoint, sets: dict[st
             outputs = rollout(policy, questions, config.prompt, sampling, seed=config.seed)
             rewards = score(outputs, questions, config.reward)
             observer().evaluation(step, name, mode, evaluate(outputs, rewards, estimates))
+
+
+@contextlib.contextmanager
+def naming(step: int) -> Iterator[None]:
+    """Let an error that engine and trainer disagree say at which step; a group of ranks passes it on as a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, MismatchError) or MismatchError.__name__ in getattr(error.__cause__, "kinds", ()):
+            raise MismatchError(f"step {step}: {error}") from error
+        raise
 
 
 def step_seed(seed: int, step: int) -> int:

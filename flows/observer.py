@@ -10,14 +10,17 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
+from flows.charts import charted
 from pipeline.artifact import Artifact
 from pipeline.progress import report
 from stages.models import Checkpoint
 from stages.tables import Evaluation
 
 __all__ = ["Observer", "StepLog", "observer", "observing"]
+
+_SAMPLING: Final = ("rollout/seconds",)
 
 
 class StepLog(Protocol):
@@ -37,6 +40,7 @@ class Observer:
     policy: Checkpoint | None = None
     samples: int = 0
     tokens: int = 0
+    seconds: float = 0.0
 
     def step(self, step: int, iteration: int, policy: Checkpoint, *others: Artifact | None) -> None:
         """One pass through lines 5-10 of Algorithm 1 ended with `policy`; `others` are what was made on the way."""
@@ -45,8 +49,15 @@ class Observer:
             metrics |= artifact.metrics if artifact else {}
         self.samples += int(metrics.get("rollout/samples", 0))
         self.tokens += int(metrics.get("rollout/tokens", 0))
+        # Sampling, scoring and updating, as long as they took when they were computed: an axis to draw curves over.
+        self.seconds += sum(value for name, value in metrics.items() if name.startswith("time/") or name in _SAMPLING)
         self.policy = policy
-        progress = {"progress/iteration": iteration, "progress/samples": self.samples, "progress/tokens": self.tokens}
+        progress = {
+            "progress/iteration": iteration,
+            "progress/samples": self.samples,
+            "progress/tokens": self.tokens,
+            "progress/seconds": self.seconds,
+        }
         self._take(step, metrics | progress)
         report("step", step=step, iteration=iteration, metrics=metrics)
 
@@ -71,7 +82,7 @@ class Observer:
     def _take(self, step: int, metrics: dict[str, float]) -> None:
         self.points.setdefault(step, {}).update(metrics)
         if self.log is not None:
-            self.log.log_step(step, metrics)
+            self.log.log_step(step, charted(metrics))
 
 
 _current: ContextVar[Observer | None] = ContextVar("cohort_observer", default=None)

@@ -35,7 +35,7 @@ def deepseekmath_7b() -> IterativeRLConfig:
                 "cmath": QuestionFileConfig(path="cmath_test.jsonl"),  # Table 5, out of domain
             },
         ),
-        prompt=PromptConfig(template="deepseek_math_en"),  # the authors' README
+        prompt=PromptConfig(template="deepseek_math_en", chat="deepseek_math"),  # the authors' README
         policy=PretrainedPolicy(path="deepseek-math-7b-instruct"),  # 4.2
         sft=None,  # 4.2: RL begins with Instruct 7B, which is fine-tuned already
         iterations=3,  # 5.2.1, Fig. 6: Iteration-0, 1 and 2
@@ -68,6 +68,7 @@ def deepseekmath_7b() -> IterativeRLConfig:
                 optimizer=AdamWConfig(learning_rate=1e-6),  # 4.2
             ),
         ),
+        reference_pass="stage",  # ours: no second model beside the one that is trained
         evaluation=EvaluationPlan(
             every=100,  # ours
             samples=64,  # Fig. 7

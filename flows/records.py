@@ -105,6 +105,11 @@ class RunRecord:
         return record
 
     @property
+    def finished(self) -> bool:
+        """Whether any attempt finished: what it came to is in the store."""
+        return any(attempt.status == "finished" for attempt in self.attempts)
+
+    @property
     def finished_before(self) -> bool:
         """Whether an earlier attempt finished: then this one most likely reuses everything."""
         return any(attempt.status == "finished" for attempt in self.attempts[:-1])

@@ -41,6 +41,8 @@ class RunState:
     """The state of a run of `steps` steps; `take` is a listener of `pipeline.progress`."""
 
     steps: int
+    """Of all iterations together."""
+    iterations: int = 1
     clock: Callable[[], float] = time.monotonic
     stages: dict[str, StageTotals] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
@@ -53,6 +55,7 @@ class RunState:
     step: int = 0
     """Steps done; 0 = before the first."""
     iteration: int = 0
+    """The iteration that the last step belongs to, counted from 0."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Metrics of the last step."""
     step_seconds: float = 0.0

@@ -26,6 +26,7 @@ from flows.ledger import Ledger
 from flows.observer import Observer, observing
 from flows.places import Places
 from flows.records import RunRecord, run_folder, write_json
+from flows.registry import Registrar
 from flows.run_state import RunState
 from flows.summary import Summary, summarise, summary_markdown
 from pipeline.orchestration import Engine, use_engine
@@ -33,6 +34,7 @@ from pipeline.progress import listen, report
 from pipeline.store import PrunedArtifactError, Store, StoreError, use_store
 from pipeline.tracking import Tracker, track
 from stages.models import Checkpoint
+from stages.rollout import require_backend
 
 __all__ = ["InterruptedRunError", "run_flow", "terminations_interrupt"]
 
@@ -60,12 +62,14 @@ def run_flow(
         difference: what differs from an experiment's baseline, by dotted key: MLflow's parameters `diff.*`.
 
     Raises:
-        ConfigError: a reward function that is not there.
+        ConfigError: a reward function, or an engine for rollouts, that is not there.
         InterruptedRunError: stopped from outside; what was computed is in the store.
         Exception: whatever a stage raised.
     """
     config = choice.config
     config.reward.key()  # a reward function that is not there stops the run now, not after its first outputs
+    for backend in (config.rollout.backend, config.evaluation.backend or config.rollout.backend):
+        require_backend(backend)
     if engine == "prefect":
         from pipeline.server import start_server_soon
 
@@ -73,7 +77,8 @@ def run_flow(
         start_server_soon(places.prefect)
     command = command or shlex.join(["cohort", *sys.argv[1:]])
     record = RunRecord.begin(places, config, command=command, engine=engine)
-    state, observer, ledger = RunState(steps=config.iterations * config.steps), Observer(), Ledger()
+    state = RunState(steps=config.iterations * config.steps, iterations=config.iterations)
+    observer, ledger = Observer(), Ledger()
     key = run_folder(places, config).name
     parameters = config.model_dump(mode="json") | {f"diff.{name}": value for name, value in (difference or {}).items()}
     try:
@@ -91,12 +96,13 @@ def run_flow(
                 tags=tags,
             ) as tracker,
         ):
-            observer.log = tracker
-            policy = _train(config, places, engine, observer, warm=not record.finished_before)
+            observer.log, registrar = tracker, Registrar(tracker, config, tags or {})
+            policy = _train(config, places, engine, observer, registrar, warm=not record.finished_before)
             record.policy = policy.digest
             summary = summarise(config, observer.points, state, policy, _paths(record, places))
             record.accuracy = {"before": summary.before, "best": summary.best, "final": summary.after}
             _conclude(summary, ledger, record, tracker, choice, command)
+            registrar.conclude(summary, ledger)
             _log_completions(ledger, places, tracker)
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt) or type(error).__name__ == "TerminationSignal"
@@ -108,10 +114,17 @@ def run_flow(
     return summary
 
 
-def _train(config: IterativeRLConfig, places: Places, engine: Engine, observer: Observer, *, warm: bool) -> Checkpoint:
+def _train(
+    config: IterativeRLConfig, places: Places, engine: Engine, observer: Observer, registrar: Registrar, *, warm: bool
+) -> Checkpoint:
     from flows.iterative_rl import iterative_rl
 
-    with use_store(Store(places.store)), observing(observer), orchestration(engine, places, warm=warm):
+    with (
+        use_store(Store(places.store)),
+        observing(observer),
+        listen(registrar.take),
+        orchestration(engine, places, warm=warm),
+    ):
         return iterative_rl(config)
 
 

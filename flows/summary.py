@@ -19,9 +19,12 @@ from flows.run_state import RunState
 from flows.wording import duration, percent
 from stages.models import Checkpoint
 
-__all__ = ["Summary", "print_summary", "summarise", "summary_markdown"]
+__all__ = ["Summary", "mismatch_line", "print_summary", "summarise", "summary_markdown", "worst_mismatch"]
 
-_CURVES: Final = ("eval/", "reward/mean", "reward/rule", "rm/auc", "rm/held_out_auc/")
+_MISMATCH: Final = "rollout/mismatch_"
+"""Prefix of the figures of `stages/update/mismatch.py`."""
+
+_CURVES: Final = ("eval/", "reward/mean", "reward/rule", "rm/auc", "rm/held_out_auc/", _MISMATCH)
 """Prefixes of the metrics that summary.json keeps by step; all others are in MLflow and in the store."""
 
 _WORTH_A_ROW: Final = 0.05
@@ -44,7 +47,7 @@ class Summary:
     best: dict[str, tuple[int, float]]
     """Set -> step and accuracy of the best evaluation (of samples where there are any, else greedy)."""
     curve: dict[int, dict[str, float]]
-    """Step -> evaluation metrics, mean reward, and AUCs of reward models on held-out outputs."""
+    """Step -> evaluation metrics, mean reward, AUCs of reward models on held-out outputs, engine against trainer."""
     cost: dict[str, float]
     """What training took over all steps, evaluation apart: see `training_cost`."""
     time: dict[str, dict[str, float]]
@@ -59,6 +62,8 @@ class Summary:
     """What lies where, by what it is."""
     warnings: list[str] = field(default_factory=list)
     """What this run warned of; what a reused stage warned of, the run that computed it says."""
+    mismatch: dict[str, float] = field(default_factory=dict)
+    """How far rollout engine and trainer were apart at the worst step, by figure; empty where it was not measured."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -87,6 +92,7 @@ def summarise(
         policy=policy.digest,
         paths={what: str(path) for what, path in paths.items()},
         warnings=list(state.warnings),
+        mismatch=worst_mismatch(points),
     )
 
 
@@ -108,11 +114,21 @@ def training_cost(points: Points) -> dict[str, float]:
         "outputs": total("rollout/samples"),
         "tokens": total("rollout/tokens"),
         "sampling_seconds": total("rollout/seconds"),
-        "updating_seconds": total("time/update", "time/critic", "time/values", "time/logprobs"),
+        "updating_seconds": total("time/update", "time/critic", "time/values", "time/logprobs", "time/reference"),
         "peak_mib": largest("memory/update_mb", "memory/critic_mb"),
         "tensors_mib": largest("memory/tensors_mb"),
         "critic_parameters": largest("critic/parameters"),
     }
+
+
+def worst_mismatch(points: Points) -> dict[str, float]:
+    """Largest `rollout/mismatch_*` of all steps, of the effective sample size the smallest, by figure."""
+    found: dict[str, list[float]] = {}
+    for metrics in points.values():
+        for key, value in metrics.items():
+            if key.startswith(_MISMATCH):
+                found.setdefault(key.removeprefix(_MISMATCH), []).append(value)
+    return {figure: min(values) if figure == "ess" else max(values) for figure, values in found.items()}
 
 
 def _sets(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
@@ -148,6 +164,8 @@ def print_summary(summary: Summary, console: Console, *, ui_command: str) -> Non
         console.print(drift)
     console.print(_time_table(summary))
     console.print(_reuse(summary))
+    if summary.mismatch:
+        console.print(mismatch_line(summary.mismatch), soft_wrap=True)
     for warning in summary.warnings:
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
     console.print()
@@ -250,6 +268,13 @@ def _reuse(summary: Summary) -> str:
     return f"{executed:,.0f} stages computed, {cached:,.0f} reused from the store (they took {duration(saved)} when computed)"
 
 
+def mismatch_line(worst: Mapping[str, float]) -> str:
+    """Rollout engine against trainer at the worst step, in one line."""
+    named = {"mean": "mean {:.2g}", "max": "largest {:.2g}", "kl": "KL {:.2g}", "ess": "effective sample size {:.4g}"}
+    parts = [text.format(worst[figure]) for figure, text in named.items() if figure in worst]
+    return f"log-probabilities of rollout engine and trainer, worst step: {', '.join(parts)}"
+
+
 def summary_markdown(summary: Summary, command: str, differences: Mapping[str, tuple[Any, Any]]) -> str:
     """The outcome as markdown, for the description of the run in MLflow."""
     lines = [f"`{command}`", ""]
@@ -263,5 +288,6 @@ def summary_markdown(summary: Summary, command: str, differences: Mapping[str, t
             f"| {name} | {label} | {percent(before.get(key))} | {percent(after[key])} |"
             for label, key in _measures(after)
         ]
+    lines += ["", mismatch_line(summary.mismatch)] if summary.mismatch else []
     lines += ["", *(f"* warning: {warning}" for warning in summary.warnings)] if summary.warnings else []
     return "\n".join([*lines, "", f"Policy `{summary.policy}` after {summary.steps} steps."])

@@ -20,7 +20,6 @@ from flows.commands.options import ConfigFiles, Root, Settings, console, debuggi
 from flows.experiments.ablation import (
     conclude,
     earlier_settings,
-    is_finished,
     outcomes_of,
     reasons,
     tables_file,
@@ -30,7 +29,7 @@ from flows.experiments.arms import PlannedExperiment, method_experiment, plan
 from flows.experiments.comparison import print_comparison
 from flows.experiments.report import report_file
 from flows.experiments.results import Sharing, experiment_folder
-from flows.experiments.running import ChildConfig, run_in_turn, run_side_by_side
+from flows.experiments.running import ChildConfig, is_finished, run_in_turn, run_side_by_side
 from flows.experiments.studies import EXPERIMENTS, named_experiment
 from flows.methods import PAPER
 from flows.places import Places
@@ -251,9 +250,9 @@ def _conduct(planned: PlannedExperiment, places: Places, engine: Engine, paralle
             errors = run_in_turn(planned, places, engine=engine, console=out, command=command, debug=debugging())
         else:
             errors = run_side_by_side(planned, places, limit=parallel, engine=engine, console=out, command=command)
+        out.print()
+        print_comparison(outcomes_of(planned, places), out)  # first: a folder that cannot be written must not hide it
         result = conclude(planned, places, command, tracker)
-    out.print()
-    print_comparison(outcomes_of(planned, places), out)
     for line in [*_calls(planned, places, started), *_sharing(result.sharing)]:
         out.print(line, soft_wrap=True)
     if changed:

@@ -27,6 +27,7 @@ from flows.experiments.results import (
     sharing_of,
     write_experiment,
 )
+from flows.experiments.running import is_finished
 from flows.ledger import read_ledger
 from flows.places import Places
 from flows.records import read_record, run_folder
@@ -34,14 +35,13 @@ from flows.session import InterruptedRunError
 from pipeline.config import flatten
 from pipeline.lineage import explain
 from pipeline.store import Store, StoreError
-from pipeline.tracking import Tracker, track
+from pipeline.tracking import Tracker, track, tracked_models
 
 __all__ = [
     "collect",
     "conclude",
     "earlier_settings",
     "figures_folder",
-    "is_finished",
     "outcomes_of",
     "reasons",
     "tables_file",
@@ -120,11 +120,6 @@ def outcomes_of(planned: PlannedExperiment, places: Places) -> list[Outcome]:
     return [Outcome(arm, summary) for arm, summary in summaries if summary]
 
 
-def is_finished(places: Places, arm: Arm) -> bool:
-    """Whether the run ended well, now or earlier."""
-    return bool(_status(run_folder(places, arm.choice.config)) == "finished")
-
-
 def conclude(planned: PlannedExperiment, places: Places, command: str, tracker: Tracker) -> ExperimentResult:
     """Leave results, tables and figures in the experiment's folder and in MLflow, and the report in the folder.
 
@@ -134,6 +129,7 @@ def conclude(planned: PlannedExperiment, places: Places, command: str, tracker: 
     result = collect(planned, places, command)
     write_experiment(places, result)
     tracker.log_table("runs", list(result.rows()))
+    _point_at_best(result, places, tracker)
     outcomes = outcomes_of(planned, places)
     if outcomes:
         experiment = planned.experiment
@@ -147,6 +143,17 @@ def conclude(planned: PlannedExperiment, places: Places, command: str, tracker: 
     else:
         write_report(result, places, [])
     return result
+
+
+def _point_at_best(result: ExperimentResult, places: Places, tracker: Tracker) -> None:
+    """Let `best-<experiment>` name the final policy of the best run of the best arm, and the reward model it trained last."""
+    best = result.best_run()
+    if best is None:
+        return
+    models = tracked_models(places.root, result.tracked_in, best.folder)
+    last = {model.name: model for model in models}  # a run tells of its final policy last
+    for model in last.values():
+        tracker.set_alias(f"best-{result.experiment.name}", model, run_name=best.name, run_key=best.folder)
 
 
 def _draw(result: ExperimentResult, planned: PlannedExperiment, places: Places, tracker: Tracker) -> list[str]:
@@ -170,7 +177,7 @@ def tables_file(places: Places, planned: PlannedExperiment) -> Path:
 
 @contextlib.contextmanager
 def track_experiment(planned: PlannedExperiment, places: Places) -> Iterator[Tracker]:
-    """Track the run that stands for the whole experiment in MLflow: the parent of its runs.
+    """Track the run that stands for the whole experiment in MLflow, beside those of its arms.
 
     Raises:
         StoreError: the experiment's folder cannot be written; found before anything runs.
@@ -224,5 +231,4 @@ def _status(folder: Path) -> Any:
     record = read_record(folder)
     if record is None:
         return "not run"
-    finished = any(attempt.status == "finished" for attempt in record.attempts)
-    return "finished" if finished else record.attempts[-1].outcome()
+    return "finished" if record.finished else record.attempts[-1].outcome()

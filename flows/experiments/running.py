@@ -31,7 +31,7 @@ from pipeline.config import Config
 from pipeline.orchestration import Engine
 from pipeline.residency import evict
 
-__all__ = ["ChildConfig", "run_in_turn", "run_side_by_side"]
+__all__ = ["ChildConfig", "is_finished", "run_in_turn", "run_side_by_side"]
 
 _POLL: Final = 0.1
 _PROGRESS_SECONDS: Final = 30.0
@@ -60,6 +60,12 @@ class ChildConfig(Config):
     "What continues the experiment."
 
 
+def is_finished(places: Places, arm: Arm) -> bool:
+    """Whether the run ended well, now or earlier."""
+    record = read_record(run_folder(places, arm.choice.config))
+    return record is not None and record.finished
+
+
 def run_in_turn(
     planned: PlannedExperiment, places: Places, *, engine: Engine, console: Console, command: str, debug: bool = False
 ) -> dict[str, str]:
@@ -76,7 +82,7 @@ def run_in_turn(
             run_flow(
                 planned.against_baseline(arm),
                 places,
-                engine=engine,
+                engine=_engine(arm, places, engine),
                 console=console,
                 command=command,
                 debug=debug,
@@ -157,7 +163,7 @@ def _start(planned: PlannedExperiment, arm: Arm, places: Places, engine: Engine,
         baseline=choice.base,
         tags=planned.tags(arm),
         difference=_values(planned, arm),
-        engine=engine,
+        engine=_engine(arm, places, engine),
         root=places.root,
         command=command,
     )
@@ -201,6 +207,12 @@ def _signal(child: _Child, number: int) -> None:
     """To the child and to the workers it has."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.process.pid, number)
+
+
+def _engine(arm: Arm, places: Places, engine: Engine) -> Engine:
+    """A run that finished before is only read again: thousands of reused stages would keep a Prefect server busy for minutes
+    (45 ms of its time each) with what it has been told already."""
+    return "inline" if is_finished(places, arm) else engine
 
 
 def _values(planned: PlannedExperiment, arm: Arm) -> dict[str, Any]:

@@ -18,20 +18,21 @@ from pipeline.experiment import Experiment
 
 __all__ = ["EXPERIMENTS", "SCALES", "Scale", "named_experiment"]
 
-_QUICK: Final[dict[str, Any]] = {
-    "steps": 16,  # ours; 40
-    "questions_per_step": 32,  # ours; 64
-    "rollout.G": 8,  # ours; 16
+_QUICK_SETS: Final[dict[str, Any]] = {
     "data.evaluation.in_domain.count": 256,  # ours; 512
     "data.evaluation.out_of_domain.count": 128,  # ours; 256
     "evaluation.every": 4,  # ours; 10
 }
-"""Quick sizes: about an eighth of the outputs."""
+"""Half the held-out questions, more often. Learned rewards allow no smaller batches nor a smaller reward model: trained on 512
+questions its AUC is 0.77, and the policy hacks it within eight steps (docs/lab.md)."""
 
-_QUICK_REWARD: Final[dict[str, Any]] = {
-    "reward_model.questions": 512,  # ours; 2,048
-    "reward_model.training.epochs": 2,  # ours; 4
+_QUICK: Final[dict[str, Any]] = {
+    "steps": 16,  # ours; 40
+    "questions_per_step": 32,  # ours; 64
+    "rollout.G": 8,  # ours; 16
+    **_QUICK_SETS,
 }
+"""Quick sizes: about an eighth of the outputs."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ _SMALL: Final = Scale(
     learned_base="arithmetic_learned_reward",
     methods=_QUICK,
     whole=_QUICK,
-    learned=_QUICK | _QUICK_REWARD,
+    learned=_QUICK_SETS,
     iteration=8,  # ours
     kinds={"data.evaluation.shorter": {"count": 128, **_SHORTER}},  # ours
     candidates={"data.evaluation.in_domain.count": 128, "data.evaluation.out_of_domain.count": 64},  # ours

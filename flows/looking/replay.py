@@ -104,11 +104,11 @@ def prepare_replay(store: Store, run: History, call: PlacedCall, settings: Seque
         if name not in hints:
             raise ConfigError(f"{call.stage}: this version of the stage has no parameter {name!r}; its record is older")
         if _holds_artifacts(value):
-            artifacts[name] = _artifacts(value, hints[name])
+            artifacts[name] = _artifacts(store, value, hints[name])
         else:
             plain[name] = value
     for key in [key for key in changes if key in artifacts and isinstance(artifacts[key], Artifact)]:
-        artifacts[key] = type(artifacts[key])(store.resolve(str(changes.pop(key))))
+        artifacts[key] = _artifact(store, store.resolve(str(changes.pop(key))), hints[key])
     values = _typed(call.stage, hints, plain, run.config)
     values = values.override(
         {_dotted(key, values): value for key, value in changes.items()}, source=f"replay {call.stage}"
@@ -174,20 +174,32 @@ def _holds_artifacts(value: Any) -> bool:
     return False
 
 
-def _artifacts(value: Any, hint: Any) -> Any:
+def _artifacts(store: Store, value: Any, hint: Any) -> Any:
     """References in place of recorded digests, in the containers that the parameter has them in."""
     inner = [part for part in typing.get_args(hint) if part is not types.NoneType]
     match value:
         case {"artifact": str(digest)}:
-            kind = hint if isinstance(hint, type) else next(part for part in inner if isinstance(part, type))
-            return kind(digest)
+            return _artifact(store, digest, hint)
         case dict():
-            return {name: _artifacts(part, inner[-1]) for name, part in value.items()}
+            return {name: _artifacts(store, part, inner[-1]) for name, part in value.items()}
         case list():
             hints = inner if len(inner) == len(value) else inner[:1] * len(value)
-            parts = [_artifacts(part, each) for part, each in zip(value, hints, strict=True)]
+            parts = [_artifacts(store, part, each) for part, each in zip(value, hints, strict=True)]
             return tuple(parts) if typing.get_origin(hint) is tuple else parts
     return value
+
+
+def _artifact(store: Store, digest: str, hint: Any) -> Artifact:
+    """The reference as what the parameter takes; where that is one of several classes, the one that the artifact is of."""
+    kinds: list[type[Artifact]] = [part for part in (hint, *typing.get_args(hint)) if _is_artifact(part)]
+    if len(kinds) > 1:
+        made = store.manifest(digest).get("type")
+        kinds = [kind for kind in kinds if kind.__name__ == made] or kinds
+    return kinds[0](digest)
+
+
+def _is_artifact(part: Any) -> bool:
+    return isinstance(part, type) and issubclass(part, Artifact)
 
 
 def _dotted(key: str, values: Config) -> str:

@@ -17,6 +17,7 @@ from flows.looking.history import History, PlacedCall, placed_calls
 from flows.looking.run_curve import Curve, evaluations, measures
 from flows.looking.run_diff import config_changes
 from flows.recipes import RECIPES
+from flows.summary import mismatch_line, worst_mismatch
 from flows.wording import duration, moment, percent
 from pipeline.store import MissingArtifactError, Store
 
@@ -42,6 +43,8 @@ def show_run(store: Store, run: History, console: Console, *, limit: int | None)
     _show_settings(run.config, console)
     for name, curve in evaluations(run.points).items():
         console.print(_curve(name, curve))
+    if worst := worst_mismatch(run.points):
+        console.print(mismatch_line(worst), soft_wrap=True)
     if run.ledger.steps:
         console.print(_steps(store, run, console.width, limit or _STEPS))
         console.print(

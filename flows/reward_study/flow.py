@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from flows.config import PretrainedPolicy
+from flows.pretrained import PretrainedPolicy, pretrained_model
 from flows.reward_study.config import RewardModelStudyConfig
 from pipeline.orchestration import flow
 from pipeline.progress import report
@@ -29,7 +29,7 @@ from stages.data import (
     solution_outputs,
     take_solutions,
 )
-from stages.models import Checkpoint, ExternalCheckpointConfig, import_checkpoint
+from stages.models import Checkpoint
 from stages.reward import score
 from stages.reward_model import measure_reward_model, score_outputs
 from stages.reward_training import RewardModelConfig, create_reward_model, label_outputs, train_reward_model
@@ -125,7 +125,7 @@ def reward_model_study(config: RewardModelStudyConfig) -> Study:
 def _trunk(config: RewardModelStudyConfig, learned: Solutions) -> Checkpoint:
     """The model that gets a head, after supervised training where there is any; nothing of it comes from the judged rows."""
     if isinstance(config.policy, PretrainedPolicy):
-        base = import_checkpoint(ExternalCheckpointConfig(path=Path(config.policy.path)))
+        base = pretrained_model(config.policy)
     else:
         base = create_policy(config.policy, _corpus(config, learned), config.prompt)
     if config.sft is None:

@@ -81,6 +81,19 @@ def test_plain_output_has_one_line_per_computed_step() -> None:
     ]
 
 
+def test_a_line_says_which_of_several_iterations_it_is_and_how_many_outputs_were_right() -> None:
+    text = io.StringIO()
+    state = RunState(steps=4, iterations=2, clock=Clock())
+    display = Display(state, Console(file=text, width=120, force_terminal=False))
+    for done, right in ((2, 0.25), (3, 0.5)):
+        display.take("stage", executed("update_policy", 1.0))
+        metrics = {"reward/mean": 0.5, "reward/status_ok": right}
+        display.take("step", {"step": done, "iteration": (done - 1) // 2, "metrics": metrics})
+    first, second = text.getvalue().splitlines()
+    assert "step   2/4, iteration 1/2  reward 0.500  accuracy 0.250" in first
+    assert "step   3/4, iteration 2/2  reward 0.500  0.0 s" in second, "accuracy is left out where it is the reward"
+
+
 def test_a_step_without_rewards_or_kl_tells_what_it_has() -> None:
     display, clock, text = plain()
     clock.now += 2.0
@@ -172,6 +185,17 @@ def test_a_terminal_shows_the_bar_of_the_computing_stage() -> None:
         console.print(display)
     assert "step 0/4" in captured.get()
     assert "3/8  tokens 90  1,234 tokens/s" in captured.get()
+
+
+def test_a_terminal_shows_the_last_accuracy_on_each_held_out_set() -> None:
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None)
+    display = Display(RunState(steps=4, clock=Clock()), console)
+    for mode, accuracy in (("greedy", 0.9), ("sampled", 0.7)):
+        values = {"step": 2, "set": "in_domain", "mode": mode, "metrics": {"accuracy": accuracy}}
+        display.take("evaluation", values)
+    with console.capture() as captured:
+        console.print(display)
+    assert "in_domain 0.700" in captured.get()
 
 
 def test_text_in_brackets_is_printed_as_it_is() -> None:

@@ -53,7 +53,7 @@ def test_no_two_methods_come_to_the_same_policy(runs: dict[str, Run]) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(name, marks=() if name in ("dpo", "ppo", "dapo") else pytest.mark.slow) for name in METHODS],
+    [pytest.param(name, marks=() if name == "ppo" else pytest.mark.slow) for name in METHODS],
 )
 def test_equal_seeds_give_equal_bits_also_when_resumed_after_the_first_step(
     runs: dict[str, Run], other_store: Store, method: str

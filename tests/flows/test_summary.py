@@ -90,6 +90,18 @@ def test_warnings_of_the_run_are_told_again_at_its_end() -> None:
     assert "warning" not in summary_markdown(summary_of(POINTS), "cohort run x", {})
 
 
+def test_engine_against_trainer_is_one_line_with_the_worst_of_all_steps() -> None:
+    worst_in = {"mean": (1e-7, 0.02), "max": (3e-6, 1e-6), "kl": (2e-14, 1e-15), "ess": (1.0, 0.9)}
+    points = {step: {f"rollout/mismatch_{name}": each[step] for name, each in worst_in.items()} for step in (0, 1)}
+    summary = summary_of({**points, 2: {"reward/mean": 0.5}})
+    assert summary.mismatch == {"mean": 0.02, "max": 3e-6, "kl": 2e-14, "ess": 0.9}
+    line = "rollout engine and trainer, worst step: mean 0.02, largest 3e-06, KL 2e-14, effective sample size 0.9"
+    assert line in printed(summary)
+    assert line in summary_markdown(summary, "cohort run x", {})
+    assert summary_of(POINTS).mismatch == {}
+    assert "worst step" not in printed(summary_of(POINTS))
+
+
 def test_the_learning_curve_is_a_png(tmp_path: Path) -> None:
     for name, curve in (("full", POINTS), ("empty", {}), ("no_rewards", {0: POINTS[0]})):
         draw_learning_curve(curve, tmp_path / f"{name}.png", title="a run")

@@ -20,6 +20,8 @@ _MARKS: Final = "osD^vPX*"
 _LINES: Final = ("-", "--", "-.", ":")
 _PANEL: Final = (4.6, 3.5)
 """Inches; two side by side are 9.2, at which text of 9 points is read where the picture is 800 pixels wide."""
+_ABREAST: Final = 2
+"""Panels side by side, at most, of a figure with one row: more go below."""
 
 _LETTERS: Final = 13
 """Of a legend to the inch, about."""
@@ -45,20 +47,24 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
 
 
 def grid(rows: Sequence[str], columns: Sequence[str]) -> tuple[Canvas, Mapping[tuple[str, str], Axes]]:
-    """A canvas with a panel for each row and column; columns are headed."""
+    """A canvas with a panel for each row and column; columns are headed. A single row goes on below after two panels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    wrapped = len(rows) == 1 and len(columns) > _ABREAST
+    across = _ABREAST if wrapped else len(columns)
+    down = -(-len(columns) // across) if wrapped else len(rows)
     width, height = _PANEL
-    canvas = Figure(figsize=(max(6.4, width * len(columns)), height * len(rows) + 0.7), dpi=130, layout="constrained")
+    canvas = Figure(figsize=(max(6.4, width * across), height * down + 0.7), dpi=130, layout="constrained")
     FigureCanvasAgg(canvas)
-    panels = canvas.subplots(len(rows), len(columns), squeeze=False)
+    panels = canvas.subplots(down, across, squeeze=False).flatten()
     found = {}
-    for row, name in enumerate(rows):
-        for column, heading in enumerate(columns):
-            axes = found[name, heading] = panels[row, column]
-            axes.set_title(" · ".join(filter(None, [heading, name if len(rows) > 1 else ""])), fontsize=11)
-            plain(axes)
+    for place, (name, heading) in enumerate((name, heading) for name in rows for heading in columns):
+        axes = found[name, heading] = panels[place]
+        axes.set_title(" · ".join(filter(None, [heading, name if len(rows) > 1 else ""])), fontsize=11)
+        plain(axes)
+    for spare in panels[len(found) :]:
+        spare.set_visible(False)
     return canvas, found
 
 

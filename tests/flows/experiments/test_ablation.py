@@ -296,7 +296,7 @@ def test_mlflow_is_told_arm_seed_parent_and_difference(first: Path) -> None:
         "diff.update.objective.eps": "0.4"
     }
     parent = read_journal(first / "tracking" / "tiny" / "tiny.jsonl", 0)[0]
-    assert [record["kind"] for record in parent] == ["run", "table", "figure", "figure", "tags", "end"]
+    assert [record["kind"] for record in parent] == ["run", "table", "alias", "figure", "figure", "tags", "end"]
     assert parent[1]["columns"][:4] == ["arm", "seed", "run", "status"]
 
 

@@ -15,7 +15,7 @@ from flows.config import IterativeRLConfig
 from flows.looking.faithful import PAPER, SILENT, PaperValue, choices, deviations
 from flows.methods import METHODS, method_settings
 from flows.methods import PAPER as TABLE_10
-from flows.recipes import RECIPES, gsm8k_cpu
+from flows.recipes import RECIPES, deepseekmath_7b, gsm8k_cpu
 
 DECISIONS = Path(__file__).parents[3] / "docs" / "decisions.md"
 
@@ -98,6 +98,10 @@ def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 KNOWN = dict(fields(IterativeRLConfig))
+
+
+def test_the_recipe_of_the_paper_s_run_deviates_in_nothing() -> None:
+    assert list(deviations(deepseekmath_7b())) == []
 
 
 def test_a_configuration_with_the_papers_numbers_does_not_deviate() -> None:

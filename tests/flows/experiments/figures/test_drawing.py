@@ -129,6 +129,16 @@ def test_every_held_out_set_has_a_panel(tmp_path: Path) -> None:
     assert "Out of domain: grpo is not separated from the policy before RL." in sketch.caption
 
 
+def test_a_third_set_stands_below_and_leaves_no_empty_frame(tmp_path: Path) -> None:
+    points = {0: accuracy(0.1, 0.01), 1: accuracy(0.5, 0.01)}
+    sketch = drawn(tmp_path, [MadeUp("grpo", 0, dict.fromkeys(("first", "second", "third"), points))])["bars"]
+    first, second, third, spare = sketch.canvas.axes
+    assert [axes.get_title() for axes in (first, second, third)] == ["first", "second", "third"]
+    assert not spare.get_visible()
+    sketch.canvas.draw_without_rendering()
+    assert first.get_position().y0 == second.get_position().y0 > third.get_position().y1
+
+
 def test_reward_models_that_were_measured_over_iterations_are_drawn(tmp_path: Path) -> None:
     def measured(shift: float) -> dict[int, Metrics]:
         old, new = "rm/held_out_auc/old_model_", "rm/held_out_auc/new_model_"

@@ -1,0 +1,65 @@
+"""What is examined: a root folder, an environment, and where it is known, the configuration that is to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.places import Places
+from pipeline.config import flatten
+from stages.rollout.config import VLLMBackendConfig, VLLMServerConfig
+
+if TYPE_CHECKING:
+    from flows.config import IterativeRLConfig
+
+__all__ = ["Subject", "subject_of"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A machine as a run would find it."""
+
+    places: Places
+    environment: Mapping[str, str]
+    """Environment variables; what Cohort itself sets by default is among them."""
+    quick: bool = False
+    """Nothing heavy is imported, and no process that does is started."""
+    vllm: bool = False
+    """Whether vLLM is wanted; else its absence is no fault."""
+    vllm_python: Path | None = None
+    """Interpreter of the environment that has vLLM; None: this one."""
+    vllm_servers: tuple[str, ...] = ()
+    """Addresses of running `vllm serve` that the configuration names."""
+    ranks: int = 1
+    """Ranks that the configuration trains on."""
+
+
+def subject_of(
+    places: Places,
+    environment: Mapping[str, str],
+    *,
+    quick: bool = False,
+    vllm_python: Path | None = None,
+    config: IterativeRLConfig | None = None,
+) -> Subject:
+    """What to examine for a configuration (None: for any), with another interpreter for vLLM than the one it names."""
+    backends = list(_backends(config))
+    engines = [backend for backend in backends if isinstance(backend, VLLMBackendConfig)]
+    settings = flatten(config.model_dump(mode="json")) if config else {}
+    return Subject(
+        places=places,
+        environment=environment,
+        quick=quick,
+        vllm=bool(engines or vllm_python),
+        vllm_python=vllm_python or next((engine.python for engine in engines if engine.python), None),
+        vllm_servers=tuple({backend.url: None for backend in backends if isinstance(backend, VLLMServerConfig)}),
+        ranks=max([value for key, value in settings.items() if key.endswith("training.engine.ranks")], default=1),
+    )
+
+
+def _backends(config: IterativeRLConfig | None) -> Iterator[object]:
+    if config is not None:
+        yield config.rollout.backend
+        yield config.evaluation.backend

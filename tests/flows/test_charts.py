@@ -41,6 +41,7 @@ def of_kind(root: Path, kind: str) -> list[Record]:
     return [record for record in journal(root) if record["kind"] == kind]
 
 
+@pytest.mark.slow
 def test_a_run_with_two_held_out_sets_would_have_at_most_sixty_charts(root: Path) -> None:
     keys = {key for record in of_kind(root, "step") for key in record["metrics"]}
     second = [key for key in keys if "/in_domain/" in key]
@@ -48,6 +49,7 @@ def test_a_run_with_two_held_out_sets_would_have_at_most_sixty_charts(root: Path
     assert 40 < len(keys) + len(second) <= AT_MOST
 
 
+@pytest.mark.slow
 def test_no_two_charts_of_a_run_always_show_the_same(root: Path) -> None:
     doubles = {"policy/policy_loss", "reward/status_ok", "reward/status_truncated", "rollout/samples", "rollout/tokens"}
     keys = {key for record in of_kind(root, "step") for key in record["metrics"]}
@@ -55,6 +57,7 @@ def test_no_two_charts_of_a_run_always_show_the_same(root: Path) -> None:
     assert {"policy/loss", "reward/accuracy", "rollout/truncated_rate", "progress/samples", "progress/tokens"} <= keys
 
 
+@pytest.mark.slow
 def test_time_spent_so_far_is_an_axis_that_ascends(root: Path) -> None:
     found = [part["metrics"] for part in of_kind(root, "step") if "progress/seconds" in part["metrics"]]
     spent = [part["progress/seconds"] for part in found]
@@ -63,6 +66,7 @@ def test_time_spent_so_far_is_an_axis_that_ascends(root: Path) -> None:
     assert spent[1] == pytest.approx(spent[0] + found[1]["rollout/seconds"] + found[1]["time/update"])
 
 
+@pytest.mark.slow
 def test_the_journal_names_the_data_that_the_run_read(root: Path) -> None:
     store = Store(root / "store")
     split = {call["result"]: call["arguments"].get("split") for call in store.actions()}
@@ -73,6 +77,7 @@ def test_the_journal_names_the_data_that_the_run_read(root: Path) -> None:
     assert [part["context"] for part in named.values()] == ["training", "supervised fine-tuning", "evaluation"]
 
 
+@pytest.mark.slow
 def test_the_final_policy_is_told_of_last_with_its_accuracy(root: Path) -> None:
     (run,) = read_runs(Places(root))
     told = of_kind(root, "model")[-1]

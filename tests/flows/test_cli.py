@@ -136,6 +136,7 @@ def test_lineage_goes_down_to_the_data(root: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.startswith("flowchart")
 
 
+@pytest.mark.slow
 def test_explain_names_the_setting_that_made_the_stage_compute(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(command("--set", "update.objective.beta=0.5", root=root)) == 0
     capsys.readouterr()

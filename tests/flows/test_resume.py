@@ -69,6 +69,7 @@ def test_a_second_run_executes_nothing(finished: tuple[Path, str]) -> None:
         assert run(arithmetic_smoke()) == (digest, [])
 
 
+@pytest.mark.slow
 def test_another_iteration_executes_the_new_steps_only(finished: tuple[Path, str]) -> None:
     root, _ = finished
     longer = arithmetic_smoke().override({"iterations": 3})

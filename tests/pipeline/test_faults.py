@@ -173,7 +173,9 @@ def expected(tmp_path: Path) -> str:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(("scenario", "least"), [("fresh", 40), ("damaged", 50), ("prune", 8)])
+@pytest.mark.parametrize(
+    ("scenario", "least"), [("fresh", 40), pytest.param("damaged", 50, marks=pytest.mark.slow), ("prune", 8)]
+)
 def test_a_kill_at_any_operation_leaves_nothing_or_a_whole_artifact(
     tmp_path: Path, expected: str, scenario: str, least: int
 ) -> None:

@@ -74,6 +74,7 @@ def test_runs_started_together_share_one_server(home: Path) -> None:
     assert (home / "prefect.db").exists()
 
 
+@pytest.mark.slow
 def test_a_standing_server_is_found_in_a_tenth_of_a_second_and_the_ui_knows_its_api(home: Path) -> None:
     ensure_server(home)
     durations = []
@@ -87,6 +88,7 @@ def test_a_standing_server_is_found_in_a_tenth_of_a_second_and_the_ui_knows_its_
     assert (status.url, status.healthy, status.configured) == (url, True, False)
 
 
+@pytest.mark.slow
 def test_a_flow_run_whose_process_was_killed_is_marked_crashed(home: Path) -> None:
     url = ensure_server(home)
     code = f"""
@@ -109,6 +111,7 @@ def test_a_flow_run_whose_process_was_killed_is_marked_crashed(home: Path) -> No
     assert mark_crashed() == 0
 
 
+@pytest.mark.slow
 def test_a_killed_server_is_started_again_at_its_address_with_its_database(home: Path) -> None:
     url = ensure_server(home)
     runs = get(f"{url}/flow_runs/{_flow_run(url)}")

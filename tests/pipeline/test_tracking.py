@@ -275,6 +275,7 @@ def test_ctrl_c_marks_the_run_killed(home: Path) -> None:
     assert run_of(home, "stopped").info.status == "KILLED"
 
 
+@pytest.mark.slow
 def test_an_unreachable_server_neither_raises_nor_delays_and_sync_sends_all_later(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

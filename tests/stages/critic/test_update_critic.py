@@ -212,7 +212,8 @@ def deepspeed(stage: int, **changes: Any) -> CriticConfig:
     return exact(training=exact().training.override({"engine": engine.model_dump()}), **changes)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
 def test_under_deepspeed_values_and_gradient_are_those_of_torch(store: Store, stage: int) -> None:
     critic, (outputs, advantages) = outspoken_critic(), tables()
     expected = [row["value"] for row in estimate_values(critic, outputs, exact()).rows()]

@@ -210,6 +210,7 @@ def test_two_k_are_no_curve(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ files
 
 
+@pytest.mark.slow
 def test_figures_are_png_and_svg_and_the_same_bytes_each_time(tmp_path: Path) -> None:
     result, places = experiment(tmp_path, curves(FIG5))
     first, second = (draw_figures(result, places, tmp_path / name) for name in ("first", "second"))

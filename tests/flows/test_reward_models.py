@@ -42,6 +42,7 @@ def models_of(run: Run) -> list[list[str]]:
     return [[part["artifact"] for part in record["arguments"]["models"]] for record in scored]
 
 
+@pytest.mark.slow
 def test_the_policy_of_an_iteration_learns_from_the_models_of_the_one_before(run: Run) -> None:
     trained = run.made("train_reward_model")
     assert len(trained) == 4  # two models, before the first iteration and after it; none after the last
@@ -49,10 +50,12 @@ def test_the_policy_of_an_iteration_learns_from_the_models_of_the_one_before(run
     assert run.given("train_reward_model", "model")[2:] == trained[:2]  # continued, not begun anew
 
 
+@pytest.mark.slow
 def test_labels_are_the_rules_on_outputs_of_the_policy_as_it_was(run: Run) -> None:
     assert run.given("label_outputs", "policy") == [run.supervised, run.made("update_policy")[0]]
 
 
+@pytest.mark.slow
 def test_replay_joins_a_tenth_of_history_from_the_second_training_on(run: Run) -> None:
     (mixed,) = run.of("mix_with_history")
     with use_store(run.store):
@@ -60,6 +63,7 @@ def test_replay_joins_a_tenth_of_history_from_the_second_training_on(run: Run) -
     assert rows - fresh == round(fresh / 9)  # 10 % of the mixture
 
 
+@pytest.mark.slow
 def test_rewards_are_the_models_and_the_rules_stay_beside_them(run: Run) -> None:
     with use_store(run.store):
         rewards = Rewards(run.given("estimate_advantages", "rewards")[0]).rows()
@@ -67,10 +71,12 @@ def test_rewards_are_the_models_and_the_rules_stay_beside_them(run: Run) -> None
     assert all(dict(row["components"])["rule"] in (0.0, 1.0) and row["step_rewards"] for row in rewards)
 
 
+@pytest.mark.slow
 def test_every_step_shows_how_far_the_models_can_be_trusted(run: Run) -> None:
     assert all({"rm/auc", "rm/pearson", "rm/step_accuracy"} <= run.points[step].keys() for step in (1, 2))
 
 
+@pytest.mark.slow
 def test_a_gauge_beyond_its_limit_stops_the_run_and_names_it(run: Run) -> None:
     with (
         use_store(run.store),
@@ -88,6 +94,7 @@ def test_two_models_of_one_kind_and_pairs_of_steps_are_refused() -> None:
         RewardModelPlan.parse({"models": [{"kind": "process"}], "training": {"objective": {"kind": "bradley_terry"}}})
 
 
+@pytest.mark.slow
 def test_after_each_iteration_the_models_are_held_against_the_old_and_the_new_policys_outputs(run: Run) -> None:
     measured = [
         {key.rpartition("/")[2] for key in run.points[step] if key.startswith("rm/held_out_accuracy/")}

@@ -137,6 +137,7 @@ def _flow_run(url: str) -> str:
         return str(json.loads(answer.read())[0]["id"])
 
 
+@pytest.mark.slow
 def test_stopping_ends_the_process_group_and_only_ours(home: Path) -> None:
     ensure_server(home)
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_a_model_is_imported_without_scikit_learn_which_can_still_be_imported_by_others() -> None:
     script = (
         "import stages, sys\n"

@@ -68,7 +68,7 @@ def test_three_updates_equal_those_of_torch(start: Checkpoint, stage: int) -> No
     ours.close()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_reloaded_run_continues_bit_for_bit(start: Checkpoint, stage: int, precision: str) -> None:
     _assert_continues(start, config(stage, precision=precision))

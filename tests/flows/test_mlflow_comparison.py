@@ -259,7 +259,7 @@ def test_the_run_of_the_experiment_has_its_figure(served: Served, browser: Brows
     listed = served.ask(f"api/2.0/mlflow/artifacts/list?run_id={run}&path=figures")["files"]
     picture = next(file["path"] for file in listed if file["path"].endswith(".png"))
     browser.open(served.page(f"experiments/{served.experiment}/runs/{run}/artifacts/{picture}"), Path(picture).name)
-    browser.until("[...document.querySelectorAll('img')].some(image => image.naturalWidth > 300)")
+    assert browser.until("[...document.querySelectorAll('img')].some(image => image.naturalWidth > 300)") is True
 
 
 def test_the_registry_page_shows_the_versions_and_the_alias_of_the_best_arm(served: Served, browser: Browser) -> None:

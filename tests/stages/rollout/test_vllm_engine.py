@@ -72,7 +72,7 @@ def _logprobs(policy: Checkpoint, prompt: Prompt, ids: list[int], temperature: f
     return logp[torch.arange(len(ids)), torch.tensor(ids)].numpy()
 
 
-def _check_outputs(policy: Checkpoint, groups: list[list[Output]], sampling: Sampling) -> None:
+def _assert_outputs(policy: Checkpoint, groups: list[list[Output]], sampling: Sampling) -> None:
     reasons = set()
     for prompt, group in zip(PROMPTS, groups, strict=True):
         assert len(group) == len(prompt.seeds)
@@ -95,13 +95,13 @@ def test_log_probabilities_are_those_of_transformers_at_the_temperature_and_outp
 ) -> None:
     policy = tiny_policy(3, spread=0.12)
     sampling = Sampling(temperature, 8, (7, 10))
-    _check_outputs(policy, _outputs(policy, sampling), sampling)
+    _assert_outputs(policy, _outputs(policy, sampling), sampling)
 
 
 def test_greedy_outputs_are_those_of_hf_with_log_probabilities_at_temperature_1() -> None:
     policy, sampling = tiny_policy(0), Sampling(0.0, 16, ())
     groups = _outputs(policy, sampling)
-    _check_outputs(policy, groups, sampling)
+    _assert_outputs(policy, groups, sampling)
     with generator_of(policy, RolloutConfig().backend) as hf:
         expected = hf.generate(PROMPTS, sampling)
     assert _ids(groups) == _ids(expected)
@@ -324,8 +324,8 @@ def test_a_server_gives_the_same_outputs_as_an_engine_with_the_log_probabilities
     with generator_of(policy, config) as generator:
         groups = generator.generate(PROMPTS, sampling)
         greedy = generator.generate(PROMPTS, Sampling(0.0, 10, ()))
-    _check_outputs(policy, groups, sampling)
-    _check_outputs(policy, greedy, Sampling(0.0, 10, ()))
+    _assert_outputs(policy, groups, sampling)
+    _assert_outputs(policy, greedy, Sampling(0.0, 10, ()))
     hf: Generator
     with generator_of(policy, RolloutConfig().backend) as hf:
         assert _ids(greedy) == _ids(hf.generate(PROMPTS, Sampling(0.0, 10, ())))

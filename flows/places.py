@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.store import Store
+
 __all__ = ["Places"]
 
 
@@ -25,6 +27,10 @@ class Places:
     def store(self) -> Path:
         """Objects and actions."""
         return self.root / "store"
+
+    def open_store(self) -> Store:
+        """The store, for reading and writing; opening it never fails."""
+        return Store(self.store)
 
     def payload(self, digest: str) -> Path:
         """Folder of an artifact, for people to look into; programs read through the store, which verifies."""

@@ -31,7 +31,7 @@ from flows.run_state import RunState
 from flows.summary import Summary, summarise, summary_markdown
 from pipeline.orchestration import Engine, use_engine
 from pipeline.progress import listen, report
-from pipeline.store import PrunedArtifactError, Store, StoreError, use_store
+from pipeline.store import PrunedArtifactError, StoreError, use_store
 from pipeline.tracking import Tracker, track
 from stages.models import Checkpoint
 from stages.rollout import require_backend
@@ -120,7 +120,7 @@ def _train(
     from flows.iterative_rl import iterative_rl
 
     with (
-        use_store(Store(places.store)),
+        use_store(places.open_store()),
         observing(observer),
         listen(registrar.take),
         orchestration(engine, places, warm=warm),
@@ -193,7 +193,7 @@ def _conclude(
 def _log_completions(ledger: Ledger, places: Places, tracker: Tracker) -> None:
     """Under one name in every run, so that MLflow's comparison shows the same questions side by side."""
     try:
-        rows = completion_rows(Store(places.store), ledger)
+        rows = completion_rows(places.open_store(), ledger)
     except PrunedArtifactError:
         return  # MLflow keeps the table that it was given when the outputs were there
     except StoreError as error:

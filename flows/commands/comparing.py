@@ -14,7 +14,7 @@ from flows.places import Places
 from flows.wording import duration
 from pipeline.config import ConfigError
 from pipeline.progress import listen
-from pipeline.store import Store, use_store
+from pipeline.store import use_store
 
 __all__ = ["diff", "replay"]
 
@@ -41,7 +41,7 @@ def diff(before: str, after: str, *, limit: Limit = 5, root: Root = None) -> Non
     """
     places, out = Places.under(root), console()
     runs = [find_run(places, what) for what in (before, after)]
-    with use_store(Store(places.store)) as store:
+    with use_store(places.open_store()) as store:
         if runs[0] and runs[1]:
             from flows.looking.run_diff import print_run_difference
 
@@ -98,7 +98,7 @@ def replay(
         raise ConfigError(f"--run: no run is named {run}; `cohort runs --root {places.root}` lists them")
     outcomes: list[dict[str, object]] = []
     with (
-        use_store(Store(places.store)) as store,
+        use_store(places.open_store()) as store,
         listen(lambda topic, values: outcomes.append({"topic": topic, **values})),
     ):
         history = history_of(places, store, record)

@@ -61,7 +61,7 @@ def export(
     if base is not None and not adapter:
         raise ConfigError("--base names the base of an adapter; export one with --adapter")
     places, out = Places.under(root), console()
-    with use_store(Store(places.store)) as store:
+    with use_store(places.open_store()) as store:
         origin = find_origin(places, store, what)
         if adapter:
             _export_adapter(store, origin.checkpoint, folder, base, force)

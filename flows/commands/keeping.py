@@ -52,19 +52,19 @@ def verify(*, repair: bool = False, root: Root = None) -> int:
         Folder of the store.
     """
     places, out = Places.under(root), console()
-    found = _check(Store(places.store))
+    found = _check(places.open_store())
     _report(found, out)
     if found.clean:
         return 0
     if not repair:
         out.print(f"[bold]cohort verify --repair{places.option()}[/] mends this; the next run that needs it does too")
         return 1
-    _quarantine(Store(places.store), found, out)
+    _quarantine(places.open_store(), found, out)
     for record in _affected(places, found):
         out.print(f"\nrunning {record.folder.name} again")
         choice = choose(str(record.folder / "config.yaml"))
         run_flow(choice, places, engine="inline", console=out, command=f"cohort run {record.folder / 'config.yaml'}")
-    after = _check(Store(places.store))
+    after = _check(places.open_store())
     out.print()
     _report(after, out)
     if after.missing:
@@ -93,7 +93,7 @@ def prune(
         Folder of the store.
     """
     places, out = Places.under(root), console()
-    store = Store(places.store)
+    store = places.open_store()
     if not digests and keep_last is None:
         raise ConfigError(
             "prune: name artifacts, or say how many checkpoints stay: --keep-last 5 (first with --dry-run)"
@@ -123,7 +123,7 @@ def forget(digest: str, *, root: Root = None) -> None:
     root
         Folder of the store.
     """
-    store = Store(Places.under(root).store)
+    store = Places.under(root).open_store()
     full = store.resolve(digest)
     count = store.forget(full)
     console().print(f"{full[:12]}: {count} call{'' if count == 1 else 's'} forgotten; the next run computes again")

@@ -74,7 +74,7 @@ def show(
     """
     places = Places.under(root)
     record = find_run(places, what)
-    with use_store(Store(places.store)) as store:
+    with use_store(places.open_store()) as store:
         if record is not None:
             _show_run(places, store, record, step=step, limit=limit, question=question)
             return
@@ -107,7 +107,7 @@ def explain(what: str | None = None, *, root: Root = None) -> None:
         Folder of the store.
     """
     places, out = Places.under(root), console()
-    store = Store(places.store)
+    store = places.open_store()
     calls = list(store.actions())
     chosen = _calls_of(places, store, calls, what)
     if not chosen:
@@ -144,7 +144,7 @@ def lineage(digest: str, *, mermaid: bool = False, depth: int = 4, root: Root = 
         Folder of the store.
     """
     places = Places.under(root)
-    store = Store(places.store)
+    store = places.open_store()
     ancestors = ancestry.ancestry(store, _digest(places, store, digest))
     print(ancestry.mermaid(ancestors) if mermaid else ancestry.tree(ancestors, depth=depth or None))
 

@@ -34,7 +34,7 @@ from flows.records import read_record, run_folder
 from flows.session import InterruptedRunError
 from pipeline.config import flatten
 from pipeline.lineage import explain
-from pipeline.store import Store, StoreError
+from pipeline.store import StoreError
 from pipeline.tracking import Tracker, track, tracked_models
 
 __all__ = [
@@ -79,7 +79,7 @@ def _changes(file: Path, config: IterativeRLConfig) -> dict[str, tuple[Any, Any]
 
 def reasons(places: Places, since: float) -> Iterator[str]:
     """Of every stage that was computed since then, its first call: what differs from the earlier call most like it."""
-    store = Store(places.store)
+    store = places.open_store()
     first: dict[str, dict[str, Any]] = {}
     for call in store.actions():
         if call["created"] >= since:

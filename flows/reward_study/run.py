@@ -17,7 +17,7 @@ from flows.reward_study.report import study_markdown
 from flows.run_state import RunState
 from flows.session import InterruptedRunError, orchestration, terminations_interrupt
 from pipeline.orchestration import Engine
-from pipeline.store import Store, canonical_json, sha256_of, use_store
+from pipeline.store import canonical_json, sha256_of, use_store
 from pipeline.tracking import Tracker, track
 
 __all__ = ["StudyRun", "report_file", "run_study"]
@@ -61,7 +61,7 @@ def run_study(
             track(
                 places.root, experiment=config.experiment, run_name=config.name, run_key=file.stem, config=parameters
             ) as tracker,
-            use_store(Store(places.store)),
+            use_store(places.open_store()),
             orchestration(engine, places, warm=not file.exists()),
         ):
             study = reward_model_study(config)

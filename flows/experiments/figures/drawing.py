@@ -17,7 +17,7 @@ from flows.experiments.figures.figure import Figure, Sketch
 from flows.experiments.figures.numbers import Study, read_study
 from flows.experiments.results import ExperimentResult
 from flows.places import Places
-from pipeline.store import Store, StoreError
+from pipeline.store import StoreError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -71,7 +71,7 @@ def _sketches(study: Study, places: Places) -> list[Sketch]:
         return []
     makers: tuple[Callable[[], Sketch | None], ...] = (
         lambda: sketch_curves(study),
-        lambda: sketch_candidates(study, Store(places.store)),
+        lambda: sketch_candidates(study, places.open_store()),
         lambda: sketch_bars(study),
         lambda: sketch_ageing(study),
     )

@@ -82,7 +82,7 @@ def side_by_side(result: ExperimentResult, places: Places) -> list[Comparison]:
     """Answers of every arm with one seed (`chosen_seed`) to held-out questions, and groups of the last step."""
     runs = {run.arm: run for run in _of(result, chosen_seed(result))}
     ledgers = {arm: run.ledger(places) for arm, run in runs.items() if run.status == "finished"}
-    store = Store(places.store)
+    store = places.open_store()
     return [_held_out(store, runs, ledgers), _learned_from(store, runs, ledgers)]
 
 

@@ -12,7 +12,7 @@ from flows.experiments.results import ExperimentResult
 from flows.ledger import Ledger
 from flows.places import Places
 from pipeline.lineage import Ancestor, ancestry, mermaid
-from pipeline.store import Store, StoreError
+from pipeline.store import StoreError
 
 __all__ = ["Descent", "Mark", "descent"]
 
@@ -61,7 +61,7 @@ class Descent:
 
 def descent(result: ExperimentResult, places: Places) -> Descent:
     """The ancestry of the final policy of every arm that finished with one seed (`chosen_seed`)."""
-    store, seed = Store(places.store), chosen_seed(result)
+    store, seed = places.open_store(), chosen_seed(result)
     found: dict[str, dict[str, Ancestor]] = {}
     ledgers: dict[str, Ledger] = {}
     notes = []

@@ -18,6 +18,7 @@ _LEFT_OUT: Final = re.compile(
             "policy/policy_loss",  # loss - beta * kl
             "policy/ratio_(mean|min)",  # 1 up to noise; the clipped share and the maximum say when not
             "policy/(outputs_computed|padding_share|trained_parameters)",
+            "sft/padding_share",
             "reward/status_(ok|wrong)",  # the mean of the component that read the answer, and what is left of 1
             "reward/status_truncated",  # rollout/truncated_rate
             "reward/status_(timeout|error)",  # parts of reward/faults

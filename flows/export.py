@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.looking.history import History, find_run, history_of
-from flows.model_card import model_card
+from flows.model_card import adapter_card, model_card
 from flows.places import Places
 from flows.records import RunRecord, read_artifacts, read_records
 from pipeline.config import ConfigError
@@ -16,7 +16,7 @@ from pipeline.store import Store
 from stages.models import Checkpoint, load_tokenizer
 from stages.plain_folder import PlainType, write_plain
 from stages.prompts import PromptConfig, PromptError, encode_prompt
-from stages.training.adapters import ADAPTER_SETTINGS, write_adapter
+from stages.training.adapters import ADAPTER_SETTINGS, adapter_base, write_adapter
 
 __all__ = ["Origin", "export_adapter", "export_checkpoint", "find_origin"]
 
@@ -89,8 +89,8 @@ def export_checkpoint(
     return sorted(target.iterdir())
 
 
-def export_adapter(store: Store, checkpoint: Checkpoint, folder: Path, *, base: str | None, force: bool) -> list[Path]:
-    """Write the adapter alone, in peft's format, and return its files: all of it is there, or nothing was touched.
+def export_adapter(store: Store, origin: Origin, folder: Path, *, base: str | None, force: bool) -> list[Path]:
+    """Write the adapter alone, in peft's format with a card, and return its files: all of it is there, or nothing was touched.
 
     Args:
         base: name or path of the base model for adapter_config.json; None: the base's digest.
@@ -101,7 +101,7 @@ def export_adapter(store: Store, checkpoint: Checkpoint, folder: Path, *, base: 
         ArtifactError: the checkpoint has no adapter.
         PrunedArtifactError: the payload is gone.
     """
-    target = folder.expanduser().resolve()
+    checkpoint, target = origin.checkpoint, folder.expanduser().resolve()
     _check_target(target, force=force, kind="adapter", marker=ADAPTER_SETTINGS)
     store.path(checkpoint.digest)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +109,10 @@ def export_adapter(store: Store, checkpoint: Checkpoint, folder: Path, *, base: 
     draft.mkdir()
     try:
         write_adapter(checkpoint, draft, base=base)
+        example = _example(checkpoint, origin.run.config.prompt) if origin.run else None
+        begun = adapter_base(checkpoint) or ""
+        card = adapter_card(store, checkpoint.digest, origin.run, origin.step, draft, base=begun, example=example)
+        (draft / "README.md").write_text(card, encoding="utf-8")
         _place(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ from pipeline.weights import stored_tensors
 from stages.data import QuestionFileConfig
 from stages.trusted_code import code_files
 
-__all__ = ["model_card"]
+__all__ = ["adapter_card", "model_card"]
 
 _AUTO: Final = {
     "ForTokenClassification": "AutoModelForTokenClassification",
@@ -59,10 +60,9 @@ def model_card(
         folder: the exported files.
         example: a prompt as the model was trained on; None: unknown.
     """
-    calls = {ancestor.stage: ancestor.key for ancestor in reversed(ancestry(store, digest).values()) if ancestor.stage}
-    hub = _arguments(store, calls.get("fetch_checkpoint"))
+    hub = _arguments(store, _fetched(store, digest))
     parts = [
-        _header(run, hub),
+        _header(run, "transformers", hub.get("repository")),
         f"# {run.record.name if run else digest[:12]}",
         _what_it_is(digest, run, step, folder, dtype),
         *_how_it_was_made(store, digest, run, step, hub),
@@ -70,6 +70,37 @@ def model_card(
         _how_to_load(folder, example),
         _LICENSE,
     ]
+    return _joined(parts)
+
+
+def adapter_card(
+    store: Store, digest: str, run: History | None, step: int | None, folder: Path, *, base: str, example: str | None
+) -> str:
+    """README.md of an exported adapter.
+
+    Args:
+        run, step, example: as `model_card`.
+        folder: the exported files. Where their base_model_name_or_path is not `base`, somebody has named the base model.
+        base: digest of the checkpoint on which the adapter was begun.
+    """
+    key = _fetched(store, digest)
+    hub, settings = _arguments(store, key), json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    named = settings["base_model_name_or_path"]
+    if named == base:
+        named = hub["repository"] if key and store.action(key)["result"] == base else None
+    parts = [
+        _header(run, "peft", named, "lora"),
+        f"# {run.record.name if run else digest[:12]}, adapter",
+        _table(("", ""), {**_adapter_rows(digest, base, folder, settings), **_run_row(run, step)}.items()),
+        *_how_it_was_made(store, digest, run, step, hub),
+        *_evaluated(run, step),
+        _how_to_add(named, base, example),
+        _LICENSE,
+    ]
+    return _joined(parts)
+
+
+def _joined(parts: Iterable[str]) -> str:
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
@@ -79,12 +110,12 @@ Not stated: Cohort knows neither the license of the base model nor those of the 
 folder, look them up, choose a license that they permit, and write it into the header above (`license: ...`) and here."""
 
 
-def _header(run: History | None, hub: Mapping[str, Any]) -> str:
-    values: dict[str, Any] = {"library_name": "transformers", "tags": ["cohort"]}
+def _header(run: History | None, library: str, base: str | None, *tags: str) -> str:
+    values: dict[str, Any] = {"library_name": library, "tags": ["cohort", *tags]}
     if run is not None:
         values["tags"] += ["reinforcement-learning", run.config.update.objective.kind]
-    if hub:
-        values["base_model"] = hub["repository"]
+    if base:
+        values["base_model"] = base
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}# license: fill in before you publish\n---"
 
 
@@ -97,11 +128,30 @@ def _what_it_is(digest: str, run: History | None, step: int | None, folder: Path
         "architecture": f"{architecture}, {sum(tensor.size for tensor in tensors.values()):,} parameters",
         "weights": f"{dtype}; trained as float32 masters",
     }
-    if run is not None:
-        total = run.config.iterations * run.config.steps
-        place = "made before the first step, or beside the steps" if step is None else f"after step {step} of {total}"
-        rows["run"] = f"`{run.record.folder.name}`, {place}, started on {_date(run.record.attempts[0].started)}"
-    return _table(("", ""), rows.items())
+    return _table(("", ""), {**rows, **_run_row(run, step)}.items())
+
+
+def _run_row(run: History | None, step: int | None) -> dict[str, str]:
+    if run is None:
+        return {}
+    total = run.config.iterations * run.config.steps
+    place = "made before the first step, or beside the steps" if step is None else f"after step {step} of {total}"
+    return {"run": f"`{run.record.folder.name}`, {place}, started on {_date(run.record.attempts[0].started)}"}
+
+
+def _adapter_rows(digest: str, base: str, folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", framework="numpy") as factors:
+        values = sum(math.prod(factors.get_slice(name).get_shape()) for name in factors.keys())  # noqa: SIM118 - no mapping
+    root = "sqrt(r)" if settings["use_rslora"] else "r"
+    modules = ", ".join(f"`{name}`" for name in settings["target_modules"])
+    return {
+        "adapter of the checkpoint": f"`{digest}`",
+        "begun on the checkpoint": f"`{base}`",
+        "kind": f"LoRA, r = {settings['r']}, scale {settings['lora_alpha']:g} / {root}, {values:,} parameters in float32",
+        "of the matrices": modules,
+    }
 
 
 def _how_it_was_made(
@@ -207,8 +257,31 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
 ```{warning}{prompt}"""
 
 
+def _how_to_add(named: str | None, base: str, example: str | None) -> str:
+    made = "" if named else f" Its base is a checkpoint of Cohort's: `cohort export {base[:12]} BASE --dtype float32`."
+    prompt = f"\n\nPrompts as in training:\n\n```text\n{example}\n```" if example else ""
+    return f"""## How to load it
+
+The folder has the adapter alone; the tokenizer is its base's.{made}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{named or "BASE"}")
+model = PeftModel.from_pretrained(base, "FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("{named or "BASE"}")
+```{prompt}"""
+
+
 def _date(seconds: float) -> str:
     return time.strftime("%Y-%m-%d", time.localtime(seconds))
+
+
+def _fetched(store: Store, digest: str) -> str | None:
+    """Key of the call that fetched a model from the hub for what came to be the checkpoint; None where none did."""
+    calls = {ancestor.stage: ancestor.key for ancestor in reversed(ancestry(store, digest).values()) if ancestor.stage}
+    return calls.get("fetch_checkpoint")
 
 
 def _arguments(store: Store, key: str | None) -> Mapping[str, Any]:

@@ -15,16 +15,18 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Final
 
 from pipeline import worker
+from pipeline.meeting import meet
 from pipeline.progress import Listener, report
 
 __all__ = ["Group", "RefusedError", "WorkerError", "free_port"]
@@ -70,6 +72,8 @@ class Group:
         environments: Sequence[Mapping[str, str]],
         logs: Path,
         deadline: float,
+        address: str = "127.0.0.1",
+        starts: Sequence[str | None] | None = None,
     ) -> None:
         """Start the processes and wait until each has made its handler.
 
@@ -80,24 +84,30 @@ class Group:
             environments: the whole environment of each process; as many processes as there are of these.
             logs: folder for what they print, `<name>-<rank>.log`, overwritten.
             deadline: seconds until all must be ready.
+            address: what the launcher listens on while they connect; one of this host's, and of no other unless they are there.
+            starts: of each process, the command that runs `{command}` on its host (`ssh node2 {command}`); None: a child of
+                this process. Interpreter and files have the same paths on all hosts.
 
         Raises:
             WorkerError: one died, failed or was not ready in time; none is left.
         """
         self.name = name
+        self.failed = False
+        """Whether a process failed, so that somebody may want to read the logs; Ctrl-C is no failure."""
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = [logs / f"{name}-{rank}.log" for rank in range(len(environments))]
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
         self._hear: Listener = _report
         atexit.register(self.close)
-        with self._or_nothing(always=True), socket.create_server(("127.0.0.1", 0)) as server:
+        with self._or_nothing(always=True), socket.create_server((address, 0)) as server:
             key = secrets.token_bytes(32)
             host, port = server.getsockname()
             command = [str(python), "-P", worker.__file__, str(handler)]
             for rank, surroundings in enumerate(environments):
                 told = {worker.ADDRESS: f"{host}:{port}", worker.KEY: key.hex(), worker.RANK: str(rank)}
-                self._processes.append(_started(command, {**surroundings, **told}, self._logs[rank]))
+                start = None if starts is None else starts[rank]
+                self._processes.append(_started(command, {**surroundings, **told}, self._logs[rank], start))
             end = time.monotonic() + deadline
             self._connections = self._accept(server, key, end, deadline)
             self._replies(end, deadline)
@@ -157,6 +167,7 @@ class Group:
         except BaseException as error:
             if always or len(self._processes) > 1 or not isinstance(error, RefusedError):
                 self._kill()
+                self.failed = isinstance(error, WorkerError)
             raise
 
     def _kill(self) -> None:
@@ -170,18 +181,7 @@ class Group:
 
     def _accept(self, server: socket.socket, key: bytes, end: float, deadline: float) -> list[Connection]:
         """One connection per process, by rank."""
-        server.settimeout(_TICK)
-        found: dict[int, Connection] = {}
-        while len(found) < len(self._processes):
-            self._look(end, [rank for rank in range(len(self._processes)) if rank not in found], deadline)
-            with contextlib.suppress(TimeoutError):
-                accepted, _ = server.accept()
-                accepted.setblocking(True)
-                connection = Connection(accepted.detach())
-                deliver_challenge(connection, key)
-                answer_challenge(connection, key)
-                found[json.loads(connection.recv_bytes())["rank"]] = connection
-        return [found[rank] for rank in sorted(found)]
+        return meet(server, key, len(self._processes), lambda missing: self._look(end, missing, deadline))
 
     def _replies(self, end: float, deadline: float, *, renewed: bool = False) -> list[Any]:
         replies: dict[int, Any] = {}
@@ -268,13 +268,23 @@ def free_port() -> int:
         return port
 
 
-def _started(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+def _started(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, start: str | None
+) -> subprocess.Popen[bytes]:
+    """The process, or what runs it on another host and ends with it."""
+    if start is not None:
+        there = shlex.join([*command, worker.ELSEWHERE])
+        command = [part.replace("{command}", there) for part in shlex.split(start)]
     with log.open("wb") as output:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
+            env=dict(environment) if start is None else None,
+            stdin=subprocess.DEVNULL if start is None else subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError), process.stdin as given:  # it is dead: `_look` says so
+            given.write(json.dumps(dict(environment)).encode() + b"\n")
+    return process

@@ -10,12 +10,14 @@ A process whose launcher is gone, however it ended, ends as well, with everythin
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib.util
 import json
 import os
 import queue
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -30,6 +32,8 @@ KEY = "COHORT_LAUNCHER_KEY"
 """Variable with the secret, in hexadecimal digits, that both sides prove to know."""
 RANK = "COHORT_LAUNCHER_RANK"
 """Variable with this process's number in its group."""
+ELSEWHERE = "-"
+"""Last argument of a process on another host than its launcher's: its environment comes by standard input."""
 GRACE = 5.0
 """Seconds that a process has to end by itself once its launcher has hung up."""
 
@@ -69,11 +73,21 @@ def _attempt(say: Callable[..., None], work: Callable[[], Any]) -> Any:
 def _connect() -> Connection:
     host, port = os.environ.pop(ADDRESS).rsplit(":", 1)
     key = bytes.fromhex(os.environ.pop(KEY))
-    connection = Connection(socket.create_connection((host, int(port))).detach())
+    launcher = socket.create_connection((host, int(port)))
+    keep_alive(launcher)
+    connection = Connection(launcher.detach())
     answer_challenge(connection, key)
     deliver_challenge(connection, key)
     connection.send_bytes(json.dumps({"rank": int(os.environ[RANK])}).encode())
     return connection
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """Let the system ask a silent peer whether it is there, so that a host that is gone ends the connection in two minutes."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, seconds in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 20), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)
 
 
 def _receive(
@@ -107,5 +121,25 @@ def _load(file: str) -> Callable[[], Handler]:
     return maker
 
 
+def _stand_in() -> int:
+    """On another host do what the launcher does on its own: start the process in a session, and kill what it leaves behind.
+
+    Its environment comes by standard input, so that no list of processes shows the secret in it. Returns its exit code.
+    """
+    told = json.loads(sys.stdin.readline())
+    process = subprocess.Popen(
+        [sys.executable, "-P", *sys.argv[:2]],
+        env={**os.environ, **told},
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    code = process.wait()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return code if code >= 0 else 128 - code
+
+
 if __name__ == "__main__":
+    if sys.argv[2:] == [ELSEWHERE]:
+        sys.exit(_stand_in())
     main(sys.argv[1])

@@ -9,7 +9,7 @@ from typing import Final
 
 from pipeline.artifact import ArtifactError
 from stages.faithful_tokenizers import settle_tokenizer
-from stages.trusted_code import RECORD, copy_code, require_known, trust_code
+from stages.trusted_code import RECORD, code_files, is_trusted, require_known, trust_code
 
 __all__ = [
     "OPTIMIZER",
@@ -19,6 +19,7 @@ __all__ = [
     "copy_description",
     "copy_model",
     "model_files",
+    "read_description",
     "weight_files",
 ]
 
@@ -28,8 +29,8 @@ OPTIMIZER: Final = "optimizer.safetensors"
 TRAINER: Final = "trainer_state.json"
 _TRAINED: Final = (OPTIMIZER, TRAINER, "sft_curve.json")
 """Files that belong to one state of the weights and do not follow to the next."""
-_SEAL: Final = "manifest.json"
-"""The store's own file in a checkpoint: a checkpoint of one store may be imported into another."""
+_SEAL: Final = ("manifest.json", "pruned.json")
+"""The store's own files in a checkpoint: a checkpoint of one store may be imported into another."""
 _DESCRIPTION_SUFFIXES: Final = (".json", ".txt", ".model", ".jinja")
 _PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -42,7 +43,7 @@ def model_files(folder: Path) -> list[Path]:
         raise ArtifactError(f"{folder}: missing config.json")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ArtifactError(f"{folder}: missing tokenizer.json")
-    left = (*_TRAINED, _SEAL, RECORD)
+    left = (*_TRAINED, *_SEAL, RECORD)
     described = [f for f in folder.iterdir() if f.suffix in _DESCRIPTION_SUFFIXES and f.name not in left]
     return sorted({*described, *weight_files(folder)})
 
@@ -89,10 +90,16 @@ def copy_model(source: Path, target: Path, *, pin: str | None, setting: str, nam
     settle_tokenizer(target)
 
 
+def read_description(folder: Path) -> dict[str, bytes]:
+    """What describes a model and does not change with training, by file name: configuration, tokenizer, trusted code."""
+    skipped = {*_TRAINED, WEIGHT_INDEX, *_SEAL, RECORD}
+    files = [f for f in folder.iterdir() if f.suffix in _DESCRIPTION_SUFFIXES and f.name not in skipped]
+    if is_trusted(folder):
+        files += [*code_files(folder), folder / RECORD]
+    return {file.name: file.read_bytes() for file in sorted(files)}
+
+
 def copy_description(source: Path, target: Path) -> None:
-    """Copy what describes a model and does not change with training: configuration, tokenizer, trusted code."""
-    skipped = {*_TRAINED, WEIGHT_INDEX, _SEAL, RECORD}
-    for file in sorted(source.iterdir()):
-        if file.suffix in _DESCRIPTION_SUFFIXES and file.name not in skipped:
-            shutil.copyfile(file, target / file.name)  # without the read-only mode of the store
-    copy_code(source, target)
+    """Copy what describes a model to another state of its weights."""
+    for name, content in read_description(source).items():
+        (target / name).write_bytes(content)  # without the read-only mode of the store

@@ -16,7 +16,7 @@ from typing import Any, Final
 from pipeline.artifact import ArtifactError
 from pipeline.sealing import measure
 
-__all__ = ["RECORD", "code_digest", "code_files", "copy_code", "is_trusted", "require_known", "trust_code"]
+__all__ = ["RECORD", "code_digest", "code_files", "is_trusted", "require_known", "trust_code"]
 
 RECORD: Final = "trusted_code.json"
 _NAMED: Final = 5
@@ -75,13 +75,6 @@ def is_trusted(folder: Path) -> bool:
             f"{folder}: {', '.join(names[:_NAMED])}: not the code that {RECORD} names; import the model again"
         )
     return True
-
-
-def copy_code(source: Path, target: Path) -> None:
-    """Hand trusted code on to the next state of the same model, with its record."""
-    if is_trusted(source):
-        for file in [*code_files(source), source / RECORD]:
-            shutil.copyfile(file, target / file.name)
 
 
 def require_known(folder: Path, *, setting: str, name: str) -> None:

@@ -15,7 +15,7 @@ from pipeline.config import ConfigError
 from pipeline.store import Store, use_store
 
 if TYPE_CHECKING:
-    from stages.models import Checkpoint
+    from flows.export import Origin
 
 __all__ = ["export"]
 
@@ -64,7 +64,7 @@ def export(
     with use_store(places.open_store()) as store:
         origin = find_origin(places, store, what)
         if adapter:
-            _export_adapter(store, origin.checkpoint, folder, base, force)
+            _export_adapter(store, origin, folder, base, force)
             return
         files = export_checkpoint(store, origin, folder, dtype=dtype, shard_bytes=int(shard_gb * _GB), force=force)
     for file in files:
@@ -73,13 +73,15 @@ def export(
     out.print("the license in README.md is for you to fill in before you publish it", style="dim")
 
 
-def _export_adapter(store: Store, checkpoint: Checkpoint, folder: Path, base: str | None, force: bool) -> None:
+def _export_adapter(store: Store, origin: Origin, folder: Path, base: str | None, force: bool) -> None:
     from flows.export import export_adapter
     from stages.training.adapters import adapter_base
 
-    files, out = export_adapter(store, checkpoint, folder, base=base, force=force), console()
+    checkpoint = origin.checkpoint
+    files, out = export_adapter(store, origin, folder, base=base, force=force), console()
     for file in files:
         out.print(f"{size(file.stat().st_size):>9}  {file.name}", highlight=False)
     out.print(f"\nexported the adapter of {checkpoint.digest[:12]} to [cyan]{files[0].parent}[/]", soft_wrap=True)
     begun = str(adapter_base(checkpoint))[:12]
     out.print(f"it belongs on {begun}: `cohort export {begun} FOLDER --dtype float32`", style="dim", soft_wrap=True)
+    out.print("the license in README.md is for you to fill in before you publish it", style="dim")

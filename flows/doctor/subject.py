@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flows.places import Places
 from pipeline.config import flatten
@@ -33,7 +33,7 @@ class Subject:
     vllm_servers: tuple[str, ...] = ()
     """Addresses of running `vllm serve` that the configuration names."""
     ranks: int = 1
-    """Ranks that the configuration trains on."""
+    """Ranks that the configuration trains on here."""
 
 
 def subject_of(
@@ -55,8 +55,14 @@ def subject_of(
         vllm=bool(engines or vllm_python),
         vllm_python=vllm_python or next((engine.python for engine in engines if engine.python), None),
         vllm_servers=tuple({backend.url: None for backend in backends if isinstance(backend, VLLMServerConfig)}),
-        ranks=max([value for key, value in settings.items() if key.endswith("training.engine.ranks")], default=1),
+        ranks=max([_ranks_here(settings, key) for key in settings if key.endswith("training.engine.ranks")], default=1),
     )
+
+
+def _ranks_here(settings: Mapping[str, Any], key: str) -> int:
+    """Of the ranks that a training has, those on this host, which is the first."""
+    hosts = settings.get(f"{key.removesuffix('ranks')}hosts")
+    return int(hosts[0]["ranks"] if hosts else settings[key])
 
 
 def _backends(config: IterativeRLConfig | None) -> Iterator[object]:

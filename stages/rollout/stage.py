@@ -16,6 +16,7 @@ from stages.decoding import decode_outputs
 from stages.models import Checkpoint, architecture_of, load_model, load_tokenizer, load_weights
 from stages.prompts import PromptConfig, encode_prompt
 from stages.rollout.config import BackendConfig, HFBackendConfig, RolloutConfig, VLLMBackendConfig, VLLMServerConfig
+from stages.rollout.slots import HF, make_room
 from stages.tables import Questions, Rollouts
 
 if TYPE_CHECKING:
@@ -158,7 +159,8 @@ def resident_model(policy: Checkpoint, backend: HFBackendConfig) -> PreTrainedMo
     def make() -> _Resident:
         return _Resident(load_model(policy, dtype=dtype, attention=attention).to(device), policy.digest)
 
-    kept = resident("rollout", (architecture_of(policy), dtype, attention, device), make)
+    make_room(HF, device)
+    kept = resident(HF, (architecture_of(policy), dtype, attention, device), make)
     if kept.holds != policy.digest:
         kept.holds = None
         load_weights(kept.model, policy)

@@ -25,6 +25,7 @@ from stages.models import Checkpoint, architecture_of
 from stages.rollout.config import VLLMBackendConfig
 from stages.rollout.generator import Output, Progress, Prompt, Sampling, check_window
 from stages.rollout.probe import SAMPLED, Answer, StaleWeightsError, check_answer, probe_ids, vocabulary_and_window
+from stages.rollout.slots import VLLM, make_room
 from stages.rollout.vllm_environment import environment_of, require_vllm
 from stages.trusted_code import is_trusted
 
@@ -36,8 +37,6 @@ __all__ = ["VLLMGenerator", "vllm_generator"]
 _HANDLER: Final = Path(__file__).with_name("vllm_worker.py")
 _PROBE_TEMPERATURE: Final = 0.7
 """Not 1: there `raw_logprobs` and `processed_logprobs` are the same."""
-
-
 _STEP_TOKENS: Final = 4096
 """Tokens that a step computes on a CPU, at most; vLLM's own default there. A longer window raises it."""
 
@@ -53,24 +52,25 @@ def vllm_generator(policy: Checkpoint, backend: VLLMBackendConfig) -> Iterator[V
     """
     from stages.training.hardware import training_device
 
-    architecture = architecture_of(policy)
-    engine = resident("rollout", ("vllm", architecture, backend), lambda: Engine(backend))
+    device, key = training_device(), (architecture_of(policy), backend)
+    make_room(VLLM, device)
+    engine = resident(VLLM, key, lambda: Engine(backend))
     if not engine.alive:
-        evict("rollout")
-        engine = resident("rollout", ("vllm", architecture, backend), lambda: Engine(backend))
+        evict(VLLM)
+        engine = resident(VLLM, key, lambda: Engine(backend))
     afterwards = backend.between_calls
     if afterwards == "auto":
-        afterwards = "kill" if training_device() == "cuda" else "warm"
+        afterwards = "kill" if device == "cuda" else "warm"
     try:
         engine.hold(policy)
         yield VLLMGenerator(engine, policy)
         if afterwards == "sleep":
             engine.sleep()
     except BaseException:
-        evict("rollout")  # whatever it was doing, it shall not be found in the middle of it
+        evict(VLLM)  # whatever it was doing, it shall not be found in the middle of it
         raise
     if afterwards == "kill":
-        evict("rollout")
+        evict(VLLM)
 
 
 class VLLMGenerator:
@@ -210,11 +210,10 @@ class Engine:
         return reply
 
     def close(self) -> None:
-        """End the process, which is the only sure way to have its memory back. Its log stays where it did not end well."""
+        """End the process, which is the only sure way to have its memory back. Its log stays where it failed."""
         atexit.unregister(self.close)
-        well = self._group.alive
         self._group.close()
-        if well:
+        if not self._group.failed:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     @property

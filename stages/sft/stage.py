@@ -60,6 +60,7 @@ def supervised_finetuning(
             "sft/steps": len(curve.losses),
             "sft/reached_stop_loss": curve.ended_by == "stop_loss",
             "sft/skipped_steps": engine.skipped,
+            "sft/padding_share": 1 - curve.tokens / curve.places,
             "sft/trained_parameters": trained_values(engine.model),
             "sft/seconds": seconds,
             "sft/tokens_per_s": curve.tokens / seconds,
@@ -73,7 +74,7 @@ class Curve:
 
     def __init__(self, smoothing: float) -> None:
         self.losses: list[float] = []
-        self.tokens = 0
+        self.tokens = self.places = 0
         self.ended_by: Literal["stop_loss", "max_steps"] = "max_steps"
         self._smoothing = smoothing
         self._mean = self._weight = 0.0
@@ -83,10 +84,11 @@ class Curve:
         """Exponential mean of the losses; infinite before the first."""
         return self._mean / self._weight if self._weight else float("inf")
 
-    def add(self, loss: float, tokens: int) -> None:
-        """Take in one batch: its loss and its tokens, prompts included."""
+    def add(self, loss: float, tokens: int, places: int) -> None:
+        """Take in one batch: its loss, its tokens with prompts, and these with their padding."""
         self.losses.append(loss)
         self.tokens += tokens
+        self.places += places
         self._mean = self._smoothing * self._mean + (1 - self._smoothing) * loss
         self._weight = self._smoothing * self._weight + (1 - self._smoothing)
 
@@ -148,7 +150,8 @@ def _update(engine: Engine, rows: list[Row], config: SFTConfig, curve: Curve, *,
         losses.append(loss.detach())
     step = engine.step(factor=factor)
     tokens = sum(len(row.prompt_ids) + len(row.output_ids) for row in rows)
-    curve.add(engine.total(sum(loss.item() for loss in losses)), tokens)
+    places = sum(batch.attention_mask_BT.numel() for batch in batches)
+    curve.add(engine.total(sum(loss.item() for loss in losses)), tokens, places)
     return step
 
 

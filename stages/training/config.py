@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    IPvAnyAddress,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from pipeline.config import UNKEYED, Config
 
 __all__ = [
     "AdamWConfig",
     "DeepSpeedEngineConfig",
+    "HostConfig",
     "LoRAConfig",
     "MuonConfig",
     "TorchEngineConfig",
@@ -24,6 +33,17 @@ class TorchEngineConfig(Config):
     kind: Literal["torch"] = "torch"
 
 
+class HostConfig(Config):
+    """One of several hosts that train together."""
+
+    address: IPvAnyAddress
+    """What the others reach it by, on the network that gradients travel: an IP address of the host."""
+    ranks: PositiveInt
+    """How many of the ranks it has."""
+    start: str | None = Field(None, pattern=r"\{command\}")
+    """What runs `{command}` there: `ssh node2 {command}`. Null for the first host, which is the flow's."""
+
+
 class DeepSpeedEngineConfig(Config):
     """DeepSpeed, its optimizer state (stage 1), gradients (2) and parameters (3) partitioned over the ranks."""
 
@@ -31,9 +51,11 @@ class DeepSpeedEngineConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO stage; 0 replicates everything."""
     ranks: PositiveInt = 1
-    """Processes on this host that share every batch, one a CUDA device; 1 trains in the flow's own process. Micro-batches are
-    dealt out whole: give a batch at least as many as there are ranks (`micro_batch_tokens`). They change the order of sums, and
-    so the last bits."""
+    """Processes that share every batch, one a CUDA device, on this host unless `hosts` names others; 1 trains in the flow's own
+    process. Micro-batches are dealt out whole: give a batch at least as many as there are ranks (`micro_batch_tokens`). They
+    change the order of sums, and so the last bits."""
+    hosts: Annotated[tuple[HostConfig, ...], UNKEYED] = ()
+    """Where the ranks are, in their order; none: all are here. Interpreter, sources and store have one path on all hosts."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """What lives in host memory instead of the device's: the optimizer's state with its step (ZeRO 1-3), or the parameters
     between their uses as well (ZeRO 3)."""
@@ -46,6 +68,23 @@ class DeepSpeedEngineConfig(Config):
         least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         if self.zero_stage < least:
             raise ValueError(f"offload {self.offload} needs zero_stage {least} or above, found {self.zero_stage}")
+        return self
+
+    @model_validator(mode="after")
+    def _hosts_have_the_ranks(self) -> Self:
+        if not self.hosts:
+            return self
+        if sum(host.ranks for host in self.hosts) != self.ranks:
+            there = " + ".join(str(host.ranks) for host in self.hosts)
+            raise ValueError(f"hosts: expected ranks that add up to {self.ranks} (ranks), found {there}")
+        if any(host.address.is_unspecified for host in self.hosts):
+            raise ValueError(
+                "hosts: expected the address of one network, found one that stands for all (0.0.0.0 or ::)"
+            )
+        if [host.start is None for host in self.hosts] != [True] + [False] * (len(self.hosts) - 1):
+            raise ValueError(
+                "hosts: the first is the flow's own and has no start; all others need one, such as 'ssh node2 {command}'"
+            )
         return self
 
     def key(self) -> dict[str, Any]:

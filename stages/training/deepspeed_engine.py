@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.model_folders import read_description
 from stages.models import Checkpoint, model_weights
 from stages.training.activations import checkpoint_activations
 from stages.training.adapters import load_trainable
@@ -97,7 +98,7 @@ class DeepSpeedEngine:
             if self._adapter is not None and self._stage == 3:
                 model.enable_input_require_grads()  # a reentrant layer has no gradient inside where its input has none
         self._names = {id(tensor): name for name, tensor in model.named_parameters()}
-        self._description = checkpoint.path
+        self._description = read_description(checkpoint.path)
         self.model = self._initialize(model)
         self._updates, self.skipped = state.updates, state.skipped
         self._restore(state)
@@ -251,7 +252,9 @@ class DeepSpeedEngine:
             name = self._names[id(parameter)]
             state[f"{name}/step"] = torch.tensor(float(self._updates))
             for slot in ("exp_avg", "exp_avg_sq"):
-                state[f"{name}/{slot}"] = safe_get_full_optimizer_state(parameter, slot)
+                whole = safe_get_full_optimizer_state(parameter, slot)
+                if self.rank == 0:  # which writes; a device holds one parameter's at a time
+                    state[f"{name}/{slot}"] = whole.cpu()
         return state
 
     def _weights(self) -> dict[str, Tensor]:
@@ -263,7 +266,9 @@ class DeepSpeedEngine:
         for parameter in self.model.module.parameters():
             name = self._names[id(parameter)]
             # What is not trained is no part of the optimizer, which holds the masters of the rest.
-            weights[name] = safe_get_full_fp32_param(parameter) if parameter.requires_grad else _gathered(parameter)
+            whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else _gathered(parameter)
+            if self.rank == 0:
+                weights[name] = whole.cpu()
         return weights
 
 

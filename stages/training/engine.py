@@ -19,7 +19,7 @@ from pipeline.residency import resident
 from stages.models import Checkpoint, architecture_of
 from stages.training.config import DeepSpeedEngineConfig, TorchEngineConfig, TrainingConfig
 
-__all__ = ["Engine", "StepReport", "publish", "resident_engine"]
+__all__ = ["Engine", "StepReport", "largest", "publish", "resident_engine"]
 
 
 class StepReport(NamedTuple):
@@ -122,6 +122,11 @@ def publish(engine: Engine, *, optimizer: bool = True, files: Mapping[str, str] 
     # Without its optimizer state the checkpoint is less than the engine: the next stage call must start from the artifact.
     engine.holds = checkpoint.digest if optimizer else None
     return checkpoint
+
+
+def largest(engine: Engine, value: float) -> float:
+    """The largest of the ranks' values, by sums alone: in each of as many rounds as there are ranks, one rank says its own."""
+    return max(engine.total(value if rank == engine.rank else 0.0) for rank in range(engine.world_size))
 
 
 def _digest_of_rank_zero(digest: str, device: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.remote import perform
+from stages.training.hosts import meet_by_address
 from stages.training.ranks import RENDEZVOUS, body_called
 
 
@@ -17,6 +18,7 @@ def make_handler() -> Callable[[dict[str, Any], Callable[[str, dict[str, Any]], 
 
     from stages.training.hardware import training_device
 
+    meet_by_address()
     rank = int(os.environ["RANK"])
     torch.distributed.init_process_group(
         "nccl" if training_device() == "cuda" else "gloo",

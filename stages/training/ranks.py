@@ -4,20 +4,22 @@ The flow's process asks the cache, holds the lock and records the call; the body
 lockstep, and rank 0 says what came of it. A group that failed is gone: the next call starts another, and its engines load what
 they need from artifacts.
 
-One host. Each rank is a process in a session of its own, so that its exit code is known and a kill reaches what it started;
-the workers of torchrun have sessions too, but are its children, and a killed torchrun leaves them behind. The rendezvous is a
-file: there is no port that could be taken, or that others could reach.
+Each rank is a process in a session of its own, so that its exit code is known and a kill reaches what it started; the workers
+of torchrun have sessions too, but are its children, and a killed torchrun leaves them behind. The rendezvous is a file: there
+is no port that could be taken, or that others could reach.
+
+Several hosts (`hosts.py`) are told apart by how a rank is started; the file then lies beside the store, which all hosts see.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
 import importlib
 import inspect
 import os
 import re
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -29,8 +31,9 @@ from pipeline.config import ConfigError
 from pipeline.launch import Group, RefusedError, WorkerError
 from pipeline.remote import accept, order_of
 from pipeline.residency import evict, resident
-from pipeline.store import DamagedArtifactError, MissingArtifactError, PrunedArtifactError, StoreError
+from pipeline.store import DamagedArtifactError, MissingArtifactError, PrunedArtifactError, StoreError, current_store
 from stages.training.config import DeepSpeedEngineConfig
+from stages.training.hosts import environments_of, interface_of, starts_of
 
 __all__ = ["RANK_VARIABLES", "RENDEZVOUS", "body_called", "environments", "on_ranks"]
 
@@ -52,6 +55,7 @@ RANK_VARIABLES: Final = (
 """Prefixes of variables by which a surrounding launcher would make a process a rank of something else."""
 RENDEZVOUS: Final = "COHORT_RENDEZVOUS"
 """Variable with the file through which the ranks find one another."""
+LOOPBACK: Final = "127.0.0.1"
 _SLOT: Final = "ranks"
 _SAME: Final[dict[str, type[Exception]]] = {
     kind.__name__: kind
@@ -106,30 +110,50 @@ def body_called(name: str) -> Callable[..., Artifact]:
 class Ranks:
     """The group as a resident of the flow's process, with its folder of logs."""
 
-    def __init__(self, count: int, deadline: float) -> None:
+    def __init__(self, engine: DeepSpeedEngineConfig) -> None:
         from stages.training.hardware import training_device
 
         for slot in ("trainer", "reference", "reward_trainer", "critic"):
             evict(slot)  # models that this process trained, on one rank, would stay in memory beside those of the ranks
         cuda = training_device() == "cuda"
-        given = environments(count, devices=_visible_devices() if cuda else None)
+        if engine.hosts:
+            shared = _shared(engine.ranks, engine.hosts[0].ranks, cuda=cuda)
+            given = environments_of(engine.hosts, shared, _inherited(), cuda=cuda)
+        else:
+            given = environments(engine.ranks, devices=_visible_devices() if cuda else None)
         self._folder = Path(tempfile.mkdtemp(prefix="cohort-ranks-"))
-        rendezvous = {RENDEZVOUS: str(self._folder / "rendezvous")}
-        self.group = Group(
-            "training",
-            Path(__file__).with_name("rank.py"),
-            python=Path(sys.executable),
-            environments=[environment | rendezvous for environment in given],
-            logs=self._folder,
-            deadline=deadline,
+        # Logs are this host's; where the ranks meet, all hosts see.
+        self._meeting = (
+            Path(tempfile.mkdtemp(prefix=".ranks-", dir=current_store().root)) if engine.hosts else self._folder
         )
+        rendezvous = {RENDEZVOUS: str(self._meeting / "rendezvous")}
+        try:
+            self.group = Group(
+                "training",
+                Path(__file__).with_name("rank.py"),
+                python=Path(sys.executable),
+                environments=[environment | rendezvous for environment in given],
+                logs=self._folder,
+                deadline=engine.deadline,
+                address=str(engine.hosts[0].address) if engine.hosts else LOOPBACK,
+                starts=starts_of(engine.hosts) or None,
+            )
+        except BaseException:
+            self._forget_meeting()
+            raise
+        atexit.register(self.close)
 
     def close(self) -> None:
         """End the ranks. The logs go with them, unless they failed: errors name the file."""
-        alive = self.group.alive
+        atexit.unregister(self.close)
         self.group.close()
-        if alive:
+        self._forget_meeting()
+        if not self.group.failed:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _forget_meeting(self) -> None:
+        if self._meeting != self._folder:
+            shutil.rmtree(self._meeting, ignore_errors=True)
 
 
 def environments(count: int, *, devices: Sequence[str] | None) -> list[dict[str, str]]:
@@ -143,21 +167,27 @@ def environments(count: int, *, devices: Sequence[str] | None) -> list[dict[str,
     """
     if devices is not None and len(devices) < count:
         raise ConfigError(
-            f"training.engine.ranks: expected at most {len(devices)}, the CUDA devices of this machine, found {count}; ranks "
-            "on several hosts are not supported"
+            f"training.engine.ranks: expected at most {len(devices)}, the CUDA devices of this machine, found {count}; name "
+            "the hosts that have more in training.engine.hosts"
         )
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
+    shared = _shared(count, count, cuda=devices is not None) | {"LOCAL_WORLD_SIZE": str(count)}
+    if devices is None:
+        shared |= {"GLOO_SOCKET_IFNAME": interface_of(LOOPBACK)}
+    return [_inherited() | shared | _place(rank, devices) for rank in range(count)]
+
+
+def _inherited() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
+
+
+def _shared(count: int, here: int, *, cuda: bool) -> dict[str, str]:
+    """What all ranks are told; `here` of them share this host's cores."""
     packages = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    shared = {
+    return ({} if cuda else {"DS_ACCELERATOR": "cpu"}) | {
         "PYTHONPATH": os.pathsep.join(packages),
         "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // count)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // here)),
     }
-    if devices is None:
-        loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-        shared |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": loopback}
-    return [inherited | shared | _place(rank, devices) for rank in range(count)]
 
 
 def _place(rank: int, devices: Sequence[str] | None) -> dict[str, str]:
@@ -185,10 +215,11 @@ def _ordered(order: Mapping[str, Any], engine: DeepSpeedEngineConfig) -> dict[st
         WorkerError: a rank died, hung or failed; the group is gone.
         ValueError, StoreError: what the body says of its data or of the store.
     """
-    ranks = resident(_SLOT, engine.ranks, lambda: Ranks(engine.ranks, engine.deadline))
+    key = (engine.ranks, engine.hosts)
+    ranks = resident(_SLOT, key, lambda: Ranks(engine))
     if not ranks.group.alive:  # died between two calls, or with an earlier one
         evict(_SLOT)
-        ranks = resident(_SLOT, engine.ranks, lambda: Ranks(engine.ranks, engine.deadline))
+        ranks = resident(_SLOT, key, lambda: Ranks(engine))
     try:
         replies = ranks.group.order(order, deadline=engine.deadline, renewed=True)
     except RefusedError as error:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.model_folders import read_description
 from stages.models import Checkpoint, model_weights
 from stages.training.activations import checkpoint_activations
 from stages.training.adapters import load_trainable, reload_trainable
@@ -36,7 +37,6 @@ class TorchEngine:
     def __init__(self, checkpoint: Checkpoint, config: TrainingConfig) -> None:
         _refuse_ranks()
         self._config = config
-        self._description = checkpoint.path
         self.device = training_device()
         self.holds: str | None = None
         self.max_logits = config.max_logits
@@ -100,7 +100,7 @@ class TorchEngine:
             self._previous, self.holds = Checkpoint(self.holds), None
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self._description = checkpoint.path
+        self._description = read_description(checkpoint.path)
         self._optimizer.zero_grad(set_to_none=True)
         state = read_trainer_state(checkpoint, self._config, self._adapter)
         restore_optimizer_state(self.model, self._optimizer, state.optimizer)

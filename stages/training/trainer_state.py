@@ -13,7 +13,6 @@ from stages.models import (
     TRAINER,
     WEIGHTS,
     Checkpoint,
-    copy_description,
     load_optimizer_state,
     load_trainer_state,
     write_tensors,
@@ -71,7 +70,7 @@ def read_trainer_state(checkpoint: Checkpoint, config: TrainingConfig, adapter: 
 def write_checkpoint(
     folder: Path,
     *,
-    description: Path,
+    description: Mapping[str, bytes],
     weights: Mapping[str, Tensor],
     state: TrainerState | None,
     config: TrainingConfig,
@@ -81,9 +80,12 @@ def write_checkpoint(
     """Write weights, adapter, and `state` unless it is None, beside the files that describe the model.
 
     Args:
+        description: the files that describe the model, by name (`read_description`); kept in memory, since the checkpoint
+            that they came with may be pruned by now.
         previous: the checkpoint that training went on from.
     """
-    copy_description(description, folder)
+    for name, content in description.items():
+        (folder / name).write_bytes(content)
     write_tensors(folder / WEIGHTS, weights if adapter is None else merge(weights, adapter))
     if adapter is not None:
         write_adapter_state(folder, weights, adapter, previous)

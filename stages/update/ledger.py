@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from stages.training.engine import Engine, largest
 from stages.update.minibatch import MicroBatch
 from stages.update.mismatch import MismatchGauge
 
@@ -52,6 +52,8 @@ class Ledger:
                 self._sum(name, float((part.weight * values_BO).sum()))
         self._sum("loss", loss)
         self._sum("weight", float(part.weight.sum()))
+        if not part.counts:
+            return
         ratio_N = surrogate.ratio_BT[part.batch.output_mask_BO]
         self.ratio_max = max(self.ratio_max, float(ratio_N.max()))
         self.ratio_min = min(self.ratio_min, float(ratio_N.min()))
@@ -67,10 +69,11 @@ class Ledger:
         self.learning_rate = learning_rate
         self.grad_norm += grad_norm if math.isfinite(grad_norm) else 0.0
 
-    def add_up(self, total: Callable[[float], float]) -> None:
-        """Sum what was noted over the ranks; extremes of the ratio stay this rank's."""
-        self.sums = {name: total(value) for name, value in sorted(self.sums.items())}
-        self.tokens, self.places = total(self.tokens), total(self.places)
+    def add_up(self, engine: Engine) -> None:
+        """Make what was noted that of all ranks, which call it together."""
+        self.sums = {name: engine.total(value) for name, value in sorted(self.sums.items())}
+        self.tokens, self.places = engine.total(self.tokens), engine.total(self.places)
+        self.ratio_max, self.ratio_min = largest(engine, self.ratio_max), -largest(engine, -self.ratio_min)
 
     def metrics(self, *, beta: float, seconds: float, computed: int) -> dict[str, float]:
         """Means over the exploration stage's optimizer steps, under the names MLflow shows."""

@@ -55,6 +55,8 @@ class MicroBatch:
     """pi_ref is the policy as it is at the step."""
     recorded: Recorded | None = None
     """The rollout engine's log-probabilities, where they are measured."""
+    counts: bool = True
+    """False: another rank accounts for it, and this one computes it to stay in step; its weights are 0."""
 
     def to(self, device: str) -> MicroBatch:
         """The same on a device."""
@@ -67,7 +69,8 @@ class MicroBatch:
 
     def share(self, factor: float) -> MicroBatch:
         """What a rank computes of it, `factor` being 0 where another rank accounts for it."""
-        return dataclasses.replace(self, weight=factor * self.weight, recorded=self.recorded if factor else None)
+        recorded = self.recorded if factor else None
+        return dataclasses.replace(self, weight=factor * self.weight, recorded=recorded, counts=bool(factor))
 
 
 @dataclass

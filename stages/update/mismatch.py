@@ -97,15 +97,16 @@ class MismatchGauge:
         import torch
 
         from stages.kernels.mismatch import WeightSums, effective_share, weight_sums
+        from stages.training.engine import largest
 
         tokens, outputs = engine.total(self.tokens), engine.total(len(self.log_weights))
         if not tokens:
             return {}
-        shift = _largest(engine, max(self.log_weights, default=-float("inf")))
+        shift = largest(engine, max(self.log_weights, default=-float("inf")))
         own = weight_sums(torch.tensor(self.log_weights, dtype=torch.float64), shift=shift)
         return {
             MEAN: engine.total(self.difference) / tokens,
-            LARGEST: _largest(engine, self.largest),
+            LARGEST: largest(engine, self.largest),
             DIVERGENCE: engine.total(self.divergence) / tokens,
             EFFECTIVE: effective_share(WeightSums(*(engine.total(part) for part in own)), int(outputs)),
         }
@@ -118,8 +119,3 @@ class MismatchGauge:
         """
         if any(limit is not None for limit in self.limits.model_dump().values()):
             check_mismatch(self.figures(engine), self.limits)
-
-
-def _largest(engine: Engine, value: float) -> float:
-    """The largest of the ranks' values, by sums alone: in each of as many rounds as there are ranks, one rank says its own."""
-    return max(engine.total(value if rank == engine.rank else 0.0) for rank in range(engine.world_size))

@@ -75,9 +75,9 @@ def update_policy(
         for number in range(config.mu * config.mini_batches):
             optimizer_step(engine, mini_batches[number % config.mini_batches], method, config.correction, ledger)
             report("update_policy", done=number + 1, total=config.mu * config.mini_batches)
-        ledger.add_up(engine.total)
+        ledger.add_up(engine)
         parts = [part for mini_batch in mini_batches for part in mini_batch.parts]
-        computed = int(engine.total(sum(len(part.batch.rows) for part in parts if part.weight.any())))
+        computed = int(engine.total(sum(len(part.batch.rows) for part in parts if part.counts)))
         mismatch = ledger.mismatch.figures(engine)
         checkpoint = publish(engine)
     seconds = time.perf_counter() - started

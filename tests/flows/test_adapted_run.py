@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from flows.cli import run_command
 from flows.iterative_rl import iterative_rl
@@ -41,14 +43,17 @@ def test_a_run_with_adapters_that_is_resumed_ends_in_the_same_policy(tmp_path: P
     assert resumed == final
 
 
+LORA = {"r": 2, "lora_alpha": 32.0, "use_rslora": False, "target_modules": ["q_proj", "v_proj"]}
+
+
 def policy(folder: Path, *, adapter: bool) -> None:
     """What export reads of a checkpoint."""
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_text("{}")
     if adapter:
         (folder / "adapter").mkdir()
-        (folder / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "aa11", "r": 2}')
-        (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"factors")
+        (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "aa11", **LORA}))
+        save_file({"a": np.ones((2, 8), np.float32)}, folder / "adapter" / "adapter_model.safetensors")
         (folder / "adapter" / "base.safetensors").write_bytes(b"W")
 
 
@@ -65,12 +70,31 @@ def test_an_adapter_is_exported_alone_and_only_over_another(tmp_path: Path, caps
     code, said = export(adapted, str(target), "--adapter", "--base", "org/model")
     assert code == 0
     assert "it belongs on aa11" in said
-    assert sorted(file.name for file in target.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(file.name for file in target.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     described = json.loads((target / "adapter_config.json").read_text())
-    assert described == {"base_model_name_or_path": "org/model", "r": 2}
-    assert (target / "adapter_model.safetensors").read_bytes() == b"factors"
+    assert described == {"base_model_name_or_path": "org/model", **LORA}
+    assert load_file(target / "adapter_model.safetensors")["a"].sum() == 16
+    card = (target / "README.md").read_text()
+    assert card.startswith(
+        "---\nlibrary_name: peft\ntags:\n- cohort\n- lora\nbase_model: org/model\n# license: fill in"
+    )
+    assert f"| adapter of the checkpoint | `{adapted}` |" in card
+    assert "| begun on the checkpoint | `aa11` |" in card
+    assert "| kind | LoRA, r = 2, scale 32 / r, 16 parameters in float32 |" in card
+    assert "| of the matrices | `q_proj`, `v_proj` |" in card
+    assert (
+        'base = AutoModelForCausalLM.from_pretrained("org/model")\nmodel = PeftModel.from_pretrained(base, "FOLDER")'
+        in card
+    )
     assert "is not empty" in export(adapted, str(target), "--adapter")[1]
     assert export(adapted, str(target), "--adapter", "--force")[0] == 0
+    card = (target / "README.md").read_text()
+    assert "base_model" not in card, "nobody knows a public name of the base"
+    assert "`cohort export aa11 BASE --dtype float32`" in card
     assert "has no adapter: it was trained in full" in export(full, str(tmp_path / "none"), "--adapter")[1]
     assert not (tmp_path / "none").exists()
     assert "holds no model that --force could replace" in export(full, str(target), "--force")[1]

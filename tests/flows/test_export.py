@@ -254,6 +254,44 @@ def test_the_card_says_how_the_policy_of_a_run_was_made(store: Store, places: Pl
     assert "This checkpoint was not evaluated." in card
 
 
+@pytest.mark.slow
+def test_the_folder_of_an_adapter_is_what_its_card_says_and_peft_loads_it(
+    store: Store, places: Places, tmp_path: Path
+) -> None:
+    """On its base as the card has it exported, the adapter gives the merged policy's logits."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from stages.training import AdamWConfig, LoRAConfig, TrainingConfig
+    from stages.training.batching import Row
+    from stages.training.engine import publish, resident_engine
+    from tests.stages.training.tiny import update
+
+    how = TrainingConfig(optimizer=AdamWConfig(learning_rate=1e-2), precision="fp32", adapter=LoRAConfig(r=2))
+    base = trained()
+    engine = resident_engine(base, how.override({"carry_optimizer": False}))
+    update(engine, [Row([3, 4], [5, 6, 7])])
+    adapted = publish(engine)
+    recorded(places, arithmetic_smoke().override({"name": "lora", "iterations": 1, "steps": 1}), {1: adapted})
+    assert export(places, "lora", str(tmp_path / "adapter"), "--adapter") == 0
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "# lora, adapter" in card
+    assert "after step 1 of 1" in card
+    assert "`grpo` on outputs of `policy`" in card
+    assert "| `in_domain` | sampled | 0.250 (0.150 - 0.350) | 0.750 (0.650 - 0.850) |" in card
+    assert f"| begun on the checkpoint | `{base.digest}` |" in card
+    assert re.search(rf"`cohort export {base.digest[:12]} BASE --dtype float32`", card)
+    assert export(places, base.digest[:12], str(tmp_path / "base"), "--dtype", "float32") == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    model = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        theirs, ours = (part(input_ids=ids).logits for part in (model, load_model(adapted, dtype=torch.float32)))
+        start = load_model(base, dtype=torch.float32)(input_ids=ids).logits
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+    assert (ours - start).abs().max() > 1e-3
+
+
 def test_a_checkpoint_of_no_run_has_a_card_that_says_so(store: Store, places: Places, tmp_path: Path) -> None:
     assert export(places, trained().digest, str(tmp_path / "out")) == 0
     card = (tmp_path / "out" / "README.md").read_text()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipeline.config import parse_settings
 from pipeline.launch import WorkerError
 from pipeline.progress import listen
 from pipeline.store import Store, use_store
+from stages.update import MismatchError
 from tests.stages.training.groups import gone, rank_processes
 
 pytestmark = pytest.mark.engines
@@ -43,8 +45,8 @@ def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
-def run(*, kill: tuple[str, int, int] | None = None) -> tuple[str, list[str]]:
-    """Final digest and executed stages; `kill`: rank, at how manieth report of a topic."""
+def run(settings: Sequence[str] = (), *, kill: tuple[str, int, int] | None = None) -> tuple[str, list[str]]:
+    """Final digest and executed stages; `kill`: topic, at how manieth report of it, rank."""
     executed: list[str] = []
     reports = 0
 
@@ -58,7 +60,7 @@ def run(*, kill: tuple[str, int, int] | None = None) -> tuple[str, list[str]]:
                 rank_processes()[kill[2]].kill()
 
     with listen(note):
-        digest = iterative_rl(arithmetic_smoke().override(parse_settings(SETTINGS))).digest
+        digest = iterative_rl(arithmetic_smoke().override(parse_settings([*SETTINGS, *settings]))).digest
     return digest, executed
 
 
@@ -82,6 +84,31 @@ def test_a_run_on_ranks_that_loses_one_twice_ends_where_an_undisturbed_one_does(
     assert len(rest) == len(executed) - done, "nothing was computed again"
 
 
+def test_a_run_whose_engine_and_trainer_disagree_stops_before_the_step_and_names_it(
+    store: Store, tmp_path: Path
+) -> None:
+    """The limit lies between what the two steps have, so that the other one passes it."""
+    settings = ["iterations=1", "steps=2", "update.training.precision=bf16"]
+    golden, executed = run(settings)
+    records = [record for record in store.actions() if record["stage"] == "update_policy"]
+    found = [
+        record["metrics"]["rollout/mismatch_mean"] for record in sorted(records, key=lambda record: record["created"])
+    ]
+    assert found[0] != found[1]
+    step, limit = 1 + found.index(max(found)), sum(found) / 2
+    with use_store(Store(tmp_path / "stopped")) as stopped:
+        with pytest.raises(MismatchError, match=rf"^step {step}: the trainer does not find .*max_mean=") as raised:
+            run([*settings, f"update.mismatch.max_mean={limit}"])
+        assert isinstance(raised.value.__cause__, ValueError)
+        done = sorted(record["stage"] for record in stopped.actions())
+        updates = [place for place, name in enumerate(executed) if name == "update_policy"]
+        assert done == sorted(executed[: updates[step - 1]]), "it stopped before the step and lost nothing"
+        assert not rank_processes()
+        digest, rest = run(settings)
+    assert digest == golden
+    assert len(rest) == len(executed) - len(done), "nothing was computed again"
+
+
 def test_ctrl_c_ends_command_and_ranks_and_the_same_command_resumes(tmp_path: Path) -> None:
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
     command = [sys.executable, "-m", "flows.cli", "run", "arithmetic_smoke", "--engine", "inline", *settings]
@@ -94,8 +121,10 @@ def test_ctrl_c_ends_command_and_ranks_and_the_same_command_resumes(tmp_path: Pa
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, log.read_text()
     assert gone(ranks)
+    assert not list(tmp_path.glob("cohort-*")), "logs that nobody asks for"
     resumed = subprocess.run([*command, "--root", str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert not list(tmp_path.glob("cohort-*"))
 
 
 def _ranks_at_work(process: subprocess.Popen[bytes], root: Path) -> dict[int, psutil.Process]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -61,12 +62,18 @@ Start = Callable[..., Group]
 def start(tmp_path: Path) -> Iterator[Start]:
     groups: list[Group] = []
 
-    def started(ranks: int = 1, handler: str = HANDLER, deadline: float = 20.0) -> Group:
+    def started(ranks: int = 1, handler: str = HANDLER, deadline: float = 20.0, **where: Any) -> Group:
         file = tmp_path / "handler.py"
         file.write_text(textwrap.dedent(handler))
         environments = [{"PATH": os.environ["PATH"]}] * ranks
         group = Group(
-            "crew", file, python=Path(sys.executable), environments=environments, logs=tmp_path, deadline=deadline
+            "crew",
+            file,
+            python=Path(sys.executable),
+            environments=environments,
+            logs=tmp_path,
+            deadline=deadline,
+            **where,
         )
         groups.append(group)
         return group
@@ -114,8 +121,21 @@ def test_a_rank_that_dies_is_named_with_exit_code_and_last_lines_and_takes_the_g
         group.order({"do": "exit", "code": 3, "rank": 1, "others": 600}, deadline=60)
     assert time.monotonic() - began < 10
     assert (raised.value.rank, raised.value.exit_code) == (1, 3)
+    assert group.failed
     assert "| ready, says 1\n  | this is the end" in str(raised.value)
     assert _gone(pids)
+
+
+def test_ctrl_c_ends_the_group_and_is_no_failure_whose_logs_somebody_would_read(start: Start) -> None:
+    group = start()
+
+    def interrupt(topic: str, values: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with listen(interrupt), pytest.raises(KeyboardInterrupt):
+        group.order({"do": "echo"}, deadline=10)
+    assert not group.alive
+    assert not group.failed
 
 
 def test_a_killed_process_is_told_from_one_that_ended(start: Start) -> None:
@@ -172,6 +192,31 @@ def test_a_process_that_never_becomes_ready_is_killed_at_the_deadline(start: Sta
         start(handler="import time\ndef make_handler():\n    time.sleep(600)", deadline=1)
 
 
+def test_strangers_who_say_nothing_or_the_wrong_thing_hold_up_neither_the_start_nor_its_deadline(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come first; in the second group the process never becomes ready."""
+    strangers: list[socket.socket] = []
+    listen_on = socket.create_server
+
+    def crowded(address: tuple[str, int]) -> socket.socket:
+        server = listen_on(address)
+        strangers.extend(socket.create_connection(server.getsockname()) for _ in range(3))
+        strangers[-1].sendall(b"\0\0\0\4rank")
+        return server
+
+    monkeypatch.setattr(socket, "create_server", crowded)
+    assert start(ranks=2).order({"do": "echo"}, deadline=10) == [{"do": "echo"}] * 2
+    for stranger in strangers:
+        stranger.settimeout(5)
+        while stranger.recv(4096):  # the challenge, and then the end
+            pass
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match="rank 0 of 1 gave no answer within 1 s"):
+        start(handler="import time\ndef make_handler():\n    time.sleep(600)", deadline=0.6)
+    assert time.monotonic() - began < 10
+
+
 def test_workers_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "handler.py").write_text(HANDLER)
     launcher = f"""
@@ -193,9 +238,60 @@ def test_workers_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
     assert _gone(pids)
 
 
-def test_a_free_port_can_be_listened_on() -> None:
-    import socket
+@pytest.fixture
+def two_hosts() -> dict[str, Any]:
+    """Two addresses of this one; what is started by a command is started by a shell, as ssh would."""
+    return {"address": "127.0.0.2", "starts": [None, "sh -c 'echo on its way; {command}'"]}
 
+
+@pytest.mark.slow
+def test_a_rank_on_another_host_is_started_by_the_command_and_works_like_any(
+    start: Start, two_hosts: dict[str, Any]
+) -> None:
+    group = start(ranks=2, **two_hosts)
+    assert group.order({"do": "echo"}, deadline=10) == [{"do": "echo"}] * 2
+    [(here, child), (there, its_child)] = group.order({"do": "pids"}, deadline=10)
+    assert group.pids[0] == here
+    assert there not in (here, group.pids[1])
+    ends = {kind.laddr.ip for kind in psutil.Process().net_connections() if kind.raddr and kind.laddr.ip == "127.0.0.2"}
+    assert ends == {"127.0.0.2"}
+    told = psutil.Process(there)
+    assert told.environ()["COHORT_LAUNCHER_RANK"] == "1"
+    secret = psutil.Process(here).environ()["COHORT_LAUNCHER_KEY"]
+    assert not any(secret in part for p in psutil.process_iter() for part in _command(p))
+    group.close()
+    assert _gone([here, child, there, its_child])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["exit", "hang"])
+def test_a_rank_on_another_host_that_dies_or_hangs_is_named_and_gone(
+    start: Start, two_hosts: dict[str, Any], what: str
+) -> None:
+    group = start(ranks=2, **two_hosts)
+    pids = [pid for own in group.order({"do": "pids"}, deadline=10) for pid in own]
+    message = (
+        r"(?s)crew, rank 1 of 2 ended with exit code 3.*on its way" if what == "exit" else "rank 1 of 2 gave no answer"
+    )
+    with pytest.raises(WorkerError, match=message):
+        group.order({"do": what, "code": 3, "rank": 1}, deadline=2)
+    assert _gone(pids)
+
+
+@pytest.mark.slow
+def test_a_host_that_cannot_be_reached_is_an_error_with_what_was_said_there(start: Start) -> None:
+    with pytest.raises(WorkerError, match=r"(?s)rank 1 of 2 ended with exit code 255.*no route to node2"):
+        start(ranks=2, starts=[None, "sh -c 'echo no route to node2; exit 255; {command}'"])
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_a_free_port_can_be_listened_on() -> None:
     with socket.create_server(("127.0.0.1", free_port())) as server:
         found: Any = server.getsockname()
     assert found[0] == "127.0.0.1"

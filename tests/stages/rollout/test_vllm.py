@@ -18,13 +18,14 @@ from flows.recipes import RECIPES
 from pipeline.config import ConfigError
 from pipeline.launch import WorkerError
 from pipeline.progress import listen
-from pipeline.residency import evict
+from pipeline.residency import _residents, evict, resident
 from pipeline.store import Store
 from stages.models import Checkpoint
 from stages.prompts import PromptConfig
-from stages.rollout import RolloutConfig, VLLMBackendConfig, VLLMServerConfig, rollout
+from stages.rollout import HFBackendConfig, RolloutConfig, VLLMBackendConfig, VLLMServerConfig, rollout
 from stages.rollout.generator import Output, Prompt, PromptTooLongError, Sampling
 from stages.rollout.probe import StaleWeightsError
+from stages.rollout.slots import HF, VLLM, make_room
 from stages.rollout.stage import generator_of
 from stages.rollout.vllm import Engine
 from stages.rollout.vllm_environment import environment_of, require_vllm
@@ -60,9 +61,7 @@ def _generate(
 
 
 def _engine() -> Engine:
-    from pipeline.residency import _residents
-
-    engine = _residents["rollout"][1]
+    engine = _residents[VLLM][1]
     assert isinstance(engine, Engine)
     return engine
 
@@ -194,6 +193,34 @@ def test_an_engine_stays_between_calls_unless_it_is_to_be_killed(
         [pid], folder = engine._group.pids, engine._folder
     assert psutil.pid_exists(pid) == lives
     assert folder.exists() == lives
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("store")
+def test_an_evaluation_by_hf_leaves_the_engine_of_the_rollouts_as_it_is(backend: VLLMBackendConfig) -> None:
+    policy, outputs = uniform_policy(), []
+    for chosen in (backend, HFBackendConfig(), backend, HFBackendConfig()):
+        with generator_of(policy, chosen) as generator:
+            outputs.append(generator.generate([Prompt("a", [5], [4])], SAMPLING)[0][0].ids.tolist())
+    assert sum("engine" in entry for entry in _asked(backend)) == 1
+    assert (outputs[0], outputs[1]) == (outputs[2], outputs[3])
+
+
+@pytest.mark.slow
+def test_on_a_gpu_the_engines_that_decode_take_turns() -> None:
+    for slot in (HF, VLLM):
+        resident(slot, "key", lambda slot=slot: f"model of {slot}")
+    make_room(VLLM, "cpu")
+    make_room(HF, "cpu")
+    assert {HF, VLLM} <= _residents.keys()
+    make_room(VLLM, "cuda")
+    assert VLLM in _residents
+    assert HF not in _residents
+    resident(HF, "key", lambda: "model")
+    make_room(HF, "cuda")
+    assert HF in _residents
+    assert VLLM not in _residents
+    evict()
 
 
 @pytest.mark.slow

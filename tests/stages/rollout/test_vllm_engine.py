@@ -21,11 +21,21 @@ from pipeline.residency import _residents, evict
 from pipeline.store import Store, use_store
 from stages.models import Checkpoint, load_model
 from stages.prompts import PromptConfig
-from stages.rollout import RolloutConfig, VLLMBackendConfig, VLLMServerConfig, rollout
+from stages.rollout import (
+    BackendConfig,
+    HFBackendConfig,
+    RolloutConfig,
+    VLLMBackendConfig,
+    VLLMServerConfig,
+    continue_outputs,
+    cut_into_prefixes,
+    rollout,
+)
 from stages.rollout import vllm as vllm_module
 from stages.rollout.generator import Generator, Output, Prompt, Sampling
 from stages.rollout.probe import StaleWeightsError
 from stages.rollout.served import ServedGenerator
+from stages.rollout.slots import VLLM
 from stages.rollout.stage import generator_of
 from stages.rollout.vllm import Engine
 from tests.stages.rollout.policies import questions, tiny_policy
@@ -50,7 +60,7 @@ def _store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def _engine() -> Engine:
-    engine = _residents["rollout"][1]
+    engine = _residents[VLLM][1]
     assert isinstance(engine, Engine)
     return engine
 
@@ -158,6 +168,41 @@ def test_the_stage_writes_the_same_table_as_with_hf() -> None:
         np.testing.assert_allclose(row["logprobs"], expected, atol=1e-4)
 
 
+def test_continuations_of_prefixes_are_those_of_hf_where_nothing_is_drawn_and_go_on_from_their_prefix_elsewhere() -> (
+    None
+):
+    """Prefixes of several lengths, and so several calls of the engine."""
+    policy, prompt = tiny_policy(3, spread=0.12), PromptConfig(suffix="\n")
+    config = RolloutConfig(G=16, max_output_tokens=24, backend=BACKEND, stop=False)
+    outputs = rollout(policy, questions("1+2", "34-5=", "7"), prompt, config, seed=0)
+    prefixes = cut_into_prefixes(outputs)
+    assert prefixes.metrics["rm/prefixes"] > 12
+    assert len({row["end"] for row in prefixes.rows() if row["prefix"] is not None}) > 6
+
+    def greedy(backend: BackendConfig) -> list[dict[str, object]]:
+        chosen = RolloutConfig(G=1, temperature=0.0, max_output_tokens=24, backend=backend, stop=False)
+        return continue_outputs(policy, outputs, prefixes, chosen, samples=1, seed=1).rows()
+
+    assert greedy(BACKEND) == greedy(HFBackendConfig(dtype="float32", threads=1))
+
+    drawn = continue_outputs(policy, outputs, prefixes, config, samples=3, seed=1)
+    rows = {(row["question_id"], row["sample"]): row for row in drawn.rows()}
+    ids = {(row["question_id"], row["sample"]): row["output_ids"] for row in outputs.rows()}
+    continued = [row for row in prefixes.rows() if row["prefix"] is not None]
+    ends = set()
+    for step in continued:
+        begun = ids[step["question_id"], step["sample"]][: step["end"] + 1]
+        for n in range(3):
+            row = rows[step["question_id"], step["prefix"] * 3 + n]
+            assert row["output_ids"][: len(begun)] == begun
+            assert len(row["output_ids"]) == 24
+            assert row["logprobs"] is None
+            ends.add((step["question_id"], step["prefix"], tuple(row["output_ids"])))
+    assert len(rows) == 3 * int(prefixes.metrics["rm/prefixes"])
+    assert len(ends) > 0.9 * len(rows), "every continuation is drawn by a seed of its own"
+    assert drawn.metrics["rm/continuations"] == len(rows)
+
+
 def test_weights_loaded_in_place_give_the_outputs_of_a_fresh_engine() -> None:
     first, second, sampling = tiny_policy(0), tiny_policy(1), Sampling(1.0, 16, ())
     before = _outputs(first, sampling)
@@ -255,7 +300,7 @@ def test_a_model_that_vllm_cannot_run_is_refused_in_its_own_words() -> None:
         generator_of(tiny_policy(0, head=20), BACKEND),
     ):
         pass
-    assert "rollout" not in _residents
+    assert VLLM not in _residents
 
 
 def test_bfloat16_agrees_within_its_rounding_and_other_weights_are_still_caught() -> None:

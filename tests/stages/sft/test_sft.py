@@ -122,6 +122,8 @@ def test_the_first_loss_is_that_of_the_untrained_policy(store: Store, aggregatio
     policy = new_policy(corpus)
     how_much = how(batch_size=12, max_steps=1, aggregation=aggregation)
     tuned = supervised_finetuning(policy, corpus, PROMPT, how_much)
+    # Ten demonstrations of 7 + 7 characters (the ends of prompt and completion included), two of 8 + 8.
+    assert tuned.metrics["sft/padding_share"] == pytest.approx(1 - (10 * 14 + 2 * 16) / (12 * 16))
     model, tokenizer = load_model(policy, dtype=torch.float32), load_tokenizer(policy)
     losses = []
     for row in corpus.rows():
@@ -151,7 +153,9 @@ def test_tokens_of_demonstrations_of_2_and_6_weigh_what_the_mean_says(
     rows = [Row([3], [4, 5]), Row([3, 6], [7, 8, 9, 10, 11, 12])]
     engine = Accumulating()
     config = how(aggregation=aggregation, micro_batch_tokens=micro_batch_tokens)
-    _update(engine, rows, config, Curve(0.5), factor=1.0)
+    curve = Curve(0.5)
+    _update(engine, rows, config, curve, factor=1.0)
+    assert (curve.tokens, curve.places) == (3 + 8, 2 * 8 if micro_batch_tokens == 100 else 3 + 8)
     expected = tiny_model()
     for row, weight in zip(rows, weights, strict=True):
         ids = torch.tensor([[*row.prompt_ids, *row.output_ids]])
@@ -219,9 +223,9 @@ def test_a_length_pool_makes_batches_of_like_length() -> None:
 def test_the_smoothed_loss_has_no_bias_from_its_start() -> None:
     curve = Curve(smoothing=0.5)
     assert curve.smoothed == float("inf")
-    curve.add(4.0, 1)
+    curve.add(4.0, 1, 1)
     assert curve.smoothed == pytest.approx(4.0)
-    curve.add(1.0, 1)
+    curve.add(1.0, 1, 1)
     assert curve.smoothed == pytest.approx((0.25 * 4 + 0.5 * 1) / 0.75)
 
 

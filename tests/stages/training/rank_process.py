@@ -36,6 +36,7 @@ def config(stage: int | None, **changes: Any) -> Any:
     )
 
 
+NAMES = ("loss", "kl", "ratio_mean", "ratio_max", "ratio_min", "padding_share", "entropy", "grad_norm")
 FRUGAL: dict[str, Any] = {"max_logits": 8 * 26, "activation_checkpointing": True}
 """Logits of more than 8 positions in chunks: those of some micro-batches, which one rank may have and the other not."""
 
@@ -103,9 +104,9 @@ def improve(engine: Any) -> dict[str, Any]:
     mini_batch.remember_policy(engine)
     for _ in range(config.mu):
         optimizer_step(engine, mini_batch, method, config.correction, ledger)
-    ledger.add_up(engine.total)
+    ledger.add_up(engine)
     metrics = ledger.metrics(beta=0.5, seconds=1.0, computed=0)
-    shown = {name: metrics[f"policy/{name}"] for name in ("loss", "kl", "ratio_mean", "entropy", "grad_norm")}
+    shown = {name: metrics[f"policy/{name}"] for name in NAMES}
     return {"metrics": shown, "digest": publish(engine).digest}
 
 

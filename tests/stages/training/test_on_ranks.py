@@ -9,10 +9,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from pipeline.launch import WorkerError
 from pipeline.progress import listen
@@ -20,12 +23,13 @@ from pipeline.residency import evict
 from pipeline.store import Store, use_store
 from stages.critic import CriticConfig, estimate_values, update_critic
 from stages.logprobs import LogprobsConfig, compare_policies
-from stages.models import Checkpoint
+from stages.models import Checkpoint, load_tokenizer, load_trainer_state
 from stages.prompts import PromptConfig
 from stages.reward_training import BradleyTerryConfig, PointwiseConfig, RewardTrainingConfig, train_reward_model
 from stages.sft import SFTConfig, supervised_finetuning
 from stages.tables import Rollouts
 from stages.training import DeepSpeedEngineConfig, LoRAConfig, TorchEngineConfig
+from stages.training.hosts import ADDRESS
 from stages.update import GRPOConfig, UpdateConfig, update_policy
 from tests.stages.critic.worlds import outspoken_critic
 from tests.stages.critic.worlds import tables as returns
@@ -96,12 +100,65 @@ def test_offloading_changes_nothing(shared: Store, stage: int, what: str) -> Non
     assert apart(found, updated([ALONE] * 3)) < 1e-5
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_an_adapter_trained_on_two_ranks_is_that_of_one(shared: Store, stage: int) -> None:
+def merged(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """W + s B A of every adapted matrix, in float64, from what a checkpoint keeps of its adapter."""
+    folder = checkpoint.path / "adapter"
+    factors, base = load_file(folder / "adapter_model.safetensors"), load_file(folder / "base.safetensors")
+    found = {}
+    for name, weight in base.items():
+        layer = f"base_model.model.{name.removesuffix('.weight')}"
+        a, b = (factors[f"{layer}.lora_{factor}.weight"].double() for factor in "AB")
+        found[name] = weight.double() + SCALE * b @ a
+    return found
+
+
+LORA = LoRAConfig(r=3)
+SCALE = LORA.alpha / LORA.r
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_adapter_trained_on_two_ranks_is_that_of_one_factors_moments_and_merged_weights(
+    shared: Store, stage: int
+) -> None:
+    """Three updates; then one that each side continues from the other's checkpoint, optimizer state included."""
     pytest.importorskip("peft")
-    found, expected = (updated([engine] * 3, adapter=LoRAConfig(r=3)) for engine in (on_two_ranks(stage), ALONE))
-    assert found.digest != expected.digest
-    assert apart(found, expected) < 1e-5
+    two, one = on_two_ranks(stage), DeepSpeedEngineConfig(zero_stage=3 - stage)
+    expected = updated([ALONE] * 3, adapter=LORA)
+    for engines in ([two] * 3, [ALONE, two, one], [two, ALONE, two]):
+        found = updated(engines, adapter=LORA)
+        assert found.digest != expected.digest, "the ranks did nothing of their own"
+        assert apart(found, expected) < 1e-5
+        assert load_trainer_state(found)["updates"] == 3
+        ours, theirs = merged(found), merged(expected)
+        assert ours.keys() == theirs.keys()
+        assert max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours) < 1e-5
+        stored = load_file(found.path / "model.safetensors")
+        assert all(torch.allclose(stored[name].double(), ours[name], rtol=0, atol=1e-6) for name in ours)
+
+
+def test_ranks_that_are_warm_need_none_of_the_checkpoints_they_came_from(shared: Store) -> None:
+    outputs, advantages = exploration()
+    config = UpdateConfig(training=training(on_two_ranks(3)), micro_batch_tokens=24)
+    start = tiny_checkpoint(max_position_embeddings=77)  # nobody else's
+    first = update_policy(start, start, outputs, advantages, config, seed=0)
+    shared.prune(start.digest)
+    second = update_policy(first, first, outputs, advantages, config, seed=1)
+    assert {file.name for file in second.path.iterdir()} == {file.name for file in first.path.iterdir()}
+    assert load_tokenizer(second).eos_token == "1"
+
+
+def test_policy_updates_on_two_hosts_are_those_of_one_rank(shared: Store, tmp_path: Path) -> None:
+    """Two addresses of this one, the second's rank started by a shell. Another store: where ranks are is in no cache key."""
+    hosts = ({"address": "127.0.0.2", "ranks": 1}, {"address": "127.0.0.1", "ranks": 1, "start": "sh -c {command}"})
+    with use_store(Store(tmp_path / "store")):
+        found = updated([on_two_ranks(2, hosts=hosts, deadline=600.0)] * 2)
+        assert apart(found, updated([ALONE] * 2)) < 1e-5
+        started = [p for p in psutil.Process().children(recursive=True) if "rank.py" in " ".join(p.cmdline())]
+        assert {p.environ().get(ADDRESS) for p in started} == {None, "127.0.0.1", "127.0.0.2"}
+        assert list(tmp_path.glob("store/.ranks-*/rendezvous"))
+        evict()
+    assert not psutil.wait_procs(started, timeout=10)[1]
+    assert not list(tmp_path.glob("store/.ranks-*"))
 
 
 def test_more_ranks_than_micro_batches_are_idle_and_no_error(shared: Store) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.config import ConfigError
 from stages.training import DeepSpeedEngineConfig
+from stages.training.hosts import environments_of, interface_of, starts_of
 from stages.training.ranks import RANK_VARIABLES, body_called, environments
 
 
@@ -72,3 +73,47 @@ def test_one_rank_without_offload_has_the_key_it_had_before_there_was_a_choice()
 def test_what_a_stage_does_not_partition_cannot_be_offloaded(offload: str, stage: int, least: int) -> None:
     with pytest.raises(ConfigError, match=f"offload {offload} needs zero_stage {least} or above, found {stage}"):
         DeepSpeedEngineConfig.parse({"zero_stage": stage, "offload": offload})
+
+
+HOSTS = ({"address": "10.0.0.1", "ranks": 2}, {"address": "10.0.0.2", "ranks": 1, "start": "ssh node2 {command}"})
+
+
+def test_ranks_of_another_host_are_told_what_they_need_and_nothing_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COHORT_DATA", "here")
+    hosts = DeepSpeedEngineConfig.parse({"ranks": 3, "hosts": HOSTS}).hosts
+    shared = {"WORLD_SIZE": "3", "PYTHONPATH": "/cohort"}
+    ranks = environments_of(hosts, shared, dict(os.environ), cuda=True)
+    place = {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": "0", "COHORT_RANK_ADDRESS": "10.0.0.2"}
+    assert ranks[2] == {"RANK": "2", **shared, **place}
+    assert [rank["RANK"] for rank in ranks] == ["0", "1", "2"]
+    assert [rank["CUDA_VISIBLE_DEVICES"] for rank in ranks] == ["0", "1", "0"]
+    assert ranks[1]["COHORT_DATA"] == "here"
+    assert [rank["LOCAL_RANK"] for rank in environments_of(hosts, shared, {}, cuda=False)] == ["0", "1", "0"]
+    assert starts_of(hosts) == [None, None, "ssh node2 {command}"]
+
+
+def test_an_interface_is_found_by_its_address() -> None:
+    loopback = interface_of("127.0.0.1")
+    assert loopback.startswith("lo")
+    assert interface_of("127.0.0.2") == loopback
+    with pytest.raises(ConfigError, match=r"hosts: 192.0.2.7 is no address of .*`ip address` lists"):
+        interface_of("192.0.2.7")  # reserved for documentation
+
+
+@pytest.mark.parametrize(
+    ("ranks", "hosts", "message"),
+    [
+        (4, HOSTS, r"expected ranks that add up to 4 \(ranks\), found 2 \+ 1"),
+        (3, HOSTS[::-1], "the first is the flow's own and has no start; all others need one"),
+        (2, ({"address": "0.0.0.0", "ranks": 2},), "found one that stands for all"),
+        (2, ({"address": "node1", "ranks": 2},), "hosts.0.address"),
+        (3, (HOSTS[0], {**HOSTS[1], "start": "ssh node2"}), "hosts.1.start"),
+    ],
+)
+def test_hosts_that_do_not_fit_are_refused(ranks: int, hosts: tuple[dict[str, object], ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DeepSpeedEngineConfig.parse({"ranks": ranks, "hosts": hosts})
+
+
+def test_where_ranks_are_does_not_decide_what_they_compute() -> None:
+    assert DeepSpeedEngineConfig.parse({"ranks": 3, "hosts": HOSTS}).key() == DeepSpeedEngineConfig(ranks=3).key()

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from pipeline.residency import evict
 from pipeline.store import Store
-from stages.training import AdamWConfig, MuonConfig, TrainingConfig
+from stages.models import load_tokenizer
+from stages.training import AdamWConfig, LoRAConfig, MuonConfig, TrainingConfig
 from stages.training.batching import collate
 from stages.training.engine import publish, resident_engine
 from stages.training.forward import completion_logprobs
@@ -126,3 +127,28 @@ def test_an_engine_is_kept_while_it_holds_the_checkpoint_and_loads_otherwise(sto
     fresh = resident_engine(trained, config())
     update(fresh, ROWS)
     assert publish(fresh).digest == in_place.digest
+
+
+@pytest.mark.parametrize("adapter", [None, LoRAConfig(r=2)], ids=["full", "adapter"])
+def test_what_an_engine_publishes_needs_none_of_the_checkpoints_it_came_from(
+    store: Store, adapter: LoRAConfig | None
+) -> None:
+    """Pruned: the one it was loaded from, and its own last one, whose base an adapter's checkpoints share."""
+    digests = []
+    for pruned in (False, True):
+        start = tiny_checkpoint(max_position_embeddings=64 + pruned)  # another object, the same numbers
+        engine = TorchEngine(start, config(adapter=adapter))
+        for _ in range(2):
+            update(engine, ROWS)
+            made = publish(engine)
+            if pruned:
+                store.prune(start.digest)
+                store.prune(made.digest)
+        update(engine, ROWS)
+        digests.append(publish(engine))
+    kept, bare = ({file.name for file in digest.path.iterdir()} for digest in digests)
+    assert kept == bare
+    assert "pruned.json" not in bare
+    weights = [load_file(digest.path / "model.safetensors") for digest in digests]
+    assert all(weights[1][name].equal(tensor) for name, tensor in weights[0].items())
+    assert load_tokenizer(digests[1]).eos_token == "1"

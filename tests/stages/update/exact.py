@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ from stages.update.minibatch import MiniBatch
 from stages.update.objectives import method_of
 from stages.update.steps import optimizer_step
 from tests.stages.training.tiny import tiny_model
+
+T = TypeVar("T")
 
 
 class ExactEngine:
@@ -61,6 +65,30 @@ class ExactEngine:
     def save(self, folder: Path, *, optimizer: bool = True) -> None:
         """Never asked for."""
         raise NotImplementedError
+
+
+class Rank(ExactEngine):
+    """One of several ranks in threads of this process: sums are exchanged at a barrier."""
+
+    def __init__(self, rank: int, shares: list[float], barrier: threading.Barrier) -> None:
+        super().__init__(policy_model())
+        self.rank, self.world_size = rank, len(shares)
+        self._shares, self._barrier = shares, barrier
+
+    def total(self, value: float) -> float:
+        """The sum of what all ranks say in this round."""
+        self._shares[self.rank] = value
+        self._barrier.wait(timeout=60)
+        summed = sum(self._shares)
+        self._barrier.wait(timeout=60)
+        return summed
+
+
+def in_lockstep(world_size: int, work: Callable[[Rank], T]) -> list[T]:
+    """What each of several ranks returns."""
+    shares, barrier = [0.0] * world_size, threading.Barrier(world_size)
+    with ThreadPoolExecutor(world_size) as threads:
+        return list(threads.map(work, [Rank(rank, shares, barrier) for rank in range(world_size)]))
 
 
 def policy_model(seed: int = 0) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import threading
 from typing import Any
 
 import pytest
@@ -28,7 +27,7 @@ from stages.update import (
 from stages.update.minibatch import MiniBatch
 from stages.update.mismatch import MismatchGauge
 from stages.update.objectives import method_of
-from tests.stages.update.exact import ExactEngine, logprobs, policy_model
+from tests.stages.update.exact import ExactEngine, in_lockstep, logprobs, policy_model
 from tests.stages.update.test_coefficients import examples
 from tests.stages.update.test_invariance import OBJECTIVES
 from tests.stages.update.test_update import G, Q, exploration, sgd_like, tiny_policy
@@ -206,43 +205,20 @@ def test_a_truncated_correction_weighs_by_the_recorded_column(store: Store) -> N
     assert figures(found) == pytest.approx(expected(rows, list(range(Q * G))), rel=1e-4)
 
 
-class Rank(ExactEngine):
-    """One of several ranks in threads of this process: sums are exchanged at a barrier."""
-
-    def __init__(self, rank: int, shares: list[float], barrier: threading.Barrier) -> None:
-        super().__init__(policy_model())
-        self.rank, self.world_size = rank, len(shares)
-        self._shares, self._barrier = shares, barrier
-
-    def total(self, value: float) -> float:
-        """The sum of what all ranks say in this round."""
-        self._shares[self.rank] = value
-        self._barrier.wait(timeout=60)
-        summed = sum(self._shares)
-        self._barrier.wait(timeout=60)
-        return summed
-
-
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_every_rank_has_the_figures_of_all_outputs(world_size: int) -> None:
     given = examples("tokens", rollout=True)
     measured = [example.__class__(**(vars(example) | {"recorded": (example.rollout_logp,)})) for example in given]
     config = UpdateConfig(micro_batch_tokens=16)
-    shares, barrier = [0.0] * world_size, threading.Barrier(world_size)
-    found: dict[int, dict[str, float]] = {}
 
-    def measure(engine: ExactEngine) -> None:
+    def measure(engine: ExactEngine) -> dict[str, float]:
         gauge, mini_batch = MismatchGauge(), MiniBatch.of(measured, engine, 1.0, config, method_of(config.objective))
         for part, logp_BO in zip(mini_batch.parts, mini_batch.logprobs(engine.model, engine), strict=True):
             if part.recorded is not None:
                 gauge.add(logp_BO, part.batch.output_mask_BO, part.recorded.logp_RO, part.recorded.row_R)
-        found[engine.rank] = gauge.figures(engine)
+        return gauge.figures(engine)
 
-    ranks = [threading.Thread(target=measure, args=(Rank(rank, shares, barrier),)) for rank in range(world_size)]
-    for thread in ranks:
-        thread.start()
-    for thread in ranks:
-        thread.join()
+    found = in_lockstep(world_size, measure)
     d = [(logprobs(policy_model(), e).detach() - torch.tensor(e.rollout_logp)).tolist() for e in given]
     every, weights = [x for output in d for x in output], [math.exp(sum(output)) for output in d]
     by_hand = {
@@ -251,9 +227,7 @@ def test_every_rank_has_the_figures_of_all_outputs(world_size: int) -> None:
         "rollout/mismatch_kl": sum(math.exp(x) - x - 1 for x in every) / len(every),
         "rollout/mismatch_ess": sum(weights) ** 2 / (len(weights) * sum(w * w for w in weights)),
     }
-    assert set(found) == set(range(world_size))
-    for rank in found:
-        assert found[rank] == pytest.approx(by_hand, rel=1e-6)
+    assert found == [pytest.approx(by_hand, rel=1e-6)] * world_size
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

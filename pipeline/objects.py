@@ -24,7 +24,7 @@ from pipeline.sealing import (
     write_sealed,
 )
 
-__all__ = ["MANIFEST", "PRUNED", "read_manifest", "seal_folder", "verify_folder"]
+__all__ = ["MANIFEST", "PRUNED", "freed_files", "read_manifest", "recomputed", "seal_folder", "verify_folder"]
 
 MANIFEST: Final = "manifest.json"
 PRUNED: Final = "pruned.json"
@@ -79,26 +79,51 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def freed_files(folder: Path, files: list[dict[str, Any]]) -> frozenset[str]:
+    """Names of the payload's files that `prune` freed; none where it never did.
+
+    Args:
+        files: of the manifest.
+
+    Raises:
+        DamagedArtifactError: the note of what was freed was altered.
+    """
+    try:
+        note = read_sealed(folder / PRUNED)
+    except FileNotFoundError:
+        return frozenset()
+    # Without a list it is the note of a store that only knew whole payloads.
+    return frozenset(note.get("files", [file["name"] for file in files]))
+
+
 def verify_folder(folder: Path) -> None:
     """Check presence, size and sha256 of every file (Arrow and safetensors have no checksum), and that there is no other.
+
+    Where a part was freed, the rest is checked.
 
     Raises:
         MissingArtifactError, DamagedArtifactError, PrunedArtifactError: with the file and what to do.
     """
     files = read_manifest(folder)["files"]
-    if (folder / PRUNED).exists():
-        short = folder.name[:12]
-        raise PrunedArtifactError(
-            f"artifact {short} was pruned to free space; `cohort forget {short}` and the same run again recompute it"
-        )
+    names = {file["name"] for file in files}
+    freed = freed_files(folder, files)
+    if (folder / PRUNED).exists() and freed == names:
+        raise PrunedArtifactError(f"artifact {folder.name[:12]} {recomputed(folder.name)}")
     for file in files:
+        if file["name"] in freed:
+            continue
         path = folder / file["name"]
         found = measure(path) if path.is_file() else None
         if found != {"size": file["size"], "sha256": file["sha256"]}:
             state = "is missing" if found is None else "was altered (its size or sha256 is not the manifest's)"
             raise DamagedArtifactError(f"{path} {state}; the next run recomputes it")
     # A stranger would be read with the payload (an adapter in a model folder); hidden files are the system's.
-    expected = {folder / MANIFEST, *(folder / file["name"] for file in files)}
+    expected = {folder / MANIFEST, folder / PRUNED, *(folder / file["name"] for file in files)}
     for path in folder.rglob("*"):
         if path.is_file() and path not in expected and not path.name.startswith("."):
             raise DamagedArtifactError(f"{path} does not belong to this artifact; the next run recomputes it")
+
+
+def recomputed(digest: str) -> str:
+    """What to say of an artifact that was pruned."""
+    return f"was pruned to free space; `cohort forget {digest[:12]}` and the same run again recompute it"

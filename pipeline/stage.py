@@ -1,7 +1,8 @@
 """`@stage`: a plain function from artifacts and configs to an artifact that asks the store before it works.
 
 The key of a call hashes stage name, version, configs and plain values by parameter name, and the digests of the artifacts it
-is given. A hit returns the recorded artifact; a miss runs the function under a lock on its key, then records the action last.
+is given. A hit returns the recorded artifact; a miss runs the function under a lock on its key, then records the action last;
+it does not start where it would fill the disk (`pipeline/disk.py`).
 Inside a flow on the Prefect engine each call is a task; a hit shows there as a state named `Cached`.
 """
 
@@ -18,6 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from pipeline.artifact import Artifact
 from pipeline.config import Config
+from pipeline.disk import current_watch
 from pipeline.orchestration import run_as_task
 from pipeline.progress import report
 from pipeline.provenance import Call, calling, record_metrics
@@ -55,6 +57,8 @@ def stage(*, version: str) -> Callable[[Callable[P, A]], Callable[P, A]]:
                 record = store.find(key)
                 if record is None:
                     return None
+                if (watch := current_watch()) is not None:
+                    watch.found(name, record["result"])
                 report(
                     "stage", name=name, outcome="cached", seconds=record["seconds"], key=key, digest=record["result"]
                 )
@@ -114,14 +118,19 @@ def _describe(stage_name: str, parameter: str, value: Any) -> Any:
 def _execute(store: Store, key: str, call: Call, kind: type[A], work: Callable[[], A]) -> A:
     report("stage", name=call.stage, outcome="started", key=key)
     token = calling.set(call)
-    started = time.perf_counter()
+    started, watch = time.perf_counter(), current_watch()
     try:
+        if watch is not None:
+            watch.before(call.stage, store.manifest)
         result = work()
         if not isinstance(result, kind):
             raise TypeError(f"stage {call.stage} is annotated to return {kind.__name__}; it returned {result!r:.100}")
         seconds = time.perf_counter() - started
         about = {"result": result.digest, "type": kind.__name__, "seconds": seconds}
+        store.hold(result.digest)  # another process may have published it
         store.record(key, {**about, **call.provenance()})
+        if watch is not None:
+            watch.wrote(call.stage, store.folder(result.digest))
     except BaseException as error:
         report("stage", name=call.stage, outcome="failed", key=key, error=f"{type(error).__name__}: {error}")
         raise

@@ -7,40 +7,36 @@ Commit order: draft folder on the same file system -> files fsynced -> manifest 
 fsynced -> action record last. A crash at any instant leaves no half artifact: what was not renamed is a draft. Equal content
 has one name, so two writers of one content end in one folder. Files are read-only, folders not: `rm -r` must work.
 
-Readers go through `path(digest)`, which hands out a verified local folder; a remote store would download there.
+Readers go through `path(digest)`, which hands out a verified local folder; where the folder is the cache of a remote store
+(`pipeline/mirror.py`), what it lacks is fetched and what it gains is uploaded.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
-import re
-import time
-import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from pipeline.actions import Actions
+from pipeline.alone import Alone
+from pipeline.current import current_store, use_store
 from pipeline.drafts import draft_folder, sweep
-from pipeline.locking import locked
-from pipeline.objects import PRUNED, read_manifest, seal_folder, verify_folder
+from pipeline.leases import Leases
+from pipeline.mirror import mirror_of
+from pipeline.objects import freed_files, read_manifest, seal_folder
 from pipeline.sealing import (
     DamagedArtifactError,
     MissingArtifactError,
     PrunedArtifactError,
-    Signature,
     StoreError,
     canonical_json,
-    fsync,
     named_errors,
-    read_sealed,
     sha256_of,
-    signature,
-    write_sealed,
 )
+from pipeline.shelf import Shelf
+from pipeline.upstream import Upstream
 
 __all__ = [
     "DamagedArtifactError",
@@ -54,18 +50,27 @@ __all__ = [
     "use_store",
 ]
 
-_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
-
 
 class Store:
-    """A content-addressed store in a local folder.
+    """A content-addressed store in a local folder; one that cannot be written can still be opened and read."""
 
-    Opening one never fails: a store that cannot be written can still be read, and the first write says what is wrong.
-    """
+    def __init__(
+        self, root: Path | str, upstream: Upstream | str | None = None, *, cache_gib: float | None = None
+    ) -> None:
+        """Open a store in a local folder.
 
-    def __init__(self, root: Path | str) -> None:
+        Args:
+            upstream: a remote store, or its URL, of which the folder is then the cache. A folder that is one already stays it.
+            cache_gib: the cache's largest size; None: the environment's COHORT_STORE_CACHE_GIB, or no limit.
+
+        Raises:
+            ConfigError: the URL cannot be one of a store, or its file system's package is not installed.
+        """
         self.root = Path(root).resolve()
-        self._verified: dict[str, Signature] = {}
+        self._actions, self._shelf = Actions(self.root), Shelf(self.root)
+        self.leases = Leases(self.root)
+        """What live runs hold; that of the run which uses this store is open."""
+        self._mirror = mirror_of(self.root, upstream, cache_gib, holding=lambda: self.leases.lacks(""))
         with contextlib.suppress(OSError):
             for name in ("objects", "actions", "drafts", "locks"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
@@ -92,33 +97,36 @@ class Store:
                     raise
             with named_errors(self.root):
                 digest = seal_folder(draft, about, schema)
-                self._place(draft, digest)
+                self.hold(digest)
+                self._mirror.owe("object", digest)
+                self._shelf.place(draft, digest)
         return digest
 
-    def _place(self, draft: Path, digest: str) -> None:
-        with self.lock(digest):
-            if not self._is_sound(digest):
-                self._move_aside(digest)
-                self._rename(draft, self._object(digest))
-            self._verified[digest] = signature(self._object(digest))
+    def adopt(self, folder: Path) -> bool:
+        """Take in an object of another store, which the caller has verified, in a folder on this file system.
 
-    def _rename(self, draft: Path, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.rename(draft, target)
-        except OSError as error:
-            # Only where `flock` does not reach another host: a writer of the same content came first.
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
-            self.verify(target.name)
-        fsync(target.parent)
-
-    def _is_sound(self, digest: str) -> bool:
-        try:
-            self.verify(digest)
-        except (MissingArtifactError, DamagedArtifactError, PrunedArtifactError):
+        Returns:
+            Whether it was taken: not where as much of it, or more, is here.
+        """
+        digest, freed = folder.name, freed_files(folder, read_manifest(folder)["files"])
+        self.hold(digest)
+        if self._has_but(digest, freed):
             return False
+        self._mirror.owe("object", digest)
+        with named_errors(self.root):
+            self._shelf.place(folder, digest)
+        if freed:
+            self._shelf.is_sound(digest)  # not as whole as `place` takes its drafts to be
         return True
+
+    def _has_but(self, digest: str, freed: Collection[str]) -> bool:
+        """Whether an object is here in a sound state and lacks no other files than these."""
+        try:
+            with contextlib.suppress(PrunedArtifactError):
+                self._shelf.verify(digest)
+        except (MissingArtifactError, DamagedArtifactError):
+            return False
+        return self.freed(digest).issubset(freed)
 
     def path(self, digest: str) -> Path:
         """The verified folder of an object, for reading only.
@@ -128,61 +136,88 @@ class Store:
         Raises:
             MissingArtifactError, DamagedArtifactError, PrunedArtifactError: with the file and what to do.
         """
-        folder = self._object(digest)
+        self.hold(digest)
         with named_errors(self.root):
-            if digest not in self._verified or self._verified[digest] != signature(folder):
-                self.verify(digest)
-        return folder
+            try:
+                self._shelf.check(digest)
+            except (MissingArtifactError, DamagedArtifactError, PrunedArtifactError):
+                if not self._fetch(digest):
+                    raise
+                self._shelf.check(digest)
+        self._mirror.handed(digest, self._shelf.folder(digest))
+        return self._shelf.folder(digest)
+
+    def _fetch(self, digest: str) -> bool:
+        """Bring an object into the cache; whether upstream has it."""
+        if isinstance(self._mirror, Alone):
+            return False
+        with self._shelf.guard(f"fetch-{digest}"), draft_folder(self.root) as draft:
+            if not self._shelf.is_sound(digest):  # another process may have fetched it meanwhile
+                if not self._mirror.pull(digest, draft / digest):
+                    return False
+                self._shelf.place(draft / digest, digest)
+        return True
+
+    def hold(self, digest: str) -> None:
+        """Let nobody else free an object while the lease of this store is open; before it is looked for, not after."""
+        if self.leases.lacks(digest):
+            with self._shelf.guard(digest):
+                self.leases.take(digest)
+
+    def folder(self, digest: str) -> Path:
+        """Where an object lies, if it is there; unlike `path`, for looking at file sizes only."""
+        return self._shelf.folder(digest)
 
     def manifest(self, digest: str) -> dict[str, Any]:
         """What the store knows of an object: files, schema, rows, type and provenance of its first producer."""
         with named_errors(self.root):
-            return read_manifest(self._object(digest))
+            return read_manifest(self._about(digest))
+
+    def _about(self, digest: str) -> Path:
+        """The folder that holds an object's manifest: it may be in the cache without the payload."""
+        folder = self._shelf.folder(digest)
+        return folder if folder.exists() else self._mirror.about(digest)
 
     def verify(self, digest: str) -> None:
-        """Check every file of an object now, whatever was verified before; raises as `path` does."""
-        self._verified.pop(digest, None)
-        with named_errors(self.root):
-            before = signature(self._object(digest))
-            try:
-                verify_folder(self._object(digest))
-            except FileNotFoundError:
-                raise MissingArtifactError(f"artifact {digest} was moved while it was read; run again") from None
-        self._verified[digest] = before
+        """Check every file of an object now, whatever was verified before; raises as `path` does.
+
+        Of an object that is not in the cache, presence and sizes upstream.
+        """
+        if self._shelf.folder(digest).exists() or not self._mirror.holds(digest):
+            self._shelf.verify(digest)
 
     def quarantine(self, digest: str) -> Path | None:
         """Move a damaged object out of `objects/`, so that its stage computes it again; where to, None if it is sound."""
-        with named_errors(self.root), self.lock(digest):
+        with named_errors(self.root), self._shelf.guard(digest):
             # Another process may have mended it while this one waited.
-            return None if self._is_sound(digest) else self._move_aside(digest)
+            return None if self._shelf.is_sound(digest) else self._shelf.move_aside(digest)
 
-    def _move_aside(self, digest: str) -> Path | None:
-        place = self.root / "quarantine" / f"{digest}.{uuid.uuid4().hex[:8]}"
-        if not self._object(digest).exists():
-            return None
-        place.parent.mkdir(exist_ok=True)
-        os.rename(self._object(digest), place)
-        return place
+    def prune(self, digest: str, files: Collection[str] | None = None) -> int:
+        """Free the payload of an object, keep its manifest; returns the bytes freed.
 
-    def prune(self, digest: str) -> int:
-        """Free the payload of an object, keep its manifest; returns the bytes freed."""
-        with named_errors(self.root), self.lock(digest):
-            payload = [self._object(digest) / file["name"] for file in self.manifest(digest)["files"]]
-            states = [path.stat() for path in payload if path.exists()]
-            freed: int = sum(state.st_size for state in states if state.st_nlink == 1)  # else another artifact keeps it
-            if not (self._object(digest) / PRUNED).exists():
-                with draft_folder(self.root) as draft:
-                    write_sealed(draft / PRUNED, {"digest": digest, "pruned": time.time()})
-                    os.replace(draft / PRUNED, self._object(digest) / PRUNED)
-            for path in payload:
-                path.unlink(missing_ok=True)
-            return freed
+        Args:
+            files: names of the files to free; None: all. The rest can be read as before.
+
+        Raises:
+            LeasedArtifactError: another run, which is alive, may need it.
+        """
+        with named_errors(self.root), self._shelf.guard(digest):
+            self._mirror.outline(digest, self._shelf.folder(digest))
+            count = self._shelf.free(digest, files, allow=self._refuse)
+            return self._mirror.prune(self._shelf.folder(digest)) or count
+
+    def _refuse(self, digest: str) -> None:
+        self.leases.refuse(digest)
+        self._mirror.refuse(digest)
+
+    def freed(self, digest: str) -> frozenset[str]:
+        """Names of the files that `prune` freed."""
+        with named_errors(self.root):
+            return freed_files(self._about(digest), self.manifest(digest)["files"])
 
     def digests(self) -> Iterator[str]:
         """Digests of all objects, pruned ones included."""
-        for folder in sorted((self.root / "objects").glob("*/*")):
-            if _DIGEST.fullmatch(folder.name):
-                yield folder.name
+        return iter(sorted({*self._shelf.digests(), *self._mirror.digests()}))
 
     def resolve(self, prefix: str) -> str:
         """The one digest that starts with `prefix`."""
@@ -193,17 +228,17 @@ class Store:
 
     def find(self, key: str) -> dict[str, Any] | None:
         """The record of a stage call whose result is present and sound (or pruned); None means: compute it."""
+        self._mirror.settle()
         try:
             record = self.action(key)
         except MissingArtifactError:
             return None
         except DamagedArtifactError as error:
             _warn(error)
-            with named_errors(self.root):
-                self._action(key).unlink(missing_ok=True)
+            self._actions.remove(key)
             return None
         try:
-            self.path(record["result"])
+            self._look_for(record["result"])
         except PrunedArtifactError:
             return record
         except (MissingArtifactError, DamagedArtifactError) as error:
@@ -212,14 +247,21 @@ class Store:
             return None
         return record
 
+    def _look_for(self, digest: str) -> None:
+        """Raise unless an object is here and sound, or upstream: what nobody reads is not fetched."""
+        self.hold(digest)
+        try:
+            with named_errors(self.root):
+                self._shelf.check(digest)
+        except (MissingArtifactError, DamagedArtifactError):
+            if not self._mirror.holds(digest):
+                raise
+
     def record(self, key: str, record: Mapping[str, Any]) -> None:
         """Write the record of a stage call: the last step of a commit, after which the call is a hit."""
-        path = self._action(key)
-        with named_errors(self.root), draft_folder(self.root) as draft:
-            write_sealed(draft / path.name, {**record, "key": key})
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(draft / path.name, path)
-            fsync(path.parent)
+        self._mirror.owe("action", key)
+        self._actions.write(key, record)
+        self._mirror.flush()
 
     def action(self, key: str) -> dict[str, Any]:
         """The record of a stage call by its key.
@@ -228,71 +270,29 @@ class Store:
             MissingArtifactError: there is none, or it was forgotten.
             DamagedArtifactError: its file was altered, or is that of another call.
         """
-        path = self._action(key)
-        with named_errors(self.root):
-            try:
-                record = read_sealed(path)
-            except FileNotFoundError:
-                raise MissingArtifactError(f"no record of the call {key[:12]} in {self.root}; run it again") from None
-        if record["key"] != key:
-            raise DamagedArtifactError(f"{path} is the record of another call; the next run recomputes it")
-        return record
+        if not self._actions.path(key).exists():
+            self._mirror.fetch_record(key)
+        return self._actions.read(key)
 
-    def forget(self, digest: str) -> int:
-        """Remove the records of all calls that led to an object, so that they compute again; returns how many."""
-        keys = [record["key"] for record in self.actions() if record["result"] == digest]
-        with named_errors(self.root):
-            for key in keys:
-                self._action(key).unlink(missing_ok=True)
+    def forget(self, *digests: str) -> int:
+        """Remove the records of all calls that led to objects, so that they compute again; returns how many."""
+        keys = [record["key"] for record in self.actions() if record["result"] in digests]
+        for key in keys:
+            self._actions.remove(key)
+        self._mirror.forget(keys)
         return len(keys)
 
     def actions(self) -> Iterator[dict[str, Any]]:
         """All readable action records, oldest first."""
-        records = []
-        for path in (self.root / "actions").glob("*/*.json"):
-            with contextlib.suppress(DamagedArtifactError, MissingArtifactError):
-                records.append(self.action(path.stem))
-        yield from sorted(records, key=lambda record: float(record.get("created", 0.0)))
+        self._mirror.fetch_records()
+        return self._actions.all()
 
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:
         """Hold a key while computing it: two launchers never compute one key at once; a dead holder's lock is free."""
-        with contextlib.ExitStack() as held:
-            with named_errors(self.root):
-                held.enter_context(locked(self.root / "locks" / key))
+        with self._shelf.guard(key), self._mirror.lock(key):
             yield
-
-    def _object(self, digest: str) -> Path:
-        return self.root / "objects" / digest[:2] / digest
-
-    def _action(self, key: str) -> Path:
-        return self.root / "actions" / key[:2] / f"{key}.json"
 
 
 def _warn(error: StoreError) -> None:
     warnings.warn(f"{str(error).split(';')[0]}; computing it again", stacklevel=4)
-
-
-_current: ContextVar[Store | None] = ContextVar("cohort_store", default=None)
-
-
-def current_store() -> Store:
-    """The store that stages use here.
-
-    Raises:
-        StoreError: none was chosen.
-    """
-    store = _current.get()
-    if store is None:
-        raise StoreError("no store is open; wrap the call in `with use_store(Store(folder)):`")
-    return store
-
-
-@contextlib.contextmanager
-def use_store(store: Store) -> Iterator[Store]:
-    """Make `store` the one that stages use inside the block."""
-    token = _current.set(store)
-    try:
-        yield store
-    finally:
-        _current.reset(token)

@@ -20,11 +20,13 @@ from flows.doctor.children import importing_ours
 from flows.doctor.finding import Finding
 from flows.doctor.subject import Subject
 from flows.wording import size
+from pipeline.config import ConfigError
 from pipeline.locking import try_lock
 from pipeline.sealing import StoreError, read_sealed
 from pipeline.store import Store
+from pipeline.upstream import Upstream
 
-__all__ = ["commits", "exclusion", "file_system", "locking", "records", "space", "temporary"]
+__all__ = ["commits", "exclusion", "file_system", "locking", "records", "shared", "space", "temporary"]
 
 _NETWORK: Final = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "gluster", "lustre", "gpfs", "beegfs", "fuse.")
 """How the kinds of file systems begin that reach several hosts, or that a program in user space serves."""
@@ -39,6 +41,8 @@ _SECONDS: Final = 20.0
 _FREED: Final = 0.5
 """Seconds in which the lock of a killed process must be free."""
 _NEWEST: Final = 10
+_PATIENCE: Final = 10.0
+"""Seconds for which a request to a remote store is repeated here; a run has more."""
 _ELSEWHERE: Final = "choose another folder: --root, or COHORT_ROOT"
 
 
@@ -90,6 +94,22 @@ def commits(subject: Subject) -> Iterator[Finding]:
             return
     found = f"two artifacts and a record committed in {1000 * seconds:.0f} ms"
     yield Finding("store.write", "ok", found, values={"seconds": round(seconds, 4)})
+    if subject.places.upstream is not None and not subject.quick:
+        yield shared(subject.places.upstream)
+
+
+def shared(url: str) -> Finding:
+    """The store that several machines share: whether it can be written, listed and deleted from, and the clocks."""
+    try:
+        began = time.perf_counter()
+        upstream = Upstream(url, patience=_PATIENCE)
+        skew, identity = upstream.probe(), upstream.identity(create=False)
+        seconds = time.perf_counter() - began
+    except (StoreError, ConfigError) as error:
+        return Finding("store.remote", "problem", str(error), "mend it, or COHORT_STORE, before a run")
+    known = f"store {identity[:12]}" if identity else "no store yet"
+    found = f"{upstream.url}: {known}; written, listed and deleted in {seconds:.1f} s, clocks {abs(skew):.0f} s apart"
+    return Finding("store.remote", "ok", found, values={"url": upstream.url, "seconds": seconds, "skew": skew})
 
 
 def _commit(store: Store) -> None:

@@ -190,7 +190,7 @@ def test_a_file_deleted_after_it_was_verified_is_noticed_in_the_same_process(sto
 def test_hashes_are_computed_once_for_unchanged_files(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = publish(store)
     fresh, verified = Store(store.root), []
-    monkeypatch.setattr("pipeline.store.verify_folder", lambda folder: verified.append(folder.name))
+    monkeypatch.setattr("pipeline.shelf.verify_folder", lambda folder: verified.append(folder.name))
     for _ in range(3):
         fresh.path(digest)
         fresh.find("k" * 64)

@@ -7,6 +7,7 @@ summary and the learning curve and hands them to a tracker (MLflow); it never to
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -80,7 +81,8 @@ class Observer:
         report("preflight", text=text)
 
     def _take(self, step: int, metrics: dict[str, float]) -> None:
-        self.points.setdefault(step, {}).update(metrics)
+        # Names read from records are new text each time; over thousands of steps they would be most of what is kept.
+        self.points.setdefault(step, {}).update({sys.intern(name): value for name, value in metrics.items()})
         if self.log is not None:
             self.log.log_step(step, charted(metrics))
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Final, Self, TypeAlias
 
 import numpy
 import pyarrow as pa
@@ -18,10 +19,17 @@ import pyarrow as pa
 from pipeline.provenance import current_provenance
 from pipeline.store import current_store
 
-__all__ = ["Artifact", "ArtifactError", "Folder", "Table"]
+__all__ = ["BATCH_ROWS", "Artifact", "ArtifactError", "Folder", "Rows", "Table"]
+
+BATCH_ROWS: Final = 65_536
+"""Rows of a record batch of a table's file; the last has what is left. A smaller table is one batch. Part of what a digest
+depends on: changing it renames every larger table. Larger ones would bring Arrow's lists to their limit of 2^31 elements."""
 
 _TABLE_FILE = "table.arrow"
 _NOT_OF_TYPE = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, TypeError, ValueError)
+
+Rows: TypeAlias = pa.Table | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""An Arrow table, columns, or a list of rows."""
 
 
 class ArtifactError(ValueError):
@@ -70,30 +78,47 @@ class Table(Artifact):
     schema: ClassVar[pa.Schema]
 
     @classmethod
-    def write(cls, rows: pa.Table | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Self:
-        """Publish a table given as Arrow table, as columns or as a list of rows.
+    def write(cls, rows: Rows | Iterator[Rows]) -> Self:
+        """Publish a table given as Arrow table, as columns, as a list of rows, or as an iterator of such parts.
+
+        How it is given makes no difference to its bytes. Of parts no more than `BATCH_ROWS` rows and one part are held at once,
+        and what making them records (`record_metrics`) counts as recorded before.
 
         Raises:
             ArtifactError: names missing, unexpected and wrongly typed columns, or the first null in a column without nulls.
         """
-        table = _canonical(cls.conform(rows))
+        about: dict[str, Any] = {"type": cls.__name__, "rows": 0}
+        batches = cls._batches(rows if isinstance(rows, Iterator) else iter([rows]))
+        # Two at first: what fits into one is made before the store is asked, and an error in making it never taken for its own.
+        ready = list(itertools.islice(batches, 2))
 
         def fill(folder: Path) -> None:
             with pa.OSFile(str(folder / _TABLE_FILE), "wb") as sink, pa.ipc.new_file(sink, cls.schema) as writer:
-                writer.write_table(table)
+                while ready:
+                    about["rows"] += ready[0].num_rows
+                    writer.write_table(ready.pop(0))
+                    ready.extend(itertools.islice(batches, 0 if ready else 1))
+            about["provenance"] = current_provenance()
 
-        about = {"type": cls.__name__, "rows": table.num_rows, "provenance": current_provenance()}
         return cls(current_store().publish(fill, about=about, schema=str(cls.schema)))
 
-    def read(self) -> pa.Table:
-        """The rows, memory-mapped; the file's hash was verified before it was parsed."""
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows, memory-mapped; the file's hash was verified before it was parsed.
+
+        Args:
+            columns: those to read, in this order; all by default.
+        """
         path = current_store().path(self.digest) / _TABLE_FILE
         try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            file = pa.memory_map(str(path))
+            names = pa.ipc.open_file(file).schema.names
+            self._check_columns(names)
+            wanted = [names.index(column) for column in columns or names]
+            table = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=wanted)).read_all()
             table.validate(full=True)  # a sound hash only says that the bytes are those its writer meant
         except (pa.ArrowInvalid, OSError) as error:
             raise ArtifactError(f"{path}: not a readable Arrow file: {error}") from None
-        return self.conform(table)
+        return self._fitting(table, columns or self.schema.names)
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows as dictionaries."""
@@ -101,22 +126,45 @@ class Table(Artifact):
         return rows
 
     @classmethod
-    def conform(cls, rows: pa.Table | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> pa.Table:
+    def conform(cls, rows: Rows) -> pa.Table:
         """`rows` as an Arrow table of exactly this schema, or an ArtifactError."""
-        names = _column_names(rows, cls)
+        cls._check_columns(_column_names(rows, cls))
+        return cls._fitting(rows if isinstance(rows, pa.Table) else cls._build(rows), cls.schema.names)
+
+    @classmethod
+    def _check_columns(cls, names: list[str]) -> None:
         if sorted(names) != sorted(cls.schema.names):
             raise ArtifactError(_column_complaint(cls.__name__, names, cls.schema.names))
-        if not isinstance(rows, pa.Table):
-            rows = cls._build(rows)
-        table = rows.select(cls.schema.names).replace_schema_metadata(None)
-        for field in cls.schema:
+
+    @classmethod
+    def _fitting(cls, table: pa.Table, columns: Sequence[str]) -> pa.Table:
+        """`columns` of `table`, if they have their types, and values where they must."""
+        table, fields = table.select(list(columns)), [cls.schema.field(column) for column in columns]
+        for field in fields:
             column = table.column(field.name)
             if column.type != field.type:
                 raise ArtifactError(f"{cls.__name__}.{field.name}: expected {field.type}, found {column.type}")
             if not field.nullable and column.null_count:
                 row = column.is_null().to_pylist().index(True)
                 raise ArtifactError(f"{cls.__name__}.{field.name}: row {row} is null; this column must have a value")
-        return table.cast(cls.schema)
+        return pa.Table.from_arrays(table.columns, schema=pa.schema(fields))  # `cast` would copy every list
+
+    @classmethod
+    def _batches(cls, parts: Iterator[Rows]) -> Iterator[pa.Table]:
+        """Canonical tables of `BATCH_ROWS` rows, the last of what is left; one, if only an empty one."""
+        held, written, before = cls.conform([]), 0, 0
+        for part in parts:
+            try:
+                table = cls.conform(part)
+            except ArtifactError as error:
+                raise ArtifactError(f"{error} (of the part behind row {before})" if before else str(error)) from None
+            before += table.num_rows
+            held = pa.concat_tables([held, table])
+            while held.num_rows >= BATCH_ROWS:
+                yield _canonical(held.slice(0, BATCH_ROWS))
+                held, written = held.slice(BATCH_ROWS), written + BATCH_ROWS
+        if held.num_rows or not written:
+            yield _canonical(held)
 
     @classmethod
     def _build(cls, rows: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -165,7 +213,7 @@ def _first_misfit(values: Any, kind: pa.DataType) -> str:
     return "the column has another type"
 
 
-def _column_names(rows: pa.Table | Mapping[str, Any] | Sequence[Mapping[str, Any]], cls: type[Table]) -> list[str]:
+def _column_names(rows: Rows, cls: type[Table]) -> list[str]:
     if isinstance(rows, pa.Table):
         return list(rows.column_names)
     if isinstance(rows, Mapping):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 
 from stages.identity import DataError
@@ -35,8 +36,9 @@ def epoch_order(count: int, size: int, epoch: int, seed: int) -> tuple[int, ...]
     that the batch does not hold yet; the others follow in their order, so that the epoch stays a permutation.
     """
     order: tuple[int, ...] = ()
-    # From the first epoch on, since each border depends on the order before it; one shuffle an epoch, then remembered.
-    for number in range(epoch + 1):
+    # Each border depends on the order before it, back to a border that no batch crosses.
+    first = epoch - epoch % (size // math.gcd(count, size))
+    for number in range(first, epoch + 1):
         uniform = random.Random(f"batches/{seed}/{number}").random
         previous, shuffled = order, sorted(range(count), key=lambda _row: uniform())
         begun = number * count % size  # rows of the batch at the border that lie in the previous epoch

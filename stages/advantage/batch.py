@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from stages.advantage.checks import check_groups
+from typing import TYPE_CHECKING
+
 from stages.advantage.config import BatchConfig
-from stages.advantage.estimate import Estimate
+from stages.advantage.estimate import Estimate, kl_penalties
 from stages.advantage.inputs import Outputs, Scored, read_k1
-from stages.tables import Logprobs
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = ["batch_advantages"]
 
 
-def batch_advantages(outputs: Outputs, scored: Scored, logprobs: Logprobs | None, config: BatchConfig) -> Estimate:
+def batch_advantages(outputs: Outputs, scored: Scored, logprobs: pa.Table | None, config: BatchConfig) -> Estimate:
     """A-hat_t = (R_t - mean(R)) / std(R), R_t = sum_{s >= t} r_s, mean and std over all tokens of unmasked outputs.
 
     Raises:
@@ -23,13 +26,11 @@ def batch_advantages(outputs: Outputs, scored: Scored, logprobs: Logprobs | None
 
     reward_N = scored.reward_N
     if config.baseline == "group_mean":
-        check_groups(outputs.keys, "baseline group_mean")
+        outputs.require_groups("baseline group_mean")
         reward_N = centre(reward_N, outputs.group_N, group_statistics(reward_N, outputs.group_N, ddof=0))
     k1_M = read_k1(logprobs, outputs, config.kl_in_reward)
     reward_M = token_rewards(reward_N, outputs.length_N, k1_M, beta=config.kl_in_reward)
     # An output without reward has NaN at its last token, and so from there back at every other: it takes no part.
     return_M = np.concatenate([to_go(reward_T) for reward_T in outputs.per_output(reward_M)])
-    metrics = {}
-    if k1_M is not None:
-        metrics["reward/kl_penalty"] = float(config.kl_in_reward * k1_M.sum() / len(outputs.keys))
-    return Estimate(normalise_batch(return_M), np.isnan(reward_N), metrics=metrics)
+    penalties = kl_penalties(outputs, k1_M, config.kl_in_reward)
+    return Estimate(normalise_batch(return_M), np.isnan(reward_N), means=penalties)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-__all__ = ["Estimate", "answer_metrics"]
+__all__ = ["Estimate", "answer_shares", "kl_penalties"]
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,22 @@ class Estimate:
     """What the critic shall predict before every token."""
     pair_N: Sequence[int | None] | None = None
     """The preference that an output belongs to."""
-    metrics: dict[str, float] = field(default_factory=dict)
+    means: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """Figures whose means are metrics, of questions or of outputs."""
 
 
-def answer_metrics(outputs: Outputs, scored: Scored) -> dict[str, float]:
-    """Shares of questions that all outputs answer rightly, and that none does."""
+def answer_shares(outputs: Outputs, scored: Scored) -> dict[str, NDArray[Any]]:
+    """Questions that all outputs answer rightly, and that none does."""
     import numpy as np
 
     right_Q = np.bincount(outputs.group_N, weights=scored.right_N) / np.bincount(outputs.group_N)
-    return {
-        "reward/frac_all_correct": float((right_Q == 1).mean()),
-        "reward/frac_all_wrong": float((right_Q == 0).mean()),
-    }
+    return {"reward/frac_all_correct": right_Q == 1, "reward/frac_all_wrong": right_Q == 0}
+
+
+def kl_penalties(outputs: Outputs, k1_M: Floats | None, beta: float) -> dict[str, NDArray[Any]]:
+    """beta * sum_t k1_t of each output; nothing where there is no KL in the reward."""
+    import numpy as np
+
+    if k1_M is None:
+        return {}
+    return {"reward/kl_penalty": beta * np.bincount(outputs.output_of_token, k1_M, minlength=len(outputs.length_N))}

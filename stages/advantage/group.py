@@ -4,31 +4,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stages.advantage.checks import check_groups
 from stages.advantage.config import GroupConfig
-from stages.advantage.estimate import Estimate
+from stages.advantage.estimate import Estimate, kl_penalties
 from stages.advantage.inputs import Outputs, Scored, read_k1
-from stages.tables import Logprobs
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
     from numpy.typing import NDArray
 
     from stages.kernels.advantage import GroupStatistics
 
     Floats = NDArray[np.float64]
 
-__all__ = ["group_advantages"]
+__all__ = ["group_advantages", "require_steps"]
 
 
-def group_advantages(outputs: Outputs, scored: Scored, logprobs: Logprobs | None, config: GroupConfig) -> Estimate:
+def group_advantages(outputs: Outputs, scored: Scored, logprobs: pa.Table | None, config: GroupConfig) -> Estimate:
     """A-hat of each output, or of each step, against all others of its question.
 
     Raises:
         ValueError: questions without samples 0 .. G-1; process supervision without step rewards; no `logprobs` where the KL is
             part of the reward.
     """
-    check_groups(outputs.keys, "a group-relative advantage")
+    outputs.require_groups("a group-relative advantage")
     if config.supervision == "process":
         estimate, degenerate_Q = _process(outputs, scored, config)
     else:
@@ -38,29 +37,27 @@ def group_advantages(outputs: Outputs, scored: Scored, logprobs: Logprobs | None
         masked_N = masked_N | outputs.cut_N
     if config.degenerate == "mask":
         masked_N = masked_N | degenerate_Q[outputs.group_N]
-    metrics = {"reward/frac_degenerate_groups": float(degenerate_Q.mean())}
-    return Estimate(estimate.advantage_M, masked_N, metrics=estimate.metrics | metrics)
+    means = estimate.means | {"reward/frac_degenerate_groups": degenerate_Q}
+    return Estimate(estimate.advantage_M, masked_N, means=means)
 
 
 def _outcome(
-    outputs: Outputs, scored: Scored, logprobs: Logprobs | None, config: GroupConfig
+    outputs: Outputs, scored: Scored, logprobs: pa.Table | None, config: GroupConfig
 ) -> tuple[Estimate, NDArray[np.bool_]]:
     """One value per output, the same at each of its tokens."""
     import numpy as np
 
     from stages.kernels.advantage import group_statistics
 
-    reward_N, metrics = scored.reward_N, {}
-    k1_M = read_k1(logprobs, outputs, config.kl_in_reward)
-    if k1_M is not None:
-        penalty_N = config.kl_in_reward * np.bincount(outputs.output_of_token, weights=k1_M, minlength=len(reward_N))
+    reward_N = scored.reward_N
+    penalties = kl_penalties(outputs, read_k1(logprobs, outputs, config.kl_in_reward), config.kl_in_reward)
+    for penalty_N in penalties.values():
         reward_N = reward_N - penalty_N
-        metrics["reward/kl_penalty"] = float(penalty_N.mean())
     statistics = group_statistics(reward_N, outputs.group_N, ddof=config.ddof)
     advantage_N = _compare(reward_N, outputs.group_N, statistics, config)
-    metrics["reward/std_within_group"] = float(statistics.std_Q.mean())
+    means = penalties | {"reward/std_within_group": statistics.std_Q}
     advantage_M = np.repeat(advantage_N, outputs.length_N)
-    return Estimate(advantage_M, np.isnan(advantage_N), metrics=metrics), statistics.degenerate_Q
+    return Estimate(advantage_M, np.isnan(advantage_N), means=means), statistics.degenerate_Q
 
 
 def _process(outputs: Outputs, scored: Scored, config: GroupConfig) -> tuple[Estimate, NDArray[np.bool_]]:
@@ -81,9 +78,9 @@ def _process(outputs: Outputs, scored: Scored, config: GroupConfig) -> tuple[Est
         process_advantages(step_K, steps.ends, length) if steps and steps.ends else np.zeros(length)
         for step_K, steps, length in zip(compared, scored.steps, outputs.length_N.tolist(), strict=True)
     ]
-    counts = [len(steps.rewards) for steps in scored.steps if steps is not None]
-    metrics = {"reward/steps_mean": float(np.mean(counts)), "reward/std_within_group": float(statistics.std_Q.mean())}
-    return Estimate(np.concatenate(advantages), masked_N, metrics=metrics), statistics.degenerate_Q
+    counts = np.array([len(steps.rewards) for steps in scored.steps if steps is not None])
+    means = {"reward/steps_mean": counts, "reward/std_within_group": statistics.std_Q}
+    return Estimate(np.concatenate(advantages), masked_N, means=means), statistics.degenerate_Q
 
 
 def _compare(value_N: Floats, group_N: NDArray[np.int64], statistics: GroupStatistics, config: GroupConfig) -> Floats:
@@ -100,15 +97,19 @@ def _compare(value_N: Floats, group_N: NDArray[np.int64], statistics: GroupStati
             raise AssertionError("refused by the config")
 
 
-def _check_step_rewards(outputs: Outputs, scored: Scored) -> None:
-    """Refuses an output that has a reward and no steps; one that has neither is masked."""
-    import numpy as np
-
-    if not any(scored.steps):
+def require_steps(rewards: pa.Table | None, config: GroupConfig) -> None:
+    """Refuse process supervision of rewards none of which has steps."""
+    if config.supervision == "process" and rewards is not None and rewards["step_rewards"].null_count == len(rewards):
         raise ValueError(
             "supervision process needs step rewards, and no row has any; give the reward a component of kind `steps` "
             "(or a process reward model), or set supervision to outcome"
         )
+
+
+def _check_step_rewards(outputs: Outputs, scored: Scored) -> None:
+    """Refuses an output that has a reward and no steps; one that has neither is masked."""
+    import numpy as np
+
     for key, steps, reward in zip(outputs.keys, scored.steps, scored.reward_N, strict=True):
         if steps is None and not np.isnan(reward):
             raise ValueError(f"supervision process: {key} has a reward and no step rewards; score all outputs by steps")

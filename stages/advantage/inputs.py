@@ -1,19 +1,23 @@
 """The tables of an exploration, joined by (question_id, sample) and checked, as arrays.
 
+What is sound is found so for whole columns at once; only what is not is looked at row by row, to be named.
+
 Shapes: N outputs in the order of `Rollouts`, M tokens of all outputs one after another, Q questions.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from stages.advantage.checks import Key, check_rewards, check_same_rows, check_steps
-from stages.tables import Logprobs, Rewards, Rollouts, Values
+from stages.advantage.checks import Key, check_groups, check_rewards, check_same_rows, check_steps
+from stages.keys import repeated_key, same_keys, slots
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
@@ -43,22 +47,29 @@ class Scored:
 class Outputs:
     """The sampled outputs."""
 
-    keys: Sequence[Key]
+    table: pa.Table
+    """Their rows of `Rollouts`."""
     names: Sequence[str]
     """question_id of each group."""
     group_N: NDArray[np.int64]
     """Index into `names` of each output."""
+    sample_N: NDArray[np.int64]
     length_N: NDArray[np.int64]
     """Tokens."""
     cut_N: NDArray[np.bool_]
     """Whether it was cut at the length limit."""
+
+    @functools.cached_property
+    def keys(self) -> list[Key]:
+        """(question_id, sample) of each, for whoever has to name one."""
+        return _keys(self.table)
 
     @property
     def output_of_token(self) -> NDArray[np.int64]:
         """For each token the output it belongs to."""
         import numpy as np
 
-        return np.repeat(np.arange(len(self.keys)), self.length_N)
+        return np.repeat(np.arange(len(self.length_N)), self.length_N)
 
     def per_output(self, values_M: Floats) -> list[Floats]:
         """Values of all tokens, one array per output."""
@@ -66,8 +77,17 @@ class Outputs:
 
         return np.split(values_M, np.cumsum(self.length_N)[:-1])
 
+    def require_groups(self, need: str) -> None:
+        """Refuse questions without samples 0 .. G-1 for one G >= 2, as `check_groups` does."""
+        import numpy as np
 
-def read_outputs(outputs: Rollouts) -> Outputs:
+        size_Q = np.bincount(self.group_N)
+        G = size_Q[0]  # samples are unique: G of them between 0 and G-1 are all
+        if G < 2 or (size_Q != G).any() or self.sample_N.min() < 0 or self.sample_N.max() >= G:
+            check_groups(self.keys, need)
+
+
+def read_outputs(table: pa.Table) -> Outputs:
     """Keys, groups and lengths.
 
     Raises:
@@ -76,40 +96,46 @@ def read_outputs(outputs: Rollouts) -> Outputs:
     import numpy as np
     import pyarrow.compute as pc
 
-    table = outputs.read().select(["question_id", "sample", "output_ids", "finish_reason"])
-    keys = list(zip(table["question_id"].to_pylist(), table["sample"].to_pylist(), strict=True))
-    if not keys:
+    if not table.num_rows:
         raise ValueError("there are no outputs to estimate advantages of")
-    if len(set(keys)) < len(keys):
+    if repeated_key(table):
         raise ValueError("outputs hold a (question_id, sample) more than once")
-    slots: dict[str, int] = {}
-    group = np.array([slots.setdefault(question_id, len(slots)) for question_id, _ in keys], dtype=np.int64)
-    length = pc.list_value_length(table["output_ids"]).to_numpy().astype(np.int64)
-    cut = np.array([reason == "length" for reason in table["finish_reason"].to_pylist()], dtype=bool)
-    return Outputs(keys, list(slots), group, length, cut)
+    names, group_N = slots(table["question_id"])
+    sample_N = table["sample"].to_numpy().astype(np.int64)
+    length_N = pc.list_value_length(table["output_ids"]).to_numpy().astype(np.int64)
+    return Outputs(table, names, group_N, sample_N, length_N, pc.equal(table["finish_reason"], "length").to_numpy())
 
 
-def read_rewards(rewards: Rewards, outputs: Outputs) -> Scored:
+def read_rewards(table: pa.Table, outputs: Outputs) -> Scored:
     """The rewards in the order of `outputs`.
 
     Raises:
         ValueError: rows that are missing, surplus or repeated; a NaN or infinite reward; steps that do not fit their output; a
             question whose outputs were scored by two reward models.
     """
-    import numpy as np
+    import pyarrow.compute as pc
 
-    columns = ["reward", "status", "step_rewards", "step_ends", "scorer"]
-    rows = _in_order(rewards.read().select(["question_id", "sample", *columns]).to_pylist(), outputs, "rewards")
-    check_rewards(outputs.keys, rows)
-    check_steps(outputs.keys, rows, outputs.length_N.tolist())
+    table = _in_order(table, outputs, "rewards")
+    scorers = table["scorer"].filter(table["reward"].is_valid())
+    finite = pc.all(pc.is_finite(table["reward"]), min_count=0).as_py()
+    if not finite or pc.count_distinct(scorers, mode="all").as_py() > 1:
+        check_rewards(outputs.keys, table.select(["reward", "scorer"]).to_pylist())
     return Scored(
-        np.array([row["reward"] for row in rows], dtype=np.float64),
-        np.array([row["status"] == "ok" for row in rows], dtype=bool),
-        [None if row["step_rewards"] is None else Steps(row["step_rewards"], row["step_ends"]) for row in rows],
+        table["reward"].to_numpy(),
+        pc.equal(table["status"], "ok").to_numpy(),
+        _steps(table.select(["step_rewards", "step_ends"]), outputs),
     )
 
 
-def read_k1(logprobs: Logprobs | None, outputs: Outputs, beta: float) -> Floats | None:
+def _steps(table: pa.Table, outputs: Outputs) -> list[Steps | None]:
+    if table["step_rewards"].null_count == table["step_ends"].null_count == table.num_rows:
+        return [None] * table.num_rows
+    rows = table.to_pylist()
+    check_steps(outputs.keys, rows, outputs.length_N.tolist())
+    return [None if row["step_rewards"] is None else Steps(row["step_rewards"], row["step_ends"]) for row in rows]
+
+
+def read_k1(logprobs: pa.Table | None, outputs: Outputs, beta: float) -> Floats | None:
     """k1 = log pi - log pi_ref of every token (M); None where beta is 0 and nobody needs it.
 
     Raises:
@@ -122,11 +148,11 @@ def read_k1(logprobs: Logprobs | None, outputs: Outputs, beta: float) -> Floats 
             f"kl_in_reward = {beta} needs the log-probabilities of policy and reference; pass `logprobs` "
             "(made by compare_policies), or set kl_in_reward to 0"
         )
-    table = logprobs.read()
+    table = _in_order(logprobs, outputs, "logprobs")
     return _tokens(table, "policy", outputs, "logprobs") - _tokens(table, "reference", outputs, "logprobs")
 
 
-def read_values(values: Values | None, outputs: Outputs) -> Floats:
+def read_values(values: pa.Table | None, outputs: Outputs) -> Floats:
     """V(q, o_<t) before every token (M).
 
     Raises:
@@ -134,30 +160,43 @@ def read_values(values: Values | None, outputs: Outputs) -> Floats:
     """
     if values is None:
         raise ValueError("advantage kind gae needs a critic's values; pass `values` (made by estimate_values)")
-    return _tokens(values.read(), "value", outputs, "values")
+    return _tokens(_in_order(values, outputs, "values"), "value", outputs, "values")
 
 
-def _tokens(table: Any, column: str, outputs: Outputs, name: str) -> Floats:
+def _tokens(table: pa.Table, column: str, outputs: Outputs, name: str) -> Floats:
     """A column of one number per output token, all outputs one after another in the order of `outputs`."""
     import numpy as np
+    import pyarrow.compute as pc
 
-    rows = _in_order(table.select(["question_id", "sample", column]).to_pylist(), outputs, name)
-    found: list[Floats] = [np.array(row[column], dtype=np.float64) for row in rows]
-    for key, numbers, length in zip(outputs.keys, found, outputs.length_N, strict=True):
-        if len(numbers) != length:
-            raise ValueError(
-                f"{name} of {key}: expected one {column} for each of {length} tokens, found {len(numbers)}"
-            )
-        bad = np.flatnonzero(~np.isfinite(numbers))
-        if len(bad):
-            raise ValueError(
-                f"{name} of {key}: {column} at token {bad[0]} is {numbers[bad[0]]}; expected a finite number"
-            )
-    return np.concatenate(found)
+    lists = table[column].combine_chunks()
+    count_N = pc.list_value_length(lists).to_numpy()
+    wrong = np.flatnonzero(count_N != outputs.length_N)
+    if len(wrong):
+        row = wrong[0]
+        raise ValueError(
+            f"{name} of {outputs.keys[row]}: expected one {column} for each of {outputs.length_N[row]} tokens, found "
+            f"{count_N[row]}"
+        )
+    values_M: Floats = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
+    bad = np.flatnonzero(~np.isfinite(values_M))
+    if len(bad):
+        row = outputs.output_of_token[bad[0]]
+        token = bad[0] - outputs.length_N[:row].sum()
+        raise ValueError(
+            f"{name} of {outputs.keys[row]}: {column} at token {token} is {values_M[bad[0]]}; expected a finite number"
+        )
+    return values_M
 
 
-def _in_order(rows: list[dict[str, Any]], outputs: Outputs, name: str) -> list[dict[str, Any]]:
-    keys = [(row["question_id"], row["sample"]) for row in rows]
-    check_same_rows(outputs.keys, keys, name)
-    by_key = dict(zip(keys, rows, strict=True))
-    return [by_key[key] for key in outputs.keys]
+def _in_order(table: pa.Table, outputs: Outputs, name: str) -> pa.Table:
+    """The rows of `table` in the order of `outputs`."""
+    if same_keys(table, outputs.table):
+        return table
+    found = _keys(table)
+    check_same_rows(outputs.keys, found, name)
+    places = {key: place for place, key in enumerate(found)}
+    return table.take([places[key] for key in outputs.keys])
+
+
+def _keys(table: pa.Table) -> list[Key]:
+    return list(zip(table["question_id"].to_pylist(), table["sample"].to_pylist(), strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from stages.advantage.checks import check_groups
 from stages.advantage.estimate import Estimate
 from stages.advantage.inputs import Outputs, Scored
 
@@ -19,17 +18,16 @@ def pair_advantages(outputs: Outputs, scored: Scored) -> Estimate:
     """
     import numpy as np
 
-    check_groups(outputs.keys, "a preference")
+    outputs.require_groups("a preference")
     right: list[list[int]] = [[] for _ in outputs.names]
     wrong: list[list[int]] = [[] for _ in outputs.names]
-    for row in sorted(range(len(outputs.keys)), key=lambda row: outputs.keys[row][1]):
+    for row in sorted(range(len(outputs.sample_N)), key=outputs.sample_N.__getitem__):
         if not np.isnan(scored.reward_N[row]):
             (right if scored.right_N[row] else wrong)[outputs.group_N[row]].append(row)
-    pair_N: list[int | None] = [None] * len(outputs.keys)
-    sign_N = np.zeros(len(outputs.keys))
+    pair_N: list[int | None] = [None] * len(outputs.sample_N)
+    sign_N = np.zeros(len(outputs.sample_N))
     preferences = [both for group in zip(right, wrong, strict=True) for both in zip(*group, strict=False)]
     for number, (better, worse) in enumerate(preferences):
         pair_N[better] = pair_N[worse] = number
         sign_N[better], sign_N[worse] = 1.0, -1.0
-    metrics = {"reward/pairs": float(len(preferences))}
-    return Estimate(np.repeat(sign_N, outputs.length_N), sign_N == 0, pair_N=pair_N, metrics=metrics)
+    return Estimate(np.repeat(sign_N, outputs.length_N), sign_N == 0, pair_N=pair_N)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, assert_never
 
 from pipeline.stage import record_metrics, stage
 from stages.advantage.batch import batch_advantages
+from stages.advantage.chunks import Exploration, read_exploration
 from stages.advantage.config import (
     AdvantageConfig,
     BatchConfig,
@@ -16,17 +18,18 @@ from stages.advantage.config import (
     PairsConfig,
 )
 from stages.advantage.critic import critic_advantages
-from stages.advantage.estimate import Estimate, answer_metrics
-from stages.advantage.group import group_advantages
+from stages.advantage.estimate import Estimate, answer_shares
+from stages.advantage.group import group_advantages, require_steps
 from stages.advantage.inputs import Outputs, Scored, read_outputs, read_rewards
 from stages.advantage.pairs import pair_advantages
 from stages.tables import Advantages, Logprobs, Rewards, Rollouts, Values
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
     from numpy.typing import NDArray
 
-__all__ = ["estimate_advantages"]
+__all__ = ["advantages_of", "estimate_advantages"]
 
 
 @stage(version="2")
@@ -58,25 +61,37 @@ def estimate_advantages(
         ValueError: rows of one table that another lacks, incomplete groups, numbers that are not finite, rewards of two models
             in one group, steps outside their output, or a table that `config` needs and nobody gave; names the rows.
     """
-    read = read_outputs(outputs)
-    scored = None if rewards is None else read_rewards(rewards, read)
-    estimate = _estimate(read, scored, config, values, logprobs)
-    answers = {} if scored is None else answer_metrics(read, scored)
-    record_metrics(answers | estimate.metrics | {"reward/frac_masked": float(estimate.masked_N.mean())})
-    return Advantages.write(
-        {
-            "question_id": [question_id for question_id, _ in read.keys],
-            "sample": [sample for _, sample in read.keys],
-            "advantage": _column(read, estimate.advantage_M, estimate.masked_N),
-            "returns": _column(read, estimate.return_M, estimate.masked_N),
-            "pair": estimate.pair_N or [None] * len(read.keys),
-        }
-    )
+    tables = read_exploration(outputs, rewards, values, logprobs)
+    if isinstance(config, GroupConfig):
+        require_steps(tables.rewards, config)
+    return Advantages.write(advantages_of([tables] if _compares_all(config) else tables.chunks(), config))
 
 
-def _estimate(
-    outputs: Outputs, scored: Scored | None, config: AdvantageConfig, values: Values | None, logprobs: Logprobs | None
-) -> Estimate:
+def _compares_all(config: AdvantageConfig) -> bool:
+    """Whether a value depends on outputs of other questions."""
+    return isinstance(config, BatchConfig) or (isinstance(config, GAEConfig) and config.whiten == "batch")
+
+
+def advantages_of(chunks: Iterable[Exploration], config: AdvantageConfig) -> Iterator[pa.Table]:
+    """The table, a chunk at a time; the metrics at its end."""
+    import numpy as np
+
+    means: dict[str, list[NDArray[Any]]] = {}
+    pairs = 0
+    for chunk in chunks:
+        outputs = read_outputs(chunk.outputs)
+        scored = None if chunk.rewards is None else read_rewards(chunk.rewards, outputs)
+        estimate = _estimate(outputs, scored, chunk, config)
+        answers = {} if scored is None else answer_shares(outputs, scored)
+        for name, values in (answers | estimate.means | {"reward/frac_masked": estimate.masked_N}).items():
+            means.setdefault(name, []).append(values)
+        yield _table(outputs, estimate, pairs)
+        pairs += max((pair + 1 for pair in estimate.pair_N or () if pair is not None), default=0)
+    metrics = {name: float(np.concatenate(values).mean()) for name, values in means.items()}
+    record_metrics(metrics | ({"reward/pairs": pairs} if isinstance(config, PairsConfig) else {}))
+
+
+def _estimate(outputs: Outputs, scored: Scored | None, chunk: Exploration, config: AdvantageConfig) -> Estimate:
     if isinstance(config, OneConfig):
         return _everywhere_one(outputs)
     if scored is None:
@@ -85,11 +100,11 @@ def _estimate(
         case CorrectConfig():
             return _one_where_right(outputs, scored)
         case GroupConfig():
-            return group_advantages(outputs, scored, logprobs, config)
+            return group_advantages(outputs, scored, chunk.logprobs, config)
         case BatchConfig():
-            return batch_advantages(outputs, scored, logprobs, config)
+            return batch_advantages(outputs, scored, chunk.logprobs, config)
         case GAEConfig():
-            return critic_advantages(outputs, scored, values, logprobs, config)
+            return critic_advantages(outputs, scored, chunk.values, chunk.logprobs, config)
         case PairsConfig():
             return pair_advantages(outputs, scored)
         case _:
@@ -99,7 +114,7 @@ def _estimate(
 def _everywhere_one(outputs: Outputs) -> Estimate:
     import numpy as np
 
-    return Estimate(np.ones(outputs.length_N.sum()), np.zeros(len(outputs.keys), dtype=bool))
+    return Estimate(np.ones(outputs.length_N.sum()), np.zeros(len(outputs.length_N), dtype=bool))
 
 
 def _one_where_right(outputs: Outputs, scored: Scored) -> Estimate:
@@ -108,13 +123,28 @@ def _one_where_right(outputs: Outputs, scored: Scored) -> Estimate:
     return Estimate(np.repeat(scored.right_N.astype(np.float64), outputs.length_N), np.isnan(scored.reward_N))
 
 
-def _column(outputs: Outputs, values_M: NDArray[np.float64] | None, masked_N: NDArray[np.bool_]) -> Any:
+def _table(outputs: Outputs, estimate: Estimate, pairs: int) -> pa.Table:
+    """The rows of `outputs`, with `pairs` preferences numbered before theirs."""
+    import pyarrow as pa
+
+    numbers = None if estimate.pair_N is None else [n if n is None else n + pairs for n in estimate.pair_N]
+    columns = {
+        "question_id": outputs.table["question_id"],
+        "sample": outputs.table["sample"],
+        "advantage": _column(outputs, estimate.advantage_M, estimate.masked_N),
+        "returns": _column(outputs, estimate.return_M, estimate.masked_N),
+        "pair": pa.nulls(len(outputs.length_N), pa.int32()) if numbers is None else pa.array(numbers, pa.int32()),
+    }
+    return pa.table(columns)
+
+
+def _column(outputs: Outputs, values_M: NDArray[np.float64] | None, masked_N: NDArray[np.bool_]) -> pa.Array:
     """The values of each row's tokens as an Arrow list column, null for a masked row."""
     import numpy as np
     import pyarrow as pa
 
     if values_M is None:
-        return [None] * len(outputs.keys)
+        return pa.nulls(len(outputs.length_N), pa.list_(pa.float32()))
     offsets = np.concatenate([[0], np.cumsum(np.where(masked_N, 0, outputs.length_N))]).astype(np.int32)
-    kept = pa.array(values_M[~masked_N[outputs.output_of_token]].astype(np.float32))
-    return pa.ListArray.from_arrays(pa.array(offsets), kept, mask=pa.array(masked_N))
+    kept = values_M[np.repeat(~masked_N, outputs.length_N)].astype(np.float32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(kept), mask=pa.array(masked_N))

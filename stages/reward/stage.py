@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 from pipeline.stage import record_metrics, stage
+from stages.keys import repeated_key
 from stages.reward.composition import Part, compose
-from stages.reward.config import AccuracyConfig, OverlongConfig, RewardConfig
+from stages.reward.config import AccuracyConfig, FormatConfig, FunctionConfig, OverlongConfig, RewardConfig
 from stages.reward.judge import Judged, Output, judge
 from stages.reward.rules.accuracy import GoldError, read_gold
+from stages.reward.tally import STATUSES, Tally
 from stages.tables import Questions, Rewards, Rollouts
 
-__all__ = ["STATUSES", "score"]
+if TYPE_CHECKING:
+    import pyarrow as pa
 
-STATUSES: Final = ("ok", "wrong", "unparseable", "truncated", "timeout", "error")
+__all__ = ["CHUNK_ROWS", "STATUSES", "score"]
+
+CHUNK_ROWS: Final = 4096
+"""Outputs that are judged at a time; no verdict depends on which are together. Rewards by functions, and by patterns that may
+need processes, see all at once."""
+
+_KEY: Final = ("question_id", "sample")
 
 
 @stage(version="3")
@@ -35,16 +42,39 @@ def score(outputs: Rollouts, questions: Questions, config: RewardConfig) -> Rewa
         GoldError: a question without an answer, by its id.
         DataError: step rewards of a question that is not of the built-in world.
     """
-    rows = _read(outputs, questions)
-    columns = {component.name: judge(rows, component, config) for component in config.components}
-    rewards = [_reward({name: column[i] for name, column in columns.items()}, config) for i in range(len(rows))]
-    shown = columns[_shown(config)]
-    statuses = [judged.status or ("ok" if judged.score else "wrong") for judged in shown]
-    # At most one component cuts outputs into steps.
-    steps = [next((column[i].steps for column in columns.values() if column[i].steps), None) for i in range(len(rows))]
-    record_metrics(_metrics(rewards, statuses, columns))
-    return Rewards.write(
-        {
+    table = outputs.read([*_KEY, "finish_reason", "text", "text_ends", "output_ids"])
+    asked = _questions_of(table, questions)
+    size = table.num_rows if _judges_together(config) else CHUNK_ROWS
+    return Rewards.write(_parts((_read(chunk, asked) for chunk in _chunks(table, size)), config))
+
+
+def _judges_together(config: RewardConfig) -> bool:
+    """Whether a component has a pool of processes with its patience for the whole batch, or wants to see all of it."""
+    return any(
+        isinstance(part, FunctionConfig) or (isinstance(part, FormatConfig) and part.form == "pattern")
+        for part in config.components
+    )
+
+
+def _chunks(table: pa.Table, size: int) -> Iterator[pa.Table]:
+    for start in range(0, table.num_rows, max(size, 1)):
+        yield table.slice(start, size)
+
+
+def _parts(chunks: Iterable[list[Output]], config: RewardConfig) -> Iterator[dict[str, Any]]:
+    """The table, a chunk at a time; the metrics at its end."""
+    tally = Tally([component.name for component in config.components])
+    for rows in chunks:
+        columns = {component.name: judge(rows, component, config) for component in config.components}
+        rewards = [_reward({name: column[i] for name, column in columns.items()}, config) for i in range(len(rows))]
+        shown = columns[_shown(config)]
+        statuses = [judged.status or ("ok" if judged.score else "wrong") for judged in shown]
+        # At most one component cuts outputs into steps.
+        steps = [
+            next((column[i].steps for column in columns.values() if column[i].steps), None) for i in range(len(rows))
+        ]
+        tally.take(rewards, statuses, columns)
+        yield {
             "question_id": [row.question_id for row in rows],
             "sample": [row.sample for row in rows],
             "reward": rewards,
@@ -55,13 +85,11 @@ def score(outputs: Rollouts, questions: Questions, config: RewardConfig) -> Rewa
             "step_ends": [each and each.ends for each in steps],
             "scorer": [None] * len(rows),
         }
-    )
+    record_metrics(tally.metrics())
 
 
-def _read(outputs: Rollouts, questions: Questions) -> list[Output]:
-    table = outputs.read()
-    rows = table.select(["question_id", "sample", "finish_reason", "text", "text_ends", "output_ids"]).to_pylist()
-    asked = _questions_of([(row["question_id"], row["sample"]) for row in rows], questions)
+def _read(table: pa.Table, asked: Mapping[str, Mapping[str, Any]]) -> list[Output]:
+    rows = table.to_pylist()
     for row in rows:
         if len(row["text_ends"]) != len(row["output_ids"]):
             raise ValueError(
@@ -84,16 +112,16 @@ def _read(outputs: Rollouts, questions: Questions) -> list[Output]:
     ]
 
 
-def _questions_of(keys: Sequence[tuple[str, int]], questions: Questions) -> Mapping[str, Mapping[str, Any]]:
+def _questions_of(outputs: pa.Table, questions: Questions) -> Mapping[str, Mapping[str, Any]]:
     """Rows of `questions` by id; those that have outputs have a gold answer."""
-    twice = [key for key, count in Counter(keys).items() if count > 1]
+    twice = repeated_key(outputs)
     if twice:
-        raise ValueError(f"rollouts hold {twice[0]} more than once; a row is one (question_id, sample)")
-    table = questions.read().select(["question_id", "question", "answer", "solution"])
+        raise ValueError(f"rollouts hold {twice} more than once; a row is one (question_id, sample)")
+    table = questions.read(["question_id", "question", "answer", "solution"])
     asked = {row["question_id"]: row for row in table.to_pylist()}
     if len(asked) < table.num_rows:
         raise ValueError("questions hold a question_id more than once")
-    wanted = list(dict.fromkeys(question_id for question_id, _ in keys))
+    wanted = outputs["question_id"].unique().to_pylist()
     unknown = [question_id for question_id in wanted if question_id not in asked]
     if unknown:
         raise ValueError(
@@ -118,29 +146,3 @@ def _reward(judged: Mapping[str, Judged], config: RewardConfig) -> float | None:
     if all(part.status == "truncated" and part.score is None for part in judged.values()):
         return None  # whatever the components declare: the row was taken out as a whole
     return compose([Part(judged[c.name].score, c.weight, c.missing) for c in config.components])
-
-
-def _metrics(
-    rewards: Sequence[float | None], statuses: Sequence[str], columns: Mapping[str, Sequence[Judged]]
-) -> dict[str, float]:
-    rows = max(len(rewards), 1)
-    means = {"reward/mean": list(rewards)} | {f"reward/{name}": _values(column) for name, column in columns.items()}
-    metrics: dict[str, float] = {}
-    for name, values in means.items():
-        known = [value for value in values if value is not None]
-        if known:  # no number is better than NaN: a chart shows the gap
-            metrics[name] = math.fsum(known) / len(known)
-    counts = Counter(statuses)
-    metrics |= {f"reward/status_{status}": counts[status] / rows for status in STATUSES}
-    metrics["reward/missing"] = sum(value is None for value in rewards) / rows
-    metrics["reward/screened"] = sum(judged.screened for column in columns.values() for judged in column) / rows
-    faults = [judged for column in columns.values() for judged in column if judged.status in ("timeout", "error")]
-    metrics["reward/faults"] = len(faults) / rows
-    return metrics
-
-
-def _values(column: Sequence[Judged]) -> list[float | None]:
-    """What a component's mean is of: its step rewards where it has them, else its scores."""
-    if any(judged.steps for judged in column):
-        return [reward for judged in column if judged.steps for reward in judged.steps.rewards]
-    return [judged.score for judged in column]

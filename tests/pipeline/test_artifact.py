@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.artifact import Artifact, ArtifactError, Folder, Table
+from pipeline.artifact import BATCH_ROWS, Artifact, ArtifactError, Folder, Table
 from pipeline.sealing import DamagedArtifactError, StoreError
 from pipeline.store import Store
 
@@ -233,3 +234,49 @@ def test_references_are_equal_by_type_and_digest_not_by_the_call_that_made_them(
     assert Numbers("d", "one") == Numbers("d", "two")
     assert len({Numbers("d"), Nested("d")}) == 2
     assert hash(Artifact("d", "one")) == hash(Artifact("d"))
+
+
+def many(rows: int) -> pa.Table:
+    """Ids of several lengths, a null in three numbers."""
+    number = np.arange(rows)
+    return pa.table({"id": [f"q{i % 997}" for i in range(rows)], "x": pa.array(number, mask=number % 3 == 1)})
+
+
+@pytest.mark.parametrize("rows", [BATCH_ROWS, 2 * BATCH_ROWS + 5])
+def test_a_table_written_in_parts_has_the_digest_of_the_one_written_at_once(store: Store, rows: int) -> None:
+    whole = many(rows)
+    at_once = Numbers.write(whole)
+    for size in (999, BATCH_ROWS, rows):
+        in_parts = Numbers.write(whole.slice(start, size) for start in range(0, rows, size))
+        assert in_parts.digest == at_once.digest
+    file = pa.ipc.open_file(str(store.path(at_once.digest) / "table.arrow"))
+    sizes = [file.get_batch(number).num_rows for number in range(file.num_record_batches)]
+    assert sizes == [BATCH_ROWS] * (rows // BATCH_ROWS) + [5] * (rows > BATCH_ROWS)
+    assert store.manifest(at_once.digest)["rows"] == rows
+    assert at_once.read().equals(Numbers.conform(whole))
+
+
+def test_no_parts_are_the_empty_table(store: Store) -> None:
+    assert Numbers.write(iter([])).digest == Numbers.write([]).digest
+
+
+def test_a_part_that_does_not_fit_says_behind_which_row_it_begins(store: Store) -> None:
+    with pytest.raises(ArtifactError, match=r"Numbers.id: row 1 is null; .* \(of the part behind row 3\)"):
+        Numbers.write(iter([ROWS, {"id": ["a", None], "x": [1, 2]}]))
+    assert list(store.digests()) == []
+
+
+def test_an_error_in_making_a_part_is_not_blamed_on_the_store(store: Store) -> None:
+    def parts() -> Iterator[Any]:
+        yield ROWS
+        raise BlockingIOError(11, "no process can be started")
+
+    with pytest.raises(BlockingIOError, match="no process"):
+        Numbers.write(parts())
+    assert list(store.digests()) == []
+
+
+def test_columns_are_read_alone_and_in_the_order_asked_for(store: Store) -> None:
+    numbers = Numbers.write(ROWS)
+    assert numbers.read(["x"]).to_pydict() == {"x": [1, None, -3]}
+    assert numbers.read(["x", "id"]).column_names == ["x", "id"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, assert_never
@@ -120,6 +121,7 @@ def as_mathematics(answer: str) -> str:
     return answer if delimited else f"${answer}$"
 
 
+@functools.lru_cache(maxsize=2**14)  # a question's outputs state few answers, from call to call
 def _grade_without_process(case: _Case, verifier: Verifier) -> Grade | None:
     """The grade where exact comparison, or the rules of the verifier, settle it; None where math-verify is needed."""
     if case.answer is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Final
 
@@ -25,6 +26,7 @@ _LONE: Final = re.compile(r"\(([A-J])\)|(?<![A-Za-z0-9'’_\\])(?:A(?!\s+[a-z])|
 _FORMULA: Final = re.compile(r"[=+\-*/^_\\{}<>\d]")
 
 
+@functools.lru_cache(maxsize=2**12)  # asked for every output of a question
 def choice_label(gold: str) -> tuple[str, bool] | None:
     """The label of the right option, and whether the gold marks it as one (`C`, `(C) Cecile`, `C. Cecile`) or not (`C Cecile`).
 

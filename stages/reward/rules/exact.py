@@ -5,6 +5,7 @@ It settles all of GSM8K and the arithmetic world, and never contradicts mathemat
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -110,6 +111,7 @@ def normalise_text(answer: str) -> str:
     return text.lower() if len(text) > 1 and text.isalpha() else text
 
 
+@functools.lru_cache(maxsize=2**14)  # the gold answer again and again, and most answers more than once
 def read_number(answer: str) -> Number | None:
     """The rational number that `answer` is, with its unit or currency aside; None for anything else."""
     text = _LATEX_NOISE.sub("", answer[:_LONGEST]).replace("{,}", ",").replace("\\$", "$").replace("\\%", "%")

@@ -1,0 +1,58 @@
+"""The metrics of a reward stage, gathered a chunk of outputs at a time: the same for any chunks."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from stages.reward.judge import Judged
+
+__all__ = ["STATUSES", "Tally"]
+
+STATUSES: Final = ("ok", "wrong", "unparseable", "truncated", "timeout", "error")
+"""What the rules say of an output."""
+
+
+class Tally:
+    """Counts, and of each mean all its numbers (8 bytes each): their sum is exact, whatever their order."""
+
+    def __init__(self, components: Sequence[str]) -> None:
+        self._statuses: Counter[str] = Counter()
+        self._rewards = array("d")
+        self._scores = {name: array("d") for name in components}
+        self._step_rewards: dict[str, array[float]] = {}
+        self._screened = self._faults = 0
+
+    def take(
+        self, rewards: Sequence[float | None], statuses: Sequence[str], columns: Mapping[str, Sequence[Judged]]
+    ) -> None:
+        """Count some outputs: their rewards, statuses, and what each component says of each."""
+        self._statuses.update(statuses)
+        self._rewards.extend(reward for reward in rewards if reward is not None)
+        for name, column in columns.items():
+            self._scores[name].extend(judged.score for judged in column if judged.score is not None)
+            for judged in column:
+                if judged.steps:
+                    self._step_rewards.setdefault(name, array("d")).extend(judged.steps.rewards)
+                self._screened += judged.screened
+                self._faults += judged.status in ("timeout", "error")
+
+    def metrics(self) -> dict[str, float]:
+        """Means over what has a number, a component's over its step rewards where it has any; shares of all outputs."""
+        outputs = self._statuses.total()
+        rows = max(outputs, 1)
+        means = {f"reward/{name}": self._step_rewards.get(name, scores) for name, scores in self._scores.items()}
+        # No number is better than NaN: a chart shows the gap.
+        known = {name: values for name, values in ({"reward/mean": self._rewards} | means).items() if values}
+        return (
+            {name: math.fsum(values) / len(values) for name, values in known.items()}
+            | {f"reward/status_{status}": self._statuses[status] / rows for status in STATUSES}
+            | {
+                "reward/missing": (outputs - len(self._rewards)) / rows,
+                "reward/screened": self._screened / rows,
+                "reward/faults": self._faults / rows,
+            }
+        )

@@ -131,6 +131,5 @@ def _process_model(base: IterativeRLConfig, plan: RewardModelPlan) -> dict[str, 
 
 def _critic_like(base: IterativeRLConfig) -> CriticConfig:
     """A critic trained as the policy is: same engine, optimizer and learning rate (ours; the paper gives none)."""
-    return CriticConfig(
-        mu=base.update.mu, micro_batch_tokens=base.update.micro_batch_tokens, training=base.update.training
-    )
+    training = base.update.training.model_copy(update={"adapter": None})  # a critic is trained in full
+    return CriticConfig(mu=base.update.mu, micro_batch_tokens=base.update.micro_batch_tokens, training=training)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from flows.config import ArithmeticData, EvaluationPlan, FileData, IterativeRLConfig
+from flows.one_gpu import gsm8k_one_gpu
 from flows.paper_scale import deepseekmath_7b
 from stages.data import ArithmeticConfig, DemonstrationConfig, QuestionFileConfig
 from stages.evaluation import EvaluationConfig
@@ -212,6 +213,13 @@ def _fast_precision() -> Literal["fp32", "bf16"]:
 
 RECIPES: dict[str, Callable[[], IterativeRLConfig]] = {
     recipe.__name__: recipe
-    for recipe in (arithmetic_cpu, arithmetic_learned_reward, arithmetic_smoke, gsm8k_cpu, deepseekmath_7b)
+    for recipe in (
+        arithmetic_cpu,
+        arithmetic_learned_reward,
+        arithmetic_smoke,
+        gsm8k_cpu,
+        gsm8k_one_gpu,
+        deepseekmath_7b,
+    )
 }
 """Every recipe by name; the first line of its docstring describes it."""

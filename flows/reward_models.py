@@ -9,6 +9,7 @@ from typing import assert_never
 
 from flows.bootstrap import DataSets
 from flows.config import IterativeRLConfig, RewardModelPlan
+from flows.pretrained import PretrainedPolicy, pretrained_model
 from stages.data import sample_batch
 from stages.models import Checkpoint
 from stages.reward import score
@@ -45,13 +46,22 @@ def first_reward_models(
     """r_phi before the first iteration: trained on outputs of the initial policy that the rules have labelled (5.2.1).
 
     Args:
-        base: the model before supervised fine-tuning, whose trunk the paper's reward model has (4.2).
+        base: the model before supervised fine-tuning, whose trunk the paper's reward model has (4.2); `reward_model.trunk` may
+            name another.
         policy: the initial policy, which samples what is labelled.
     """
     plan = config.reward_model
     if plan is None:
         return RewardModels([], [])
-    trunk = base if plan.trunk == "base" else policy
+    match plan.trunk:
+        case "base":
+            trunk = base
+        case "initial_policy":
+            trunk = policy
+        case PretrainedPolicy() as model:
+            trunk = pretrained_model(model)
+        case _ as unknown:
+            assert_never(unknown)
     untrained = [create_reward_model(trunk, kind) for kind in plan.models]
     return train_on(config, data, policy, RewardModels(untrained, []), iteration=0)
 

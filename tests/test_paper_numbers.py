@@ -6,11 +6,10 @@ import pytest
 
 from flows.config import IterativeRLConfig
 from flows.methods import METHODS, PAPER, method_settings
-from flows.recipes import arithmetic_smoke
+from flows.recipes import arithmetic_smoke, deepseekmath_7b
 from stages.advantage import GAEConfig, GroupConfig
 from stages.rollout import RolloutConfig
-from stages.training import TrainingConfig
-from stages.training.config import AdamWConfig
+from stages.training import AdamWConfig, DeepSpeedEngineConfig, TrainingConfig
 from stages.update import DPOConfig, GRPOConfig, UpdateConfig
 
 
@@ -31,6 +30,25 @@ def test_the_default_objective_is_that_of_eq_3_and_4_on_outcome_supervision() ->
     assert (config.old_logprobs, config.correction.kind) == ("trainer", "none")
     assert (GroupConfig().supervision, GroupConfig().baseline, GroupConfig().scale) == ("outcome", "mean", "std")
     assert DPOConfig().length_normalised
+
+
+def test_the_recipe_of_the_papers_run_has_its_numbers_on_eight_gpus() -> None:
+    config = deepseekmath_7b()
+    assert (config.rollout.G, config.questions_per_step * config.rollout.G) == (64, 1024)
+    assert (config.rollout.max_output_tokens, config.update.mu, config.update.mini_batches) == (1024, 1, 1)
+    assert isinstance(config.update.objective, GRPOConfig)
+    assert config.update.objective.beta == 0.04
+    assert config.iterations * config.steps * config.questions_per_step == 84_960  # of 144K questions, none twice
+    assert config.reward_model is not None
+    assert config.reward_model.replay.share == 0.1
+    assert config.reward_model.retrain
+    assert config.iterations - 1 == 2  # "two rounds of iteration": it is trained on between iterations
+    trainings = config.update.training, config.reward_model.training.training
+    assert [training.optimizer.learning_rate for training in trainings] == [1e-6, 2e-5]
+    for training in trainings:
+        assert training.engine == DeepSpeedEngineConfig(ranks=8, zero_stage=3, offload="optimizer")
+        assert (training.precision, training.activation_checkpointing) == ("bf16", True)
+    assert config.rollout.backend.kind == "vllm"
 
 
 TABLE_10 = {

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
-from flows.config import IterativeRLConfig
+from flows.config import IterativeRLConfig, PretrainedPolicy
 from flows.methods import METHODS
 from flows.methods import PAPER as TABLE_10
 
@@ -64,6 +64,7 @@ PAPER: Final = (
     PaperValue("update.mu", 1, "4.2", "a single update following each exploration stage"),
     PaperValue("update.mini_batches", 1, "4.2", "a single update following each exploration stage"),
     PaperValue("iterations", 3, "5.2.1, Fig. 6", "one iteration and two further rounds"),
+    PaperValue("update.training.adapter", None, "Algorithm 1", "all weights of pi_theta are trained"),
     PaperValue("dynamic_sampling", 0, "Algorithm 1"),
     PaperValue("update.correction.kind", "none", "Eq. 3"),
     # The objectives as they are written.
@@ -83,6 +84,7 @@ PAPER: Final = (
     # Supervised fine-tuning, where the run has any.
     PaperValue("sft.training.optimizer.learning_rate", 5e-5, "3.2"),
     PaperValue("sft.training.schedule", "constant", "3.2"),
+    PaperValue("sft.training.adapter", None, "3.2", "all weights are trained"),
     PaperValue("sft.batch_size", 256, "3.2"),
     PaperValue("sft.max_steps", 500, "3.2"),
     PaperValue("sft.stop_loss", None, "3.2", "500 steps, whatever the loss"),
@@ -90,7 +92,7 @@ PAPER: Final = (
     PaperValue("sft.aggregation", "sequence_mean", "Eq. 6"),
     # Reward models, where the method has any.
     PaperValue("reward_model.training.training.optimizer.learning_rate", 2e-5, "4.2"),
-    PaperValue("reward_model.trunk", "base", "4.2"),
+    PaperValue("reward_model.trunk", "base", "4.2", "the model before supervised fine-tuning"),
     PaperValue("reward_model.retrain", True, "4.1.4, Algorithm 1"),
     PaperValue("reward_model.replay.share", 0.1, "4.1.4"),
     PaperValue("reward_model.step_labels.kind", "monte_carlo", "4.2", "as in Math-Shepherd"),
@@ -164,11 +166,20 @@ def choices(config: IterativeRLConfig) -> list[Choice]:
 def _missed(config: IterativeRLConfig) -> Iterator[PaperValue]:
     for paper in PAPER:
         here = _value(config, paper.key)
+        if paper.key == "reward_model.trunk" and here is not _ABSENT:
+            if not _is_base(here, config):
+                yield paper
+            continue
         if here is _ABSENT or not _holds(paper, config) or here == paper.value:
             continue
         if paper.key == "evaluation.estimates.ks" and {1, *here} == set(paper.value):
             continue  # Pass@1 and Maj@1 are the accuracy, which is always measured
         yield paper
+
+
+def _is_base(trunk: Any, config: IterativeRLConfig) -> bool:
+    """Whether it may be a model before supervised fine-tuning: this run's, or one of others, of which nobody can tell here."""
+    return isinstance(trunk, PretrainedPolicy) or (trunk == "base" and config.sft is not None)
 
 
 def _method(config: IterativeRLConfig) -> Iterator[Deviation]:

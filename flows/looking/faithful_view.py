@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -47,6 +48,8 @@ def _table(*headings: str) -> Table:
 def _text(value: Any) -> str:
     if value is None:
         return "null"
+    if isinstance(value, BaseModel):
+        return ", ".join(f"{name} {_text(part)}" for name, part in value)
     if isinstance(value, tuple):
         return ", ".join(str(getattr(part, "kind", part)) for part in value)
     return number(value)

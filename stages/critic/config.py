@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from pipeline.config import Config
 from stages.training.config import AdamWConfig, TrainingConfig
@@ -19,3 +21,11 @@ class CriticConfig(Config):
     """Padded tokens per forward and backward; bounds memory and changes no result but in its last bits."""
     training: TrainingConfig = TrainingConfig(optimizer=AdamWConfig(learning_rate=1e-5))
     """Engine, optimizer, precision, learning rate. The paper gives none; 1e-5, ten times the policy's, is verl's."""
+
+    @model_validator(mode="after")
+    def _trained_in_full(self) -> Self:
+        if self.training.adapter is not None:
+            raise ValueError(
+                "training.adapter: a critic learns a new head and is trained in full; set training.adapter to null"
+            )
+        return self

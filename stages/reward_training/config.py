@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import Config
 from stages.training.config import AdamWConfig, TrainingConfig
@@ -74,6 +74,14 @@ class RewardTrainingConfig(Config):
     training: TrainingConfig = TrainingConfig(optimizer=AdamWConfig(learning_rate=2e-5))
     """Engine, optimizer, precision; DeepSeekMath, 4.2: 2e-5. `carry_optimizer` says whether the next training of the same
     model continues with the state of this one or begins anew."""
+
+    @model_validator(mode="after")
+    def _trained_in_full(self) -> Self:
+        if self.training.adapter is not None:
+            raise ValueError(
+                "training.adapter: a reward model learns a new head and is trained in full; set training.adapter to null"
+            )
+        return self
 
 
 class ReplayConfig(Config):

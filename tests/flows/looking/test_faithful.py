@@ -15,7 +15,8 @@ from flows.config import IterativeRLConfig
 from flows.looking.faithful import PAPER, SILENT, PaperValue, choices, deviations
 from flows.methods import METHODS, method_settings
 from flows.methods import PAPER as TABLE_10
-from flows.recipes import RECIPES, deepseekmath_7b, gsm8k_cpu
+from flows.recipes import RECIPES, deepseekmath_7b, gsm8k_cpu, gsm8k_one_gpu
+from stages.training import LoRAConfig
 
 DECISIONS = Path(__file__).parents[3] / "docs" / "decisions.md"
 
@@ -32,6 +33,7 @@ RL = gsm8k_cpu().override(
 )
 FAITHFUL = RL.override(
     {p.key: p.value for p in PAPER if not p.key.startswith("sft.") and "grpo" in (p.objectives or "grpo")}
+    | {"reward_model.trunk": {"kind": "pretrained", "path": "deepseek-math-7b-base"}}
 )
 
 SFT = {"training": {"optimizer": {"kind": "adamw"}}}
@@ -45,6 +47,7 @@ OTHER: dict[str, Any] = {
     "update.mu": 2,
     "update.mini_batches": 4,
     "iterations": 1,
+    "update.training.adapter": LoRAConfig(r=16),
     "dynamic_sampling": 1,
     "update.correction.kind": "truncated",
     "update.objective.divergence": "k3_unbiased",
@@ -63,6 +66,7 @@ OTHER: dict[str, Any] = {
     "evaluation.estimates.ks": (1, 64),
     "sft.training.optimizer.learning_rate": 1e-5,
     "sft.training.schedule": "linear",
+    "sft.training.adapter": LoRAConfig(r=16),
     "sft.batch_size": 64,
     "sft.max_steps": 10,
     "sft.stop_loss": 0.1,
@@ -102,6 +106,23 @@ KNOWN = dict(fields(IterativeRLConfig))
 
 def test_the_recipe_of_the_paper_s_run_deviates_in_nothing() -> None:
     assert list(deviations(deepseekmath_7b())) == []
+
+
+def test_the_recipe_of_one_gpu_says_what_it_has_otherwise() -> None:
+    assert keys(gsm8k_one_gpu()) == [
+        "reward_model",
+        "reward.components",
+        "rollout.G",
+        "rollout.max_output_tokens",
+        "questions_per_step",
+        "iterations",
+        "prompt.chat",
+        "evaluation.temperature",
+        "evaluation.samples",
+        "evaluation.estimates.ks",
+    ]
+    adapted = gsm8k_one_gpu().override({"update.training.adapter.r": 8})
+    assert set(keys(adapted)) - set(keys(gsm8k_one_gpu())) == {"update.training.adapter"}
 
 
 def test_a_configuration_with_the_papers_numbers_does_not_deviate() -> None:
@@ -161,6 +182,13 @@ def test_grpo_on_frozen_outputs_deviates_from_its_row() -> None:
     assert keys(offline) == ["data_source"]
 
 
+def test_the_base_of_an_instructed_policy_is_no_base() -> None:
+    own = FAITHFUL.override({"reward_model.trunk": "base"})
+    assert keys(own) == ["reward_model.trunk"]
+    tuned = own.override({"sft": SFT} | {p.key: p.value for p in PAPER if p.key.startswith("sft.")})
+    assert keys(tuned) == ["sft"]
+
+
 def test_dpo_has_its_own_equation_and_no_beta_of_the_papers() -> None:
     base = FAITHFUL.override({"reward_model": None})
     dpo = base.override(method_settings("dpo", base))
@@ -206,5 +234,7 @@ def test_the_command_lists_field_value_and_section(
     assert "update.training.optimizer.learning_rate 1e-06 4.2 0.0003" in text
     assert "rollout.G 64 4.2" not in text
     assert "update.objective.eps 0.2 Clip range of the ratio. The paper gives no value; 0.2 is PPO's." in text
+    assert run_command(["check", "arithmetic_cpu", "--faithful", "--set", "update.training.adapter.r=4"]) == 0
+    assert "r 4, alpha 32, scaling lora, target_modules all-linear" in " ".join(capsys.readouterr().out.split())
     assert run_command(["check", "arithmetic_cpu"]) == 0
     assert "4.2" not in capsys.readouterr().out

@@ -1,0 +1,147 @@
+"""What does not fit together in the configuration of a run: parts that are right by themselves and wrong side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from stages.advantage import GroupConfig
+from stages.reward import OverlongConfig
+from stages.training import DeepSpeedEngineConfig
+from stages.update import GRPOConfig
+
+if TYPE_CHECKING:
+    from flows.config import IterativeRLConfig
+    from stages.training import TrainingConfig
+
+__all__ = ["misfits"]
+
+
+def misfits(config: IterativeRLConfig) -> Iterator[str]:
+    """Every complaint, each beginning with the key that it is about and saying what to set."""
+    yield from _misfits_of_the_row(config)
+    yield from _misfits_of_the_outputs(config)
+    yield from _misfits_of_the_parts(config)
+    yield from _misfits_of_the_ranks(config)
+
+
+def _misfits_of_the_row(config: IterativeRLConfig) -> Iterator[str]:
+    """What does not belong to the objective's row of Table 10."""
+    kind, row = config.update.objective.kind, config.update.objective.ROW
+    if config.data_source not in row.sources:
+        yield f"data_source: {kind} learns from {_either(row.sources)}, found {config.data_source}"
+    if config.advantage.kind not in row.advantages:
+        yield f"advantage.kind: {kind} takes {_either(row.advantages)}, found {config.advantage.kind}"
+    if (config.advantage.kind == "gae") != (config.critic is not None):
+        yield "critic: advantage.kind gae (PPO) needs one, and nothing else does; set critic={} or null"
+    if config.data_source == "initial_policy" and row.uses_ratio and config.update.old_logprobs != "rollout":
+        yield (
+            f"update.old_logprobs: {kind} on outputs of the initial policy needs that policy's log-probabilities in its "
+            "ratio; set update.old_logprobs=rollout"
+        )
+
+
+def _misfits_of_the_outputs(config: IterativeRLConfig) -> Iterator[str]:
+    """What does not go with where the outputs come from, and how they are sampled."""
+    source, update, sampled = config.data_source, config.update, config.rollout.temperature
+    yield from _misfits_of_a_server(config)
+    if config.dynamic_sampling and source != "policy":
+        yield "dynamic_sampling: only outputs of the current policy can be drawn again"
+    if update.correction.kind != "none" and source != "policy":
+        yield (
+            "update.correction: its weights compare rollout engine and trainer for one and the same policy, and these "
+            f"outputs are not the current one's (data_source: {source}); set update.correction.kind=none"
+        )
+    if source == "demonstrations":
+        if update.old_logprobs == "rollout":
+            yield "update.old_logprobs: no engine recorded any for demonstrations; set update.old_logprobs=trainer"
+        sampled = 1.0  # what demonstrations are recorded with
+    if sampled == 0:
+        yield "rollout.temperature: greedy outputs come from no distribution; nothing can be learned from them by RL"
+    if update.temperature not in (None, sampled):
+        yield f"update.temperature: {update.temperature:g} differs from that of the outputs, {sampled:g}"
+
+
+def _misfits_of_a_server(config: IterativeRLConfig) -> Iterator[str]:
+    """A server keeps the weights that it was started with, and training changes the policy's."""
+    serving, evaluating = config.rollout.backend.kind, (config.evaluation.backend or config.rollout.backend).kind
+    fixed = "a server keeps the weights it was started with"
+    if serving == "vllm_server" and config.data_source == "policy":
+        yield f"rollout.backend: {fixed}, and data_source policy samples from changing ones; set kind vllm or hf"
+    if evaluating == "vllm_server":
+        yield f"evaluation.backend: {fixed}, and each policy evaluated has others; set evaluation.backend.kind=vllm or hf"
+
+
+def _misfits_of_the_parts(config: IterativeRLConfig) -> Iterator[str]:
+    advantage, objective = config.advantage, config.update.objective
+    penalty = getattr(advantage, "kl_in_reward", 0.0)
+    if penalty and isinstance(objective, GRPOConfig) and objective.beta > 0:
+        yield (
+            f"advantage.kl_in_reward={penalty:g} and update.objective.beta={objective.beta:g} would count the KL term "
+            "twice; set one of them to 0"
+        )
+    if advantage.kind in ("group", "pairs") and config.rollout.G < 2:
+        yield f"rollout.G: advantages within a group need at least 2 outputs per question, found {config.rollout.G}"
+    yield from _misfits_of_the_steps(config)
+    longest = config.rollout.max_output_tokens
+    for component in config.reward.components:
+        if isinstance(component, OverlongConfig) and component.max_tokens != longest:
+            yield (
+                f"reward.components: {component.name!r} punishes fully from max_tokens={component.max_tokens} on, and "
+                f"outputs end at rollout.max_output_tokens={longest}: with another border it would meet none of them, "
+                "or whole ones like cut ones; set them equal"
+            )
+
+
+def _misfits_of_the_steps(config: IterativeRLConfig) -> Iterator[str]:
+    """What process supervision and process models lack."""
+    plan, by_rules = config.reward_model, any(part.kind == "steps" for part in config.reward.components)
+    learned = plan is not None and any(model.kind == "process" for model in plan.models)
+    if isinstance(config.advantage, GroupConfig) and config.advantage.supervision == "process":
+        if plan is None and not by_rules:
+            yield (
+                "advantage.supervision: process needs rewards of steps; add a component of kind `steps` to "
+                "reward.components (built-in world), or a process model to reward_model.models"
+            )
+        if plan is not None and not learned:
+            yield (
+                "advantage.supervision: process needs rewards of steps, and the rewards are those of reward_model, which "
+                "has an outcome model only; add {kind: process} to reward_model.models"
+            )
+    if plan is not None and learned and plan.step_labels.kind == "rules" and not by_rules:
+        yield (
+            "reward_model.step_labels: no rule labels the steps that the process model learns from; set "
+            "reward_model.step_labels.kind=monte_carlo, or in the built-in world add a component of kind `steps` to "
+            "reward.components"
+        )
+
+
+def _misfits_of_the_ranks(config: IterativeRLConfig) -> Iterator[str]:
+    """More ranks than a batch has outputs: some would only compute what others do, with weight 0.
+
+    A number that does not divide the batch is none of these: micro-batches are dealt out whole (`stages/training/batching.py`).
+    """
+    groups = max(1, config.questions_per_step // config.update.mini_batches)
+    outputs = groups * config.rollout.G
+    yield from _too_many("update.training", config.update.training, outputs, "outputs of a mini-batch")
+    if config.sft is not None:
+        yield from _too_many("sft.training", config.sft.training, config.sft.batch_size, "demonstrations of a batch")
+    if config.critic is not None:
+        outputs = config.questions_per_step * config.rollout.G
+        yield from _too_many("critic.training", config.critic.training, outputs, "outputs of a step")
+    if (plan := config.reward_model) is not None:
+        outputs = min(plan.questions, plan.training.questions_per_update) * config.rollout.G
+        yield from _too_many("reward_model.training.training", plan.training.training, outputs, "outputs of an update")
+
+
+def _too_many(key: str, training: TrainingConfig, rows: int, what: str) -> Iterator[str]:
+    engine = training.engine
+    if isinstance(engine, DeepSpeedEngineConfig) and engine.ranks > rows:
+        yield (
+            f"{key}.engine.ranks: expected at most {rows}, the {what}, found {engine.ranks}; a rank computes whole outputs, "
+            "and one without any repeats another's for nothing: set fewer ranks, or a larger batch"
+        )
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return " or ".join(names)

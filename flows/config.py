@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from flows.misfits import misfits
 from flows.preflight import PreflightConfig
 from flows.pretrained import PretrainedPolicy
+from flows.retention import KeepConfig
 from pipeline.config import Config
 from stages.advantage import AdvantageConfig, GroupConfig
 from stages.critic import CriticConfig
 from stages.data import ArithmeticConfig, DemonstrationConfig, QuestionFileConfig
 from stages.evaluation import EvaluationConfig
 from stages.prompts import PromptConfig
-from stages.reward import OverlongConfig, RewardConfig
+from stages.reward import RewardConfig
 from stages.reward_model import GaugeConfig, GaugeLimits, ScoringConfig
 from stages.reward_training import (
     ReplayConfig,
@@ -26,7 +27,7 @@ from stages.reward_training import (
 )
 from stages.rollout import BackendConfig, RolloutConfig
 from stages.sft import PolicyConfig, SFTConfig
-from stages.update import DataSource, GRPOConfig, UpdateConfig
+from stages.update import DataSource, UpdateConfig
 
 __all__ = ["ArithmeticData", "EvaluationPlan", "FileData", "IterativeRLConfig", "PretrainedPolicy", "RewardModelPlan"]
 
@@ -113,9 +114,9 @@ class RewardModelPlan(Config):
 
     models: tuple[RewardModelConfig, ...] = Field((RewardModelConfig(),), min_length=1, max_length=2)
     "An outcome model, a process model, or one of each; the process model's step rewards serve process supervision."
-    trunk: Literal["base", "initial_policy"] = "base"
-    """Whose trunk a model begins with: `base`, the model before supervised fine-tuning (4.2), or `initial_policy`. A base made
-    from scratch knows nothing; take `initial_policy` there."""
+    trunk: Literal["base", "initial_policy"] | PretrainedPolicy = "base"
+    """Whose trunk a model begins with: `base`, the model before this run's supervised fine-tuning (4.2), `initial_policy`, or a
+    model of others with the policy's tokenizer. A base made from scratch knows nothing; take `initial_policy` there."""
     questions: PositiveInt = 1024
     "Training questions whose outputs (`rollout.G` each) are labelled per training. The paper gives no number."
     step_labels: StepLabelsConfig = RuleStepsConfig()
@@ -200,100 +201,15 @@ class IterativeRLConfig(Config):
     "Held-out evaluation."
     preflight: PreflightConfig = PreflightConfig()
     "When the run stops before its first update, since there is nothing to learn from."
+    keep: KeepConfig = KeepConfig()
+    "What stays on disk while the run goes on."
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        complaints = [*self._misfits_of_the_row(), *self._misfits_of_the_outputs(), *self._misfits_of_the_parts()]
-        if complaints:
+        if complaints := list(misfits(self)):
             raise ValueError("\n    ".join(complaints))
         return self
 
-    def _misfits_of_the_row(self) -> Iterator[str]:
-        """What does not belong to the objective's row of Table 10."""
-        kind, row = self.update.objective.kind, self.update.objective.ROW
-        if self.data_source not in row.sources:
-            yield f"data_source: {kind} learns from {_either(row.sources)}, found {self.data_source}"
-        if self.advantage.kind not in row.advantages:
-            yield f"advantage.kind: {kind} takes {_either(row.advantages)}, found {self.advantage.kind}"
-        if (self.advantage.kind == "gae") != (self.critic is not None):
-            yield "critic: advantage.kind gae (PPO) needs one, and nothing else does; set critic={} or null"
-        if self.data_source == "initial_policy" and row.uses_ratio and self.update.old_logprobs != "rollout":
-            yield (
-                f"update.old_logprobs: {kind} on outputs of the initial policy needs that policy's log-probabilities in its "
-                "ratio; set update.old_logprobs=rollout"
-            )
-
-    def _misfits_of_the_outputs(self) -> Iterator[str]:
-        """What does not go with where the outputs come from, and how they are sampled."""
-        source, update, sampled = self.data_source, self.update, self.rollout.temperature
-        yield from self._misfits_of_a_server()
-        if self.dynamic_sampling and source != "policy":
-            yield "dynamic_sampling: only outputs of the current policy can be drawn again"
-        if update.correction.kind != "none" and source != "policy":
-            yield (
-                "update.correction: its weights compare rollout engine and trainer for one and the same policy, and these "
-                f"outputs are not the current one's (data_source: {source}); set update.correction.kind=none"
-            )
-        if source == "demonstrations":
-            if update.old_logprobs == "rollout":
-                yield "update.old_logprobs: no engine recorded any for demonstrations; set update.old_logprobs=trainer"
-            sampled = 1.0  # what demonstrations are recorded with
-        if sampled == 0:
-            yield "rollout.temperature: greedy outputs come from no distribution; nothing can be learned from them by RL"
-        if update.temperature not in (None, sampled):
-            yield f"update.temperature: {update.temperature:g} differs from that of the outputs, {sampled:g}"
-
-    def _misfits_of_a_server(self) -> Iterator[str]:
-        """A server keeps the weights that it was started with, and training changes the policy's."""
-        serving, evaluating = self.rollout.backend.kind, (self.evaluation.backend or self.rollout.backend).kind
-        fixed = "a server keeps the weights it was started with"
-        if serving == "vllm_server" and self.data_source == "policy":
-            yield f"rollout.backend: {fixed}, and data_source policy samples from changing ones; set kind vllm or hf"
-        if evaluating == "vllm_server":
-            yield f"evaluation.backend: {fixed}, and each policy evaluated has others; set evaluation.backend.kind=vllm or hf"
-
-    def _misfits_of_the_parts(self) -> Iterator[str]:
-        advantage, objective = self.advantage, self.update.objective
-        penalty = getattr(advantage, "kl_in_reward", 0.0)
-        if penalty and isinstance(objective, GRPOConfig) and objective.beta > 0:
-            yield (
-                f"advantage.kl_in_reward={penalty:g} and update.objective.beta={objective.beta:g} would count the KL term "
-                "twice; set one of them to 0"
-            )
-        if advantage.kind in ("group", "pairs") and self.rollout.G < 2:
-            yield f"rollout.G: advantages within a group need at least 2 outputs per question, found {self.rollout.G}"
-        yield from self._misfits_of_the_steps()
-        longest = self.rollout.max_output_tokens
-        for component in self.reward.components:
-            if isinstance(component, OverlongConfig) and component.max_tokens != longest:
-                yield (
-                    f"reward.components: {component.name!r} punishes fully from max_tokens={component.max_tokens} on, and "
-                    f"outputs end at rollout.max_output_tokens={longest}: with another border it would meet none of them, "
-                    "or whole ones like cut ones; set them equal"
-                )
-
-    def _misfits_of_the_steps(self) -> Iterator[str]:
-        """What process supervision and process models lack."""
-        plan, by_rules = self.reward_model, any(part.kind == "steps" for part in self.reward.components)
-        learned = plan is not None and any(model.kind == "process" for model in plan.models)
-        if isinstance(self.advantage, GroupConfig) and self.advantage.supervision == "process":
-            if plan is None and not by_rules:
-                yield (
-                    "advantage.supervision: process needs rewards of steps; add a component of kind `steps` to "
-                    "reward.components (built-in world), or a process model to reward_model.models"
-                )
-            if plan is not None and not learned:
-                yield (
-                    "advantage.supervision: process needs rewards of steps, and the rewards are those of reward_model, which "
-                    "has an outcome model only; add {kind: process} to reward_model.models"
-                )
-        if plan is not None and learned and plan.step_labels.kind == "rules" and not by_rules:
-            yield (
-                "reward_model.step_labels: no rule labels the steps that the process model learns from; set "
-                "reward_model.step_labels.kind=monte_carlo, or in the built-in world add a component of kind `steps` to "
-                "reward.components"
-            )
-
-
-def _either(names: tuple[str, ...]) -> str:
-    return " or ".join(names)
+    def identity(self) -> dict[str, Any]:
+        """What makes it another run, as plain values: all but what stays on disk."""
+        return self.model_dump(mode="json", exclude={"keep"})

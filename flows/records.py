@@ -26,10 +26,12 @@ from pipeline.locking import locked
 from pipeline.server_process import is_alive
 from pipeline.store import StoreError, canonical_json, sha256_of
 
-__all__ = ["Attempt", "RunRecord", "Status", "read_artifacts", "read_records", "run_folder", "write_json"]
+__all__ = ["ARTIFACTS", "Attempt", "RunRecord", "Status", "read_artifacts", "read_records", "run_folder", "write_json"]
 
 Status = Literal["running", "finished", "failed", "interrupted", "killed"]
 _FILE: Final = "record.json"
+ARTIFACTS: Final = "artifacts.json"
+"""What a run used: digest -> stage. Of a study it is `<its report's name>.artifacts.json`."""
 _EVERY: Final = 2.0
 """A running record is rewritten at most so often (seconds)."""
 
@@ -130,9 +132,13 @@ class RunRecord:
     def end(self, status: Status, state: RunState, error: str = "") -> None:
         """Note how the attempt ended, and which artifacts it used."""
         self.attempts[-1].status, self.attempts[-1].error = status, error
-        with contextlib.suppress(OSError):  # the note says so
-            write_json(self.folder / "artifacts.json", read_artifacts(self.folder) | state.artifacts)
+        self.list_artifacts(state)
         self.note(state, force=True)
+
+    def list_artifacts(self, state: RunState) -> None:
+        """Note which artifacts all attempts used: from now on they are this run's, whether it lives or not."""
+        with contextlib.suppress(OSError):  # `note` says so
+            write_json(self.folder / ARTIFACTS, read_artifacts(self.folder) | state.artifacts)
 
     def _write(self) -> None:
         """Write this record over the one on disk, keeping what other processes noted of their own attempts."""
@@ -149,8 +155,8 @@ class RunRecord:
 
 
 def run_folder(places: Places, config: IterativeRLConfig) -> Path:
-    """Where the record of a configuration lies."""
-    digest = sha256_of(canonical_json(config.model_dump(mode="json")))
+    """Where the record of a configuration lies; what a run keeps of its payloads is no part of which run it is."""
+    digest = sha256_of(canonical_json(config.identity()))
     return places.runs / f"{config.name}-{digest[:8]}"
 
 
@@ -172,7 +178,7 @@ def read_record(folder: Path) -> RunRecord | None:
 def read_artifacts(folder: Path) -> dict[str, str]:
     """Digest -> stage of what a run computed or reused; empty before its first end."""
     with contextlib.suppress(OSError, ValueError):
-        found: Mapping[str, str] = json.loads((folder / "artifacts.json").read_text(encoding="utf-8"))
+        found: Mapping[str, str] = json.loads((folder / ARTIFACTS).read_text(encoding="utf-8"))
         return dict(found)
     return {}
 

@@ -16,8 +16,10 @@ from pydantic import Field
 
 from pipeline.artifact import ArtifactError, Folder
 from pipeline.config import Config
+from pipeline.objects import recomputed
 from pipeline.sealing import measure, sha256_of
 from pipeline.stage import stage
+from pipeline.store import PrunedArtifactError, current_store
 from stages.model_folders import (
     OPTIMIZER,
     TRAINER,
@@ -162,10 +164,18 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
 
 
 def load_optimizer_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Optimizer state as `<parameter name>/<slot>`; empty where the checkpoint has none."""
+    """Optimizer state as `<parameter name>/<slot>`; empty where the checkpoint has none.
+
+    Raises:
+        PrunedArtifactError: it had one, which was freed (`keep.optimizer`, `cohort store prune --optimizer`).
+    """
     from safetensors.torch import load_file
 
     file = checkpoint.path / OPTIMIZER
+    if not file.exists() and OPTIMIZER in current_store().freed(checkpoint.digest):
+        raise PrunedArtifactError(
+            f"{checkpoint}: its optimizer state {recomputed(checkpoint.digest)}; without it training would go on otherwise"
+        )
     state: dict[str, torch.Tensor] = load_file(file) if file.exists() else {}
     return state
 

@@ -1,25 +1,22 @@
-"""`cohort verify`, `prune`, `forget`: the care of the store."""
+"""`cohort verify`, `cohort forget`: the care of the store."""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import Parameter
 from rich.console import Console
 
 from flows.choice import choose
 from flows.commands.options import Root, console
+from flows.freeing import Freed, Records, needed_again
 from flows.places import Places
 from flows.records import RunRecord, read_artifacts, read_records
 from flows.session import run_flow
-from flows.wording import moment, size
-from pipeline.config import ConfigError
 from pipeline.store import DamagedArtifactError, MissingArtifactError, PrunedArtifactError, Store, StoreError
 
-__all__ = ["forget", "prune", "verify"]
+__all__ = ["forget", "verify"]
 
 
 @dataclass
@@ -72,49 +69,10 @@ def verify(*, repair: bool = False, root: Root = None) -> int:
     return 0 if not after.damaged and not after.records else 1
 
 
-def prune(
-    *digests: str,
-    keep_last: Annotated[int | None, Parameter(help="newest checkpoints that stay")] = None,
-    dry_run: bool = False,
-    root: Root = None,
-) -> None:
-    """Free the payload of artifacts. Manifests and records stay, so runs that used them stay cached.
-
-    Without digests: checkpoints of the policy update, oldest first, but for the newest `--keep-last` and the final policies
-    of all recorded runs. A stage that needs a pruned payload says how to compute it again (`cohort forget`).
-
-    Parameters
-    ----------
-    digests
-        Artifacts to prune, by digest or its beginning.
-    dry_run
-        Only say what would be freed.
-    root
-        Folder of the store.
-    """
-    places, out = Places.under(root), console()
-    store = places.open_store()
-    if not digests and keep_last is None:
-        raise ConfigError(
-            "prune: name artifacts, or say how many checkpoints stay: --keep-last 5 (first with --dry-run)"
-        )
-    chosen = (
-        [store.resolve(digest) for digest in digests] if digests else _old_checkpoints(places, store, keep_last or 0)
-    )
-    freed = 0
-    for digest in chosen:
-        manifest = store.manifest(digest)
-        there = [places.payload(digest) / file["name"] for file in manifest["files"]]
-        held = sum(path.stat().st_size for path in there if path.exists())
-        freed += held if dry_run else store.prune(digest)
-        made = (manifest.get("provenance") or {}).get("created")
-        date = f"  {moment(made)}" if made else ""
-        out.print(f"{digest[:12]}  {manifest['type']:<12}{date}  {size(held)}")
-    out.print(f"{len(chosen)} artifacts, {size(freed)} {'would be freed' if dry_run else 'freed'}")
-
-
 def forget(digest: str, *, root: Root = None) -> None:
     """Remove the records of the calls that led to an artifact, so that the next run computes them again.
+
+    Where what it was made from was pruned, the calls that led to that are removed as well, as far back as it takes.
 
     Parameters
     ----------
@@ -125,8 +83,20 @@ def forget(digest: str, *, root: Root = None) -> None:
     """
     store = Places.under(root).open_store()
     full = store.resolve(digest)
-    count = store.forget(full)
-    console().print(f"{full[:12]}: {count} call{'' if count == 1 else 's'} forgotten; the next run computes again")
+    wanted = needed_again(Records(store.actions()), full, lambda given: _freed(store, given))
+    count = store.forget(*wanted)
+    back = f", with {len(wanted) - 1:,} pruned artifacts that it was made from" if len(wanted) > 1 else ""
+    calls = f"{count} call{'' if count == 1 else 's'} forgotten"
+    console().print(f"{full[:12]}: {calls}{back}; the next run computes again")
+
+
+def _freed(store: Store, digest: str) -> Freed | None:
+    """What `prune` took of an artifact."""
+    try:
+        names, freed = {file["name"] for file in store.manifest(digest)["files"]}, store.freed(digest)
+    except StoreError:  # missing or damaged: the next run finds that by itself
+        return None
+    return Freed(digest, None if freed == names else tuple(sorted(freed))) if freed else None
 
 
 def _check(store: Store) -> _Findings:
@@ -174,24 +144,3 @@ def _affected(places: Places, found: _Findings) -> list[RunRecord]:
     gone = {*found.damaged, *found.missing}
     every = bool(found.records)
     return [run for run in read_records(places) if every or gone & read_artifacts(run.folder).keys()]
-
-
-def _old_checkpoints(places: Places, store: Store, keep: int) -> list[str]:
-    """Checkpoints of policy updates that hold a payload, oldest first, but for the newest `keep` and final policies."""
-    finals = {run.policy for run in read_records(places)}
-    # A dictionary, so that a checkpoint that several calls led to counts once, at its last.
-    made: dict[str, None] = {}
-    for call in store.actions():
-        if call["stage"] == "update_policy":
-            made.pop(call["result"], None)
-            made[call["result"]] = None
-    candidates = list(made)[: max(0, len(made) - keep)]
-    return [digest for digest in candidates if digest not in finals and _holds_payload(store, digest)]
-
-
-def _holds_payload(store: Store, digest: str) -> bool:
-    try:
-        store.path(digest)
-    except StoreError:
-        return False
-    return True

@@ -129,7 +129,7 @@ def method_experiment(
     )
     planned = plan(experiment, files=files, settings=settings, own_names=False)
     # Another set of arms has results of its own.
-    digest = sha256_of(canonical_json([arm.choice.config.model_dump(mode="json") for arm in planned.arms]))
+    digest = sha256_of(canonical_json([arm.choice.config.identity() for arm in planned.arms]))
     return replace(planned, experiment=experiment.override({"name": f"{name}-{digest[:8]}"}))
 
 

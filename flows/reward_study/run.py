@@ -11,6 +11,7 @@ from rich.console import Console
 
 from flows.display import displaying
 from flows.places import Places
+from flows.records import ARTIFACTS, write_json
 from flows.reward_study.config import StudyChoice
 from flows.reward_study.flow import Gauge, Study
 from flows.reward_study.report import study_markdown
@@ -61,17 +62,20 @@ def run_study(
             track(
                 places.root, experiment=config.experiment, run_name=config.name, run_key=file.stem, config=parameters
             ) as tracker,
-            use_store(places.open_store()),
+            use_store(places.open_store()) as store,
+            store.leases.open(file.stem),
             orchestration(engine, places, warm=not file.exists()),
         ):
             study = reward_model_study(config)
             text = study_markdown(study, choice, command)
             _track(tracker, study, text)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # Before the lease ends: at no moment does it look as if nobody used them.
+            write_json(file.with_suffix(f".{ARTIFACTS}"), state.artifacts)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "TerminationSignal":
             raise InterruptedRunError(command) from error
         raise
-    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
     return StudyRun(study, state.executed, state.cached, file)
 

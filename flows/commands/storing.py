@@ -1,0 +1,233 @@
+"""`cohort store du`, `prune`, `export`, `import`: what lies on the disk, what of it may go, and how it moves."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Final
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+from rich.console import Console
+from rich.table import Table
+
+from flows.commands.options import Root, console
+from flows.freeing import Freed, Records, superseded
+from flows.inventory import Inventory
+from flows.looking.history import find_run
+from flows.places import Places
+from flows.records import read_records
+from flows.references import references, used_by
+from flows.wording import moment, size
+from pipeline.config import ConfigError
+from pipeline.leases import Lease, LeasedArtifactError
+from pipeline.store import Store
+
+__all__ = ["du", "export_archive", "import_archive", "prune"]
+
+_LISTED: Final = 40
+"""Artifacts that `prune` names one by one."""
+Newest = Annotated[int | None, Parameter(validator=Number(gte=0))]
+
+
+def du(*, root: Root = None) -> None:
+    """Say how large the store is: by type of artifact, and by run. Files that artifacts share (hard links) count once.
+
+    A run's own bytes are those that no other run has used: what freeing the run's artifacts could give back at most.
+
+    Parameters
+    ----------
+    root
+        Folder of the store.
+    """
+    places, out = Places.under(root), console()
+    store = places.open_store()
+    inventory = Inventory(store)
+    table = _table("type", "artifacts", "size")
+    for kind, (count, taken) in inventory.by_kind().items():
+        table.add_row(kind, f"{count:,}", size(taken))
+    out.print(table)
+    used = references(places, store)
+    owners: dict[str, int] = {}
+    for digest in (digest for digests in used.values() for digest in digests):
+        owners[digest] = owners.get(digest, 0) + 1
+    out.print()
+    table = _table("run", "own", "shared with others")
+    for name, digests in used.items():
+        own = {digest for digest in digests if owners[digest] == 1}
+        table.add_row(name, size(inventory.bytes_of(own)), size(inventory.bytes_of(digests - own)))
+    table.add_row("used by no run", size(inventory.bytes_of(inventory.entries.keys() - owners.keys())), "")
+    out.print(table)
+    beside = ", ".join(f"{name} {size(inventory.folder_bytes(name))}" for name in ("actions", "quarantine"))
+    out.print(f"\n{size(inventory.bytes_of(inventory.entries))} in {len(inventory.entries):,} artifacts; {beside}")
+    out.print(f"in {store.root}", style="dim", soft_wrap=True)
+
+
+def prune(
+    *digests: str,
+    checkpoints: Annotated[
+        int | None, Parameter(name=["--checkpoints", "--keep-last"], validator=Number(gte=0))
+    ] = None,
+    optimizer: Newest = None,
+    rollouts: Newest = None,
+    unreferenced: bool = False,
+    dry_run: bool = False,
+    root: Root = None,
+) -> None:
+    """Free the payload of artifacts. Manifests and records stay, so runs that used them stay cached.
+
+    What is newest is counted for each training by itself. A stage that needs a pruned payload says how to compute it again
+    (`cohort forget`). What a run that is alive may need is never freed.
+
+    Parameters
+    ----------
+    digests
+        Artifacts to prune, by digest or its beginning.
+    checkpoints
+        Newest policies and critics that stay; besides them final policies of runs, those that were evaluated, and references.
+    optimizer
+        Newest checkpoints that keep their optimizer state; training goes on from the newest.
+    rollouts
+        Newest steps that keep their outputs, rewards and advantages. Outputs of an initial policy stay.
+    unreferenced
+        Artifacts that no recorded run used, and what was quarantined.
+    dry_run
+        Only say what would be freed.
+    root
+        Folder of the store.
+    """
+    places, out = Places.under(root), console()
+    store = places.open_store()
+    if not digests and not unreferenced and (checkpoints, optimizer, rollouts) == (None, None, None):
+        raise ConfigError(
+            "prune: name artifacts, or say what stays: --optimizer 1, --checkpoints 5, --rollouts 10, or --unreferenced "
+            "(first with --dry-run)"
+        )
+    inventory = Inventory(store)
+    chosen = dict.fromkeys(Freed(store.resolve(digest)) for digest in digests)
+    if (checkpoints, optimizer, rollouts) != (None, None, None):
+        records, final = Records(store.actions()), {run.policy for run in read_records(places)}
+        old = superseded(records, checkpoints=checkpoints, optimizer=optimizer, rollouts=rollouts, final=final)
+        chosen |= dict.fromkeys(old)
+    if unreferenced:
+        chosen |= dict.fromkeys(_unreferenced(places, store, inventory))
+    if not dry_run:
+        for part in list(chosen)[: len(digests)]:
+            store.leases.refuse(part.digest)  # what is asked for by name is not left out silently
+    _free(store, inventory, [part for part in chosen if inventory.holds(part)], out, dry_run=dry_run)
+    if unreferenced and not dry_run:
+        shutil.rmtree(store.root / "quarantine", ignore_errors=True)
+
+
+def export_archive(*what: str, root: Root = None) -> None:
+    """Write runs, or artifacts, into one tar file: `cohort store export RUN|DIGEST... FILE.tar`.
+
+    A run brings all that it used, its records and its folder: the same `cohort run` there computes nothing.
+
+    Parameters
+    ----------
+    what
+        Runs of `cohort runs`, or digests or their beginnings; then the file.
+    root
+        Folder of the store.
+    """
+    from pipeline.archive import write_archive
+
+    places, out = Places.under(root), console()
+    store = places.open_store()
+    *names, file = what or [""]
+    to = Path(file)
+    if not names or to.suffix != ".tar":
+        raise ConfigError(
+            "export: expected RUN or DIGEST, one or several, and then a FILE.tar; `cohort runs` lists runs"
+        )
+    if to.exists():
+        raise ConfigError(f"{to} exists already; choose another name or remove it")
+    runs, digests = [], set[str]()
+    for name in names:
+        if (record := find_run(places, name)) is None:
+            digests.add(store.resolve(name))
+        else:
+            runs.append(record.folder)
+            digests |= used_by(record.folder, store)
+    records = [record["key"] for record in store.actions() if record["result"] in digests]
+    count = write_archive(to, store, sorted(digests), records, runs)
+    text = f"{len(digests):,} artifacts, {len(records):,} records, {len(runs)} runs: {size(count)} in {to}"
+    out.print(text, soft_wrap=True)
+    out.print(f"where it goes: [bold]cohort store import {to.name}[/]", soft_wrap=True)
+
+
+def import_archive(file: Path, *, root: Root = None) -> None:
+    """Take the content of a file of `cohort store export` into this store; every hash is compared first.
+
+    What is here already stays as it is. A file that was cut off or altered is refused as a whole.
+
+    Parameters
+    ----------
+    file
+        The file.
+    root
+        Folder of the store.
+    """
+    from pipeline.archive import read_archive
+
+    places, out = Places.under(root), console()
+    taken = read_archive(file, places.open_store(), places.runs)
+    out.print(
+        f"{taken.objects:,} artifacts ({taken.new_objects:,} new), {taken.records:,} records ({taken.new_records:,} new)"
+    )
+    for name in taken.runs:
+        out.print(
+            f"run {name}: [bold]cohort run {places.runs / name / 'config.yaml'}{places.option()}[/]", soft_wrap=True
+        )
+
+
+def _free(store: Store, inventory: Inventory, parts: list[Freed], out: Console, *, dry_run: bool) -> None:
+    """Free what no live run holds, naming each, and say what is held."""
+    leases = store.leases.live()
+    held = {lease.run: [part for part in parts if part.digest in lease.digests] for lease in leases}
+    kept = {part for several in held.values() for part in several}
+    free = [part for part in parts if part not in kept]
+    count = inventory.bytes_freed(free)
+    for number, part in enumerate(free):
+        if not dry_run:
+            with contextlib.suppress(LeasedArtifactError):  # a run took it this instant
+                store.prune(part.digest, part.files)
+        if number < _LISTED:
+            _name(inventory, part, out)
+    if len(free) > _LISTED:
+        out.print(f"... and {len(free) - _LISTED:,} more")
+    for lease in leases:
+        _say_held(lease, inventory, held[lease.run], out)
+    out.print(f"{len(free)} artifacts, {size(count)} {'would be freed' if dry_run else 'freed'}")
+
+
+def _name(inventory: Inventory, part: Freed, out: Console) -> None:
+    entry = inventory.entries[part.digest]
+    what = f"{entry.kind} {'optimizer state' if part.files else ''}".strip()
+    out.print(f"{part.digest[:12]}  {what:<26}  {moment(entry.written)}  {size(inventory.size_of(part))}")
+
+
+def _say_held(lease: Lease, inventory: Inventory, parts: Iterable[Freed], out: Console) -> None:
+    digests = {part.digest for part in parts}
+    if digests:
+        text = f"{len(digests):,} artifacts ({size(inventory.bytes_of(digests))}) stay: the run {lease} may need them"
+        out.print(f"[yellow]{text}[/]", soft_wrap=True)
+
+
+def _unreferenced(places: Places, store: Store, inventory: Inventory) -> list[Freed]:
+    """What no run used, as far as it is known: not what is younger than a run that lives, which may be about to say so."""
+    used = {digest for digests in references(places, store).values() for digest in digests}
+    young = min((lease.started for lease in store.leases.live()), default=float("inf"))
+    return [
+        Freed(digest) for digest, entry in inventory.entries.items() if digest not in used and entry.written < young
+    ]
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    return table

@@ -1,0 +1,202 @@
+"""What of a training is no longer needed: read from the records of its stage calls, so that it does not matter how it ended.
+
+A checkpoint stands in a chain: each update names the checkpoint that it went on from. The newest of a chain is what training
+continues from, with the optimizer's state; of the earlier ones that state, and the weights, serve nobody but those who look
+back. The tables of a step (outputs, rewards, advantages and what else its update was given) are read by that step alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from pipeline.lineage import inputs
+from stages.model_folders import OPTIMIZER
+
+__all__ = ["CONTINUES", "Freed", "Records", "needed_again", "predecessor", "step_tables", "superseded"]
+
+Record = Mapping[str, Any]
+
+CONTINUES: Final = {"update_policy": "policy", "update_critic": "critic", "train_reward_model": "model"}
+"""Stages that train, and the parameter of the checkpoint that they go on from, with its optimizer's state."""
+_PRUNED_WHOLE: Final = ("update_policy", "update_critic")
+"""Stages that make a checkpoint each step; reward models are made once an iteration and all stay."""
+_SAMPLERS: Final = ("rollout", "demonstrated_outputs")
+_TABLES: Final = (
+    *_SAMPLERS,
+    "keep_informative",
+    "score",
+    "score_outputs",
+    "estimate_values",
+    "compare_policies",
+    "score_reference",
+    "estimate_advantages",
+)
+"""Stages whose tables one step's update was made from. No others are followed: questions, labels and models stay."""
+
+
+@dataclass(frozen=True)
+class Freed:
+    """A payload that may go, or some of its files."""
+
+    digest: str
+    files: tuple[str, ...] | None = None
+    """None: all."""
+
+
+OPTIMIZER_ONLY: Final = (OPTIMIZER,)
+
+
+class Records:
+    """Records of stage calls, by what came of them."""
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self.by_result: dict[str, list[Record]] = {}
+        for record in records:
+            self.by_result.setdefault(record["result"], []).append(record)
+
+    def of(self, *stages: str) -> Iterator[Record]:
+        """The calls of some stages, in the order in which they were given."""
+        for records in self.by_result.values():
+            yield from (record for record in records if record["stage"] in stages)
+
+    def made(self, digest: str, *stages: str) -> list[Record]:
+        """The calls of some stages that came to a digest."""
+        return [record for record in self.by_result.get(digest, ()) if record["stage"] in stages]
+
+
+def predecessor(record: Record) -> str:
+    """The checkpoint that a training went on from."""
+    digest: str = record["arguments"][CONTINUES[record["stage"]]]["artifact"]
+    return digest
+
+
+def step_tables(update: Record, records: Records, is_trained: Callable[[str], bool]) -> set[str]:
+    """The tables that an update learned from.
+
+    None where they were sampled by a policy that RL has not trained: other arms of an experiment have the same first outputs,
+    offline methods all of them, and may not have begun.
+
+    Args:
+        update: a call of `update_policy`.
+        is_trained: whether a policy came of an update.
+    """
+    found: set[str] = set()
+    waiting = [digest for name, digest in inputs(update["arguments"]) if name != "policy"]
+    while waiting:
+        digest = waiting.pop()
+        made = records.made(digest, *_TABLES)
+        if digest in found or not made:
+            continue
+        if any(record["stage"] in _SAMPLERS and not is_trained(_sampler(record)) for record in made):
+            return set()
+        found.add(digest)
+        waiting += [given for record in made for _, given in inputs(record["arguments"])]
+    return found
+
+
+def _sampler(record: Record) -> str:
+    digest: str = record["arguments"]["policy"]["artifact"]
+    return digest
+
+
+def needed_again(records: Records, digest: str, freed: Callable[[str], Freed | None]) -> set[str]:
+    """What has to be computed again so that an artifact can be: itself, and as far back as it takes, what was freed.
+
+    Args:
+        freed: what `prune` took of an artifact; None: nothing.
+    """
+    found: set[str] = set()
+    waiting = [digest]
+    while waiting:
+        result = waiting.pop()
+        if result in found:
+            continue
+        found.add(result)
+        for record in records.by_result.get(result, ()):
+            for name, given in inputs(record["arguments"]):
+                gone = freed(given)
+                # Without its optimizer state a checkpoint serves all but who trains it further.
+                if gone is not None and (gone.files is None or CONTINUES.get(record["stage"]) == name):
+                    waiting.append(given)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ a whole store
+
+
+@dataclass
+class _Kept:
+    """What one choice keeps of a chain, and what it does not."""
+
+    kept: set[str] = field(default_factory=set)
+    rest: set[str] = field(default_factory=set)
+
+
+def superseded(
+    records: Records,
+    *,
+    checkpoints: int | None,
+    optimizer: int | None,
+    rollouts: int | None,
+    final: Collection[str] = (),
+) -> list[Freed]:
+    """What may go when so many of the newest of each training keep their weights, optimizer state and tables; None: all.
+
+    Weights stay, whatever their age, of policies that were evaluated, that were an iteration's reference, or that are `final`.
+    """
+    found: dict[Freed, None] = {}
+    for stage in CONTINUES:
+        if optimizer is not None:
+            rest = _newest(records, stage, optimizer).rest
+            found |= {Freed(digest, OPTIMIZER_ONLY): None for digest in sorted(rest)}
+        if checkpoints is not None and stage in _PRUNED_WHOLE:
+            rest = _newest(records, stage, checkpoints).rest - _looked_back_at(records) - set(final)
+            found |= {Freed(digest): None for digest in sorted(rest)}
+    if rollouts is not None:
+        found |= {Freed(digest): None for digest in sorted(_old_tables(records, rollouts))}
+    whole = {freed.digest for freed in found if freed.files is None}
+    return [freed for freed in found if freed.files is None or freed.digest not in whole]
+
+
+def _newest(records: Records, stage: str, count: int) -> _Kept:
+    """The newest `count` checkpoints of every chain of a stage, and all others."""
+    before = {(record["result"], predecessor(record)) for record in records.of(stage)}
+    links: dict[str, set[str]] = {}
+    for result, earlier in before:
+        links.setdefault(result, set()).add(earlier)
+    continued = {earlier for result, earlier in before if earlier != result}
+    front, found = set(links) - continued, _Kept()
+    for _ in range(count):
+        found.kept |= front
+        front = {earlier for result in front for earlier in links[result] if earlier in links} - found.kept
+    found.rest = set(links) - found.kept
+    return found
+
+
+def _looked_back_at(records: Records) -> set[str]:
+    """Policies that were evaluated, or that later ones are held against."""
+    evaluated = {
+        _sampler(sampled)
+        for record in records.of("evaluate")
+        for sampled in records.made(record["arguments"]["outputs"]["artifact"], "rollout")
+    }
+    compared = {
+        digest
+        for record in records.of("update_policy", "score_reference", "compare_policies")
+        for name, digest in inputs(record["arguments"])
+        if name == "reference"
+    }
+    return evaluated | compared
+
+
+def _old_tables(records: Records, count: int) -> set[str]:
+    recent = _newest(records, "update_policy", count)
+    trained = recent.kept | recent.rest
+
+    def tables(policies: Iterable[str]) -> set[str]:
+        updates = (record for policy in policies for record in records.made(policy, "update_policy"))
+        return {digest for update in updates for digest in step_tables(update, records, trained.__contains__)}
+
+    return tables(recent.rest) - tables(recent.kept)

@@ -1,0 +1,106 @@
+"""Around a run: its lease on what it uses, the disk it writes to, and what it frees as it goes."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from flows.config import IterativeRLConfig
+from flows.freeing import Freed, Records, superseded
+from flows.inventory import Inventory
+from flows.places import Places
+from flows.records import RunRecord, read_records
+from flows.references import OtherRuns
+from flows.retention import KeepConfig, Retention
+from flows.run_state import RunState
+from flows.wording import size
+from pipeline.disk import DiskWatch, watching_disk
+from pipeline.progress import listen
+from pipeline.store import Store
+
+__all__ = ["Forecast", "upkeep", "watching", "ways_to_free"]
+
+_SUGGESTED: Final = {"optimizer": 1, "checkpoints": 2, "rollouts": 5}
+"""What a full disk is told to keep, by the option of `cohort store prune`."""
+
+
+@contextlib.contextmanager
+def upkeep(
+    store: Store, config: IterativeRLConfig, places: Places, record: RunRecord, state: RunState
+) -> Iterator[None]:
+    """Hold the run's lease, watch the disk, and free what the configuration does not keep, inside the block."""
+    others = OtherRuns(places, record.folder.name)
+    retention = Retention(store, config.keep, iteration_steps=config.steps, spared=others.digests)
+    with store.leases.open(record.folder.name), watching(store, config.keep, places) as watch:
+        forecast = Forecast(watch, retention, config.keep, steps=state.steps)
+        with listen(retention.take), listen(forecast.take):
+            try:
+                yield
+            finally:
+                record.list_artifacts(state)  # before the lease ends: at no moment does it look as if nobody used them
+
+
+@contextlib.contextmanager
+def watching(store: Store, keep: KeepConfig, places: Places) -> Iterator[DiskWatch]:
+    """Let no stage inside the block start that would fill the disk."""
+    margin = round(keep.min_free_gb * 1e9)
+    with watching_disk(DiskWatch(store.root, margin, advice=lambda: ways_to_free(store, places))) as watch:
+        yield watch
+
+
+def ways_to_free(store: Store, places: Places) -> str:
+    """The commands that would free space, and how much each."""
+    inventory, records = Inventory(store), Records(store.actions())
+    final = {run.policy for run in read_records(places)}
+    held = set[str]().union(*(lease.digests for lease in store.leases.live()))
+    offers = []
+    for option, count in _SUGGESTED.items():
+        counts: dict[str, int | None] = {**dict.fromkeys(_SUGGESTED), option: count}
+        parts: list[Freed] = [part for part in superseded(records, final=final, **counts) if part.digest not in held]
+        gain = inventory.bytes_freed(parts)
+        if gain:
+            offers.append(f"`cohort store prune --{option} {count}{places.option()}` frees {size(gain)}")
+    return "; ".join(offers)
+
+
+class Forecast:
+    """Warns once where the steps that are left will not fit; `take` is a listener of `pipeline.progress`."""
+
+    def __init__(self, watch: DiskWatch, retention: Retention, keep: KeepConfig, *, steps: int) -> None:
+        """Take what writes and what frees, and how many steps the run has."""
+        self._watch, self._retention, self._keep, self._steps = watch, retention, keep, steps
+        # Until as many steps passed as are kept, nothing is freed; the first also makes what comes before RL.
+        self._settling = max(keep.checkpoints or 1, keep.optimizer or 1, keep.rollouts or 1)
+        self._written = 0
+        self._start: tuple[int, int] | None = None
+        """Steps computed and bytes on disk when it had settled."""
+        self._computed = 0
+        self._warned = False
+
+    def take(self, topic: str, values: Mapping[str, Any]) -> None:
+        """Note one report."""
+        if topic != "step" or self._watch.written == self._written:
+            return
+        self._written = self._watch.written
+        self._computed += 1
+        taken = self._written - self._retention.freed
+        if self._start is None:
+            self._start = (self._computed, taken) if self._computed >= self._settling else None
+            return
+        steps, before = self._start
+        per_step = (taken - before) / (self._computed - steps)
+        self._look_ahead(per_step, self._steps - values["step"])
+
+    def _look_ahead(self, per_step: float, left: int) -> None:
+        free = self._watch.free(self._watch.folder) - self._watch.margin
+        if self._warned or per_step * left <= free:
+            return
+        self._warned = True
+        advice = "" if self._keep.frees else "; keep.checkpoints, keep.optimizer and keep.rollouts bound what stays"
+        warnings.warn(
+            f"the disk of {self._watch.folder} will be full before this run ends: its last {left:,} steps take about "
+            f"{size(per_step * left)}, and {size(max(0.0, free))} can be written{advice}",
+            stacklevel=2,
+        )

@@ -26,6 +26,7 @@ def doctor(
     set_: Settings = None,
     vllm_python: Annotated[Path | None, Parameter(name="--vllm-python")] = None,
     quick: Annotated[bool, Parameter(negative="")] = False,
+    bench: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
     root: Root = None,
 ) -> int:
@@ -45,6 +46,9 @@ def doctor(
         Interpreter of the environment that has vLLM.
     quick
         Import nothing heavy: versions, store, servers and environment in about a second.
+    bench
+        Instead measure what this machine computes, moves and writes in a second, for `cohort plan` (about a minute; on a quiet
+        machine). The figures are kept in device.json below the root.
     json
         One JSON object instead of the table.
     root
@@ -52,6 +56,8 @@ def doctor(
     """
     if recipe is None and (config or set_):
         raise ConfigError("doctor: --config and --set change a recipe; name it: cohort doctor RECIPE --set key=value")
+    if bench:
+        return _bench(Places.under(root), quick=quick, recipe=recipe, json=json)
     from flows.choice import choose  # all configs, a second that a machine is examined without
 
     chosen = choose(recipe, config or [], set_ or []).config if recipe else None
@@ -63,6 +69,25 @@ def doctor(
         report = _watched(subject, console())
         print_report(report, console())
     return 1 if report.verdict == "problem" else 0
+
+
+def _bench(places: Places, *, quick: bool, recipe: str | None, json: bool) -> int:
+    """Measure, keep and print the rates."""
+    if quick or recipe:
+        raise ConfigError(
+            "doctor: --bench measures the machine, whatever the recipe and never quickly; leave out the rest"
+        )
+    from flows.doctor.bench import bench
+    from flows.doctor.view import print_profile
+
+    out = console()
+    with out.status("importing ...") as status:
+        profile = bench(places, announce=lambda text: status.update(f"{text} ..."))
+    if json:
+        print(profile.model_dump_json(indent=2))
+    else:
+        print_profile(profile, out)
+    return 0
 
 
 def _watched(subject: Subject, out: Console) -> Report:

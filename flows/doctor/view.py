@@ -13,9 +13,10 @@ from rich.table import Table
 from flows.doctor.examination import Report
 from flows.doctor.finding import Severity
 from flows.doctor.requirements import OURS
-from flows.wording import duration
+from flows.planning.profiles import DeviceProfile
+from flows.wording import duration, size
 
-__all__ = ["FORMAT", "as_json", "print_report", "verdict_of"]
+__all__ = ["FORMAT", "as_json", "print_profile", "print_report", "verdict_of"]
 
 FORMAT: Final = 1
 """Of the JSON: raised when a key is taken away or changes its meaning."""
@@ -50,6 +51,26 @@ def print_report(report: Report, out: Console) -> None:
     out.print(table)
     seconds = f"[dim]({duration(report.seconds)})[/]"
     out.print(f"\n[{_STYLES[report.verdict]}]{escape(verdict_of(report))}[/] {seconds}", soft_wrap=True)
+
+
+def print_profile(profile: DeviceProfile, out: Console) -> None:
+    """What `--bench` measured."""
+    table = Table(box=None, padding=(0, 2, 0, 0), title=escape(profile.name), title_justify="left")
+    for column in ("model width", "fp32, GFLOP/s", "bf16, GFLOP/s"):
+        table.add_column(column, justify="right")
+    for width, rate in profile.fp32.items():
+        table.add_row(width, f"{rate / 1e9:,.1f}", f"{profile.bf16[width] / 1e9:,.1f}")
+    out.print(table)
+    out.print(
+        f"memory {size(profile.bandwidth)}/s, disk {size(profile.disk)}/s synced, SHA-256 {size(profile.hashing)}/s"
+    )
+    fixed = f"{1e6 * profile.layer_seconds:.0f} and {1e6 * profile.token_seconds:.0f} microseconds a layer"
+    out.print(
+        f"a small model reaches {profile.training:.2f} of that in training and {profile.decoding:.2f} in decoding, beside "
+        f"{fixed}; {profile.threads} threads are {profile.parallel:.2f} times as fast as one",
+        soft_wrap=True,
+    )
+    out.print("[dim]kept for `cohort plan`[/]")
 
 
 def as_json(report: Report) -> str:

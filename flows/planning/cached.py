@@ -1,0 +1,119 @@
+"""Which of a run's stage calls the store has already: the flow itself, called on a store that only finds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from flows.config import ArithmeticData, FileData, IterativeRLConfig
+from flows.ledger import Ledger
+from flows.observer import Observer, observing
+from flows.planning.plan import evaluations_of
+from pipeline.progress import listen
+from pipeline.store import MissingArtifactError, Store, use_store
+from stages.reward_training import MonteCarloConfig
+
+__all__ = ["Progress", "calls_of", "progress_of"]
+
+_EVALUATED = 3
+"""Stage calls of an evaluation of one set in one mode: rollout, score, evaluate."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How much of a run is there."""
+
+    ledger: Ledger
+    found: int
+    """Stage calls that would be reused."""
+    total: int
+    """Stage calls of the run; an upper bound where the flow decides on its way."""
+    ended: bool
+    """Whether the run would compute nothing."""
+    note: str = ""
+    """Why the flow could not be followed to the first missing call; empty where it could."""
+
+    @property
+    def steps(self) -> int:
+        """Steps that are there."""
+        return len(self.ledger.steps)
+
+
+def progress_of(config: IterativeRLConfig, store: Store) -> Progress:
+    """Follow the flow through the calls that are recorded, to the first that is not; nothing is computed or verified."""
+    from flows.iterative_rl import iterative_rl
+
+    ledger, note, ended = Ledger(), "", False
+    try:
+        with use_store(cast(Store, _OnlyFinds(store))), listen(ledger.take), observing(Observer()):
+            iterative_rl(config)
+        ended = True
+    except MissingArtifactError:
+        pass
+    except Exception as error:  # a file of questions, a model or a server that is not there: the plan is made without
+        note = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+    total = len(ledger.calls) if ended else sum(count for _, count in calls_of(config))
+    return Progress(ledger, len(ledger.calls), max(total, len(ledger.calls)), ended, note)
+
+
+class _OnlyFinds:
+    """A store in which a call that is not recorded is an error, before anything is computed."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def find(self, key: str) -> dict[str, Any]:
+        return self._store.action(key)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def calls_of(config: IterativeRLConfig) -> Iterator[tuple[str, int]]:
+    """How many stage calls each part of the flow makes, with other arguments each."""
+    data, steps = config.data, config.iterations * config.steps
+    sets = len(data.evaluation)
+    match data:
+        case ArithmeticData():
+            yield "data", 2 + sets
+        case FileData():
+            yield "data", 1 + (config.sft is not None) + sets
+    yield "policy", 1 + (config.sft is not None) + (config.critic is not None)
+    yield "evaluations", evaluations_of(config) * sets * len(config.evaluation.modes(config.rollout)) * _EVALUATED
+    yield "steps", steps * _calls_of_a_step(config) - _first_of_iterations(config)
+    if config.reward_model is not None:
+        yield "reward models", _calls_of_reward_models(config)
+
+
+def _calls_of_a_step(config: IterativeRLConfig) -> int:
+    sampled = 1 if config.data_source == "demonstrations" else 3  # questions, outputs, rules' rewards
+    learned = 2 if config.reward_model is not None else 0
+    valued = 2 if config.critic is not None else 0
+    compared = 1 if getattr(config.advantage, "kl_in_reward", 0.0) else 0
+    return sampled + learned + valued + compared + _apart(config) + 2  # advantages, update
+
+
+def _apart(config: IterativeRLConfig) -> int:
+    return int(config.update.needs_reference and config.reference_pass == "stage")
+
+
+def _first_of_iterations(config: IterativeRLConfig) -> int:
+    """At an iteration's first step the reference is the policy: no pass."""
+    return _apart(config) * config.iterations
+
+
+def _calls_of_reward_models(config: IterativeRLConfig) -> int:
+    plan = config.reward_model
+    assert plan is not None
+    kinds = len(plan.models)
+    trainings = 1 + (max(0, config.iterations - 1) if plan.retrain else 0)
+    completed = 4 if isinstance(plan.step_labels, MonteCarloConfig) else 0
+    each = 4 + completed + kinds  # questions, outputs, rewards, labels
+    mixed = trainings - 1
+    drift = 0
+    if plan.held_out_questions and config.data.evaluation:
+        # Questions; outputs, rewards, scores and gauges of the first policy and of each iteration's last; after a retraining
+        # scores and gauges of both models and both policies, of which those of the old model on the old policy were there.
+        drift = 1 + 4 * (1 + config.iterations) + 4 * mixed
+    return kinds + trainings * each + mixed + drift

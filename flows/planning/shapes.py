@@ -1,0 +1,179 @@
+"""The shape of a decoder: how many numbers it has, and where. Read from a config.json; no weights, no torch.
+
+Architectures with gated MLPs and RMS norms (Llama, Mistral, Qwen2, Qwen3), whose parameters a layer are
+
+    q, k, v, o projections   H q + 2 H kv + q H      q = heads * head size, kv = key heads * head size
+    gate, up, down           3 H I
+    two norms                2 H
+
+with H the hidden size and I the intermediate size; the rest is the embedding V H, the final norm and, unless it is tied, the
+output head V H.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline.config import ConfigError
+
+__all__ = ["KNOWN_SHAPES", "ModelShape", "known_shape", "read_shape", "shape_of"]
+
+_NEEDED: Final = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_QKV_BIAS: Final = {"qwen2": True, "llama": False, "mistral": False, "qwen3": False}
+"""Supported model types, and whether their q, k and v projections have a bias unless `attention_bias` says otherwise."""
+_QK_NORM: Final = ("qwen3",)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What formulas need of a model."""
+
+    name: str
+    """What it is called, and where that was read."""
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    tied: bool
+    """Whether the output head is the embedding."""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    """Whether the attention's output projection has a bias too."""
+    qk_norm: bool = False
+    window: int | None = None
+    """Most tokens of prompt and output."""
+
+    @property
+    def queries(self) -> int:
+        """Width of all query heads."""
+        return self.heads * self.head_size
+
+    @property
+    def keys(self) -> int:
+        """Width of all key heads, which is that of the values."""
+        return self.kv_heads * self.head_size
+
+    @property
+    def layer_matrices(self) -> int:
+        """Numbers in the matrices of one layer."""
+        return 2 * self.hidden * (self.queries + self.keys) + 3 * self.hidden * self.intermediate
+
+    @property
+    def layer(self) -> int:
+        """Parameters of one layer."""
+        biases = (self.queries + 2 * self.keys) * self.qkv_bias + self.hidden * self.output_bias
+        return self.layer_matrices + biases + 2 * self.hidden + 2 * self.head_size * self.qk_norm
+
+    @property
+    def matrices(self) -> int:
+        """Numbers in the matrices of all layers: what every token is multiplied with."""
+        return self.layers * self.layer_matrices
+
+    @property
+    def embedding(self) -> int:
+        """V H: the embedding, and as large a head."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, a tied head once."""
+        return self.layers * self.layer + self.hidden + self.embedding * (1 if self.tied else 2)
+
+    @property
+    def trunk(self) -> int:
+        """Parameters of a critic or reward model of this shape: without the head, with one of a single output."""
+        return self.layers * self.layer + 2 * self.hidden + self.embedding
+
+    def adapter(self, rank: int) -> int:
+        """r (in + out) for every linear layer but the head (LoRA, Hu et al. 2021)."""
+        attention = 2 * (self.hidden + self.queries) + 2 * (self.hidden + self.keys)
+        return rank * self.layers * (attention + 3 * (self.hidden + self.intermediate))
+
+
+def shape_of(description: Mapping[str, Any], name: str) -> ModelShape:
+    """The shape that a config.json describes.
+
+    Raises:
+        ConfigError: fields that are missing or no positive integers, or a model type whose formulas are not known here.
+    """
+    kind = description.get("model_type", "llama")
+    if kind not in _QKV_BIAS:
+        raise ConfigError(
+            f"{name}: model_type {kind!r} is not one that `cohort plan` knows ({', '.join(_QKV_BIAS)}); give the figures of a "
+            "model of like size with --model-config"
+        )
+    wrong = [
+        f"{field} (found {description.get(field)!r})" for field in _NEEDED if not _positive(description.get(field))
+    ]
+    if wrong:
+        raise ConfigError(f"{name}: expected positive integers, missing or wrong: {', '.join(wrong)}")
+    heads = description["num_attention_heads"]
+    size = description.get("head_dim") or description["hidden_size"] // heads
+    bias = description.get("attention_bias", _QKV_BIAS[kind])
+    return ModelShape(
+        name=name,
+        hidden=description["hidden_size"],
+        intermediate=description["intermediate_size"],
+        layers=description["num_hidden_layers"],
+        heads=heads,
+        kv_heads=description.get("num_key_value_heads") or heads,
+        head_size=size,
+        vocabulary=description["vocab_size"],
+        tied=bool(description.get("tie_word_embeddings", False)),
+        qkv_bias=bool(bias),
+        output_bias=bool(bias) and kind in ("llama", "mistral"),
+        qk_norm=kind in _QK_NORM,
+        window=description.get("max_position_embeddings"),
+    )
+
+
+def read_shape(file: Path) -> ModelShape:
+    """The shape that a config.json, or a folder with one, describes.
+
+    Raises:
+        ConfigError: no such file, no JSON object, or as `shape_of`.
+    """
+    path = file / "config.json" if file.is_dir() else file
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"{path}: expected a model's config.json, cannot be read: {error}") from None
+    if not isinstance(description, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(description).__name__}")
+    return shape_of(description, str(path))
+
+
+def known_shape(name: str) -> ModelShape | None:
+    """A shape by the last part of a model's path, whatever its suffix: `deepseek-math-7b-instruct`; None: not known."""
+    last = name.rstrip("/").rsplit("/", 1)[-1].lower()
+    found = [known for known in KNOWN_SHAPES if last.startswith(known)]
+    return None if not found else replace(KNOWN_SHAPES[found[0]], name=f"{found[0]}, a known shape")
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _qwen(hidden: int, intermediate: int, layers: int, heads: int) -> ModelShape:
+    """Qwen2 and Qwen2.5 of below 3 B parameters: two key heads, tied."""
+    size = hidden // heads
+    return ModelShape(
+        "", hidden, intermediate, layers, heads, 2, size, 151_936, tied=True, qkv_bias=True, window=32_768
+    )
+
+
+KNOWN_SHAPES: Final = {
+    "deepseek-math-7b": ModelShape("", 4096, 11_008, 30, 32, 32, 128, 102_400, tied=False, window=4096),
+    "qwen2.5-0.5b": _qwen(896, 4864, 24, 14),
+    "qwen2.5-1.5b": _qwen(1536, 8960, 28, 12),
+    "qwen2.5-math-1.5b": replace(_qwen(1536, 8960, 28, 12), window=4096),
+}
+"""Of models that need not be there: what the config.json says that their authors publish (deepseek-ai/deepseek-math-7b-base,
+Qwen/Qwen2.5-0.5B-Instruct, Qwen/Qwen2.5-1.5B-Instruct and Qwen/Qwen2.5-Math-1.5B on the hub)."""

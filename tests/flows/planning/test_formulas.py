@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from flows.planning.decoding import hf_memory, room_of_keys, side_by_side, token_bytes, vllm_memory
+from flows.planning.disk import checkpoint_bytes
+from flows.planning.memory import Batch, kept_by_layer, training_memory, training_state
+from flows.planning.shapes import KNOWN_SHAPES, ModelShape
+from flows.planning.work import decoding_work, scoring_work, training_work
+from stages.rollout import HFBackendConfig, VLLMBackendConfig
+from stages.training import TrainingConfig
+
+SHAPE = ModelShape("small", 2, 3, 2, 1, 1, 2, 10, tied=False)
+"""Layers of 4 x 4 + 18 = 34 numbers in matrices and 4 of norms; an embedding of 20, and a head of 20."""
+SEVEN_B = KNOWN_SHAPES["deepseek-math-7b"]
+
+
+def config(**settings: object) -> TrainingConfig:
+    return TrainingConfig.model_validate({"precision": "fp32", **settings})
+
+
+def zero(stage: int, ranks: int, offload: str = "none") -> TrainingConfig:
+    return config(engine={"kind": "deepspeed", "zero_stage": stage, "ranks": ranks, "offload": offload})
+
+
+def test_adamw_has_sixteen_bytes_a_parameter() -> None:
+    assert training_state(1000, SHAPE, config(), 1000) == {"weights": 4000, "gradients": 4000, "optimizer": 8000}
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer"),
+    [(1, 4000, 4000, 3000), (2, 4000, 1000, 3000), (3, 1000, 1000, 3000)],
+)
+def test_zero_shares_out_more_with_every_stage(stage: int, weights: int, gradients: int, optimizer: int) -> None:
+    """Over four ranks; the optimizer has masters of its own: twelve bytes a parameter."""
+    state = training_state(1000, SHAPE, zero(stage, 4), 1000)
+    assert state == {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+
+
+def test_what_is_offloaded_is_not_on_the_device() -> None:
+    assert training_state(1000, SHAPE, zero(2, 2, "optimizer"), 1000)["optimizer"] == 0
+    assert training_state(1000, SHAPE, zero(3, 2, "parameters"), 1000)["weights"] == 0
+
+
+def test_an_adapter_has_gradients_and_moments_of_its_own_size_alone() -> None:
+    state = training_state(1010, SHAPE, config(adapter={"r": 1}), 10)
+    assert state == {"weights": 4040, "gradients": 40, "optimizer": 80}
+
+
+def test_a_layer_keeps_what_its_operations_save() -> None:
+    """Two rows of four tokens: 8 tokens of 12 + 8 + 12 numbers, and 32 attention weights."""
+    batch = Batch(2, 1, 3)
+    assert kept_by_layer(SHAPE, batch, "fp32", "sdpa") == 8 * 32 * 4
+    assert kept_by_layer(SHAPE, batch, "fp32", "eager") == 8 * 32 * 4 + 32 * 4
+    assert kept_by_layer(SHAPE, batch, "bf16", "eager") == 8 * (26 * 2 + 8 * 2 + 8 * 3) + 32 * 6
+
+
+def test_a_budget_makes_micro_batches_of_whole_rows() -> None:
+    assert Batch.of(10, 3, 5, 20) == Batch(2, 3, 5, several=True)
+    assert Batch.of(2, 3, 5, 20) == Batch(2, 3, 5, several=False)
+    assert Batch.of(10, 30, 50, 20) == Batch(1, 30, 50, several=True)  # a row longer than the budget stands alone
+
+
+def test_recomputing_keeps_one_hidden_state_a_layer_and_token() -> None:
+    shape, batch = replace(SEVEN_B, vocabulary=1000), Batch(4, 128, 384, several=True)
+    every, inputs = (
+        training_memory(shape, config(activation_checkpointing=again, attention="sdpa"), batch)
+        for again in (False, True)
+    )
+    layer, passing = kept_by_layer(shape, batch, "fp32", "sdpa"), 2 * 4 * 2048 * 11_008
+    assert every["activations"] == 30 * layer + passing
+    # One layer is computed again when the logits are gone, and takes their place.
+    assert inputs["activations"] == 30 * 2048 * 4096 * 4 + layer + passing - inputs["logits"]
+
+
+def test_logits_beyond_their_limit_are_held_a_chunk_at_a_time() -> None:
+    batch = Batch(4, 128, 384, several=True)
+    chunked = training_memory(SEVEN_B, config(attention="sdpa"), batch)["logits"]
+    whole = training_memory(SEVEN_B, config(attention="sdpa", max_logits=None), batch)["logits"]
+    assert chunked == 2 * 4 * (1 << 25) + 4 * 102_400 * 4096
+    assert whole == 2 * 4 * 1536 * 102_400 + 2 * 4 * (1 << 22)
+
+
+def test_a_reference_beside_the_policy_is_four_bytes_a_parameter() -> None:
+    batch = Batch(1, 10, 10)
+    alone, beside = (training_memory(SEVEN_B, config(), batch, reference=there) for there in (False, True))
+    assert sum(beside.values()) - sum(alone.values()) == 4 * SEVEN_B.parameters
+
+
+def test_writing_a_checkpoint_gathers_the_moments_on_every_rank() -> None:
+    """Eight ranks of ZeRO 3: an eighth of weights, masters, moments and the buffer of gradients, and 12 bytes gathered."""
+    found = training_memory(SEVEN_B, zero(3, 8), Batch(1, 100, 100))
+    assert found["gathered"] == 12 * SEVEN_B.parameters
+    assert found["weights"] + found["gradients"] + found["optimizer"] == 20 / 8 * SEVEN_B.parameters
+
+
+def test_keys_and_values_of_a_token_of_the_7b_model_take_480_kib_in_bfloat16() -> None:
+    assert token_bytes(SEVEN_B, 2) == 2 * 30 * 4096 * 2 == 480 * 1024
+
+
+def test_the_cache_grows_by_half_until_the_longest_output_fits() -> None:
+    assert room_of_keys(32, 60, 256) == 96
+    assert room_of_keys(32, 100, 256) == 144
+    assert room_of_keys(32, 256, 256) == 288  # 96, 144, 216, then no more than there can be
+
+
+def test_sampling_holds_the_keys_of_all_rows_that_are_side_by_side() -> None:
+    found = hf_memory(SHAPE, HFBackendConfig(batch_rows=8), outputs=32, group=4, prompt=10, longest=20, half=False)
+    assert found["keys and values"] == 8 * 30 * (2 * 2 * 2 * 4)
+    assert found["weights"] == 4 * SHAPE.parameters
+
+
+def test_vllm_takes_its_share_of_a_gpu_and_as_many_outputs_as_have_room() -> None:
+    backend = VLLMBackendConfig(gpu_memory_utilization=0.5, tensor_parallel_size=2, max_num_seqs=512)
+    found = vllm_memory(SEVEN_B, backend, memory=80e9, half=True, cpu=False)
+    assert sum(found.values()) == 40e9
+    assert found["weights"] == SEVEN_B.parameters  # two bytes, on two GPUs
+    room = (40e9 - SEVEN_B.parameters) * 2 // (480 * 1024 * 1000)
+    assert side_by_side(SEVEN_B, backend, found, 1000, 2) == room == 134
+
+
+def test_training_is_six_times_parameters_times_tokens_and_attention() -> None:
+    """8 tokens in rows of 4; 68 numbers in matrices, pairs of 4 x 2 x 4 x 2 layers, 6 scored positions of a head of 20."""
+    work = training_work(SHAPE, config(), 2, 1, 3, 100)
+    forward = 8 * (2 * 68 + 4 * 2 * 4 * 2) + 2 * 6 * 20
+    assert work.flops == 3 * forward
+    assert training_work(SHAPE, config(activation_checkpointing=True), 2, 1, 3, 100).flops == 4 * forward
+    assert scoring_work(SHAPE, 2, 1, 3, 100, precision="fp32", attention="eager").flops == forward
+
+
+def test_a_large_model_costs_six_n_a_token_within_a_tenth() -> None:
+    work = training_work(SEVEN_B, config(), 16, 128, 512, 1 << 20)
+    assert work.flops == pytest.approx(6 * SEVEN_B.parameters * 16 * 640, rel=0.1)
+
+
+def test_micro_batches_enter_every_layer_anew() -> None:
+    assert (
+        training_work(SHAPE, config(), 4, 1, 3, 8).layers == 3 * 2 * 2
+    )  # forward and backward, two batches, two layers
+
+
+def test_decoding_reads_the_weights_at_every_token_of_the_longest_output() -> None:
+    short, long = (decoding_work(SHAPE, 1, 4, 5, 10, longest, side_by_side=4, half=False) for longest in (10, 30))
+    assert long.traffic - short.traffic == 20 * 4 * (68 + 20)
+    assert long.flops == short.flops
+
+
+def test_a_checkpoint_holds_weights_and_two_moments_in_float32() -> None:
+    assert checkpoint_bytes(SEVEN_B, config()) == 12 * SEVEN_B.parameters
+    muon = checkpoint_bytes(SEVEN_B, config(optimizer={"kind": "muon"}))
+    assert muon == 12 * SEVEN_B.parameters - 4 * SEVEN_B.matrices  # one momentum for each matrix

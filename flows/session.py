@@ -29,7 +29,10 @@ from flows.records import RunRecord, run_folder, write_json
 from flows.registry import Registrar
 from flows.run_state import RunState
 from flows.summary import Summary, summarise, summary_markdown
-from pipeline.orchestration import Engine, use_engine
+from flows.upkeep import upkeep
+from pipeline.config import flatten
+from pipeline.exclusivity import exclusive_devices
+from pipeline.orchestration import Engine, joining, running_deployment, use_engine
 from pipeline.progress import listen, report
 from pipeline.store import PrunedArtifactError, StoreError, use_store
 from pipeline.tracking import Tracker, track
@@ -70,7 +73,7 @@ def run_flow(
     config.reward.key()  # a reward function that is not there stops the run now, not after its first outputs
     for backend in (config.rollout.backend, config.evaluation.backend or config.rollout.backend):
         require_backend(backend)
-    if engine == "prefect":
+    if engine == "prefect" and not running_deployment():
         from pipeline.server import start_server_soon
 
         # The server needs seconds to start; they pass beside whatever comes before the first task.
@@ -80,7 +83,7 @@ def run_flow(
     state = RunState(steps=config.iterations * config.steps, iterations=config.iterations)
     observer, ledger = Observer(), Ledger()
     key = run_folder(places, config).name
-    parameters = config.model_dump(mode="json") | {f"diff.{name}": value for name, value in (difference or {}).items()}
+    parameters = config.identity() | {f"diff.{name}": value for name, value in (difference or {}).items()}
     try:
         with (
             terminations_interrupt(),
@@ -97,7 +100,8 @@ def run_flow(
             ) as tracker,
         ):
             observer.log, registrar = tracker, Registrar(tracker, config, tags or {})
-            policy = _train(config, places, engine, observer, registrar, warm=not record.finished_before)
+            with _devices(config, cached=record.finished_before):
+                policy = _train(config, places, engine, observer, registrar, record, state)
             record.policy = policy.digest
             summary = summarise(config, observer.points, state, policy, _paths(record, places))
             record.accuracy = {"before": summary.before, "best": summary.best, "final": summary.after}
@@ -115,17 +119,43 @@ def run_flow(
 
 
 def _train(
-    config: IterativeRLConfig, places: Places, engine: Engine, observer: Observer, registrar: Registrar, *, warm: bool
+    config: IterativeRLConfig,
+    places: Places,
+    engine: Engine,
+    observer: Observer,
+    registrar: Registrar,
+    record: RunRecord,
+    state: RunState,
 ) -> Checkpoint:
     from flows.iterative_rl import iterative_rl
 
     with (
-        use_store(places.open_store()),
+        use_store(places.open_store()) as store,
         observing(observer),
         listen(registrar.take),
-        orchestration(engine, places, warm=warm),
+        upkeep(store, config, places, record, state),
+        orchestration(engine, places, warm=not record.finished_before),
     ):
         return iterative_rl(config)
+
+
+@contextlib.contextmanager
+def _devices(config: IterativeRLConfig, *, cached: bool) -> Iterator[None]:
+    """Have the CUDA devices that the run computes on: one, or as many as its ranks or its rollouts share a model over.
+
+    Before any stage: who waited for a device inside one would keep its lock from the run that has the device. A run that
+    finished before is read again, for which there is nothing to wait.
+    """
+    wanted = [
+        value
+        for name, value in flatten(config.model_dump(mode="json")).items()
+        if name.endswith((".ranks", ".tensor_parallel_size"))
+    ]
+    if cached:
+        yield
+        return
+    with exclusive_devices(max([1, *wanted]), holder=config.name):
+        yield
 
 
 @contextlib.contextmanager
@@ -137,6 +167,10 @@ def orchestration(engine: Engine, places: Places, *, warm: bool) -> Iterator[Non
     """
     if engine == "inline":
         yield
+        return
+    if running_deployment():  # the worker looks after the server, and its flow run shows the stages
+        with joining():
+            yield
         return
     from pipeline.server import ensure_server, keep_server, server_status
 

@@ -37,7 +37,7 @@ class Sent:
     """How far a journal was projected."""
 
     uri: str = ""
-    """Tracking URI that it goes to: the one in force when the run was last started, or synchronised."""
+    """Tracking URI that it goes to, without its password: the one in force when the run was last started, or synchronised."""
     database: int = -1
     """inode of a local database file, since another file is another database; 0 for a server, -1 before all."""
     run_id: str = ""

@@ -16,10 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from pipeline.database import is_database, making_tables, with_driver
 from pipeline.journal import Record
 from pipeline.registry import Registry, source_of
 
-__all__ = ["MlflowRun", "connect", "local_database", "tracking_uri"]
+__all__ = ["MlflowRun", "artifact_folder", "connect", "local_database", "tracking_uri"]
 
 _METRICS_A_BATCH: Final = 1000  # MLflow's limits for one request
 _PARAMS_A_BATCH: Final = 100
@@ -35,6 +36,7 @@ _QUIET: Final = {
     # A dead tracking server is noticed at once and a hung one in a minute; MLflow's defaults try for many minutes.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "PGCONNECT_TIMEOUT": "10",  # a PostgreSQL that does not answer; without it a connection waits for minutes
 }
 """What the user has set wins."""
 
@@ -51,8 +53,22 @@ def local_database(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
+def artifact_folder(uri: str, home: Path) -> str | None:
+    """Where a new experiment keeps its tables and figures; None: where MLflow's server says.
+
+    A database keeps none: they lie beside the store, or where MLFLOW_DEFAULT_ARTIFACT_ROOT says (`s3://...`).
+    """
+    if local_database(uri) is None and not is_database(uri):
+        return None
+    return os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or (home / "mlruns").resolve().as_uri()
+
+
 def connect(uri: str) -> Any:
-    """An MLflow client for `uri`; a local database is created first, in one step. Imports mlflow (seconds)."""
+    """An MLflow client for `uri`; a local database, and the tables of another, are made first. Imports mlflow (seconds).
+
+    Raises:
+        Exception: whatever the database says to being reached.
+    """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     from mlflow.tracking import MlflowClient
@@ -60,6 +76,10 @@ def connect(uri: str) -> Any:
     database = local_database(uri)
     if database is not None:
         _create(database, MlflowClient)
+    uri = with_driver(uri)
+    if is_database(uri):
+        with making_tables(uri):
+            MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
     return MlflowClient(tracking_uri=uri)
 
 
@@ -87,10 +107,10 @@ class MlflowRun:
 
     Args:
         run: the `run` record: experiment, name, key, parameters, tags.
-        artifacts: folder for the files of a new experiment; None leaves the choice to the server.
+        artifacts: where the files of a new experiment lie, a URI; None leaves the choice to the server.
     """
 
-    def __init__(self, client: Any, run: Record, artifacts: Path | None) -> None:
+    def __init__(self, client: Any, run: Record, artifacts: str | None) -> None:
         self._client = client
         self._experiment_id = self._experiment(run["experiment"], artifacts)
         self._registry = Registry(client, self._experiment_id)
@@ -139,12 +159,11 @@ class MlflowRun:
             self._client.set_terminated(self.id, status=status, end_time=time_ms)
         self.status = status
 
-    def _experiment(self, name: str, artifacts: Path | None) -> str:
+    def _experiment(self, name: str, artifacts: str | None) -> str:
         found = self._client.get_experiment_by_name(name)
         if found is None:
-            place = None if artifacts is None else artifacts.resolve().as_uri()
             try:
-                return str(self._client.create_experiment(name, artifact_location=place, tags=_MODEL_TRAINING))
+                return str(self._client.create_experiment(name, artifact_location=artifacts, tags=_MODEL_TRAINING))
             except Exception:
                 found = self._client.get_experiment_by_name(name)  # another run created it in this moment
                 if found is None:

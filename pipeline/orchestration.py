@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, Literal, ParamSpec, TypeVar
 
-__all__ = ["Engine", "flow", "run_as_task", "use_engine"]
+__all__ = ["Engine", "flow", "joining", "run_as_task", "running_deployment", "use_engine"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Engine = Literal["inline", "prefect"]
 
 _engine: ContextVar[Engine] = ContextVar("cohort_engine", default="inline")
+_joining: ContextVar[bool] = ContextVar("cohort_joining", default=False)
 
 
 @contextlib.contextmanager
@@ -29,6 +31,25 @@ def use_engine(engine: Engine) -> Iterator[None]:
         yield
     finally:
         _engine.reset(token)
+
+
+def running_deployment() -> bool:
+    """Whether this is called inside a flow run that a worker of Prefect's started."""
+    if "prefect.context" not in sys.modules:
+        return False
+    context = sys.modules["prefect.context"].FlowRunContext.get()
+    return bool(context and context.flow_run and context.flow_run.deployment_id)
+
+
+@contextlib.contextmanager
+def joining() -> Iterator[None]:
+    """Run flows on the Prefect engine as part of the flow run that is there, which then shows their tasks as its own."""
+    token = _joining.set(True)
+    try:
+        with use_engine("prefect"):
+            yield
+    finally:
+        _joining.reset(token)
 
 
 def flow(function: Callable[P, R]) -> Callable[P, R]:
@@ -47,6 +68,8 @@ def flow(function: Callable[P, R]) -> Callable[P, R]:
             with TagsContext(current_tags=set()):
                 return function(*args, **kwargs)
 
+        if _joining.get():
+            return body(*args, **kwargs)
         run: Callable[P, R] = prefect.flow(
             body, name=function.__name__.replace("_", "-"), validate_parameters=False, persist_result=False
         )

@@ -4,7 +4,7 @@ MLflow costs seconds to import and 10-35 ms a step; in a process of its own it t
 memory of training, and no failure of a tracking server reaches training. It serves every journal of a project, ends when no
 run lives and all is sent (or cannot be sent), and marks runs whose process died as KILLED.
 
-    python -m pipeline.projector <folder of the store> <tracking URI>
+    python -m pipeline.projector <folder of the store>
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+from pipeline.database import unspoken, without_password
 from pipeline.journal import Record, Sent, is_live, journals, read_records
 from pipeline.locking import locked
-from pipeline.mlflow_run import MlflowRun, connect, local_database, tracking_uri
+from pipeline.mlflow_run import MlflowRun, artifact_folder, connect, local_database, tracking_uri
 
 __all__ = ["Projector", "folder_of", "start_projector"]
 
@@ -45,11 +46,18 @@ def folder_of(home: Path) -> Path:
 
 def start_projector(home: Path) -> None:
     """Start a projector in a session of its own, so that Ctrl-C reaches training only; one at work is enough."""
-    command = [sys.executable, "-m", "pipeline.projector", str(home), tracking_uri(home)]
+    command = [sys.executable, "-m", "pipeline.projector", str(home)]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri(home)}  # not an argument: those are for all to see
     place = Path(__file__).parents[1]  # `-m` finds this package there, installed or not
     with open(folder_of(home) / "projector.log", "ab") as log:
         child = subprocess.Popen(
-            command, cwd=place, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command,
+            cwd=place,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     _children[:] = [*(other for other in _children if other.poll() is None), child]
 
@@ -60,6 +68,7 @@ class Projector:
     def __init__(self, home: Path, uri: str) -> None:
         self.home = home
         self.uri = uri
+        self._place = without_password(uri)
         self._client: Any = None
         self._connected_to = -1
         self._runs: dict[Path, MlflowRun] = {}
@@ -98,13 +107,14 @@ class Projector:
     def _project(self, journal: Path) -> str:
         sent = Sent.read(journal)
         if not self._is_target(sent):  # another database: from the beginning; what it has already is left out
-            sent = Sent(self.uri)
+            sent = Sent(self._place)
         try:
             self._send(journal, sent)
         except Exception as error:  # whatever MLflow or its server does, training and the other journals go on
             self._runs.pop(journal, None)
             lines = str(error).strip().splitlines() or [""]
-            sent.error, sent.tried = f"{type(error).__name__}: {lines[0]}"[:250], time.time()
+            sent.error = f"{type(error).__name__}: {unspoken(lines[0], self.uri)}"[:250]
+            sent.tried = time.time()
             sent.write(journal)
             return sent.error
         return ""
@@ -114,7 +124,7 @@ class Projector:
         sent = Sent.read(journal)
         if sent.run_id and self._is_target(sent):
             self._connected().delete_run(sent.run_id)
-        Sent(self.uri).write(journal)
+        Sent(self._place).write(journal)
         self._runs.pop(journal, None)
 
     def _attempt(self, journal: Path, living: set[Path]) -> None:
@@ -136,13 +146,12 @@ class Projector:
         if status != run.status:
             ended = max((record["time"] for record in records if "time" in record), default=time.time())
             run.set_status(status, int(ended * 1000))
-        Sent(self.uri, self._database(), run.id, offset, status).write(journal)
+        Sent(self._place, self._database(), run.id, offset, status).write(journal)
 
     def _run(self, journal: Path) -> MlflowRun:
         if journal not in self._runs:
             run = [record for record in read_records(journal, 0)[0] if record["kind"] == "run"][-1]
-            artifacts = self.home / "mlruns" if local_database(self.uri) else None
-            self._runs[journal] = MlflowRun(self._connected(), run, artifacts)
+            self._runs[journal] = MlflowRun(self._connected(), run, artifact_folder(self.uri, self.home))
         return self._runs[journal]
 
     def _connected(self) -> Any:
@@ -157,13 +166,13 @@ class Projector:
 
     def _is_pending(self, journal: Path, live: bool) -> bool:
         sent = Sent.read(journal)
-        if sent.uri != self.uri:
+        if sent.uri != self._place:
             return False  # another projector's; only `sync` moves old runs to another server
         died = sent.status == "RUNNING" and not live
         return died or not self._is_target(sent) or journal.stat().st_size > sent.offset
 
     def _is_target(self, sent: Sent) -> bool:
-        return sent.uri == self.uri and sent.database == self._database()
+        return sent.uri == self._place and sent.database == self._database()
 
     def _database(self) -> int:
         database = local_database(self.uri)
@@ -183,13 +192,13 @@ def _status(records: list[Record], status: str, live: bool) -> str:
 
 def _place_of(uri: str) -> str:
     """A tracking URI as part of a file name."""
-    return hashlib.sha256(uri.encode()).hexdigest()[:8]
+    return hashlib.sha256(without_password(uri).encode()).hexdigest()[:8]
 
 
-def main(home: Path, uri: str) -> None:
+def main(home: Path) -> None:
     """Be the project's projector, or its successor, or nobody when both are there."""
     os.nice(5)  # training goes first
-    folder = folder_of(home)
+    folder, uri = folder_of(home), tracking_uri(home)
     name = f"projector-{_place_of(uri)}"  # one for each place that is sent to
     with open(folder / f"{name}.lock", "w") as working:
         with open(folder / f"{name}.next.lock", "w") as waiting:
@@ -202,4 +211,4 @@ def main(home: Path, uri: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))

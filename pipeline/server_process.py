@@ -23,6 +23,8 @@ import psutil
 __all__ = ["ServerProcess", "end", "is_alive", "own_processes", "recorded", "spawn"]
 
 _HOME_MARK: Final = "COHORT_PREFECT_HOME"
+_OF_WORKERS: Final = ("COHORT_WORKER", "PREFECT__WORKER_NAME", "PREFECT__WORKER_ID")
+"""What a worker marks its children with, who end with it; a server that it starts does not."""
 _children: dict[int, subprocess.Popen[bytes]] = {}  # kept so that a dead server of this process is reaped
 
 
@@ -74,7 +76,7 @@ def spawn(home: Path, wanted_port: int | None, settings: Mapping[str, str]) -> S
         "PREFECT_UI_STATIC_DIRECTORY": str(home / "ui"),
         _HOME_MARK: str(home),
     }
-    for name in ("PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_PROFILE"):
+    for name in ("PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_PROFILE", *_OF_WORKERS):
         environment.pop(name, None)
     # -P and cwd: neither modules nor a prefect.toml nor a .env of the caller's folder reach the server.
     command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.config import flatten
+from pipeline.database import without_password
 from pipeline.journal import Journal, JournalBusyError, Record, Sent, is_live, journals, read_records
 from pipeline.mlflow_run import tracking_uri
 from pipeline.projector import Projector, folder_of, start_projector
@@ -206,7 +207,7 @@ def _open(path: Path, params: Mapping[str, str]) -> Journal | None:
     except (JournalBusyError, OSError) as error:
         warnings.warn(f"this run is not tracked, training goes on: {error}", stacklevel=4)
         return None
-    uri = tracking_uri(path.parents[2])
+    uri = without_password(tracking_uri(path.parents[2]))
     if Sent.read(path).uri != uri:
         Sent(uri).write(path)
     drift = sorted(key for key, value in params.items() if journal.params.get(key, value) != value)
@@ -227,7 +228,7 @@ def _await_delivery(home: Path, journal: Path) -> None:
             return
         if sent.error and sent.tried > closed:
             warnings.warn(
-                f"MLflow ({tracking_uri(home)}) did not take all points of this run: {sent.error}. "
+                f"MLflow ({without_password(tracking_uri(home))}) did not take all points of this run: {sent.error}. "
                 f"Nothing is lost: they are in {journal}, and `cohort mlflow sync` sends them",
                 stacklevel=5,
             )

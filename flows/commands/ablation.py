@@ -5,37 +5,27 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from flows.choice import Choice
 from flows.commands.options import ConfigFiles, Root, Settings, console, debugging
-from flows.experiments.ablation import (
-    conclude,
-    earlier_settings,
-    outcomes_of,
-    reasons,
-    tables_file,
-    track_experiment,
-)
+from flows.experiments.ablation import conclude, earlier_settings, outcomes_of, track_experiment
 from flows.experiments.arms import PlannedExperiment, method_experiment, plan
 from flows.experiments.comparison import print_comparison
-from flows.experiments.report import report_file
-from flows.experiments.results import Sharing, experiment_folder
-from flows.experiments.running import ChildConfig, is_finished, run_in_turn, run_side_by_side
+from flows.experiments.running import ChildConfig, run_in_turn, run_side_by_side
+from flows.experiments.screen import print_arms, print_changes, print_outcome
 from flows.experiments.studies import EXPERIMENTS, named_experiment
+from flows.experiments.workers import require_workers_pool, run_on_workers
 from flows.methods import PAPER
 from flows.places import Places
-from flows.records import read_record, run_folder
 from flows.session import run_flow
-from flows.wording import duration, number
 from pipeline.config import ConfigError, parse_settings
 from pipeline.orchestration import Engine
 
@@ -53,7 +43,9 @@ def ablate(
     seeds: str | None = None,
     quick: Flag = False,
     paper: Flag = False,
-    parallel: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
+    parallel: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
+    workers: str | None = None,
+    require_versions: Flag = False,
     dry_run: Flag = False,
     config: ConfigFiles = None,
     set_: Settings = None,
@@ -79,7 +71,12 @@ def ablate(
     paper
         A study of the paper with its model and numbers, for machines that hold them.
     parallel
-        Runs at a time, each in a process of its own; 1 = one after the other, in this process.
+        Runs at a time, each in a process of its own here; 1, the default: one after the other, in this process.
+    workers
+        A work pool of Prefect: its workers (`cohort worker --pool POOL`), on this host or others that share the store, run the
+        arms. What a worker that dies had begun goes on with another.
+    require_versions
+        With --workers: refuse workers with other package versions than these here.
     dry_run
         Print the arms and what differs from the baseline; run nothing.
     config
@@ -98,9 +95,10 @@ def ablate(
         experiment = experiment.override({"seeds": _seeds(seeds, experiment.seeds[0])}, source="--seeds")
     planned = plan(experiment, files=config or [], settings=set_ or [], only=arm or [])
     places, out = Places.under(root), console()
-    _introduce(planned, places, out)
+    pool = _pool(workers, parallel, engine, require_versions=require_versions)
+    print_arms(planned, places, out)
     if not dry_run:
-        _conduct(planned, places, engine, parallel, out)
+        _conduct(planned, places, engine, out, parallel=parallel or 1, pool=pool)
 
 
 def compare(
@@ -138,7 +136,7 @@ def compare(
     """
     planned = method_experiment(recipe, method or PAPER, seeds, files=config or [], settings=set_ or [])
     places, out = Places.under(root), console()
-    _conduct(planned, places, engine, 1, out)
+    _conduct(planned, places, engine, out)
 
 
 def experiments(name: str | None = None, *, quick: Flag = False, paper: Flag = False) -> None:
@@ -184,6 +182,34 @@ def child(file: Path) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Pool:
+    """Where `--workers` has runs run."""
+
+    name: str
+    require_versions: bool
+
+
+def _pool(workers: str | None, parallel: int | None, engine: Engine, *, require_versions: bool) -> Pool | None:
+    """What `--workers` means beside the other options.
+
+    Raises:
+        ConfigError: options that contradict each other.
+    """
+    if workers is None:
+        if require_versions:
+            raise ConfigError("--require-versions is asked of workers; give --workers POOL too, or leave it out")
+        return None
+    if parallel is not None:
+        raise ConfigError(
+            f"--workers {workers} and --parallel {parallel} are two ways of running arms side by side; give one. How many runs "
+            f"the pool takes at a time, its workers say: `cohort worker --pool {workers} --limit {parallel}`"
+        )
+    if engine == "inline":
+        raise ConfigError("--workers needs Prefect's server, which --engine inline does without; leave one of them out")
+    return Pool(workers, require_versions)
+
+
 def _scale(quick: bool, paper: bool) -> str:
     if quick and paper:
         raise ConfigError("--quick and --paper are two sizes; give one")
@@ -201,94 +227,36 @@ def _seeds(text: str, first: int) -> list[int]:
     return values if "," in text else list(range(first, first + values[0]))
 
 
-# ------------------------------------------------------------------------------------------------ on the screen
-
-
-def _introduce(planned: PlannedExperiment, places: Places, out: Console) -> None:
-    """The question, the arms, and what differs from the baseline and from earlier runs."""
-    experiment = planned.experiment
-    out.print(f"[bold]{experiment.name}[/]  {experiment.asks}")
-    chosen = {arm.name for arm in planned.chosen}
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("arm", "plan", f"differs from {experiment.baseline} in"):
-        table.add_column(heading, overflow="fold")
-    for arm in planned.arms[: len(planned.names)]:  # those with the first seed
-        config = arm.choice.config
-        size = f"{config.iterations} x {config.steps} steps, {config.questions_per_step} x {config.rollout.G} outputs"
-        differs = "\n".join(_change(key, *change) for key, change in planned.differences(arm).items())
-        table.add_row(arm.label + ("" if arm.name in chosen else "  (not now)"), size, differs or "-")
-    out.print(table)
-    merged = [arm.label for arm in planned.arms[: len(planned.names)] if arm.also]
-    for label in merged:
-        out.print(f"[yellow]equal configurations, run once:[/] {label}")
-    done = sum(is_finished(places, arm) for arm in planned.chosen)
-    seeds = ", ".join(map(str, experiment.seeds))
-    out.print(f"{len(planned.chosen)} runs, seeds {seeds}; {done} finished before; in {places.root}", soft_wrap=True)
-
-
-def _change(key: str, was: object, now: object) -> str:
-    """One setting, as it was and is; of lists of parts their kinds, where those tell the difference."""
-    short = [
-        f"[{', '.join(part['kind'] for part in value)}]"
-        if isinstance(value, list) and value and all(isinstance(part, dict) and "kind" in part for part in value)
-        else number(value)
-        for value in (was, now)
-    ]
-    shown = short if short[0] != short[1] else [number(was), number(now)]
-    return f"{key}: {escape(shown[0])} -> {escape(shown[1])}"
-
-
-def _conduct(planned: PlannedExperiment, places: Places, engine: Engine, parallel: int, out: Console) -> None:
+def _conduct(
+    planned: PlannedExperiment,
+    places: Places,
+    engine: Engine,
+    out: Console,
+    *,
+    parallel: int = 1,
+    pool: Pool | None = None,
+) -> None:
     """Run what is chosen, leave the results, print them."""
     command, started = shlex.join(["cohort", *sys.argv[1:]]), time.time()
     changed = earlier_settings(planned, places)
-    if changed:
-        text = "; ".join(_change(key, *change) for key, change in changed.items())
-        out.print(f"[yellow]other settings than when these runs were last made:[/] {text}", soft_wrap=True)
+    print_changes(changed, out)
+    if pool is not None:
+        require_workers_pool(planned, places, pool.name)
     with track_experiment(planned, places) as tracker:
-        if parallel == 1:
+        if pool is not None:
+            errors = run_on_workers(
+                planned, places, pool=pool.name, console=out, command=command, require_versions=pool.require_versions
+            )
+        elif parallel == 1:
             errors = run_in_turn(planned, places, engine=engine, console=out, command=command, debug=debugging())
         else:
             errors = run_side_by_side(planned, places, limit=parallel, engine=engine, console=out, command=command)
         out.print()
         print_comparison(outcomes_of(planned, places), out)  # first: a folder that cannot be written must not hide it
         result = conclude(planned, places, command, tracker)
-    for line in [*_calls(planned, places, started), *_sharing(result.sharing)]:
-        out.print(line, soft_wrap=True)
-    if changed:
-        out.print("computed because of the other settings, by stage:")
-        for reason in reasons(places, started):
-            out.print(f"  {reason}", markup=False, soft_wrap=True)
-    out.print(
-        f"results  [cyan]{experiment_folder(places, planned.experiment.name) / 'experiment.json'}[/]", soft_wrap=True
-    )
-    out.print(f"tables   [cyan]{tables_file(places, planned)}[/]", soft_wrap=True)
-    out.print(f"report   [cyan]{report_file(places, planned.experiment.name)}[/]", soft_wrap=True)
+    print_outcome(planned, places, result.sharing, out, since=started, because=bool(changed))
     if errors:
         failed = "\n".join(f"  {name}: {error}" for name, error in errors.items())
         raise RuntimeError(
             f"{len(errors)} of {len(planned.chosen)} runs failed; the same command tries them again\n{failed}"
-        )
-
-
-def _calls(planned: PlannedExperiment, places: Places, since: float) -> Iterator[str]:
-    """What this command asked for, computed and reused."""
-    attempts = [
-        attempt
-        for arm in planned.chosen
-        if (record := read_record(run_folder(places, arm.choice.config)))
-        for attempt in record.attempts
-        if attempt.started >= since
-    ]
-    executed, reused = sum(one.executed for one in attempts), sum(one.cached for one in attempts)
-    yield f"stage calls: {executed + reused:,} asked for, {executed:,} computed, {reused:,} reused"
-
-
-def _sharing(sharing: Sharing) -> Iterator[str]:
-    """What the runs of the experiment have in common, whenever they ran."""
-    if sharing.runs > 1:
-        saved = duration(sharing.seconds_apart - sharing.seconds_together)
-        yield (
-            f"the {sharing.runs} runs apart: {sharing.asked:,} stages in {duration(sharing.seconds_apart)}; together: "
-            f"{sharing.distinct:,} in {duration(sharing.seconds_together)} ({sharing.ratio:.2f} of it); {saved} saved"
         )

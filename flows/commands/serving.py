@@ -17,6 +17,8 @@ from cyclopts import Parameter
 
 from flows.commands.options import Root, console
 from flows.places import Places
+from pipeline.database import is_database, making_tables, unspoken, with_driver, without_password
+from pipeline.mlflow_run import artifact_folder
 from pipeline.server import ensure_server, start_server_soon, stop_server
 from pipeline.server import server_status as status_of
 from pipeline.tracking import sync, tracking_uri
@@ -37,15 +39,17 @@ def ui(*, port: Annotated[int, Parameter(help="of MLflow; 0 = any")] = 5000, roo
     places, out = Places.under(root), console()
     start_server_soon(places.prefect)
     uri = tracking_uri(places.root)
-    if not uri.startswith("sqlite:"):
-        out.print(f"MLflow   {uri} (configured by MLFLOW_TRACKING_URI)")
+    files = artifact_folder(uri, places.root)
+    if files is None:
+        out.print(f"MLflow   {without_password(uri)} (configured by MLFLOW_TRACKING_URI)")
         out.print(f"Prefect  {ensure_server(places.prefect).removesuffix('/api')}")
         return 0
     out.print("starting ...", style="dim")
+    _reach(uri)
     sync(places.root)
     chosen = _free_port(port)
     log = places.root / "mlflow-ui.log"
-    process = _start_mlflow(places, uri, chosen, log)
+    process = _start_mlflow(places, uri, files, chosen, log)
     try:
         _await_answer(process, chosen, log)
         out.print(f"MLflow   [bold]http://127.0.0.1:{chosen}[/]")
@@ -99,17 +103,37 @@ def mlflow_sync(*, rebuild: bool = False, root: Root = None) -> int:
     return 1 if report.errors else 0
 
 
-def _start_mlflow(places: Places, uri: str, port: int, log: Path) -> subprocess.Popen[bytes]:
+def _reach(uri: str) -> None:
+    """Find out at once that a database cannot be had: MLflow's server would try for two minutes.
+
+    Raises:
+        RuntimeError: it cannot, and why.
+    """
+    if not is_database(uri):
+        return
+    os.environ.setdefault("PGCONNECT_TIMEOUT", "10")
+    try:
+        with making_tables(with_driver(uri)):
+            return
+    except Exception as error:  # whatever the driver of the database raises
+        first = unspoken((str(error).strip().splitlines() or [""])[0], uri)
+        raise RuntimeError(
+            f"MLflow's database {without_password(uri)} cannot be used: {first}; start it, or correct MLFLOW_TRACKING_URI"
+        ) from None
+
+
+def _start_mlflow(places: Places, uri: str, files: str, port: int, log: Path) -> subprocess.Popen[bytes]:
     """MLflow's server in a process group of its own, so that all of its workers can be stopped."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", uri, "--default-artifact-root", (places.root / "mlruns").as_uri()]
-    settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    # Not among the arguments: those are for all to see, and a database's URL has a password.
+    given = {"MLFLOW_BACKEND_STORE_URI": with_driver(uri), "MLFLOW_DEFAULT_ARTIFACT_ROOT": files}
+    settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | os.environ | given
     places.root.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as sink:
         return subprocess.Popen(
             command,
             cwd=places.root,
-            env=settings | os.environ,
+            env=settings,
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=sink,

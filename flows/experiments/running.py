@@ -31,7 +31,7 @@ from pipeline.config import Config
 from pipeline.orchestration import Engine
 from pipeline.residency import evict
 
-__all__ = ["ChildConfig", "is_finished", "run_in_turn", "run_side_by_side"]
+__all__ = ["ChildConfig", "is_finished", "progress_of", "run_in_turn", "run_side_by_side", "settings_of"]
 
 _POLL: Final = 0.1
 _PROGRESS_SECONDS: Final = 30.0
@@ -66,6 +66,16 @@ def is_finished(places: Places, arm: Arm) -> bool:
     return record is not None and record.finished
 
 
+def progress_of(places: Places, arm: Arm) -> str:
+    """How far a run is, by its record: `fig6-one-s0 step 3/40`."""
+    return _progress(arm.choice.config.name, run_folder(places, arm.choice.config))
+
+
+def _progress(name: str, folder: Path) -> str:
+    record = read_record(folder)
+    return f"{name} {f'step {record.steps}/{record.total_steps}' if record else 'starting'}"
+
+
 def run_in_turn(
     planned: PlannedExperiment, places: Places, *, engine: Engine, console: Console, command: str, debug: bool = False
 ) -> dict[str, str]:
@@ -87,7 +97,7 @@ def run_in_turn(
                 command=command,
                 debug=debug,
                 tags=planned.tags(arm),
-                difference=_values(planned, arm),
+                difference=settings_of(planned, arm),
             )
         except InterruptedRunError:
             raise
@@ -152,8 +162,7 @@ class _Child:
         return said or f"ended with exit code {code}; its log: {self.log}"
 
     def progress(self) -> str:
-        record = read_record(self.folder)
-        return f"{self.name} {f'step {record.steps}/{record.total_steps}' if record else 'starting'}"
+        return _progress(self.name, self.folder)
 
 
 def _start(planned: PlannedExperiment, arm: Arm, places: Places, engine: Engine, command: str) -> _Child:
@@ -162,7 +171,7 @@ def _start(planned: PlannedExperiment, arm: Arm, places: Places, engine: Engine,
         config=choice.config,
         baseline=choice.base,
         tags=planned.tags(arm),
-        difference=_values(planned, arm),
+        difference=settings_of(planned, arm),
         engine=_engine(arm, places, engine),
         root=places.root,
         command=command,
@@ -215,12 +224,13 @@ def _engine(arm: Arm, places: Places, engine: Engine) -> Engine:
     return "inline" if is_finished(places, arm) else engine
 
 
-def _values(planned: PlannedExperiment, arm: Arm) -> dict[str, Any]:
+def settings_of(planned: PlannedExperiment, arm: Arm) -> dict[str, Any]:
+    """What the arm sets otherwise than the baseline: MLflow's parameters `diff.*`."""
     return {key: now for key, (_, now) in planned.differences(arm).items()}
 
 
 def _announce(planned: PlannedExperiment, arm: Arm, place: str, console: Console) -> None:
-    config, sets = arm.choice.config, [f"{key}={now}" for key, now in _values(planned, arm).items()]
+    config, sets = arm.choice.config, [f"{key}={now}" for key, now in settings_of(planned, arm).items()]
     plan = f"{config.iterations} x {config.steps} steps, {config.questions_per_step} questions x {config.rollout.G} outputs"
     console.print(f"\n[bold]arm {arm.label}, seed {arm.seed}[/] ({place})  {plan}", soft_wrap=True)
     if sets:

@@ -1,0 +1,104 @@
+"""`cohort deploy`, `worker`: a recipe on Prefect's schedules, and the process that runs what is due."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from flows.choice import choose
+from flows.commands.options import ConfigFiles, Root, Settings, console
+from flows.deploying import deployment
+from flows.deploying.deployment import POOL
+from flows.places import Places
+
+__all__ = ["deploy", "worker"]
+
+
+def deploy(
+    recipe: str,
+    *,
+    config: ConfigFiles = None,
+    set_: Settings = None,
+    method: Annotated[str | None, Parameter(name="--method")] = None,
+    name: str | None = None,
+    pool: str = POOL,
+    schedule: str | None = None,
+    timezone: str = "UTC",
+    restarts: int = 3,
+    require_versions: Annotated[bool, Parameter(negative="")] = False,
+    now: Annotated[bool, Parameter(negative="")] = False,
+    root: Root = None,
+) -> None:
+    """Make a recipe a deployment of Prefect's: run by hand, from its form in the user interface, or on a schedule.
+
+    Its runs wait for a worker (`cohort worker`). The same command again renews the deployment.
+
+    Parameters
+    ----------
+    recipe
+        Name of a recipe (`cohort recipes`) or a YAML file.
+    config
+        YAML file of overrides.
+    set_
+        `key=value`, for example `--set rollout.G=8`.
+    method
+        Another method than the recipe's (`cohort methods`).
+    name
+        Name of the deployment; default: the recipe's.
+    pool
+        Work pool of type process; made unless it is there.
+    schedule
+        Five fields of cron, for example `--schedule "30 6 * * mon-fri"`.
+    timezone
+        What the schedule's hours mean, for example `Europe/Berlin`.
+    restarts
+        How often a run whose process died is started again; it repeats only the stage in flight.
+    require_versions
+        Refuse workers with other package versions than here.
+    now
+        Also run it once, now.
+    root
+        Folder of store, runs and databases, told to the workers.
+    """
+    choice, places, out = choose(recipe, config or [], set_ or [], method=method), Places.under(root), console()
+    made = deployment.deploy(
+        choice,
+        places,
+        name=name or choice.config.name.replace("_", "-"),
+        pool=pool,
+        schedule=schedule,
+        timezone=timezone,
+        restarts=restarts,
+        require_versions=require_versions,
+    )
+    out.print(f"deployed [bold]{made.name}[/] to the pool {made.pool}" + (f", schedule {schedule}" if schedule else ""))
+    out.print(f"  page    {made.url}", soft_wrap=True)
+    out.print(f"  worker  cohort worker --pool {made.pool}{places.option()}", soft_wrap=True)
+    if now:
+        out.print(f"  run     {deployment.submit(made.name, choice.config)}")
+    else:
+        out.print(f"  run     prefect deployment run {made.name}, or the button Run on its page", soft_wrap=True)
+
+
+def worker(
+    *,
+    pool: str = POOL,
+    limit: Annotated[int | None, Parameter(help="Runs at a time; default: all that are due.")] = None,
+    root: Root = None,
+) -> None:
+    """Run what deployments have due, in this terminal until Ctrl-C; continue runs whose worker was killed.
+
+    Parameters
+    ----------
+    pool
+        Work pool of type process; made unless it is there.
+    limit
+        Runs at a time.
+    root
+        Folder of the project's Prefect server; a run's own root is that of its deployment.
+    """
+    from flows.deploying.worker import work
+
+    out = console()
+    work(Places.under(root), pool, limit=limit, say=lambda text: out.print(text, soft_wrap=True))

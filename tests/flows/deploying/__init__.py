@@ -1,0 +1,1 @@
+"""Deployments and workers: the form, the schedule, kills, versions."""

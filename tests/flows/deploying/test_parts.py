@@ -1,0 +1,125 @@
+"""What deployments are made of, without a server: the form's schema, schedules, versions, names of processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from flows.config import IterativeRLConfig
+from flows.deploying.form import form_schema, ready_for_form
+from flows.deploying.schedule import cron_schedule
+from flows.deploying.versions import VersionsError, check_versions, differing, versions_environment
+from flows.recipes import arithmetic_cpu, arithmetic_smoke
+from pipeline.config import ConfigError
+from pipeline.flow_runs import names_living_process, process_name
+from pipeline.provenance import package_versions
+from stages.rollout import RolloutConfig
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def train(config: IterativeRLConfig) -> None:
+    """Has the parameter of the deployed flow."""
+
+
+def fields(part: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Dotted path and schema of every field of every section."""
+    for name, section in part["definitions"].items():
+        yield from ((f"{name}.{field}", values) for field, values in section.get("properties", {}).items())
+
+
+def test_every_field_of_the_form_has_a_description() -> None:
+    schema = ready_for_form({"definitions": IterativeRLConfig.model_json_schema()["$defs"]})
+    described = dict(fields(schema))
+    assert [path for path, values in described.items() if not values.get("description", "").strip()] == []
+    assert described["RolloutConfig.G"]["description"] == RolloutConfig.model_fields["G"].description
+    assert described["HFBackendConfig.kind"]["description"].startswith("Selects this: ")
+    kinds = {part["$ref"].rpartition("/")[2] for part in described["UpdateConfig.objective"]["anyOf"]}
+    assert {"GRPOConfig", "DPOConfig", "PPOConfig"} <= kinds
+    assert "oneOf" not in json.dumps(schema)
+    backend = described["EvaluationPlan.backend"]["anyOf"]
+    assert [part.get("$ref", part.get("type")).rpartition("/")[2] for part in backend][-1] == "null"
+    assert all(set(part) & {"$ref", "type"} for part in backend), "a choice within a choice has no name in the form"
+
+
+@pytest.mark.scale
+def test_the_form_takes_what_a_recipe_says_and_names_what_is_wrong() -> None:
+    from prefect.utilities.schema_tools import validate
+
+    schema = form_schema(train)
+    values = arithmetic_smoke().model_dump(mode="json")
+    assert validate({"config": values}, schema, raise_on_error=False) == []
+    values["rollout"]["G"], values["oops"] = "x", 1
+    told = " ".join(error.message for error in validate({"config": values}, schema, raise_on_error=False))
+    assert "'oops' was unexpected" in told
+    assert "'x' is not of type 'integer'" in told
+
+
+def test_a_schedule_is_a_cron_expression_in_a_time_zone() -> None:
+    schedule = cron_schedule("30 6 * * mon-fri", "Europe/Berlin")
+    assert (schedule.cron, schedule.timezone) == ("30 6 * * mon-fri", "Europe/Berlin")
+    assert cron_schedule("@daily").timezone == "UTC"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("0 25 * * *", r"hour: '25' is not 0 to 23"),
+        ("0 2 * * xyz", r"day of the week: 'xyz' is not 0 to 6 or sun to sat"),
+        ("61 2 0 * *", r"(?s)minute: '61' is not 0 to 59.*day of the month: '0' is not 1 to 31"),
+        ("every day", r"expected 5 fields \(minute, hour, .*\), found 2; for example '30 6 "),
+        ("@often", r"cannot be read; for example"),
+    ],
+)
+def test_a_schedule_that_cannot_be_read_names_the_field_and_gives_an_example(text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        cron_schedule(text)
+
+
+def test_a_time_zone_that_is_none_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"--timezone 'Mars/Base': expected a name such as Europe/Berlin"):
+        cron_schedule("0 2 * * *", "Mars/Base")
+
+
+def test_versions_differ_by_package_and_what_only_the_worker_has_does_not_count() -> None:
+    expected, found = (
+        {"torch": "2.13.0", "numpy": "2.3", "vllm": "0.32"},
+        {"torch": "2.12.1", "numpy": "2.3", "peft": "1"},
+    )
+    assert differing(expected, found) == ["torch: expected 2.13.0, found 2.12.1", "vllm: expected 0.32, found none"]
+
+
+def test_other_versions_are_told_and_refused_only_when_the_deployment_asks_for_it() -> None:
+    found = package_versions() | {"torch": "0.1"}
+    differences = [f"torch: expected {package_versions()['torch']}, found 0.1"]
+    assert check_versions(versions_environment(required=False), found) == differences
+    with pytest.raises(VersionsError, match=r"(?s)--require-versions.*torch: expected .*, found 0\.1"):
+        check_versions(versions_environment(required=True), found)
+    assert check_versions(versions_environment(required=True), package_versions()) == []
+    assert check_versions({}, found) == [], "a deployment of prefect.yaml names none"
+
+
+def test_a_process_is_known_by_host_pid_and_start_time_and_not_by_a_pid_used_again() -> None:
+    host, pid, created = process_name().rsplit(":", 2)
+    assert names_living_process(process_name()) is True
+    assert names_living_process(f"{host}:{pid}:{int(created) - 1000}") is False
+    assert names_living_process(f"another-host:{pid}:{created}") is None
+    assert names_living_process("ProcessWorker 1b2c") is None
+    assert int(pid) == psutil.Process().pid
+
+
+@pytest.mark.scale
+def test_prefect_yaml_is_read_by_prefect_and_deploys_the_recipe_to_both_pools() -> None:
+    from prefect.cli.deploy._models import PrefectYamlModel
+
+    read = PrefectYamlModel.model_validate(yaml.safe_load((REPOSITORY / "prefect.yaml").read_text(encoding="utf-8")))
+    assert {part.work_pool.name for part in read.deployments if part.work_pool} == {"cohort-local", "cohort-kubernetes"}
+    for part in read.deployments:
+        assert part.entrypoint == "flows.deploying.flow.train"
+        assert IterativeRLConfig.parse(part.parameters["config"]) == arithmetic_cpu()

@@ -1,0 +1,232 @@
+"""Deployments on a real Prefect server with real process workers, on loopback: by hand, by schedule, killed, refused.
+
+What is trained is the smallest run there is; what an undisturbed run comes to is computed in this process, in another store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import urllib.error
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.choice import Choice
+from flows.config import IterativeRLConfig
+from flows.deploying.deployment import Deployed, cancel, deploy, ensure_pool, submit
+from flows.deploying.versions import VERSIONS
+from flows.iterative_rl import iterative_rl
+from flows.places import Places
+from flows.records import run_folder
+from pipeline.config import ConfigError
+from pipeline.provenance import package_versions
+from pipeline.residency import evict
+from pipeline.server import ServerError
+from pipeline.store import Store, use_store
+from tests.flows.deploying.project import Project, flow_run_processes, until
+from tests.flows.short_runs import BASE
+
+pytestmark = pytest.mark.scale
+"""A server, workers and processes of runs: four minutes on two quiet cores."""
+
+CONFIG: IterativeRLConfig = BASE.override({"name": "by-hand", "steps": 2, "sft.max_steps": 299})
+SLOW: IterativeRLConfig = BASE.override({"name": "killed", "steps": 2, "seed": 1, "sft.max_steps": 900})
+"""Long enough in supervised fine-tuning to be killed there."""
+
+
+@pytest.fixture(scope="module")
+def deployed(project: Project) -> Deployed:
+    return deploy(Choice(CONFIG, BASE), project.places, name="short", restarts=5)
+
+
+def undisturbed(config: IterativeRLConfig, root: Path) -> str:
+    """Digest of the final policy of a run that nothing happened to."""
+    with use_store(Store(root / "undisturbed")):
+        digest = iterative_rl(config).digest
+    evict()
+    return digest
+
+
+def stages_in(places: Places) -> list[str]:
+    return [record["stage"] for record in places.open_store().actions()]
+
+
+def test_a_run_by_hand_leaves_a_record_its_stages_are_tasks_of_its_own_flow_run_and_again_all_are_cached(
+    project: Project, deployed: Deployed, tmp_path: Path
+) -> None:
+    expected, before = undisturbed(CONFIG, tmp_path), stages_in(project.places)
+    with project.worker(tmp_path / "worker.log"):
+        first = submit(deployed.name, CONFIG, tags={"arm": "usual"})
+        assert project.ended(first) == ("COMPLETED", "")
+        again = submit(deployed.name, CONFIG)
+        assert project.ended(again)[0] == "COMPLETED"
+    record = project.record(CONFIG)
+    assert record.policy == expected
+    computed = Counter(stages_in(project.places)) - Counter(before)
+    assert [attempt.executed for attempt in record.attempts] == [computed.total(), 0]
+    assert Counter(name for name, state in project.tasks(first, 15) if state == "Completed") == computed
+    assert computed["supervised_finetuning"] == 1
+    assert {state for _, state in project.tasks(again, 15)} == {"Cached"}
+    run = project.ask(f"flow_runs/{first}")
+    assert "arm:usual" in run["tags"]
+    assert project.ask("flow_runs/filter", flow_runs={"parent_flow_run_id": {"any_": [str(first)]}}) == []
+    noted = json.loads((run_folder(project.places, CONFIG) / "flow_runs.json").read_text())
+    assert set(noted) == {str(first), str(again)}
+    assert noted[str(first)]["deployer_packages"] == noted[str(first)]["worker_packages"] == package_versions()
+
+
+def test_killed_twice_and_stopped_once_in_the_middle_a_run_repeats_only_the_stage_in_flight(
+    project: Project, deployed: Deployed, tmp_path: Path
+) -> None:
+    expected = undisturbed(SLOW, tmp_path)
+    run, log = submit(deployed.name, SLOW), tmp_path / "worker.log"
+
+    with project.worker(log) as worker:
+        until(lambda: training(project, 1), 480)
+        held = len(stages_in(project.places))
+        for process in [psutil.Process(worker.pid), *flow_run_processes(run)]:  # as when the host dies
+            process.kill()
+        worker.wait(timeout=30)
+    with project.worker(log) as worker:
+        until(lambda: training(project, 2), 480)
+        worker.kill()  # the worker alone: its run notices and ends by itself
+        worker.wait(timeout=30)
+        until(lambda: not flow_run_processes(run), 60)
+    with project.worker(log) as worker:
+        until(lambda: training(project, 3), 480)
+        started = psutil.Process(worker.pid).children(recursive=True)
+        worker.send_signal(signal.SIGINT)
+        assert worker.wait(timeout=90) in (0, 130)
+        assert started
+        assert not psutil.wait_procs(started, timeout=5.0)[1], "left behind"
+    with project.worker(log):
+        until(lambda: project.states(run)[-1] == "COMPLETED", 480)
+    record = project.record(SLOW)
+    assert record.policy == expected
+    assert [attempt.outcome() for attempt in record.attempts] == ["killed", "interrupted", "interrupted", "finished"]
+    left = len(stages_in(project.places)) - held  # the stage in flight at the first kill, and those after it
+    assert (record.attempts[-1].cached, record.attempts[-1].executed) == (15 - left, left)
+    assert project.states(run).count("CRASHED") == 3
+
+
+def training(project: Project, attempt: int) -> bool:
+    """Whether the `attempt`-th attempt of the slow run is in a stage that takes long, which only its fine-tuning does."""
+    folder = run_folder(project.places, SLOW)
+    if not (folder / "record.json").exists() or len(project.record(SLOW).attempts) < attempt:
+        return False
+    held = set((project.places.store / "locks").iterdir())
+    time.sleep(1.5)
+    return bool(held & set((project.places.store / "locks").iterdir()))
+
+
+def test_what_the_form_sends_is_checked_and_all_that_is_wrong_is_the_message_of_a_failed_run(
+    project: Project, deployed: Deployed, tmp_path: Path
+) -> None:
+    values = CONFIG.model_dump(mode="json")
+    create = f"deployments/{deployed.id}/create_flow_run"
+    with pytest.raises(urllib.error.HTTPError, match="409"):
+        project.ask(create, parameters={"config": values | {"steps": "many"}})
+    values["update"]["temperature"] = 0.5
+    values["advantage"] = {"kind": "gae"}
+    with project.worker(tmp_path / "worker.log"):
+        run = project.ask(create, parameters={"config": values})["id"]
+        state, message = project.ended(run)
+    assert state == "FAILED"
+    for part in (
+        "ConfigError",
+        "advantage.kind: grpo takes",
+        "critic: advantage.kind gae (PPO) needs one",
+        "update.temperature: 0.5 differs from",
+    ):
+        assert part in message
+
+
+def test_a_worker_with_other_packages_is_named_and_refused_when_the_deployment_asks_for_it(
+    project: Project, tmp_path: Path
+) -> None:
+    env = {VERSIONS: json.dumps(package_versions() | {"numpy": "0.1"})}
+    config = CONFIG.override({"name": "versions"})
+    lenient = deploy(Choice(config, BASE), project.places, name="lenient", env=env)
+    strict = deploy(Choice(config, BASE), project.places, name="strict", env=env, require_versions=True)
+    with project.worker(tmp_path / "worker.log"):
+        taken, refused = submit(lenient.name, config), submit(strict.name, config)
+        assert project.ended(taken)[0] == "COMPLETED"
+        state, message = project.ended(refused)
+    difference = f"numpy: expected 0.1, found {package_versions()['numpy']}"
+    assert state == "FAILED"
+    assert "VersionsError" in message
+    assert difference in message
+    noted = json.loads((run_folder(project.places, config) / "flow_runs.json").read_text())
+    assert noted[str(taken)]["differences"] == [difference]
+    assert str(refused) not in noted
+
+
+def test_a_run_that_is_cancelled_ends_and_is_not_started_again(
+    project: Project, deployed: Deployed, tmp_path: Path
+) -> None:
+    config = SLOW.override({"name": "cancelled", "seed": 2})
+    with project.worker(tmp_path / "worker.log"):
+        run = submit(deployed.name, config)
+        until(lambda: project.states(run)[-1] == "RUNNING" and flow_run_processes(run), 480)
+        cancel(run)
+        until(lambda: project.states(run)[-1] == "CANCELLED" and not flow_run_processes(run), 240)
+        time.sleep(8.0)  # longer than a worker's round
+        assert project.states(run)[-1] == "CANCELLED"
+        assert project.states(run).count("RUNNING") == 1
+
+
+def test_a_run_by_schedule_starts_by_itself(project: Project, tmp_path: Path) -> None:
+    made = deploy(Choice(CONFIG, BASE), project.places, name="nightly", schedule="* * * * *")
+    with project.worker(tmp_path / "worker.log"):
+        wanted = {"deployments": {"id": {"any_": [str(made.id)]}}}
+
+        def completed() -> list[str]:
+            found = project.ask("flow_runs/filter", **wanted)
+            return [run["id"] for run in found if run["auto_scheduled"] and run["state_type"] == "COMPLETED"]
+
+        assert until(completed, 480)
+        deploy(Choice(CONFIG, BASE), project.places, name="nightly")
+    assert project.ask(f"deployments/{made.id}")["schedules"] == [], "deployed again without one"
+
+
+def test_a_pool_of_another_type_a_deployment_that_is_not_there_and_no_server_are_errors_that_say_what_to_do(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.ask("work_pools/", name="pods", type="kubernetes")
+    with pytest.raises(
+        ConfigError, match=r"--pool pods: expected a work pool of type process, found kubernetes; .*yaml"
+    ):
+        deploy(Choice(CONFIG, BASE), project.places, name="short", pool="pods")
+    with pytest.raises(ConfigError, match="train/nobody: no such deployment"):
+        submit("train/nobody", CONFIG)
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    with pytest.raises(ServerError, match=r"http://127\.0\.0\.1:9/api does not answer"):
+        deploy(Choice(CONFIG, BASE), Places.under(tmp_path), name="short")
+
+
+def test_prefect_yaml_is_deployed_by_prefects_own_command(project: Project, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    ensure_pool("cohort-local")
+    project.ask("work_pools/", name="cohort-kubernetes", type="kubernetes")
+    places = {
+        "COHORT_ROOT": str(tmp_path),
+        "COHORT_STORE": "s3://bucket/store",
+        "COHORT_IMAGE": "registry.example/cohort:1",
+    }
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    told = subprocess.run(
+        command, cwd=Path(__file__).parents[3], env=os.environ | places, capture_output=True, text=True, timeout=240
+    )
+    assert told.returncode == 0, told.stdout + told.stderr
+    made = project.ask("deployments/name/train/arithmetic-cpu-kubernetes")
+    assert made["work_pool_name"] == "cohort-kubernetes"
+    assert made["job_variables"]["image"] == "registry.example/cohort:1"
+    assert made["job_variables"]["env"]["COHORT_STORE"] == "s3://bucket/store"
+    assert project.ask("deployments/name/train/arithmetic-cpu")["parameters"]["config"]["rollout"]["G"] == 16

@@ -15,5 +15,5 @@ def test_the_memory_of_the_demos_stages_is_planned_within_15_percent(tmp_path: P
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]
     assert {row["case"] for row in rows} == {"sft, 0.35 M", "update, 0.35 M", "rollout, 0.35 M"}
     for row in rows:
-        assert row["mib"] > 50
+        assert row["mib"] > 20
         assert row["planned_mib"] == pytest.approx(row["mib"], rel=0.15), row["case"]

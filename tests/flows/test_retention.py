@@ -183,3 +183,4 @@ def test_what_a_run_frees_is_no_part_of_the_forecast() -> None:
         if step > 3:
             forecast._retention.freed += 98
         forecast.take("step", {"step": step})
+    assert not forecast._warned

@@ -80,6 +80,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # ------------------------------------------------------------------------------------------------ the command
 
 
+@pytest.mark.slow
 def test_quick_tells_every_light_check_as_json_in_a_process_that_imports_nothing_heavy(tmp_path: Path) -> None:
     code = (
         "import sys; from flows.cli import run_command; code = run_command(sys.argv[1:]);"

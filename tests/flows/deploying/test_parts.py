@@ -61,6 +61,7 @@ def test_the_form_takes_what_a_recipe_says_and_names_what_is_wrong() -> None:
     assert "'x' is not of type 'integer'" in told
 
 
+@pytest.mark.slow
 def test_a_schedule_is_a_cron_expression_in_a_time_zone() -> None:
     schedule = cron_schedule("30 6 * * mon-fri", "Europe/Berlin")
     assert (schedule.cron, schedule.timezone) == ("30 6 * * mon-fri", "Europe/Berlin")

@@ -129,6 +129,7 @@ def test_mu_passes_are_mu_updates(store: Store) -> None:
     assert update_critic(once, outputs, advantages, exact(), seed=0) == twice
 
 
+@pytest.mark.slow
 def test_a_warm_engine_and_a_cold_one_give_the_same_bits(store: Store) -> None:
     outputs, advantages = tables()
 

@@ -36,7 +36,7 @@ def grades(pairs: list[tuple[str, str]], pool: KillablePool, verifier: Verifier,
     return grade_answers(pairs, conventions=conventions, verifier=verifier, pool=pool, deadline_s=deadline_s)
 
 
-@pytest.mark.parametrize("verifier", ["exact", "math_verify"])
+@pytest.mark.parametrize("verifier", ["exact", pytest.param("math_verify", marks=pytest.mark.slow)])
 def test_all_5276_labelled_solutions_are_scored_as_labelled(
     data_dir: Path, pool: KillablePool, verifier: Verifier
 ) -> None:

@@ -123,6 +123,7 @@ def test_scores_far_from_zero_do_not_overflow(store: Store) -> None:
     assert squeezed == [float(logit > 0) for logit in logits]
 
 
+@pytest.mark.slow
 def test_a_warm_model_and_a_cold_one_score_alike(store: Store) -> None:
     base = tiny_checkpoint()
     outputs, first, second = outputs_of(label_rows(base)), outspoken("outcome", base), outspoken("process", base)

@@ -210,6 +210,7 @@ def test_the_seed_orders_the_questions(store: Store) -> None:
     assert train_reward_model(model, table, other, seed=0).digest == digests[0]
 
 
+@pytest.mark.slow
 def test_a_warm_engine_and_a_cold_one_give_the_same_bits(store: Store) -> None:
     base = tiny_checkpoint()
     table = labels(base)

@@ -130,10 +130,6 @@ def exploration() -> tuple[Rollouts, Advantages]:
     return Rollouts.write(rows), Advantages.write(advantages)
 
 
-STAGES = [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)), 3]
-"""Of ZeRO: the last shards all there is."""
-
-
 def stage_gradient(
     engine: object,
     max_logits: int | None = None,
@@ -170,8 +166,17 @@ def test_deepspeed_at_every_zero_stage_has_the_gradient_of_plain_torch(store: St
     assert distance(stage_gradient(DeepSpeedEngineConfig(zero_stage=zero_stage), micro_batch_tokens=60), plain) < 1e-6
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("zero_stage", [None, *STAGES])
+ZERO = [(stage, again) for stage in (0, 1, 2, 3) for again in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "checkpointing"),
+    [
+        (None, False),
+        (None, True),
+        *(pytest.param(*case, marks=() if case == (3, True) else pytest.mark.slow) for case in ZERO),
+    ],
+)
 def test_chunks_and_recomputed_activations_have_the_gradient_of_neither(
     store: Store, zero_stage: Any, checkpointing: bool
 ) -> None:
@@ -183,6 +188,7 @@ def test_chunks_and_recomputed_activations_have_the_gradient_of_neither(
     assert distance(found, plain) < 1e-6
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_in_fp32_changes_the_last_bits_only(store: Store) -> None:
     whole = stage_gradient({"kind": "torch"}, micro_batch_tokens=10_000)
     for tokens in (1, 24, 60):

@@ -29,7 +29,7 @@ demo: $(VENV)/.ready ## SFT, then GRPO, on the built-in arithmetic world; again:
 	@$(BIN)/cohort run arithmetic_cpu
 
 test: $(VENV)/.ready ## the default test suite (under 6 minutes on two cores)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.ready ## the heavy suites
 	@$(BIN)/python -m pytest -m slow

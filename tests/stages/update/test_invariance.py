@@ -174,7 +174,7 @@ ZERO = [(stage, again) for stage in (0, 1, 2, 3) for again in (False, True)]
     [
         (None, False),
         (None, True),
-        *(pytest.param(*case, marks=() if case == (3, True) else pytest.mark.slow) for case in ZERO),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ZERO),
     ],
 )
 def test_chunks_and_recomputed_activations_have_the_gradient_of_neither(

@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from flows.choice import choose
-from flows.commands.options import ConfigFiles, Root, Settings, console
+from flows.commands.options import ConfigFiles, Method, Root, Settings, console
 from flows.deploying import deployment
 from flows.deploying.deployment import POOL
 from flows.places import Places
@@ -20,7 +20,7 @@ def deploy(
     *,
     config: ConfigFiles = None,
     set_: Settings = None,
-    method: Annotated[str | None, Parameter(name="--method")] = None,
+    method: Method = None,
     name: str | None = None,
     pool: str = POOL,
     schedule: str | None = None,

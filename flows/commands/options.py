@@ -10,10 +10,11 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 
-__all__ = ["ConfigFiles", "Root", "Settings", "console", "debugging"]
+__all__ = ["ConfigFiles", "Method", "Root", "Settings", "console", "debugging"]
 
 Root = Annotated[Path | None, Parameter(name="--root")]
 ConfigFiles = Annotated[list[Path] | None, Parameter(name="--config", negative="")]
+Method = Annotated[str | None, Parameter(name="--method")]
 Settings = Annotated[list[str] | None, Parameter(name="--set", negative="")]
 
 _PLAIN_WIDTH = 120

@@ -7,12 +7,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from flows.commands.options import ConfigFiles, Root, Settings, console
+from flows.commands.options import ConfigFiles, Method, Root, Settings, console
 from flows.places import Places
 
 __all__ = ["plan"]
-
-Method = Annotated[str | None, Parameter(name="--method")]
 
 
 def plan(

@@ -10,7 +10,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from flows.choice import Choice, choose, descriptions
-from flows.commands.options import ConfigFiles, Root, Settings, console, debugging
+from flows.commands.options import ConfigFiles, Method, Root, Settings, console, debugging
 from flows.methods import METHODS, method_settings
 from flows.places import Places
 from flows.session import run_flow
@@ -18,8 +18,6 @@ from flows.summary import print_summary
 from flows.wording import number
 
 __all__ = ["check", "methods", "recipes", "run"]
-
-Method = Annotated[str | None, Parameter(name="--method")]
 
 
 def run(

@@ -7,21 +7,12 @@ training step and decoding give what formulas cannot know: the share of those ra
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import os
-import platform
-import statistics
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import psutil
-
-from flows.doctor.places import nearest
+from flows.doctor.rates import measured_rates, median_seconds
 from flows.planning.machine import DEVICE_FILE
 from flows.planning.profiles import DeviceProfile, seconds_of
 from flows.planning.shapes import ModelShape
@@ -34,12 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["bench", "calibrated"]
 
-_WIDTHS: Final = (64, 128, 256, 512, 1024, 2048)
-_PACKAGES: Final = ("torch", "transformers")
-_REPEATS: Final = 5
-_PATIENCE: Final = 1.0
-"""Seconds after which a measurement is not repeated."""
-_MIB: Final = 1 << 20
 _VOCABULARY: Final = 128
 
 
@@ -75,7 +60,7 @@ def bench(places: Places, announce: Callable[[str], None] = lambda text: None) -
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        profile = _rates(places, device, announce)
+        profile = measured_rates(places, device, announce)
         trial = _LARGE if device == "cuda" else _SMALL
         precision = "bf16" if device == "cuda" or native_bf16() else "fp32"
         announce("a small model's training steps")
@@ -121,77 +106,6 @@ def calibrated(
     )
 
 
-# ------------------------------------------------------------------------------------------------ rates
-
-
-def _rates(places: Places, device: str, announce: Callable[[str], None]) -> DeviceProfile:
-    import torch
-
-    announce("matrix products")
-    tables = {
-        kind: {str(width): _product_rate(width, dtype, device) for width in _WIDTHS}
-        for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-    }
-    announce("memory, disk, hashing")
-    cuda = device == "cuda"
-    name = torch.cuda.get_device_name() if cuda else f"{_processor()}, one thread"
-    memory = torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().total
-    return DeviceProfile(
-        name=name,
-        kind="gpu" if cuda else "cpu",
-        memory=float(memory),
-        fp32=tables["fp32"],
-        bf16=tables["bf16"],
-        bandwidth=_bandwidth(device),
-        disk=_disk_rate(nearest(places.root)),
-        hashing=_hash_rate(),
-        source=f"cohort doctor --bench, load {os.getloadavg()[0]:.1f}",
-        date=time.strftime("%Y-%m-%d %H:%M"),
-        packages={package: importlib.metadata.version(package) for package in _PACKAGES},
-    )
-
-
-def _product_rate(width: int, dtype: Any, device: str) -> float:
-    """FLOP/s of [rows, width] x [width, 2.75 width], as an MLP has it."""
-    import torch
-
-    columns = 11 * width // 4
-    rows = max(64, int((2e11 if device == "cuda" else 2e8) / (2 * width * columns)))
-    given = torch.randn(rows, width, device=device).to(dtype)
-    weight = torch.randn(columns, width, device=device).to(dtype)
-    seconds = _median(lambda: torch.nn.functional.linear(given, weight), device)
-    return 2.0 * rows * width * columns / seconds
-
-
-def _bandwidth(device: str) -> float:
-    """Bytes a second of an addition that reads two tensors and writes a third, which is allocated as in training."""
-    import torch
-
-    one = torch.ones(16 * _MIB if device == "cpu" else 256 * _MIB, device=device)
-    return 3 * one.nbytes / _median(lambda: one + one, device)
-
-
-def _disk_rate(folder: Path) -> float:
-    """Bytes a second into a file that is synced, and removed."""
-    data = os.urandom(64 * _MIB)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".cohort-bench-") as file:
-        started = time.perf_counter()
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        return len(data) / (time.perf_counter() - started)
-
-
-def _hash_rate() -> float:
-    data = bytes(64 * _MIB)
-    started = time.process_time()
-    hashlib.sha256(data).digest()
-    return len(data) / (time.process_time() - started)
-
-
-# ------------------------------------------------------------------------------------------------ trials
-
-
 def _training_work(trial: Trial, precision: str) -> Work:
     config = TrainingConfig.model_validate({"precision": precision})
     return training_work(trial.shape, config, trial.rows, trial.prompt, trial.output, 1 << 30)
@@ -225,7 +139,7 @@ def _training_seconds(trial: Trial, device: str, precision: str) -> float:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return _median(step, device)
+    return median_seconds(step, device)
 
 
 def _decoding_seconds(trial: Trial, device: str, precision: str) -> float:
@@ -240,7 +154,7 @@ def _decoding_seconds(trial: Trial, device: str, precision: str) -> float:
     generator = HFGenerator(model, batch_rows=trial.rows)
     ids = torch.randint(0, _VOCABULARY, (trial.rows, trial.prompt)).tolist()
     prompts = [Prompt(f"q{number}", row, [number]) for number, row in enumerate(ids)]
-    return _median(lambda: generator.generate(prompts, Sampling(1.0, trial.output, ())), device)
+    return median_seconds(lambda: generator.generate(prompts, Sampling(1.0, trial.output, ())), device)
 
 
 def _model(trial: Trial, device: str, dtype: Any, attention: str) -> Any:
@@ -262,35 +176,6 @@ def _model(trial: Trial, device: str, dtype: Any, attention: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Qwen2ForCausalLM(description).to(device, dtype).eval()
-
-
-def _median(work: Callable[[], object], device: str) -> float:
-    """Seconds, once it has run."""
-    import torch
-
-    # Processor time of a single thread is hardly touched by what else the machine does.
-    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-
-    def timed() -> float:
-        started = clock()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return clock() - started
-
-    timed()
-    until, taken = time.perf_counter() + _PATIENCE, [timed()]
-    while len(taken) < _REPEATS and time.perf_counter() < until:
-        taken.append(timed())
-    return statistics.median(taken)
-
-
-def _processor() -> str:
-    """The CPU's own name, where the system tells it."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def _cores() -> int:

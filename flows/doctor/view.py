@@ -62,7 +62,9 @@ def print_profile(profile: DeviceProfile, out: Console) -> None:
         table.add_row(width, f"{rate / 1e9:,.1f}", f"{profile.bf16[width] / 1e9:,.1f}")
     out.print(table)
     out.print(
-        f"memory {size(profile.bandwidth)}/s, disk {size(profile.disk)}/s synced, SHA-256 {size(profile.hashing)}/s"
+        f"memory {size(profile.bandwidth)}/s, only reading {size(profile.reading or profile.bandwidth)}/s, "
+        f"disk {size(profile.disk)}/s synced, SHA-256 {size(profile.hashing)}/s",
+        soft_wrap=True,
     )
     fixed = f"{1e6 * profile.layer_seconds:.0f} and {1e6 * profile.token_seconds:.0f} microseconds a layer"
     out.print(

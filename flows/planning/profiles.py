@@ -1,7 +1,8 @@
 """What a device computes and moves in a second: named presets from data sheets, or what `cohort doctor --bench` measured.
 
-A stage's seconds are (FLOPs / rate + bytes / bandwidth) / utilisation + layers entered * overhead. A preset's utilisation is an
-assumption of ours; a measured profile's is what a small model's own step came to on that machine.
+A stage's seconds are (FLOPs / rate + bytes / bandwidth) / utilisation + layers entered * overhead; bytes that are only
+read have a rate of their own. A preset's utilisation is an assumption of ours; a measured profile's is what a small model's own
+step came to on that machine.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ class DeviceProfile(Config):
     bf16: dict[str, PositiveFloat] = Field(min_length=1)
     """The same in bfloat16."""
     bandwidth: PositiveFloat
-    """Bytes a second that pass through memory, reads and writes together, in operations on large tensors."""
+    """Bytes a second that pass through memory, reads and writes together, where large tensors are allocated anew."""
+    reading: PositiveFloat | None = None
+    """Bytes a second read from tensors that are there: on a CPU several times `bandwidth`, which meets pages for the first
+    time. None: as `bandwidth`."""
     interconnect: PositiveFloat = 1e10
     """Bytes a second between two devices, in one direction."""
     training: PositiveFloat = 1.0
@@ -91,7 +95,8 @@ def seconds_of(
     threads: int | None = None,
 ) -> float:
     """Seconds of one device for a stage's work."""
-    busy = work.flops / profile.rate(width, precision) + work.traffic / profile.bandwidth
+    moved = work.traffic / profile.bandwidth + work.reads / (profile.reading or profile.bandwidth)
+    busy = work.flops / profile.rate(width, precision) + moved
     utilisation = profile.decoding if sampling else profile.training
     fixed = work.layers * (profile.token_seconds if sampling else profile.layer_seconds)
     return busy / utilisation / profile.speed(threads) + fixed

@@ -9,7 +9,7 @@ tokens, are these without attention (Kaplan et al. 2020, section 2.1; Korthikant
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from flows.planning.decoding import token_bytes
 from flows.planning.memory import FLOAT, HALF, Batch, kept_by_layer
@@ -25,21 +25,19 @@ class Work:
 
     flops: float = 0.0
     traffic: float = 0.0
+    """Bytes of results that are allocated anew, written and read."""
+    reads: float = 0.0
+    """Bytes that are only read: weights and keys in sampling."""
     layers: float = 0.0
     """Layers that are entered, whatever goes through them: each has a fixed cost."""
     tokens: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.flops + other.flops,
-            self.traffic + other.traffic,
-            self.layers + other.layers,
-            self.tokens + other.tokens,
-        )
+        return Work(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     def times(self, factor: float) -> Work:
         """So many times this."""
-        return Work(self.flops * factor, self.traffic * factor, self.layers * factor, self.tokens * factor)
+        return Work(*(getattr(self, field.name) * factor for field in fields(self)))
 
 
 def forward_flops(shape: ModelShape, tokens: float, length: float, scored: float) -> float:
@@ -69,7 +67,7 @@ def training_work(
     trained = parameters if config.adapter is None else shape.adapter(config.adapter.r)
     # Written and read in forward, twice as much in backward; AdamW reads four and writes three numbers a parameter.
     traffic = (3 + again) * 2 * (kept + logits) + 8 * FLOAT * trained
-    return Work((3 + again) * once, traffic, (3 + again) * passes * shape.layers, rows * batch.length)
+    return Work((3 + again) * once, traffic, layers=(3 + again) * passes * shape.layers, tokens=rows * batch.length)
 
 
 def scoring_work(
@@ -89,7 +87,7 @@ def scoring_work(
     flops = forward_flops(shape, rows * batch.length, batch.length, scored)
     kept = passes * shape.layers * kept_by_layer(shape, batch, precision, attention)
     traffic = 2 * (kept + FLOAT * scored * shape.vocabulary)
-    return Work(flops, traffic, passes * shape.layers, rows * batch.length)
+    return Work(flops, traffic, layers=passes * shape.layers, tokens=rows * batch.length)
 
 
 def decoding_work(
@@ -120,8 +118,13 @@ def decoding_work(
     # Attention reads keys and values and passes over its scores; sampling passes five times over a row's logits.
     scores = 4 * FLOAT * shape.layers * shape.heads * (prompt + output / 2)
     logits = 2 * 5 * FLOAT * shape.vocabulary
-    traffic = steps * weights + tokens * (keys + scores + logits)
-    return Work(flops, traffic, (steps + batches) * shape.layers, questions * prompt + tokens)
+    return Work(
+        flops,
+        traffic=tokens * (scores + logits),
+        reads=steps * weights + tokens * keys,
+        layers=(steps + batches) * shape.layers,
+        tokens=questions * prompt + tokens,
+    )
 
 
 def _passes(rows: float, prompt: float, output: float, budget: int) -> tuple[float, Batch]:

@@ -59,6 +59,9 @@ def test_a_rate_between_two_widths_lies_along_their_logarithm() -> None:
 def test_seconds_are_work_over_rates_over_utilisation_and_fixed_costs() -> None:
     profile = CPU.override({"fp32": {"1": 100.0}, "bandwidth": 10.0, "training": 0.5, "layer_seconds": 0.25})
     assert seconds_of(Work(flops=200, traffic=30, layers=4), profile, 64, "fp32") == (2 + 3) / 0.5 + 4 * 0.25
+    work = Work(flops=200, traffic=30, reads=40)
+    assert seconds_of(work, profile, 64, "fp32") == (2 + 3 + 4) / 0.5
+    assert seconds_of(work, profile.override({"reading": 40.0}), 64, "fp32") == (2 + 3 + 1) / 0.5
 
 
 def test_threads_beyond_those_that_were_measured_bring_nothing() -> None:

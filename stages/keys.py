@@ -30,9 +30,10 @@ def repeated_key(table: pa.Table) -> tuple[str, int] | None:
     _, slot_N = slots(table["question_id"])
     sample_N = table["sample"].to_numpy().astype(np.int64)
     code_N = slot_N * (sample_N.max() - sample_N.min() + 1) + sample_N - sample_N.min()
-    found, place_N, times = np.unique(code_N, return_inverse=True, return_counts=True)
-    if len(found) == len(code_N):
+    ordered_N = np.sort(code_N)
+    if (ordered_N[1:] > ordered_N[:-1]).all():
         return None
+    _, place_N, times = np.unique(code_N, return_inverse=True, return_counts=True)
     row = int(np.flatnonzero(times[place_N] > 1)[0])
     return table["question_id"][row].as_py(), int(sample_N[row])
 

@@ -256,6 +256,15 @@ def test_a_table_written_in_parts_has_the_digest_of_the_one_written_at_once(stor
     assert at_once.read().equals(Numbers.conform(whole))
 
 
+@pytest.mark.parametrize("columns", [None, ["x"], ["x", "id"]])
+def test_what_is_read_stays_in_the_file(store: Store, columns: list[str] | None) -> None:
+    table = Numbers.write(many(2 * BATCH_ROWS))
+    before = pa.total_allocated_bytes()
+    read = table.read(columns)
+    assert read.nbytes > 1e6
+    assert pa.total_allocated_bytes() == before
+
+
 def test_no_parts_are_the_empty_table(store: Store) -> None:
     assert Numbers.write(iter([])).digest == Numbers.write([]).digest
 

@@ -50,7 +50,7 @@ test-engines: $(VENV)/.ready $(VLLM)/.ready ## real vLLM (CPU build) and groups 
 	@$(BIN)/python -m pytest -m engines
 
 test-scale: $(VENV)/.ready ## remote stores, workers that are killed, thousands of steps (under 20 minutes on two cores)
-	@$(BIN)/python -m pytest -m scale
+	@$(BIN)/python -m pytest -m scale -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.ready ## style, types, layers, spelling
 	@$(BIN)/ruff check .

@@ -26,7 +26,7 @@ from flows.places import Places
 from flows.records import RunRecord, read_record, run_folder
 from pipeline.server import ensure_server, stop_server
 
-__all__ = ["Project", "flow_run_processes", "opened", "until"]
+__all__ = ["Project", "flow_run_processes", "listened_on", "opened", "until"]
 
 T = TypeVar("T")
 REPOSITORY = Path(__file__).parents[3]
@@ -98,6 +98,17 @@ def flow_run_processes(run: UUID) -> list[psutil.Process]:
             of_run = process.environ().get("PREFECT__FLOW_RUN_ID") == str(run)
             if of_run and "pipeline.projector" not in process.cmdline():
                 found.append(process)
+    return found
+
+
+def listened_on() -> set[str]:
+    """Addresses on which processes of this interpreter listen: servers, workers, runs and what they start."""
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.cmdline()[:1] == [sys.executable]:
+                listening = (one for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN)
+                found |= {one.laddr.ip for one in listening}
     return found
 
 

@@ -28,7 +28,7 @@ from pipeline.provenance import package_versions
 from pipeline.residency import evict
 from pipeline.server import ServerError
 from pipeline.store import Store, use_store
-from tests.flows.deploying.project import Project, flow_run_processes, until
+from tests.flows.deploying.project import Project, flow_run_processes, listened_on, until
 from tests.flows.short_runs import BASE
 
 pytestmark = pytest.mark.scale
@@ -62,6 +62,8 @@ def test_a_run_by_hand_leaves_a_record_its_stages_are_tasks_of_its_own_flow_run_
     expected, before = undisturbed(CONFIG, tmp_path), stages_in(project.places)
     with project.worker(tmp_path / "worker.log"):
         first = submit(deployed.name, CONFIG, tags={"arm": "usual"})
+        until(lambda: project.states(first)[-1] == "RUNNING", 480)
+        assert listened_on() == {"127.0.0.1"}
         assert project.ended(first) == ("COMPLETED", "")
         again = submit(deployed.name, CONFIG)
         assert project.ended(again)[0] == "COMPLETED"

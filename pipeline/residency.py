@@ -30,12 +30,12 @@ def resident(slot: str, key: Hashable, make: Callable[[], T]) -> T:
 
 def evict(slot: str | None = None) -> None:
     """Free the object in `slot`, or all; one with a `close()` method is closed."""
-    for name in list(_residents) if slot is None else [slot]:
-        if name not in _residents:
-            continue
+    names = [name for name in (list(_residents) if slot is None else [slot]) if name in _residents]
+    for name in names:
         _, kept = _residents.pop(name)
         close = getattr(kept, "close", None)
         if callable(close):
             close()
         del kept, close
+    if names:
         gc.collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
     with use_store(Store(tmp_path / "store")) as opened:
         yield opened
     evict()
+    gc.freeze()  # what lives now, modules above all, is not looked through again whenever something is evicted
 
 
 @pytest.fixture

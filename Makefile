@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 BENCH := .venv-bench
 VLLM := .venv-vllm
 UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet
+# Two processes, a file of tests in one of them, files in their own order: the dear ones come first.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 export DO_NOT_TRACK := 1
 
 .PHONY: setup demo test test-slow test-engines test-scale vllm-cpu check format bench bench-memory clean
@@ -29,10 +31,10 @@ demo: $(VENV)/.ready ## SFT, then GRPO, on the built-in arithmetic world; again:
 	@$(BIN)/cohort run arithmetic_cpu
 
 test: $(VENV)/.ready ## the default test suite (under 6 minutes on two cores)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest $(TWO)
 
 test-slow: $(VENV)/.ready ## the heavy suites
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -m slow $(TWO)
 
 # vLLM for CPUs wants another fastapi than Prefect, hence its own environment. torch first and with pip, as above. The last three
 # are CUDA builds wherever uv finds them, fail to import beside a CPU build of torch, and are for pictures and sound.
@@ -50,7 +52,7 @@ test-engines: $(VENV)/.ready $(VLLM)/.ready ## real vLLM (CPU build) and groups 
 	@$(BIN)/python -m pytest -m engines
 
 test-scale: $(VENV)/.ready ## remote stores, workers that are killed, thousands of steps (under 20 minutes on two cores)
-	@$(BIN)/python -m pytest -m scale -n 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -m scale $(TWO)
 
 check: $(VENV)/.ready ## style, types, layers, spelling
 	@$(BIN)/ruff check .

@@ -15,7 +15,16 @@ from typing import Final
 from flows.planning.shapes import ModelShape
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, TrainingConfig
 
-__all__ = ["Batch", "Memory", "kept_by_layer", "ranks_of", "scoring_memory", "training_memory", "training_state"]
+__all__ = [
+    "Batch",
+    "Memory",
+    "kept_by_layer",
+    "ranks_of",
+    "scoring_memory",
+    "training_memory",
+    "training_state",
+    "zero_stage_of",
+]
 
 FLOAT: Final = 4
 HALF: Final = 2
@@ -71,7 +80,7 @@ def training_state(parameters: float, shape: ModelShape, config: TrainingConfig,
         parameters: all of the model's.
         trained: those that have a gradient: all, or an adapter's.
     """
-    engine, stage, ranks = config.engine, _stage(config), ranks_of(config)
+    engine, stage, ranks = config.engine, zero_stage_of(config), ranks_of(config)
     offload = engine.offload if isinstance(engine, DeepSpeedEngineConfig) else "none"
     share = ranks if stage else 1
     moments = 2.0 * trained if isinstance(config.optimizer, AdamWConfig) else _muon(trained, shape)
@@ -108,7 +117,7 @@ def training_memory(
     moments = _moments_of_a_step(shape, config, batch, head=head)
     gradients = 0.0 if batch.several else -state["gradients"]  # of a first micro-batch none is there until backward
     found = {**state, "reference": FLOAT * total if reference else 0.0}
-    stage = _stage(config)
+    stage = zero_stage_of(config)
     if stage:
         found["buffers"] = _buffers(trained, shape, stage, ranks_of(config))
     forward = {"activations": moments.kept + moments.passing, "logits": moments.logits, "casts": casts}
@@ -223,7 +232,8 @@ def ranks_of(config: TrainingConfig) -> int:
     return config.engine.ranks if isinstance(config.engine, DeepSpeedEngineConfig) else 1
 
 
-def _stage(config: TrainingConfig) -> int:
+def zero_stage_of(config: TrainingConfig) -> int:
+    """0 where DeepSpeed does not train."""
     return config.engine.zero_stage if isinstance(config.engine, DeepSpeedEngineConfig) else 0
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from flows.planning.decoding import token_bytes
-from flows.planning.memory import FLOAT, HALF, Batch, kept_by_layer
+from flows.planning.memory import FLOAT, HALF, Batch, kept_by_layer, zero_stage_of
 from flows.planning.shapes import ModelShape
 from stages.training import TrainingConfig
 
@@ -67,6 +67,7 @@ def training_work(
     trained = parameters if config.adapter is None else shape.adapter(config.adapter.r)
     # Written and read in forward, twice as much in backward; AdamW reads four and writes three numbers a parameter.
     traffic = (3 + again) * 2 * (kept + logits) + 8 * FLOAT * trained
+    traffic += 2 * FLOAT * parameters * _copies(config, passes)
     return Work((3 + again) * once, traffic, layers=(3 + again) * passes * shape.layers, tokens=rows * batch.length)
 
 
@@ -125,6 +126,16 @@ def decoding_work(
         layers=(steps + batches) * shape.layers,
         tokens=questions * prompt + tokens,
     )
+
+
+def _copies(config: TrainingConfig, passes: float) -> float:
+    """How often numbers as many as the parameters are copied for the sake of ZeRO, by all ranks together.
+
+    Gradients into its flat buffers and weights out of them; at stage 3 weights are also gathered, in the forward and in the
+    backward pass of each micro-batch.
+    """
+    stage = zero_stage_of(config)
+    return 0.0 if not stage else 2.0 + (2.0 * passes if stage == 3 else 0.0)
 
 
 def _passes(rows: float, prompt: float, output: float, budget: int) -> tuple[float, Batch]:

@@ -141,6 +141,16 @@ def test_micro_batches_enter_every_layer_anew() -> None:
     )  # forward and backward, two batches, two layers
 
 
+def test_zero_copies_gradients_and_weights_and_gathers_them_in_every_micro_batch_at_stage_3() -> None:
+    """Of 8 tokens in two micro-batches; each copy is read and written."""
+    plain, first, third = (
+        training_work(SHAPE, config(engine={"kind": "deepspeed", "zero_stage": stage}), 4, 1, 3, 8)
+        for stage in (0, 1, 3)
+    )
+    assert first.traffic - plain.traffic == 2 * 2 * 4 * SHAPE.parameters
+    assert third.traffic - first.traffic == 2 * (2 * 2) * 4 * SHAPE.parameters
+
+
 def test_decoding_reads_the_weights_at_every_token_of_the_longest_output() -> None:
     short, long = (decoding_work(SHAPE, 1, 4, 5, 10, longest, side_by_side=4, half=False) for longest in (10, 30))
     assert long.reads - short.reads == 20 * 4 * (68 + 20)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from benchmarks.timing import Clock, cpu_seconds
+from benchmarks.timing import Clock, Device, cpu_seconds
 from benchmarks.workload import REWARD_PATTERN, Workload
 from flows.iterative_rl import step_seed
 from flows.observer import Observer, observer, observing
@@ -89,17 +89,21 @@ def serve(workload: Workload, attention: str, micro_batch_tokens: int, answers: 
     configs = _configs(workload, attention, micro_batch_tokens)
     questions = read_questions(QuestionFileConfig(path=str(workload.question_file)))
     policy = reference = import_checkpoint(ExternalCheckpointConfig(path=workload.policy))
-    clock = watch()
+    device = Device()
+    clock = watch(device)
     answers.write(json.dumps({"ready": True}) + "\n")
     for step, _ in enumerate(sys.stdin):
         clock.take()
+        device.begin()
         started, cpu = time.perf_counter(), cpu_seconds()
         batch = sample_batch(questions, size=workload.questions, step=step, seed=workload.seed)
         policy = one_step(policy, reference, batch, configs, step)
+        device.settle()
         seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu
         phases = clock.take()
         phases["flow"] = seconds - sum(phases.values())
-        answers.write(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "phases": phases}) + "\n")
+        found = {"seconds": seconds, "cpu_seconds": cpu, "device_mib": device.peak_mib(), "phases": phases}
+        answers.write(json.dumps(found) + "\n")
 
 
 def _configs(workload: Workload, attention: str, micro_batch_tokens: int) -> Configs:
@@ -130,13 +134,13 @@ def one_step(policy: Checkpoint, reference: Checkpoint, batch: Questions, config
     return policy
 
 
-def watch() -> Clock:
+def watch(device: Device) -> Clock:
     """A clock on all of `_WATCHED`, and on the stages' bodies."""
     import pipeline.stage
     import stages.rollout.hf
     import stages.update.steps  # noqa: F401 - so that their functions can be replaced
 
-    clock = Clock()
+    clock = Clock(device.settle)
     for phase, paths in _WATCHED.items():
         for path in paths:
             clock.watch_path(phase, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from statistics import median
+from typing import Any
 
 from benchmarks.workload import Workload
 
@@ -19,8 +20,9 @@ def floor_flops(workload: Workload, prompt_tokens: float) -> dict[str, float]:
     """
     outputs = workload.questions * workload.group
     hidden, layers = workload.hidden, workload.layers
-    matrices = layers * (4 * hidden * hidden + 3 * hidden * workload.intermediate)
-    head = 128 * hidden
+    keys_and_values = 2 * hidden * hidden * workload.kv_heads / workload.heads
+    matrices = layers * (2 * hidden * hidden + keys_and_values + 3 * hidden * workload.intermediate)
+    head = workload.vocabulary * hidden
     length = prompt_tokens + workload.tokens
 
     def forward(rows: int, tokens: float, context: float, scored: float) -> float:
@@ -38,15 +40,22 @@ def gemm_gflops(workload: Workload) -> GemmRate:
     import torch
 
     torch.set_num_threads(workload.threads)
-    dtype = torch.bfloat16 if workload.precision == "bf16" else torch.float32
-    weight = torch.randn(workload.intermediate, workload.hidden, dtype=dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind: dict[str, Any] = {
+        "dtype": torch.bfloat16 if workload.precision == "bf16" else torch.float32,
+        "device": device,
+    }
+    settle = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    weight = torch.randn(workload.intermediate, workload.hidden, **kind)
     rates = {}
     for name, rows in (("decode", workload.questions * workload.group), ("train", 4096)):
-        given = torch.randn(rows, workload.hidden, dtype=dtype)
+        given = torch.randn(rows, workload.hidden, **kind)
         took = []
         for _ in range(20):
+            settle()
             started = time.perf_counter()
             torch.nn.functional.linear(given, weight)
+            settle()
             took.append(time.perf_counter() - started)
         rates[name] = 2e-9 * rows * weight.numel() / median(took)
     return rates

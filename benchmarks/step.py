@@ -2,6 +2,7 @@
 
     make bench                                            # both sides at full size
     .venv/bin/python -m benchmarks.step --quick           # 4 questions, to see that it runs
+    .venv/bin/python -m benchmarks.step --shape qwen2.5-0.5b --tokens 256 --sides ...    # for a GPU: see the README
 
 Every side is a process of its own that computes a step when told to; only one computes at a time. A round is one step of each
 side, in an order that turns; medians over rounds are compared, so that a machine that is busy for a while is busy for all.
@@ -22,7 +23,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.floor import floor_flops, gemm_gflops
-from benchmarks.workload import Workload, make_policy, make_questions
+from benchmarks.workload import SHAPES, Workload, make_policy, make_questions
 from stages.epochs import sample_positions
 from stages.training.hardware import native_bf16
 
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             steps=options.warmup + options.rounds,
             precision=options.precision,
             threads=options.threads,
+            **SHAPES[options.shape],
         )
         prompt_tokens = _prepare(workload)
         sides = [Side(name, workload, options.peer_python) for name in options.sides]
@@ -131,6 +133,8 @@ def _report(
     rate = {name: median(part[name] for part in rates) for name in rates[0]}
     speed = {"generation": rate["decode"], "reference": rate["train"], "update": rate["train"]}
     results = {side.name: _summary(side.steps[options.warmup :]) for side in sides}
+    for result in results.values():
+        result |= _rates(result["phases"], flops["update"] / 1e12, workload)
     trl = {name: result for name, result in results.items() if name.startswith("trl")}
     best = min(trl, key=lambda name: trl[name]["seconds"]) if trl else None
     for result in results.values():
@@ -146,6 +150,7 @@ def _report(
         "floor_gflop": {phase: count / 1e9 for phase, count in flops.items()},
         "results": results,
         "trl_reference": best,
+        "peak_tflops": options.peak_tflops,
     }
 
 
@@ -164,7 +169,17 @@ def _summary(steps: list[dict[str, Any]]) -> dict[str, Any]:
         "cpu_seconds": median(step["cpu_seconds"] for step in steps),
         "load": median(step["load"] for step in steps),
         "orchestration_share": outside,
+        "device_mib": max(step["device_mib"] for step in steps),
         "phases": phases,
+    }
+
+
+def _rates(phases: dict[str, float], update_tflop: float, workload: Workload) -> dict[str, float]:
+    """Tokens sampled a second, and TFLOP/s of the update's products: what a model needs, recomputation apart."""
+    tokens = workload.questions * workload.group * workload.tokens
+    return {
+        "tokens_per_second": tokens / phases["generation"],
+        "update_tflops": update_tflop / phases["update"],
     }
 
 
@@ -176,6 +191,11 @@ def _shown(report: dict[str, Any]) -> str:
         share = f"{result['orchestration_share']:9.1%}" if not name.startswith("trl") else f"{'':9}"
         row = f"{result['seconds']:8.2f} {result['cpu_seconds']:8.2f} {faster:7.2f} {less:7.2f} {share} {result['load']:5.1f}"
         lines.append(f"{name:32} {row}")
+    for name, result in report["results"].items():
+        used = f", {result['update_tflops'] / report['peak_tflops']:.1%} of the peak" if report["peak_tflops"] else ""
+        held = f", {result['device_mib']:,.0f} MiB of the device" if result["device_mib"] else ""
+        rates = f"{result['tokens_per_second']:,.0f} tokens/s sampled, update {result['update_tflops']:.3g} TFLOP/s"
+        lines.append(f"{name}: {rates}{used}{held}")
     for name, result in report["results"].items():
         parts = sorted(result["phases"].items(), key=lambda item: -item[1])
         lines.append(f"{name}: " + ", ".join(f"{phase} {took:.3f}" for phase, took in parts if took >= 0.0005))
@@ -193,6 +213,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if native_bf16() else "fp32")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="small", help="of the policy (small)")
+    parser.add_argument(
+        "--peak-tflops", type=float, default=0.0, help="of the device by its data sheet, for comparison"
+    )
     parser.add_argument("--peer-python", default=".venv-bench/bin/python")
     parser.add_argument("--out", help="write the figures here, as JSON")
     parser.add_argument("--quick", action="store_true", help="4 questions of 16 outputs, 2 rounds")

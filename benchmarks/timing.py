@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Clock", "cpu_seconds"]
+__all__ = ["Clock", "Device", "cpu_seconds"]
 
 
 def cpu_seconds() -> float:
@@ -20,10 +20,37 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+class Device:
+    """The CUDA device of this process, where there is one."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._cuda: Any = torch.cuda if torch.cuda.is_available() else None
+
+    def begin(self) -> None:
+        """A step begins."""
+        if self._cuda:
+            self._cuda.reset_peak_memory_stats()
+
+    def settle(self) -> None:
+        """Wait until it has computed what it was given."""
+        if self._cuda:
+            self._cuda.synchronize()
+
+    def peak_mib(self) -> float:
+        """The most that tensors took of it since the step began; 0 without one."""
+        return float(self._cuda.max_memory_allocated()) / 2**20 if self._cuda else 0.0
+
+
 class Clock:
     """Exclusive wall seconds by phase."""
 
-    def __init__(self) -> None:
+    def __init__(self, settle: Callable[[], None] = lambda: None) -> None:
+        """Args:
+        settle: called before every look at the clock.
+        """
+        self._settle = settle
         self.seconds: dict[str, float] = defaultdict(float)
         self._inner: list[float] = []
 
@@ -39,10 +66,12 @@ class Clock:
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
             self._inner.append(0.0)
+            self._settle()
             started = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
+                self._settle()
                 took = time.perf_counter() - started
                 self.seconds[phase if isinstance(phase, str) else phase(*args, **kwargs)] += took - self._inner.pop()
                 if self._inner:

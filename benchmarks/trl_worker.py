@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.timing import Clock, cpu_seconds
+from benchmarks.timing import Clock, Device, cpu_seconds
 from benchmarks.workload import REWARD_PATTERN, Workload
 
 
@@ -27,18 +27,22 @@ def main() -> None:
     from transformers import TrainerCallback
 
     torch.set_num_threads(workload.threads)
-    clock = Clock()
+    device = Device()
+    clock = Clock(device.settle)
 
     class OneStepPerLine(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if not sys.stdin.readline():
                 raise SystemExit
             clock.take()
+            device.begin()
             self.started, self.cpu = time.perf_counter(), cpu_seconds()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            device.settle()
             seconds, cpu = time.perf_counter() - self.started, cpu_seconds() - self.cpu
-            answers.write(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "phases": clock.take()}) + "\n")
+            found = {"seconds": seconds, "cpu_seconds": cpu, "device_mib": device.peak_mib(), "phases": clock.take()}
+            answers.write(json.dumps(found) + "\n")
 
     trainer = make_trainer(workload, attention, micro_batch, OneStepPerLine())
     clock.watch("generation", trainer, "_generate_single_turn")
@@ -52,6 +56,7 @@ def main() -> None:
 
 def make_trainer(workload: Workload, attention: str, micro_batch: int, callback: Any) -> Any:
     """A GRPOTrainer for the workload: the paper's loss, nothing logged, nothing saved."""
+    import torch
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -59,7 +64,7 @@ def make_trainer(workload: Workload, attention: str, micro_batch: int, callback:
     outputs = workload.questions * workload.group
     config = GRPOConfig(
         output_dir=f"{workload.folder}/trl",
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         bf16=workload.precision == "bf16",
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=outputs // micro_batch,

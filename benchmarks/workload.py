@@ -1,6 +1,7 @@
 """What both sides of the step benchmark compute: one policy, one list of prompts, one set of numbers, in one folder.
 
-The folder is all that the two workers share. Importable in the peers' environment: nothing of Cohort at the top.
+The folder is all that the two workers share. Importable in the peers' environment: nothing of Cohort at the top. Where there is
+a CUDA device, both sides compute on it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,23 @@ import random
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["REWARD_PATTERN", "Workload", "make_policy", "make_questions"]
+__all__ = ["REWARD_PATTERN", "SHAPES", "Workload", "make_policy", "make_questions"]
 
 REWARD_PATTERN = r"[!-O]\Z"
 """The reward of an output, on both sides: 1 where its text ends in one of these 47 characters of 127, else 0."""
+SHAPES: dict[str, dict[str, int]] = {
+    "small": {},
+    "qwen2.5-0.5b": {
+        "vocabulary": 151_936,
+        "hidden": 896,
+        "layers": 24,
+        "heads": 14,
+        "kv_heads": 2,
+        "intermediate": 4864,
+    },
+}
+"""What a policy may be like: 5.15 M parameters, or 0.49 G."""
+_CHARACTERS = 127
 _PAD = "<|pad|>"
 _EOS = "<|endoftext|>"
 
@@ -33,9 +47,11 @@ class Workload:
     learning_rate: float = 1e-5
     precision: Literal["fp32", "bf16"] = "fp32"
     threads: int = 2
+    vocabulary: int = 128
     hidden: int = 256
     layers: int = 6
     heads: int = 4
+    kv_heads: int = 4
     intermediate: int = 768
     seed: int = 0
 
@@ -83,7 +99,8 @@ def make_questions(workload: Workload) -> list[dict[str, str]]:
 
 
 def make_policy(workload: Workload) -> None:
-    """A Qwen2 with random weights (5.15 M parameters as given) and a tokenizer of the 127 first ASCII characters.
+    """A Qwen2 with random weights (5.15 M parameters as given) and a tokenizer of the 127 first ASCII characters, and beyond
+    them of words that end in a character of the reward's or in another, in turn.
 
     Its next-token distribution is nearly uniform, so no two samples agree. The end-of-sequence id lies beyond the model's
     vocabulary: it cannot be drawn, so every output has all its tokens, without a logits processor that would cost one side
@@ -93,7 +110,9 @@ def make_policy(workload: Workload) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
     # Byte-level BPE without merges; Qwen2Tokenizer adds the end of sequence behind the vocabulary.
-    vocabulary = {token: number for number, token in enumerate([_PAD, *map(_byte_symbol, range(127))])}
+    words = (f"{number}{'!z'[number % 2]}" for number in range(_CHARACTERS + 1, workload.vocabulary))
+    symbols = [_PAD, *map(_byte_symbol, range(_CHARACTERS)), *words]
+    vocabulary = {token: number for number, token in enumerate(symbols)}
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token=_EOS, eos_token=_EOS, pad_token=_PAD)
     settings: dict[str, Any] = {
         "vocab_size": len(vocabulary),
@@ -101,8 +120,8 @@ def make_policy(workload: Workload) -> None:
         "intermediate_size": workload.intermediate,
         "num_hidden_layers": workload.layers,
         "num_attention_heads": workload.heads,
-        "num_key_value_heads": workload.heads,
-        "max_position_embeddings": 512,
+        "num_key_value_heads": workload.kv_heads,
+        "max_position_embeddings": 512 + workload.tokens,
         "tie_word_embeddings": True,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

@@ -253,7 +253,7 @@ def test_killed_workers_cost_the_stage_in_flight_and_the_results_are_those_of_on
     """A mistyped pool is refused and a pool without workers called out on the way."""
     chance, said, calls = random.Random(3), [], golden.committed()
     first = machine.worker()
-    await_file(machine.root / "prefect" / "server.json")
+    await_pool(machine)
     typo = machine.start("ablate", str(machine.file), "--workers", "h2OO")
     out, _ = typo.communicate(timeout=300)
     assert typo.returncode == 2, out

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import plan
 
 
-@pytest.mark.scale
+@pytest.mark.slow
 def test_the_memory_of_the_demos_stages_is_planned_within_15_percent(tmp_path: Path) -> None:
     """Three stages of 0.35 M parameters in processes of their own, as `python -m benchmarks.plan --quick --no-bench`."""
     plan.main(["--quick", "--no-bench", "--scratch", str(tmp_path), "--out", str(tmp_path / "found.json")])

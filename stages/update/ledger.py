@@ -78,6 +78,8 @@ class Ledger:
     def metrics(self, *, beta: float, seconds: float, computed: int) -> dict[str, float]:
         """Means over the exploration stage's optimizer steps, under the names MLflow shows."""
         mean = {name: value / self.steps for name, value in self.sums.items()}
+        # The loss holds beta times the weighted sum of D, which is the mean of D only where the weights add up to 1.
+        policy_loss = mean.get("loss", 0.0) - beta * mean.get("kl", 0.0)
         # Ratio, KL and entropy are means over what was computed, also where idle rows were left out of it.
         share = mean.pop("weight", 0.0)
         mean |= {name: mean[name] / share for name in self.shown if share}
@@ -85,7 +87,7 @@ class Ledger:
             mean |= {"ratio_max": self.ratio_max, "ratio_min": self.ratio_min}
             mean |= {"padding_share": 1 - self.tokens / self.places}
         return {f"policy/{name}": value for name, value in mean.items()} | {
-            "policy/policy_loss": mean.get("loss", 0.0) - beta * mean.get("kl", 0.0),
+            "policy/policy_loss": policy_loss,
             "policy/grad_norm": self.grad_norm / self.steps,
             "policy/learning_rate": self.learning_rate,
             "policy/skipped_steps": self.skipped,

@@ -44,6 +44,22 @@ def test_the_loss_of_the_first_update_is_the_kl_term_minus_the_mean_advantage() 
     assert ledger.sums["loss"] == pytest.approx(0.5 * kl.item() - advantage, rel=1e-9)
 
 
+@pytest.mark.parametrize(("beta", "length"), [(0.5, 4), (2.0, 64), (0.0, 8)])
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "constant"])
+def test_the_policy_loss_is_the_loss_without_its_kl_term(aggregation: Any, beta: float, length: int) -> None:
+    given = examples("tokens")
+    divisor = length if aggregation == "constant" else None
+    config = update(GRPOConfig(beta=beta, aggregation=aggregation, length=divisor))
+    _, ledger = trained_gradient(given, config, reference=policy_model(1))
+    tokens = sum(len(example.output_ids) for example in given)
+    expected = 0.0  # at ratio 1 minus the advantages under the weights of the aggregation
+    for example in given:
+        own = {"token_mean": 1 / tokens, "sequence_mean": 1 / (len(given) * len(example.output_ids))}
+        expected -= own.get(aggregation, 1 / (len(given) * length)) * sum(example.advantage)
+    metrics = ledger.metrics(beta=beta, seconds=1.0, computed=len(given))
+    assert metrics["policy/policy_loss"] == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
 def test_kl_and_entropy_are_reported_under_the_mask_and_mean_of_the_loss(aggregation: Any) -> None:
     given, reference, policy = examples("tokens"), policy_model(1), policy_model()

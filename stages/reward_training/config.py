@@ -31,7 +31,7 @@ class RewardModelConfig(Config):
 
 
 class BradleyTerryConfig(Config):
-    """-log sigma(s+ - s-), mean over pairs of a right and a wrong output of one question; outcome models only.
+    """-log sigma(s+ - s-) of pairs of a right and a wrong output of one question; outcome models only.
 
     Fits differences within a question, which is all that a group's advantages use; the level of the scores means nothing.
     """
@@ -42,6 +42,10 @@ class BradleyTerryConfig(Config):
     """`all`: every right output with every wrong one of its question (after Ouyang et al. 2022, 3.5), computed together: G
     outputs must fit into memory at once. `matched`: the i-th right with the i-th wrong, each used once, in micro-batches of
     any size; what has no counterpart is not learned from."""
+    average: Literal["questions", "pairs"] = "questions"
+    """`questions`: mean over questions of the mean over their pairs, the 1 / (K choose 2) of Ouyang et al. 2022, Eq. 1, which
+    ranks K outputs of each prompt. Ours have R (K - R) pairs, R outputs being right. `pairs`: mean over all pairs of the update,
+    which weighs a question with half its outputs right (K / 2)^2 / (K - 1) times one with a single right output."""
 
 
 class PointwiseConfig(Config):

@@ -6,14 +6,15 @@ Legend: B rows of a micro-batch, N scores of all of them, P pairs among them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from stages.kernels.ranking import bradley_terry, pointwise
-from stages.reward_training.config import RewardTrainingConfig
+from stages.reward_training.config import BradleyTerryConfig, RewardObjectiveConfig, RewardTrainingConfig
 from stages.reward_training.examples import Example, Pair, Unit, units_of
 from stages.training.batching import Batch, Row, collate, own_share
 from stages.training.engine import Engine, StepReport
@@ -29,7 +30,7 @@ class Ledger:
     losses: list[float] = field(default_factory=list)
     """Mean loss of each update, before it."""
     hits: list[float] = field(default_factory=list)
-    """Share of pairs in order, or of scores on the side of their label, likewise."""
+    """Share of pairs in order, or of scores on the side of their label, weighted as the loss is, likewise."""
     reports: list[StepReport] = field(default_factory=list)
     pairs: int = 0
 
@@ -58,13 +59,14 @@ class _Part:
     """Row of the preferred output; with pairs an output has one score, so that rows are scores."""
     other_P: Tensor
     weight_P: Tensor
-    """weight / pairs of the update."""
+    """weight / (pairs of the question * questions of the update), or weight / pairs of the update: sums to 1 likewise."""
 
 
 def update(
     engine: Engine, examples: Sequence[Example], config: RewardTrainingConfig, ledger: Ledger, *, factor: float = 1.0
 ) -> None:
-    """One step down the gradient of the mean loss over all outputs, or all pairs, of `examples`; none where there are none.
+    """One step down the gradient of the mean loss over all outputs of `examples`, or over their pairs as
+    `BradleyTerryConfig.average` says; none where there are none.
 
     Every micro-batch has the update's own denominator, so that gradients add up to that of the update.
 
@@ -74,7 +76,7 @@ def update(
     units = units_of(examples, config.objective)
     if not units:
         return
-    parts = list(_parts(units, engine, config.micro_batch_tokens))
+    parts = list(_parts(units, engine, config.micro_batch_tokens, config.objective))
     total = total_hits = 0.0
     for number, part in enumerate(parts):
         with engine.autocast():
@@ -101,24 +103,43 @@ def _fit(score_N: Tensor, part: _Part) -> tuple[Tensor, Tensor]:
     return (part.weight_N * loss_N).sum(), (part.weight_N * ((score_N > 0) == (part.label_N > 0.5))).sum()
 
 
-def _parts(units: Sequence[Unit], engine: Engine, micro_batch_tokens: int) -> Iterator[_Part]:
+def _parts(
+    units: Sequence[Unit], engine: Engine, micro_batch_tokens: int, objective: RewardObjectiveConfig
+) -> Iterator[_Part]:
     """This rank's parts of an update, on the engine's device."""
     examples = [example for unit in units for example in unit.examples]
     pairs, start = [], 0
     for unit in units:
         pairs += [Pair(start + pair.preferred, start + pair.other, pair.weight) for pair in unit.pairs]
         start += len(unit.examples)
+    shares = _pair_shares(pairs, examples, objective)
     batches = _micro_batches(units, micro_batch_tokens)
     for batch, factor in own_share(batches, rank=engine.rank, world_size=engine.world_size):
-        yield _part(batch, factor, examples, pairs, engine.device)
+        yield _part(batch, factor, examples, shares, engine.device)
 
 
-def _part(batch: Batch, factor: float, examples: Sequence[Example], pairs: Sequence[Pair], device: str) -> _Part:
+def _pair_shares(
+    pairs: Sequence[Pair], examples: Sequence[Example], objective: RewardObjectiveConfig
+) -> dict[Pair, float]:
+    """The weight of each pair in the loss of the update; they sum to 1."""
+    if isinstance(objective, BradleyTerryConfig) and objective.average == "questions":
+        comparisons: Counter[str] = Counter()
+        for pair in pairs:
+            comparisons[examples[pair.preferred].question_id] += pair.weight
+        questions = len(comparisons)
+        return {
+            pair: pair.weight / (comparisons[examples[pair.preferred].question_id] * questions) for pair in pairs
+        }
+    total = sum(pair.weight for pair in pairs)
+    return {pair: pair.weight / total for pair in pairs}
+
+
+def _part(batch: Batch, factor: float, examples: Sequence[Example], shares: Mapping[Pair, float], device: str) -> _Part:
     """A micro-batch with its share of the update's denominator; `factor` is 0 where it only fills up a rank's passes."""
     held = [examples[row] for row in batch.rows]
     place = {row: number for number, row in enumerate(batch.rows)}
-    here = [pair for pair in pairs if pair.preferred in place]
-    outputs, comparisons = sum(example.weight for example in examples), sum(pair.weight for pair in pairs)
+    here = [pair for pair in shares if pair.preferred in place]
+    outputs = sum(example.weight for example in examples)
     labels = [label for example in held for label in example.labels]
     weights = [factor * each.weight / (outputs * len(each.labels)) for each in held for _ in each.labels]
     return _Part(
@@ -128,9 +149,7 @@ def _part(batch: Batch, factor: float, examples: Sequence[Example], pairs: Seque
         weight_N=torch.tensor(weights, dtype=torch.float64, device=device),
         preferred_P=torch.tensor([place[pair.preferred] for pair in here], dtype=torch.long, device=device),
         other_P=torch.tensor([place[pair.other] for pair in here], dtype=torch.long, device=device),
-        weight_P=torch.tensor(
-            [factor * pair.weight / comparisons for pair in here], dtype=torch.float64, device=device
-        ),
+        weight_P=torch.tensor([factor * shares[pair] for pair in here], dtype=torch.float64, device=device),
     )
 
 

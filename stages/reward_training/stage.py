@@ -15,7 +15,7 @@ from stages.training.ranks import on_ranks
 __all__ = ["train_reward_model"]
 
 
-@stage(version="1")
+@stage(version="2")
 @on_ranks
 def train_reward_model(
     model: Checkpoint, labels: RewardLabels, config: RewardTrainingConfig, *, seed: int
@@ -30,7 +30,7 @@ def train_reward_model(
 
     Metrics: `rm/loss` (nats), `rm/train_accuracy` and `rm/grad_norm` are means over the last epoch's updates, each before its
     update: in a single epoch, of outputs not learned from before. Accuracy is the share of pairs in order, or of scores on the
-    side of their label. Besides `rm/updates`, `rm/skipped_steps`, `rm/examples`, `rm/pairs` (of the last epoch) and
+    side of their label, weighted as the loss is. Besides `rm/updates`, `rm/skipped_steps`, `rm/examples`, `rm/pairs` (of the last epoch) and
     `rm/learning_rate`.
 
     Raises:

@@ -34,12 +34,15 @@ def examples() -> list[Example]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("tokens", [1, 20, 1000])
-@pytest.mark.parametrize("objective", [PointwiseConfig(), BradleyTerryConfig(), BradleyTerryConfig(pairs="matched")])
+@pytest.mark.parametrize(
+    "objective",
+    [PointwiseConfig(), BradleyTerryConfig(), BradleyTerryConfig(pairs="matched"), BradleyTerryConfig(average="pairs")],
+)
 def test_the_weights_of_all_parts_of_all_ranks_sum_to_one(
     objective: RewardObjectiveConfig, tokens: int, world_size: int
 ) -> None:
     units = units_of(examples(), objective)
-    shares = [list(_parts(units, cast(Any, Rank(rank, world_size)), tokens)) for rank in range(world_size)]
+    shares = [list(_parts(units, cast(Any, Rank(rank, world_size)), tokens, objective)) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1  # ranks take part in equally many backward passes
     pairs = [float(part.weight_P.sum()) for share in shares for part in share]
     outputs = [float(part.weight_N.sum()) for share in shares for part in share]
@@ -56,6 +59,25 @@ def test_equal_outputs_are_one_example_of_their_number() -> None:
         (1, 2, 1),
         (1, 3, 1),
     ]
+
+
+@pytest.mark.parametrize(
+    ("average", "expected"),
+    # Three of five outputs right (6 pairs), and one of five (4 pairs).
+    [("questions", [1 / 12] * 6 + [1 / 8] * 4), ("pairs", [1 / 10] * 10)],
+)
+@pytest.mark.parametrize("tokens", [1, 1000])
+def test_a_pair_is_weighed_within_its_question_unless_said_otherwise(
+    average: Any, expected: list[float], tokens: int
+) -> None:
+    made = [
+        Example(f"q{right}", (5, 6), (10 + sample,), (0,), (float(sample < right),))
+        for right in (3, 1)
+        for sample in range(5)
+    ]
+    objective = BradleyTerryConfig(average=average)
+    parts = _parts(units_of(made, objective), cast(Any, Rank(0, 1)), tokens, objective)
+    assert sorted(float(weight) for part in parts for weight in part.weight_P) == pytest.approx(sorted(expected))
 
 
 def test_matched_pairs_use_each_output_once() -> None:

@@ -36,7 +36,14 @@ from tests.stages.reward_training.worlds import (
 from tests.stages.training.tiny import VOCABULARY, tiny_checkpoint
 
 ALL, MATCHED, POINTWISE = BradleyTerryConfig(), BradleyTerryConfig(pairs="matched"), PointwiseConfig()
-CASES: list[tuple[Any, Any]] = [("outcome", ALL), ("outcome", MATCHED), ("outcome", POINTWISE), ("process", POINTWISE)]
+ALIKE = BradleyTerryConfig(average="pairs")
+CASES: list[tuple[Any, Any]] = [
+    ("outcome", ALL),
+    ("outcome", ALIKE),
+    ("outcome", MATCHED),
+    ("outcome", POINTWISE),
+    ("process", POINTWISE),
+]
 
 
 def logits_of(model: Any, row: dict[str, Any]) -> torch.Tensor:
@@ -62,7 +69,9 @@ def loss_by_definition(model: Any, rows: list[dict[str, Any]], objective: Any) -
         members = list(group)
         right, wrong = ([s for s, row in members if row["label"] == label] for label in (1.0, 0.0))
         pairs = zip(right, wrong, strict=False) if objective == MATCHED else itertools.product(right, wrong)
-        losses += [-logsigmoid(preferred - other) for preferred, other in pairs]
+        found = [-logsigmoid(preferred - other) for preferred, other in pairs]
+        # The 1 / (K choose 2) of each question (Ouyang et al. 2022, Eq. 1), or every pair alike.
+        losses += found if objective.average == "pairs" or not found else [torch.stack(found).mean()]
     return torch.stack(losses).mean()
 
 
@@ -148,7 +157,7 @@ def test_metrics_are_those_of_the_model_before_its_update(store: Store, kind: An
     assert metrics["rm/learning_rate"] == 1e-2
     pairs = sum(len(right) * (4 - len(right)) for right in RIGHT)
     matched = sum(min(len(right), 4 - len(right)) for right in RIGHT)
-    assert metrics["rm/pairs"] == (pairs if objective == ALL else matched if objective == MATCHED else 0)
+    assert metrics["rm/pairs"] == (pairs if objective in (ALL, ALIKE) else matched if objective == MATCHED else 0)
     assert metrics["rm/examples"] == (16 if objective == POINTWISE else 12)  # all samples of one question are right
 
 
@@ -157,9 +166,12 @@ def test_training_accuracy_counts_pairs_in_order(store: Store) -> None:
     model, rows = outspoken("outcome", base), label_rows(base)
     loaded = load_model(model, dtype=torch.float32)
     scores = [(row["question_id"], row["label"], logits_of(loaded, row)[-1].item()) for row in rows]
-    pairs = [s > t for q, y, s in scores for p, z, t in scores if q == p and y > z]
+    pairs = [(q, s > t) for q, y, s in scores for p, z, t in scores if q == p and y > z]
+    metrics = train_reward_model(model, labels(base), exact(objective=ALIKE), seed=0).metrics
+    assert metrics["rm/train_accuracy"] == pytest.approx(sum(hit for _, hit in pairs) / len(pairs))
     metrics = train_reward_model(model, labels(base), exact(objective=ALL), seed=0).metrics
-    assert metrics["rm/train_accuracy"] == pytest.approx(sum(pairs) / len(pairs))
+    shares = [[hit for q, hit in pairs if q == question] for question in dict.fromkeys(q for q, _ in pairs)]
+    assert metrics["rm/train_accuracy"] == pytest.approx(sum(sum(hits) / len(hits) for hits in shares) / len(shares))
     metrics = train_reward_model(model, labels(base), exact(), seed=0).metrics
     assert metrics["rm/train_accuracy"] == pytest.approx(sum((s > 0) == (y == 1) for _, y, s in scores) / len(scores))
 

@@ -43,8 +43,8 @@ class BradleyTerryConfig(Config):
     outputs must fit into memory at once. `matched`: the i-th right with the i-th wrong, each used once, in micro-batches of
     any size; what has no counterpart is not learned from."""
     average: Literal["questions", "pairs"] = "questions"
-    """`questions`: mean over questions of the mean over their pairs, the 1 / (K choose 2) of Ouyang et al. 2022, Eq. 1, which
-    ranks K outputs of each prompt. Ours have R (K - R) pairs, R outputs being right. `pairs`: mean over all pairs of the update,
+    """`questions`: mean over questions of the mean over their pairs: the 1 / (K choose 2) of Ouyang et al. 2022, Eq. 1, which
+    ranks K outputs of a prompt. Ours have R (K - R) pairs, R outputs being right. `pairs`: mean over all pairs of the update,
     which weighs a question with half its outputs right (K / 2)^2 / (K - 1) times one with a single right output."""
 
 

@@ -127,9 +127,7 @@ def _pair_shares(
         for pair in pairs:
             comparisons[examples[pair.preferred].question_id] += pair.weight
         questions = len(comparisons)
-        return {
-            pair: pair.weight / (comparisons[examples[pair.preferred].question_id] * questions) for pair in pairs
-        }
+        return {pair: pair.weight / (comparisons[examples[pair.preferred].question_id] * questions) for pair in pairs}
     total = sum(pair.weight for pair in pairs)
     return {pair: pair.weight / total for pair in pairs}
 

@@ -30,8 +30,8 @@ def train_reward_model(
 
     Metrics: `rm/loss` (nats), `rm/train_accuracy` and `rm/grad_norm` are means over the last epoch's updates, each before its
     update: in a single epoch, of outputs not learned from before. Accuracy is the share of pairs in order, or of scores on the
-    side of their label, weighted as the loss is. Besides `rm/updates`, `rm/skipped_steps`, `rm/examples`, `rm/pairs` (of the last epoch) and
-    `rm/learning_rate`.
+    side of their label, weighted as the loss is. Besides `rm/updates`, `rm/skipped_steps`, `rm/examples`, `rm/pairs` (of the
+    last epoch) and `rm/learning_rate`.
 
     Raises:
         ValueError: before any step: an objective that does not fit the model, labels without a pair or without a difference, of

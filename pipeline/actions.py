@@ -8,17 +8,39 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from pipeline.drafts import draft_folder
+from pipeline.provenance import CallRecord, complaint
 from pipeline.sealing import (
     DamagedArtifactError,
     MissingArtifactError,
     fsync,
+    is_digest,
     named_errors,
     read_sealed,
     write_sealed,
 )
 
-__all__ = ["Actions"]
+__all__ = ["Actions", "read_call"]
+
+
+def read_call(path: Path) -> dict[str, Any]:
+    """The record in a sealed file that is named by its key; every name in it is a digest, every number finite.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedArtifactError: it was altered, is that of another call, or lacks a field or has one of another type.
+    """
+    record = read_sealed(path)
+    try:
+        CallRecord.model_validate(record)
+    except (ValidationError, RecursionError) as error:
+        reason = complaint(error) if isinstance(error, ValidationError) else "nested too deeply"
+        raise DamagedArtifactError(f"{path} is no record of a call ({reason}); the next run recomputes it") from None
+    if record["key"] != path.stem:
+        raise DamagedArtifactError(f"{path} is the record of another call; the next run recomputes it")
+    return record
 
 
 class Actions:
@@ -28,7 +50,13 @@ class Actions:
         self._root = root
 
     def path(self, key: str) -> Path:
-        """Where the record of a call lies, or would."""
+        """Where the record of a call lies, or would.
+
+        Raises:
+            MissingArtifactError: what is given is no key, and so no part of a path.
+        """
+        if not is_digest(key):
+            raise MissingArtifactError(f"{key!r:.80} is no key of a call: expected 64 hexadecimal digits")
         return self._root / "actions" / key[:2] / f"{key}.json"
 
     def write(self, key: str, record: Mapping[str, Any]) -> None:
@@ -56,17 +84,14 @@ class Actions:
 
         Raises:
             MissingArtifactError: there is none, or it was forgotten.
-            DamagedArtifactError: its file was altered, or is that of another call.
+            DamagedArtifactError: its file was altered, is that of another call, or no record of one.
         """
         path = self.path(key)
         with named_errors(self._root):
             try:
-                record = read_sealed(path)
+                return read_call(path)
             except FileNotFoundError:
                 raise MissingArtifactError(f"no record of the call {key[:12]} in {self._root}; run it again") from None
-        if record["key"] != key:
-            raise DamagedArtifactError(f"{path} is the record of another call; the next run recomputes it")
-        return record
 
     def remove(self, key: str) -> None:
         """Remove a record, if it is there."""
@@ -75,7 +100,7 @@ class Actions:
 
     def keys(self) -> list[str]:
         """The calls that have a record, readable or not, in no order."""
-        return [path.stem for path in (self._root / "actions").glob("*/*.json")]
+        return [path.stem for path in (self._root / "actions").glob("*/*.json") if is_digest(path.stem)]
 
     def all(self) -> Iterator[dict[str, Any]]:
         """The readable records, oldest first."""
@@ -83,4 +108,4 @@ class Actions:
         for key in self.keys():
             with contextlib.suppress(DamagedArtifactError, MissingArtifactError):
                 records.append(self.read(key))
-        yield from sorted(records, key=lambda record: float(record.get("created", 0.0)))
+        yield from sorted(records, key=lambda record: float(record["created"]))

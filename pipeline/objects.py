@@ -7,9 +7,12 @@ no part of it, so that equal content has one name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Final
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Final
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.provenance import Digest, Label, RecordedCall, complaint
 from pipeline.sealing import (
     DamagedArtifactError,
     MissingArtifactError,
@@ -17,17 +20,44 @@ from pipeline.sealing import (
     StoreError,
     canonical_json,
     fsync,
+    is_plain_name,
     measure,
     read_sealed,
     sha256_of,
-    stays_inside,
     write_sealed,
 )
 
-__all__ = ["MANIFEST", "PRUNED", "freed_files", "read_manifest", "recomputed", "seal_folder", "verify_folder"]
+__all__ = [
+    "MANIFEST",
+    "PRUNED",
+    "freed_files",
+    "is_own_file",
+    "read_manifest",
+    "recomputed",
+    "seal_folder",
+    "verify_folder",
+]
 
 MANIFEST: Final = "manifest.json"
 PRUNED: Final = "pruned.json"
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    size: Annotated[int, Field(ge=0)]
+    sha256: Digest
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    files: list[_File]
+    layout: str | None = Field(alias="schema")
+    type: Label = "artifact"
+    rows: Annotated[int, Field(ge=0)] = 0
+    provenance: RecordedCall | None = None
 
 
 def digest_of(files: list[dict[str, Any]], schema: str | None) -> str:
@@ -65,16 +95,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         MissingArtifactError: there is no such folder.
-        DamagedArtifactError: the manifest is missing, altered, another object's, or names a file outside of the folder.
+        DamagedArtifactError: the manifest is missing, altered, another object's, lacks a field or has one of another type, or
+            names a file outside of the folder.
     """
     if not folder.exists():
         raise MissingArtifactError(f"no artifact {folder.name} at {folder}; run the command that made it again")
+    if folder.is_symlink() or (folder / MANIFEST).is_symlink():
+        raise DamagedArtifactError(f"{folder / MANIFEST} lies behind a link; the next run recomputes it")
     try:
         manifest = read_sealed(folder / MANIFEST)
+        _Manifest.model_validate(manifest)
     except FileNotFoundError:
         raise DamagedArtifactError(f"{folder / MANIFEST} is missing; the next run recomputes it") from None
-    inside = all(stays_inside(file["name"]) for file in manifest["files"])
-    if not inside or digest_of(manifest["files"], manifest["schema"]) != folder.name:
+    except (ValidationError, RecursionError) as error:
+        reason = complaint(error) if isinstance(error, ValidationError) else "nested too deeply"
+        raise DamagedArtifactError(
+            f"{folder / MANIFEST} does not describe {folder.name} ({reason}); the next run recomputes it"
+        ) from None
+    names = [file["name"] for file in manifest["files"]]
+    fit = all(is_plain_name(name) and name not in (MANIFEST, PRUNED) for name in names) and len({*names}) == len(names)
+    if not fit or digest_of(manifest["files"], manifest["schema"]) != folder.name:
         raise DamagedArtifactError(f"{folder / MANIFEST} does not describe {folder.name}; the next run recomputes it")
     return manifest
 
@@ -86,14 +126,18 @@ def freed_files(folder: Path, files: list[dict[str, Any]]) -> frozenset[str]:
         files: of the manifest.
 
     Raises:
-        DamagedArtifactError: the note of what was freed was altered.
+        DamagedArtifactError: the note of what was freed was altered, or names what is none of the payload.
     """
     try:
         note = read_sealed(folder / PRUNED)
     except FileNotFoundError:
         return frozenset()
-    # Without a list it is the note of a store that only knew whole payloads.
-    return frozenset(note.get("files", [file["name"] for file in files]))
+    payload, freed = {file["name"] for file in files}, note.get("files")
+    if not isinstance(freed, list) or not all(isinstance(name, str) and name in payload for name in freed):
+        raise DamagedArtifactError(
+            f"{folder / PRUNED} names files that are not this artifact's; the next run recomputes it"
+        )
+    return frozenset(freed)
 
 
 def verify_folder(folder: Path) -> None:
@@ -113,15 +157,24 @@ def verify_folder(folder: Path) -> None:
         if file["name"] in freed:
             continue
         path = folder / file["name"]
-        found = measure(path) if path.is_file() else None
+        found = measure(path) if is_own_file(folder, file["name"]) else None
         if found != {"size": file["size"], "sha256": file["sha256"]}:
-            state = "is missing" if found is None else "was altered (its size or sha256 is not the manifest's)"
+            state = (
+                "is missing, or a link" if found is None else "was altered (its size or sha256 is not the manifest's)"
+            )
             raise DamagedArtifactError(f"{path} {state}; the next run recomputes it")
     # A stranger would be read with the payload (an adapter in a model folder); hidden files are the system's.
     expected = {folder / MANIFEST, folder / PRUNED, *(folder / file["name"] for file in files)}
     for path in folder.rglob("*"):
-        if path.is_file() and path not in expected and not path.name.startswith("."):
+        plain_folder = path.is_dir() and not path.is_symlink()
+        if not plain_folder and path not in expected and not path.name.startswith("."):
             raise DamagedArtifactError(f"{path} does not belong to this artifact; the next run recomputes it")
+
+
+def is_own_file(folder: Path, name: str) -> bool:
+    """Whether `name` is a plain file of an object, and neither it nor a folder above it a link to what is none of it."""
+    places = [folder, *(folder / part for part in reversed(PurePosixPath(name).parents[:-1])), folder / name]
+    return not any(place.is_symlink() for place in places) and places[-1].is_file()
 
 
 def recomputed(digest: str) -> str:

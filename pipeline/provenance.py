@@ -10,11 +10,102 @@ import re
 import time
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Annotated, Any, Final
 
-__all__ = ["Call", "calling", "current_provenance", "record_metrics", "record_package"]
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.sealing import is_digest
+
+__all__ = [
+    "Call",
+    "CallRecord",
+    "Digest",
+    "Label",
+    "Moment",
+    "RecordedCall",
+    "Seconds",
+    "calling",
+    "complaint",
+    "current_provenance",
+    "record_metrics",
+    "record_package",
+]
 
 _METRIC_NAME = re.compile(r"[A-Za-z0-9_\-. :/]+")  # what MLflow accepts
+
+
+_LONGEST: Final = 1e10
+"""Seconds. Three centuries: no run takes longer, and a calendar has a date for it."""
+
+
+def _digest(value: str) -> str:
+    if not is_digest(value):
+        raise ValueError("expected 64 hexadecimal digits")
+    return value
+
+
+def _printable(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("expected text without control characters")
+    return value
+
+
+def _arguments(value: Any) -> Any:
+    """Recorded arguments: whatever names an artifact names it by a digest, and by nothing that could be a path."""
+    match value:
+        case {"artifact": name} if len(value) == 1:
+            _digest(name)
+        case dict():
+            for part in value.values():
+                _arguments(part)
+        case list():
+            for part in value:
+                _arguments(part)
+    return value
+
+
+# What stands in files that others may have written is checked where it is read, so that what comes after need not.
+Digest = Annotated[str, AfterValidator(_digest)]
+Label = Annotated[str, Field(max_length=300), AfterValidator(_printable)]
+Moment = Annotated[float, Field(ge=0, le=_LONGEST, allow_inf_nan=False)]
+"""Seconds since the epoch."""
+Seconds = Annotated[float, Field(ge=0, le=_LONGEST, allow_inf_nan=False)]
+_Arguments = Annotated[dict[str, Any], AfterValidator(_arguments)]
+_Metrics = dict[Label, Annotated[float, Field(allow_inf_nan=False)]]
+
+
+class RecordedCall(BaseModel):
+    """What the manifest of an artifact says of the call that made it: what it has must be of these types."""
+
+    model_config = ConfigDict(strict=True)
+
+    stage: Label = ""
+    version: Label = ""
+    arguments: _Arguments = {}
+    metrics: _Metrics = {}
+    created: Moment = 0.0
+    packages: dict[Label, Label] = {}
+
+
+class CallRecord(RecordedCall):
+    """The record of a stage call; no field may be missing but metrics and packages."""
+
+    key: Digest
+    result: Digest
+    stage: Label
+    version: Label
+    type: Label
+    arguments: _Arguments
+    seconds: Seconds
+    created: Moment
+    imported: Label = ""
+    """The archive that brought the record; empty: the call was carried out by who shares this store."""
+
+
+def complaint(error: ValidationError) -> str:
+    """The first thing that does not fit, in one line: `result: expected 64 hexadecimal digits`."""
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'record'}: {first['msg'].removeprefix('Value error, ')}"
 
 
 @dataclasses.dataclass

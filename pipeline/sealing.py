@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 _LINE_BREAK: Final = re.compile("\n *")  # in a string it is escaped
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 Signature = tuple[tuple[str, int, int, int], ...]
 
 
@@ -68,15 +69,23 @@ def read_sealed(path: Path) -> dict[str, Any]:
             a parser ignores.
     """
     try:
-        text = path.read_bytes().decode("utf-8")
+        return parse_sealed(path.read_bytes())
+    except ValueError as error:
+        raise DamagedArtifactError(f"{path} is damaged ({error}); the next run recomputes it") from None
+
+
+def parse_sealed(content: bytes) -> dict[str, Any]:
+    """The value in the bytes of a sealed file; raises ValueError where they differ from what `write_sealed` writes."""
+    try:
+        text = content.decode("utf-8")
         value = json.loads(text)
         # On one line: encoding with indentation was a third of what reading a record costs, and `actions` reads thousands.
         whole = json.dumps(value, separators=(",", ": "), sort_keys=True, ensure_ascii=False, allow_nan=False)
         intact = value.pop("seal") == sha256_of(canonical_json(value)) and whole == _LINE_BREAK.sub("", text)
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise DamagedArtifactError(f"{path} is damaged ({error}); the next run recomputes it") from None
+    except (KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
     if not intact:
-        raise DamagedArtifactError(f"{path} is damaged (its seal does not fit); the next run recomputes it")
+        raise ValueError("its seal does not fit")
     sealed: dict[str, Any] = value
     return sealed
 
@@ -102,10 +111,19 @@ def signature(folder: Path) -> Signature:
     return tuple(sorted(entries))
 
 
-def stays_inside(name: str) -> bool:
-    """Whether a file name from a manifest is a plain relative one; reading, and pruning, must not leave the folder."""
-    path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+def is_digest(value: object) -> bool:
+    """Whether a value can be the name of an artifact or the key of a call: 64 hexadecimal digits in lower case."""
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+
+
+def is_plain_name(value: object) -> bool:
+    """Whether a value can name a file inside a folder: relative, with `/` alone, without `.`, `..` and invisible characters.
+
+    Whoever reads a name that others wrote asks this before the name becomes a path.
+    """
+    if not isinstance(value, str) or not value.isprintable() or "\\" in value:
+        return False
+    return all(part not in ("", ".", "..") and len(part.encode()) <= 255 for part in value.split("/"))
 
 
 def fsync(path: Path) -> None:

@@ -15,13 +15,14 @@ from typing import Final
 
 from pipeline.drafts import draft_folder
 from pipeline.locking import locked
-from pipeline.objects import PRUNED, freed_files, read_manifest, verify_folder
+from pipeline.objects import PRUNED, freed_files, is_own_file, read_manifest, verify_folder
 from pipeline.sealing import (
     DamagedArtifactError,
     MissingArtifactError,
     PrunedArtifactError,
     Signature,
     fsync,
+    is_digest,
     named_errors,
     signature,
     write_sealed,
@@ -29,7 +30,7 @@ from pipeline.sealing import (
 
 __all__ = ["Shelf"]
 
-_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+_LOCK: Final = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 
 class Shelf:
@@ -40,18 +41,26 @@ class Shelf:
         self._verified: dict[str, Signature] = {}
 
     def folder(self, digest: str) -> Path:
-        """Where an object lies, or would."""
+        """Where an object lies, or would.
+
+        Raises:
+            MissingArtifactError: what is given is no digest, and so no part of a path.
+        """
+        if not is_digest(digest):
+            raise MissingArtifactError(f"{digest!r:.80} names no artifact: expected 64 hexadecimal digits")
         return self._root / "objects" / digest[:2] / digest
 
     def digests(self) -> Iterator[str]:
         """Digests of all objects, pruned ones included."""
         for folder in sorted((self._root / "objects").glob("*/*")):
-            if _DIGEST.fullmatch(folder.name):
+            if is_digest(folder.name):
                 yield folder.name
 
     @contextlib.contextmanager
     def guard(self, digest: str) -> Iterator[None]:
         """Hold an object among the processes that use this folder, to place, move or free it."""
+        if not _LOCK.fullmatch(digest):
+            raise MissingArtifactError(f"{digest!r:.80} names no artifact: expected 64 hexadecimal digits")
         with contextlib.ExitStack() as held:
             with named_errors(self._root):
                 held.enter_context(locked(self._root / "locks" / digest))
@@ -122,8 +131,9 @@ class Shelf:
             with draft_folder(self._root) as draft:
                 write_sealed(draft / PRUNED, {"digest": digest, "files": sorted(freed), "pruned": time.time()})
                 os.replace(draft / PRUNED, folder / PRUNED)
-        states = [(folder / name).stat() for name in freed if (folder / name).exists()]
-        for name in freed:
+        own = [name for name in freed if is_own_file(folder, name)]  # a link may lead to what is not the store's
+        states = [(folder / name).stat() for name in own]
+        for name in own:
             (folder / name).unlink(missing_ok=True)
         return sum(state.st_size for state in states if state.st_nlink == 1)  # else another artifact keeps it
 

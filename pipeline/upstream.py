@@ -20,14 +20,14 @@ from pipeline.leases import LeasedArtifactError
 from pipeline.objects import MANIFEST, PRUNED, freed_files, read_manifest
 from pipeline.remote_holds import RemoteHolds
 from pipeline.remote_lock import LEASE_SECONDS, RemoteLocks, ServerClock
-from pipeline.sealing import DamagedArtifactError, MissingArtifactError, StoreError, measure
+from pipeline.sealing import DamagedArtifactError, MissingArtifactError, StoreError, is_digest, measure
 
 __all__ = ["Upstream"]
 
 _IDENTITY: Final = "store.json"
 _ATTEMPTS: Final = 3
 """How often a file that arrived in another size, or with another hash, is sent or fetched again."""
-_KEY: Final = re.compile(r"[0-9a-f]{64}")
+_IDENTIFIER: Final = re.compile(r"[0-9a-f]{32}")
 
 
 class Upstream:
@@ -65,11 +65,14 @@ class Upstream:
 
     def _identity(self) -> str | None:
         try:
-            return str(json.loads(self._bucket.read(_IDENTITY))["id"])
+            found = json.loads(self._bucket.read(_IDENTITY))["id"]
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError):
-            raise StoreError(f"{self.url}/{_IDENTITY} is not that of a store; choose another folder") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            found = None
+        if not isinstance(found, str) or not _IDENTIFIER.fullmatch(found):
+            raise StoreError(f"{self.url}/{_IDENTITY} is not that of a store; choose another folder")
+        return found
 
     # -------------------------------------------------------------------------------------------- objects
 
@@ -186,9 +189,7 @@ class Upstream:
     def digests(self) -> list[str]:
         """Digests of all objects, pruned ones included."""
         found = (name.split("/") for name in self._bucket.entries("objects"))
-        return sorted(
-            parts[1] for parts in found if len(parts) == 3 and parts[2] == MANIFEST and _KEY.fullmatch(parts[1])
-        )
+        return sorted(parts[1] for parts in found if len(parts) == 3 and parts[2] == MANIFEST and is_digest(parts[1]))
 
     def _entries(self, digest: str) -> dict[str, Entry]:
         return self._bucket.entries(f"objects/{digest[:2]}/{digest}")
@@ -218,7 +219,7 @@ class Upstream:
     def keys(self) -> list[str]:
         """The calls that have a record."""
         stems = (Path(name).stem for name in self._bucket.entries("actions") if name.endswith(".json"))
-        return [stem for stem in stems if _KEY.fullmatch(stem)]
+        return [stem for stem in stems if is_digest(stem)]
 
     # -------------------------------------------------------------------------------------------- locks, marks
 

@@ -20,9 +20,11 @@ from flows.doctor.children import importing_ours
 from flows.doctor.finding import Finding
 from flows.doctor.subject import Subject
 from flows.wording import size
+from pipeline.actions import read_call
 from pipeline.config import ConfigError
 from pipeline.locking import try_lock
-from pipeline.sealing import StoreError, read_sealed
+from pipeline.provenance import Call
+from pipeline.sealing import StoreError
 from pipeline.store import Store
 from pipeline.upstream import Upstream
 
@@ -119,7 +121,8 @@ def _commit(store: Store) -> None:
 
     digests = {store.publish(fill, about={}) for _ in range(2)}
     digest = digests.pop()
-    store.record("0" * 64, {"result": digest})
+    made = Call("doctor", "1", {}).provenance()
+    store.record("0" * 64, {**made, "result": digest, "type": "Folder", "seconds": 0.0})
     found = Store(store.root).find("0" * 64)
     if digests or found is None or found["result"] != digest or len(list(store.digests())) != 1:
         raise RuntimeError("what was written is not what is read back")
@@ -202,7 +205,7 @@ def records(subject: Subject) -> Iterator[Finding]:
     faults = []
     for path in newest:
         try:
-            read_sealed(path)
+            read_call(path)
         except (StoreError, OSError) as error:
             faults.append(str(error).split(";")[0])
     values = {"records": len(files), "read": len(newest), "damaged": len(faults)}

@@ -28,6 +28,7 @@ from flows.doctor.subject import Subject, subject_of
 from flows.doctor.view import as_json, print_report, verdict_of
 from flows.places import Places
 from pipeline.store import Store
+from tests.pipeline.calls import call
 
 REPOSITORY = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "prefect", "mlflow", "deepspeed")
@@ -399,7 +400,7 @@ def test_a_link_to_nowhere_a_file_in_the_way_and_damaged_records_are_told(tmp_pa
     assert "runs" in only(places.commits(subject(root))).found
     store = Store(root / "store")
     for number in range(3):
-        store.record(f"{number}" * 64, {"result": "0" * 64})
+        store.record(f"{number}" * 64, call("0" * 64))
     assert only(places.records(subject(root))).severity == "ok"
     path = root / "store" / "actions" / "11" / f"{'1' * 64}.json"
     path.chmod(0o644)

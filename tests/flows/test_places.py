@@ -10,6 +10,7 @@ import pytest
 from flows.doctor.places import shared
 from flows.places import Places
 from pipeline.config import ConfigError
+from tests.pipeline.calls import call
 
 
 def test_a_root_behind_a_url_is_refused_with_the_way_to_say_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +31,7 @@ def test_cohort_store_moves_the_store_and_nothing_else(tmp_path: Path, monkeypat
     store = places.open_store()
     digest = store.publish(lambda folder: (folder / "a").touch(), about={})
     assert not (tmp_path / "shared").exists()  # nothing is asked before it is needed
-    store.record("a" * 64, {"result": digest, "created": 1.0})
+    store.record("a" * 64, call(digest))
     files = [path.relative_to(tmp_path / "shared") for path in (tmp_path / "shared").rglob("*") if path.is_file()]
     assert sorted({file.parts[0] for file in files}) == ["actions", "objects", "store.json"]
 

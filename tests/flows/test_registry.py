@@ -16,6 +16,7 @@ from pipeline.registry import TrackedModel
 from pipeline.store import Store
 from pipeline.tracking import Tracker
 from tests.flows.experiments.figures.made_up import curves, experiment
+from tests.pipeline.calls import call
 
 
 class Notes(Tracker):
@@ -59,7 +60,7 @@ def test_a_best_policy_that_rl_did_not_make_or_that_is_the_final_one_is_not_regi
 def trained(store: Store, digest: str, loss: float) -> dict[str, Any]:
     """The report of a training, as it stands in the store."""
     key = digest[::-1]
-    store.record(key, {"stage": "train_reward_model", "result": digest, "metrics": {"rm/loss": loss, "rm/pairs": 9}})
+    store.record(key, call(digest, stage="train_reward_model", metrics={"rm/loss": loss, "rm/pairs": 9}))
     return {"name": "train_reward_model", "outcome": "cached", "digest": digest, "key": key, "seconds": 1.0}
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import tarfile
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.archive import read_archive, write_archive
 from pipeline.artifact import Folder
+from pipeline.objects import digest_of
 from pipeline.sealing import write_sealed
 from pipeline.stage import stage
 from pipeline.store import PrunedArtifactError, Store, StoreError, use_store
+from tests.pipeline.calls import call
 
 
 @stage(version="1")
@@ -156,3 +160,174 @@ def test_an_export_that_fails_leaves_no_file(origin: tuple[Store, dict[str, str]
     with pytest.raises(StoreError, match="cannot be written"):
         write_archive(tmp_path / "nowhere" / "run.tar", store, [], [], [])
     assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------ made up by hand
+
+KEY, DIGEST = "a" * 64, "d" * 64
+Member = tuple[tarfile.TarInfo, bytes]
+
+
+def member(name: str, content: bytes = b"abc", **changes: Any) -> Member:
+    """A member whose header may say something else than its content; `pax` are its extended headers."""
+    info = tarfile.TarInfo(name)
+    info.size, info.pax_headers = len(content), changes.pop("pax", {})
+    for field, value in changes.items():
+        setattr(info, field, value)
+    return info, content
+
+
+def sealed(value: dict[str, Any], folder: Path) -> bytes:
+    write_sealed(folder / "sealed", value)
+    content = (folder / "sealed").read_bytes()
+    (folder / "sealed").unlink()
+    return content
+
+
+def made_up(folder: Path, *members: Member, files: Any = None) -> Path:
+    """An archive of these members with an index that fits them, or says `files`."""
+    named = {info.name: {"size": info.size, "sha256": sha256(content).hexdigest()} for info, content in members}
+    index = sealed({"layout": 1, "files": named if files is None else files}, folder)
+    with tarfile.open(folder / "made_up.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for info, content in [*members, member("index.json", index)]:
+            header = info.tobuf(tarfile.PAX_FORMAT)
+            tar.fileobj.write(header + content + bytes(-len(content) % 512))  # type: ignore[union-attr]
+            tar.offset += len(header) + len(content) + -len(content) % 512
+    return folder / "made_up.tar"
+
+
+def refused(tmp_path: Path, *members: Member, files: Any = None, match: str = "refused") -> None:
+    """Check that nothing of such an archive comes in, and that no draft was filled on the way."""
+    archive, store = made_up(tmp_path, *members, files=files), Store(tmp_path / "root" / "store")
+    with pytest.raises(StoreError, match=match):
+        read_archive(archive, store, tmp_path / "root" / "runs")
+    assert visible(tmp_path / "root") == []
+    assert list((store.root / "drafts").iterdir()) == []
+
+
+def test_an_archive_made_by_hand_is_read_like_one_of_a_store(tmp_path: Path) -> None:
+    """Else the refusals below would show nothing."""
+    archive = made_up(tmp_path, member("runs/x/config.yaml"))
+    assert read_archive(archive, Store(tmp_path / "store"), tmp_path / "runs").runs == ("x",)
+    assert (tmp_path / "runs" / "x" / "config.yaml").read_bytes() == b"abc"
+
+
+SPARSE = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "runs/x/big"}
+
+
+@pytest.mark.parametrize(
+    ("hostile", "match"),
+    [
+        (
+            member(
+                "runs/x/big", b"1\n0\n1\n".ljust(512, b"\0"), pax={**SPARSE, "GNU.sparse.realsize": f"{50 * 10**9}"}
+            ),
+            "refused",
+        ),
+        (member("runs/x/big", type=tarfile.GNUTYPE_SPARSE), "refused|no archive"),
+        (member("runs/x/big", size=50 * 10**9), "cut off"),
+        (member("runs/x/pipe", b"", type=tarfile.FIFOTYPE), "refused"),
+        (member("runs/x/device", b"", type=tarfile.CHRTYPE), "refused"),
+        (member("runs/x/link", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "refused"),
+        (member("runs/x/link", b"", type=tarfile.LNKTYPE, linkname="index.json"), "refused"),
+        (member("runs/x/folder", b"", type=tarfile.DIRTYPE), "refused"),
+        (member("runs/x/a\nb"), "refused"),
+        (member("runs/x/\x1b[2Jb"), "refused"),
+        (member("runs/x/a", pax={"path": "runs/x/a\0b"}), "refused"),
+        (member("runs/x/a", pax={"path": "/runs/x/a"}), "refused"),
+        (member("runs/x/.lock"), "refused"),
+        (member("runs/../x/a"), "refused"),
+        (member("runs/X/a"), "refused"),
+        (member("actions/../a.json"), "refused"),
+        (member(f"objects/{DIGEST.upper()}/a"), "refused"),
+        (member(f"objects/{DIGEST}/a\\b"), "refused"),
+        (member(f"objects/{DIGEST}/./a"), "refused"),
+    ],
+    ids=lambda value: repr(value[0].name)[:30] if isinstance(value, tuple) else None,
+)
+def test_a_member_that_no_export_writes_is_refused_before_any_is_written(
+    tmp_path: Path, hostile: Member, match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tarfile.TarFile, "extract", lambda *_, **__: pytest.fail("something was written"))
+    refused(tmp_path, member("runs/x/config.yaml"), hostile, match=match)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [],
+        "runs/x/a",
+        {"runs/x/a": {"size": 4}},
+        {"runs/x/a": {"size": "3"}},
+        {"runs/x/a": 3},
+        {"runs/x/a": None},
+        {"runs/x/a": {"size": 3}, "runs/x/b": {"size": 3}},
+        {},
+    ],
+)
+def test_an_index_of_wrong_types_or_sizes_is_refused(tmp_path: Path, files: Any) -> None:
+    refused(
+        tmp_path, member("runs/x/a"), files=files, match=r"names no files|altered|does not hold what its index says"
+    )
+
+
+def test_a_file_of_a_run_whose_index_gives_no_hash_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path, member("runs/x/a"), files={"runs/x/a": {"size": 3}}, match="altered")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"result": "../../../victim"},
+        {"result": 5},
+        {"result": DIGEST + "\n"},
+        {"key": DIGEST},
+        {"seconds": None},
+        {"arguments": {"policy": {"artifact": "../../../victim"}}},
+        {"stage": "\x1b]0;owned\x07"},
+    ],
+)
+def test_a_record_of_wrong_names_or_types_is_refused_with_the_whole_archive(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    (tmp_path / "victim").mkdir()
+    content = sealed({"key": KEY, **call(DIGEST), **change}, tmp_path)
+    refused(tmp_path, member(f"actions/{KEY}.json", content), match="record aaaaaaaaaaaa in made_up.tar")
+    assert (tmp_path / "victim").is_dir()
+
+
+@pytest.mark.parametrize("field", call(DIGEST))
+def test_a_record_without_a_field_is_refused_with_the_whole_archive(tmp_path: Path, field: str) -> None:
+    record = {"key": KEY, **call(DIGEST)}
+    del record[field]
+    refused(tmp_path, member(f"actions/{KEY}.json", sealed(record, tmp_path)), match=rf"no record of a call \({field}:")
+
+
+def test_an_artifact_with_a_file_that_its_manifest_does_not_name_is_refused(tmp_path: Path) -> None:
+    files = [{"name": "a", "size": 3, "sha256": sha256(b"abc").hexdigest()}]
+    digest = digest_of(files, None)
+    manifest = sealed({"digest": digest, "files": files, "schema": None, "type": "Folder"}, tmp_path)
+    sound = [member(f"objects/{digest}/a"), member(f"objects/{digest}/manifest.json", manifest)]
+    for name in (".hidden.py", "code.py", "deep/.x"):
+        refused(tmp_path, *sound, member(f"objects/{digest}/{name}"), match=r"none of it|does not belong")
+    store = Store(tmp_path / "sound")
+    assert read_archive(made_up(tmp_path, *sound), store, tmp_path / "runs").new_objects == 1
+
+
+def test_a_run_that_its_reader_does_not_know_is_refused(tmp_path: Path) -> None:
+    def check(folder: Path) -> None:
+        if (folder / "record.json").read_bytes() == b"abc":
+            raise ValueError("record.json: no record of a run")
+
+    store = Store(tmp_path / "root" / "store")
+    with pytest.raises(StoreError, match=r"the run x in made_up\.tar .* no record of a run"):
+        read_archive(made_up(tmp_path, member("runs/x/record.json")), store, tmp_path / "root" / "runs", check=check)
+    assert visible(tmp_path / "root") == []
+
+
+def test_records_say_which_archive_brought_them(origin: tuple[Store, dict[str, str], Path], tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    taken = read_archive(origin[2], store, tmp_path / "runs")
+    assert taken.stages == {"make": 3}
+    assert {record["imported"] for record in store.actions()} == {"run.tar"}
+    assert "imported" not in next(iter(origin[0].actions()))

@@ -25,6 +25,7 @@ from pipeline.store import (
     current_store,
     use_store,
 )
+from tests.pipeline.calls import call
 
 FORK = multiprocessing.get_context("fork")
 
@@ -39,14 +40,14 @@ def content(folder: Path) -> None:
     (folder / "a.txt").write_text("a")
 
 
-def publish(store: Store, *, key: str = "k" * 64, text: str = "") -> str:
+def publish(store: Store, *, key: str = "c" * 64, text: str = "") -> str:
     def fill(folder: Path) -> None:
         content(folder)
         if text:
             (folder / "more.txt").write_text(text)
 
     digest = store.publish(fill, about={"type": "Folder", "provenance": {"metrics": {"loss": 0.1}}})
-    store.record(key, {"result": digest, "seconds": 0.5, "created": 1.0})
+    store.record(key, call(digest))
     return digest
 
 
@@ -102,7 +103,7 @@ def test_every_single_bit_flip_in_payload_manifest_and_action_is_found(store: St
             flips += 1
             try:
                 Store(store.root).verify(digest)
-                store.action("k" * 64)
+                store.action("c" * 64)
                 missed.append((path.name, bit))
             except DamagedArtifactError:
                 pass
@@ -114,7 +115,7 @@ def test_every_single_bit_flip_in_payload_manifest_and_action_is_found(store: St
 
 def test_every_truncation_and_a_swap_of_two_files_is_found(store: Store) -> None:
     digest = publish(store)
-    other = publish(store, key="l" * 64, text="other")
+    other = publish(store, key="d" * 64, text="other")
     folder = store.path(digest)
     actions = sorted((store.root / "actions").glob("*/*.json"))
     for path in (folder / "b.bin", folder / "manifest.json", actions[0]):
@@ -122,14 +123,14 @@ def test_every_truncation_and_a_swap_of_two_files_is_found(store: Store) -> None
         for size in range(0, len(original), 37):
             alter(path, original[:size])
             with pytest.raises(DamagedArtifactError, match=re.escape(str(path))):
-                Store(store.root).verify(digest) if path.parent == folder else store.action("k" * 64)
+                Store(store.root).verify(digest) if path.parent == folder else store.action("c" * 64)
         alter(path, original)
     alter(folder / "manifest.json", (store.path(other) / "manifest.json").read_bytes())
     with pytest.raises(DamagedArtifactError, match="does not describe"):
         Store(store.root).verify(digest)
     alter(actions[0], actions[1].read_bytes())
     with pytest.raises(DamagedArtifactError, match="record of another call"):
-        store.action("k" * 64)
+        store.action("c" * 64)
 
 
 @pytest.mark.parametrize("victim", ["b.bin", "a.txt", "manifest.json"])
@@ -142,11 +143,11 @@ def test_damage_is_a_miss_that_names_the_file_and_publishing_again_mends_it(
     path.unlink() if how == "missing" else alter(path, b"?")
     fresh = Store(store.root)
     with pytest.warns(UserWarning, match=re.escape(str(path))):
-        assert fresh.find("k" * 64) is None
+        assert fresh.find("c" * 64) is None
     assert publish(fresh) == digest
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = fresh.find("k" * 64)
+        found = fresh.find("c" * 64)
     assert found is not None
     assert found["result"] == digest
     Store(store.root).verify(digest)
@@ -163,7 +164,7 @@ def test_a_deleted_object_is_a_miss_with_a_warning(store: Store) -> None:
     digest = publish(store)
     os.rename(store.path(digest), store.root / "gone")
     with pytest.warns(UserWarning, match=f"no artifact {digest} at .*; computing it again"):
-        assert store.find("k" * 64) is None
+        assert store.find("c" * 64) is None
 
 
 def test_a_damaged_action_is_a_miss_that_names_its_file(store: Store) -> None:
@@ -171,20 +172,20 @@ def test_a_damaged_action_is_a_miss_that_names_its_file(store: Store) -> None:
     action = next((store.root / "actions").glob("*/*.json"))
     alter(action, b"[1, 2]")
     with pytest.warns(UserWarning, match=re.escape(str(action))):
-        assert store.find("k" * 64) is None
+        assert store.find("c" * 64) is None
     assert list(store.actions()) == []
     publish(store)
-    assert store.find("k" * 64) is not None
+    assert store.find("c" * 64) is not None
 
 
 def test_a_file_deleted_after_it_was_verified_is_noticed_in_the_same_process(store: Store) -> None:
     digest = publish(store)
-    assert store.find("k" * 64) is not None
+    assert store.find("c" * 64) is not None
     (store.path(digest) / "b.bin").unlink()
     with pytest.raises(DamagedArtifactError, match=r"b\.bin is missing"):
         store.path(digest)
     with pytest.warns(UserWarning, match=r"b\.bin is missing"):
-        assert store.find("k" * 64) is None
+        assert store.find("c" * 64) is None
 
 
 def test_hashes_are_computed_once_for_unchanged_files(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +194,7 @@ def test_hashes_are_computed_once_for_unchanged_files(store: Store, monkeypatch:
     monkeypatch.setattr("pipeline.shelf.verify_folder", lambda folder: verified.append(folder.name))
     for _ in range(3):
         fresh.path(digest)
-        fresh.find("k" * 64)
+        fresh.find("c" * 64)
     assert verified == [digest]
 
 
@@ -259,7 +260,7 @@ def test_prune_frees_the_payload_and_keeps_manifest_and_hit(store: Store) -> Non
     assert store.prune(digest) == 257
     assert store.prune(digest) == 0
     for opened in (store, Store(store.root)):
-        found = opened.find("k" * 64)
+        found = opened.find("c" * 64)
         assert found is not None
         assert found["result"] == digest
         assert opened.manifest(digest)["provenance"]["metrics"] == {"loss": 0.1}
@@ -270,11 +271,11 @@ def test_prune_frees_the_payload_and_keeps_manifest_and_hit(store: Store) -> Non
 
 def test_a_pruned_artifact_that_is_forgotten_is_computed_again(store: Store) -> None:
     digest = publish(store)
-    publish(store, key="m" * 64)
+    publish(store, key="d" * 64)
     store.prune(digest)
     assert store.forget(digest) == 2
-    assert store.find("k" * 64) is None
-    assert store.find("m" * 64) is None
+    assert store.find("c" * 64) is None
+    assert store.find("d" * 64) is None
     assert publish(store) == digest
     assert (store.path(digest) / "a.txt").read_text() == "a"
 
@@ -299,7 +300,7 @@ def test_resolve_finds_the_one_digest_of_a_prefix(store: Store) -> None:
 def test_actions_come_oldest_first(store: Store) -> None:
     digest = publish(store)
     for number, created in enumerate((5.0, 3.0, 4.0)):
-        store.record(str(number) * 64, {"result": digest, "created": created})
+        store.record(str(number) * 64, call(digest, created=created))
     assert [record["created"] for record in store.actions()] == [1.0, 3.0, 4.0, 5.0]
 
 
@@ -354,7 +355,7 @@ def test_processes_that_find_one_object_damaged_at_once_mend_it_together(store: 
         opened = Store(store.root)
         barrier.wait()
         warnings.simplefilter("ignore")
-        if opened.find("k" * 64) is None:
+        if opened.find("c" * 64) is None:
             publish(opened)
         opened.verify(digest)
 

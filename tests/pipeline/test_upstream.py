@@ -20,6 +20,7 @@ from pipeline.remote_lock import RemoteLocks, ServerClock
 from pipeline.sealing import write_sealed
 from pipeline.store import DamagedArtifactError, MissingArtifactError, PrunedArtifactError, Store, StoreError
 from pipeline.upstream import Upstream
+from tests.pipeline.calls import call
 
 KEY, OTHER = "a" * 64, "b" * 64
 
@@ -36,7 +37,7 @@ def url(tmp_path: Path) -> str:
 
 def commit(store: Store, key: str = KEY, text: str = "a") -> str:
     digest = store.publish(lambda folder: (folder / "a.txt").write_text(text) and None, about={"type": "Folder"})
-    store.record(key, {"result": digest, "created": float(int(key[:1], 16))})
+    store.record(key, call(digest, created=float(int(key[:1], 16))))
     return digest
 
 
@@ -74,7 +75,7 @@ def test_a_url_is_told_from_a_folder() -> None:
 def test_a_copy_of_the_remote_folder_is_a_store(tmp_path: Path, url: str) -> None:
     digest = commit(Store(tmp_path / "a", url))
     plain = Store(tmp_path / "remote")
-    assert plain.find(KEY) == {"key": KEY, "result": digest, "created": 10.0}
+    assert plain.find(KEY) == {"key": KEY, **call(digest, created=10.0)}
     assert (plain.path(digest) / "a.txt").read_text() == "a"
 
 

@@ -17,6 +17,7 @@ import pytest
 from pipeline.progress import listen
 from pipeline.store import DamagedArtifactError, Store, StoreError
 from pipeline.upstream import Upstream
+from tests.pipeline.calls import call
 from tests.pipeline.s3 import Cloud, Fault, serving, use
 
 pytestmark = pytest.mark.scale
@@ -48,7 +49,7 @@ def content(folder: Path) -> None:
 def commit(store: Store, key: str = KEY) -> str:
     with store.lock(key):
         digest = store.publish(content, about={"type": "Folder"})
-        store.record(key, {"result": digest, "seconds": 0.5, "created": 1.0})
+        store.record(key, call(digest))
     return digest
 
 
@@ -121,7 +122,7 @@ def _compete(root: Path, url: str, log: Path, ready: multiprocessing.synchronize
                     handle.write(f"{os.getpid()}\n")
                 time.sleep(1.0)
                 digest = store.publish(content, about={})
-                store.record(KEY, {"result": digest, "created": 1.0})
+                store.record(KEY, call(digest))
     assert store.find(KEY) is not None
 
 
@@ -351,6 +352,6 @@ def test_a_large_file_goes_up_in_parts_and_comes_back_whole(cloud: Cloud, tmp_pa
 
     store = opened(tmp_path / "a", url)
     digest = store.publish(fill, about={})
-    store.record(OTHER, {"result": digest, "created": 1.0})
+    store.record(OTHER, call(digest))
     assert cloud.asked("PUT", "partNumber=2") == 1
     assert (opened(tmp_path / "b", url).path(digest) / "large.bin").stat().st_size == size

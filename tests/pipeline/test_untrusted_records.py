@@ -1,0 +1,217 @@
+"""Records, manifests and notes that others wrote: a name in them is no path, and a wrong type is damage, not an accident."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.objects import digest_of
+from pipeline.sealing import is_plain_name, sha256_of, write_sealed
+from pipeline.store import DamagedArtifactError, MissingArtifactError, Store
+from tests.pipeline.calls import call
+
+KEY, SOUND = "a" * 64, "b" * 64
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "precious.txt").write_text("precious")
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def digest(store: Store) -> str:
+    def fill(folder: Path) -> None:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "a.txt").write_text("a")
+        (folder / "b.txt").write_text("b")
+
+    return store.publish(fill, about={"type": "Folder"})
+
+
+def precious(store: Store) -> str:
+    return (store.root.parent / "victim" / "precious.txt").read_text()
+
+
+def plant(store: Store, record: dict[str, Any]) -> None:
+    """Put a well-sealed record where that of KEY lies."""
+    path = store.root / "actions" / KEY[:2] / f"{KEY}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_sealed(path, {"key": KEY, **record})
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+OUTSIDE = [
+    "../../../victim",
+    "/victim",
+    "..",
+    "",
+    "a" * 63,
+    "A" * 64,
+    f"{'a' * 64}\n",
+    f"{'a' * 63}/",
+    5,
+    None,
+    ["a" * 64],
+]
+WRONG = [
+    *({"result": name} for name in OUTSIDE),
+    *({"arguments": {"policy": {"artifact": name}}} for name in OUTSIDE),
+    {"arguments": {"models": [{"inner": {"artifact": "../victim"}}]}},
+    {"arguments": ["policy"]},
+    {"arguments": nested(400)},
+    *({"seconds": value} for value in ("1", None, True, -1.0, 1e300)),
+    *({"created": value} for value in ("now", -1, 1e18, {})),
+    *({"stage": value} for value in (None, 3, "a\x1b[2J", "a\nb", "\u202e", "s" * 301)),
+    {"version": 2},
+    {"type": ["Folder"]},
+    *({"metrics": value} for value in ({"loss": "0"}, {"loss": None}, {"a\x07": 1.0}, [1.0])),
+    {"packages": {"torch": 2}},
+    {"key": SOUND},
+]
+
+
+@pytest.mark.parametrize("change", WRONG, ids=lambda change: repr(change)[:40])
+def test_a_record_of_wrong_names_or_types_is_a_miss_and_touches_nothing(
+    store: Store, digest: str, change: dict[str, Any]
+) -> None:
+    store.record(SOUND, call(digest))
+    plant(store, call(digest) | change)
+    with pytest.raises(DamagedArtifactError, match=KEY):
+        store.action(KEY)
+    assert [record["key"] for record in store.actions()] == [SOUND]
+    with pytest.warns(UserWarning, match="computing it again"):
+        assert store.find(KEY) is None
+    assert precious(store) == "precious"
+    assert store.find(SOUND) is not None
+
+
+@pytest.mark.parametrize("field", ["result", "stage", "version", "type", "arguments", "seconds", "created"])
+def test_a_record_without_a_field_is_damaged(store: Store, digest: str, field: str) -> None:
+    record = call(digest)
+    del record[field]
+    plant(store, record)
+    with pytest.raises(DamagedArtifactError, match=rf"\({field}: "):
+        store.action(KEY)
+
+
+@pytest.mark.parametrize("name", [name for name in OUTSIDE if isinstance(name, str)])
+@pytest.mark.parametrize("use", ["folder", "path", "manifest", "verify", "prune", "freed", "quarantine", "action"])
+def test_no_call_of_a_store_makes_a_path_of_what_is_no_digest(store: Store, name: str, use: str) -> None:
+    function: Callable[[str], object] = getattr(store, use)
+    with pytest.raises(MissingArtifactError, match="expected 64 hexadecimal digits"):
+        function(name)
+    assert precious(store) == "precious"
+
+
+# ------------------------------------------------------------------------------------------------ manifests, notes, links
+
+
+FILE = {"name": "a.txt", "size": 1, "sha256": sha256_of("a")}
+MANIFESTS: list[dict[str, Any]] = [
+    {"files": [FILE | {"name": "a\x00b"}]},
+    {"files": [FILE | {"name": "a\nb"}]},
+    {"files": [FILE | {"name": "./a.txt"}]},
+    {"files": [FILE | {"name": "a//b"}]},
+    {"files": [FILE | {"name": "deep/../../b"}]},
+    {"files": [FILE | {"name": "manifest.json"}]},
+    {"files": [FILE | {"name": "pruned.json"}]},
+    {"files": [FILE, FILE]},
+    {"files": [FILE | {"size": -1}]},
+    {"files": [FILE | {"size": "1"}]},
+    {"files": [FILE | {"sha256": "no"}]},
+    {"files": [{"name": "a.txt"}]},
+    {"files": "a.txt"},
+    {"files": None},
+    {"schema": 5},
+    {"type": None},
+    {"type": "\x1b[31m"},
+    {"rows": "many"},
+    {"provenance": {"metrics": {"loss": "low"}}},
+    {"provenance": {"arguments": {"policy": {"artifact": "../x"}}}},
+    {"provenance": []},
+]
+
+
+@pytest.mark.parametrize("change", MANIFESTS, ids=lambda change: repr(change)[:60])
+def test_a_manifest_of_wrong_names_or_types_is_damaged(store: Store, change: dict[str, Any]) -> None:
+    manifest = {"files": [FILE], "schema": None, "type": "Folder"} | change
+    digest = digest_of(manifest["files"], manifest["schema"])
+    folder = store.root / "objects" / digest[:2] / digest
+    folder.mkdir(parents=True)
+    (folder / "a.txt").write_text("a")
+    write_sealed(folder / "manifest.json", {**manifest, "digest": digest})
+    for use in (store.manifest, store.path, store.prune):
+        with pytest.raises(DamagedArtifactError, match="does not describe"):
+            use(digest)
+
+
+@pytest.mark.parametrize(
+    "freed",
+    [["../../../../victim/precious.txt"], ["b.txt", "manifest.json"], ["other.txt"], [5], "b.txt", None, [["b.txt"]]],
+)
+def test_a_note_of_what_was_freed_frees_nothing_but_the_payload(store: Store, digest: str, freed: Any) -> None:
+    write_sealed(store.folder(digest) / "pruned.json", {"digest": digest, "files": freed, "pruned": 1.0})
+    for use in (store.prune, store.freed, store.path):
+        with pytest.raises(DamagedArtifactError, match=r"pruned\.json"):
+            use(digest)
+    assert precious(store) == "precious"
+    assert (store.folder(digest) / "b.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["b.txt", "deep/a.txt", "deep", "manifest.json", "."])
+def test_a_link_in_the_place_of_payload_is_damage_and_is_not_followed(store: Store, digest: str, name: str) -> None:
+    folder, elsewhere = store.folder(digest), store.root.parent / "elsewhere"
+    place = folder if name == "." else folder / name
+    place.rename(elsewhere)
+    place.symlink_to(elsewhere)
+    before = sorted(elsewhere.rglob("*"))
+    fresh = Store(store.root)
+    for use in (fresh.path, fresh.verify):
+        with pytest.raises(DamagedArtifactError):
+            use(digest)
+    with contextlib.suppress(DamagedArtifactError):
+        fresh.prune(digest)
+    assert elsewhere.exists()
+    assert sorted(elsewhere.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("a", True),
+        ("a/b.c", True),
+        ("数.txt", True),
+        ("a" * 255, True),
+        ("a" * 256, False),
+        ("", False),
+        (".", False),
+        ("a/", False),
+        ("/a", False),
+        ("a//b", False),
+        ("a/./b", False),
+        ("a/../b", False),
+        ("..", False),
+        ("a\\b", False),
+        ("a\x00", False),
+        ("a\n", False),
+        ("\x1b[2J", False),
+        ("a\u202eb", False),
+        ("a\ud800", False),
+        (5, False),
+        (None, False),
+    ],
+)
+def test_a_plain_name_stays_in_its_folder_and_can_be_seen(name: object, plain: bool) -> None:
+    assert is_plain_name(name) is plain

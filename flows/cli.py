@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -12,6 +13,8 @@ from typing import Final
 from cyclopts import App, CycloptsError, Group
 from rich.console import Console
 from rich.markup import escape
+
+from pipeline.interruption import exit_code, interruptible, is_interruption
 
 __all__ = ["app", "main", "run_command"]
 
@@ -34,7 +37,7 @@ _ENVIRONMENT: Final = {
 _QUIET_LOGGERS: Final = ("DeepSpeed", "deepspeed", "matplotlib", "mlflow", "alembic", "httpx")
 _EPILOGUE: Final = (
     "--debug with any command shows tracebacks. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, "
-    "130 interrupted."
+    "130 interrupted, 129 by a terminal that was closed."
 )
 
 app = App(
@@ -43,6 +46,7 @@ app = App(
     help_epilogue=_EPILOGUE,
     help_format="plaintext",
     version_flags=["--version"],
+    suppress_keyboard_interrupt=False,
 )
 _RUN, _LOOK, _KEEP = (Group(name, sort_key=place) for place, name in enumerate(("Train", "Look", "Keep")))
 
@@ -114,7 +118,13 @@ app.command(mlflow)
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(run_command(sys.argv[1:]))
+    code = run_command(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a terminal that was closed, a full disk: Python would end with code 120 for it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
 
 
 def run_command(tokens: Sequence[str]) -> int:
@@ -125,18 +135,21 @@ def run_command(tokens: Sequence[str]) -> int:
     debug = os.environ.get("COHORT_DEBUG", "") not in ("", "0")
     _hush(debug=debug)
     try:
-        result = app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
+        with interruptible():
+            result = app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
         return result if isinstance(result, int) else 0
     except CycloptsError:
         return 2  # printed by cyclopts
     except KeyboardInterrupt:
-        return 130
+        return exit_code()
     except BrokenPipeError:  # `| head` has read enough; nothing is left to say, also not at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
         if debug:
             raise
+        if is_interruption(error) and type(error).__name__ != "InterruptedRunError":
+            return exit_code()  # what the interrupt broke on its way is no error of its own
         return _explain(error)
 
 
@@ -148,8 +161,9 @@ def _explain(error: Exception) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     match error:
         case InterruptedRunError():
-            console.print(f"\ninterrupted; nothing is lost. Continue with\n\n  [bold]{escape(str(error))}[/]")
-            return 130
+            with contextlib.suppress(OSError):  # a terminal that was closed
+                console.print(f"\ninterrupted; nothing is lost. Continue with\n\n  [bold]{escape(str(error))}[/]")
+            return exit_code()
         case ConfigError():
             console.print(f"[red]configuration:[/] {escape(str(error))}")
             return 2

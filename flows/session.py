@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
-import signal
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -32,6 +30,7 @@ from flows.summary import Summary, summarise, summary_markdown
 from flows.upkeep import upkeep
 from pipeline.config import flatten
 from pipeline.exclusivity import exclusive_devices
+from pipeline.interruption import check, interruptible, is_interruption, shielded
 from pipeline.orchestration import Engine, joining, running_deployment, use_engine
 from pipeline.progress import listen, report
 from pipeline.store import PrunedArtifactError, StoreError, use_store
@@ -39,11 +38,11 @@ from pipeline.tracking import Tracker, track
 from stages.models import Checkpoint
 from stages.rollout import require_backend
 
-__all__ = ["InterruptedRunError", "run_flow", "terminations_interrupt"]
+__all__ = ["InterruptedRunError", "orchestration", "run_flow"]
 
 
 class InterruptedRunError(Exception):
-    """A run that was stopped from outside (Ctrl-C, SIGTERM); its text is the command that continues it."""
+    """A run that was stopped from outside (a signal, a closed terminal); its text is the command that continues it."""
 
 
 def run_flow(
@@ -86,7 +85,7 @@ def run_flow(
     parameters = config.identity() | {f"diff.{name}": value for name, value in (difference or {}).items()}
     try:
         with (
-            terminations_interrupt(),
+            interruptible(),
             displaying(state, console, all_warnings=debug),
             listen(lambda topic, values: record.note(state)),
             listen(ledger.take),
@@ -108,13 +107,16 @@ def run_flow(
             _conclude(summary, ledger, record, tracker, choice, command)
             registrar.conclude(summary, ledger)
             _log_completions(ledger, places, tracker)
+            check()
     except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt) or type(error).__name__ == "TerminationSignal"
-        record.end("interrupted" if interrupted else "failed", state, f"{type(error).__name__}: {error}"[:2000])
+        interrupted = is_interruption(error)
+        with shielded():
+            record.end("interrupted" if interrupted else "failed", state, f"{type(error).__name__}: {error}"[:2000])
         if interrupted:
             raise InterruptedRunError(command) from error
         raise
-    record.end("finished", state)
+    with shielded():
+        record.end("finished", state)
     return summary
 
 
@@ -252,20 +254,3 @@ def _same_curve(file: Path, summary: Summary) -> bool:
     except (OSError, ValueError, KeyError):
         return False
     return bool(before == json.loads(json.dumps(summary.curve)))
-
-
-@contextlib.contextmanager
-def terminations_interrupt() -> Iterator[None]:
-    """Let SIGTERM (batch systems, `timeout`) stop a run as Ctrl-C does, so that its record and tracker say so."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline import worker
+from pipeline.interruption import check
 from pipeline.meeting import meet
 from pipeline.progress import Listener, report
 
@@ -220,6 +221,7 @@ class Group:
 
     def _look(self, end: float, missing: Sequence[int], deadline: float) -> None:
         """Raise for a process that is dead, or for those that are late."""
+        check()
         for rank, process in enumerate(self._processes):
             if process.poll() is not None and not self._has_news(rank):
                 raise self._death(rank)

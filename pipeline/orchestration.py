@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, Literal, ParamSpec, TypeVar
 
+from pipeline.interruption import interruptible
+
 __all__ = ["Engine", "flow", "joining", "run_as_task", "running_deployment", "use_engine"]
 
 P = ParamSpec("P")
@@ -65,7 +67,7 @@ def flow(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def body(*args: P.args, **kwargs: P.kwargs) -> R:
             # The flow's tags are not its tasks': each tag of a task costs a look-up of concurrency limits at the server.
-            with TagsContext(current_tags=set()):
+            with interruptible(), TagsContext(current_tags=set()):
                 return function(*args, **kwargs)
 
         if _joining.get():

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
+from pipeline.interruption import check
+
 __all__ = ["listen", "report"]
 
 Listener = Callable[[str, dict[str, Any]], None]
@@ -19,7 +21,12 @@ _listeners: ContextVar[tuple[Listener, ...]] = ContextVar("cohort_listeners", de
 
 
 def report(topic: str, **values: Any) -> None:
-    """Tell every listener where a piece of work stands; one that fails costs a warning, never the work."""
+    """Tell every listener where a piece of work stands; one that fails costs a warning, never the work.
+
+    Raises:
+        KeyboardInterrupt: the run was interrupted, and the exception was lost on its way.
+    """
+    check()
     for listener in _listeners.get():
         try:
             listener(topic, dict(values))

@@ -20,6 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 from pipeline.artifact import Artifact
 from pipeline.config import Config
 from pipeline.disk import current_watch
+from pipeline.interruption import check
 from pipeline.orchestration import run_as_task
 from pipeline.progress import report
 from pipeline.provenance import Call, calling, record_metrics
@@ -52,6 +53,7 @@ def stage(*, version: str) -> Callable[[Callable[P, A]], Callable[P, A]]:
             arguments = {parameter: _describe(name, parameter, value) for parameter, value in bound.arguments.items()}
             key = sha256_of(canonical_json({"stage": name, "version": version, "arguments": arguments}))
             store = current_store()
+            check()
 
             def look_up() -> A | None:
                 record = store.find(key)

@@ -25,6 +25,7 @@ from typing import Any, Final
 
 from pipeline.config import flatten
 from pipeline.database import without_password
+from pipeline.interruption import is_interruption
 from pipeline.journal import Journal, JournalBusyError, Record, Sent, is_live, journals, read_records
 from pipeline.mlflow_run import tracking_uri
 from pipeline.projector import Projector, folder_of, start_projector
@@ -157,11 +158,11 @@ def track(
     tracker._append({"kind": "run", **name_and_key, "params": params, "tags": dict(tags or {}), "time": time.time()})
     try:
         yield tracker
-    except (KeyboardInterrupt, SystemExit, GeneratorExit) as stop:
-        tracker._close("KILLED", type(stop).__name__)
-        raise
     except BaseException as error:
-        tracker._close("FAILED", f"{type(error).__name__}: {error}"[:1000])
+        if isinstance(error, SystemExit | GeneratorExit) or is_interruption(error):
+            tracker._close("KILLED", type(error).__name__)
+        else:
+            tracker._close("FAILED", f"{type(error).__name__}: {error}"[:1000])
         raise
     else:
         tracker._close("FINISHED", "")

@@ -26,8 +26,9 @@ from flows.experiments.comparison import Arm
 from flows.experiments.results import experiment_folder
 from flows.places import Places
 from flows.records import read_record, run_folder
-from flows.session import InterruptedRunError, run_flow, terminations_interrupt
+from flows.session import InterruptedRunError, run_flow
 from pipeline.config import Config
+from pipeline.interruption import interruptible
 from pipeline.orchestration import Engine
 from pipeline.residency import evict
 
@@ -122,7 +123,7 @@ def run_side_by_side(
     waiting = list(planned.chosen)
     children: list[_Child] = []
     told = time.monotonic()
-    with terminations_interrupt(), _ending(children, command):
+    with interruptible(), _ending(children, command):
         while waiting or children:
             while waiting and len(children) < limit:
                 children.append(_start(planned, waiting.pop(0), places, engine, command))

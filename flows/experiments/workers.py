@@ -24,8 +24,9 @@ from flows.experiments.comparison import Arm
 from flows.experiments.pool import crash_lost, require_pool, serving
 from flows.experiments.running import is_finished, progress_of, run_in_turn, settings_of
 from flows.places import Places
-from flows.session import InterruptedRunError, terminations_interrupt
+from flows.session import InterruptedRunError
 from pipeline.flow_runs import mark_crashed
+from pipeline.interruption import interruptible
 from pipeline.server import ServerError, ensure_server, keep_server
 
 __all__ = ["require_workers_pool", "run_on_workers"]
@@ -159,7 +160,7 @@ def run_on_workers(
     if waiting:
         ensure_server(places.prefect)
         board.deploy(require_versions=require_versions)
-        with keep_server(places.prefect), terminations_interrupt(), _cancelling(board, command):
+        with keep_server(places.prefect), interruptible(), _cancelling(board, command):
             for arm in waiting:
                 board.out.append(_Submitted(arm, board.submit(arm)))
                 board.say("submitted", board.out[-1])

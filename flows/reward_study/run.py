@@ -16,7 +16,8 @@ from flows.reward_study.config import StudyChoice
 from flows.reward_study.flow import Gauge, Study
 from flows.reward_study.report import study_markdown
 from flows.run_state import RunState
-from flows.session import InterruptedRunError, orchestration, terminations_interrupt
+from flows.session import InterruptedRunError, orchestration
+from pipeline.interruption import interruptible, is_interruption
 from pipeline.orchestration import Engine
 from pipeline.store import canonical_json, sha256_of, use_store
 from pipeline.tracking import Tracker, track
@@ -57,7 +58,7 @@ def run_study(
     parameters = config.model_dump(mode="json")
     try:
         with (
-            terminations_interrupt(),
+            interruptible(),
             displaying(state, console, all_warnings=debug),
             track(
                 places.root, experiment=config.experiment, run_name=config.name, run_key=file.stem, config=parameters
@@ -73,7 +74,7 @@ def run_study(
             # Before the lease ends: at no moment does it look as if nobody used them.
             write_json(file.with_suffix(f".{ARTIFACTS}"), state.artifacts)
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "TerminationSignal":
+        if is_interruption(error):
             raise InterruptedRunError(command) from error
         raise
     file.write_text(text, encoding="utf-8")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from pipeline.interruption import check
 from pipeline.residency import resident
 from stages.models import Checkpoint, load_model
 from stages.reward_model.config import ScoringConfig
@@ -38,6 +39,7 @@ def scores_of(checkpoint: Checkpoint, inputs: Sequence[Input], config: ScoringCo
     found: dict[Input, list[float]] = {}
     rows = [Row(each.prompt_ids, each.output_ids) for each in distinct]
     for batch in micro_batches(rows, config.micro_batch_tokens):
+        check()
         held = [distinct[row] for row in batch.rows]
         positions_N = places_in(batch, [each.places for each in held]).to(device)
         with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=config.precision == "bf16"):

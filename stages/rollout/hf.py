@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from pipeline.interruption import check
 from stages.rollout.generator import FinishReason, Output, Progress, Prompt, Sampling, check_window
 from stages.rollout.kv_cache import RowCache
 from stages.rollout.rows import regroup
@@ -127,6 +128,7 @@ class _Batch:
         live, row = np.arange(len(self.samples)), self.first_row
         logits = self._prefill()
         for step in range(self.sampling.max_output_tokens):
+            check()
             token, logprob = sample(logits, row, uniforms(self.seeds[live], step), self.sampling.temperature)
             self.ids[live, step], self.logprobs[live, step] = token, logprob
             self.lengths[live] += 1

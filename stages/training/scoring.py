@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pipeline.interruption import check
 from stages.training.batching import Batch, Row, micro_batches, own_share
 from stages.training.engine import Engine
 
@@ -49,6 +50,7 @@ def _score_distinct(
     longest = max(len(row.output_ids) for row in rows)
     table: Tensor | None = None
     for batch, factor in own_share(list(micro_batches(rows, max_tokens)), rank=rank, world_size=world_size):
+        check()
         values_BO = score(batch)
         table = values_BO.new_zeros(len(rows), longest) if table is None else table
         if factor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.interruption import check
 from stages.model_folders import read_description
 from stages.models import Checkpoint, model_weights
 from stages.training.activations import checkpoint_activations
@@ -54,6 +55,7 @@ class TorchEngine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of a loss."""
+        check()
         self._change()
         torch.autograd.backward(loss)
 

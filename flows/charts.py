@@ -28,6 +28,7 @@ _LEFT_OUT: Final = re.compile(
             "memory/tensors_mb",
             "eval/.*/no_verdict_rate",
             "eval/.*/greedy_accuracy_ci_(low|high)",
+            r"eval/.*/(pass|maj)_at_\d+_ci_(low|high)",
             "rm/(auc_low|auc_high|cut_auc|length_auc|pair_accuracy|step_auc|pearson|rule_mean|rule_length|score_mean|score_length)",
             "rm/held_out_(accuracy|step_accuracy)/.*",
             "rm/held_out_auc/.*_old_policy",

@@ -26,7 +26,7 @@ from stages.advantage import estimate_advantages
 from stages.critic import create_critic, update_critic
 from stages.evaluation import evaluate
 from stages.models import Checkpoint
-from stages.reward import score
+from stages.reward import count_votes, score
 from stages.rollout import rollout
 from stages.tables import Questions
 from stages.update import MismatchError, check_mismatch, update_policy
@@ -80,7 +80,8 @@ def evaluate_policy(config: IterativeRLConfig, policy: Checkpoint, sets: dict[st
         for mode, sampling, estimates in config.evaluation.modes(config.rollout):
             outputs = rollout(policy, questions, config.prompt, sampling, seed=config.seed)
             rewards = score(outputs, questions, config.reward)
-            observer().evaluation(step, name, mode, evaluate(outputs, rewards, estimates))
+            votes = count_votes(rewards, config.reward)
+            observer().evaluation(step, name, mode, evaluate(outputs, rewards, votes, estimates))
 
 
 @contextlib.contextmanager

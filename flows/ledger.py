@@ -39,7 +39,7 @@ class EvaluationCalls:
     mode: str
     """`greedy` or `sampled`."""
     artifacts: dict[str, str]
-    """Stage -> digest of what it made for this evaluation: `rollout`, `score`, `evaluate`."""
+    """Stage -> digest of what it made for this evaluation: `rollout`, `score`, `count_votes`, `evaluate`."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from flows.config import IterativeRLConfig
 from flows.run_state import RunState
-from flows.wording import duration, percent
+from flows.wording import at_k, duration, percent
 from stages.models import Checkpoint
 
 __all__ = ["Summary", "mismatch_line", "print_summary", "summarise", "summary_markdown", "worst_mismatch"]
@@ -186,8 +186,8 @@ def _accuracy_table(summary: Summary) -> Table:
         before = summary.before.get(name, {})
         table.add_section()
         for number, (label, key) in enumerate(_measures(after)):
-            was, now = before.get(key), after[key]
-            change = "-" if was is None else f"{now - was:+.3f}"
+            was, now = before.get(key), after.get(key)
+            change = "-" if was is None or now is None else f"{now - was:+.3f}"
             cells = [_with_interval(part, key) for part in (before, after)]
             table.add_row(name if number == 0 else "", label, *cells, change)
     return table
@@ -196,10 +196,7 @@ def _accuracy_table(summary: Summary) -> Table:
 def _measures(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """Label and key of what an evaluation has, greedy first, then samples, Pass@K and Maj@K by K."""
     named = [("greedy accuracy", "greedy_accuracy"), ("accuracy of samples", "accuracy")]
-    for label, prefix in (("Pass", "pass_at_"), ("Maj", "maj_at_")):
-        ks = sorted(int(key.removeprefix(prefix)) for key in metrics if key.startswith(prefix))
-        named += [(f"{label}@{k}", f"{prefix}{k}") for k in ks if k > 1]
-    return [(label, key) for label, key in named if key in metrics]
+    return [(label, key) for label, key in named if key in metrics] + list(at_k(metrics).items())
 
 
 def _drift_table(curve: Points) -> Table | None:
@@ -285,7 +282,7 @@ def summary_markdown(summary: Summary, command: str, differences: Mapping[str, t
     for name, after in summary.after.items():
         before = summary.before.get(name, {})
         lines += [
-            f"| {name} | {label} | {percent(before.get(key))} | {percent(after[key])} |"
+            f"| {name} | {label} | {percent(before.get(key))} | {percent(after.get(key))} |"
             for label, key in _measures(after)
         ]
     lines += ["", mismatch_line(summary.mismatch)] if summary.mismatch else []

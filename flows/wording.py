@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
-__all__ = ["accuracies", "duration", "moment", "number", "percent", "size"]
+__all__ = ["accuracies", "at_k", "duration", "moment", "number", "percent", "size"]
+
+_AT_K: Final = re.compile(r"(?:pass|maj)_at_(\d+)")
 
 
 def duration(seconds: float) -> str:
@@ -58,7 +61,12 @@ def accuracies(metrics: Mapping[str, float]) -> str:
     parts = [f"sampled {percent(metrics.get('accuracy'))}"]
     if "accuracy_ci_low" in metrics and "accuracy_ci_high" in metrics:
         parts.append(f"[{percent(metrics['accuracy_ci_low'])}, {percent(metrics['accuracy_ci_high'])}]")
-    for name in ("pass_at_", "maj_at_"):
-        found = sorted((int(key.removeprefix(name)), value) for key, value in metrics.items() if key.startswith(name))
-        parts += [f"{name[:4].rstrip('_')}@{k} {percent(value)}" for k, value in found if k > 1]
+    parts += [f"{label.lower()} {percent(metrics.get(key))}" for label, key in at_k(metrics).items()]
     return " ".join(parts)
+
+
+def at_k(metrics: Iterable[str]) -> dict[str, str]:
+    """Label -> metric: `Pass@8`, `Maj@8` by K from 2 on, both at each K that one of them has: Maj@K may be undefined."""
+    ks = sorted({int(found[1]) for key in metrics if (found := _AT_K.fullmatch(key))})
+    named = (("Pass", "pass_at_"), ("Maj", "maj_at_"))
+    return {f"{label}@{k}": f"{prefix}{k}" for label, prefix in named for k in ks if k > 1}

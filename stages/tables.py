@@ -5,7 +5,8 @@
         │                     │  │  └── estimate_values ── Values ─────┘     │            (PPO only)
         │                     │  └───── compare_policies ── Logprobs ────────┘    (where KL is part of the reward)
         │                     ├──────── score_reference ── ReferenceLogprobs ──> update_policy   (reference_pass: stage)
-    Demonstrations ──> SFT    ├─────────────────────────┴──> evaluate ──> Evaluation
+    Demonstrations ──> SFT    ├─────────────────────────┼────────────────────────> evaluate ──> Evaluation
+                              │                         └── count_votes ── Votes ─────^
                               └── label_outputs ── RewardLabels ──> train_reward_model ──> score_outputs ──> Rewards
 
 Step labels without a checker (Monte-Carlo completion), between label_outputs and train_reward_model:
@@ -39,6 +40,7 @@ __all__ = [
     "Rollouts",
     "StepPrefixes",
     "Values",
+    "Votes",
 ]
 
 
@@ -183,15 +185,32 @@ class Advantages(Table):
     )
 
 
-class Evaluation(Table):
-    """Per question: how many of its samples are right, and whether their majority vote is."""
+class Votes(Table):
+    """Per question: what its samples vote for; right answers vote together, wrong ones by meaning, not by spelling.
+
+    `wrong` counts the samples of each distinct wrong answer, most first; null where what they answered is not known. The other
+    samples - correct - sum(wrong) samples stated no answer, or have no verdict, and do not vote.
+    """
 
     schema = pa.schema(
         [
             _required("question_id", pa.string()),
             _required("samples", pa.int32()),
             _required("correct", pa.int32()),
-            _required("majority_correct", pa.bool_()),
+            pa.field("wrong", pa.list_(pa.int32())),
+        ]
+    )
+
+
+class Evaluation(Table):
+    """Per question: how many of its samples are right, and whether their majority vote is (null where votes are not known)."""
+
+    schema = pa.schema(
+        [
+            _required("question_id", pa.string()),
+            _required("samples", pa.int32()),
+            _required("correct", pa.int32()),
+            pa.field("majority_correct", pa.bool_()),
             _required("status_counts", pa.map_(pa.string(), pa.int32())),
         ]
     )

@@ -24,7 +24,7 @@ __all__ = ["BESIDE", "History", "PlacedCall", "find_run", "history_of", "placed_
 
 BESIDE: Final = "beside"
 """Where a call stands that is neither a step's own nor an evaluation's."""
-_EVALUATED: Final = ("rollout", "score", "evaluate")
+_EVALUATED: Final = ("rollout", "score", "count_votes", "evaluate")
 
 Points = dict[int, dict[str, float]]
 

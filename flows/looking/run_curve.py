@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from flows.wording import at_k
+
 __all__ = ["Curve", "best", "evaluations", "measures"]
 
 Curve = dict[int, dict[str, float]]
@@ -32,7 +34,4 @@ def best(curve: Curve) -> tuple[int, float] | None:
 def measures(metrics: Mapping[str, float]) -> dict[str, str]:
     """Label -> metric of what an evaluation has: greedy, samples, then Pass@K and Maj@K by K."""
     named = {"greedy": "greedy_accuracy", "sampled": "accuracy"}
-    for label, prefix in (("Pass", "pass_at_"), ("Maj", "maj_at_")):
-        ks = sorted(int(name.removeprefix(prefix)) for name in metrics if name.startswith(prefix))
-        named |= {f"{label}@{k}": f"{prefix}{k}" for k in ks if k > 1}
-    return {label: name for label, name in named.items() if name in metrics}
+    return {label: name for label, name in named.items() if name in metrics} | at_k(metrics)

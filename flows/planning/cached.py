@@ -16,8 +16,8 @@ from stages.reward_training import MonteCarloConfig
 
 __all__ = ["Progress", "calls_of", "progress_of"]
 
-_EVALUATED = 3
-"""Stage calls of an evaluation of one set in one mode: rollout, score, evaluate."""
+_EVALUATED = 4
+"""Stage calls of an evaluation of one set in one mode: rollout, score, count_votes, evaluate."""
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Interval", "bootstrap_interval", "maj_at_k", "pass_at_k"]
+__all__ = ["Interval", "bootstrap_interval", "maj_at_k", "pass_at_k", "share_interval", "wilson_interval"]
 
 _LARGEST_N = 1000
 """Above it the number of subsets, C(n, n/2), leaves the range of a double."""
@@ -96,7 +97,12 @@ def _ways_to_lose_or_tie(others: int, rivals: Sequence[int], votes: int, size: i
 def bootstrap_interval(values_Q: ArrayLike, *, resamples: int, seed: int, confidence: float = 0.95) -> Interval:
     """Mean of one value per question with the percentile bootstrap interval over questions.
 
-    Questions are resampled, not samples: samples of one question are not independent of one another.
+    Of the means of `resamples` draws of Q questions with replacement, the quantiles (1 - confidence) / 2 and 1 less that
+    (Efron and Tibshirani 1993, chapter 13). Questions are resampled, not samples: samples of one question are not independent
+    of one another. Where all values are equal the interval has no width.
+
+    Raises:
+        ValueError: no values, or some that are not finite.
     """
     values = np.asarray(values_Q, dtype=np.float64)
     if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
@@ -106,6 +112,44 @@ def bootstrap_interval(values_Q: ArrayLike, *, resamples: int, seed: int, confid
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(means, [tail, 1.0 - tail])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def share_interval(values_Q: ArrayLike, *, resamples: int, seed: int, confidence: float = 0.95) -> Interval:
+    """Mean of one share per question (accuracy, Pass@K, Maj@K; each in [0, 1]) with its interval over questions.
+
+    `bootstrap_interval`; where every question has the same share p, Wilson's interval of p in Q trials takes its place. The
+    bootstrap has no width there, which at p = 0 or 1 would claim certainty from a few questions. Between 0 and 1 Wilson's is
+    wider than it need be: a share in [0, 1] with mean p has at most the variance p (1 - p) of a coin.
+
+    Raises:
+        ValueError: no values, or a share outside [0, 1].
+    """
+    found = bootstrap_interval(values_Q, resamples=resamples, seed=seed, confidence=confidence)
+    values = np.asarray(values_Q, dtype=np.float64)
+    if values.min() < 0.0 or values.max() > 1.0:
+        raise ValueError(f"expected shares in [0, 1], found {values.min()} to {values.max()}")
+    if values.min() == values.max():
+        return wilson_interval(float(values[0]), values.size, confidence=confidence)
+    return found
+
+
+def wilson_interval(share: float, n: int, *, confidence: float = 0.95) -> Interval:
+    """The score interval of a share in n independent trials.
+
+    (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n), z the normal quantile of (1 + confidence) / 2
+    (Wilson 1927, Journal of the American Statistical Association 22). At p = 0 from 0 to z^2 / (n + z^2).
+
+    Raises:
+        ValueError: a share outside [0, 1], or no trials.
+    """
+    if n < 1 or not 0.0 <= share <= 1.0:
+        raise ValueError(f"expected a share in [0, 1] of at least one trial, found {share} of {n}")
+    z2 = NormalDist().inv_cdf((1.0 + confidence) / 2.0) ** 2
+    centre = share + z2 / (2 * n)
+    reach = math.sqrt(z2 * (share * (1.0 - share) / n + z2 / (4 * n * n)))
+    low, high = (centre - reach) / (1.0 + z2 / n), (centre + reach) / (1.0 + z2 / n)
+    # At 0 and 1 a bound is the share itself: keep rounding from moving it past.
+    return Interval(share, min(max(low, 0.0), share), max(min(high, 1.0), share))
 
 
 def _check(n: int, k: int) -> None:

@@ -10,6 +10,7 @@ from stages.reward.config import (
     StepsConfig,
 )
 from stages.reward.stage import STATUSES, score
+from stages.reward.votes import count_votes
 
 __all__ = [
     "STATUSES",
@@ -20,5 +21,6 @@ __all__ = [
     "OverlongConfig",
     "RewardConfig",
     "StepsConfig",
+    "count_votes",
     "score",
 ]

@@ -32,7 +32,7 @@ from stages.reward.rules.language import is_coherent
 from stages.reward.rules.length import overlong_score
 from stages.reward.rules.steps import StepLabels, label_steps
 
-__all__ = ["Judged", "Output", "judge"]
+__all__ = ["Judged", "Output", "judge", "verifier_pool"]
 
 _PATTERN_PATIENCE_S = 60.0
 """Seconds that a batch may spend on finding out which of its outputs a pattern hangs on; as for functions."""
@@ -119,7 +119,7 @@ def _score(rows: Sequence[Output], component: ComponentConfig, config: RewardCon
                 [(row.gold, row.text) for row in rows],
                 conventions=component.conventions,
                 verifier=component.verifier,
-                pool=_verifier_pool(config),
+                pool=verifier_pool(config),
                 deadline_s=config.deadline_s,
             )
             return [Judged(grade.score, grade.status, grade.extracted, grade.screened) for grade in grades]
@@ -260,7 +260,7 @@ def _function_pool(source: FunctionSource, component: FunctionConfig, config: Re
 def _pattern_pool(config: RewardConfig) -> KillablePool:
     preload = _preload(config)
     if preload:
-        return _verifier_pool(config)
+        return verifier_pool(config)
 
     def make() -> KillablePool:
         return KillablePool(workers=config.workers, memory_mb=config.memory_mb)
@@ -274,7 +274,9 @@ def _preload(config: RewardConfig) -> tuple[str, ...]:
     return VERIFIER_MODULES if verified else ()
 
 
-def _verifier_pool(config: RewardConfig) -> KillablePool:
+def verifier_pool(config: RewardConfig) -> KillablePool:
+    """The processes in which math-verify compares; none is started before it has something to compare."""
+
     def make() -> KillablePool:
         return KillablePool(workers=config.workers, memory_mb=config.memory_mb, preload=VERIFIER_MODULES)
 

@@ -128,7 +128,7 @@ def test_an_evaluation_is_shown_with_its_interval() -> None:
     display, _, text = plain()
     metrics = {"accuracy": 0.5, "accuracy_ci_low": 0.4, "accuracy_ci_high": 0.6, "pass_at_8": 0.9, "pass_at_1": 0.5}
     display.take("evaluation", {"step": 10, "set": "held_out", "mode": "sampled", "metrics": metrics})
-    assert text.getvalue() == "00:00:00  step  10  held_out: sampled 0.500 [0.400, 0.600] pass@8 0.900\n"
+    assert text.getvalue() == "00:00:00  step  10  held_out: sampled 0.500 [0.400, 0.600] pass@8 0.900 maj@8 -\n"
 
 
 def test_greedy_and_sampled_accuracy_of_a_set_share_a_line() -> None:

@@ -6,13 +6,14 @@ questions. The samples are those of the evaluations, found through the runs' led
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from flows.experiments.figures.claims import bounds_are, change, listed, raises_majority_not_pass, words
 from flows.experiments.figures.figure import Sketch
-from flows.experiments.figures.numbers import Estimate, Study, Trained, estimate
+from flows.experiments.figures.numbers import Estimate, Study, Trained, measured
 from flows.experiments.figures.style import Look, draw_line, grid, legend_below
 from flows.experiments.figures.votes import Tally, differences, tallies
 from flows.learning_curve import COLOURS
@@ -27,6 +28,7 @@ __all__ = ["sketch_candidates"]
 _FEWEST: Final = 3
 """Different K that make a curve."""
 _RESAMPLES: Final = 1000
+_UNDEFINED: Final = "the reward says that samples are wrong and not what they answered"
 _KINDS: Final = {"maj": "Maj@K", "pass": "Pass@K"}
 _COLOUR: Final = {"maj": COLOURS[0], "pass": COLOURS[1]}
 _LINES: Final = {"before": Look("", "o", "--"), "after": Look("", "s", "-")}
@@ -40,13 +42,13 @@ class _Panel:
     set: str
     ks: list[int]
     lines: Mapping[tuple[str, str], Mapping[int, Estimate]]
-    """Kind and time -> K -> estimate."""
+    """Kind and time -> K -> estimate; without Maj@K where it is undefined."""
     changes: Mapping[tuple[str, int], list[Interval]]
     """Kind and K -> interval of the change with each seed; empty where the samples are gone."""
 
 
 def sketch_candidates(study: Study, store: Store) -> Sketch | None:
-    """A column per held-out set, a row per arm; None where Maj@K and Pass@K were estimated at fewer than three K."""
+    """A column per held-out set, a row per arm; None where Pass@K was estimated at fewer than three K."""
     found = [_panel(study, arm, held_out, store) for arm in study.arms for held_out in study.sets]
     panels = [panel for panel in found if len(panel.ks) >= _FEWEST]
     if not panels:
@@ -66,42 +68,37 @@ def sketch_candidates(study: Study, store: Store) -> Sketch | None:
 
 def _panel(study: Study, arm: str, held_out: str, store: Store) -> _Panel:
     runs = study.arms[arm]
-    ks = _ks(runs[0].run.final[held_out])
-    ks = [k for k in ks if all(k in _ks(times[held_out]) for one in runs for times in (one.run.before, one.run.final))]
+    times = {time: [getattr(one.run, time)[held_out] for one in runs] for time in ("before", "final")}
+    every = [metrics for values in times.values() for metrics in values]
+    ks = _ks(every, "pass")
     if len(ks) < _FEWEST:
         return _Panel(arm, held_out, [], {}, {})
+    # Maj@K is undefined where the votes of a question are not known.
+    kinds = [kind for kind in _KINDS if _ks(every, kind) == ks]
+    lines = {
+        (kind, time): {k: measured(values, f"{kind}_at_{k}") for k in ks}
+        for kind in kinds
+        for time, values in zip(_LINES, times.values(), strict=True)
+    }
     pairs = [_tallies(one, held_out, store) for one in runs]
-    complete = [pair for pair in pairs if pair]
-    lines: dict[tuple[str, str], dict[int, Estimate]] = {}
     changes: dict[tuple[str, int], list[Interval]] = {}
-    for kind in _KINDS:
-        for number, time in enumerate(_LINES):
-            measured = [(one.run.before, one.run.final)[number][held_out] for one in runs]
-            lines[kind, time] = {
-                k: estimate(
-                    [metrics[f"{kind}_at_{k}"] for metrics in measured],
-                    [_bounds(pair[number], kind, k) for pair in complete],
-                )
-                for k in ks
-            }
-        if len(complete) == len(runs):
-            changes |= {(kind, k): [_change(pair, kind, k) for pair in complete] for k in ks}
+    for kind, k in ((kind, k) for kind in kinds for k in ks):
+        found = [_change(pair, kind, k) for pair in pairs if pair]
+        changes[kind, k] = [one for one in found if one] if len(found) == len(runs) and all(found) else []
     return _Panel(arm, held_out, ks, lines, changes)
 
 
-def _ks(metrics: Mapping[str, float]) -> list[int]:
-    """The K that both were estimated at."""
-    found = {
-        kind: {int(key.removeprefix(f"{kind}_at_")) for key in metrics if key.startswith(f"{kind}_at_")}
-        for kind in _KINDS
-    }
-    return sorted(found["maj"] & found["pass"])
+def _ks(every: Sequence[Mapping[str, float]], kind: str) -> list[int]:
+    """The K that all of them were estimated at."""
+    name = re.compile(rf"{kind}_at_(\d+)")
+    found = [{int(at[1]) for key in metrics if (at := name.fullmatch(key))} for metrics in every]
+    return sorted(set.intersection(*found))
 
 
 def _tallies(one: Trained, held_out: str, store: Store) -> tuple[dict[str, Tally], dict[str, Tally]] | None:
     """By question, before the first step and after the last."""
     calls = [call for call in (one.ledger.evaluations if one.ledger else ()) if call.set == held_out]
-    sampled = {call.step: call.artifacts.get("score") for call in calls if call.mode == "sampled"}
+    sampled = {call.step: call.artifacts.get("count_votes") for call in calls if call.mode == "sampled"}
     before, after = (
         tallies(store, sampled[step]) if sampled else None
         for step in (min(sampled, default=0), max(sampled, default=0))
@@ -109,13 +106,9 @@ def _tallies(one: Trained, held_out: str, store: Store) -> tuple[dict[str, Tally
     return (before, after) if before and after else None
 
 
-def _bounds(by_question: Mapping[str, Tally], kind: str, k: int) -> tuple[float, float]:
-    interval = bootstrap_interval([tally.at(kind, k) for tally in by_question.values()], resamples=_RESAMPLES, seed=0)
-    return interval.low, interval.high
-
-
-def _change(pair: tuple[Mapping[str, Tally], Mapping[str, Tally]], kind: str, k: int) -> Interval:
-    return bootstrap_interval(differences(*pair, kind, k), resamples=_RESAMPLES, seed=0)
+def _change(pair: tuple[Mapping[str, Tally], Mapping[str, Tally]], kind: str, k: int) -> Interval | None:
+    found = differences(*pair, kind, k)
+    return None if found is None else bootstrap_interval(found, resamples=_RESAMPLES, seed=0)
 
 
 # ------------------------------------------------------------------------------------------------ drawing, saying
@@ -136,10 +129,13 @@ def _draw(axes: Axes, panel: _Panel) -> None:
 def _caption(study: Study, panels: list[_Panel]) -> str:
     every = [point for panel in panels for points in panel.lines.values() for point in points.values()]
     sentences = [f"Lines: mean of {study.seeds}. Bands: {bounds_are(every)}."]
-    if any(panel.changes for panel in panels):
+    if any(intervals for panel in panels for intervals in panel.changes.values()):
         sentences.append("Changes: one for each seed, with the 95 % interval of a paired bootstrap over questions.")
     for panel in panels:
         k = panel.ks[-1]
+        if ("maj", "before") not in panel.lines:
+            sentences.append(f"{words(panel.set).capitalize()}: {panel.arm} has no Maj@K, since {_UNDEFINED}.")
+            continue
         majority, passed = (panel.changes.get((kind, k), []) for kind in _KINDS)
         said = raises_majority_not_pass(panel.arm, k, majority, passed, panel.lines["pass", "before"][k])
         sentences.append(f"{words(panel.set).capitalize()}: {said}")

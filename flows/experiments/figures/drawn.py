@@ -35,7 +35,7 @@ def key_of(study: Study, places: Places) -> str:
             "samples": [
                 [call.step, call.set, call.mode, digest, places.payload(digest).exists()]
                 for call in (one.ledger.evaluations if one.ledger else ())
-                if (digest := call.artifacts.get("score"))
+                if (digest := call.artifacts.get("count_votes"))
             ],
         }
         for runs in study.arms.values()

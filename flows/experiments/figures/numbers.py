@@ -16,7 +16,7 @@ from flows.experiments.results import ExperimentResult, RunResult
 from flows.ledger import Ledger
 from flows.places import Places
 
-__all__ = ["Bounds", "Estimate", "Study", "Trained", "estimate", "read_study"]
+__all__ = ["Bounds", "Estimate", "Study", "Trained", "estimate", "measured", "read_study"]
 
 _SEEDS: Final = 3
 """From so many on, bounds are those of the seeds. Ours: the range of two says next to nothing."""
@@ -108,18 +108,18 @@ class Study:
 
     def at(self, arm: str, held_out: str, step: int) -> Estimate:
         """Accuracy of an arm after a step."""
-        return _measured([one.curve[step] for one in self.arms[arm]], f"eval/{held_out}/{self.measure(held_out)}")
+        return measured([one.curve[step] for one in self.arms[arm]], f"eval/{held_out}/{self.measure(held_out)}")
 
     def final(self, arm: str, held_out: str) -> Estimate:
         """Accuracy of the final policies of an arm."""
-        return _measured([one.run.final[held_out] for one in self.arms[arm]], self.measure(held_out))
+        return measured([one.run.final[held_out] for one in self.arms[arm]], self.measure(held_out))
 
     def before(self, held_out: str) -> Estimate | None:
         """Accuracy before RL, where the arms with the same seed begin with the same figure; else None."""
         key = self.measure(held_out)
         by_seed = {one.run.seed: one.run.before.get(held_out, {}) for one in self._runs}
         same = all(one.run.before.get(held_out, {}).get(key) == by_seed[one.run.seed].get(key) for one in self._runs)
-        return _measured(list(by_seed.values()), key) if same and all(key in one for one in by_seed.values()) else None
+        return measured(list(by_seed.values()), key) if same and all(key in one for one in by_seed.values()) else None
 
     def continued(self, arm: str) -> str | None:
         """The longest other arm whose final policies this arm went through, seed by seed: it continues that arm."""
@@ -149,7 +149,8 @@ def read_study(result: ExperimentResult, places: Places) -> Study:
     return Study(result, {name: runs for name, runs in arms.items() if runs})
 
 
-def _measured(metrics: Sequence[Metrics], key: str) -> Estimate:
+def measured(metrics: Sequence[Metrics], key: str) -> Estimate:
+    """The estimate from what the evaluations of several seeds recorded under `key`, with its bounds where they have some."""
     ends = (f"{key}_ci_low", f"{key}_ci_high")
     known = [one for one in metrics if all(end in one for end in ends)]
     return estimate([one[key] for one in metrics], [(one[ends[0]], one[ends[1]]) for one in known])

@@ -1,12 +1,16 @@
-"""Evaluation: accuracy, Pass@K and Maj@K of small tables counted by hand."""
+"""Evaluation: accuracy, Pass@K and Maj@K of small tables counted by hand, and their intervals."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stages.evaluation import EvaluationConfig, evaluate
+from stages.reward import AccuracyConfig, RewardConfig, count_votes
 from stages.tables import Evaluation, Rewards, Rollouts
 
 pytestmark = pytest.mark.usefixtures("store")
@@ -22,10 +26,12 @@ ROWS = [
     ("b", "ok", "8", 5),
     ("b", "truncated", None, 9),
 ]
+Row = tuple[str, str, str | None, int]
+EXACT = RewardConfig(components=(AccuracyConfig(verifier="exact"),))
 NO_STEPS = {"step_rewards": None, "step_ends": None, "scorer": None}
 
 
-def tables(rows: list[tuple[str, str, str | None, int]]) -> tuple[Rollouts, Rewards]:
+def tables(rows: Sequence[Row], cut: Sequence[int] = ()) -> tuple[Rollouts, Rewards]:
     sampled: list[dict[str, Any]] = []
     scored: list[dict[str, Any]] = []
     for index, (question_id, status, extracted, tokens) in enumerate(rows):
@@ -34,16 +40,22 @@ def tables(rows: list[tuple[str, str, str | None, int]]) -> tuple[Rollouts, Rewa
             key
             | {"prompt_ids": [1], "output_ids": [2] * tokens, "logprobs": [0.0] * tokens, "text": ""}
             | {"text_ends": [0] * tokens}
-            | {"finish_reason": "length" if status == "truncated" else "stop", "temperature": 1.0, "seed": 0}
+            | {
+                "finish_reason": "length" if status == "truncated" or index in cut else "stop",
+                "temperature": 1.0,
+                "seed": 0,
+            }
         )
         reward = {"reward": float(status == "ok"), "status": status, "extracted": extracted}
         scored.append(key | reward | {"components": [("accuracy", float(status == "ok"))]} | NO_STEPS)
     return Rollouts.write(sampled), Rewards.write(list(reversed(scored)))
 
 
-def evaluated(ks: tuple[int, ...] = (1, 2, 4)) -> Evaluation:
-    outputs, rewards = tables(ROWS)
-    return evaluate(outputs, rewards, EvaluationConfig(ks=ks))
+def evaluated(
+    ks: tuple[int, ...] = (1, 2, 4), rows: Sequence[Row] = ROWS, cut: Sequence[int] = (), **settings: Any
+) -> Evaluation:
+    outputs, rewards = tables(rows, cut)
+    return evaluate(outputs, rewards, count_votes(rewards, EXACT), EvaluationConfig(ks=ks, **settings))
 
 
 def test_accuracy_is_the_mean_over_questions_of_the_share_of_right_samples() -> None:
@@ -89,4 +101,134 @@ def test_rewards_of_other_outputs_are_refused() -> None:
     outputs, _ = tables(ROWS)
     _, rewards = tables(ROWS[:-1])
     with pytest.raises(ValueError, match=r"not of the same rows, for example \('b', 7\)"):
-        evaluate(outputs, rewards, EvaluationConfig())
+        evaluate(outputs, rewards, count_votes(rewards, EXACT), EvaluationConfig())
+
+
+def test_votes_of_other_rewards_are_refused() -> None:
+    outputs, rewards = tables(ROWS)
+    _, others = tables([("a", "ok", "1", 1), *ROWS[1:3], ("a", "ok", "1", 1), *ROWS[4:]])
+    with pytest.raises(ValueError, match=r"'a' has \(samples, right\) \(4, 2\) in the rewards and \(4, 3\)"):
+        evaluate(outputs, rewards, count_votes(others, EXACT), EvaluationConfig())
+
+
+@pytest.mark.parametrize(
+    ("answers", "majority"),
+    [
+        (["ok", "ok", "7", "8"], True),
+        (["ok", "ok", "7", "7"], False),  # a tie is not a majority
+        (["ok", "7", None, None], False),
+        (["ok", None, None, None], True),
+        ([None, None, None, None], False),
+        (["ok", "7", "8", "9"], False),
+        (["ok", "7", "7.0", "9"], False),
+    ],
+)
+def test_a_majority_has_more_votes_than_any_other_answer(answers: list[str | None], majority: bool) -> None:
+    rows: list[Row] = [
+        ("a", "ok" if answer == "ok" else "unparseable" if answer is None else "wrong", answer, 1) for answer in answers
+    ]
+    found = {row["question_id"]: row["majority_correct"] for row in evaluated((1,), [*rows, *ROWS[4:]]).rows()}
+    assert found == {"a": majority, "b": False}
+
+
+def test_timeouts_and_errors_are_without_verdict_and_nothing_else_is() -> None:
+    statuses = ["ok", "wrong", "unparseable", "truncated", "timeout", "error", "error", "ok"]
+    rows: list[Row] = [("a", status, "3" if status in ("ok", "wrong") else None, 1) for status in statuses]
+    metrics = evaluated((1,), rows).metrics
+    assert metrics["no_verdict_rate"] == 3 / 8
+    assert (metrics["unparseable_rate"], metrics["truncated_rate"]) == (1 / 8, 1 / 8)
+
+
+def test_a_truncated_output_that_was_scored_as_it_stands_counts_as_truncated() -> None:
+    rows: list[Row] = [("a", "ok", "1", 1), ("a", "wrong", "2", 1), ("a", "unparseable", None, 1), ("a", "ok", "1", 1)]
+    metrics = evaluated((1,), rows, cut=(0, 1)).metrics
+    assert metrics["truncated_rate"] == 2 / 4
+    assert metrics["accuracy"] == 2 / 4
+
+
+# ------------------------------------------------------------------------------------------------ votes that are not known
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [("a", "wrong", None, 1)] * 3 + [("a", "ok", "1", 1)],
+        [("a", "ok", None, 1)] * 4,  # a reward function: right, and nothing was read
+        [("a", "unparseable", None, 1)] * 4,
+        [("a", "wrong", "7", 1), ("a", "wrong", None, 1)],
+        [("a", "ok", "1", 1)] * 2 + [("b", "wrong", None, 1), ("b", "ok", "1", 1)],
+    ],
+    ids=["wrong without an answer", "no answer at all", "no answer in any output", "one of two", "one question of two"],
+)
+def test_where_votes_are_not_known_maj_at_k_is_undefined(rows: list[Row]) -> None:
+    made = evaluated((1, 2), rows)
+    assert not [name for name in made.metrics if name.startswith("maj")]
+    assert {"pass_at_1", "pass_at_2", "accuracy"} <= made.metrics.keys()
+    assert made.rows()[-1]["majority_correct"] is None
+
+
+def test_an_output_without_a_verdict_does_not_hide_the_votes_of_others() -> None:
+    rows: list[Row] = [("a", "ok", "1", 1), ("a", "timeout", None, 1), ("a", "error", None, 1)]
+    assert evaluated((1, 3), rows).metrics["maj_at_3"] == 1.0
+
+
+# ------------------------------------------------------------------------------------------------ intervals
+
+
+def by_hand(shares: Sequence[float], resamples: int, seed: int) -> tuple[float, float]:
+    """The percentile bootstrap, sorted and interpolated without numpy's quantile."""
+    rng = np.random.default_rng(seed)
+    means = sorted(
+        math.fsum(shares[i] for i in rng.integers(0, len(shares), len(shares))) / len(shares) for _ in range(resamples)
+    )
+
+    def quantile(share: float) -> float:
+        place = share * (len(means) - 1)
+        below = math.floor(place)
+        return means[below] + (place - below) * (means[min(below + 1, len(means) - 1)] - means[below])
+
+    return quantile(0.025), quantile(0.975)
+
+
+# Eight questions of four samples: shares 0, 1/4, 2/4, 3/4 and 1 of them right.
+SHARES = [0, 1, 1, 2, 2, 3, 3, 4]
+MANY: list[Row] = [
+    (f"q{number}", "ok" if sample < right else "wrong", "1" if sample < right else "2", 1)
+    for number, right in enumerate(SHARES)
+    for sample in range(4)
+]
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_interval_of_accuracy_is_that_of_questions_drawn_by_the_seed(seed: int) -> None:
+    metrics = evaluated((1,), MANY, seed=seed, bootstrap_resamples=300).metrics
+    low, high = by_hand([right / 4 for right in SHARES], 300, seed)
+    assert (metrics["accuracy_ci_low"], metrics["accuracy_ci_high"]) == pytest.approx((low, high), abs=1e-12)
+
+
+def test_samples_of_one_question_are_not_resampled_apart() -> None:
+    """Two questions, one all right and one all wrong: a resample of questions is 0, 1/2 or 1, whatever the samples."""
+    rows: list[Row] = [("a", "ok", "1", 1)] * 50 + [("b", "wrong", "2", 1)] * 50
+    metrics = evaluated((1,), rows).metrics
+    assert (metrics["accuracy_ci_low"], metrics["accuracy_ci_high"]) == (0.0, 1.0)
+
+
+def test_pass_at_k_and_maj_at_k_have_the_interval_over_questions() -> None:
+    metrics = evaluated((2, 4), MANY, bootstrap_resamples=300).metrics
+    # Of c right among 4: Pass@2 = 1 - C(4 - c, 2) / 6; Maj@4 is 0, 0, 1/2, 1, 1.
+    expected = {"pass_at_2": [0, 3 / 6, 5 / 6, 1, 1], "maj_at_4": [0, 0, 0.5, 1, 1]}
+    for name, by_right in expected.items():
+        shares = [by_right[right] for right in SHARES]
+        found = [metrics[f"{name}{end}"] for end in ("", "_ci_low", "_ci_high")]
+        assert found == pytest.approx([sum(shares) / 8, *by_hand(shares, 300, 0)], abs=1e-12)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_set_that_is_all_right_or_all_wrong_has_wilsons_interval(right: bool) -> None:
+    status, answer = ("ok", "1") if right else ("wrong", "2")
+    rows: list[Row] = [(f"q{number}", status, answer, 1) for number in range(10) for _ in range(2)]
+    metrics = evaluated((2,), rows).metrics
+    edge = 1.959964**2 / (10 + 1.959964**2)  # of ten questions, not of twenty samples
+    expected = (1 - edge, 1.0) if right else (0.0, edge)
+    for name in ("accuracy", "pass_at_2", "maj_at_2"):
+        assert (metrics[f"{name}_ci_low"], metrics[f"{name}_ci_high"]) == pytest.approx(expected, abs=1e-6), name

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 
+import numpy as np
 import pytest
 
-from stages.kernels.voting import bootstrap_interval, maj_at_k, pass_at_k
+from stages.kernels.voting import bootstrap_interval, maj_at_k, pass_at_k, share_interval, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -108,3 +109,72 @@ def test_equal_values_have_an_interval_of_no_width() -> None:
 def test_an_interval_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="non-empty"):
         bootstrap_interval([], resamples=100, seed=0)
+
+
+def test_each_tail_of_the_interval_leaves_out_half_of_what_is_not_confidence() -> None:
+    """Of 10,000 resampled means 50 lie below a 99 % interval and 50 above it, 1,000 beside an 80 % one on each side."""
+    values = [1.0] * 3 + [0.0] * 97
+    rng = np.random.default_rng(7)
+    means = np.sort([np.mean([values[i] for i in rng.integers(0, 100, 100)]) for _ in range(10_000)])
+    for confidence, tail in ((0.99, 50), (0.8, 1000), (0.95, 250)):
+        found = bootstrap_interval(values, resamples=10_000, seed=7, confidence=confidence)
+        assert (found.low, found.high) == pytest.approx((means[tail], means[-tail - 1]), abs=1e-12)
+    # A few right questions of many: the interval is not symmetric, so that exchanged or shared tails are seen.
+    assert found.high - found.estimate > 1.2 * (found.estimate - found.low)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_another_seed_is_another_resampling(seed: int) -> None:
+    values = np.linspace(0, 1, 17) ** 2
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(0, 17, 17)].mean() for _ in range(200)]
+    found = bootstrap_interval(values, resamples=200, seed=seed)
+    assert (found.low, found.high) == pytest.approx((np.percentile(means, 2.5), np.percentile(means, 97.5)))
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [
+        # Newcombe 1998 (Statistics in Medicine 17, Table I), method 3.
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilsons_interval_has_the_published_values(right: int, n: int, low: float, high: float) -> None:
+    found = wilson_interval(right / n, n)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
+    turned = wilson_interval(1 - right / n, n)
+    assert (turned.low, turned.high) == pytest.approx((1 - found.high, 1 - found.low))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_bound_at_the_edge_is_the_edge_itself(share: float) -> None:
+    for n in (1, 3, 7, 1000, 10**6):
+        found = wilson_interval(share, n)
+        assert share in (found.low, found.high)
+        assert 0.0 <= found.low < found.high <= 1.0
+
+
+@pytest.mark.parametrize(("share", "n"), [(-0.1, 5), (1.1, 5), (0.5, 0)])
+def test_what_is_no_share_has_no_interval(share: float, n: int) -> None:
+    with pytest.raises(ValueError, match="share in"):
+        wilson_interval(share, n)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 0.5])
+def test_equal_shares_have_the_interval_of_that_many_trials(share: float) -> None:
+    assert share_interval([share] * 12, resamples=100, seed=0) == wilson_interval(share, 12)
+
+
+def test_shares_that_differ_have_the_bootstrap_interval() -> None:
+    values = [0.0, 0.25, 1.0, 1.0]
+    found = share_interval(values, resamples=100, seed=3, confidence=0.9)
+    assert found == bootstrap_interval(values, resamples=100, seed=3, confidence=0.9)
+
+
+@pytest.mark.parametrize("values", [[0.5, 1.5], [-0.1, 0.5], [2.0, 2.0]])
+def test_values_that_are_no_shares_are_refused(values: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"shares in \[0, 1\]"):
+        share_interval(values, resamples=100, seed=0)

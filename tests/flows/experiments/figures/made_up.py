@@ -14,6 +14,7 @@ from flows.places import Places
 from flows.summary import Summary
 from pipeline.experiment import Experiment
 from pipeline.store import Store, use_store
+from stages.reward import AccuracyConfig, RewardConfig, count_votes
 from stages.tables import Rewards
 
 Metrics = Mapping[str, float]
@@ -31,7 +32,7 @@ class MadeUp:
     policies: Sequence[str] = ()
     """After each step."""
     samples: Mapping[int, str] = field(default_factory=dict)
-    """Step -> digest of the scored samples on the first set."""
+    """Step -> digest of the votes of the samples on the first set."""
 
     def curve(self) -> dict[int, dict[str, float]]:
         points: dict[int, dict[str, float]] = {step: dict(metrics) for step, metrics in self.extra.items()}
@@ -92,7 +93,9 @@ def _run(places: Places, run: MadeUp) -> RunResult:
     first = next(iter(run.sets))
     Ledger(
         steps={step: {"update_policy": digest} for step, digest in enumerate(run.policies, 1)},
-        evaluations=[EvaluationCalls(step, first, "sampled", {"score": made}) for step, made in run.samples.items()],
+        evaluations=[
+            EvaluationCalls(step, first, "sampled", {"count_votes": made}) for step, made in run.samples.items()
+        ],
     ).write(folder)
     return RunResult(
         arm=run.arm, seed=run.seed, name=name, folder=name, status="finished", error="", steps=steps, policy=policy,
@@ -100,7 +103,7 @@ def _run(places: Places, run: MadeUp) -> RunResult:
     )  # fmt: skip
 
 
-def scored(places: Places, answers: Mapping[str, Sequence[str | None]]) -> str:
+def scored(answers: Mapping[str, Sequence[str | None]]) -> Rewards:
     """A table of rewards: question -> the answer of each sample, `ok` for a right one, None for none."""
     rows = [
         {
@@ -117,5 +120,11 @@ def scored(places: Places, answers: Mapping[str, Sequence[str | None]]) -> str:
         for question, given in answers.items()
         for sample, answer in enumerate(given)
     ]
+    return Rewards.write(rows)
+
+
+def voted(places: Places, answers: Mapping[str, Sequence[str | None]]) -> str:
+    """The digest of the votes of such rewards."""
+    config = RewardConfig(components=(AccuracyConfig(verifier="exact"),))
     with use_store(Store(places.store)):
-        return Rewards.write(rows).digest
+        return count_votes(scored(answers), config).digest

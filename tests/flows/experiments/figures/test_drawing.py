@@ -12,11 +12,13 @@ import pytest
 from flows.experiments.figures import draw_figures
 from flows.experiments.figures.drawing import sketches
 from flows.experiments.figures.figure import Sketch
+from flows.experiments.figures.votes import tallies
 from flows.places import Places
 from pipeline.store import Store, StoreError, use_store
 from stages.evaluation import EvaluationConfig, evaluate
-from stages.tables import Rewards, Rollouts
-from tests.flows.experiments.figures.made_up import MadeUp, Metrics, accuracy, curves, experiment, scored
+from stages.reward import AccuracyConfig, RewardConfig, count_votes
+from stages.tables import Rollouts
+from tests.flows.experiments.figures.made_up import MadeUp, Metrics, accuracy, curves, experiment, scored, voted
 
 FIG5 = {"rft": [[0.4, 0.5, 0.55], [0.4, 0.52, 0.56], [0.4, 0.51, 0.57]], "grpo": [[0.4, 0.6, 0.8]] * 3}
 
@@ -165,7 +167,7 @@ def test_maj_and_pass_are_drawn_against_k_and_the_claim_is_made_from_the_samples
     known = [{f"{kind}_at_{k}": 0.5 for kind in ("maj", "pass") for k in (1, 2, 4)} for _ in range(2)]
     known[1] |= {"maj_at_4": 0.9}
     sets = {"in_domain": {0: accuracy(0.5) | known[0], 3: accuracy(0.75) | known[1]}}
-    run = MadeUp("grpo", 0, sets, samples={0: scored(places, before), 3: scored(places, after)})
+    run = MadeUp("grpo", 0, sets, samples={0: voted(places, before), 3: voted(places, after)})
     sketch = drawn(tmp_path, [run])["candidates"]
     assert line(sketch, "Maj@K, after") == ([1, 2, 4], [0.5, 0.5, 0.9])
     assert sketch.canvas.axes[0].get_xscale() == "log"
@@ -176,23 +178,40 @@ def test_maj_and_pass_are_drawn_against_k_and_the_claim_is_made_from_the_samples
 
 
 def test_the_estimates_from_samples_are_those_of_the_evaluation(tmp_path: Path) -> None:
-    from flows.experiments.figures.votes import tallies
-
     store = Store(tmp_path / "store")
-    digest = scored(Places(tmp_path), {"a": ["ok", "3", "3", None], "b": ["ok", "ok", "1", "2"]})
+    config = RewardConfig(components=(AccuracyConfig(verifier="exact"),))
     with use_store(store):
-        keys = Rewards(digest).read().select(["question_id", "sample"]).to_pylist()
+        rewards = scored({"a": ["ok", "3", "3.0", None], "b": ["ok", "ok", "1", "2"]})
         ids = {"prompt_ids": [1], "output_ids": [2], "logprobs": [0.0], "text": "", "text_ends": [0]}
         rest = {"finish_reason": "stop", "temperature": 1.0, "seed": 0}
-        outputs = Rollouts.write([key | ids | rest for key in keys])
-        evaluate(outputs, Rewards(digest), EvaluationConfig(ks=(1, 2, 4)))
-    (metrics,) = [call["metrics"] for call in store.actions() if call["stage"] == "evaluate"]
-    found = tallies(store, digest)
+        outputs = Rollouts.write([key | ids | rest for key in rewards.read(["question_id", "sample"]).to_pylist()])
+        votes = count_votes(rewards, config)
+        metrics = evaluate(outputs, rewards, votes, EvaluationConfig(ks=(1, 2, 4))).metrics
+    found = tallies(store, votes.digest)
     assert found is not None
+    assert found["a"].wrong == (2,)  # 3 and 3.0 are one answer
     for kind in ("maj", "pass"):
         for k in (1, 2, 4):
-            mean = sum(tally.at(kind, k) for tally in found.values()) / len(found)
-            assert mean == pytest.approx(metrics[f"{kind}_at_{k}"])
+            values = [value for tally in found.values() if (value := tally.at(kind, k)) is not None]
+            assert sum(values) / len(found) == pytest.approx(metrics[f"{kind}_at_{k}"])
+
+
+def test_where_votes_are_not_known_pass_at_k_alone_is_drawn(tmp_path: Path) -> None:
+    known = {f"pass_at_{k}": 0.5 for k in (1, 2, 4)}
+    sets = {"in_domain": {0: accuracy(0.5) | known, 3: accuracy(0.5) | known}}
+    sketch = drawn(tmp_path, [MadeUp("grpo", 0, sets)])["candidates"]
+    assert [line.get_label() for line in sketch.canvas.axes[0].get_lines()] == ["Pass@K, before", "Pass@K, after"]
+    assert "In domain: grpo has no Maj@K" in sketch.caption
+
+
+def test_a_band_of_one_seed_is_what_the_evaluation_recorded(tmp_path: Path) -> None:
+    known = {f"{kind}_at_{k}": 0.5 for kind in ("maj", "pass") for k in (1, 2, 4)}
+    ends = {f"maj_at_{k}_ci_{end}": value for k in (1, 2, 4) for end, value in (("low", 0.3), ("high", 0.6))}
+    sets = {"in_domain": {0: accuracy(0.5) | known | ends, 3: accuracy(0.5) | known | ends}}
+    sketch = drawn(tmp_path, [MadeUp("grpo", 0, sets)])["candidates"]
+    band = sketch.canvas.axes[0].collections[0]
+    assert {round(float(y), 6) for _, y in band.get_paths()[0].vertices} == {0.3, 0.6}
+    assert "95 % intervals over questions" in sketch.caption
 
 
 def test_without_the_samples_nothing_is_concluded(tmp_path: Path) -> None:

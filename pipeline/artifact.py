@@ -19,14 +19,25 @@ import pyarrow as pa
 from pipeline.provenance import current_provenance
 from pipeline.store import current_store
 
-__all__ = ["BATCH_ROWS", "Artifact", "ArtifactError", "Folder", "Rows", "Table"]
+__all__ = ["BATCH_ROWS", "BATCH_SIZE", "Artifact", "ArtifactError", "Folder", "Rows", "Table", "take_rows"]
 
 BATCH_ROWS: Final = 65_536
 """Rows of a record batch of a table's file; the last has what is left. A smaller table is one batch. Part of what a digest
 depends on: changing it renames every larger table. Larger ones would bring Arrow's lists to their limit of 2^31 elements."""
 
+BATCH_SIZE = 2**31 - 1
+"""Bytes of text, or elements of lists, that a column has in one record batch: Arrow's offsets of 32 bits reach no further."""
+
 _TABLE_FILE = "table.arrow"
-_NOT_OF_TYPE = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, TypeError, ValueError)
+_NOT_OF_TYPE = (
+    pa.ArrowInvalid,
+    pa.ArrowTypeError,
+    pa.ArrowNotImplementedError,
+    pa.ArrowCapacityError,
+    OverflowError,
+    TypeError,
+    ValueError,
+)
 
 Rows: TypeAlias = pa.Table | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 """An Arrow table, columns, or a list of rows."""
@@ -159,9 +170,9 @@ class Table(Artifact):
                 raise ArtifactError(f"{error} (of the part behind row {before})" if before else str(error)) from None
             before += table.num_rows
             held = pa.concat_tables([held, table])
-            while held.num_rows >= BATCH_ROWS:
-                yield _canonical(held.slice(0, BATCH_ROWS))
-                held, written = held.slice(BATCH_ROWS), written + BATCH_ROWS
+            while (count := _batch_rows(held)) == BATCH_ROWS or count < held.num_rows:
+                yield _canonical(held.slice(0, count))
+                held, written = held.slice(count), written + count
         if held.num_rows or not written:
             yield _canonical(held)
 
@@ -180,6 +191,37 @@ class Table(Artifact):
             raise ArtifactError(f"{cls.__name__}: columns of different lengths: {lengths}")
         # Without nullability here: `conform` finds the null and names its row.
         return pa.table(arrays, names=cls.schema.names)
+
+
+def take_rows(table: pa.Table, rows: Sequence[int]) -> pa.Table:
+    """`table.take(rows)`, also of a column with more text than one array holds, where Arrow fails with an offset overflow."""
+    if table.nbytes <= BATCH_SIZE:
+        return table.take(rows)
+    return pa.concat_tables([table.slice(0, 0), *(table.slice(row, 1) for row in rows)])
+
+
+def _batch_rows(table: pa.Table) -> int:
+    """Rows of the first record batch: `BATCH_ROWS`, or as many as keep every column within `BATCH_SIZE`.
+
+    A function of the rows alone, however they lie in chunks.
+    """
+    import pyarrow.compute as pc
+
+    first = table.slice(0, BATCH_ROWS)
+    if first.nbytes <= BATCH_SIZE:  # no column can have more
+        return int(first.num_rows)
+    counts: list[int] = [first.num_rows]
+    for column in first.columns:
+        if pa.types.is_string(column.type):
+            sizes = pc.binary_length(column)
+        elif pa.types.is_list(column.type):
+            sizes = pc.list_value_length(column)
+        else:
+            continue
+        ends = numpy.cumsum(pc.fill_null(sizes, 0).to_numpy().astype(numpy.int64))
+        counts.append(int(numpy.searchsorted(ends, BATCH_SIZE, side="right")))
+    rows: int = max(1, min(counts))
+    return rows
 
 
 def _canonical(table: pa.Table) -> pa.Table:

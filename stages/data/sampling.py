@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.artifact import take_rows
 from pipeline.stage import stage
 from stages.epochs import sample_positions
 from stages.tables import Questions
@@ -19,4 +20,4 @@ def sample_batch(questions: Questions, *, size: int, step: int, seed: int) -> Qu
         DataError: the set has fewer than `size` questions.
     """
     table = questions.read()
-    return Questions.write(table.take(sample_positions(table.num_rows, size=size, step=step, seed=seed)))
+    return Questions.write(take_rows(table, sample_positions(table.num_rows, size=size, step=step, seed=seed)))

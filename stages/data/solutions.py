@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
+from pipeline.artifact import take_rows
 from pipeline.config import Config
 from pipeline.stage import record_metrics, stage
-from stages.data.files import QuestionFileConfig, Row, required_text, rows_of, text_of
+from stages.data.cells import Row, cell, has_cell, required_text, text_of
+from stages.data.files import QuestionFileConfig, rows_of
 from stages.data.sources import extract_answer, without_calculator_marks
 from stages.identity import DataError, identify, is_held_out
 from stages.tables import Demonstrations, Questions, Solutions
@@ -43,6 +46,11 @@ class SolutionFileConfig(Config):
             raise ValueError(
                 "`author` is a column of a flat file, `authors` are the columns of a nested one; set one of them"
             )
+        if self.source.duplicates != "refuse":
+            raise ValueError(
+                f"source.duplicates: equal questions are one here, whose solutions are its samples; found "
+                f"{self.source.duplicates}: leave it at refuse"
+            )
         if len(set(self.authors)) < len(self.authors):
             raise ValueError(f"authors: expected each column once, found {list(self.authors)}")
         return self
@@ -56,7 +64,7 @@ class _Found(NamedTuple):
     label: bool | None
 
 
-@stage(version="1")
+@stage(version="2")
 def read_solutions(config: SolutionFileConfig) -> Solutions:
     """The solutions of a file, in its order; those of one question are its samples 0, 1, ...
 
@@ -68,7 +76,7 @@ def read_solutions(config: SolutionFileConfig) -> Solutions:
     """
     source, answers, counts = config.source, dict[str, tuple[str, str]](), dict[str, int]()
     table: list[dict[str, Any]] = []
-    for row in list(rows_of(source))[: source.limit]:
+    for row in itertools.islice(rows_of(source), source.limit):
         question = " ".join(required_text(row, name) for name in _question_columns(source))
         question_id, answer = identify(question), _answer(row, source)
         known, where = answers.setdefault(question_id, (answer, row.where))
@@ -100,7 +108,7 @@ def take_solutions(solutions: Solutions, *, start: float, stop: float) -> Soluti
     chosen = [place for place, text in enumerate(_column(table, "question")) if sides[text]]
     if not chosen:
         raise DataError(f"none of {len(sides)} questions lies between {start} and {stop}; choose a larger share")
-    return Solutions.write(table.take(chosen))
+    return Solutions.write(take_rows(table, chosen))
 
 
 @stage(version="1")
@@ -150,7 +158,7 @@ def _found(row: Row, config: SolutionFileConfig) -> Iterator[_Found]:
         return
     _require_columns(row, config.authors)
     for author in config.authors:
-        value = row.values[author]
+        value = cell(row, author)
         nested = value if isinstance(value, Mapping) else {config.solution: value}
         part = Row(f"{row.where}, {author}", dict(nested))
         text = text_of(part, config.solution)
@@ -159,7 +167,7 @@ def _found(row: Row, config: SolutionFileConfig) -> Iterator[_Found]:
 
 
 def _require_columns(row: Row, names: Sequence[str | None]) -> None:
-    absent = [name for name in names if name is not None and name not in row.values]
+    absent = [name for name in names if name is not None and not has_cell(row, name)]
     if absent:
         raise DataError(f"{row.where}: no column {absent[0]!r}; found columns {sorted(row.values)}")
 
@@ -167,7 +175,7 @@ def _require_columns(row: Row, names: Sequence[str | None]) -> None:
 def _label(row: Row, name: str | None) -> bool | None:
     if name is None:
         return None
-    value = row.values.get(name)
+    value = cell(row, name)
     if value not in (True, False):  # 1 and 0, 1.0 and 0.0 are equal to them
         raise DataError(f"{row.where}: label {name!r}: expected true or false (or 1 or 0), found {value!r}")
     return bool(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from pipeline.artifact import take_rows
 from pipeline.stage import record_metrics, stage
 from stages.epochs import sample_positions
 from stages.models import Checkpoint, load_tokenizer
@@ -36,7 +37,7 @@ def demonstrated_outputs(
     from stages.decoding import decode_outputs
 
     table = demonstrations.read()
-    drawn = table.take(sample_positions(table.num_rows, size=size, step=step, seed=seed))
+    drawn = take_rows(table, sample_positions(table.num_rows, size=size, step=step, seed=seed))
     tokenizer = load_tokenizer(policy)
     rows = encode_demonstrations(policy, tokenizer, drawn, prompt)
     outputs = [completion for _, completion in rows]

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.artifact import BATCH_ROWS, Artifact, ArtifactError, Folder, Table
+from pipeline import artifact
+from pipeline.artifact import BATCH_ROWS, Artifact, ArtifactError, Folder, Table, take_rows
 from pipeline.sealing import DamagedArtifactError, StoreError
 from pipeline.store import Store
 
@@ -289,3 +290,26 @@ def test_columns_are_read_alone_and_in_the_order_asked_for(store: Store) -> None
     numbers = Numbers.write(ROWS)
     assert numbers.read(["x"]).to_pydict() == {"x": [1, None, -3]}
     assert numbers.read(["x", "id"]).column_names == ["x", "id"]
+
+
+@pytest.mark.parametrize("parts", [1, 3, 10])
+def test_batches_end_where_a_column_has_as_much_text_as_one_holds(
+    store: Store, monkeypatch: pytest.MonkeyPatch, parts: int
+) -> None:
+    monkeypatch.setattr(artifact, "BATCH_SIZE", 10)
+    rows = [{"id": "x" * size, "x": None} for size in (4, 6, 1, 9, 10, 3, 3, 3, 3, 11)]
+    step = -(-len(rows) // parts)
+    written = Numbers.write(iter([rows[start : start + step] for start in range(0, len(rows), step)]))
+    sizes = [batch.num_rows for batch in written.read().to_batches()]
+    assert sizes == [2, 2, 1, 3, 1, 1]
+    assert written.rows() == rows
+    assert Numbers.write(rows) == written
+
+
+def test_rows_are_taken_from_columns_with_more_text_than_one_array_holds() -> None:
+    part = pa.array(["x" * 2**26], pa.string())  # 64 MiB, 33 times the same buffer
+    table = pa.table({"text": pa.chunked_array([part] * 32 + [pa.array(["end" + "x" * 2**26])])})
+    with pytest.raises(pa.ArrowInvalid, match="offset overflow"):
+        table.take([32, 0])
+    assert [text[:3] for text in take_rows(table, [32, 0]).column("text").to_pylist()] == ["end", "xxx"]
+    assert take_rows(table, []).num_rows == 0

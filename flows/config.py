@@ -127,7 +127,8 @@ class RewardModelPlan(Config):
     scoring: ScoringConfig = ScoringConfig()
     "How scores become rewards."
     retrain: bool = True
-    "Algorithm 1, line 11: train on after each iteration; false = the models stay as they were before the first."
+    """Algorithm 1, line 11: train on after each iteration; false = the models stay as they were before the first, and are
+    written without the moments of their optimizer, which no training reads."""
     replay: ReplayConfig = ReplayConfig()
     "How much history joins the fresh labels (4.1.4: 10 %)."
     gauges: GaugeConfig = GaugeConfig()
@@ -137,6 +138,11 @@ class RewardModelPlan(Config):
     held_out_questions: NonNegativeInt = 128
     """Questions of the first held-out set whose outputs show, after every iteration, how the models have aged and what
     retraining mended (`rm/held_out_auc/...`); 0 = not measured. Ours."""
+
+    @property
+    def fitting(self) -> RewardTrainingConfig:
+        """`training`, whose moments are not kept where no later training reads them."""
+        return self.training if self.retrain else self.training.override({"training.optimizer_state": "none"})
 
     @model_validator(mode="after")
     def _one_of_each_kind(self) -> Self:

@@ -86,7 +86,7 @@ def train_on(
     models = [
         model
         if iteration > 0 and _stays(kind, labels, plan.training, iteration)
-        else train_reward_model(model, labels, plan.training, seed=seed)
+        else train_reward_model(model, labels, plan.fitting, seed=seed)
         for kind, model in zip(plan.models, reward.models, strict=True)
     ]
     return RewardModels(models, [*reward.history, fresh])

@@ -181,7 +181,7 @@ def load_optimizer_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def load_trainer_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Counters of the trainer (`updates`, `skipped`, `optimizer`); empty where the checkpoint has none."""
+    """Counters of the trainer, and the kind of its optimizer where moments are kept; empty where the checkpoint has none."""
     file = checkpoint.path / TRAINER
     state: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     return state

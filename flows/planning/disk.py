@@ -17,10 +17,13 @@ _TEXT: Final = 4
 
 
 def checkpoint_bytes(shape: ModelShape, config: TrainingConfig, *, head: bool = True) -> float:
-    """float32 weights with the optimizer's state; with an adapter the merged weights and the adapter's."""
+    """float32 weights, with the optimizer's moments where they are kept; of an adapter its own beside the merged weights."""
     parameters = shape.parameters if head else shape.trunk
+    kept = config.optimizer_state != "none"
     if config.adapter is not None:
-        return FLOAT * (parameters + 3.0 * shape.adapter(config.adapter.r))
+        return FLOAT * (parameters + (1.0 + 2.0 * kept) * shape.adapter(config.adapter.r))
+    if not kept:
+        return FLOAT * parameters
     if isinstance(config.optimizer, AdamWConfig):
         return FLOAT * 3.0 * parameters
     return FLOAT * (3.0 * parameters - shape.matrices)

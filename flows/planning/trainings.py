@@ -86,7 +86,7 @@ def reference_pass(given: Given) -> StagePlan:
 
 def reward_models(given: Given, plan: RewardModelPlan) -> Iterator[StagePlan]:
     """Training of the reward models on labelled outputs, then scoring by them in every step."""
-    kinds, scoring, learning = len(plan.models), plan.scoring, plan.training
+    kinds, scoring, learning = len(plan.models), plan.scoring, plan.fitting
     group = given.config.rollout.G
     replayed = plan.replay.share / (1 - plan.replay.share) if plan.retrain and given.config.iterations > 1 else 0.0
     updates = kinds * learning.epochs * (1 + replayed) * plan.questions / learning.questions_per_update

@@ -76,8 +76,8 @@ class RewardTrainingConfig(Config):
     """Padded tokens per forward and backward; bounds memory and changes no result but in its last bits. A unit that is
     learned from as a whole (with `pairs: all` the outputs of a question) may exceed it."""
     training: TrainingConfig = TrainingConfig(optimizer=AdamWConfig(learning_rate=2e-5))
-    """Engine, optimizer, precision; DeepSeekMath, 4.2: 2e-5. `carry_optimizer` says whether the next training of the same
-    model continues with the state of this one or begins anew."""
+    """Engine, optimizer, precision; DeepSeekMath, 4.2: 2e-5. `optimizer_state` says whether the next training of the same
+    model continues with the moments of this one or begins anew."""
 
     @model_validator(mode="after")
     def _trained_in_full(self) -> Self:

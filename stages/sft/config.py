@@ -42,7 +42,8 @@ class SFTConfig(Config):
     """Supervised fine-tuning: mean negative log-likelihood of completion tokens, EOS included (DeepSeekMath, Eq. 6)."""
 
     training: TrainingConfig = TrainingConfig(optimizer=MuonConfig(), precision="fp32", warmup_steps=40)
-    """Engine, optimizer, precision and warm-up."""
+    """Engine, optimizer, precision and warm-up. One stage call is the whole training: it begins without moments and publishes
+    none, which another objective follows, whatever `optimizer_state` says."""
     seed: NonNegativeInt = 0
     """Draws the order of the demonstrations; apart from the run's seed, so that runs with other seeds share this policy."""
     aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"

@@ -48,8 +48,8 @@ def supervised_finetuning(
     if len(rows) < config.batch_size:
         raise ValueError(f"{len(rows)} demonstrations are fewer than a batch of {config.batch_size}")
     with threads(config.training.threads):
-        engine = resident_engine(policy, config.training.override({"carry_optimizer": False}))
-        started = time.perf_counter()
+        engine = resident_engine(policy, config.training.override({"optimizer_state": "none"}))
+        started, skipped = time.perf_counter(), engine.skipped
         curve = _descend(engine, rows, config)
         seconds = time.perf_counter() - started
         described = {"ended_by": curve.ended_by, "loss": [round(loss, 6) for loss in curve.losses]}
@@ -59,7 +59,7 @@ def supervised_finetuning(
             "sft/loss": curve.smoothed,
             "sft/steps": len(curve.losses),
             "sft/reached_stop_loss": curve.ended_by == "stop_loss",
-            "sft/skipped_steps": engine.skipped,
+            "sft/skipped_steps": engine.skipped - skipped,
             "sft/padding_share": 1 - curve.tokens / curve.places,
             "sft/trained_parameters": trained_values(engine.model),
             "sft/seconds": seconds,

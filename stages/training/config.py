@@ -108,6 +108,18 @@ class AdamWConfig(Config):
     """Added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
+    decayed: Literal["matrices", "all"] = "matrices"
+    """What the weight decay pulls towards 0. `matrices`: tensors of two and more dimensions, embeddings and LoRA's factors
+    among them; norms and biases are spared, as in nanoGPT and Hugging Face's Trainer, since a norm's scale is neutral at 1 and
+    not at 0. `all`: every parameter, as torch does."""
+
+    @model_validator(mode="after")
+    def _decays(self) -> Self:
+        if self.decayed == "all" and self.weight_decay == 0:
+            raise ValueError(
+                "decayed: without weight_decay nothing decays; set weight_decay above 0, or decayed=matrices"
+            )
+        return self
 
 
 class MuonConfig(Config):
@@ -169,8 +181,17 @@ class TrainingConfig(Config):
     """After warm-up: constant (the paper gives one rate), or linear to 0 at `total_steps`."""
     total_steps: PositiveInt | None = None
     """Updates of the whole run, for the linear schedule."""
-    carry_optimizer: bool = True
-    """Continue with the optimizer state stored in the checkpoint; False starts each stage call with none."""
+    optimizer_state: Literal["carry", "reset_once", "none"] = "carry"
+    """What becomes of the optimizer's moments from one stage call to the next. The counters of updates, and so warm-up and
+    schedule, go on in each case. The paper is silent.
+
+    `carry`: they go on; those of another optimizer, or of other trained parameters, are an error. `reset_once`: a checkpoint
+    whose moments were made under another setting than `reset_once`, by another optimizer or for other trained parameters
+    begins with none, and from that call on they are carried: for going on from a checkpoint whose moments do not fit, or
+    shall not count. `none`: every stage call begins with none, and checkpoints hold none."""
+    max_skipped_steps: Annotated[PositiveInt | None, UNKEYED] = 3
+    """Steps in a row that may be skipped because their gradient was not finite, over all stage calls, before training stops
+    with the cause; null: any number. Parameters stay as they are while steps are skipped: more of them seldom help. Ours."""
     max_logits: PositiveInt | None = 1 << 25
     """Logits (scored positions times vocabulary) that exist at a time, 128 MiB in float32. A micro-batch that has more computes
     them in chunks, and again in backward: the same values and gradients but for the last bits, for one more product of the

@@ -28,7 +28,7 @@ from stages.models import Checkpoint, model_weights
 from stages.training.activations import checkpoint_activations
 from stages.training.adapters import load_trainable
 from stages.training.config import DeepSpeedEngineConfig, TrainingConfig
-from stages.training.engine import StepReport, autocast
+from stages.training.engine import StepReport, autocast, check_skipped
 from stages.training.hardware import training_device
 from stages.training.head import logit_transform
 from stages.training.optimizers import (
@@ -40,7 +40,7 @@ from stages.training.optimizers import (
 )
 from stages.training.process_group import import_deepspeed, join_group, launched
 from stages.training.schedule import learning_rate_factor
-from stages.training.torch_engine import clip_gradients
+from stages.training.torch_engine import clip_gradients, name_of_broken_gradient
 from stages.training.trainer_state import TrainerState, read_trainer_state, write_checkpoint
 
 __all__ = ["DeepSpeedEngine"]
@@ -66,6 +66,7 @@ class DeepSpeedEngine:
             )
         self.holds: str | None = None
         self.model: Any = None
+        self._in_a_row, self._broken = 0, ""
         self.load(checkpoint)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -75,6 +76,7 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of a loss; summed over the ranks by the last micro-batch."""
         self._change()
+        self._losses.append(loss.detach())
         self.model.set_gradient_accumulation_boundary(last)
         # The loss has the global denominator already: DeepSpeed must not divide by its own count of micro-batches.
         self.model.backward(loss * self.world_size, scale_wrt_gas=False)
@@ -85,7 +87,11 @@ class DeepSpeedEngine:
         rate = set_learning_rate(self.model.optimizer, factor * learning_rate_factor(self._updates, self._config))
         norm, skipped = self._step_alone() if self._stage == 0 else self._step_zero()
         self._updates += not skipped
+        self._moment_updates += not skipped
         self.skipped += skipped
+        self._in_a_row = self._in_a_row + 1 if skipped else 0
+        check_skipped(self, self._in_a_row, self._config.max_skipped_steps, self._losses, self._broken)
+        self._losses.clear()
         return StepReport(grad_norm=norm, learning_rate=rate, skipped=skipped)
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -100,14 +106,17 @@ class DeepSpeedEngine:
         self._names = {id(tensor): name for name, tensor in model.named_parameters()}
         self._description = read_description(checkpoint.path)
         self.model = self._initialize(model)
-        self._updates, self.skipped = state.updates, state.skipped
+        self._updates, self.skipped, self._in_a_row = state.updates, state.skipped, state.skipped_in_a_row
+        self._losses: list[Tensor] = []
+        self._broken = ""
         self._restore(state)
         self._measure_head()
         self._previous, self.holds = checkpoint, checkpoint.digest
 
     def save(self, folder: Path, *, optimizer: bool = True) -> None:
         """Write a complete checkpoint, gathered from all partitions; on a rank other than 0 only take part in that."""
-        state = TrainerState(self._updates, self.skipped, self._optimizer_state()) if optimizer else None
+        moments = self._optimizer_state() if optimizer and self._config.optimizer_state != "none" else {}
+        state = TrainerState(self._updates, self.skipped, moments, self._in_a_row) if optimizer else None
         weights = self._weights()
         if self.rank == 0:
             write_checkpoint(
@@ -146,6 +155,7 @@ class DeepSpeedEngine:
         if math.isfinite(norm):
             self.model.step()
             return norm, False
+        self._broken = name_of_broken_gradient(self.model.module)
         self.model.zero_grad()
         return norm, True
 
@@ -206,6 +216,9 @@ class DeepSpeedEngine:
 
     def _restore(self, state: TrainerState) -> None:
         """Bring the optimizer's state into being, then make it that of the checkpoint."""
+        # Moments that began anew have fewer updates behind them than the schedule, and Adam corrects their bias by these.
+        steps = [int(value) for key, value in state.optimizer.items() if key.endswith("/step")]
+        self._moment_updates = max(steps, default=0)
         if self._stage == 0:
             restore_optimizer_state(self.model.module, self.model.optimizer, state.optimizer)
             return
@@ -218,7 +231,7 @@ class DeepSpeedEngine:
                 self._set_moment(parameter, slot, value.to(self.device))
         # AdamW counts its updates per parameter, ZeRO per flat partition; skipped steps leave all alike.
         for slots in self.model.optimizer.optimizer.state.values():
-            slots["step"].fill_(state.updates)
+            slots["step"].fill_(self._moment_updates)
 
     def _set_moment(self, parameter: Any, slot: str, value: Tensor) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
@@ -239,6 +252,10 @@ class DeepSpeedEngine:
         self.model.backward(loss, scale_wrt_gas=False)
         set_learning_rate(self.model.optimizer, 0.0)
         self.model.step()
+        if self._stage < 3:
+            # DeepSpeed 0.19.8 links moments to parameters once, after the first of its groups has stepped.
+            self.model.optimizer._hp_optimizer_states_linked = False
+            self.model.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _optimizer_state(self) -> dict[str, Tensor]:
         if self._stage == 0:
@@ -246,11 +263,11 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         state: dict[str, Tensor] = {}
-        if self._updates == 0:
+        if self._moment_updates == 0:
             return state  # as an optimizer that never stepped: the traces of the empty step are not state
         for parameter in trainable(self.model.module).values():
             name = self._names[id(parameter)]
-            state[f"{name}/step"] = torch.tensor(float(self._updates))
+            state[f"{name}/step"] = torch.tensor(float(self._moment_updates))
             for slot in ("exp_avg", "exp_avg_sq"):
                 whole = safe_get_full_optimizer_state(parameter, slot)
                 if self.rank == 0:  # which writes; a device holds one parameter's at a time

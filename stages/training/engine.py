@@ -7,7 +7,7 @@ now, and everything it knows can be loaded again from there, bit for bit.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, assert_never
@@ -19,7 +19,11 @@ from pipeline.residency import resident
 from stages.models import Checkpoint, architecture_of
 from stages.training.config import DeepSpeedEngineConfig, TorchEngineConfig, TrainingConfig
 
-__all__ = ["Engine", "StepReport", "largest", "publish", "resident_engine"]
+__all__ = ["Engine", "GradientError", "StepReport", "check_skipped", "largest", "publish", "resident_engine"]
+
+
+class GradientError(ValueError):
+    """Too many steps in a row had a gradient that is not finite; names what is not finite and what to do."""
 
 
 class StepReport(NamedTuple):
@@ -71,7 +75,11 @@ class Engine(Protocol):
         ...
 
     def step(self, *, factor: float = 1.0) -> StepReport:
-        """Clip, schedule, update, and forget the gradient; `factor` multiplies the scheduled learning rate."""
+        """Clip, schedule, update, and forget the gradient; `factor` multiplies the scheduled learning rate.
+
+        Raises:
+            GradientError: as `check_skipped`, on all ranks alike.
+        """
         ...
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -92,9 +100,9 @@ class Engine(Protocol):
 
 def resident_engine(checkpoint: Checkpoint, config: TrainingConfig, slot: str = "trainer") -> Engine:
     """The engine kept warm in `slot`, holding exactly `checkpoint`; it loads only when it holds something else."""
-    key = (json.dumps(config.key(), sort_keys=True), architecture_of(checkpoint))
+    key = (json.dumps(config.key(), sort_keys=True), config.max_skipped_steps, architecture_of(checkpoint))
     engine = resident(slot, key, lambda: _make_engine(checkpoint, config))
-    if engine.holds != checkpoint.digest or not config.carry_optimizer:
+    if engine.holds != checkpoint.digest or config.optimizer_state == "none":
         engine.load(checkpoint)
     return engine
 
@@ -122,6 +130,38 @@ def publish(engine: Engine, *, optimizer: bool = True, files: Mapping[str, str] 
     # Without its optimizer state the checkpoint is less than the engine: the next stage call must start from the artifact.
     engine.holds = checkpoint.digest if optimizer else None
     return checkpoint
+
+
+def check_skipped(engine: Engine, in_a_row: int, limit: int | None, losses: Sequence[Tensor], gradient: str) -> None:
+    """Stop where more steps in a row were skipped than `limit`; all ranks call it together, with equal counts.
+
+    Args:
+        losses: of this rank's micro-batches since the last step.
+        gradient: the first parameter whose gradient is not finite; empty where that is not known.
+
+    Raises:
+        GradientError: with the first cause in the order weights, loss, gradient.
+    """
+    if limit is None or in_a_row <= limit:
+        return
+    broken = next((name for name, weight in engine.model.named_parameters() if not weight.isfinite().all()), "")
+    # Ranks have different micro-batches, and under ZeRO 3 different parts of the weights.
+    weights = engine.total(float(bool(broken)))
+    lost = engine.total(float(sum(not loss.isfinite().all() for loss in losses)))
+    if weights:
+        cause = f"weights are not finite{f' ({broken})' if broken else ''}; go on from an earlier checkpoint"
+    elif lost:
+        cause = (
+            f"the loss of {lost:g} micro-batches is not finite; look at what it is made of (policy/kl, policy/ratio_max, "
+            "rewards, returns), lower the learning rate, or refresh the reference more often"
+        )
+    else:
+        where = f" of {gradient}" if gradient else ""
+        cause = f"the loss is finite and the gradient{where} is not; lower the learning rate, or set precision=fp32"
+    raise GradientError(
+        f"{in_a_row} steps in a row were skipped, since their gradient was not finite (training.max_skipped_steps={limit}): "
+        f"{cause}. Skipped steps leave the parameters as they are"
+    )
 
 
 def largest(engine: Engine, value: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, assert_never
 
 import torch
@@ -27,7 +27,7 @@ def build_optimizer(model: nn.Module, config: AdamWConfig | MuonConfig) -> torch
     """The configured optimizer over the parameters of `model` that are trained."""
     match config:
         case AdamWConfig():
-            return _adamw([{"params": list(trainable(model).values())}], config)
+            return _adamw(_decay_groups(trainable(model).values(), config), config)
         case MuonConfig():
             return _MuonWithAdamW(model, config)
         case _ as unknown:
@@ -81,6 +81,16 @@ def restore_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, 
             raise ValueError(f"optimizer state {key!r} belongs to no parameter of the model")
         # Fused AdamW keeps its step count beside the parameter.
         optimizer.state[parameters[name]][slot] = tensor.to(parameters[name].device, copy=True)
+
+
+def _decay_groups(parameters: Iterable[Tensor], config: AdamWConfig) -> list[dict[str, Any]]:
+    """Parameter groups: one, or where norms and biases are spared the decay these in a second."""
+    given = list(parameters)
+    if config.weight_decay == 0 or config.decayed == "all":
+        return [{"params": given}]
+    matrices, vectors = ([tensor for tensor in given if (tensor.ndim >= 2) is is_matrix] for is_matrix in (True, False))
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def _adamw(groups: list[dict[str, Any]], config: AdamWConfig) -> torch.optim.AdamW:
@@ -138,13 +148,13 @@ class _MuonWithAdamW(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, config: MuonConfig) -> None:
         names = matrix_names(model)
-        groups: list[dict[str, Any]] = [
-            {"params": [tensor for name, tensor in model.named_parameters() if (name in names) is is_matrix]}
+        matrices, rest = (
+            [tensor for name, tensor in model.named_parameters() if (name in names) is is_matrix]
             for is_matrix in (True, False)
-        ]
-        if not groups[0]["params"]:
+        )
+        if not matrices:
             raise ValueError("optimizer muon: the model has no matrices in hidden layers")
-        super().__init__(groups, {})
+        super().__init__([{"params": matrices}, *_decay_groups(rest, config.rest)], {})
         self._matrices = _Muon(
             self.param_groups[:1],
             lr=config.learning_rate,

@@ -16,7 +16,7 @@ from stages.models import Checkpoint, model_weights
 from stages.training.activations import checkpoint_activations
 from stages.training.adapters import load_trainable, reload_trainable
 from stages.training.config import TrainingConfig
-from stages.training.engine import StepReport, autocast
+from stages.training.engine import StepReport, autocast, check_skipped
 from stages.training.hardware import training_device
 from stages.training.optimizers import build_optimizer, optimizer_state, restore_optimizer_state, set_learning_rate
 from stages.training.schedule import learning_rate_factor
@@ -57,6 +57,7 @@ class TorchEngine:
         """Accumulate the gradient of a loss."""
         check()
         self._change()
+        self._losses.append(loss.detach())
         torch.autograd.backward(loss)
 
     def step(self, *, factor: float = 1.0) -> StepReport:
@@ -68,8 +69,13 @@ class TorchEngine:
         if finite:
             self._optimizer.step()
             self._updates += 1
+            self._in_a_row = 0
         else:
             self.skipped += 1
+            self._in_a_row += 1
+            gradient = name_of_broken_gradient(self.model)
+            check_skipped(self, self._in_a_row, self._config.max_skipped_steps, self._losses, gradient)
+        self._losses.clear()
         self._optimizer.zero_grad(set_to_none=True)
         return StepReport(grad_norm=norm, learning_rate=rate, skipped=not finite)
 
@@ -81,7 +87,8 @@ class TorchEngine:
 
     def save(self, folder: Path, *, optimizer: bool = True) -> None:
         """Write a complete checkpoint."""
-        state = TrainerState(self._updates, self.skipped, optimizer_state(self.model, self._optimizer))
+        moments = optimizer_state(self.model, self._optimizer)
+        state = TrainerState(self._updates, self.skipped, moments, self._in_a_row)
         write_checkpoint(
             folder,
             description=self._description,
@@ -106,7 +113,8 @@ class TorchEngine:
         self._optimizer.zero_grad(set_to_none=True)
         state = read_trainer_state(checkpoint, self._config, self._adapter)
         restore_optimizer_state(self.model, self._optimizer, state.optimizer)
-        self._updates, self.skipped = state.updates, state.skipped
+        self._updates, self.skipped, self._in_a_row = state.updates, state.skipped, state.skipped_in_a_row
+        self._losses: list[Tensor] = []
         self._previous, self.holds = checkpoint, checkpoint.digest
 
 
@@ -117,6 +125,12 @@ def _refuse_ranks() -> None:
             f"training.engine torch: expected one process, found rank {distributed.get_rank()} of "
             f"{distributed.get_world_size()}; plain torch trains on one device, set training.engine.kind to deepspeed"
         )
+
+
+def name_of_broken_gradient(model: torch.nn.Module) -> str:
+    """The first parameter whose gradient is not finite; empty where there is none."""
+    named = ((name, parameter.grad) for name, parameter in model.named_parameters())
+    return next((name for name, gradient in named if gradient is not None and not gradient.isfinite().all()), "")
 
 
 def clip_gradients(model: torch.nn.Module, limit: float) -> float:

@@ -269,7 +269,7 @@ def test_the_folder_of_an_adapter_is_what_its_card_says_and_peft_loads_it(
 
     how = TrainingConfig(optimizer=AdamWConfig(learning_rate=1e-2), precision="fp32", adapter=LoRAConfig(r=2))
     base = trained()
-    engine = resident_engine(base, how.override({"carry_optimizer": False}))
+    engine = resident_engine(base, how.override({"optimizer_state": "none"}))
     update(engine, [Row([3, 4], [5, 6, 7])])
     adapted = publish(engine)
     recorded(places, arithmetic_smoke().override({"name": "lora", "iterations": 1, "steps": 1}), {1: adapted})

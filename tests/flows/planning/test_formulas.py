@@ -160,5 +160,12 @@ def test_decoding_reads_the_weights_at_every_token_of_the_longest_output() -> No
 
 def test_a_checkpoint_holds_weights_and_two_moments_in_float32() -> None:
     assert checkpoint_bytes(SEVEN_B, config()) == 12 * SEVEN_B.parameters
+    none = {"optimizer_state": "none"}
+    assert checkpoint_bytes(SEVEN_B, config(**none)) == 4 * SEVEN_B.parameters
+    adapted = (
+        checkpoint_bytes(SEVEN_B, config(adapter={"r": 8})),
+        checkpoint_bytes(SEVEN_B, config(adapter={"r": 8}, **none)),
+    )
+    assert adapted[0] - adapted[1] == 8 * SEVEN_B.adapter(8)
     muon = checkpoint_bytes(SEVEN_B, config(optimizer={"kind": "muon"}))
     assert muon == 12 * SEVEN_B.parameters - 4 * SEVEN_B.matrices  # one momentum for each matrix

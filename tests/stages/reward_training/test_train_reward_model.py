@@ -239,13 +239,17 @@ def test_a_warm_engine_and_a_cold_one_give_the_same_bits(store: Store) -> None:
     assert two_rounds(cold=True) == two_rounds(cold=False)
 
 
-@pytest.mark.parametrize("carry", [True, False])
-def test_the_optimizer_is_kept_or_begun_anew(store: Store, carry: bool) -> None:
+@pytest.mark.parametrize("state", ["carry", "none"])
+def test_the_moments_are_kept_or_begun_anew_and_the_updates_count_on(store: Store, state: str) -> None:
     base = tiny_checkpoint()
-    config = exact().override({"training.carry_optimizer": carry})
+    config = exact().override({"training.optimizer_state": state})
     once = train_reward_model(tiny_reward_model("outcome", base), labels(base), config, seed=0)
     twice = train_reward_model(once, labels(base), config, seed=1)
-    assert load_trainer_state(twice)["updates"] == (2 if carry else 1)
+    assert load_trainer_state(twice)["updates"] == 2
+    assert {float(v) for k, v in load_optimizer_state(twice).items() if k.endswith("/step")} == (
+        {2.0} if state == "carry" else set()
+    )
+    assert (twice.path / "optimizer.safetensors").exists() is (state == "carry")
 
 
 def refusal(store: Store, change: Any, *, kind: Any = "outcome", objective: Any = POINTWISE, **settings: Any) -> str:

@@ -207,14 +207,14 @@ def test_at_the_start_of_the_second_iteration_the_reference_is_the_policy_bit_fo
 
 def test_an_adapter_of_other_settings_begins_on_the_merged_weights(store: Store) -> None:
     _, first = trained(tiny_checkpoint(), config())
-    how = config(adapter=LoRAConfig(r=2, target_modules=("q_proj",)), carry_optimizer=False)
+    how = config(adapter=LoRAConfig(r=2, target_modules=("q_proj",)), optimizer_state="reset_once")
     engine, second = trained(first, how)
     assert adapter_base(second) == first.digest
     before, after = stored(first, "model.safetensors"), stored(second, "model.safetensors")
     changed = {name for name in before if not before[name].equal(after[name])}
     assert changed == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)}
     # And in full: the adapter is gone, its weights are part of the policy.
-    full, third = trained(second, config(adapter=None, carry_optimizer=False), updates=0)
+    full, third = trained(second, config(adapter=None, optimizer_state="reset_once"), updates=0)
     assert logprobs(full.model).sub(logprobs(engine.model)).abs().max() < 1e-6
     assert not (third.path / "adapter").exists()
 
@@ -236,9 +236,10 @@ def test_optimizer_state_of_what_is_not_trained_is_refused(store: Store) -> None
         (adapted, LoRAConfig(r=3), "of an adapter, the config asks for training another adapter"),
     )
     for checkpoint, adapter, message in cases:
-        with pytest.raises(ValueError, match=f"{message}; set training.carry_optimizer=false"):
+        with pytest.raises(ValueError, match=f"{message}.*; set training.optimizer_state=reset_once"):
             TorchEngine(checkpoint, config(adapter=adapter))
-        TorchEngine(checkpoint, config(adapter=adapter, carry_optimizer=False))
+        TorchEngine(checkpoint, config(adapter=adapter, optimizer_state="reset_once"))
+        TorchEngine(checkpoint, config(adapter=adapter, optimizer_state="none"))
 
 
 # ------------------------------------------------------------------------------------------------ with the rest

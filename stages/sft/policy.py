@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config import ConfigError
 from pipeline.stage import record_metrics, stage
 from stages.models import Checkpoint, save
-from stages.prompts import INSTRUCTIONS, PromptConfig
+from stages.prompts import PromptConfig
 from stages.sft.config import PolicyConfig
 from stages.tables import Demonstrations
 from stages.tokenizers import build_tokenizer
@@ -59,10 +60,14 @@ def _describe(config: PolicyConfig) -> Any:
 def _texts(corpus: Demonstrations, prompt: PromptConfig) -> Iterator[str]:
     """Everything the policy will read or write; the prompt's own parts once."""
     table = corpus.read()
-    yield from (prompt.prefix, INSTRUCTIONS[prompt.template], prompt.suffix)
+    yield from (prompt.prefix, "".join(prompt.around()), prompt.suffix)
     if prompt.chat == "deepseek_math":
         yield "User: \n\nAssistant: "
     if (template := prompt.own_template()) is not None:
         yield template
+    if prompt.system is not None:
+        yield prompt.system
+    if prompt.chat_template_kwargs:
+        yield json.dumps(prompt.chat_template_kwargs, ensure_ascii=False)
     for column in ("question", "completion"):
         yield from table.column(column).to_pylist()

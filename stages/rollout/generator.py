@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,18 @@ from numpy.typing import NDArray
 FinishReason = Literal["stop", "length"]
 
 
+_ROUNDING: Final = 1e-4
+"""Nats above 0 that a log-probability may have by rounding."""
+_IMPOSSIBLE: Final = -1000.0
+"""A token of this log-probability cannot have been drawn from float32 probabilities. vLLM's server writes -9999 for -inf."""
+
+
 class PromptTooLongError(ValueError):
     """A prompt and its outputs do not fit the model's window."""
+
+
+class UnsoundOutputError(RuntimeError):
+    """An engine answered with what cannot be an output it sampled; names engine, question and row."""
 
 
 @dataclass(frozen=True)
@@ -96,3 +106,97 @@ def check_window(window: int | None, prompt: Prompt, sampling: Sampling, *, call
         f" less max_output_tokens = {sampling.max_output_tokens}), found {len(prompt.ids)}; shorten or drop the question,"
         " lower max_output_tokens, or take a model with a larger window"
     )
+
+
+@dataclass(frozen=True)
+class CheckedGenerator:
+    """A generator whose outputs are looked at before anything is made of them: the one place where all engines' values pass."""
+
+    inner: Generator
+    engine: str
+    """What an error calls it."""
+    vocabulary: int
+    """Token ids that the model knows: 0 .. vocabulary - 1."""
+
+    @property
+    def window(self) -> int | None:
+        """See `Generator.window`."""
+        return self.inner.window
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
+    ) -> list[list[Output]]:
+        """See `Generator.generate`.
+
+        Raises:
+            UnsoundOutputError: outputs that are missing or surplus, or one that `objection_to` objects to.
+        """
+        groups = self.inner.generate(prompts, sampling, progress)
+        counts, wanted = [len(group) for group in groups], [len(prompt.seeds) for prompt in prompts]
+        if counts != wanted:
+            raise UnsoundOutputError(f"{self.engine}: expected {wanted} outputs of the questions, found {counts}")
+        return [
+            [self._sound(prompt, row, output, sampling) for row, output in enumerate(group)]
+            for prompt, group in zip(prompts, groups, strict=True)
+        ]
+
+    def _sound(self, prompt: Prompt, row: int, output: Output, sampling: Sampling) -> Output:
+        objection = objection_to(output, sampling, self.vocabulary)
+        if objection is not None:
+            raise UnsoundOutputError(
+                f"{self.engine}: question {prompt.question_id!r}, output {row}: {objection}. None of this call's outputs was "
+                "written: find out what is wrong with the engine, and give the same command again"
+            )
+        return Output(output.ids.astype(np.int32), output.logprobs.astype(np.float32), output.finish_reason)
+
+
+def objection_to(output: Output, sampling: Sampling, vocabulary: int) -> str | None:
+    """Why this cannot have been sampled, or None.
+
+    An output has 1 to `max_output_tokens` ids of the vocabulary, one finite log-probability of at most 0 for each, and a stop
+    id at its end, and only there, exactly where its finish reason is `stop`.
+    """
+    ids, logprobs = _plain(output.ids, int), _plain(output.logprobs, float)
+    if isinstance(ids, str) or isinstance(logprobs, str):
+        return f"ids: {ids}" if isinstance(ids, str) else f"log-probabilities: {logprobs}"
+    if not 1 <= len(ids) <= sampling.max_output_tokens or len(ids) != len(logprobs):
+        return (
+            f"expected 1 to {sampling.max_output_tokens} ids and a log-probability of each, found {len(ids)} and "
+            f"{len(logprobs)}"
+        )
+    if (place := _first((ids < 0) | (ids >= vocabulary))) is not None:
+        return f"token {place}: expected an id of the vocabulary, 0 to {vocabulary - 1}, found {ids[place]}"
+    # NaN fails both comparisons.
+    if (place := _first(~((logprobs > _IMPOSSIBLE) & (logprobs <= _ROUNDING)))) is not None:
+        return f"token {place}: expected the finite log-probability (at most 0) of a drawn token, found {logprobs[place]:g}"
+    stops = np.isin(ids, sampling.stop_ids)
+    if stops[:-1].any() or bool(stops[-1]) != (output.finish_reason == "stop"):
+        where = np.flatnonzero(stops).tolist()
+        return (
+            f"finish reason {output.finish_reason!r} of {len(ids)} tokens, and stop ids {sampling.stop_ids} at {where}"
+        )
+    return None
+
+
+def _first(wrong_T: NDArray[np.bool_]) -> int | None:
+    places = np.flatnonzero(wrong_T)
+    return int(places[0]) if len(places) else None
+
+
+def _plain(values: NDArray[Any], kind: type) -> NDArray[Any] | str:
+    """The values as numbers, or what is wrong with their types: a cast would make numbers of null, text and True."""
+    if values.ndim != 1:
+        return f"expected a list of numbers, found {values!r:.60}"
+    if values.dtype == object:
+        allowed = (int,) if kind is int else (int, float)
+        wrong = next((place for place, value in enumerate(values) if type(value) not in allowed), None)
+        if wrong is not None:
+            return f"token {wrong}: expected a number, found {values[wrong]!r:.60}"
+        values = np.array([_clipped(value) for value in values], dtype=np.int64 if kind is int else np.float64)
+    expected = "iu" if kind is int else "f"
+    return values if values.dtype.kind in expected else f"expected numbers, found {values.dtype}"
+
+
+def _clipped(value: Any) -> Any:
+    """An id of more than 64 bits is beyond any vocabulary, whichever it is."""
+    return min(max(value, -(2**62)), 2**62) if type(value) is int else value

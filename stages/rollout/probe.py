@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.models import Checkpoint, load_model
+from stages.rollout.generator import Output, Sampling, UnsoundOutputError, objection_to
 from stages.trusted_code import is_trusted
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def vocabulary_and_window(policy: Checkpoint) -> tuple[int, int | None]:
 
     path = policy.path
     described = AutoConfig.from_pretrained(path, trust_remote_code=is_trusted(path), local_files_only=True)
-    return int(described.vocab_size), getattr(described, "max_position_embeddings", None)
+    return int(described.get_text_config().vocab_size), getattr(described, "max_position_embeddings", None)
 
 
 def probe_ids(vocabulary: int, window: int | None) -> list[int]:
@@ -79,10 +80,15 @@ def check_answer(
     also a single small update.
 
     Raises:
+        UnsoundOutputError: values that no engine can have sampled.
         StaleWeightsError: more than rounding.
     """
     import torch
 
+    given = Output(np.array(answer.ids, dtype=object), np.array(answer.logprobs, dtype=object), "length")
+    sampling = Sampling(temperature, max(1, len(answer.ids)), ())
+    if objection := objection_to(given, sampling, vocabulary_and_window(policy)[0]):
+        raise UnsoundOutputError(f"{engine}: what it sampled behind the probe: {objection}")
     logits = _logits(policy, [*prompt, *answer.ids], dtype)
     expected = _logprobs(logits, [*prompt, *answer.ids], sampled=len(answer.ids), temperature=temperature)
     found = np.array([*answer.prompt_logprobs, *answer.logprobs], dtype=np.float64)

@@ -124,10 +124,9 @@ class ServedGenerator:
                 f"before its end ({sampling.max_output_tokens} tokens, or one of {sampling.stop_ids}); start the server with "
                 "`--generation-config vllm`, so that the model's own stop tokens are not added"
             )
+        # As they were answered: a cast would make numbers of null, text and True before they are looked at.
         return Output(
-            np.asarray(ids, dtype=np.int32),
-            np.asarray(_logprobs(choice), dtype=np.float32),
-            "stop" if stopped else "length",
+            np.array(ids, dtype=object), np.array(_logprobs(choice), dtype=object), "stop" if stopped else "length"
         )
 
     def _prove(self, temperature: float, end: float) -> None:
@@ -135,10 +134,15 @@ class ServedGenerator:
         choice = self._complete(
             prompt, end, max_tokens=SAMPLED, temperature=temperature, stop_token_ids=[], seed=0, prompt_logprobs=0
         )
-        told = [
-            float(at[str(token)]["logprob"])
-            for token, at in zip(prompt[1:], choice["prompt_logprobs"][1:], strict=True)
-        ]
+        try:
+            told = [
+                float(at[str(token)]["logprob"])
+                for token, at in zip(prompt[1:], choice["prompt_logprobs"][1:], strict=True)
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ServerError(
+                f"{self.backend.url}: expected a log-probability of each of the probe's tokens in prompt_logprobs: {error}"
+            ) from None
         try:
             check_answer(
                 Answer(told, choice["token_ids"], _logprobs(choice)),

@@ -40,6 +40,7 @@ def rollout(
     Raises:
         PromptTooLongError: a prompt and `max_output_tokens` exceed the model's window.
         ValueError: no questions, or a question twice.
+        UnsoundOutputError: an engine's ids or log-probabilities that cannot have been sampled; nothing is written.
         ConfigError, WorkerError, StaleWeightsError: as `generator_of`.
     """
     from stages.rollout.generator import Sampling
@@ -112,7 +113,7 @@ def require_backend(backend: BackendConfig) -> None:
 
 @contextlib.contextmanager
 def generator_of(policy: Checkpoint, backend: BackendConfig) -> Iterator[Generator]:
-    """What decodes, with the weights of `policy`; for the block.
+    """What decodes, with the weights of `policy`, its values checked (`CheckedGenerator`); for the block.
 
     Raises:
         ConfigError: an engine that is not installed.
@@ -120,22 +121,27 @@ def generator_of(policy: Checkpoint, backend: BackendConfig) -> Iterator[Generat
         ServerError: the server cannot be reached, or cannot do what it is asked.
         StaleWeightsError: an engine, or a server, with other weights.
     """
+    from stages.rollout.generator import CheckedGenerator
+    from stages.rollout.probe import vocabulary_and_window
+
+    known, _ = vocabulary_and_window(policy)
     match backend:
         case HFBackendConfig():
             from stages.rollout.hf import HFGenerator
             from stages.training.hardware import threads
 
             with threads(backend.threads):
-                yield HFGenerator(resident_model(policy, backend), batch_rows=backend.batch_rows)
+                generator = HFGenerator(resident_model(policy, backend), batch_rows=backend.batch_rows)
+                yield CheckedGenerator(generator, "hf", known)
         case VLLMBackendConfig():
             from stages.rollout.vllm import vllm_generator
 
-            with vllm_generator(policy, backend) as generator:
-                yield generator
+            with vllm_generator(policy, backend) as engine:
+                yield CheckedGenerator(engine, "vllm", known)
         case VLLMServerConfig():
             from stages.rollout.served import ServedGenerator
 
-            yield ServedGenerator(policy, backend)
+            yield CheckedGenerator(ServedGenerator(policy, backend), f"the server {backend.url}", known)
         case _:
             assert_never(backend)
 

@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stages.rollout import VLLMServerConfig
-from stages.rollout.generator import Output, Prompt, PromptTooLongError, Sampling
+from pipeline.store import Store
+from stages.prompts import PromptConfig
+from stages.rollout import RolloutConfig, VLLMServerConfig, rollout
+from stages.rollout.generator import Output, Prompt, PromptTooLongError, Sampling, UnsoundOutputError
 from stages.rollout.probe import StaleWeightsError
 from stages.rollout.served import ServedGenerator, ServerError
-from tests.stages.rollout.policies import tiny_policy, uniform_policy
+from stages.rollout.stage import generator_of
+from tests.stages.rollout.policies import questions, tiny_policy, uniform_policy
 
 V = 17
 SAMPLING = Sampling(1.0, 6, (1, 3))
@@ -34,6 +37,8 @@ class UniformServer(ThreadingHTTPServer):
         self.asked: list[dict[str, Any]] = []
         self.failures: list[int] = []
         self.answer: dict[str, Any] = {}
+        self.sampled: dict[str, Any] = {}
+        """What replaces parts of the answers to all but the probe."""
         self.delay = 0.0
 
     @property
@@ -54,7 +59,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.server.asked.append(asked)
         time.sleep(self.server.delay / (1 + asked["seed"]))  # the first to be asked is the last to answer
-        self._say({"choices": [_choice(asked) | self.server.answer]})
+        changes = self.server.answer | ({} if "prompt_logprobs" in asked else self.server.sampled)
+        self._say({"choices": [_choice(asked) | changes]})
 
     def _say(self, what: dict[str, Any]) -> None:
         body = json.dumps(what).encode()
@@ -94,7 +100,8 @@ def _config(server: UniformServer, **changes: Any) -> VLLMServerConfig:
 
 
 def _generate(config: VLLMServerConfig, *prompts: Prompt, sampling: Sampling = SAMPLING) -> list[list[Output]]:
-    return ServedGenerator(uniform_policy(), config).generate(prompts or [Prompt("a", [5], [4])], sampling)
+    with generator_of(uniform_policy(), config) as generator:
+        return generator.generate(prompts or [Prompt("a", [5], [4])], sampling)
 
 
 @pytest.mark.usefixtures("store")
@@ -189,3 +196,107 @@ def test_an_output_that_ends_by_the_server_s_own_stop_tokens_is_an_error(server:
         ServerError, match=r"'a': output of 2 tokens ended with 'stop' before its end .*generation-config"
     ):
         generator.generate([Prompt("a", [5], [4])], SAMPLING)
+
+
+# ------------------------------------------------------------------------------------- values that cannot be
+
+
+TEN = [4, 5, 6, 7, 8, 9]
+"""Ids of the sampled output of seed 4."""
+
+
+def _answers(**changes: Any) -> dict[str, Any]:
+    return {"token_ids": TEN, "logprobs": {"token_logprobs": [-1.0] * 6}, "finish_reason": "length"} | changes
+
+
+def _logprob(value: Any) -> dict[str, Any]:
+    return _answers(logprobs={"token_logprobs": [-1.0, value, *[-1.0] * 4]})
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (_logprob(None), "log-probabilities: token 1: expected a number, found None"),
+        (_logprob(math.nan), "token 1: expected the finite log-probability .* found nan"),
+        (_logprob(-math.inf), "token 1: .* found -inf"),
+        (_logprob(math.inf), "token 1: .* found inf"),
+        (_logprob(0.5), "token 1: .* found 0.5"),
+        (_logprob(-9999.0), "token 1: .* found -9999"),
+        (_logprob("-1.0"), "token 1: expected a number, found '-1.0'"),
+        (_logprob(False), "token 1: expected a number, found False"),
+        (_answers(token_ids=[4, V, 6, 7, 8, 9]), f"token 1: expected an id of the vocabulary, 0 to 16, found {V}"),
+        (_answers(token_ids=[4, -1, 6, 7, 8, 9]), "token 1: .* found -1"),
+        (_answers(token_ids=[4, 2**70, 6, 7, 8, 9]), "token 1: expected an id of the vocabulary"),
+        (_answers(token_ids=[4, 5.0, 6, 7, 8, 9]), "ids: token 1: expected a number, found 5.0"),
+        (_answers(token_ids=[4, "5", 6, 7, 8, 9]), "ids: token 1: expected a number, found '5'"),
+        (_answers(token_ids=[4, None, 6, 7, 8, 9]), "ids: token 1: expected a number, found None"),
+        (_answers(token_ids=[4, True, 6, 7, 8, 9]), "ids: token 1: expected a number, found True"),
+        (_answers(token_ids=[4, 1, 6, 7, 8, 9]), r"finish reason 'length' of 6 tokens, and stop ids \(1, 3\) at \[1\]"),
+        (
+            _answers(token_ids=[*TEN, 10, 1], logprobs={"token_logprobs": [-1.0] * 8}, finish_reason="stop"),
+            "expected 1 to 6 ids and a log-probability of each, found 8 and 8",
+        ),
+    ],
+)
+def test_values_that_no_engine_can_have_sampled_are_refused_by_name(
+    server: UniformServer, answer: dict[str, Any], found: str
+) -> None:
+    server.sampled = answer
+    with pytest.raises(UnsoundOutputError, match=f"^the server {server.url}: question 'a', output 0: .*{found}"):
+        _generate(_config(server))
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize("logprob", [0.0, -0.0, 5e-5, -3, -800.0])
+def test_a_certain_token_a_whole_number_and_rounding_are_log_probabilities(
+    server: UniformServer, logprob: float
+) -> None:
+    server.sampled = _logprob(logprob)
+    [[output]] = _generate(_config(server))
+    assert (output.ids.dtype, output.logprobs.dtype) == (np.dtype("int32"), np.dtype("float32"))
+    assert output.logprobs[1] == np.float32(logprob)
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (
+            {"prompt_logprobs": [None, *[{"5": {"logprob": None}}] * 23]},
+            "each of the probe's tokens in prompt_logprobs",
+        ),
+        ({"prompt_logprobs": None}, "each of the probe's tokens in prompt_logprobs"),
+        (
+            {"token_ids": [V] * 8, "logprobs": {"token_logprobs": [-1.0] * 8}},
+            "behind the probe: token 0: expected an id of the vocabulary",
+        ),
+        (
+            {"logprobs": {"token_logprobs": [None] * 8}},
+            "behind the probe: log-probabilities: token 0: expected a number",
+        ),
+    ],
+)
+def test_a_probe_s_answer_without_sound_values_is_an_error_by_name(
+    server: UniformServer, answer: dict[str, Any], error: str
+) -> None:
+    server.answer = answer
+    with pytest.raises(RuntimeError, match=rf"{server.url}.*{error}"):
+        _generate(_config(server))
+
+
+def test_nothing_is_written_of_a_sick_server_and_the_same_call_succeeds_afterwards(
+    server: UniformServer, store: Store
+) -> None:
+    config = RolloutConfig(G=2, max_output_tokens=6, backend=_config(server))
+    policy, asked = uniform_policy(), questions("1+1=", "2+2=")
+
+    for sick in (_logprob(None), _logprob(math.nan), _logprob(-math.inf), _logprob(0.5), _answers(token_ids=[V] * 6)):
+        server.sampled = sick
+        with pytest.raises(UnsoundOutputError, match=r"question 'q0', output 0: .*give the same command again"):
+            rollout(policy, asked, PromptConfig(suffix="\n"), config, seed=0)
+        assert not any(record["stage"] == "rollout" for record in store.actions())
+    server.sampled = {}
+    found = rollout(policy, asked, PromptConfig(suffix="\n"), config, seed=0).rows()
+    assert [(row["question_id"], row["sample"]) for row in found] == [("q0", 0), ("q0", 1), ("q1", 0), ("q1", 1)]
+    assert {round(logprob, 4) for row in found for logprob in row["logprobs"]} == {round(-math.log(V), 4)}

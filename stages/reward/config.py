@@ -115,8 +115,10 @@ class FunctionConfig(Config):
     """Your own reward, with TRL's signature: `def reward(prompts, completions, **columns) -> list[float | None]`.
 
     The function gets lists of equal length, by name: `prompts` (the questions' texts), `completions` (the outputs' texts),
-    `completion_ids` and each of `columns`; truncated outputs only with `truncated: as_is`. None in its list means no score. It
-    runs in worker processes that are killed at the deadline and under the reward's memory limit; what it prints goes to stderr.
+    `completion_ids` and each of `columns`; truncated outputs only with `truncated: as_is`. It answers with a list, tuple or
+    one-dimensional array of one number for each completion, None for no score; `async def` is awaited. Any other answer ends
+    the run, whatever `reward.max_errors`: a score is never taken for several outputs. It runs in worker processes that are
+    killed at the deadline and under the memory limit; what it prints goes to stderr, and what it starts ends with them.
     Running a config that names a function runs code, with your rights: read the config of somebody else before you run it.
     """
 
@@ -131,6 +133,9 @@ class FunctionConfig(Config):
     module's file is part of the cache key; that of what it imports is not."""
     columns: tuple[Column, ...] = ("question_id", "question", "answer", "solution")
     """What the function gets besides; `solution` is None where the question has none."""
+    conversational: bool = False
+    """Whether `prompts` and `completions` are lists of messages, as TRL passes those of conversational data sets: a prompt is
+    `[{role: user, content: ...}]`, a completion `[{role: assistant, content: ...}]`."""
     together: Literal["output", "question", "batch"] = "output"
     """What a call must hold whole for the scores to be what is meant. `output`: each row is scored by itself, and a call has at
     most 16. `question`: a row's score depends on the other outputs of its question. `batch`: on all rows; one call, as in TRL.
@@ -142,7 +147,7 @@ class FunctionConfig(Config):
     """Seconds that repeated calls may take in all. Where they do not suffice, the rows that are left keep the fault of the call
     they were in."""
     missing: Missing = "no_reward"
-    """A row without score (None, an exception, a deadline missed, no finite number), as for accuracy."""
+    """A row without score (None; with `reward.max_errors`, also a failure), as for accuracy."""
 
     def key(self) -> dict[str, Any]:
         """The file that holds the function counts with its content.
@@ -230,6 +235,11 @@ class RewardConfig(Config):
     Comparisons take milliseconds, so that the load of the machine does not decide."""
     memory_mb: Annotated[int, UNKEYED] = Field(1024, ge=64)
     """Memory a worker process may take beyond what it needs to start, in MiB."""
+    max_errors: Annotated[float, UNKEYED] = Field(0.0, ge=0, le=1)
+    """Share of the outputs it was called with that a reward function may fail on (an exception, a missed deadline, no finite
+    number). Beyond it the run stops before the rewards are written, and the same command asks for all of them again: a service
+    that was down is no verdict. Not part of the key: rewards that were written under a larger share stay. Verdicts of verifier
+    and patterns are not meant: their faults come from the text they read, and stay with it (`missing`)."""
 
     @model_validator(mode="after")
     def _components_named_apart(self) -> Self:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, assert_never
 
+from pipeline.config import ConfigError
 from pipeline.residency import resident
 from stages.identity import DataError
 from stages.reward.config import (
@@ -21,7 +22,7 @@ from stages.reward.config import (
     RewardConfig,
     StepsConfig,
 )
-from stages.reward.functions.calls import FunctionScore, call_in_pieces, require_callable
+from stages.reward.functions.calls import AnswerError, FunctionScore, call_in_pieces, require_callable
 from stages.reward.functions.source import FunctionSource, find_source
 from stages.reward.functions.worker import call_function, load_function
 from stages.reward.pool import KillablePool
@@ -32,10 +33,14 @@ from stages.reward.rules.language import is_coherent
 from stages.reward.rules.length import overlong_score
 from stages.reward.rules.steps import StepLabels, label_steps
 
-__all__ = ["Judged", "Output", "judge", "verifier_pool"]
+__all__ = ["Judged", "Output", "RewardFunctionError", "judge", "verifier_pool"]
 
 _PATTERN_PATIENCE_S = 60.0
 """Seconds that a batch may spend on finding out which of its outputs a pattern hangs on; as for functions."""
+
+
+class RewardFunctionError(RuntimeError):
+    """A reward function failed on too many outputs; names it, the first rows and why."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ def judge(rows: Sequence[Output], component: ComponentConfig, config: RewardConf
 
     Raises:
         DataError: step rewards of a question that is not of the built-in world.
+        ConfigError: a reward function that cannot be called, or that does not answer with a number for each output.
+        RewardFunctionError: a reward function that failed on more outputs than `config.max_errors` allows.
         ValueError: a component that scores NaN or infinity, with the row.
     """
     # Where being truncated settles the score, nothing is verified.
@@ -157,7 +164,7 @@ def _judge_by_pattern(rows: Sequence[Output], component: FormatConfig, config: R
     """1 where the user's regular expression is found; no score where that took too long: it may backtrack for ever."""
     pattern, endings = component.pattern or "", [tail(row.text) for row in rows]
     if not rows or is_quick(pattern):
-        return [Judged(score) for score, _ in match_pattern(pattern, {"texts": endings})]
+        return [Judged(score) for score in match_pattern(pattern, {"texts": endings})]
     distinct = list(dict.fromkeys(endings))
     found = call_in_pieces(
         match_pattern,
@@ -170,7 +177,8 @@ def _judge_by_pattern(rows: Sequence[Output], component: FormatConfig, config: R
     )
     by_ending = dict(zip(distinct, found, strict=True))
     scores = [by_ending[ending] for ending in endings]
-    _warn_of_faults(rows, scores, component.name, f"the pattern {pattern}")
+    if faults := _faults(rows, scores, component.name, f"the pattern {pattern}"):
+        warnings.warn(faults, stacklevel=2)
     return [Judged(score.score, score.fault) for score in scores]
 
 
@@ -178,7 +186,8 @@ def _judge_by_function(rows: Sequence[Output], component: FunctionConfig, config
     """Scores of the user's function: `ok` above 0, else `wrong`; `unparseable` where it abstains.
 
     Raises:
-        ConfigError: a function that is not there or does not take what it would be given.
+        ConfigError: a function that is not there, does not take what it would be given, or answers with no list of scores.
+        RewardFunctionError: it failed on more outputs than `config.max_errors` allows.
     """
     if not rows:
         return []
@@ -186,26 +195,36 @@ def _judge_by_function(rows: Sequence[Output], component: FunctionConfig, config
     pool = _function_pool(source, component, config)
     columns = _columns(rows, component)
     require_callable(source, list(columns), pool)
-    scores = call_in_pieces(
-        call_function,
-        source,
-        columns,
-        _units(rows, component.together),
-        pool=pool,
-        deadline_s=component.deadline_s,
-        patience_s=component.patience_s,
-    )
-    _warn_of_faults(rows, scores, component.name, component.function)
+    try:
+        scores = call_in_pieces(
+            call_function,
+            source,
+            columns,
+            _units(rows, component.together),
+            pool=pool,
+            deadline_s=component.deadline_s,
+            patience_s=component.patience_s,
+        )
+    except AnswerError as error:
+        raise ConfigError(f"function {component.function!r} of component {component.name!r}: {error}") from None
+    faults = _faults(rows, scores, component.name, component.function)
+    if sum(score.fault is not None for score in scores) > config.max_errors * len(rows):
+        raise RewardFunctionError(
+            f"{faults}. reward.max_errors={config.max_errors:g} is the share of outputs that may fail. No reward was written: "
+            "once the cause is gone, the same command asks for all of them again"
+        )
+    if faults:
+        warnings.warn(faults, stacklevel=2)
     return [Judged(score.score, _status(score)) for score in scores]
 
 
 def _columns(rows: Sequence[Output], component: FunctionConfig) -> dict[str, list[Any]]:
     """The keyword arguments, as TRL passes them; the template around a question is not part of a table."""
-    columns: dict[str, list[Any]] = {
-        "prompts": [row.question for row in rows],
-        "completions": [row.text for row in rows],
-        "completion_ids": [row.output_ids for row in rows],
-    }
+    texts = {"prompts": [row.question for row in rows], "completions": [row.text for row in rows]}
+    columns: dict[str, list[Any]] = {**texts, "completion_ids": [row.output_ids for row in rows]}
+    if component.conversational:
+        for name, role in (("prompts", "user"), ("completions", "assistant")):
+            columns[name] = [[{"role": role, "content": text}] for text in texts[name]]
     for name in component.columns:
         columns[name] = [row.gold if name == "answer" else getattr(row, name) for row in rows]
     return columns
@@ -232,18 +251,14 @@ def _status(score: FunctionScore) -> str:
     return "unparseable" if score.score is None else "ok" if score.score > 0 else "wrong"
 
 
-def _warn_of_faults(rows: Sequence[Output], scores: Sequence[FunctionScore], component: str, scorer: str) -> None:
-    """Say once what went wrong: the table has room for a status only."""
+def _faults(rows: Sequence[Output], scores: Sequence[FunctionScore], component: str, scorer: str) -> str:
+    """What went wrong, in words, for the table has room for a status only; empty where nothing did."""
     faults = [(row, score) for row, score in zip(rows, scores, strict=True) if score.fault is not None]
-    if faults:
-        first = {
-            score.detail: f"({row.question_id!r}, {row.sample}): {score.detail}" for row, score in reversed(faults)
-        }
-        shown = "; ".join(list(first.values())[::-1][:3])
-        warnings.warn(
-            f"component {component!r}: no score from {scorer} for {len(faults)} of {len(rows)} outputs, such as {shown}",
-            stacklevel=2,
-        )
+    if not faults:
+        return ""
+    first = {score.detail: f"({row.question_id!r}, {row.sample}): {score.detail}" for row, score in reversed(faults)}
+    shown = "; ".join(list(first.values())[::-1][:3])
+    return f"component {component!r}: no score from {scorer} for {len(faults)} of {len(rows)} outputs, such as {shown}"
 
 
 def _function_pool(source: FunctionSource, component: FunctionConfig, config: RewardConfig) -> KillablePool:

@@ -6,22 +6,17 @@ This is fault isolation, not a sandbox: the code runs with the user's rights. No
 from __future__ import annotations
 
 import atexit
-import contextlib
-import ctypes
-import importlib
-import math
 import multiprocessing
-import os
 import resource
 import signal
-import sys
 import threading
-import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
+
+from stages.reward.limits import Outcome, named, prepare_worker, run_limited, unenforced
 
 __all__ = ["KillablePool", "Outcome"]
 
@@ -29,17 +24,6 @@ _TASKS_PER_WORKER: Final = 200
 """Then a worker is replaced: sympy's and antlr's caches grow."""
 _GRACE_S: Final = 30.0
 """Silence beyond the deadlines after which the pool itself counts as broken (a worker needs seconds to start)."""
-
-Fault = Literal["timeout", "memory", "crash", "error", "lost"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one task: its value, or the fault that took it."""
-
-    value: Any = None
-    fault: Fault | None = None
-    detail: str = ""
 
 
 class KillablePool:
@@ -105,7 +89,7 @@ class KillablePool:
     ) -> list[Outcome]:
         pool = self._ready()
         arguments = ((function, task, deadline_s) for task in tasks)
-        futures = [pool.schedule(_run_limited, args=each, timeout=deadline_s) for each in arguments]
+        futures = [pool.schedule(run_limited, args=each, timeout=deadline_s) for each in arguments]
         waiting = set(futures)
         # A pool that answers nothing for longer than any task may take is broken: its tasks are lost, not awaited.
         while waiting:
@@ -129,7 +113,7 @@ class KillablePool:
         self._pool = ProcessPool(
             max_workers=self.workers,
             max_tasks=_TASKS_PER_WORKER,
-            initializer=_prepare_worker,
+            initializer=prepare_worker,
             initargs=(self._memory_mb, self._preload, self._prepare),
             context=context,
         )
@@ -140,14 +124,24 @@ class KillablePool:
     def _probe(self) -> None:
         """Workers that cannot start would be replaced for ever; find out now."""
         try:
-            self._pool.schedule(os.getpid).result(timeout=4 * _GRACE_S)
+            missing = self._pool.schedule(unenforced).result(timeout=4 * _GRACE_S)
         except Exception as error:
             self.close()
             raise RuntimeError(
                 "the reward's worker processes do not start. A script that calls a flow at top level must do so under "
                 "`if __name__ == '__main__':`, as worker processes import it again; a module that holds a reward function must "
-                f"not work, wait or exit while it is imported. ({type(error).__name__}: {error})"
+                f"not work, wait or exit while it is imported.{_tight_limits()} ({type(error).__name__}: {error})"
             ) from error
+        if missing:
+            warnings.warn(f"the reward's worker processes run without: {'; '.join(missing)}", stacklevel=2)
+
+
+def _tight_limits() -> str:
+    """What the system allows a process here, where that may be too little for a worker."""
+    kinds = {"ulimit -v": resource.RLIMIT_AS, "ulimit -t": resource.RLIMIT_CPU}
+    found = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
+    said = [f"{name}: {limit}" for name, limit in found.items() if limit != resource.RLIM_INFINITY]
+    return f" Limits of this process, which workers inherit: {', '.join(said)}." if said else ""
 
 
 def _outcome(future: Any) -> Outcome:
@@ -163,57 +157,12 @@ def _outcome(future: Any) -> Outcome:
     except FutureTimeoutError:
         return Outcome(fault="timeout", detail="killed at the deadline")
     except ProcessExpired as error:
+        _, limit = resource.getrlimit(resource.RLIMIT_CPU)
+        if limit != resource.RLIM_INFINITY and error.exitcode in (-signal.SIGXCPU, -signal.SIGKILL):
+            # `ulimit -t` counts all tasks of a worker: the one that it ended may be innocent.
+            return Outcome(fault="lost", detail="worker ended by the system's limit of processor time")
         return Outcome(fault="crash", detail=f"worker exited with code {error.exitcode}")
     except BrokenProcessPool as error:
         return Outcome(fault="lost", detail=str(error))
     except Exception as error:  # a result that cannot be sent belongs to its row, never to the batch
-        return Outcome(fault="error", detail=_named(error))
-
-
-def _prepare_worker(memory_mb: int, preload: Sequence[str], prepare: Callable[[], object] | None) -> None:
-    """Limits of a fresh worker; imports come first, so that they count neither as memory nor as time of a task."""
-    os.dup2(2, 1)  # whatever a task prints is a message: stdout belongs to the command that was called
-    if sys.platform == "linux":
-        death_signal_option = 1  # PR_SET_PDEATHSIG: the fork server dies with its parent, and workers with it
-        ctypes.CDLL(None).prctl(death_signal_option, signal.SIGKILL)
-    for module in preload:
-        importlib.import_module(module)
-    if prepare is not None:
-        with contextlib.suppress(Exception, SystemExit):
-            prepare()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    limit = _address_space() + memory_mb * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-def _address_space() -> int:
-    """Bytes of virtual memory this process has now; 0 where the system does not tell."""
-    try:
-        with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[0]) * resource.getpagesize()
-    except OSError:
-        return 0
-
-
-def _run_limited(function: Callable[..., Any], task: tuple[Any, ...], deadline_s: float) -> Outcome:
-    """Run in the worker; the CPU limit is for the case that nobody is left to enforce the deadline.
-
-    An exception becomes text here: its class might exist in the worker only, and unpickling it would break the pool.
-    """
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(
-        resource.RLIMIT_CPU, (math.ceil(time.process_time() + deadline_s * (os.cpu_count() or 1)) + 2, hard)
-    )
-    try:
-        return Outcome(value=function(*task))
-    except MemoryError:
-        return Outcome(fault="memory", detail="memory limit reached")
-    except BaseException as error:  # `exit()` in a task is an error of its row as well
-        return Outcome(fault="error", detail=_named(error))
-
-
-def _named(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {str(error)[:200]}"
-    except Exception:  # an exception whose text raises
-        return type(error).__name__
+        return Outcome(fault="error", detail=named(error))

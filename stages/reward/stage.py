@@ -26,7 +26,7 @@ need processes, see all at once."""
 _KEY: Final = ("question_id", "sample")
 
 
-@stage(version="3")
+@stage(version="4")
 def score(outputs: Rollouts, questions: Questions, config: RewardConfig) -> Rewards:
     """Score every output o_i of every question by rules and functions, as a whole and, with a component `steps`, line by line.
 
@@ -37,7 +37,8 @@ def score(outputs: Rollouts, questions: Questions, config: RewardConfig) -> Rewa
     out or failed, per row).
 
     Raises:
-        ConfigError: a reward function that is not there or cannot be called.
+        ConfigError: a reward function that is not there, cannot be called, or answers with no list of scores.
+        RewardFunctionError: a reward function that failed on more outputs than `config.max_errors` allows.
         ValueError: a rollout of a question that `questions` does not have, a repeated row, a score that is not finite.
         GoldError: a question without an answer, by its id.
         DataError: step rewards of a question that is not of the built-in world.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Literal
 
 from pipeline.config import ConfigError
@@ -12,10 +14,14 @@ from stages.reward.functions.source import FunctionSource
 from stages.reward.functions.worker import objection_to
 from stages.reward.pool import KillablePool, Outcome
 
-__all__ = ["FunctionScore", "call_in_pieces", "require_callable"]
+__all__ = ["AnswerError", "FunctionScore", "call_in_pieces", "require_callable"]
 
 ROWS_PER_CALL = 16
 _CHECK_S = 30.0
+
+
+class AnswerError(ConfigError):
+    """A function that does not answer with one number, or None, for each output."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ def require_callable(source: FunctionSource, arguments: Sequence[str], pool: Kil
 
 
 def call_in_pieces(
-    call: Callable[[Any, Mapping[str, list[Any]]], list[tuple[float | None, str | None]]],
+    call: Callable[[Any, Mapping[str, list[Any]]], list[float | None] | str],
     subject: Any,
     columns: Mapping[str, Sequence[Any]],
     units: Sequence[Sequence[int]],
@@ -52,14 +58,17 @@ def call_in_pieces(
     """One result per row, in order, always.
 
     Args:
-        call: what runs in a worker; from `subject` and the columns of its rows it makes, for each row, a score and what is
-            wrong with it.
+        call: what runs in a worker; from `subject` and the columns of its rows it makes a score of each row, None for no
+            score; or says why it cannot have any, which no smaller call would change.
         subject: what it is called with beside the columns: the source of a function, a pattern.
         columns: by name, one value per row.
         units: the rows, in parts that a call must hold whole.
         pool: where it runs.
         deadline_s: seconds for one call.
         patience_s: seconds for all calls that repeat a part of one that failed.
+
+    Raises:
+        AnswerError: an answer that is not one number, or None, for each row.
     """
     scores = [FunctionScore()] * sum(map(len, units))
 
@@ -112,4 +121,13 @@ def _scores(outcome: Outcome, rows: int) -> list[FunctionScore]:
         together = f"in a call with {rows} outputs: " if rows > 1 else ""
         fault: Literal["timeout", "error"] = "timeout" if outcome.fault == "timeout" else "error"
         return [FunctionScore(None, fault, together + outcome.detail)] * rows
-    return [FunctionScore(score, "error" if problem else None, problem or "") for score, problem in outcome.value]
+    # The worker ran code that may have changed what its own checks are made of.
+    found = outcome.value
+    if not isinstance(found, list) or len(found) != rows or not all(type(s) in (float, NoneType) for s in found):
+        raise AnswerError(found if isinstance(found, str) else f"expected {rows} numbers, found {found!r:.100}")
+    return [
+        FunctionScore(score)
+        if score is None or math.isfinite(score)
+        else FunctionScore(None, "error", f"expected a finite number or None, found {score}")
+        for score in found
+    ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import importlib
 import importlib.util
 import inspect
-import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -52,8 +52,8 @@ def objection_to(source: FunctionSource, arguments: tuple[str, ...]) -> str | No
         function = load_function(source)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    if not callable(function) or inspect.iscoroutinefunction(function):
-        return f"expected a plain function, found {type(function).__name__}" + " (async)" * callable(function)
+    if not callable(function):
+        return f"expected a function, found {type(function).__name__}"
     try:
         inspect.signature(function).bind(**dict.fromkeys(arguments))
     except (TypeError, ValueError) as error:
@@ -61,26 +61,76 @@ def objection_to(source: FunctionSource, arguments: tuple[str, ...]) -> str | No
     return None
 
 
-def call_function(source: FunctionSource, arguments: Mapping[str, list[Any]]) -> list[tuple[float | None, str | None]]:
-    """For each row a score and what is wrong with it; no score and no fault where the function abstains with None.
+def call_function(source: FunctionSource, arguments: Mapping[str, list[Any]]) -> list[float | None] | str:
+    """A score for each row, None where the function abstains; or, in words, why its answer is no list of scores.
+
+    An awaitable is awaited. What the scores are is looked at again where they arrive: here runs the function's own process.
 
     Raises:
-        Whatever the function raises; TypeError or ValueError for an answer that is not one score for each row.
+        Whatever the function raises.
     """
-    expected = len(arguments["completions"])
-    answer = load_function(source)(**arguments)
-    if answer is None or isinstance(answer, str | bytes | Mapping):
-        raise TypeError(f"expected a list of {expected} scores, found {type(answer).__name__}")
-    scores = list(answer)
-    if len(scores) != expected:
-        raise ValueError(f"expected {expected} scores, one for each completion, found {len(scores)}")
-    return [_read(score) for score in scores]
+    try:
+        answer = load_function(source)(**arguments)
+        if inspect.isawaitable(answer):
+            answer = _event_loop().run(_awaited(answer))
+    except (AttributeError, TypeError) as error:
+        if (hint := _takes_another_form(error, arguments["completions"])) is None:
+            raise
+        return hint
+    expected = f"expected a list of {len(arguments['completions'])} scores, one for each completion"
+    try:
+        scores = _listed(answer)
+        if len(scores) != len(arguments["completions"]):
+            raise _NoScoresError(f"{len(scores)}; one score is never taken for several outputs")
+        return [_number(score, place) for place, score in enumerate(scores)]
+    except _NoScoresError as error:
+        return f"{expected}, found {error}"
 
 
-def _read(score: Any) -> tuple[float | None, str | None]:
+class _NoScoresError(Exception):
+    """What was found in the place of scores."""
+
+
+@lru_cache(maxsize=1)
+def _event_loop() -> asyncio.Runner:
+    """One for all calls: a client that a function keeps belongs to the loop it was made in."""
+    return asyncio.Runner()
+
+
+async def _awaited(answer: Awaitable[Any]) -> Any:
+    return await answer
+
+
+def _listed(answer: Any) -> list[Any]:
+    if isinstance(answer, list | tuple):
+        return list(answer)
+    if hasattr(answer, "tolist") and hasattr(answer, "shape"):  # numpy, torch, pandas
+        if len(answer.shape) != 1:
+            raise _NoScoresError(f"{type(answer).__name__} of shape {tuple(answer.shape)}")
+        return list(answer.tolist())
+    raise _NoScoresError(type(answer).__name__)
+
+
+def _number(score: Any, place: int) -> float | None:
+    """The score as a plain number; infinite where it is too large for one."""
     if score is None:
-        return None, None
-    if isinstance(score, str | bytes) or not hasattr(score, "__float__"):
-        return None, f"expected a number or None, found {type(score).__name__}"
-    value = float(score)
-    return (value, None) if math.isfinite(value) else (None, f"expected a finite number or None, found {value}")
+        return None
+    shaped = getattr(score, "shape", ()) != () or "complex" in str(getattr(score, "dtype", ""))
+    if isinstance(score, str | bytes) or not hasattr(score, "__float__") or shaped:
+        raise _NoScoresError(f"{type(score).__name__} as score {place}; a score is a number or None")
+    try:
+        return float(score)
+    except OverflowError:
+        return float("inf")
+
+
+def _takes_another_form(error: Exception, completions: Sequence[Any]) -> str | None:
+    """What to set where the function was written for the other form of completions."""
+    said = str(error)
+    if isinstance(completions[0], str):
+        if "string indices must be integers" not in said and not said.startswith("'str' object has no attribute 'get'"):
+            return None
+        return f"{type(error).__name__}: {said}. It reads completions as lists of messages: set `conversational: true`"
+    if "list" not in said:
+        return None
+    return f"{type(error).__name__}: {said}. It reads completions as texts: set `conversational: false`"

@@ -47,9 +47,9 @@ def is_quick(pattern: str) -> bool:
     return not set(pattern) & set("()") and sum(pattern.count(mark) for mark in "*+?{") <= 1
 
 
-def match_pattern(pattern: str, arguments: Mapping[str, list[Any]]) -> list[tuple[float | None, str | None]]:
-    """For each of `arguments["texts"]` 1.0 where the user's regular expression is found in it, else 0.0, and no complaint.
+def match_pattern(pattern: str, arguments: Mapping[str, list[Any]]) -> list[float | None]:
+    """For each of `arguments["texts"]` 1.0 where the user's regular expression is found in it, else 0.0.
 
     Called in a worker process unless the pattern is quick: what it makes of a text may take longer than anybody waits.
     """
-    return [(float(re.search(pattern, text) is not None), None) for text in arguments["texts"]]
+    return [float(re.search(pattern, text) is not None) for text in arguments["texts"]]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import os
 import sys
 import time
+from fractions import Fraction
 from typing import Any
 
 
@@ -25,10 +28,6 @@ def by_text(prompts: list[str], completions: list[str], **columns: Any) -> list[
                 sys.exit(3)
             case "abort":
                 os.abort()
-            case "drop":
-                pass
-            case "twice":
-                scores += [1.0, 1.0]
             case "print":
                 print("printed by the function")
                 os.write(1, b"written by the function\n")
@@ -37,10 +36,8 @@ def by_text(prompts: list[str], completions: list[str], **columns: Any) -> list[
                 scores.append(None)
             case "nan" | "inf":
                 scores.append(float(completion))
-            case "text":
-                scores.append("0.5")
-            case "true":
-                scores.append(True)
+            case "huge":
+                scores.append(10**400)
             case _:
                 scores.append(float(completion))
     return scores
@@ -70,10 +67,6 @@ def facts(
     ]
 
 
-def without_return(completions: list[str], **columns: Any) -> None:
-    """Forgets its scores."""
-
-
 def always_hang(completions: list[str], **columns: Any) -> list[float]:
     """Sleeps for ever."""
     time.sleep(600)
@@ -86,8 +79,106 @@ def of_one_column(prompts: list[str], completions: list[str], completion_ids: An
 
 
 async def asynchronous(completions: list[str], **columns: Any) -> list[float]:
-    """TRL awaits such a function; here it is refused."""
-    return [0.0] * len(completions)
+    """Awaits something, in a loop that all calls share."""
+    await asyncio.sleep(0)
+    _loops.add(asyncio.get_running_loop())
+    return [float(len(_loops))] * len(completions)
+
+
+_loops: set[Any] = set()
+
+
+def returns_an_awaitable(completions: list[str], **columns: Any) -> Any:
+    """No coroutine function, but what it returns has to be awaited."""
+    return asynchronous(completions)
+
+
+def by_answer(completions: list[str], answer: list[str], **columns: Any) -> Any:
+    """The gold answer says what is returned, made of one score for each completion."""
+    import numpy as np
+
+    scores = [0.5 + row for row in range(len(completions))]
+    match answer[0]:
+        case "list":
+            return scores
+        case "tuple":
+            return tuple(scores)
+        case "numpy":
+            return np.array(scores, dtype=np.float32)
+        case "numpy integers":
+            return np.arange(len(scores))
+        case "numpy bools":
+            return np.ones(len(scores), dtype=bool)
+        case "numpy scalars":
+            return [np.float64(score) for score in scores]
+        case "fractions":
+            return [Fraction(score) for score in scores]
+        case "bools":
+            return [True] * len(scores)
+        case "one score":
+            return [1.0]
+        case "distinct":
+            return [1.0] * len(set(completions))
+        case "one more":
+            return [*scores, 0.0]
+        case "empty":
+            return []
+        case "none":
+            return None
+        case "number":
+            return 0.5
+        case "text":
+            return "0.5" * len(scores)
+        case "dict":
+            return dict.fromkeys(range(len(scores)), 0.5)
+        case "set":
+            return set(scores)
+        case "generator":
+            return (score for score in scores)
+        case "scores and details":
+            return scores, {"details": []}
+        case "column":
+            return np.array(scores)[:, None]
+        case "scalar array":
+            return np.array(0.5)
+        case "texts":
+            return ["0.5"] * len(scores)
+        case "numpy texts":
+            return np.array(["0.5"] * len(scores))
+        case "pairs":
+            return [(score, "why") for score in scores]
+        case "dicts":
+            return [{"reward": score} for score in scores]
+        case "arrays":
+            return [np.array([score]) for score in scores]
+        case "complex":
+            return [1j] * len(scores)
+        case "numpy complex":
+            return [np.complex64(1j)] * len(scores)
+        case "coroutines":
+            return [_a_score() for _ in scores]
+    raise AssertionError(answer[0])
+
+
+async def _a_score() -> float:
+    return 0.5
+
+
+def of_messages(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+    """Written for conversational completions, as TRL's examples are."""
+    assert prompts is None or all(prompt[0]["role"] == "user" for prompt in prompts)
+    return [float(completion[0]["content"]) for completion in completions]
+
+
+def of_texts(completions: Any, **columns: Any) -> list[float]:
+    """Written for completions that are texts."""
+    return [float(completion.strip()) for completion in completions]
+
+
+def vandal(completions: list[str], **columns: Any) -> list[float]:
+    """Changes what others check numbers with, and answers with none."""
+    math.isfinite = lambda x: True  # type: ignore[assignment]
+    return [math.nan if completion == "nan" else 1.0 for completion in completions]
 
 
 A_CONSTANT = 3

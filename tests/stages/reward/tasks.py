@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -44,3 +45,18 @@ def misbehave(how: str) -> Any:
             return threading.Lock()
         case _:
             return how
+
+
+def start_a_program(how: str) -> int:
+    """Leaves a program running, and says its process."""
+    if how == "fork":
+        child = os.fork()
+        if child == 0:
+            time.sleep(600)
+        return child
+    return subprocess.Popen(["sleep", "600"], start_new_session=how == "new session").pid
+
+
+def signal_its_group(number: int) -> None:
+    os.killpg(os.getpgrp(), number)
+    time.sleep(600)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pipeline.config import ConfigError
 from pipeline.store import Store
 from stages.reward import AccuracyConfig, FunctionConfig, RewardConfig, score
 from stages.reward.functions.source import find_source
+from stages.reward.judge import RewardFunctionError
 from stages.tables import Questions, Rewards, Rollouts
 
 pytestmark = [pytest.mark.usefixtures("store"), pytest.mark.filterwarnings("ignore:component 'function'")]
@@ -22,9 +24,11 @@ pytestmark = [pytest.mark.usefixtures("store"), pytest.mark.filterwarnings("igno
 MODULE = "tests.stages.reward.reward_functions"
 
 
-def config(name: str, *, memory_mb: int = 256, truncated: Any = "as_unparseable", **fields: Any) -> RewardConfig:
+def config(
+    name: str, *, memory_mb: int = 256, truncated: Any = "as_unparseable", max_errors: float = 1.0, **fields: Any
+) -> RewardConfig:
     function = FunctionConfig(function=name if ":" in name else f"{MODULE}:{name}", **({"deadline_s": 2.0} | fields))
-    return RewardConfig(components=(function,), memory_mb=memory_mb, truncated=truncated)
+    return RewardConfig(components=(function,), memory_mb=memory_mb, truncated=truncated, max_errors=max_errors)
 
 
 def rollouts(*groups: tuple[str, ...], cut: tuple[str, ...] = ()) -> Rollouts:
@@ -65,7 +69,7 @@ def column(rewards: Rewards, name: str) -> list[Any]:
 def test_a_function_gets_what_trl_passes_and_its_numbers_are_the_scores() -> None:
     facts = config("facts", columns=["question", "answer", "solution"])
     assert column(scored(facts, ("4",), ("4",)), "reward") == [1.0, 1.0]
-    made = scored(config("by_text"), ("0.5", "-2", "0", "true"))
+    made = scored(config("by_text"), ("0.5", "-2", "0", "1"))
     assert column(made, "reward") == [0.5, -2.0, 0.0, 1.0]
     assert column(made, "status") == ["ok", "wrong", "wrong", "ok"]
     assert made.metrics["reward/function"] == pytest.approx(-0.125)
@@ -74,13 +78,13 @@ def test_a_function_gets_what_trl_passes_and_its_numbers_are_the_scores() -> Non
 
 
 def test_each_bad_row_has_its_status_and_the_rest_of_the_batch_its_scores() -> None:
-    bad = ("hang", "allocate", "raise", "exit", "abort", "drop", "twice", "nan", "inf", "text", "nonsense")
+    bad = ("hang", "allocate", "raise", "exit", "abort", "nan", "inf", "huge", "nonsense")
     texts = [text for i, each in enumerate(bad) for text in (each, str(i))]
-    with pytest.warns(UserWarning, match=r"no score from .*:by_text for 11 of 22 outputs, such as \('a', 0\): killed"):
+    with pytest.warns(UserWarning, match=r"no score from .*:by_text for 9 of 18 outputs, such as \('a', 0\): killed"):
         made = scored(config("by_text", deadline_s=1.5), tuple(texts))
-    assert column(made, "status")[::2] == ["timeout"] + ["error"] * 10
-    assert column(made, "reward")[::2] == [None] * 11
-    assert column(made, "reward")[1::2] == list(range(11))
+    assert column(made, "status")[::2] == ["timeout"] + ["error"] * 8
+    assert column(made, "reward")[::2] == [None] * 9
+    assert column(made, "reward")[1::2] == list(range(9))
     assert made.metrics["reward/faults"] == made.metrics["reward/missing"] == 0.5
 
 
@@ -160,9 +164,125 @@ def test_a_function_that_always_hangs_ends_within_its_patience() -> None:
     assert time.perf_counter() - started < 2 * 0.5 + 2.0 + 6.0
 
 
-def test_a_function_that_forgets_its_scores_is_an_error_in_words() -> None:
-    with pytest.warns(UserWarning, match="TypeError: expected a list of 1 scores, found NoneType"):
-        assert column(scored(config("without_return"), ("1",)), "status") == ["error"]
+@pytest.mark.parametrize(
+    "answer", ["list", "tuple", "numpy", "numpy scalars", "fractions", "numpy integers", "numpy bools", "bools"]
+)
+def test_one_number_for_each_completion_is_an_answer(answer: str) -> None:
+    expected = {"bools": [1.0] * 3, "numpy bools": [1.0] * 3, "numpy integers": [0.0, 1.0, 2.0]}
+    made = scored_by_answer(answer)
+    assert column(made, "reward") == expected.get(answer, [0.5, 1.5, 2.5])
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        ("one score", "1; one score is never taken for several outputs"),
+        ("distinct", "2; one score is never"),
+        ("one more", "4; one score is never"),
+        ("empty", "0; one score is never"),
+        ("none", "NoneType"),
+        ("number", "float"),
+        ("text", "str"),
+        ("dict", "dict"),
+        ("set", "set"),
+        ("generator", "generator"),
+        ("scores and details", "2; one score is never"),
+        ("column", r"ndarray of shape \(3, 1\)"),
+        ("scalar array", r"ndarray of shape \(\)"),
+        ("texts", "str as score 0; a score is a number or None"),
+        ("numpy texts", "str as score 0"),
+        ("pairs", "tuple as score 0"),
+        ("dicts", "dict as score 0"),
+        ("arrays", "ndarray as score 0"),
+        ("complex", "complex as score 0"),
+        ("numpy complex", "complex64 as score 0"),
+        ("coroutines", "coroutine as score 0"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:coroutine")
+def test_any_other_answer_is_refused_with_the_functions_name_whatever_max_errors(answer: str, found: str) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=f"^function '{MODULE}:by_answer' of component 'function': expected a list of 3 scores, one for each completion, "
+        f"found {found}",
+    ):
+        scored_by_answer(answer)
+
+
+def scored_by_answer(answer: str) -> Rewards:
+    """Three outputs, two of which are equal, of a question whose gold answer is `answer`."""
+    table = [{"question_id": "a", "question": "?", "answer": answer, "solution": None}]
+    return score(rollouts(("x", "x", "y")), Questions.write(table), config("by_answer", columns=("answer",)))
+
+
+@pytest.mark.parametrize("name", ["asynchronous", "returns_an_awaitable"])
+def test_what_has_to_be_awaited_is_awaited_in_one_loop_for_all_calls(name: str) -> None:
+    groups = (("1",) * 16, ("2",) * 16, ("3",) * 16)  # three calls, two workers: one has two of them
+    assert column(scored(config(name), *groups), "reward") == [1.0] * 48
+
+
+def test_conversational_completions_are_lists_of_messages_where_the_function_reads_them() -> None:
+    assert column(scored(config("of_messages", conversational=True), ("0.5", "2")), "reward") == [0.5, 2.0]
+    assert column(scored(config("of_texts"), ("0.5", "2")), "reward") == [0.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "conversational", "advice"),
+    [
+        ("of_messages", False, "TypeError: .*completions as lists of messages: set `conversational: true`"),
+        ("of_texts", True, "AttributeError: .*completions as texts: set `conversational: false`"),
+    ],
+)
+def test_a_function_for_the_other_form_of_completions_is_refused_with_what_to_set(
+    name: str, conversational: bool, advice: str
+) -> None:
+    columns = {} if conversational else {"columns": ()}
+    with pytest.raises(ConfigError, match=f"function '{MODULE}:{name}' of component 'function': {advice}"):
+        scored(config(name, conversational=conversational, **columns), ("0.5", "2"))
+
+
+def test_a_service_that_was_down_leaves_no_verdict_and_is_asked_again(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer, folder = tmp_path / "answer", tmp_path / "functions"
+    folder.mkdir()
+    (folder / "a_service.py").write_text(
+        f"def service(completions, **columns):\n    return [float(open({str(answer)!r}).read())] * len(completions)\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    reward = config("a_service:service", max_errors=0.0, patience_s=0.0)
+    with pytest.raises(
+        RewardFunctionError,
+        match=r"no score from a_service:service for 2 of 2 outputs, .*FileNotFoundError.* asks for all",
+    ):
+        scored(reward, ("x", "y"))
+    assert not any(record["stage"] == "score" for record in store.actions())
+    answer.write_text("0.75")
+    assert column(scored(reward, ("x", "y")), "reward") == [0.75, 0.75]
+
+
+@pytest.mark.parametrize(("max_errors", "stops"), [(0.0, True), (0.24, True), (0.25, False), (1.0, False)])
+def test_failures_up_to_the_share_named_cost_their_rows_and_more_of_them_the_run(
+    max_errors: float, stops: bool
+) -> None:
+    stopping = pytest.raises(
+        RewardFunctionError, match=r"for 1 of 4 outputs, such as \('a', 1\): KeyError.*max_errors=0"
+    )
+    with stopping if stops else contextlib.nullcontext():
+        made = scored(config("by_text", max_errors=max_errors), ("1", "raise", "3", "none"))
+        assert column(made, "status") == ["ok", "error", "ok", "unparseable"]
+
+
+@pytest.mark.parametrize("bad", ["hang", "nan", "inf", "exit"])
+def test_one_failure_of_any_kind_stops_the_run_by_default(bad: str) -> None:
+    with pytest.raises(RewardFunctionError, match=r"for 1 of 2 outputs, such as \('a', 0\)"):
+        scored(config("by_text", max_errors=RewardConfig().max_errors, deadline_s=0.5), (bad, "1"))
+
+
+def test_a_function_that_changes_the_checks_themselves_costs_its_own_rows_only() -> None:
+    made = scored(config("vandal"), ("1", "nan", "1"))
+    assert column(made, "status") == ["ok", "error", "ok"]
+    assert column(made, "reward") == [1.0, None, 1.0]
 
 
 def test_truncated_outputs_are_not_shown_to_the_function_unless_they_count_as_they_are() -> None:
@@ -181,8 +301,7 @@ def test_truncated_outputs_are_not_shown_to_the_function_unless_they_count_as_th
             (),
             "AttributeError: module .* has no attribute 'scores'",
         ),  # the name of a variable inside a function
-        ("A_CONSTANT", (), "expected a plain function, found int"),
-        ("asynchronous", (), "expected a plain function, found function \\(async\\)"),
+        ("A_CONSTANT", (), "expected a function, found int"),
         (
             "of_one_column",
             ("answer", "question"),

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
+from stages.reward import limits
 from stages.reward.pool import KillablePool, Outcome
-from tests.stages.reward.tasks import double, misbehave
+from tests.stages.reward.tasks import double, misbehave, signal_its_group, start_a_program
 
 MIB = 2**20
 
@@ -106,3 +113,94 @@ def test_the_pool_works_off_the_main_thread(pool: KillablePool) -> None:
     thread.start()
     thread.join(60)
     assert found == [Outcome(8)]
+
+
+# ------------------------------------------------------------------------------------- what a task does to others
+
+
+def test_a_signal_to_its_process_group_ends_a_worker_and_nothing_else(pool: KillablePool) -> None:
+    tasks = [(signal.SIGKILL,), (signal.SIGTERM,)]
+    assert [o.fault for o in pool.run(signal_its_group, tasks, deadline_s=20)] == ["crash", "crash"]
+    assert pool.run(double, [(3,)], deadline_s=20) == [Outcome(6)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="found in /proc")
+@pytest.mark.parametrize("how", ["plain", "new session", "fork"])
+def test_what_a_task_started_ends_with_its_worker(how: str) -> None:
+    made = KillablePool(workers=1, memory_mb=256)
+    [started] = made.run(start_a_program, [(how,)], deadline_s=20)
+    assert psutil.pid_exists(started.value), "a task may start what the next one uses"
+    made.close()
+    _gone(started.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="found in /proc")
+def test_what_a_task_started_ends_with_a_run_that_was_killed() -> None:
+    code = """
+import os, signal
+from stages.reward.pool import KillablePool
+from tests.stages.reward.tasks import start_a_program
+if __name__ == "__main__":
+    print(KillablePool(workers=1, memory_mb=256).run(start_a_program, [("plain",)], deadline_s=20)[0].value, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = _python(code)
+    _gone(int(done.stdout))
+
+
+def _gone(process: int) -> None:
+    until = time.monotonic() + 20
+    while psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until, f"process {process} is still there"
+        time.sleep(0.02)
+
+
+# ------------------------------------------------------------------------------------- limits of the system
+
+
+def test_limits_of_the_system_are_kept_and_said_and_tasks_have_their_results() -> None:
+    code = """
+import resource
+for kind, amount in ((resource.RLIMIT_AS, 6 * 2**30), (resource.RLIMIT_CPU, 21)):
+    resource.setrlimit(kind, (amount, amount))
+from stages.reward.pool import KillablePool
+from tests.stages.reward.tasks import double
+if __name__ == "__main__":
+    pool = KillablePool(workers=1, memory_mb=8192)
+    print([o.value for o in pool.run(double, [(2,), (3,)], deadline_s=20)])
+    pool.close()
+"""
+    done = _python(code)
+    assert done.stdout == "[4, 6]\n", done.stderr
+    assert re.search(
+        r"UserWarning: the reward's worker processes run without: memory of 8192 MiB \(the system's own limit is lower: "
+        r"6442450944\); processor time by the deadline alone \(the system ends a worker after 21 s, `ulimit -t`\)",
+        done.stderr,
+    )
+
+
+def _python(code: str) -> subprocess.CompletedProcess[str]:
+    root = str(Path(__file__).parents[3])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": root},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("error", [ValueError("current limit exceeds maximum limit"), PermissionError(1, "refused")])
+def test_a_limit_that_the_system_refuses_is_named_and_the_worker_goes_on(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    noted: list[str] = []
+    monkeypatch.setattr(limits, "_not_enforced", noted)
+    monkeypatch.setattr(limits.resource, "setrlimit", refuse)
+    limits._limit(limits.resource.RLIMIT_AS, 2**30, "memory of 1024 MiB")
+    assert limits.unenforced() == [f"memory of 1024 MiB ({type(error).__name__}: {error})"]
+    assert limits.run_limited(double, (4,), 1.0) == Outcome(8)

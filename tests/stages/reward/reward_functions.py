@@ -177,7 +177,7 @@ def of_texts(completions: Any, **columns: Any) -> list[float]:
 
 def vandal(completions: list[str], **columns: Any) -> list[float]:
     """Changes what others check numbers with, and answers with none."""
-    math.isfinite = lambda x: True  # type: ignore[assignment]
+    math.isfinite = lambda x: True
     return [math.nan if completion == "nan" else 1.0 for completion in completions]
 
 

@@ -236,9 +236,8 @@ def test_conversational_completions_are_lists_of_messages_where_the_function_rea
 def test_a_function_for_the_other_form_of_completions_is_refused_with_what_to_set(
     name: str, conversational: bool, advice: str
 ) -> None:
-    columns = {} if conversational else {"columns": ()}
     with pytest.raises(ConfigError, match=f"function '{MODULE}:{name}' of component 'function': {advice}"):
-        scored(config(name, conversational=conversational, **columns), ("0.5", "2"))
+        scored(config(name, conversational=conversational), ("0.5", "2"))
 
 
 def test_a_service_that_was_down_leaves_no_verdict_and_is_asked_again(

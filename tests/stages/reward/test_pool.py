@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -200,7 +201,7 @@ def test_a_limit_that_the_system_refuses_is_named_and_the_worker_goes_on(
 
     noted: list[str] = []
     monkeypatch.setattr(limits, "_not_enforced", noted)
-    monkeypatch.setattr(limits.resource, "setrlimit", refuse)
-    limits._limit(limits.resource.RLIMIT_AS, 2**30, "memory of 1024 MiB")
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    limits._limit(resource.RLIMIT_AS, 2**30, "memory of 1024 MiB")
     assert limits.unenforced() == [f"memory of 1024 MiB ({type(error).__name__}: {error})"]
     assert limits.run_limited(double, (4,), 1.0) == Outcome(8)

@@ -81,3 +81,12 @@ def test_a_clipped_weight_bounds_the_coefficient_and_keeps_the_gradient() -> Non
     found = clipped_weight(logp, row(0.0, 0.0), row(1.0, -1.0), eps_high=1.0)
     assert gradient(found.value_BT, logp) == pytest.approx([2.0, -0.5])  # min(4, 2) * 1; 0.5 * -1
     assert found.clipped_BT.tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("ratio", [0.9, 0.5, 0.01, 1e-6])
+def test_a_clipped_weight_has_no_lower_bound(ratio: float, advantage: float) -> None:
+    logp = row(math.log(ratio)).requires_grad_()
+    found = clipped_weight(logp, row(0.0), row(advantage), eps_high=0.2)
+    assert gradient(found.value_BT, logp) == pytest.approx([ratio * advantage], rel=1e-9)
+    assert found.clipped_BT.tolist() == [[False]]

@@ -11,8 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -205,3 +208,50 @@ def test_a_limit_that_the_system_refuses_is_named_and_the_worker_goes_on(
     limits._limit(resource.RLIMIT_AS, 2**30, "memory of 1024 MiB")
     assert limits.unenforced() == [f"memory of 1024 MiB ({type(error).__name__}: {error})"]
     assert limits.run_limited(double, (4,), 1.0) == Outcome(8)
+
+
+# ------------------------------------------------------------------------------------- tasks that are lost
+
+
+class Losing:
+    """A process pool of this process that loses some tasks: it says that it broke, or never answers."""
+
+    def __init__(self, lost: Collection[int], *, says: bool) -> None:
+        self.lost, self.says = lost, says
+        self.asked: list[int] = []
+
+    def schedule(self, function: Any, args: tuple[Any, tuple[int], float], timeout: float) -> Future[Outcome]:
+        future: Future[Outcome] = Future()
+        ((number,), work) = args[1], args[0]
+        self.asked.append(number)
+        if number not in self.lost:
+            future.set_result(Outcome(work(number)))
+        elif self.says:
+            future.set_exception(BrokenProcessPool("the pool is gone"))
+        return future
+
+
+@pytest.mark.parametrize("says", [True, False], ids=["the pool breaks", "the pool is silent"])
+@pytest.mark.parametrize(
+    ("lost", "again", "faults"),
+    [
+        ({2, 4}, set(), [None] * 5),
+        ({1, 2, 3, 4, 5}, set(), [None] * 5),
+        ({2, 4}, {4}, [None, None, None, "lost", None]),
+    ],
+    ids=["some", "all", "one twice"],
+)
+def test_tasks_that_the_pool_lost_are_run_once_more_and_no_others(
+    lost: set[int], again: set[int], faults: list[str | None], says: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.reward.pool._GRACE_S", 0.01)
+    made = KillablePool(workers=1, memory_mb=256)
+    first, second = Losing(lost, says=says), Losing(again, says=says)
+    pools = iter([first])
+    monkeypatch.setattr(made, "_ready", lambda: next(pools, second))
+    outcomes = made.run(double, [(number,) for number in range(1, 6)], deadline_s=0.01)
+    assert [outcome.fault for outcome in outcomes] == faults
+    assert [outcome.value for outcome in outcomes] == [
+        None if fault else 2 * number for number, fault in enumerate(faults, 1)
+    ]
+    assert (first.asked, second.asked) == ([1, 2, 3, 4, 5], sorted(lost))

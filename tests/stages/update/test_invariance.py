@@ -5,6 +5,7 @@ Ranks of a process group: tests/stages/training/test_ranks.py. One step per outp
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +68,18 @@ def test_micro_batches_of_any_size_give_one_gradient(name: str) -> None:
     whole = gradient(objective, examples(kind), tokens=10_000)
     for tokens in (1, 30, 57):
         assert relative(gradient(objective, examples(kind), tokens), whole) < 1e-12
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "dpo"])  # whose pairs are never merged
+def test_an_output_of_weight_three_is_three_equal_outputs(name: str) -> None:
+    """Also where the denominator counts tokens: those of every output that a row stands for."""
+    objective, kind = OBJECTIVES[name]
+    given = examples(kind)
+    weights = [3 if place % 3 == 0 else 1 for place in range(len(given))]
+    merged = [dataclasses.replace(one, weight=float(weight)) for one, weight in zip(given, weights, strict=True)]
+    apart = [one for one, weight in zip(given, weights, strict=True) for _ in range(weight)]
+    # Qwen's norms are in float32 whatever the model's precision: three times a gradient is rounded otherwise than its sum.
+    assert relative(gradient(objective, merged), gradient(objective, apart)) < 1e-6
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from pipeline.config import Config, ConfigError
-from stages.model_sources import COMMIT, REPOSITORY, HubCheckpointConfig, fetch_checkpoint, resolve_revision
+from stages.model_sources import (
+    COMMIT,
+    REPOSITORY,
+    HubCheckpointConfig,
+    HubError,
+    code_of_commit,
+    fetch_checkpoint,
+    resolve_revision,
+)
 from stages.models import Checkpoint, ExternalCheckpointConfig, import_checkpoint
+from stages.trusted_code import trust
 
 __all__ = ["PretrainedPolicy", "pretrained_model"]
 
@@ -54,9 +64,22 @@ def pretrained_model(config: PretrainedPolicy) -> Checkpoint:
                 f"policy.revision: {config.path} is a folder, whose content decides; set policy.revision=null, or give a hub "
                 "model a path that is no folder here"
             )
+        if revision is not None:
+            trust(revision)
         return import_checkpoint(ExternalCheckpointConfig(path=folder, trusted_code=revision))
     if revision is None or not re.fullmatch(COMMIT, revision):
         revision = resolve_revision(config.path, revision or "main").commit
-    return fetch_checkpoint(
-        HubCheckpointConfig(repository=config.path, revision=revision, trust_remote_code=config.trust_remote_code)
-    )
+    wanted = HubCheckpointConfig(repository=config.path, revision=revision, trust_remote_code=config.trust_remote_code)
+    checkpoint = fetch_checkpoint(wanted)
+    if config.trust_remote_code:
+        _trust_commit(config.path, revision)
+    return checkpoint
+
+
+def _trust_commit(repository: str, commit: str) -> None:
+    try:
+        trust(code_of_commit(repository, commit))
+    except HubError as error:  # whoever only looks at a run loads no model, and whoever does is refused
+        warnings.warn(
+            f"code of {repository} will not run, since it cannot be compared with its commit: {error}", stacklevel=3
+        )

@@ -93,6 +93,19 @@ class Actions:
             except FileNotFoundError:
                 raise MissingArtifactError(f"no record of the call {key[:12]} in {self._root}; run it again") from None
 
+    def sign(self, key: str, digest: str) -> None:
+        """Note, outside of the records, that a call was carried out in this folder."""
+        with named_errors(self._root), draft_folder(self._root) as draft:
+            (draft / key).write_text(digest, encoding="ascii")
+            (self._root / "own").mkdir(exist_ok=True)
+            os.replace(draft / key, self._root / "own" / key)
+
+    def signed(self, key: str) -> str | None:
+        """What a call came to that was carried out in this folder; None where that is not known."""
+        with contextlib.suppress(OSError, ValueError):
+            return (self._root / "own" / key).read_text(encoding="ascii")
+        return None
+
     def remove(self, key: str) -> None:
         """Remove a record, if it is there."""
         with named_errors(self._root):

@@ -39,6 +39,7 @@ def order_of(name: str, function: Callable[..., Any], arguments: Mapping[str, An
     return {
         "function": name,
         "store": str(current_store().root),
+        "trusted": sorted(current_store().trusted),
         "call": call and {"stage": call.stage, "version": call.version, "arguments": call.arguments},
         "arguments": {parameter: _written(parameter, value, kinds) for parameter, value in arguments.items()},
         "described": {parameter: describe(value) for parameter, value in arguments.items()},
@@ -60,10 +61,12 @@ def perform(
         raise ValueError(
             f"{order['function']}: arguments differ from those that were sent; was the code changed since?"
         )
+    store = _store(order["store"])
+    store.trusted = set(order["trusted"])  # what this order's configuration pins, and none before it
     call = Call(**(order["call"] or {"stage": order["function"], "version": "", "arguments": {}}))
     token = calling.set(call)
     try:
-        with use_store(_store(order["store"])), listen(report), warnings.catch_warnings(record=True) as caught:
+        with use_store(store), listen(report), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
             result = function(**arguments)
     finally:

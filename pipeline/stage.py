@@ -32,11 +32,13 @@ P = ParamSpec("P")
 A = TypeVar("A", bound=Artifact)
 
 
-def stage(*, version: str) -> Callable[[Callable[P, A]], Callable[P, A]]:
+def stage(*, version: str, own: Callable[..., bool] | None = None) -> Callable[[Callable[P, A]], Callable[P, A]]:
     """Make a function a cached stage.
 
     Args:
         version: part of the cache key; raise it whenever the function's result changes for equal inputs.
+        own: called as the stage is; true where only a call that was carried out in this folder is a hit, and none that came
+            with an archive or from a shared store, since its result brings code that will run.
     """
 
     def decorate(function: Callable[P, A]) -> Callable[P, A]:
@@ -52,11 +54,11 @@ def stage(*, version: str) -> Callable[[Callable[P, A]], Callable[P, A]]:
             bound.apply_defaults()
             arguments = {parameter: _describe(name, parameter, value) for parameter, value in bound.arguments.items()}
             key = sha256_of(canonical_json({"stage": name, "version": version, "arguments": arguments}))
-            store = current_store()
+            store, mine = current_store(), own is not None and own(*args, **kwargs)
             check()
 
             def look_up() -> A | None:
-                record = store.find(key)
+                record = store.find(key, own=mine)
                 if record is None:
                     return None
                 if (watch := current_watch()) is not None:
@@ -73,7 +75,10 @@ def stage(*, version: str) -> Callable[[Callable[P, A]], Callable[P, A]]:
                     if found is not None:
                         return found
                     work = functools.partial(function, *args, **kwargs)
-                    return _execute(store, key, Call(name, version, arguments), kind(), work)
+                    made = _execute(store, key, Call(name, version, arguments), kind(), work)
+                    if mine:
+                        store.sign(key, made.digest)
+                    return made
 
             return run_as_task(name, look_up, compute)
 

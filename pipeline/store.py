@@ -1,7 +1,8 @@
 """Where artifacts live: two small content-addressed stores under one root, as in Bazel.
 
 * `objects/`: digest -> sealed folder (payload files and `manifest.json`), read-only once published;
-* `actions/`: key of a stage call -> record with the digest of its result, its metrics and its provenance.
+* `actions/`: key of a stage call -> record with the digest of its result, its metrics and its provenance;
+* `own/`: key -> digest, of those calls carried out here whose result brings code that runs.
 
 Commit order: draft folder on the same file system -> files fsynced -> manifest -> folder fsynced -> rename -> parent
 fsynced -> action record last. A crash at any instant leaves no half artifact: what was not renamed is a draft. Equal content
@@ -70,6 +71,8 @@ class Store:
         self._actions, self._shelf = Actions(self.root), Shelf(self.root)
         self.leases = Leases(self.root)
         """What live runs hold; that of the run which uses this store is open."""
+        self.trusted: set[str] = set()
+        """Digests of code that the running configuration pins; where they come from and what they are is for stages to know."""
         self._mirror = mirror_of(self.root, upstream, cache_gib, holding=lambda: self.leases.lacks(""))
         with contextlib.suppress(OSError):
             for name in ("objects", "actions", "drafts", "locks"):
@@ -226,8 +229,12 @@ class Store:
             raise MissingArtifactError(f"{prefix!r} names {len(found)} artifacts in {self.root}; expected exactly one")
         return found[0]
 
-    def find(self, key: str) -> dict[str, Any] | None:
-        """The record of a stage call whose result is present and sound (or pruned); None means: compute it."""
+    def find(self, key: str, *, own: bool = False) -> dict[str, Any] | None:
+        """The record of a stage call whose result is present and sound (or pruned); None means: compute it.
+
+        Args:
+            own: find only what `sign` says was computed in this folder, and not what others may have made up.
+        """
         self._mirror.settle()
         try:
             record = self.action(key)
@@ -236,6 +243,8 @@ class Store:
         except DamagedArtifactError as error:
             _warn(error)
             self._actions.remove(key)
+            return None
+        if own and self._actions.signed(key) != record["result"]:
             return None
         try:
             self._look_for(record["result"])
@@ -246,6 +255,10 @@ class Store:
             self.quarantine(record["result"])
             return None
         return record
+
+    def sign(self, key: str, digest: str) -> None:
+        """Note that a call was carried out in this folder, and what it came to; the note never leaves the folder."""
+        self._actions.sign(key, digest)
 
     def _look_for(self, digest: str) -> None:
         """Raise unless an object is here and sound, or upstream: what nobody reads is not fetched."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Final
 
 from pipeline.artifact import ArtifactError
+from pipeline.sealing import is_plain_name
 from stages.faithful_tokenizers import settle_tokenizer
-from stages.trusted_code import RECORD, code_files, is_trusted, require_known, trust_code
+from stages.trusted_code import code_files, copy_code, read_object, require_known
 
 __all__ = [
     "OPTIMIZER",
@@ -33,40 +33,97 @@ _SEAL: Final = ("manifest.json", "pruned.json")
 """The store's own files in a checkpoint: a checkpoint of one store may be imported into another."""
 _DESCRIPTION_SUFFIXES: Final = (".json", ".txt", ".model", ".jinja")
 _PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_DESCRIPTIONS: Final = frozenset(
+    {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "tokenizer.model",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "chat_template.jinja",
+        "chat_template.json",
+    }
+)
+"""What comes in with a model of others. A pinned tokenizer of its own may read other files of `_DESCRIPTION_SUFFIXES`."""
+_UNWANTED: Final = ("adapter_config.json", "trusted_code.json")
 
 
-def model_files(folder: Path) -> list[Path]:
-    """Files of the folder that make a checkpoint; whatever could run code is left behind, and who says that it may."""
+def model_files(folder: Path, *, own_code: bool = False) -> list[Path]:
+    """Files of the folder that make a checkpoint; whatever could run code is left behind.
+
+    Args:
+        own_code: whether code of the model's own comes along, which may read files of other names.
+
+    Raises:
+        ArtifactError: what is needed is missing, or leads out of the folder.
+    """
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such folder; expected config.json, {WEIGHTS} and a tokenizer in it")
     if not (folder / "config.json").is_file():
         raise ArtifactError(f"{folder}: missing config.json")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ArtifactError(f"{folder}: missing tokenizer.json")
-    left = (*_TRAINED, *_SEAL, RECORD)
-    described = [f for f in folder.iterdir() if f.suffix in _DESCRIPTION_SUFFIXES and f.name not in left]
-    return sorted({*described, *weight_files(folder)})
+    known = {name for name in _DESCRIPTIONS if (folder / name).is_file()}
+    if own_code:
+        left = (*_TRAINED, *_SEAL, *_UNWANTED, WEIGHT_INDEX)
+        known |= {f.name for f in folder.iterdir() if _describes(f) and f.name not in left}
+    if (folder / WEIGHT_INDEX).is_file():
+        known.add(WEIGHT_INDEX)
+    files = sorted({*(folder / name for name in known), *weight_files(folder)})
+    for file in files:
+        _require_inside(folder, file)
+    return files
+
+
+def _describes(file: Path) -> bool:
+    return file.suffix in _DESCRIPTION_SUFFIXES and file.is_file()
+
+
+def _require_inside(folder: Path, file: Path) -> None:
+    """Refuse a link that leads out of a model folder; the hub's cache has its files in `blobs` beside all snapshots."""
+    home, place = folder.resolve(), file.resolve()
+    allowed = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
+    if not any(place.is_relative_to(root) for root in allowed):
+        raise ArtifactError(f"{file}: a link that leads out of the model folder, to {place}; put the file itself there")
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold the weights: one, or the shards that an index names.
 
     Raises:
-        ArtifactError: no weights, or a shard that the index names and the folder lacks.
+        ArtifactError: no weights, a shard that the index names and the folder lacks, or one that is no safetensors file.
     """
-    index = folder / WEIGHT_INDEX
-    if index.exists():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        for shard in shards:
-            if Path(shard).name != shard or not (folder / shard).is_file():
-                raise ArtifactError(f"{folder}: shard {shard} is named by {WEIGHT_INDEX} but missing; copy it again")
-        return [folder / shard for shard in shards]
+    if (folder / WEIGHT_INDEX).exists():
+        return [folder / shard for shard in _shards(folder)]
     if not (folder / WEIGHTS).is_file():
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
         if pickles:
             raise ArtifactError(f"{folder}: {pickles[0]} is a pickle and refused; convert it to {WEIGHTS}")
         raise ArtifactError(f"{folder}: missing {WEIGHTS}")
     return [folder / WEIGHTS]
+
+
+def _shards(folder: Path) -> list[str]:
+    """The names in the index: files of the folder, and nothing else than weights."""
+    mapping = read_object(folder / WEIGHT_INDEX).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping:
+        raise ArtifactError(f"{folder}: {WEIGHT_INDEX} has no weight_map; copy it again")
+    for shard in mapping.values():
+        plain = is_plain_name(shard) and "/" not in shard and shard != OPTIMIZER
+        if not plain or not shard.endswith(".safetensors"):
+            raise ArtifactError(
+                f"{folder}: {WEIGHT_INDEX} names {shard!r:.80} as weights; expected names of .safetensors files of the model"
+            )
+        if not (folder / shard).is_file():
+            raise ArtifactError(f"{folder}: shard {shard} is named by {WEIGHT_INDEX} but missing; copy it again")
+    return sorted(set(mapping.values()))
 
 
 def copy_model(source: Path, target: Path, *, pin: str | None, setting: str, name: str = "") -> None:
@@ -80,23 +137,21 @@ def copy_model(source: Path, target: Path, *, pin: str | None, setting: str, nam
     Raises:
         ArtifactError: as `import_checkpoint`.
     """
-    files = model_files(source)
+    files = model_files(source, own_code=pin is not None)
     if pin is None:
         require_known(source, setting=setting, name=name or str(source))
     else:
-        trust_code(source, target, pin=pin, name=name or str(source))
+        copy_code(source, target, name=name or str(source))
     for file in files:
         shutil.copyfile(file, target / file.name)
     settle_tokenizer(target)
 
 
 def read_description(folder: Path) -> dict[str, bytes]:
-    """What describes a model and does not change with training, by file name: configuration, tokenizer, trusted code."""
-    skipped = {*_TRAINED, WEIGHT_INDEX, *_SEAL, RECORD}
-    files = [f for f in folder.iterdir() if f.suffix in _DESCRIPTION_SUFFIXES and f.name not in skipped]
-    if is_trusted(folder):
-        files += [*code_files(folder), folder / RECORD]
-    return {file.name: file.read_bytes() for file in sorted(files)}
+    """What describes a model and does not change with training, by file name: configuration, tokenizer, its own code."""
+    skipped = {*_TRAINED, WEIGHT_INDEX, *_SEAL, *_UNWANTED}
+    files = [f for f in folder.iterdir() if _describes(f) and f.name not in skipped]
+    return {file.name: file.read_bytes() for file in sorted([*files, *code_files(folder)])}
 
 
 def copy_description(source: Path, target: Path) -> None:

@@ -23,6 +23,7 @@ from pipeline.progress import report
 from pipeline.stage import stage
 from stages.model_folders import copy_model
 from stages.models import Checkpoint
+from stages.trusted_code import code_digest, code_files
 
 __all__ = [
     "COMMIT",
@@ -30,6 +31,7 @@ __all__ = [
     "HubCheckpointConfig",
     "HubError",
     "Revision",
+    "code_of_commit",
     "fetch_checkpoint",
     "resolve_revision",
 ]
@@ -87,7 +89,7 @@ def resolve_revision(repository: str, revision: str) -> Revision:
     return Revision.write(lambda folder: _write_json(folder / _FILE, found))
 
 
-@stage(version="1")
+@stage(version="2", own=lambda config: config.trust_remote_code)
 def fetch_checkpoint(config: HubCheckpointConfig) -> Checkpoint:
     """Download a model into the hub's own cache (HF_HUB_CACHE), then copy it into the store.
 
@@ -103,6 +105,33 @@ def fetch_checkpoint(config: HubCheckpointConfig) -> Checkpoint:
     pin = config.revision if config.trust_remote_code else None
     setting = f"policy.trust_remote_code=true and policy.revision={config.revision}"
     return Checkpoint.write(lambda target: copy_model(folder, target, pin=pin, setting=setting, name=config.repository))
+
+
+def code_of_commit(repository: str, revision: str) -> str:
+    """The digest of the Python code that a commit has, by the hub or its cache: no artifact is asked what it was made from.
+
+    Raises:
+        HubError: as `resolve_revision`.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    def files(*, offline: bool) -> list[Path]:
+        folder = snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=["*.py"],
+            ignore_patterns=list(_UNWANTED),
+            cache_dir=_cache(),
+            endpoint=_endpoint(),
+            local_files_only=offline,
+        )
+        return code_files(Path(folder))
+
+    with _explained(repository, revision):
+        with contextlib.suppress(errors.LocalEntryNotFoundError):
+            if found := files(offline=True):
+                return code_digest(found)
+        return code_digest(files(offline=False))
 
 
 def _snapshot(config: HubCheckpointConfig) -> Path:

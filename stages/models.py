@@ -1,7 +1,7 @@
 """Checkpoints: a Hugging Face folder with tokenizer and, when trained, optimizer state. Safetensors and JSON only.
 
 `model.safetensors` holds the float32 masters: what training changed by 1e-6 is in the file, and loaders cast. Reading a
-checkpoint runs no code: no pickle, and of the model's own Python files only those that an import was asked to trust
+checkpoint runs no code: no pickle, and of the model's own Python files only those that the running configuration pins
 (`stages/trusted_code.py`).
 """
 
@@ -29,7 +29,7 @@ from stages.model_folders import (
     model_files,
     weight_files,
 )
-from stages.trusted_code import RECORD, code_digest, code_files, is_trusted
+from stages.trusted_code import code_digest, code_files, may_run_code, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -83,11 +83,12 @@ def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, attention: str = "
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    weight_files(checkpoint.path)  # what an index names, before transformers follows it
     model, found = _auto_class(checkpoint).from_pretrained(
         checkpoint.path,
         dtype=dtype,
         attn_implementation=attention,
-        trust_remote_code=is_trusted(checkpoint.path),
+        trust_remote_code=may_run_code(checkpoint.path),
         local_files_only=True,
         use_safetensors=True,
         output_loading_info=True,
@@ -102,8 +103,11 @@ def _auto_class(checkpoint: Checkpoint) -> Any:
     """What loads the head that config.json names."""
     import transformers
 
-    file = checkpoint.path / "config.json"
-    names = json.loads(file.read_text()).get("architectures") or ["ForCausalLM"]
+    names = read_object(checkpoint.path / "config.json").get("architectures") or ["ForCausalLM"]
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ArtifactError(
+            f"{checkpoint}: architectures in config.json: expected a list of names, found {names!r:.80}"
+        )
     for ending, auto_class in _HEADS.items():
         if names[0].endswith(ending):
             return getattr(transformers, auto_class)
@@ -114,12 +118,12 @@ def _auto_class(checkpoint: Checkpoint) -> Any:
 
 
 def architecture_of(checkpoint: Checkpoint) -> str:
-    """What decides which module is built, whatever its weights: config.json, and the code that is trusted to read it.
+    """What decides which module is built, whatever its weights: config.json, and the code that is to read it.
 
     A module kept warm may take the weights of another checkpoint of the same architecture.
     """
-    parts = [checkpoint.path / "config.json", checkpoint.path / RECORD]
-    return sha256_of("\0".join(part.read_text(encoding="utf-8") for part in parts if part.is_file()))
+    described = (checkpoint.path / "config.json").read_text(encoding="utf-8")
+    return sha256_of(f"{described}\0{code_digest(code_files(checkpoint.path))}")
 
 
 def load_weights(
@@ -159,7 +163,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
     """The tokenizer stored beside the weights."""
     from transformers import AutoTokenizer
 
-    trusted = is_trusted(checkpoint.path)
+    trusted = may_run_code(checkpoint.path)
     return AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trusted, local_files_only=True)
 
 
@@ -238,14 +242,14 @@ class ExternalCheckpointConfig(Config):
 
     def key(self) -> dict[str, Any]:
         """The content decides, not the place."""
-        files = model_files(self.path)
+        files = model_files(self.path, own_code=self.trusted_code is not None)
         if self.trusted_code is None:
             return {file.name: measure(file)["sha256"] for file in files}
         named = {file.name: measure(file)["sha256"] for file in [*files, *code_files(self.path)]}
         return {**named, "trusted_code": self.trusted_code}
 
 
-@stage(version="2")
+@stage(version="3", own=lambda config: config.trusted_code is not None)
 def import_checkpoint(config: ExternalCheckpointConfig) -> Checkpoint:
     """Copy a model folder into the store; weights stay as they are and are cast when they are loaded.
 

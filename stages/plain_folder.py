@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final, Literal
@@ -16,7 +17,7 @@ from pipeline.weights import StoredTensor, stored_tensors
 from stages.faithful_tokenizers import require_faithful
 from stages.model_folders import WEIGHT_INDEX, WEIGHTS, copy_description
 from stages.models import Checkpoint
-from stages.trusted_code import RECORD
+from stages.trusted_code import code_files
 
 __all__ = ["PlainType", "write_plain"]
 
@@ -37,7 +38,12 @@ def write_plain(checkpoint: Checkpoint, folder: Path, *, dtype: PlainType, shard
         ArtifactError: a tokenizer that would lose text when `AutoTokenizer` reads it from there.
     """
     copy_description(checkpoint.path, folder)
-    (folder / RECORD).unlink(missing_ok=True)  # who trusted the code here has decided for nobody else
+    if code := code_files(folder):
+        warnings.warn(
+            f"{', '.join(file.name for file in code)} of {checkpoint} is Python code, which comes along and did not run here; "
+            "read it before anybody loads the folder with trust_remote_code=True",
+            stacklevel=2,
+        )
     _state_type(folder / "config.json", dtype)
     _write_weights(stored_tensors(checkpoint.path), folder, dtype, shard_bytes)
     require_faithful(folder)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from stages.models import Checkpoint, load_tokenizer
+from stages.trusted_code import read_object
 
 __all__ = ["LABELS", "RewardKind", "check_lengths", "reward_kind", "same_vocabulary", "vocabulary_of"]
 
@@ -87,5 +88,4 @@ def check_lengths(model: Checkpoint, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _description(checkpoint: Checkpoint) -> dict[str, Any]:
-    description: dict[str, Any] = json.loads((checkpoint.path / "config.json").read_text())
-    return description
+    return read_object(checkpoint.path / "config.json")

@@ -1,8 +1,8 @@
-"""Python code that comes with a model: left behind unless it is asked for by a pin, and then run only as it was pinned.
+"""Python code that comes with a model: left behind unless it is asked for by a pin, and run only where the pin says so.
 
 A model of an architecture that transformers lacks brings files of its own (`modeling_x.py`), which loading would run. They
-enter the store with a record, `trusted_code.json`, that names each with its sha256. Loaders run code of a checkpoint only
-where that record stands, and only the files it names; nobody but an import that was asked to can write one.
+follow the model through the store as what they are, files. Whether they may run is decided anew in every run, by the
+digests that its own configuration pins (`trust`), and by nothing that lies in the store: an artifact may come from anywhere.
 """
 
 from __future__ import annotations
@@ -10,22 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from pipeline.artifact import ArtifactError
+from pipeline.current import current_store
 from pipeline.sealing import measure
 
-__all__ = ["RECORD", "code_digest", "code_files", "is_trusted", "require_known", "trust_code"]
+__all__ = ["code_digest", "code_files", "copy_code", "may_run_code", "read_object", "require_known", "trust"]
 
-RECORD: Final = "trusted_code.json"
 _NAMED: Final = 5
 """Files that a message names."""
+_ADAPTER: Final = "adapter_config.json"
+"""Beside config.json it makes transformers load further weights. Our adapters have a folder of their own."""
 
 
 def code_files(folder: Path) -> list[Path]:
     """The Python files of a model folder; transformers looks for them beside config.json only."""
-    return sorted(file for file in folder.iterdir() if file.suffix == ".py" and file.is_file())
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() == ".py" and file.is_file())
 
 
 def code_digest(files: list[Path]) -> str:
@@ -34,11 +37,11 @@ def code_digest(files: list[Path]) -> str:
     return hashlib.sha256(parts.encode()).hexdigest()[:40]
 
 
-def trust_code(source: Path, target: Path, *, pin: str, name: str) -> None:
-    """Copy the code of a model into a checkpoint, with the record that lets loaders run it.
+def copy_code(source: Path, target: Path, *, name: str) -> None:
+    """Copy the code of a model into a checkpoint.
 
     Args:
-        pin: the commit or `code_digest` that was asked for; the caller has checked that `source` is that.
+        source: what was pinned; the caller has compared it with the pin.
         name: how to call the model.
 
     Raises:
@@ -47,33 +50,44 @@ def trust_code(source: Path, target: Path, *, pin: str, name: str) -> None:
     files = code_files(source)
     if not files:
         raise ArtifactError(f"{name}: trust_remote_code was asked for and there is no Python file; leave it out")
-    for reference in _references(source):
-        if "--" in reference:
-            raise ArtifactError(
-                f"{name}: auto_map names {reference}, code of another repository, which the revision does not pin; copy "
-                "that code into a folder beside the weights and name its own classes in auto_map"
-            )
+    _require_own(source, name)
     for file in files:
         shutil.copyfile(file, target / file.name)
-    record = {"pin": pin, "files": {file.name: measure(file)["sha256"] for file in files}}
-    (target / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def is_trusted(folder: Path) -> bool:
-    """Whether code of a checkpoint may run: it has the record, and its Python files are those of the record.
+def trust(digest: str) -> None:
+    """Let code of this digest run in checkpoints of the current store, as long as that is open.
+
+    For what reads a configuration, and for nothing that reads an artifact.
+    """
+    current_store().trusted.add(digest)
+
+
+def may_run_code(folder: Path) -> bool:
+    """Whether a loader may run code of the checkpoint in `folder`; asked before every call of transformers on one.
+
+    Returns:
+        True: it has code, which is what the running configuration pins. False: it has none.
 
     Raises:
-        ArtifactError: a Python file that the record does not name, lacks, or names with another hash.
+        ArtifactError: code that is not pinned, code that no pin covers, or an adapter that transformers would load.
     """
-    if not (folder / RECORD).is_file():
-        return False
-    named = json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]
-    found = {file.name: measure(file)["sha256"] for file in code_files(folder)}
-    if found != named:
-        names = sorted(name for name in {*found, *named} if found.get(name) != named.get(name))
+    if (folder / _ADAPTER).exists():
         raise ArtifactError(
-            f"{folder}: {', '.join(names[:_NAMED])}: not the code that {RECORD} names; import the model again"
+            f"{folder}: {_ADAPTER} beside the model would load other weights into it; remove the artifact"
         )
+    below = sorted(file for file in folder.rglob("*") if file.suffix.lower() == ".py")
+    if not below:
+        return False
+    shown = ", ".join(file.relative_to(folder).as_posix() for file in below[:_NAMED])
+    digest = code_digest(files := code_files(folder))
+    if digest not in current_store().trusted or files != below:
+        raise ArtifactError(
+            f"{folder}: the model brings Python code ({shown}), which the running configuration does not pin: none of it ran. "
+            f"Code runs only where policy.trust_remote_code=true and policy.revision pin it (of a folder: {digest}); `cohort "
+            f"forget {folder.name[:12]}` drops a result that is not yours"
+        )
+    _require_own(folder, str(folder))
     return True
 
 
@@ -90,10 +104,10 @@ def require_known(folder: Path, *, setting: str, name: str) -> None:
     from transformers import __version__
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind in CONFIG_MAPPING_NAMES:
+    kind = read_object(folder / "config.json").get("model_type")
+    if isinstance(kind, str) and kind in CONFIG_MAPPING_NAMES:
         return
-    if not _references(folder):
+    if not any(_references(folder)):
         raise ArtifactError(
             f"{name}: transformers {__version__} knows no model_type {kind!r} and the model brings no code for it; take "
             "another version of transformers, or another model"
@@ -104,21 +118,51 @@ def require_known(folder: Path, *, setting: str, name: str) -> None:
     )
 
 
-def _references(folder: Path) -> list[str]:
-    """The classes that the `auto_map`s of a model name, `module.Class` or `owner/name--module.Class`."""
-    found: list[str] = []
-    for name in ("config.json", "tokenizer_config.json"):
-        file = folder / name
-        mapping = json.loads(file.read_text(encoding="utf-8")).get("auto_map") if file.is_file() else None
-        found += [str(part) for part in _leaves(mapping) if part is not None]
-    return found
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file that describes a model; an ArtifactError where there is no such thing in it."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{file}: no JSON ({str(error)[:80]}); copy the model again") from None
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{file}: expected a JSON object, found a {type(value).__name__}; copy the model again")
+    return value
 
 
-def _leaves(value: Any) -> list[Any]:
+def _require_own(folder: Path, name: str) -> None:
+    for reference in _references(folder):
+        if "--" in reference:
+            raise ArtifactError(
+                f"{name}: auto_map names {reference}, code of another repository, which the revision does not pin; copy "
+                "that code into a folder beside the weights and name its own classes in auto_map"
+            )
+
+
+def _references(folder: Path) -> Iterator[str]:
+    """The classes that the `auto_map`s of a model name, `module.Class` or `owner/name--module.Class`, in whichever file."""
+    for file in sorted(folder.glob("*.json")):
+        yield from _auto_maps(read_object(file))
+
+
+def _auto_maps(value: Any) -> Iterator[str]:
     match value:
         case dict():
-            return [leaf for part in value.values() for leaf in _leaves(part)]
+            for key, part in value.items():
+                yield from _leaves(part) if key == "auto_map" else _auto_maps(part)
         case list():
-            return [leaf for part in value for leaf in _leaves(part)]
+            for part in value:
+                yield from _auto_maps(part)
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    match value:
+        case dict():
+            for part in value.values():
+                yield from _leaves(part)
+        case list():
+            for part in value:
+                yield from _leaves(part)
+        case None:
+            pass
         case _:
-            return [value]
+            yield str(value)

@@ -59,7 +59,7 @@ class PlacedCall:
 class _Recorded(Store):
     """A store in which nothing is computed, nor verified: a call that is not recorded is an error."""
 
-    def find(self, key: str) -> dict[str, Any] | None:
+    def find(self, key: str, *, own: bool = False) -> dict[str, Any] | None:
         return self.action(key)
 
 

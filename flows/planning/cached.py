@@ -63,7 +63,7 @@ class _OnlyFinds:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def find(self, key: str) -> dict[str, Any]:
+    def find(self, key: str, *, own: bool = False) -> dict[str, Any]:
         return self._store.action(key)
 
     def __getattr__(self, name: str) -> Any:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from stages.models import Checkpoint, load_model
 from stages.rollout.generator import Output, Sampling, UnsoundOutputError, objection_to
-from stages.trusted_code import is_trusted
+from stages.trusted_code import may_run_code
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ def vocabulary_and_window(policy: Checkpoint) -> tuple[int, int | None]:
     from transformers import AutoConfig
 
     path = policy.path
-    described = AutoConfig.from_pretrained(path, trust_remote_code=is_trusted(path), local_files_only=True)
+    described = AutoConfig.from_pretrained(path, trust_remote_code=may_run_code(path), local_files_only=True)
     return int(described.get_text_config().vocab_size), getattr(described, "max_position_embeddings", None)
 
 

@@ -27,7 +27,7 @@ from stages.rollout.generator import Output, Progress, Prompt, Sampling, check_w
 from stages.rollout.probe import SAMPLED, Answer, StaleWeightsError, check_answer, probe_ids, vocabulary_and_window
 from stages.rollout.slots import VLLM, make_room
 from stages.rollout.vllm_environment import environment_of, require_vllm
-from stages.trusted_code import is_trusted
+from stages.trusted_code import may_run_code
 
 if TYPE_CHECKING:
     import torch
@@ -273,7 +273,7 @@ class Engine:
 
 def _model_folder(policy: Checkpoint, folder: Path) -> str:
     """The checkpoint's model alone: vLLM would load the optimizer's tensors, which lie beside it, as weights."""
-    if is_trusted(policy.path):
+    if may_run_code(policy.path):
         raise ValueError(
             f"{policy}: its model is code of its own folder, which vLLM is not given to run; set rollout.backend.kind=hf"
         )

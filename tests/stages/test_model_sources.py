@@ -18,7 +18,7 @@ from pipeline.store import Store
 from stages.model_sources import HubCheckpointConfig, HubError, fetch_checkpoint, resolve_revision
 from stages.models import Checkpoint, architecture_of, copy_description, load_model, load_tokenizer
 from stages.tokenizers import CharacterTokenizerConfig, build_tokenizer
-from stages.trusted_code import RECORD, code_digest, code_files
+from stages.trusted_code import code_digest, code_files
 from tests.stages.hub import Hub, serving
 from tests.stages.training.tiny import tiny_model
 
@@ -199,10 +199,11 @@ def test_an_architecture_of_its_own_is_refused_by_default_and_the_error_names_th
 
 @pytest.mark.usefixtures("modules")
 def test_pinned_code_of_a_folder_runs_and_follows_the_model(store: Store, folder: Path, tmp_path: Path) -> None:
+    plain = pretrained_model(PretrainedPolicy(path=str(folder)))
     own_code(folder, tmp_path / "ran")
     pin = code_digest(code_files(folder))
     trusted = pretrained_model(PretrainedPolicy(path=str(folder), revision=pin, trust_remote_code=True))
-    assert json.loads((trusted.path / RECORD).read_text())["pin"] == pin
+    assert {"modeling_doubled.py"} == {name for name in names(trusted) if name not in names(plain)}
     assert not (tmp_path / "ran").exists(), "importing ran the code"
     ids = torch.tensor([[3, 4, 5]])
     size = len(load_tokenizer(trusted))
@@ -248,35 +249,6 @@ def test_code_of_another_repository_is_refused(store: Store, folder: Path, tmp_p
         ArtifactError, match=r"names stranger/repo--modeling_doubled\.DoubledConfig, code of another repository"
     ):
         pretrained_model(PretrainedPolicy(path=str(folder), revision=pin, trust_remote_code=True))
-
-
-@pytest.mark.usefixtures("modules")
-@pytest.mark.parametrize("record", [None, {"pin": FIRST, "files": {}}])
-def test_a_checkpoint_with_code_and_without_the_record_of_trust_never_runs_it(
-    store: Store, folder: Path, tmp_path: Path, record: dict[str, object] | None
-) -> None:
-    own_code(folder, tmp_path / "ran")
-
-    def smuggle(target: Path) -> None:
-        for file in folder.iterdir():
-            if file.is_file() and file.suffix != ".bin":
-                shutil.copyfile(file, target / file.name)
-        if record is not None:
-            (target / RECORD).write_text(json.dumps(record))
-
-    smuggled = Checkpoint.write(smuggle)
-    with pytest.raises(ValueError, match=r"trust_remote_code|not the code that trusted_code\.json names"):
-        load_model(smuggled, dtype=torch.float32)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_record_of_trust_that_a_folder_brings_along_counts_for_nothing(
-    store: Store, folder: Path, tmp_path: Path
-) -> None:
-    code = {"pin": FIRST, "files": {"evil.py": "0" * 64}}
-    (folder / RECORD).write_text(json.dumps(code))
-    imported = pretrained_model(PretrainedPolicy(path=str(folder)))
-    assert names(imported) & {RECORD, "evil.py"} == set()
 
 
 def test_an_architecture_that_nobody_knows_is_refused(store: Store, folder: Path) -> None:

@@ -1,22 +1,58 @@
-"""Which configuration a command means: a recipe or a YAML file, then files of overrides, then `--set key=value`."""
+"""Which configuration a command means: a recipe or a YAML file, and changes of it in the order in which they were asked for.
+
+The order is: what a YAML file says of its recipe, `--method`, an experiment's `common` and an arm's own overrides, `--config`
+files, `--set`. Later ones win (`pipeline/config.py` says what a change does). Nested mappings of a file or an arm are changes
+of their parts; a mapping in `--set` is a whole section. A `method` is one change, and comes first in the mapping that has it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict
+from pydantic_core import to_jsonable_python
 
 from flows.config import IterativeRLConfig
-from flows.methods import method_settings
+from flows.methods import check_method, settings_among
 from flows.recipes import RECIPES
-from pipeline.config import Config, ConfigError, flatten, parse_settings
+from pipeline.config import Config, ConfigError, Override, applied, changes_of, flatten, parse_settings
 
-__all__ = ["Choice", "choose", "descriptions", "read_overrides", "read_values"]
+__all__ = ["Asked", "AskedOverride", "Choice", "choice_of", "choose", "descriptions", "read_overrides", "read_values"]
+
+_METHOD = "method"
+"""The key of a change that stands for all settings of a method."""
+
+
+class AskedOverride(Config):
+    """An override as records keep it."""
+
+    setting: str
+    "Dotted key; `method` stands for the settings of a method."
+    value: Any
+    "What it becomes."
+    source: str
+    "Who asked for it: `--set`, a file, an arm."
+    undone: bool = False
+    "Without effect: a later change set the key again, replaced its section, or chose another kind."
+
+
+class Asked(Config):
+    """What was asked for, in its order."""
+
+    recipe: str = ""
+    "The recipe, or the complete file, that the overrides were made to."
+    overrides: tuple[AskedOverride, ...] = ()
+    "All of them, those without effect included."
+
+    def changes(self) -> list[Override]:
+        """The overrides as changes."""
+        return [Override(override.setting, override.value, override.source) for override in self.overrides]
 
 
 @dataclass(frozen=True)
@@ -26,6 +62,17 @@ class Choice:
     config: IterativeRLConfig
     base: IterativeRLConfig
     """The recipe before overrides; for a file that is complete in itself, the recipe of its name or the file."""
+    asked: Asked = field(default_factory=Asked)
+    """What was asked for."""
+
+    def dropped(self) -> list[AskedOverride]:
+        """Overrides without effect that no later one of the same key explains: their section or its kind was replaced."""
+        asked = self.asked.overrides
+        return [
+            override
+            for place, override in enumerate(asked)
+            if override.undone and override.setting not in [later.setting for later in asked[place + 1 :]]
+        ]
 
     def differences(self) -> dict[str, tuple[Any, Any]]:
         """Dotted keys whose value differs from the base: what it was, what it is.
@@ -51,43 +98,89 @@ def choose(
     settings: Sequence[str] = (),
     *,
     method: str | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Iterable[Override] = (),
 ) -> Choice:
-    """The configuration named by `source`, made a run of `method`, changed by `overrides`, `files` and then by `settings`.
+    """The configuration named by `source`, changed by `method`, `overrides`, `files` and `settings`, in this order.
 
     Args:
         source: name of a recipe, or a YAML file. A file with the key `recipe` holds overrides of that recipe.
         files: YAML files of overrides, nested or with dotted keys.
         settings: `key=value` each.
         method: a name in `flows/methods.py`; None leaves the method of the source.
-        overrides: by dotted key, those of an experiment's arm.
+        overrides: those of an experiment's arm.
 
     Raises:
         ConfigError: no such recipe or file, all that is wrong in the result, or a reward function that is not there.
     """
-    choice = _choose(source, files, settings, method, overrides or {})
-    choice.config.reward.key()  # reads the files of reward functions, so that one that is not there is found here
-    return choice
-
-
-def _choose(
-    source: str, files: Sequence[Path], settings: Sequence[str], method: str | None, overrides: Mapping[str, Any]
-) -> Choice:
-    base, changes = _start(source)
-    later = dict(overrides)
+    base, recipe, changes = _start(source)
+    if method is not None:
+        changes.append(Override(_METHOD, method, "--method"))
+    changes += _method_first(overrides)
     for file in files:
-        later |= read_overrides(file)
-    later |= parse_settings(list(settings))
-    names = ([f"method {method}"] if method else []) + [str(file) for file in files] + (["--set"] if settings else [])
-    origin = " + ".join([source, *names])
-    if method is None:
-        changes |= later
-        config = base.override(changes, source=origin) if changes else base
-    else:
-        # What a file says of its recipe comes before the method, so that the method fits what it finds.
-        start = base.override(changes, source=source) if changes else base
-        config = _by_method(start, method, later, origin)
-    return Choice(config, RECIPES[base.name]() if base.name in RECIPES else base)
+        changes += read_overrides(file)
+    changes += parse_settings(settings)
+    origin = " + ".join(dict.fromkeys([source, *(change.source for change in changes)]))
+    config = base.override(_resolved(base, changes), source=origin) if changes else base
+    config.reward.key()  # reads the files of reward functions, so that one that is not there is found here
+    return Choice(config, RECIPES[base.name]() if base.name in RECIPES else base, _asked(base, recipe, changes))
+
+
+def choice_of(config: IterativeRLConfig, asked: Asked, source: str, base: IterativeRLConfig | None = None) -> Choice:
+    """The choice of a configuration that came as a whole, with what it has beyond `asked` as changes of `source`.
+
+    Args:
+        base: what `config` is compared with; by default the recipe.
+    """
+    if asked.recipe in RECIPES:
+        recipe, changes = RECIPES[asked.recipe](), asked.changes()
+        with contextlib.suppress(ConfigError):  # asked of another version's recipe
+            expected = recipe.override(_resolved(recipe, changes))
+            was, now = (flatten(each.model_dump(mode="json")) for each in (expected, config))
+            changes += [Override(key, value, source) for key, value in now.items() if was.get(key, ...) != value]
+            asked = _asked(recipe, asked.recipe, changes)
+        return Choice(config, base or recipe, asked)
+    return Choice(config, base or (RECIPES[config.name]() if config.name in RECIPES else config), asked)
+
+
+def _resolved(base: IterativeRLConfig, changes: Sequence[Override]) -> list[Override]:
+    """The changes with the settings of a method in the place of its name."""
+    values, resolved = base.model_dump(mode="json"), list[Override]()
+    for place, change in enumerate(changes):
+        if change.key != _METHOD:
+            resolved.append(change)
+            continue
+        check_method(change.value)
+        later = [other for other in changes[place + 1 :] if other.key != _METHOD]
+        settings = settings_among(change.value, applied(values, resolved), applied(values, [*resolved, *later]))
+        resolved += [Override(key, value, f"method {change.value}") for key, value in settings.items()]
+    return resolved
+
+
+def _asked(base: IterativeRLConfig, recipe: str, changes: Sequence[Override]) -> Asked:
+    values = applied(base.model_dump(mode="json"), _resolved(base, changes))
+    overrides = (
+        AskedOverride(
+            setting=change.key,
+            value=to_jsonable_python(change.value, fallback=str),
+            source=change.source,
+            undone=_is_undone(change, values, changes[place + 1 :]),
+        )
+        for place, change in enumerate(changes)
+    )
+    return Asked(recipe=recipe, overrides=tuple(overrides))
+
+
+def _is_undone(change: Override, values: Mapping[str, Any], later: Sequence[Override]) -> bool:
+    """Whether its value is not in the result `values`, and no later change refined it."""
+    if change.key == _METHOD or any(other.key.startswith(f"{change.key}.") for other in later):
+        return False
+    return bool(_at(values, change.key) != change.value)
+
+
+def _at(values: Any, key: str) -> Any:
+    for name in key.split("."):
+        values = values.get(name, ...) if isinstance(values, Mapping) else ...
+    return values
 
 
 def descriptions() -> dict[str, str]:
@@ -95,17 +188,9 @@ def descriptions() -> dict[str, str]:
     return {name: (inspect.getdoc(make) or "").partition("\n")[0] for name, make in RECIPES.items()}
 
 
-def _by_method(start: IterativeRLConfig, method: str, later: dict[str, Any], origin: str) -> IterativeRLConfig:
-    """`start` made a run of `method`, then changed by `later`."""
-    first = start.override(method_settings(method, start) | later, source=origin)
-    # What a method takes over from other settings (the longest output, the policy's optimizer) is what `later` made of them.
-    settled = first.model_copy(update={"name": start.name, "critic": start.critic})
-    return start.override(method_settings(method, settled) | later, source=origin)
-
-
-def _start(source: str) -> tuple[IterativeRLConfig, dict[str, Any]]:
+def _start(source: str) -> tuple[IterativeRLConfig, str, list[Override]]:
     if source in RECIPES:
-        return RECIPES[source](), {}
+        return RECIPES[source](), source, []
     file = Path(source)
     if not file.is_file():
         near = difflib.get_close_matches(source, RECIPES, n=1)
@@ -113,22 +198,29 @@ def _start(source: str) -> tuple[IterativeRLConfig, dict[str, Any]]:
         raise ConfigError(f"{source}: neither a recipe nor a YAML file; {hint}")
     values = read_values(file)
     if "recipe" not in values:
-        return IterativeRLConfig.parse(values, source=source), {}
+        return IterativeRLConfig.parse(values, source=source), source, []
     recipe = values.pop("recipe")
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise ConfigError(f"{source}: recipe: {recipe!r} is not one of {', '.join(RECIPES)}")
-    return RECIPES[recipe](), flatten(values)
+    return RECIPES[recipe](), recipe, _method_first(changes_of(values, source))
 
 
-def read_overrides(file: Path) -> dict[str, Any]:
-    """What a `--config` file changes, by dotted key.
+def _method_first(changes: Iterable[Override]) -> list[Override]:
+    """The changes of each source with its method at their head: a method is what the rest of a mapping changes."""
+    listed = list(changes)
+    sources = list(dict.fromkeys(change.source for change in listed))
+    return sorted(listed, key=lambda change: (sources.index(change.source), change.key != _METHOD))
+
+
+def read_overrides(file: Path) -> list[Override]:
+    """What a `--config` file changes, in the order written.
 
     Raises:
         ConfigError: no such file, or it cannot be read.
     """
     if not file.is_file():
         raise ConfigError(f"--config {file}: no such file")
-    return flatten(read_values(file))
+    return _method_first(changes_of(read_values(file), str(file)))
 
 
 def read_values(file: Path) -> dict[str, Any]:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import copy
 import difflib
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any, Final, TypeVar
 
 from flows.config import IterativeRLConfig, RewardModelPlan
-from pipeline.config import ConfigError
+from pipeline.config import Config, ConfigError
+from pipeline.experiment import fitted_name
 from stages.critic import CriticConfig
-from stages.reward import StepsConfig
-from stages.reward.config import ComponentConfig
+from stages.reward import RewardConfig, StepsConfig
+from stages.rollout import RolloutConfig
+from stages.update import UpdateConfig
 
-__all__ = ["METHODS", "PAPER", "check_method", "method_settings"]
+__all__ = ["METHODS", "PAPER", "check_method", "method_settings", "settings_among", "without_method"]
+
+C = TypeVar("C", bound=Config)
 
 PAPER: Final = ("sft", "rft", "dpo", "online_rft", "ppo", "grpo")
 """The rows of Table 10, in its order."""
@@ -63,14 +68,14 @@ METHODS: Final[dict[str, dict[str, Any]]] = {
 """Overrides by method; a section given whole starts from its own defaults."""
 
 
-def check_method(name: str) -> None:
+def check_method(name: Any) -> None:
     """Refuse what is not a method.
 
     Raises:
         ConfigError: no such method; the nearest is named.
     """
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
+    if not isinstance(name, str) or name not in METHODS:
+        near = difflib.get_close_matches(str(name), METHODS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"methods: {', '.join(METHODS)}"
         raise ConfigError(f"method {name!r} is unknown; {hint}")
 
@@ -81,55 +86,91 @@ def method_settings(name: str, base: IterativeRLConfig) -> dict[str, Any]:
     Raises:
         ConfigError: no such method; the nearest is named.
     """
+    values = base.model_dump(mode="json")
+    return settings_among(name, values, values)
+
+
+def settings_among(name: str, before: Mapping[str, Any], settled: Mapping[str, Any]) -> dict[str, Any]:
+    """What turns a configuration into a run of the method, as nested values that need not be valid yet.
+
+    Args:
+        before: the configuration that the method is applied to.
+        settled: the same with the later changes too. What a method takes from other settings (the longest output, the
+            policy's optimizer) is what they come to.
+
+    Raises:
+        ConfigError: no such method; the nearest is named.
+    """
     check_method(name)
-    before, _, method = base.name.rpartition("-")
+    learned = settled.get("reward_model")
+    rules_know_steps = _built_in(settled) or not learned  # of others' questions only a model of completions does
     settings: dict[str, Any] = {
-        "name": f"{before if method in METHODS else base.name}-{name}",
+        "name": fitted_name(f"{without_method(str(before.get('name')))}-{name}"),
         "data_source": "policy",
         "dynamic_sampling": 0,
         "critic": None,
-        "reward.components": _components(base, steps=name == "grpo_process" and _rules_know_steps(base)),
+        "reward.components": _components(settled, steps=name == "grpo_process" and rules_know_steps),
         "update.old_logprobs": "trainer",
     }
     if name in _BY_RULE:
         settings["reward_model"] = None
-    if name == "grpo_process" and base.reward_model:
-        settings |= _process_model(base, base.reward_model)
+    if name == "grpo_process" and isinstance(learned, Mapping):
+        settings |= _process_model(settled, learned)
     settings |= copy.deepcopy(METHODS[name])  # an override may write into it
     if settings["data_source"] != "policy":
         settings["update.correction"] = {"kind": "none"}  # it compares engine and trainer for the current policy
     if name == "ppo":
-        settings["critic"] = (base.critic or _critic_like(base)).model_dump(mode="json")
+        settings["critic"] = before.get("critic") or _critic_like(settled)
     if name == "dr_grpo":
-        settings["update.objective"] = {"kind": "dr_grpo", "length": base.rollout.max_output_tokens}
+        longest = _fields(RolloutConfig, settled.get("rollout"), "max_output_tokens").max_output_tokens
+        settings["update.objective"] = {"kind": "dr_grpo", "length": longest}
     return settings
 
 
-def _components(base: IterativeRLConfig, *, steps: bool) -> list[dict[str, Any]]:
-    """The base's components; with `steps` one that scores steps, without it none whose only use is process supervision."""
-    used: list[ComponentConfig] = [component for component in base.reward.components if component != StepsConfig()]
+def without_method(name: str) -> str:
+    """The name of a run without that of the method at its end."""
+    before, _, method = name.rpartition("-")
+    return before if before and method in METHODS else name
+
+
+def _fields(model: type[C], section: Any, *names: str) -> C:
+    """Some fields of a section; the defaults where it is not valid, which is reported with the whole."""
+    given = section if isinstance(section, Mapping) else {}
+    try:
+        return model.parse({name: given[name] for name in names if name in given})
+    except ConfigError:
+        return model()
+
+
+def _built_in(values: Mapping[str, Any]) -> bool:
+    data = values.get("data")
+    return isinstance(data, Mapping) and data.get("kind") == "arithmetic"
+
+
+def _components(values: Mapping[str, Any], *, steps: bool) -> list[dict[str, Any]]:
+    """The components; with `steps` one that scores steps, without it none whose only use is process supervision."""
+    reward = _fields(RewardConfig, values.get("reward"), "components")
+    used = [component for component in reward.components if component != StepsConfig()]
     if steps and not any(component.kind == "steps" for component in used):
         used.append(StepsConfig())
-    return [component.model_dump(mode="json") for component in used or base.reward.components]
+    return [component.model_dump(mode="json") for component in used or reward.components]
 
 
-def _rules_know_steps(base: IterativeRLConfig) -> bool:
-    """Of the built-in world's questions; of others' only a model that learned from completions of each step."""
-    return base.data.kind == "arithmetic" or base.reward_model is None
-
-
-def _process_model(base: IterativeRLConfig, plan: RewardModelPlan) -> dict[str, Any]:
+def _process_model(values: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
     """The plan's models and, where none of them is one, a process model."""
-    models = [model.model_dump(mode="json") for model in plan.models]
+    found = _fields(RewardModelPlan, plan, "models", "step_labels", "training")
+    models = [model.model_dump(mode="json") for model in found.models]
     if any(model["kind"] == "process" for model in models):
-        labels = plan.step_labels.kind
+        labels: str = found.step_labels.kind
     else:
         models.append({"kind": "process"})
-        labels = "rules" if base.data.kind == "arithmetic" else "monte_carlo"
+        labels = "rules" if _built_in(values) else "monte_carlo"
     return {"reward_model.models": models, "reward_model.step_labels.kind": labels}
 
 
-def _critic_like(base: IterativeRLConfig) -> CriticConfig:
+def _critic_like(values: Mapping[str, Any]) -> dict[str, Any]:
     """A critic trained as the policy is: same engine, optimizer and learning rate (ours; the paper gives none)."""
-    training = base.update.training.model_copy(update={"adapter": None})  # a critic is trained in full
-    return CriticConfig(mu=base.update.mu, micro_batch_tokens=base.update.micro_batch_tokens, training=training)
+    update = _fields(UpdateConfig, values.get("update"), "mu", "micro_batch_tokens", "training")
+    training = update.training.model_copy(update={"adapter": None})  # a critic is trained in full
+    critic = CriticConfig(mu=update.mu, micro_batch_tokens=update.micro_batch_tokens, training=training)
+    return critic.model_dump(mode="json")

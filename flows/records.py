@@ -19,6 +19,7 @@ from typing import Any, Final, Literal
 
 import psutil
 
+from flows.choice import Asked
 from flows.config import IterativeRLConfig
 from flows.places import Places
 from flows.run_state import RunState
@@ -53,6 +54,10 @@ class Attempt:
     executed: int = 0
     cached: int = 0
     error: str = ""
+    recipe: str = ""
+    """The recipe, or the complete file, that the overrides were made to."""
+    overrides: list[dict[str, Any]] = field(default_factory=list)
+    """What was asked for, in its order (`flows/choice.py: AskedOverride`)."""
 
     @property
     def identity(self) -> tuple[str, int, float]:
@@ -83,15 +88,28 @@ class RunRecord:
     _written: float = field(default=0.0, repr=False)
 
     @classmethod
-    def begin(cls, places: Places, config: IterativeRLConfig, *, command: str, engine: str) -> RunRecord:
+    def begin(
+        cls, places: Places, config: IterativeRLConfig, *, command: str, engine: str, asked: Asked | None = None
+    ) -> RunRecord:
         """Note that an attempt starts.
+
+        Args:
+            asked: what the configuration was made from.
 
         Raises:
             StoreError: the folder cannot be written.
         """
         folder = run_folder(places, config)
         process = psutil.Process()
-        attempt = Attempt(time.time(), command, engine, process.pid, process.create_time(), socket.gethostname())
+        attempt = Attempt(
+            time.time(),
+            command,
+            engine,
+            process.pid,
+            process.create_time(),
+            socket.gethostname(),
+            **(asked or Asked()).model_dump(mode="json"),
+        )
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _replace(folder / "config.yaml", config.to_yaml())

@@ -78,7 +78,7 @@ def run_flow(
         # The server needs seconds to start; they pass beside whatever comes before the first task.
         start_server_soon(places.prefect)
     command = command or shlex.join(["cohort", *sys.argv[1:]])
-    record = RunRecord.begin(places, config, command=command, engine=engine)
+    record = RunRecord.begin(places, config, command=command, engine=engine, asked=choice.asked)
     state = RunState(steps=config.iterations * config.steps, iterations=config.iterations)
     observer, ledger = Observer(), Ledger()
     key = run_folder(places, config).name

@@ -2,6 +2,10 @@
 
 A config answers three questions: is it valid (all errors at once, the nearest name suggested), what differs from another
 (dotted keys), and what part of it decides a result (`key`).
+
+Overrides are a list of changes, applied in its order; only the result is validated. A later change wins. A value replaces what
+was at its key, a whole section included. `null` switches a section off, and a part set after it starts the section from its
+defaults. Another `kind` drops the fields of the one before.
 """
 
 from __future__ import annotations
@@ -9,14 +13,14 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, Final, Self, get_args
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final, NamedTuple, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
-__all__ = ["UNKEYED", "Config", "ConfigError", "flatten", "parse_settings"]
+__all__ = ["UNKEYED", "Config", "ConfigError", "Override", "applied", "changes_of", "flatten", "parse_settings"]
 
 
 class _Unkeyed:
@@ -33,6 +37,17 @@ class ConfigError(ValueError):
     """A config that cannot be used; the text lists every error, one a line, each with its dotted key."""
 
 
+class Override(NamedTuple):
+    """One override."""
+
+    key: str
+    """Dotted key."""
+    value: Any
+    """What it becomes."""
+    source: str = ""
+    """Who asks for it: `--set`, a file, an arm."""
+
+
 class Config(BaseModel):
     """Base of every config: immutable, unknown keys refused, field documentation taken from the strings under fields."""
 
@@ -41,8 +56,12 @@ class Config(BaseModel):
     )
 
     @classmethod
-    def parse(cls, values: Mapping[str, Any], *, source: str = "config") -> Self:
+    def parse(cls, values: Mapping[str, Any], *, source: str = "config", changes: Iterable[Override] = ()) -> Self:
         """The config described by nested `values`.
+
+        Args:
+            source: what the values are, for the first line of an error.
+            changes: what the values were made by, for the lines of the keys that they set.
 
         Raises:
             ConfigError: with every error found, not only the first; unknown keys come with the nearest known name.
@@ -50,7 +69,8 @@ class Config(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            lines = [_explain(cls, details) for details in error.errors(include_url=False)]
+            asked = list(changes)
+            lines = [_blame(_explain(cls, details), asked) for details in error.errors(include_url=False)]
             count = f"{len(lines)} error{'s' if len(lines) > 1 else ''}"
             raise ConfigError(f"{source}: {count} in {cls.__name__}\n" + "\n".join(f"  {x}" for x in lines)) from None
 
@@ -63,16 +83,17 @@ class Config(BaseModel):
         """YAML that `from_yaml` reads back to an equal config."""
         return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
-    def override(self, changes: Mapping[str, Any], *, source: str = "override") -> Self:
-        """A new validated config in which each dotted key of `changes` has the value given.
+    def override(self, changes: Mapping[str, Any] | Iterable[Override], *, source: str = "override") -> Self:
+        """A new validated config: this one with the changes applied in their order (`applied`).
 
-        A change of a union's `kind` starts that part anew from the defaults of the new kind.
+        Args:
+            changes: a list, or a mapping of dotted keys to values for one without repeated keys.
+
+        Raises:
+            ConfigError: all that is wrong in the result, each line with the source of the change.
         """
-        values = self.model_dump(mode="json")
-        # A whole before its parts, and a kind before what stands beside it: "objective.beta" lands in the new "objective.kind".
-        for key in sorted(changes, key=lambda key: (key.count("."), key.split(".")[-1] != "kind")):
-            _assign(values, key, copy.deepcopy(changes[key]))  # later keys are written into it
-        return type(self).parse(values, source=source)
+        pairs = [Override(*pair) for pair in changes.items()] if isinstance(changes, Mapping) else list(changes)
+        return type(self).parse(applied(self.model_dump(mode="json"), pairs), source=source, changes=pairs)
 
     def key(self) -> dict[str, Any]:
         """What decides a result, as plain JSON values: every field but those marked `UNKEYED`.
@@ -86,8 +107,52 @@ class Config(BaseModel):
         return parts
 
 
+def applied(values: Mapping[str, Any], changes: Iterable[Override]) -> dict[str, Any]:
+    """Nested `values` with the changes applied one after the other; nothing is validated.
+
+    Raises:
+        ConfigError: a part was set of what is a plain value, and no later change replaced it.
+    """
+    result: dict[str, Any] = copy.deepcopy(dict(values))
+    clashes: dict[str, str] = {}
+    for change in changes:
+        *parents, last = change.key.split(".")
+        place = result
+        for depth, name in enumerate(parents):
+            inner = place.get(name)
+            if not isinstance(inner, dict):
+                if inner is not None:
+                    section = ".".join(parents[: depth + 1])
+                    clashes[section] = _said(f"{change.key}: {section} is a value ({inner!r}), not a section", change)
+                inner = place[name] = {}  # unknown sections are reported by validation, with the nearest name
+            place = inner
+        replaced = change.key
+        if last == "kind" and place.get("kind", change.value) != change.value:
+            place.clear()
+            replaced = ".".join(parents)
+        clashes = {key: text for key, text in clashes.items() if not _within(key, replaced)}
+        place[last] = copy.deepcopy(change.value)  # a later change may be written into it
+    if clashes:
+        raise ConfigError("\n".join(clashes.values()))
+    return result
+
+
+def changes_of(values: Mapping[str, Any], source: str = "", prefix: str = "") -> Iterator[Override]:
+    """Nested mappings as changes of their parts, in the order written; lists and empty mappings are wholes.
+
+    The fields of a section have no order among themselves, so that its `kind` comes first.
+    """
+    names = sorted(values, key=lambda name: name != "kind") if prefix else list(values)
+    for name in names:
+        value = values[name]
+        if isinstance(value, Mapping) and value:
+            yield from changes_of(value, source, f"{prefix}{name}.")
+        else:
+            yield Override(f"{prefix}{name}", value, source)
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one level of dotted keys; lists stay values."""
+    """Nested mappings as one level of dotted keys, to compare and to show; lists stay values."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         dotted = f"{prefix}{name}"
@@ -98,15 +163,15 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def parse_settings(settings: list[str]) -> dict[str, Any]:
-    """`["rollout.G=8", "seed=1"]` as `{"rollout.G": 8, "seed": 1}`; values are YAML scalars, lists or mappings."""
-    changes: dict[str, Any] = {}
+def parse_settings(settings: Iterable[str], source: str = "--set") -> list[Override]:
+    """`["rollout.G=8", "seed=1"]` as changes in this order; values are YAML scalars, lists or mappings, each a whole."""
+    changes: list[Override] = []
     for setting in settings:
         key, separator, text = setting.partition("=")
         if not separator or not key.strip():
             raise ConfigError(f"--set {setting}: expected key=value, for example --set rollout.G=8")
         try:
-            changes[key.strip()] = _Loader(text).get_single_data()
+            changes.append(Override(key.strip(), _Loader(text).get_single_data(), source))
         except (yaml.YAMLError, ConfigError) as error:
             raise ConfigError(f"--set {key}: the value {text!r} is not YAML: {error}") from None
     return changes
@@ -126,19 +191,28 @@ def _key_of(value: Any) -> Any:
     return to_jsonable_python(value)
 
 
-def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    place = values
-    for depth, name in enumerate(parents):
-        inner = place.get(name)
-        if not isinstance(inner, dict):
-            if name in place and inner is not None:
-                raise ConfigError(f"{dotted}: {'.'.join(parents[: depth + 1])} is a value ({inner!r}), not a section")
-            inner = place[name] = {}  # unknown sections are reported by validation, with the nearest name
-        place = inner
-    if last == "kind" and place.get("kind") != value:
-        place.clear()
-    place[last] = value
+def _within(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
+
+
+def _said(line: str, change: Override) -> str:
+    return f"{line} (from {change.source})" if change.source else line
+
+
+def _blame(text: str, changes: list[Override]) -> str:
+    """An error with, behind each line, the source of the last change of the key that the line begins with."""
+    lines = []
+    for line in text.split("\n"):
+        found = re.match(r"\s*([\w-]+(?:\.[\w-]+)*)[:=]", line)
+        key = found[1] if found else ""
+        parent = key.rpartition(".")[0]
+        touching = [
+            change
+            for change in changes
+            if key and (_within(key, change.key) or _within(change.key, key) or change.key == f"{parent}.kind")
+        ]
+        lines.append(_said(line, touching[-1]) if touching else line)
+    return "\n".join(lines)
 
 
 class _Loader(yaml.SafeLoader):
@@ -185,6 +259,11 @@ def _explain(root: type[BaseModel], details: ErrorDetails) -> str:
         near = difflib.get_close_matches(last, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"{dotted}: unknown key; {hint}"
+    if details["type"] == "union_tag_not_found":
+        kinds = sorted(str(tag) for model in _descend(models, [last])[1] for tag in _tags(model))
+        return (
+            f"{dotted}: a section given anew names its kind, one of {', '.join(kinds)} (found {details.get('input')!r})"
+        )
     return f"{dotted}: {details['msg']} (found {details.get('input')!r})"[:600]
 
 

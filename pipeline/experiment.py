@@ -2,7 +2,7 @@
 
     experiment = Experiment(name="eps", asks="Does the clip range matter?", base="demo", baseline="usual",
                             arms={"usual": {}, "wide": {"update.objective.eps": 0.4}}, seeds=(0, 1, 2))
-    for trial in trials(experiment, lambda overrides: demo.override(overrides)):
+    for trial in trials(experiment, demo.override):
         run(trial.config)
 
 The DAG of an experiment is not declared: what trials have in common is what stages find in the store.
@@ -11,6 +11,7 @@ The DAG of an experiment is not declared: what trials have in common is what sta
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,20 +19,21 @@ from typing import Any, Final, Generic, Self, TypeVar
 
 from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
-from pipeline.config import Config, ConfigError, flatten
+from pipeline.config import Config, ConfigError, Override, changes_of
 
-__all__ = ["Experiment", "Trial", "selected", "trials"]
+__all__ = ["Experiment", "Trial", "fitted_name", "selected", "trials"]
 
 C = TypeVar("C", bound=Config)
 
-_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_LONGEST: Final = 64
+_NAME: Final = re.compile(rf"[a-z0-9][a-z0-9._-]{{0,{_LONGEST - 1}}}")
 
 
 class Experiment(Config):
     """Named arms over a base config, and the seeds that each is run with.
 
     Overrides have dotted keys; nested mappings mean the same (`{rollout: {G: 8}}` is `{rollout.G: 8}`), an arm that is empty is
-    the base. What the keys mean is the business of whoever turns them into a config.
+    the base. They are applied in the order written (`changes`). What the keys mean is for whoever turns them into a config.
     """
 
     name: str
@@ -45,19 +47,25 @@ class Experiment(Config):
     arms: dict[str, dict[str, Any]] = Field(min_length=1)
     "Overrides by arm."
     baseline: str
-    "The arm that the others are held against."
+    "The arm that the others are compared with."
     seeds: tuple[NonNegativeInt, ...] = Field((0,), min_length=1)
     "Values of the config's field `seed`; every arm is run with each."
 
     @field_validator("common", mode="before")
     @classmethod
-    def _dotted(cls, overrides: Any) -> Any:
-        return flatten(overrides) if isinstance(overrides, Mapping) else {} if overrides is None else overrides
+    def _none_is_empty(cls, overrides: Any) -> Any:
+        return {} if overrides is None else overrides
 
     @field_validator("arms", mode="before")
     @classmethod
-    def _dotted_arms(cls, arms: Any) -> Any:
-        return {name: cls._dotted(overrides) for name, overrides in arms.items()} if isinstance(arms, Mapping) else arms
+    def _no_override_is_empty(cls, arms: Any) -> Any:
+        if not isinstance(arms, Mapping):
+            return arms
+        return {name: {} if overrides is None else overrides for name, overrides in arms.items()}
+
+    def changes(self, arm: str) -> list[Override]:
+        """What an arm makes of the base: the common overrides, then its own."""
+        return [*changes_of(self.common, "common"), *changes_of(self.arms[arm], f"arm {arm}")]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -69,7 +77,7 @@ class Experiment(Config):
         complaints += [
             f"{where}.seed: the seeds of an experiment are its own dimension; set seeds"
             for where, overrides in [("common", self.common), *((f"arms.{n}", o) for n, o in self.arms.items())]
-            if "seed" in overrides
+            if any(change.key == "seed" for change in changes_of(overrides))
         ]
         if self.baseline not in self.arms:
             complaints.append(f"baseline: {_unknown_arm(self.baseline, self.arms)}")
@@ -90,22 +98,23 @@ class Trial(Generic[C]):
     config: C
 
 
-def trials(experiment: Experiment, configure: Callable[[Mapping[str, Any]], C]) -> list[Trial[C]]:
+def trials(experiment: Experiment, configure: Callable[[list[Override]], C]) -> list[Trial[C]]:
     """Every arm with every seed, seed by seed. Arms that come to equal configs are one trial under several names.
 
     Args:
-        configure: the config that overrides (dotted keys) make of the base; its field `seed` is set here.
+        configure: the config that changes make of the base; its field `seed` is set here.
 
     Raises:
         ConfigError: what is wrong in any arm, all at once; what is wrong in the same way in several arms, once.
     """
     configs: dict[str, C] = {}
     complaints: dict[str, list[str]] = {}
-    for arm, overrides in experiment.arms.items():
+    for arm in experiment.arms:
         try:
-            configs[arm] = configure(experiment.common | overrides).override({"seed": experiment.seeds[0]})
+            configs[arm] = configure(experiment.changes(arm)).override({"seed": experiment.seeds[0]})
         except ConfigError as error:
-            complaints.setdefault(_without_source(str(error)), []).append(arm)
+            text = _without_source(str(error)).replace(f"(from arm {arm})", "(from the arm)")
+            complaints.setdefault(text, []).append(arm)
     if complaints:
         lines = [f"  {_arms(arms)}:\n    {what}" for what, arms in complaints.items()]
         raise ConfigError("\n".join([f"experiment {experiment.name}: nothing was run", *lines]))
@@ -128,6 +137,14 @@ def selected(planned: Sequence[Trial[C]], arms: Sequence[str]) -> list[Trial[C]]
         if arm not in known:
             raise ConfigError(f"--arm: {_unknown_arm(arm, known)}")
     return [trial for trial in planned if trial.arm in {known[arm] for arm in arms}]
+
+
+def fitted_name(text: str) -> str:
+    """A name made of parts that may be too long together: where it is, its middle becomes a digest of the whole."""
+    if len(text) <= _LONGEST:
+        return text
+    side = (_LONGEST - 10) // 2
+    return f"{text[:side]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}-{text[-side:]}"
 
 
 def _equal(configs: Mapping[str, C], baseline: str) -> dict[str, tuple[str, ...]]:

@@ -88,7 +88,7 @@ def ablate(
     root
         As for `cohort run`.
     """
-    if "seed" in parse_settings(set_ or []):
+    if any(change.key == "seed" for change in parse_settings(set_ or [])):
         raise ConfigError("--set seed: the seeds of an experiment are given by --seeds, for example --seeds 4,5")
     experiment = named_experiment(name, scale=_scale(quick, paper))
     if seeds is not None:
@@ -171,7 +171,7 @@ def child(file: Path) -> None:
     """
     told = ChildConfig.from_yaml(file.read_text(encoding="utf-8"), source=str(file))
     run_flow(
-        Choice(told.config, told.baseline),
+        Choice(told.config, told.baseline, told.asked),
         Places(told.root),
         engine=told.engine,
         console=console(),

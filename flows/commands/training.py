@@ -117,6 +117,7 @@ def check(
         out.print(_differences(choice, differences))
     else:
         out.print(f"{recipe} is valid")
+    _say_dropped(choice, out)
     if faithful:
         from flows.looking.faithful_view import print_faithfulness
 
@@ -131,6 +132,13 @@ def _announce(choice: Choice, places: Places, engine: str, out: Console) -> None
     differences = choice.differences()
     if differences:
         out.print(_differences(choice, differences))
+    _say_dropped(choice, out)
+
+
+def _say_dropped(choice: Choice, out: Console) -> None:
+    for override in choice.dropped():
+        text = f"  {override.setting}={override.value} (from {override.source}) has no effect: a later override replaces it"
+        out.print(text, style="yellow", markup=False, soft_wrap=True)
 
 
 def _differences(choice: Choice, differences: dict[str, tuple[Any, Any]]) -> Table:

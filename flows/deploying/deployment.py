@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
-from flows.choice import Choice, descriptions
+from flows.choice import Asked, Choice, descriptions
 from flows.config import IterativeRLConfig
 from flows.deploying.schedule import cron_schedule
 from flows.deploying.versions import versions_environment
@@ -79,10 +79,10 @@ def deploy(
     schedules = [{"schedule": cron_schedule(schedule, timezone), "active": True}] if schedule else []
     ensure_server(places.prefect)
     ensure_pool(pool)
-    from flows.deploying.flow import train
+    from flows.deploying.flow import ASKED, train
     from flows.deploying.form import form_schema
 
-    environment = {"COHORT_ROOT": str(places.root), RESTARTS: str(restarts)}
+    environment = {"COHORT_ROOT": str(places.root), RESTARTS: str(restarts), ASKED: choice.asked.model_dump_json()}
     environment |= places_passed_on(os.environ)
     environment |= versions_environment(required=require_versions) | dict(env or {})
     with _client() as client:
@@ -143,6 +143,7 @@ def submit(
     tags: Mapping[str, str] | None = None,
     env: Mapping[str, str] | None = None,
     difference: Mapping[str, Any] | None = None,
+    asked: Asked | None = None,
 ) -> UUID:
     """A new flow run of a deployment, for any worker of its pool; returns its id.
 
@@ -150,16 +151,18 @@ def submit(
         tags: what MLflow is told beside the configuration; Prefect shows them as `name:value`.
         env: on top of the deployment's.
         difference: what differs from an experiment's baseline, by dotted key, for MLflow.
+        asked: what the configuration was made from; by default what the deployment was made from.
 
     Raises:
         ConfigError: no such deployment.
         ServerError: no server answers.
     """
-    from flows.deploying.flow import DIFFERENCE, TAGS
+    from flows.deploying.flow import ASKED, DIFFERENCE, TAGS
 
     environment = dict(env or {})
     environment |= {TAGS: json.dumps(dict(tags))} if tags else {}
     environment |= {DIFFERENCE: json.dumps(dict(difference))} if difference else {}
+    environment |= {ASKED: asked.model_dump_json()} if asked else {}
     with _client() as client:
         run = client.create_flow_run_from_deployment(
             _deployment(client, deployed_name).id,

@@ -23,18 +23,17 @@ import prefect
 from prefect.exceptions import TerminationSignal
 from rich.console import Console
 
-from flows.choice import Choice
+from flows.choice import Asked, choice_of
 from flows.config import IterativeRLConfig
 from flows.deploying.versions import VERSIONS, check_versions
 from flows.places import Places
-from flows.recipes import RECIPES
 from flows.records import run_folder, write_json
 from flows.session import InterruptedRunError, run_flow
 from flows.summary import print_summary
 from pipeline.flow_runs import names_living_process, owner_tag
 from pipeline.provenance import package_versions
 
-__all__ = ["DIFFERENCE", "TAGS", "WORKER", "train"]
+__all__ = ["ASKED", "DIFFERENCE", "TAGS", "WORKER", "train"]
 
 WORKER: Final = "COHORT_WORKER"
 """In the environment of what a worker of ours started: the worker's process, without which its runs end."""
@@ -42,6 +41,8 @@ TAGS: Final = "COHORT_RUN_TAGS"
 """In the environment of one run: what MLflow is told beside the configuration, as JSON."""
 DIFFERENCE: Final = "COHORT_RUN_DIFFERENCE"
 """In the environment of one run: what differs from an experiment's baseline, as JSON."""
+ASKED: Final = "COHORT_RUN_ASKED"
+"""In the environment of runs: recipe and overrides that their configuration was made from, as JSON."""
 _WATCH_SECONDS: Final = 0.5
 _WIDTH: Final = 140
 
@@ -68,7 +69,8 @@ def train(config: IterativeRLConfig) -> str:
     _sign()
     differences = check_versions(os.environ, package_versions())
     note_flow_run(places, chosen, differences)
-    choice = Choice(chosen, RECIPES[chosen.name]() if chosen.name in RECIPES else chosen)
+    asked = Asked.parse(_of_environment(ASKED), source=ASKED)
+    choice = choice_of(chosen, asked, "the run's parameters")  # those of the form, or of a submission
     command = shlex.join(["cohort", "run", str(run_folder(places, chosen) / "config.yaml"), "--root", str(places.root)])
     console = Console(file=_Log(), width=_WIDTH)
     try:

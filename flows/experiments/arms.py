@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from flows.choice import Choice, choose
+from flows.choice import Choice, choice_of, choose
 from flows.config import IterativeRLConfig
 from flows.experiments.comparison import Arm, Changes
 from flows.learning_curve import COLOURS
-from flows.methods import check_method
-from pipeline.config import Config, ConfigError, flatten
-from pipeline.experiment import Experiment, selected, trials
+from flows.methods import check_method, without_method
+from pipeline.config import Config, ConfigError, Override, flatten
+from pipeline.experiment import Experiment, Trial, fitted_name, selected, trials
 from pipeline.store import canonical_json, sha256_of
 
 __all__ = ["PlannedExperiment", "method_experiment", "plan"]
@@ -39,10 +39,10 @@ class PlannedExperiment:
         return list(dict.fromkeys(arm.name for arm in self.arms))
 
     def against_baseline(self, arm: Arm) -> Choice:
-        """The arm's configuration, held against that of the baseline with the same seed."""
+        """The arm's configuration, compared with that of the baseline with the same seed."""
         baseline = self.experiment.baseline
         (other,) = (one for one in self.arms if one.seed == arm.seed and baseline in (one.name, *one.also))
-        return Choice(arm.choice.config, other.choice.config)
+        return replace(arm.choice, base=other.choice.config)
 
     def differences(self, arm: Arm) -> Changes:
         """What the arm sets otherwise than the baseline; of a section of another kind what is not that kind's default."""
@@ -82,29 +82,28 @@ def plan(
     Raises:
         ConfigError: whatever is wrong in any arm.
     """
-    bases: list[IterativeRLConfig] = []
-    names = {"name": experiment.name, "experiment": experiment.name} if own_names else {}
+    choices: list[Choice] = []
+    own = {"name": experiment.name, "experiment": experiment.name} if own_names else {}
+    names = [Override(key, value, "the experiment") for key, value in own.items()]
 
-    def configure(overrides: Mapping[str, Any]) -> IterativeRLConfig:
-        arm = dict(overrides)
-        method = arm.pop("method", None)
-        choice = choose(experiment.base, files, settings, method=method, overrides=names | arm)
-        bases.append(choice.base)
+    def configure(arm: list[Override]) -> IterativeRLConfig:
+        choice = choose(experiment.base, files, settings, overrides=names + arm)
+        choices.append(choice)
         # The method is the arm's, whose name is added to that of the run below.
-        return choice.config.override({"name": choice.config.name.removesuffix(f"-{method}")})
+        methods = any(change.key == "method" for change in arm)
+        return choice.config.override({"name": without_method(choice.config.name)}) if methods else choice.config
 
     planned = trials(experiment, configure)
     wanted = selected(planned, only) if only else planned
-    arms = {
-        (trial.arm, trial.seed): Arm(
-            trial.arm,
-            trial.seed,
-            Choice(trial.config.override({"name": f"{trial.config.name}-{trial.arm}-s{trial.seed}"}), bases[0]),
-            trial.also,
-        )
-        for trial in planned
-    }
+    chosen = dict(zip(experiment.arms, choices, strict=True))
+    arms = {(trial.arm, trial.seed): _arm(trial, chosen[trial.arm]) for trial in planned}
     return PlannedExperiment(experiment, tuple(arms.values()), tuple(arms[one.arm, one.seed] for one in wanted))
+
+
+def _arm(trial: Trial[IterativeRLConfig], choice: Choice) -> Arm:
+    """The run of a trial: named after its arm and seed, which come after all that was asked for."""
+    config = trial.config.override({"name": fitted_name(f"{trial.config.name}-{trial.arm}-s{trial.seed}")})
+    return Arm(trial.arm, trial.seed, choice_of(config, choice.asked, "the experiment", choice.base), trial.also)
 
 
 def method_experiment(

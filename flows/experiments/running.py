@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
+from flows.choice import Asked
 from flows.config import IterativeRLConfig
 from flows.experiments.arms import PlannedExperiment
 from flows.experiments.comparison import Arm
@@ -48,7 +49,9 @@ class ChildConfig(Config):
     config: IterativeRLConfig
     "The run."
     baseline: IterativeRLConfig
-    "What it is held against in MLflow."
+    "What it is compared with in MLflow."
+    asked: Asked = Asked()
+    "What the run was made from, for its record."
     tags: dict[str, str]
     "Its tags in MLflow."
     difference: dict[str, Any]
@@ -171,6 +174,7 @@ def _start(planned: PlannedExperiment, arm: Arm, places: Places, engine: Engine,
     told = ChildConfig(
         config=choice.config,
         baseline=choice.base,
+        asked=choice.asked,
         tags=planned.tags(arm),
         difference=settings_of(planned, arm),
         engine=_engine(arm, places, engine),

@@ -25,6 +25,7 @@ from flows.experiments.pool import crash_lost, require_pool, serving
 from flows.experiments.running import is_finished, progress_of, run_in_turn, settings_of
 from flows.places import Places
 from flows.session import InterruptedRunError
+from pipeline.experiment import fitted_name
 from pipeline.flow_runs import mark_crashed
 from pipeline.interruption import interruptible
 from pipeline.server import ServerError, ensure_server, keep_server
@@ -83,7 +84,9 @@ class _Board:
         made = deploy(
             self.planned.against_baseline(self.planned.chosen[0]),
             self.places,
-            name=f"ablate-{self.planned.experiment.name}"[:64],  # not one of `cohort deploy`, which may have a schedule
+            name=fitted_name(
+                f"ablate-{self.planned.experiment.name}"
+            ),  # not one of `cohort deploy`, which may have a schedule
             pool=self.pool,
             restarts=0,  # this process submits again what died; two who do would run it twice
             require_versions=require_versions,
@@ -98,6 +101,7 @@ class _Board:
             arm.choice.config,
             tags=self.planned.tags(arm),
             difference=settings_of(self.planned, arm),
+            asked=arm.choice.asked,
         )
 
     def look(self) -> None:

@@ -97,7 +97,7 @@ def prepare_replay(store: Store, run: History, call: PlacedCall, settings: Seque
     function = _find_stage(call.stage)
     hints = _hints(function)
     arguments = recorded["arguments"]
-    changes = parse_settings(list(settings))
+    changes = parse_settings(settings)
     artifacts: dict[str, Any] = {}
     plain: dict[str, Any] = {}
     for name, value in arguments.items():
@@ -107,12 +107,12 @@ def prepare_replay(store: Store, run: History, call: PlacedCall, settings: Seque
             artifacts[name] = _artifacts(store, value, hints[name])
         else:
             plain[name] = value
-    for key in [key for key in changes if key in artifacts and isinstance(artifacts[key], Artifact)]:
-        artifacts[key] = _artifact(store, store.resolve(str(changes.pop(key))), hints[key])
+    replaceable = {name for name, artifact in artifacts.items() if isinstance(artifact, Artifact)}
+    for change in (change for change in changes if change.key in replaceable):
+        artifacts[change.key] = _artifact(store, store.resolve(str(change.value)), hints[change.key])
     values = _typed(call.stage, hints, plain, run.config)
-    values = values.override(
-        {_dotted(key, values): value for key, value in changes.items()}, source=f"replay {call.stage}"
-    )
+    others = [change._replace(key=_dotted(change.key, values)) for change in changes if change.key not in replaceable]
+    values = values.override(others, source=f"replay {call.stage}")
     return Replay(function, {**artifacts, **{name: getattr(values, name) for name in plain}}, recorded)
 
 

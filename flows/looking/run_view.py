@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -9,7 +10,6 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from flows.config import IterativeRLConfig
 from flows.looking.artifact_view import show_groups, show_metrics
 from flows.looking.difference_view import column, pairs_table, shortened_pair, titled
 from flows.looking.groups import groups_of
@@ -17,6 +17,7 @@ from flows.looking.history import History, PlacedCall, placed_calls
 from flows.looking.run_curve import Curve, evaluations, measures
 from flows.looking.run_diff import config_changes
 from flows.recipes import RECIPES
+from flows.records import Attempt
 from flows.summary import mismatch_line, worst_mismatch
 from flows.wording import duration, moment, percent
 from pipeline.store import MissingArtifactError, Store
@@ -40,7 +41,7 @@ def show_run(store: Store, run: History, console: Console, *, limit: int | None)
         limit: steps to list, evenly spread; 50 unless told.
     """
     _show_head(run, console)
-    _show_settings(run.config, console)
+    _show_settings(run, console)
     for name, curve in evaluations(run.points).items():
         console.print(_curve(name, curve))
     if worst := worst_mismatch(run.points):
@@ -100,16 +101,35 @@ def _show_head(run: History, console: Console) -> None:
     console.print(table)
 
 
-def _show_settings(config: IterativeRLConfig, console: Console) -> None:
-    """What differs from the recipe that is nearest: a configuration does not say which one it was made from."""
-    values = config.model_dump(mode="json")
-    found = {name: config_changes(recipe().model_dump(mode="json"), values) for name, recipe in RECIPES.items()}
-    nearest = min(found, key=lambda name: (name != config.name, len(found[name])))
+def _show_settings(run: History, console: Console) -> None:
+    """What was asked for, and what differs from the recipe that it was asked of."""
+    asked = next((attempt for attempt in reversed(run.record.attempts) if attempt.recipe in RECIPES), None)
+    if asked and asked.overrides:
+        console.print(_overrides(asked))
+    values = run.config.model_dump(mode="json")
+    names = [asked.recipe] if asked else list(RECIPES)
+    found = {name: config_changes(RECIPES[name]().model_dump(mode="json"), values) for name in names}
+    nearest = min(found, key=lambda name: len(found[name]))
+    recipe = f"the recipe {nearest}" if asked else f"the nearest recipe, {nearest},"
     rows = [(key, *shortened_pair(*pair, room=60)) for key, pair in found[nearest].items() if key != "name"]
     if rows:
-        console.print(pairs_table(f"differs from the recipe {nearest} in", rows, names=(nearest, "here")))
+        console.print(pairs_table(f"differs from {recipe} in", rows, names=(nearest, "here")))
     else:
-        console.print(f"\nthe recipe {nearest} as it is")
+        console.print(f"\n{recipe.rstrip(',')} as it is")
+
+
+def _overrides(attempt: Attempt) -> Group:
+    """The overrides in their order, with who asked for each."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("override", "value", "from"):
+        column(table, heading, fold=heading == "from")
+    for override in attempt.overrides:
+        value = Text(json.dumps(override["value"], ensure_ascii=False))
+        value.truncate(60, overflow="ellipsis")
+        undone = " (undone by a later one)" if override["undone"] else ""
+        style = "dim" if undone else ""
+        table.add_row(Text(override["setting"], style), value, Text(override["source"] + undone, style))
+    return titled(f"asked of the recipe {attempt.recipe}, in this order", table)
 
 
 def _curve(name: str, curve: Curve) -> Group:

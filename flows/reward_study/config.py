@@ -184,10 +184,7 @@ def choose_study(source: str, files: Sequence[Path] = (), settings: Sequence[str
         ConfigError: no such recipe or file, all that is wrong in the result, or a reward function that is not there.
     """
     base = STUDIES[source]() if source in STUDIES else _from_file(source)
-    changes: dict[str, Any] = {}
-    for file in files:
-        changes |= read_overrides(file)
-    changes |= parse_settings(list(settings))
+    changes = [change for file in files for change in read_overrides(file)] + parse_settings(settings)
     origin = " + ".join([source, *map(str, files), *(["--set"] if settings else [])])
     config = base.override(changes, source=origin) if changes else base
     config.reward.key()  # reads the files of reward functions, so that one that is not there is found here

@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import Field
 
-from pipeline.config import UNKEYED, Config, ConfigError, flatten, parse_settings
+from pipeline.config import UNKEYED, Config, ConfigError, Override, changes_of, flatten, parse_settings
 
 
 class Verifier(Config):
@@ -117,23 +119,122 @@ def test_an_override_changes_what_it_names_and_nothing_else() -> None:
     assert base.G == 64
 
 
-def test_an_override_of_a_kind_starts_that_part_anew_whatever_the_order_of_the_changes() -> None:
+def test_an_override_of_a_kind_drops_the_fields_of_the_other_kind_before_it() -> None:
     base = Study().override({"objective.eps": 0.9, "objective.beta": 0.7})
     assert base.override({"objective.kind": "dpo"}).objective == DPO(beta=0.1)
-    for changes in (
-        {"objective.label_smoothing": 0.3, "objective.kind": "dpo", "objective.verifier.strict": True},
-        {"objective.verifier.strict": True, "objective.kind": "dpo", "objective.label_smoothing": 0.3},
-    ):
-        assert base.override(changes).objective == DPO(label_smoothing=0.3, verifier=Verifier(strict=True))
+    kind_first = {"objective.kind": "dpo", "objective.verifier.strict": True}
+    assert base.override(kind_first).objective == DPO(verifier=Verifier(strict=True))
+    kind_last = {"objective.verifier.strict": True, "objective.kind": "dpo"}
+    assert base.override(kind_last).objective == DPO()
 
 
 def test_an_override_with_the_same_kind_keeps_the_other_values() -> None:
     assert Study().override({"objective.eps": 0.9}).override({"objective.kind": "grpo"}).objective == GRPO(eps=0.9)
 
 
-def test_a_whole_section_is_overridden_before_its_parts() -> None:
-    changed = Study().override({"objective.beta": 0.9, "objective": {"kind": "dpo", "label_smoothing": 0.2}})
-    assert changed.objective == DPO(beta=0.9, label_smoothing=0.2)
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["objective={kind: dpo, label_smoothing: 0.2}", "objective.beta=0.9"], DPO(beta=0.9, label_smoothing=0.2)),
+        (["objective.beta=0.9", "objective={kind: dpo, label_smoothing: 0.2}"], DPO(label_smoothing=0.2)),
+        (["objective.eps=0.9", "objective={kind: grpo}"], GRPO()),
+        (["objective.eps=0.9", "objective.kind=dpo", "objective.kind=grpo"], GRPO()),
+        (["objective.eps=0.9", "objective.eps=0.3", "objective.kind=grpo"], GRPO(eps=0.3)),
+        (["objective=null", "objective.beta=0.3", "objective.kind=dpo"], DPO(beta=0.3)),
+        (["objective.eps.x=1", "objective.eps=0.3"], GRPO(eps=0.3)),
+        (["objective.eps.x=1", "objective.kind=dpo"], DPO()),
+    ],
+)
+def test_settings_are_applied_one_after_the_other(settings: list[str], expected: GRPO | DPO) -> None:
+    assert Study().override(parse_settings(settings)).objective == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["reference.strict=true", "reference=null"], None),
+        (["reference.strict=true", "reference=null", "reference.deadline=1"], Verifier(deadline=1.0)),
+        (["reference={strict: true, deadline: 5}", "reference={deadline: 1}"], Verifier(deadline=1.0)),
+        (["reference={strict: true}", "reference={}"], Verifier()),
+        (["reference=null", "reference.strict=true"], Verifier(strict=True)),
+    ],
+)
+def test_null_and_wholes_forget_what_was_set_before(settings: list[str], expected: Verifier | None) -> None:
+    assert Study().override(parse_settings(settings)).reference == expected
+
+
+def one_after_the_other(values: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    """The reference: one change, by recursion."""
+    name, *rest = path
+    if rest:
+        section = values.get(name)
+        return {**values, name: one_after_the_other(section if isinstance(section, dict) else {}, rest, value)}
+    another_kind = name == "kind" and values.get("kind", value) != value
+    return {"kind": value} if another_kind else {**values, name: value}
+
+
+PART = st.one_of(st.none(), st.just(0.5), st.just(True), st.just({}))
+WHOLE = st.sampled_from([{"kind": "dpo", "beta": 0.3}, {"kind": "grpo"}, {"eps": 0.7}, {"verifier": {"strict": True}}])
+SECTIONS = st.sampled_from(["objective", "objective.verifier", "reference"])
+FIELDS = st.sampled_from(["eps", "beta", "label_smoothing", "verifier", "strict", "deadline", "strict.x"])
+CHANGES = st.lists(
+    st.one_of(
+        st.tuples(st.builds("{}.{}".format, SECTIONS, FIELDS), PART),
+        st.tuples(SECTIONS, st.one_of(PART, WHOLE)),
+        st.tuples(st.just("objective.kind"), st.sampled_from(["dpo", "grpo"])),
+    ),
+    max_size=6,
+)
+
+
+@given(CHANGES)
+def test_overrides_equal_a_plain_loop_over_the_changes(changes: list[tuple[str, Any]]) -> None:
+    values = Study().model_dump(mode="json")
+    for key, value in changes:
+        values = one_after_the_other(values, key.split("."), value)
+    asked = [Override(key, value) for key, value in changes]
+    try:
+        expected = Study.parse(values)
+    except ConfigError:
+        with pytest.raises(ConfigError):
+            Study().override(asked)
+    else:
+        assert Study().override(asked) == expected
+
+
+def test_an_error_says_which_change_it_is_from() -> None:
+    changes = [
+        Override("G", 8, "a.yaml"),
+        Override("G", -1, "--set"),
+        Override("objective", {"kind": "dpo", "eps": 1}, "a.yaml"),
+        Override("reference.strikt", True, "b.yaml"),
+        Override("workers.x", 1, "c.yaml"),
+        Override("workers", 2, "--set"),
+    ]
+    with pytest.raises(ConfigError) as caught:
+        Study().override(changes)
+    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
+        "G: Input should be greater than 0 (found -1) (from --set)",
+        "objective.eps: unknown key; known keys: beta, kind, label_smoothing, verifier (from a.yaml)",
+        "reference.strikt: unknown key; did you mean 'strict'? (from b.yaml)",
+    ]
+
+
+def test_a_section_given_anew_without_a_kind_is_refused_with_the_kinds() -> None:
+    with pytest.raises(ConfigError, match=r"objective: a section given anew names its kind, one of dpo, grpo .*--set"):
+        Study().override(parse_settings(["objective={beta: 0.3}"]))
+
+
+def test_nested_mappings_are_changes_of_parts_with_the_kind_first() -> None:
+    values = {"objective": {"beta": 0.3, "kind": "dpo"}, "G": 8, "reference": None, "verifiers": [{}], "labels": {}}
+    assert list(changes_of(values, "a.yaml")) == [
+        Override("objective.kind", "dpo", "a.yaml"),
+        Override("objective.beta", 0.3, "a.yaml"),
+        Override("G", 8, "a.yaml"),
+        Override("reference", None, "a.yaml"),
+        Override("verifiers", [{}], "a.yaml"),
+        Override("labels", {}, "a.yaml"),
+    ]
 
 
 def test_an_override_can_fill_a_section_that_is_absent() -> None:
@@ -213,7 +314,8 @@ def test_yaml_that_is_no_safe_mapping_is_a_config_error_naming_the_source(text: 
 
 def test_settings_are_yaml_values_and_3e_4_is_a_number() -> None:
     settings = ["a=3e-4", "b=[1, 2e5]", "c=true", "d=x=y", "e=", "f={k: 1}", 'g="3e-4"', "h=1e", " i =-2E+3", "j=0.5"]
-    assert parse_settings(settings) == {
+    read = parse_settings(settings)
+    assert {change.key: change.value for change in read} == {
         "a": 0.0003,
         "b": [1, 200000.0],
         "c": True,
@@ -225,7 +327,8 @@ def test_settings_are_yaml_values_and_3e_4_is_a_number() -> None:
         "i": -2000.0,
         "j": 0.5,
     }
-    assert isinstance(parse_settings(["a=3e-4"])["a"], float)
+    assert isinstance(read[0].value, float)
+    assert parse_settings(["a=1", "b=2", "a=3"]) == [("a", 1, "--set"), ("b", 2, "--set"), ("a", 3, "--set")]
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
-from pipeline.config import Config, ConfigError
-from pipeline.experiment import Experiment, Trial, selected, trials
+from pipeline.config import Config, ConfigError, Override
+from pipeline.experiment import Experiment, Trial, fitted_name, selected, trials
 
 
 class Sampling(Config):
@@ -33,8 +32,8 @@ def experiment(**changes: Any) -> Experiment:
     return Experiment.parse(values | changes)
 
 
-def configure(overrides: Mapping[str, Any]) -> Demo:
-    return Demo().override(overrides, source="demo")
+def configure(changes: list[Override]) -> Demo:
+    return Demo().override(changes, source="demo")
 
 
 def told(planned: list[Trial[Demo]]) -> list[tuple[str, int, int, float, int]]:
@@ -60,7 +59,27 @@ def test_what_all_arms_have_in_common_comes_before_what_an_arm_sets() -> None:
 def test_an_experiment_is_the_same_after_yaml_and_back() -> None:
     made = experiment(common={"steps": 3})
     assert Experiment.from_yaml(made.to_yaml()) == made
-    assert made.arms == {"usual": {}, "many": {"rollout.G": 8}, "hot": {"rollout.temperature": 2.0}}
+    assert made.changes("usual") == [("steps", 3, "common")]
+    assert made.changes("many") == [("steps", 3, "common"), ("rollout.G", 8, "arm many")]
+
+
+def test_the_overrides_of_an_arm_are_applied_in_the_order_written() -> None:
+    arms = {
+        "whole_last": {"rollout.G": 8, "rollout": {}, "steps": 3},
+        "part_last": {"rollout": {}, "rollout.temperature": 2.0},
+        "part_twice": {"rollout": {"G": 8, "temperature": 3.0}, "steps": 3, "rollout.G": 2},
+    }
+    planned = trials(experiment(arms=arms, common={"rollout.G": 6}, baseline="part_last", seeds=[0]), configure)
+    assert [(t.config.rollout.G, t.config.rollout.temperature) for t in planned] == [(4, 1.0), (4, 2.0), (2, 3.0)]
+
+
+def test_a_name_that_is_too_long_keeps_its_ends_and_stays_its_own() -> None:
+    assert fitted_name("a" * 64) == "a" * 64
+    first, second = fitted_name("a" * 60 + "x-dapo-s0"), fitted_name("a" * 60 + "y-dapo-s0")
+    assert (len(first), len(second)) == (64, 64)
+    assert first != second
+    assert first.startswith("aaaa")
+    assert first.endswith("-dapo-s0")
 
 
 def test_yaml_with_an_object_of_python_in_it_is_refused() -> None:
@@ -76,9 +95,9 @@ def test_an_unknown_field_in_an_arm_is_named_with_the_arm_and_the_nearest_field(
     assert str(caught.value).splitlines() == [
         "experiment eps: nothing was run",
         "  arm many:",
-        "    rollout.GG: unknown key; did you mean 'G'?",
+        "    rollout.GG: unknown key; did you mean 'G'? (from the arm)",
         "  arm long:",
-        "    step: unknown key; did you mean 'steps'?",
+        "    step: unknown key; did you mean 'steps'? (from the arm)",
     ]
 
 
@@ -87,7 +106,7 @@ def test_what_is_wrong_in_the_same_way_in_several_arms_is_told_once() -> None:
         trials(experiment(common={"stops": 3}), configure)
     assert str(caught.value).splitlines()[1:] == [
         "  arms usual, many, hot:",
-        "    stops: unknown key; did you mean 'steps'?",
+        "    stops: unknown key; did you mean 'steps'? (from common)",
     ]
 
 

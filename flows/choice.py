@@ -21,7 +21,7 @@ from pydantic_core import to_jsonable_python
 from flows.config import IterativeRLConfig
 from flows.methods import check_method, settings_among
 from flows.recipes import RECIPES
-from pipeline.config import Config, ConfigError, Override, applied, changes_of, flatten, parse_settings
+from pipeline.config import Config, ConfigError, Override, changes_of, flatten, parse_settings
 
 __all__ = ["Asked", "AskedOverride", "Choice", "choice_of", "choose", "descriptions", "read_overrides", "read_values"]
 
@@ -144,20 +144,20 @@ def choice_of(config: IterativeRLConfig, asked: Asked, source: str, base: Iterat
 
 def _resolved(base: IterativeRLConfig, changes: Sequence[Override]) -> list[Override]:
     """The changes with the settings of a method in the place of its name."""
-    values, resolved = base.model_dump(mode="json"), list[Override]()
+    resolved: list[Override] = []
     for place, change in enumerate(changes):
         if change.key != _METHOD:
             resolved.append(change)
             continue
         check_method(change.value)
         later = [other for other in changes[place + 1 :] if other.key != _METHOD]
-        settings = settings_among(change.value, applied(values, resolved), applied(values, [*resolved, *later]))
+        settings = settings_among(change.value, base.changed(resolved), base.changed([*resolved, *later]))
         resolved += [Override(key, value, f"method {change.value}") for key, value in settings.items()]
     return resolved
 
 
 def _asked(base: IterativeRLConfig, recipe: str, changes: Sequence[Override]) -> Asked:
-    values = applied(base.model_dump(mode="json"), _resolved(base, changes))
+    values = base.changed(_resolved(base, changes))
     overrides = (
         AskedOverride(
             setting=change.key,

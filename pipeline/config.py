@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
-__all__ = ["UNKEYED", "Config", "ConfigError", "Override", "applied", "changes_of", "flatten", "parse_settings"]
+__all__ = ["UNKEYED", "Config", "ConfigError", "Override", "changes_of", "flatten", "parse_settings"]
 
 
 class _Unkeyed:
@@ -84,7 +84,7 @@ class Config(BaseModel):
         return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
     def override(self, changes: Mapping[str, Any] | Iterable[Override], *, source: str = "override") -> Self:
-        """A new validated config: this one with the changes applied in their order (`applied`).
+        """A new validated config: this one with the changes applied in their order (`changed`).
 
         Args:
             changes: a list, or a mapping of dotted keys to values for one without repeated keys.
@@ -93,7 +93,38 @@ class Config(BaseModel):
             ConfigError: all that is wrong in the result, each line with the source of the change.
         """
         pairs = [Override(*pair) for pair in changes.items()] if isinstance(changes, Mapping) else list(changes)
-        return type(self).parse(applied(self.model_dump(mode="json"), pairs), source=source, changes=pairs)
+        return type(self).parse(self.changed(pairs), source=source, changes=pairs)
+
+    def changed(self, changes: Iterable[Override]) -> dict[str, Any]:
+        """The values of this config with the changes applied one after the other; nothing is validated.
+
+        A part of a section that is null or absent starts it from its defaults, of the `kind` that the field has by default.
+
+        Raises:
+            ConfigError: a part was set of what is a plain value, and no later change replaced it.
+        """
+        values = self.model_dump(mode="json")
+        clashes: dict[str, str] = {}
+        for change in changes:
+            *parents, last = change.key.split(".")
+            place = values
+            for depth, name in enumerate(parents):
+                inner, section = place.get(name), parents[: depth + 1]
+                if not isinstance(inner, dict):
+                    if inner is not None:
+                        path = ".".join(section)
+                        clashes[path] = _said(f"{change.key}: {path} is a value ({inner!r}), not a section", change)
+                    inner = place[name] = _begun(type(self), section)
+                place = inner
+            replaced = change.key
+            if last == "kind" and place.get("kind", change.value) != change.value:
+                place.clear()
+                replaced = ".".join(parents)
+            clashes = {key: text for key, text in clashes.items() if not _within(key, replaced)}
+            place[last] = copy.deepcopy(change.value)  # a later change may be written into it
+        if clashes:
+            raise ConfigError("\n".join(clashes.values()))
+        return values
 
     def key(self) -> dict[str, Any]:
         """What decides a result, as plain JSON values: every field but those marked `UNKEYED`.
@@ -105,36 +136,6 @@ class Config(BaseModel):
             if UNKEYED not in field.metadata:
                 parts[name] = _key_of(getattr(self, name))
         return parts
-
-
-def applied(values: Mapping[str, Any], changes: Iterable[Override]) -> dict[str, Any]:
-    """Nested `values` with the changes applied one after the other; nothing is validated.
-
-    Raises:
-        ConfigError: a part was set of what is a plain value, and no later change replaced it.
-    """
-    result: dict[str, Any] = copy.deepcopy(dict(values))
-    clashes: dict[str, str] = {}
-    for change in changes:
-        *parents, last = change.key.split(".")
-        place = result
-        for depth, name in enumerate(parents):
-            inner = place.get(name)
-            if not isinstance(inner, dict):
-                if inner is not None:
-                    section = ".".join(parents[: depth + 1])
-                    clashes[section] = _said(f"{change.key}: {section} is a value ({inner!r}), not a section", change)
-                inner = place[name] = {}  # unknown sections are reported by validation, with the nearest name
-            place = inner
-        replaced = change.key
-        if last == "kind" and place.get("kind", change.value) != change.value:
-            place.clear()
-            replaced = ".".join(parents)
-        clashes = {key: text for key, text in clashes.items() if not _within(key, replaced)}
-        place[last] = copy.deepcopy(change.value)  # a later change may be written into it
-    if clashes:
-        raise ConfigError("\n".join(clashes.values()))
-    return result
 
 
 def changes_of(values: Mapping[str, Any], source: str = "", prefix: str = "") -> Iterator[Override]:
@@ -189,6 +190,14 @@ def _key_of(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return sorted((_key_of(part) for part in value), key=repr)  # the order of a set differs between processes
     return to_jsonable_python(value)
+
+
+def _begun(root: type[BaseModel], section: list[str]) -> dict[str, Any]:
+    """A section that nothing is known of yet: of the kind that its field has by default. An unknown one is empty."""
+    *parents, name = section
+    fields = [model.model_fields[name] for model in _descend({root}, parents)[1] if name in model.model_fields]
+    kinds = {getattr(field.get_default(call_default_factory=True), "kind", None) for field in fields} - {None}
+    return {"kind": kinds.pop()} if len(kinds) == 1 else {}
 
 
 def _within(key: str, section: str) -> bool:

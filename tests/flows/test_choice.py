@@ -113,7 +113,7 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for section in sections:
         if not isinstance(values.get(section), dict):
-            values[section] = {}
+            values[section] = {"kind": "hf"} if section == "backend" else {}
         values = values[section]
     if last == "kind" and values.get("kind", value) != value:
         values.clear()

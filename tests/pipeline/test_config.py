@@ -140,7 +140,8 @@ def test_an_override_with_the_same_kind_keeps_the_other_values() -> None:
         (["objective.eps=0.9", "objective={kind: grpo}"], GRPO()),
         (["objective.eps=0.9", "objective.kind=dpo", "objective.kind=grpo"], GRPO()),
         (["objective.eps=0.9", "objective.eps=0.3", "objective.kind=grpo"], GRPO(eps=0.3)),
-        (["objective=null", "objective.beta=0.3", "objective.kind=dpo"], DPO(beta=0.3)),
+        (["objective.eps=0.9", "objective=null", "objective.beta=0.3"], GRPO(beta=0.3)),
+        (["objective=null", "objective.beta=0.3", "objective.kind=dpo"], DPO()),
         (["objective.eps.x=1", "objective.eps=0.3"], GRPO(eps=0.3)),
         (["objective.eps.x=1", "objective.kind=dpo"], DPO()),
     ],
@@ -167,8 +168,9 @@ def one_after_the_other(values: dict[str, Any], path: list[str], value: Any) -> 
     """The reference: one change, by recursion."""
     name, *rest = path
     if rest:
-        section = values.get(name)
-        return {**values, name: one_after_the_other(section if isinstance(section, dict) else {}, rest, value)}
+        begun = {"kind": "grpo"} if name == "objective" else {}  # the field's default
+        section = values[name] if isinstance(values.get(name), dict) else begun
+        return {**values, name: one_after_the_other(section, rest, value)}
     another_kind = name == "kind" and values.get("kind", value) != value
     return {"kind": value} if another_kind else {**values, name: value}
 
@@ -180,7 +182,7 @@ FIELDS = st.sampled_from(["eps", "beta", "label_smoothing", "verifier", "strict"
 CHANGES = st.lists(
     st.one_of(
         st.tuples(st.builds("{}.{}".format, SECTIONS, FIELDS), PART),
-        st.tuples(SECTIONS, st.one_of(PART, WHOLE)),
+        st.tuples(SECTIONS, st.one_of(st.none(), st.just({}), WHOLE)),
         st.tuples(st.just("objective.kind"), st.sampled_from(["dpo", "grpo"])),
     ),
     max_size=6,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import logging
 import os
 import sys
@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Final
 
 from cyclopts import App, CycloptsError, Group
-from rich.console import Console
 from rich.markup import escape
 
+from flows.commands.options import console
 from pipeline.interruption import exit_code, interruptible, is_interruption
 
 __all__ = ["app", "main", "run_command"]
@@ -118,6 +118,7 @@ app.command(mlflow)
 
 def main() -> None:
     """Entry point of the console script."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     code = run_command(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -158,20 +159,19 @@ def _explain(error: Exception) -> int:
     from flows.session import InterruptedRunError
     from pipeline.config import ConfigError
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    say = functools.partial(console(errors=True).print, soft_wrap=True)
     match error:
         case InterruptedRunError():
-            with contextlib.suppress(OSError):  # a terminal that was closed
-                console.print(f"\ninterrupted; nothing is lost. Continue with\n\n  [bold]{escape(str(error))}[/]")
+            say(f"\ninterrupted; nothing is lost. Continue with\n\n  [bold]{escape(str(error))}[/]")
             return exit_code()
         case ConfigError():
-            console.print(f"[red]configuration:[/] {escape(str(error))}")
+            say(f"[red]configuration:[/] {escape(str(error))}")
             return 2
         case ValueError() | OSError() | RuntimeError():
-            console.print(f"[red]error:[/] {escape(str(error) or type(error).__name__)}")
+            say(f"[red]error:[/] {escape(str(error) or type(error).__name__)}")
         case _:
-            console.print(f"[red]error:[/] {type(error).__name__}: {escape(str(error))}")
-    console.print("[dim]--debug shows where; what was computed is kept, the same command continues[/]")
+            say(f"[red]error:[/] {type(error).__name__}: {escape(str(error))}")
+    say("[dim]--debug shows where; what was computed is kept, the same command continues[/]")
     return 1
 
 

@@ -1,7 +1,8 @@
 """Live progress of a run: a rich display in a terminal, plain lines elsewhere (a log file, a pipe, a batch system).
 
-Both listen to `pipeline.progress` reports through one `RunState`. What stays on the screen is the same: stages before the
-first step, evaluations, warnings, each once. The terminal shows the moving part below it, plain output prints it as lines.
+It listens to `pipeline.progress` reports after the `RunState` that it shows, which does not depend on it. What stays on the
+screen is the same in both: stages before the first step, evaluations, warnings, each once. The terminal shows the moving part
+below it, plain output prints it as lines.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rich.text import Text
 
 from flows.run_state import RunState
 from flows.wording import accuracies, duration, number, percent
-from pipeline.progress import listen
+from pipeline.progress import describe_failure, failsafe, listen, warn_plainly
 
 __all__ = ["Display", "displaying"]
 
@@ -38,30 +39,29 @@ _STEP_METRICS: Final = {
 _WORTH_A_LINE: Final = 1.0
 """Stages before the first step that took less (seconds) are not mentioned."""
 _BAR: Final = 24
+_WIDE: Final = 80
+"""Columns of a terminal that has room for bars."""
 _OURS: Final = tuple(str(Path(__file__).resolve().parents[1] / name) for name in ("pipeline", "stages", "flows"))
 
 
 class Display:
-    """Writes where a run stands to a console; `take` is a listener of `pipeline.progress`."""
+    """Writes where a run stands to a console; `take` is a listener of `pipeline.progress`, called after that of `state`."""
 
     def __init__(self, state: RunState, console: Console) -> None:
         self.state = state
         self.console = console
         self.live = console.is_terminal and not console.is_dumb_terminal
-        self._seen: set[str] = set()
         self._reused: list[int] = []
         self._greedy: tuple[tuple[int, str], str] | None = None
         """The greedy evaluation of a step and set, kept for the line of the samples that usually follow."""
         self._last_line = state.clock()
 
     def take(self, topic: str, values: dict[str, Any]) -> None:
-        """Note a report and write what it calls for."""
-        if topic == "stage" and values["outcome"] in ("executed", "failed"):
-            self._stage_ended(values)
-        self.state.take(topic, values)
+        """Write what a report calls for."""
         match topic:
             case "stage":
-                pass
+                if values["outcome"] in ("executed", "failed"):
+                    self._stage_ended(values)
             case "step":
                 self._step()
             case "evaluation":
@@ -80,9 +80,7 @@ class Display:
 
     def warn(self, message: str) -> None:
         """Show a warning, once per text."""
-        if message not in self._seen:
-            self._seen.add(message)
-            self.state.warnings.append(message)
+        if self.state.warn(message):
             self._line(f"warning: {message}", "yellow")
 
     def close(self) -> None:
@@ -102,7 +100,7 @@ class Display:
             stopped = str(values.get("error", "")).startswith("KeyboardInterrupt")
             self._line(f"{values['name']} {'stopped' if stopped else 'failed'}", "yellow" if stopped else "red")
         elif not self.state.evaluations and values["seconds"] > _WORTH_A_LINE:
-            last = {name: value for name, value in self.state.detail.items() if name not in ("done", "total")}
+            last = {name: value for name, value in self.state.ended.items() if name not in ("done", "total")}
             self._line(f"{values['name']} took {duration(values['seconds'])}  {_detail_text(last)}".rstrip())
 
     def _evaluation(self, where: tuple[int, str], mode: str, text: str) -> None:
@@ -158,9 +156,10 @@ class Display:
 
     def __rich__(self) -> RenderableType:
         state = self.state
+        wide = self.console.width >= _WIDE
         grid = Table.grid(padding=(0, 2))
-        grid.add_column(width=28, no_wrap=True, overflow="ellipsis")
-        grid.add_column(width=_BAR)
+        grid.add_column(width=28 if wide else None, no_wrap=True, overflow="ellipsis")
+        grid.add_column(width=_BAR if wide else 0)
         grid.add_column(no_wrap=True, overflow="ellipsis")
         bar: RenderableType = ProgressBar(max(state.steps, 1), state.step, width=_BAR)
         place = f"step {state.step}/{state.steps}{_iteration(state)}"
@@ -170,8 +169,8 @@ class Display:
             seconds = Text(duration(state.clock() - state.stage_since), style="dim")
             bar = ProgressBar(total, done, width=_BAR) if total else seconds
             grid.add_row(Text(state.stage, style="cyan"), bar, Text(_detail_text(state.detail)))
-        last = "  ".join(filter(None, [_clock(state.elapsed), _step_text(state), _held_out(state)]))
-        return Group(Text(), grid, Text(last, style="dim", overflow="ellipsis"))
+        last = "  ".join(filter(None, [_clock(state.elapsed), _held_out(state), _step_text(state)]))
+        return Group(Text(), grid, Text(last, style="dim", no_wrap=True, overflow="ellipsis"))
 
 
 @contextlib.contextmanager
@@ -188,19 +187,44 @@ def displaying(state: RunState, console: Console, *, all_warnings: bool = False)
         line: str | None = None,
     ) -> None:
         if all_warnings or filename.startswith(_OURS):
-            display.warn(str(message))
+            try:
+                display.warn(str(message))
+            except Exception:
+                state.warn(str(message))
+                warn_plainly(str(message))
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
+    with warnings.catch_warnings(), listen(state.take), listen(display.take):
         for package in ("pipeline", "stages", "flows"):
             warnings.filterwarnings("always", module=rf"{package}\.")
         warnings.showwarning = show
-        stack.enter_context(listen(display.take))
-        if display.live:
-            live = Live(display, console=console, refresh_per_second=4, transient=True)
-            stack.enter_context(live)
-        stack.callback(display.close)
-        yield display
+        with _live(display, console) if display.live else contextlib.nullcontext():
+            try:
+                yield display
+            finally:
+                failsafe("the live display")(display.close)()
+
+
+@contextlib.contextmanager
+def _live(display: Display, console: Console) -> Iterator[None]:
+    """Keep the moving part below the lines. It is drawn by a thread of its own and inside every print: an error there is
+    kept and becomes a warning at the end."""
+    failures: list[str] = []
+
+    def draw() -> RenderableType:
+        try:
+            return display.__rich__()
+        except Exception as error:
+            failures.append(describe_failure("the live display", error))
+            return Text()
+
+    live = Live(get_renderable=draw, console=console, refresh_per_second=4, transient=True)
+    failsafe("the live display")(live.start)()
+    try:
+        yield
+    finally:
+        failsafe("the live display")(live.stop)()
+        for failure in dict.fromkeys(failures):
+            warnings.warn(failure, stacklevel=1)
 
 
 def _clock(seconds: float) -> str:
@@ -219,8 +243,10 @@ def _iteration(state: RunState) -> str:
 
 def _held_out(state: RunState) -> str:
     """The last accuracy on each held-out set: by samples, where there are any, else greedily."""
-    found = {name: metrics["accuracy"] for (name, _), metrics in sorted(state.evaluations.items())}
-    return "  ".join(f"{name} {accuracy:.3f}" for name, accuracy in found.items())
+    found: dict[str, float | None] = {}
+    for (name, _), metrics in sorted(state.evaluations.items()):  # "greedy" sorts before "sampled"
+        found[name] = metrics.get("accuracy", metrics.get("greedy_accuracy", found.get(name)))
+    return "  ".join(f"{name} {percent(accuracy)}" for name, accuracy in found.items())
 
 
 def _step_text(state: RunState) -> str:

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 from flows.charts import charted
 from pipeline.artifact import Artifact
-from pipeline.progress import report
+from pipeline.progress import failsafe, report
 from stages.models import Checkpoint
 from stages.tables import Evaluation
 
@@ -43,6 +43,7 @@ class Observer:
     tokens: int = 0
     seconds: float = 0.0
 
+    @failsafe("the observer of steps")
     def step(self, step: int, iteration: int, policy: Checkpoint, *others: Artifact | None) -> None:
         """One pass through lines 5-10 of Algorithm 1 ended with `policy`; `others` are what was made on the way."""
         metrics: dict[str, float] = {}
@@ -62,6 +63,7 @@ class Observer:
         self._take(step, metrics | progress)
         report("step", step=step, iteration=iteration, metrics=metrics)
 
+    @failsafe("the observer of evaluations")
     def evaluation(self, step: int, name: str, mode: str, result: Evaluation) -> None:
         """The policy after `step` was evaluated on the set `name`, greedily or by samples."""
         metrics = result.metrics
@@ -70,11 +72,13 @@ class Observer:
         self._take(step, {f"eval/{name}/{key}": value for key, value in metrics.items()})
         report("evaluation", step=step, set=name, mode=mode, metrics=metrics)
 
+    @failsafe("the observer of reward models")
     def drift(self, step: int, metrics: dict[str, float]) -> None:
         """After `step`, reward models were held against the rules on held-out outputs."""
         self._take(step, metrics)
         report("drift", step=step, metrics=metrics)
 
+    @failsafe("the observer of first outputs")
     def preflight(self, metrics: dict[str, float], text: str) -> None:
         """Before the first update, the first step's outputs were examined; `text` says what they hold."""
         self._take(0, metrics)
@@ -84,7 +88,8 @@ class Observer:
         # Names read from records are new text each time; over thousands of steps they would be most of what is kept.
         self.points.setdefault(step, {}).update({sys.intern(name): value for name, value in metrics.items()})
         if self.log is not None:
-            self.log.log_step(step, charted(metrics))
+            with failsafe("the tracker"):
+                self.log.log_step(step, charted(metrics))
 
 
 _current: ContextVar[Observer | None] = ContextVar("cohort_observer", default=None)

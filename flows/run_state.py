@@ -52,6 +52,8 @@ class RunState:
     stage_since: float = 0.0
     detail: dict[str, Any] = field(default_factory=dict)
     """The last values that the computing stage reported."""
+    ended: dict[str, Any] = field(default_factory=dict)
+    """The last values of the stage that ended last."""
     step: int = 0
     """Steps done; 0 = before the first."""
     iteration: int = 0
@@ -66,7 +68,7 @@ class RunState:
     """The last evaluation of each set and mode."""
 
     warnings: list[str] = field(default_factory=list)
-    """What the display warned of, each once."""
+    """What was warned of, each once."""
     server_seconds: float = 0.0
     """Spent waiting for the Prefect server."""
 
@@ -92,6 +94,13 @@ class RunState:
                 pass  # the display's alone
             case _:
                 self.detail = dict(values)
+
+    def warn(self, message: str) -> bool:
+        """Note a warning; returns whether it is new."""
+        if message in self.warnings:
+            return False
+        self.warnings.append(message)
+        return True
 
     @property
     def elapsed(self) -> float:
@@ -130,7 +139,7 @@ class RunState:
             case "failed":
                 totals.failed += 1
         if outcome != "cached":
-            self.stage, self.detail = None, {}
+            self.stage, self.ended, self.detail = None, self.detail, {}
         if digest:
             self.artifacts[digest] = name
 

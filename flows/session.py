@@ -32,7 +32,7 @@ from pipeline.config import flatten
 from pipeline.exclusivity import exclusive_devices
 from pipeline.interruption import check, interruptible, is_interruption, shielded
 from pipeline.orchestration import Engine, joining, running_deployment, use_engine
-from pipeline.progress import listen, report
+from pipeline.progress import failsafe, listen, report
 from pipeline.store import PrunedArtifactError, StoreError, use_store
 from pipeline.tracking import Tracker, track
 from stages.models import Checkpoint
@@ -55,8 +55,10 @@ def run_flow(
     debug: bool = False,
     tags: Mapping[str, str] | None = None,
     difference: Mapping[str, Any] | None = None,
-) -> Summary:
+) -> Summary | None:
     """Train as configured, showing progress; leaves record, summary, ledger and learning curve in the run's folder.
+
+    Returns the summary; None where it could not be drawn up, which a warning explains. The run has finished either way.
 
     Args:
         command: what continues the run; that of this process by default.
@@ -102,11 +104,14 @@ def run_flow(
             with _devices(config, cached=record.finished_before):
                 policy = _train(config, places, engine, observer, registrar, record, state)
             record.policy = policy.digest
-            summary = summarise(config, observer.points, state, policy, _paths(record, places))
-            record.accuracy = {"before": summary.before, "best": summary.best, "final": summary.after}
-            _conclude(summary, ledger, record, tracker, choice, command)
-            registrar.conclude(summary, ledger)
-            _log_completions(ledger, places, tracker)
+            summary: Summary | None = None
+            with failsafe("the summary of the run"):
+                summary = summarise(config, observer.points, state, policy, _paths(record, places))
+                record.accuracy = {"before": summary.before, "best": summary.best, "final": summary.after}
+            if summary:
+                _conclude(summary, ledger, record, tracker, choice, command)
+                failsafe("the registry of models")(registrar.conclude)(summary, ledger)
+            failsafe("the table of completions")(_log_completions)(ledger, places, tracker)
             check()
     except BaseException as error:
         interrupted = is_interruption(error)
@@ -214,13 +219,18 @@ def _paths(record: RunRecord, places: Places) -> dict[str, Path]:
 def _conclude(
     summary: Summary, ledger: Ledger, record: RunRecord, tracker: Tracker, choice: Choice, command: str
 ) -> None:
-    """Leave the outcome in the run's folder and in MLflow."""
-    try:
+    """Leave the outcome in the run's folder and in MLflow; what cannot be left must not make a trained policy a failed run."""
+    with failsafe(f"the ledger of {record.folder}"):
         ledger.write(record.folder)
+    with failsafe(f"the learning curve of {record.folder}"):
         _draw(summary, record, tracker)
+    with failsafe(f"summary.json of {record.folder}"):
         write_json(record.folder / "summary.json", summary.as_json())
-    except Exception as error:  # a picture that cannot be drawn must not make a trained policy a failed run
-        warnings.warn(f"ledger, summary or learning curve of {record.folder}: {error}", stacklevel=2)
+    with failsafe("the outcome in MLflow"):
+        _track_outcome(summary, tracker, choice, command)
+
+
+def _track_outcome(summary: Summary, tracker: Tracker, choice: Choice, command: str) -> None:
     finals = {f"final/{name}/{key}": value for name, part in summary.after.items() for key, value in part.items()}
     bests = {f"best/{name}/accuracy": accuracy for name, (_, accuracy) in summary.best.items()}
     tracker.log_summary({key: value for key, value in finals.items() if key.endswith("accuracy")} | bests)

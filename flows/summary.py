@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -171,8 +172,8 @@ def print_summary(summary: Summary, console: Console, *, ui_command: str) -> Non
     console.print()
     width = max(map(len, [*summary.paths, "compare runs"]))
     for what, path in summary.paths.items():
-        console.print(f"{what:<{width}}  [cyan]{path}[/]", soft_wrap=True, highlight=False)
-    console.print(f"{'compare runs':<{width}}  [bold]{ui_command}[/]", soft_wrap=True, highlight=False)
+        console.print(f"{what:<{width}}  [cyan]{escape(path)}[/]", soft_wrap=True, highlight=False)
+    console.print(f"{'compare runs':<{width}}  [bold]{escape(ui_command)}[/]", soft_wrap=True, highlight=False)
 
 
 def _accuracy_table(summary: Summary) -> Table:

@@ -28,6 +28,7 @@ from pipeline.database import without_password
 from pipeline.interruption import is_interruption
 from pipeline.journal import Journal, JournalBusyError, Record, Sent, is_live, journals, read_records
 from pipeline.mlflow_run import tracking_uri
+from pipeline.progress import failsafe
 from pipeline.projector import Projector, folder_of, start_projector
 from pipeline.registry import TrackedModel, alias_of
 
@@ -160,12 +161,12 @@ def track(
         yield tracker
     except BaseException as error:
         if isinstance(error, SystemExit | GeneratorExit) or is_interruption(error):
-            tracker._close("KILLED", type(error).__name__)
+            failsafe("the tracker")(tracker._close)("KILLED", type(error).__name__)
         else:
-            tracker._close("FAILED", f"{type(error).__name__}: {error}"[:1000])
+            failsafe("the tracker")(tracker._close)("FAILED", f"{type(error).__name__}: {error}"[:1000])
         raise
     else:
-        tracker._close("FINISHED", "")
+        failsafe("the tracker")(tracker._close)("FINISHED", "")
 
 
 def tracked_models(home: Path, experiment: str, run_key: str) -> list[TrackedModel]:

@@ -28,6 +28,7 @@ from flows.places import Places
 from flows.session import run_flow
 from pipeline.config import ConfigError, parse_settings
 from pipeline.orchestration import Engine
+from pipeline.progress import failsafe
 
 __all__ = ["ablate", "child", "compare", "experiments"]
 
@@ -96,7 +97,7 @@ def ablate(
     planned = plan(experiment, files=config or [], settings=set_ or [], only=arm or [])
     places, out = Places.under(root), console()
     pool = _pool(workers, parallel, engine, require_versions=require_versions)
-    print_arms(planned, places, out)
+    failsafe("the table of arms")(print_arms)(planned, places, out)
     if not dry_run:
         _conduct(planned, places, engine, out, parallel=parallel or 1, pool=pool)
 
@@ -239,7 +240,7 @@ def _conduct(
     """Run what is chosen, leave the results, print them."""
     command, started = shlex.join(["cohort", *sys.argv[1:]]), time.time()
     changed = earlier_settings(planned, places)
-    print_changes(changed, out)
+    failsafe("the table of changes")(print_changes)(changed, out)
     if pool is not None:
         require_workers_pool(planned, places, pool.name)
     with track_experiment(planned, places) as tracker:
@@ -252,9 +253,12 @@ def _conduct(
         else:
             errors = run_side_by_side(planned, places, limit=parallel, engine=engine, console=out, command=command)
         out.print()
-        print_comparison(outcomes_of(planned, places), out)  # first: a folder that cannot be written must not hide it
+        # First: a folder that cannot be written must not hide it.
+        failsafe("the tables of the experiment")(print_comparison)(outcomes_of(planned, places), out)
         result = conclude(planned, places, command, tracker)
-    print_outcome(planned, places, result.sharing, out, since=started, because=bool(changed))
+    failsafe("the counts of the experiment")(print_outcome)(
+        planned, places, result.sharing, out, since=started, because=bool(changed)
+    )
     if errors:
         failed = "\n".join(f"  {name}: {error}" for name, error in errors.items())
         raise RuntimeError(

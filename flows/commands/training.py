@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
+from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
 
@@ -16,6 +17,7 @@ from flows.places import Places
 from flows.session import run_flow
 from flows.summary import print_summary
 from flows.wording import number
+from pipeline.progress import failsafe
 
 __all__ = ["check", "methods", "recipes", "run"]
 
@@ -49,9 +51,9 @@ def run(
     """
     choice = choose(recipe, config or [], set_ or [], method=method)
     places, out = Places.under(root), console()
-    _announce(choice, places, engine, out)
-    summary = run_flow(choice, places, engine=engine, console=out, debug=debugging())
-    print_summary(summary, out, ui_command=f"cohort ui{places.option()}")
+    failsafe("the announcement of the run")(_announce)(choice, places, engine, out)
+    if summary := run_flow(choice, places, engine=engine, console=out, debug=debugging()):
+        failsafe("the table of the summary")(print_summary)(summary, out, ui_command=f"cohort ui{places.option()}")
 
 
 def methods() -> None:
@@ -128,7 +130,8 @@ def _announce(choice: Choice, places: Places, engine: str, out: Console) -> None
     """Say what is about to run, before anything heavy is imported."""
     config = choice.config
     plan = f"{config.iterations} x {config.steps} steps, {config.questions_per_step} questions x {config.rollout.G} outputs"
-    out.print(f"[bold]{config.name}[/]  {plan}, seed {config.seed}, engine {engine}, in {places.root}", soft_wrap=True)
+    where = escape(str(places.root))
+    out.print(f"[bold]{config.name}[/]  {plan}, seed {config.seed}, engine {engine}, in {where}", soft_wrap=True)
     differences = choice.differences()
     if differences:
         out.print(_differences(choice, differences))
@@ -147,5 +150,5 @@ def _differences(choice: Choice, differences: dict[str, tuple[Any, Any]]) -> Tab
     table.add_column(choice.base.name, style="dim")
     table.add_column("here", style="bold")
     for key, (was, now) in differences.items():
-        table.add_row(key, number(was), number(now))
+        table.add_row(key, escape(number(was)), escape(number(now)))
     return table

@@ -27,10 +27,11 @@ from flows.choice import Asked, choice_of
 from flows.config import IterativeRLConfig
 from flows.deploying.versions import VERSIONS, check_versions
 from flows.places import Places
-from flows.records import run_folder, write_json
+from flows.records import read_record, run_folder, write_json
 from flows.session import InterruptedRunError, run_flow
 from flows.summary import print_summary
 from pipeline.flow_runs import names_living_process, owner_tag
+from pipeline.progress import failsafe
 from pipeline.provenance import package_versions
 
 __all__ = ["ASKED", "DIFFERENCE", "TAGS", "WORKER", "train"]
@@ -88,8 +89,12 @@ def train(config: IterativeRLConfig) -> str:
             )
     except InterruptedRunError as error:  # Prefect tells a cancelled run from one that was killed
         raise TerminationSignal(signal.SIGTERM) from error
-    print_summary(summary, console, ui_command=f"cohort ui --root {places.root}")
-    return summary.policy
+    if summary:
+        failsafe("the table of the summary")(print_summary)(
+            summary, console, ui_command=f"cohort ui --root {places.root}"
+        )
+    record = read_record(run_folder(places, chosen))
+    return record.policy if record else ""
 
 
 def note_flow_run(places: Places, config: IterativeRLConfig, differences: list[str]) -> None:

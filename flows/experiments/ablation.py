@@ -16,7 +16,7 @@ import yaml
 from flows.config import IterativeRLConfig
 from flows.experiments.arms import PlannedExperiment
 from flows.experiments.comparison import Arm, Outcome, comparison_markdown
-from flows.experiments.figures import draw_figures
+from flows.experiments.figures import Figure, draw_figures
 from flows.experiments.report import write_report
 from flows.experiments.results import (
     ArmResult,
@@ -34,6 +34,7 @@ from flows.records import read_record, run_folder
 from flows.session import InterruptedRunError
 from pipeline.config import flatten
 from pipeline.lineage import explain
+from pipeline.progress import failsafe
 from pipeline.store import StoreError
 from pipeline.tracking import Tracker, track, tracked_models
 
@@ -158,7 +159,9 @@ def _point_at_best(result: ExperimentResult, places: Places, tracker: Tracker) -
 
 def _draw(result: ExperimentResult, planned: PlannedExperiment, places: Places, tracker: Tracker) -> list[str]:
     """Leave the figures, and the report that has them; returns their captions."""
-    figures = draw_figures(result, places, figures_folder(places, planned))
+    figures: list[Figure] = []
+    with failsafe("the figures of the experiment", passing=StoreError):
+        figures = draw_figures(result, places, figures_folder(places, planned))
     write_report(result, places, figures)
     for file in (file for figure in figures for file in (figure.png, figure.svg)):
         tracker.log_figure(file)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
+from rich.markup import escape
 
 from flows.choice import Asked
 from flows.config import IterativeRLConfig
@@ -109,7 +110,7 @@ def run_in_turn(
             if debug:
                 raise
             errors[arm.choice.config.name] = f"{type(error).__name__}: {error}"
-            console.print(f"[red]failed:[/] {arm.choice.config.name}: {error}", soft_wrap=True)
+            console.print(f"[red]failed:[/] {arm.choice.config.name}: {escape(str(error))}", soft_wrap=True)
     evict()
     return errors
 
@@ -130,7 +131,7 @@ def run_side_by_side(
         while waiting or children:
             while waiting and len(children) < limit:
                 children.append(_start(planned, waiting.pop(0), places, engine, command))
-                console.print(f"started  {children[-1].name}  [dim]{children[-1].log}[/]", soft_wrap=True)
+                console.print(f"started  {children[-1].name}  [dim]{escape(str(children[-1].log))}[/]", soft_wrap=True)
             time.sleep(_POLL)
             for child in [child for child in children if child.process.poll() is not None]:
                 children.remove(child)
@@ -139,7 +140,8 @@ def run_side_by_side(
                 if error:
                     errors[child.name] = error
                 console.print(
-                    f"[red]failed[/]   {child.name}  {error}" if error else f"finished {child.name}", soft_wrap=True
+                    f"[red]failed[/]   {child.name}  {escape(error)}" if error else f"finished {child.name}",
+                    soft_wrap=True,
                 )
             if children and time.monotonic() - told > _PROGRESS_SECONDS:
                 told = time.monotonic()
@@ -237,6 +239,6 @@ def settings_of(planned: PlannedExperiment, arm: Arm) -> dict[str, Any]:
 def _announce(planned: PlannedExperiment, arm: Arm, place: str, console: Console) -> None:
     config, sets = arm.choice.config, [f"{key}={now}" for key, now in settings_of(planned, arm).items()]
     plan = f"{config.iterations} x {config.steps} steps, {config.questions_per_step} questions x {config.rollout.G} outputs"
-    console.print(f"\n[bold]arm {arm.label}, seed {arm.seed}[/] ({place})  {plan}", soft_wrap=True)
+    console.print(f"\n[bold]arm {escape(arm.label)}, seed {arm.seed}[/] ({place})  {plan}", soft_wrap=True)
     if sets:
-        console.print(f"  against {planned.experiment.baseline}: {', '.join(sets)}", soft_wrap=True)
+        console.print(f"  against {planned.experiment.baseline}: {escape(', '.join(sets))}", soft_wrap=True)

@@ -24,7 +24,7 @@ __all__ = ["print_arms", "print_changes", "print_outcome"]
 def print_arms(planned: PlannedExperiment, places: Places, out: Console) -> None:
     """The question, the arms, and what differs from the baseline and from earlier runs."""
     experiment = planned.experiment
-    out.print(f"[bold]{experiment.name}[/]  {experiment.asks}")
+    out.print(f"[bold]{experiment.name}[/]  {escape(experiment.asks)}")
     chosen = {arm.name for arm in planned.chosen}
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("arm", "plan", f"differs from {experiment.baseline} in"):
@@ -37,10 +37,13 @@ def print_arms(planned: PlannedExperiment, places: Places, out: Console) -> None
     out.print(table)
     merged = [arm.label for arm in planned.arms[: len(planned.names)] if arm.also]
     for label in merged:
-        out.print(f"[yellow]equal configurations, run once:[/] {label}")
+        out.print(f"[yellow]equal configurations, run once:[/] {escape(label)}")
     done = sum(is_finished(places, arm) for arm in planned.chosen)
     seeds = ", ".join(map(str, experiment.seeds))
-    out.print(f"{len(planned.chosen)} runs, seeds {seeds}; {done} finished before; in {places.root}", soft_wrap=True)
+    out.print(
+        f"{len(planned.chosen)} runs, seeds {seeds}; {done} finished before; in {escape(str(places.root))}",
+        soft_wrap=True,
+    )
 
 
 def _change(key: str, was: object, now: object) -> str:
@@ -77,11 +80,14 @@ def print_outcome(
         out.print("computed because of the other settings, by stage:")
         for reason in reasons(places, since):
             out.print(f"  {reason}", markup=False, soft_wrap=True)
-    out.print(
-        f"results  [cyan]{experiment_folder(places, planned.experiment.name) / 'experiment.json'}[/]", soft_wrap=True
-    )
-    out.print(f"tables   [cyan]{tables_file(places, planned)}[/]", soft_wrap=True)
-    out.print(f"report   [cyan]{report_file(places, planned.experiment.name)}[/]", soft_wrap=True)
+    name = planned.experiment.name
+    files = {
+        "results": experiment_folder(places, name) / "experiment.json",
+        "tables": tables_file(places, planned),
+        "report": report_file(places, name),
+    }
+    for what, file in files.items():
+        out.print(f"{what:<8} [cyan]{escape(str(file))}[/]", soft_wrap=True)
 
 
 def _calls(planned: PlannedExperiment, places: Places, since: float) -> Iterator[str]:

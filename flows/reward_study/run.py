@@ -19,6 +19,7 @@ from flows.run_state import RunState
 from flows.session import InterruptedRunError, orchestration
 from pipeline.interruption import interruptible, is_interruption
 from pipeline.orchestration import Engine
+from pipeline.progress import failsafe
 from pipeline.store import canonical_json, sha256_of, use_store
 from pipeline.tracking import Tracker, track
 
@@ -69,7 +70,7 @@ def run_study(
         ):
             study = reward_model_study(config)
             text = study_markdown(study, choice, command)
-            _track(tracker, study, text)
+            failsafe("the tracker")(_track)(tracker, study, text)
             file.parent.mkdir(parents=True, exist_ok=True)
             # Before the lease ends: at no moment does it look as if nobody used them.
             write_json(file.with_suffix(f".{ARTIFACTS}"), state.artifacts)

@@ -31,12 +31,18 @@ def plain(steps: int = 4) -> tuple[Display, Clock, io.StringIO]:
     return display, clock, text
 
 
+def tell(display: Display, topic: str, values: dict[str, Any]) -> None:
+    """Report to the state, then to what shows it."""
+    display.state.take(topic, values)
+    display.take(topic, values)
+
+
 def executed(name: str, seconds: float) -> dict[str, Any]:
     return {"name": name, "outcome": "executed", "seconds": seconds, "key": "k", "digest": f"digest of {name}"}
 
 
 def step(display: Display, done: int, reward: float = 0.5) -> None:
-    display.take("step", {"step": done, "iteration": 0, "metrics": {"reward/mean": reward}})
+    tell(display, "step", {"step": done, "iteration": 0, "metrics": {"reward/mean": reward}})
 
 
 def test_a_run_counts_computed_and_reused_calls_with_their_seconds() -> None:
@@ -73,7 +79,7 @@ def test_plain_output_has_one_line_per_computed_step() -> None:
     display, clock, text = plain()
     for done in (1, 2):
         clock.now += 2.0
-        display.take("stage", executed("update_policy", 1.0))
+        tell(display, "stage", executed("update_policy", 1.0))
         step(display, done, reward=done / 4)
     assert text.getvalue().splitlines() == [
         "00:00:02  step   1/4  reward 0.250  2.0 s",
@@ -86,9 +92,9 @@ def test_a_line_says_which_of_several_iterations_it_is_and_how_many_outputs_were
     state = RunState(steps=4, iterations=2, clock=Clock())
     display = Display(state, Console(file=text, width=120, force_terminal=False))
     for done, right in ((2, 0.25), (3, 0.5)):
-        display.take("stage", executed("update_policy", 1.0))
+        tell(display, "stage", executed("update_policy", 1.0))
         metrics = {"reward/mean": 0.5, "reward/status_ok": right}
-        display.take("step", {"step": done, "iteration": (done - 1) // 2, "metrics": metrics})
+        tell(display, "step", {"step": done, "iteration": (done - 1) // 2, "metrics": metrics})
     first, second = text.getvalue().splitlines()
     assert "step   2/4, iteration 1/2  reward 0.500  accuracy 0.250" in first
     assert "step   3/4, iteration 2/2  reward 0.500  0.0 s" in second, "accuracy is left out where it is the reward"
@@ -97,8 +103,8 @@ def test_a_line_says_which_of_several_iterations_it_is_and_how_many_outputs_were
 def test_a_step_without_rewards_or_kl_tells_what_it_has() -> None:
     display, clock, text = plain()
     clock.now += 2.0
-    display.take("stage", executed("update_policy", 1.0))
-    display.take("step", {"step": 1, "iteration": 0, "metrics": {"policy/entropy": 3.25}})
+    tell(display, "stage", executed("update_policy", 1.0))
+    tell(display, "step", {"step": 1, "iteration": 0, "metrics": {"policy/entropy": 3.25}})
     assert text.getvalue() == "00:00:02  step   1/4  entropy 3.250  2.0 s\n"
     display.console.print(display)
     assert "step 1/4" in text.getvalue()
@@ -114,10 +120,10 @@ def test_reused_steps_are_one_line() -> None:
 
 def test_a_long_stage_says_every_five_seconds_where_it_stands() -> None:
     display, clock, text = plain()
-    display.take("stage", {"name": "supervised_finetuning", "outcome": "started", "key": "k"})
+    tell(display, "stage", {"name": "supervised_finetuning", "outcome": "started", "key": "k"})
     for done in range(1, 13):
         clock.now += 1.0
-        display.take("sft", {"done": done, "total": 600, "loss": 1.25})
+        tell(display, "sft", {"done": done, "total": 600, "loss": 1.25})
     assert text.getvalue().splitlines() == [
         "00:00:05  supervised_finetuning 5/600  loss 1.25",
         "00:00:10  supervised_finetuning 10/600  loss 1.25",
@@ -127,7 +133,7 @@ def test_a_long_stage_says_every_five_seconds_where_it_stands() -> None:
 def test_an_evaluation_is_shown_with_its_interval() -> None:
     display, _, text = plain()
     metrics = {"accuracy": 0.5, "accuracy_ci_low": 0.4, "accuracy_ci_high": 0.6, "pass_at_8": 0.9, "pass_at_1": 0.5}
-    display.take("evaluation", {"step": 10, "set": "held_out", "mode": "sampled", "metrics": metrics})
+    tell(display, "evaluation", {"step": 10, "set": "held_out", "mode": "sampled", "metrics": metrics})
     assert text.getvalue() == "00:00:00  step  10  held_out: sampled 0.500 [0.400, 0.600] pass@8 0.900 maj@8 -\n"
 
 
@@ -135,9 +141,9 @@ def test_greedy_and_sampled_accuracy_of_a_set_share_a_line() -> None:
     display, _, text = plain()
     for name in ("in_domain", "out_of_domain"):
         greedy = {"step": 0, "set": name, "mode": "greedy", "metrics": {"greedy_accuracy": 0.5}}
-        display.take("evaluation", greedy)
+        tell(display, "evaluation", greedy)
         if name == "in_domain":
-            display.take("evaluation", greedy | {"mode": "sampled", "metrics": {"accuracy": 0.25}})
+            tell(display, "evaluation", greedy | {"mode": "sampled", "metrics": {"accuracy": 0.25}})
     display.close()
     assert text.getvalue().splitlines() == [
         "00:00:00  step   0  in_domain: greedy 0.500  sampled 0.250",
@@ -164,7 +170,7 @@ def test_what_was_warned_of_is_kept_for_the_summary_once() -> None:
 
 def test_the_first_outputs_have_a_line_that_stays() -> None:
     display, _, text = plain()
-    display.take("preflight", {"text": "1 truncated, 0 unparseable of 8"})
+    tell(display, "preflight", {"text": "1 truncated, 0 unparseable of 8"})
     assert text.getvalue() == "00:00:00  first outputs: 1 truncated, 0 unparseable of 8\n"
 
 
@@ -179,8 +185,8 @@ def test_reports_made_inside_the_block_arrive() -> None:
 def test_a_terminal_shows_the_bar_of_the_computing_stage() -> None:
     console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None)
     display = Display(RunState(steps=4), console)
-    display.take("stage", {"name": "rollout", "outcome": "started", "key": "k"})
-    display.take("rollout", {"done": 3, "total": 8, "tokens": 90, "tokens_per_s": 1234.5})
+    tell(display, "stage", {"name": "rollout", "outcome": "started", "key": "k"})
+    tell(display, "rollout", {"done": 3, "total": 8, "tokens": 90, "tokens_per_s": 1234.5})
     with console.capture() as captured:
         console.print(display)
     assert "step 0/4" in captured.get()
@@ -192,7 +198,7 @@ def test_a_terminal_shows_the_last_accuracy_on_each_held_out_set() -> None:
     display = Display(RunState(steps=4, clock=Clock()), console)
     for mode, accuracy in (("greedy", 0.9), ("sampled", 0.7)):
         values = {"step": 2, "set": "in_domain", "mode": mode, "metrics": {"accuracy": accuracy}}
-        display.take("evaluation", values)
+        tell(display, "evaluation", values)
     with console.capture() as captured:
         console.print(display)
     assert "in_domain 0.700" in captured.get()

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from stages.reward_metrics import RewardMetric
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -38,7 +40,7 @@ def answer_shares(outputs: Outputs, scored: Scored) -> dict[str, NDArray[Any]]:
     import numpy as np
 
     right_Q = np.bincount(outputs.group_N, weights=scored.right_N) / np.bincount(outputs.group_N)
-    return {"reward/frac_all_correct": right_Q == 1, "reward/frac_all_wrong": right_Q == 0}
+    return {RewardMetric.ALL_CORRECT: right_Q == 1, RewardMetric.ALL_WRONG: right_Q == 0}
 
 
 def kl_penalties(outputs: Outputs, k1_M: Floats | None, beta: float) -> dict[str, NDArray[Any]]:
@@ -47,4 +49,4 @@ def kl_penalties(outputs: Outputs, k1_M: Floats | None, beta: float) -> dict[str
 
     if k1_M is None:
         return {}
-    return {"reward/kl_penalty": beta * np.bincount(outputs.output_of_token, k1_M, minlength=len(outputs.length_N))}
+    return {RewardMetric.KL_PENALTY: beta * np.bincount(outputs.output_of_token, k1_M, minlength=len(outputs.length_N))}

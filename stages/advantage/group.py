@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from stages.advantage.config import GroupConfig
 from stages.advantage.estimate import Estimate, kl_penalties
 from stages.advantage.inputs import Outputs, Scored, read_k1
+from stages.reward_metrics import RewardMetric
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +38,7 @@ def group_advantages(outputs: Outputs, scored: Scored, logprobs: pa.Table | None
         masked_N = masked_N | outputs.cut_N
     if config.degenerate == "mask":
         masked_N = masked_N | degenerate_Q[outputs.group_N]
-    means = estimate.means | {"reward/frac_degenerate_groups": degenerate_Q}
+    means = estimate.means | {RewardMetric.DEGENERATE_GROUPS: degenerate_Q}
     return Estimate(estimate.advantage_M, masked_N, means=means)
 
 
@@ -55,7 +56,7 @@ def _outcome(
         reward_N = reward_N - penalty_N
     statistics = group_statistics(reward_N, outputs.group_N, ddof=config.ddof)
     advantage_N = _compare(reward_N, outputs.group_N, statistics, config)
-    means = penalties | {"reward/std_within_group": statistics.std_Q}
+    means = penalties | {RewardMetric.STD_WITHIN_GROUP: statistics.std_Q}
     advantage_M = np.repeat(advantage_N, outputs.length_N)
     return Estimate(advantage_M, np.isnan(advantage_N), means=means), statistics.degenerate_Q
 
@@ -79,7 +80,7 @@ def _process(outputs: Outputs, scored: Scored, config: GroupConfig) -> tuple[Est
         for step_K, steps, length in zip(compared, scored.steps, outputs.length_N.tolist(), strict=True)
     ]
     counts = np.array([len(steps.rewards) for steps in scored.steps if steps is not None])
-    means = {"reward/steps_mean": counts, "reward/std_within_group": statistics.std_Q}
+    means = {RewardMetric.STEPS_MEAN: counts, RewardMetric.STD_WITHIN_GROUP: statistics.std_Q}
     return Estimate(np.concatenate(advantages), masked_N, means=means), statistics.degenerate_Q
 
 

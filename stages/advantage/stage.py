@@ -22,6 +22,7 @@ from stages.advantage.estimate import Estimate, answer_shares
 from stages.advantage.group import group_advantages, require_steps
 from stages.advantage.inputs import Outputs, Scored, read_outputs, read_rewards
 from stages.advantage.pairs import pair_advantages
+from stages.reward_metrics import RewardMetric
 from stages.tables import Advantages, Logprobs, Rewards, Rollouts, Values
 
 if TYPE_CHECKING:
@@ -83,12 +84,12 @@ def advantages_of(chunks: Iterable[Exploration], config: AdvantageConfig) -> Ite
         scored = None if chunk.rewards is None else read_rewards(chunk.rewards, outputs)
         estimate = _estimate(outputs, scored, chunk, config)
         answers = {} if scored is None else answer_shares(outputs, scored)
-        for name, values in (answers | estimate.means | {"reward/frac_masked": estimate.masked_N}).items():
+        for name, values in (answers | estimate.means | {RewardMetric.MASKED: estimate.masked_N}).items():
             means.setdefault(name, []).append(values)
         yield _table(outputs, estimate, pairs)
         pairs += max((pair + 1 for pair in estimate.pair_N or () if pair is not None), default=0)
     metrics = {name: float(np.concatenate(values).mean()) for name, values in means.items()}
-    record_metrics(metrics | ({"reward/pairs": pairs} if isinstance(config, PairsConfig) else {}))
+    record_metrics(metrics | ({RewardMetric.PAIRS: pairs} if isinstance(config, PairsConfig) else {}))
 
 
 def _estimate(outputs: Outputs, scored: Scored | None, chunk: Exploration, config: AdvantageConfig) -> Estimate:

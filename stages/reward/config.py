@@ -12,6 +12,7 @@ from stages.reward.functions.source import find_source
 from stages.reward.rules.accuracy import Verifier
 from stages.reward.rules.extraction import Convention
 from stages.reward.rules.form import Form
+from stages.reward_metrics import RESERVED
 
 __all__ = [
     "AccuracyConfig",
@@ -246,6 +247,11 @@ class RewardConfig(Config):
         names = [component.name for component in self.components]
         if not names:
             raise ValueError("components must not be empty")
+        if reserved := [name for name in names if name in RESERVED]:
+            raise ValueError(
+                f"a component is named {reserved[0]!r}, and reward/{reserved[0]} is another metric; choose another `name`, "
+                f"none of {', '.join(sorted(RESERVED))}"
+            )
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two components are named {', '.join(twice)}; give each its own `name`")

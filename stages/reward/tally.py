@@ -6,14 +6,11 @@ import math
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 from stages.reward.judge import Judged
+from stages.reward_metrics import STATUSES, RewardMetric, status_metric
 
 __all__ = ["STATUSES", "Tally"]
-
-STATUSES: Final = ("ok", "wrong", "unparseable", "truncated", "timeout", "error")
-"""What the rules say of an output."""
 
 
 class Tally:
@@ -46,13 +43,13 @@ class Tally:
         rows = max(outputs, 1)
         means = {f"reward/{name}": self._step_rewards.get(name, scores) for name, scores in self._scores.items()}
         # No number is better than NaN: a chart shows the gap.
-        known = {name: values for name, values in ({"reward/mean": self._rewards} | means).items() if values}
+        known = {name: values for name, values in ({RewardMetric.MEAN: self._rewards} | means).items() if values}
         return (
             {name: math.fsum(values) / len(values) for name, values in known.items()}
-            | {f"reward/status_{status}": self._statuses[status] / rows for status in STATUSES}
+            | {status_metric(status): self._statuses[status] / rows for status in STATUSES}
             | {
-                "reward/missing": (outputs - len(self._rewards)) / rows,
-                "reward/screened": self._screened / rows,
-                "reward/faults": self._faults / rows,
+                RewardMetric.MISSING: (outputs - len(self._rewards)) / rows,
+                RewardMetric.SCREENED: self._screened / rows,
+                RewardMetric.FAULTS: self._faults / rows,
             }
         )

@@ -11,6 +11,7 @@ from typing import Any, assert_never
 
 from pipeline.stage import record_metrics, stage
 from stages.models import Checkpoint
+from stages.reward_metrics import RewardMetric, status_metric
 from stages.reward_model.config import ScoringConfig
 from stages.reward_models import RewardKind, check_lengths, reward_kind, same_vocabulary
 from stages.steps import step_ends
@@ -167,10 +168,10 @@ def _of_steps(steps: Sequence[float], config: ScoringConfig) -> float:
 
 
 def _metrics(rewards: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    columns: dict[str, list[float]] = {"reward/mean": [row["reward"] for row in rewards]}
+    columns: dict[str, list[float]] = {RewardMetric.MEAN: [row["reward"] for row in rewards]}
     for row in rewards:
         for name, value in row["components"]:
             columns.setdefault(f"reward/{name}", []).extend([] if value is None else [value])
     statuses = Counter(row["status"] for row in rewards)
-    shares = {f"reward/status_{status}": count / len(rewards) for status, count in statuses.items()}
+    shares = {status_metric(status): count / len(rewards) for status, count in statuses.items()}
     return {name: fmean(values) for name, values in columns.items() if values} | shares

@@ -17,9 +17,9 @@ __all__ = ["count_votes"]
 
 Pair = tuple[str, str]
 _MOST_FAULTS: Final = 2
-"""Comparisons without verdict after which an answer stands for itself; the first may be the other answer's fault."""
+"""Deadlines missed after which an answer stands for itself; the first may be the other answer's fault."""
 _MOST_OF_A_QUESTION: Final = 16
-"""Comparisons without verdict after which the answers that are left stand for themselves: each costs a deadline."""
+"""Deadlines missed after which all answers of a question that are left stand for themselves."""
 
 
 @stage(version="1")
@@ -95,7 +95,7 @@ class _Comparison:
         self.counts: Counter[str] = Counter()
 
     def __call__(self, pairs: Sequence[Pair]) -> list[bool | None]:
-        """For each pair whether both are one answer; None without a verdict."""
+        """For each pair whether both are one answer; None where that took too long."""
         forward = self._ask(pairs)
         equal = [pair for pair, same in zip(pairs, forward, strict=True) if same]
         back = dict(zip(equal, self._ask([(answer, gold) for gold, answer in equal]), strict=True))
@@ -113,9 +113,9 @@ class _Comparison:
                 deadline_s=self._config.deadline_s,
             )
             for pair, grade in zip(new, grades, strict=True):
-                self._known[pair] = None if grade.score is None else grade.status == "ok"
-            verdicts = [self._known[pair] for pair in new]
-            self.counts.update(pairs=len(new), equal=verdicts.count(True), no_verdict=verdicts.count(None))
+                self._known[pair] = None if grade.status == "timeout" else grade.status == "ok"
+            silent = sum(grade.score is None for grade in grades)
+            self.counts.update(pairs=len(new), equal=sum(grade.status == "ok" for grade in grades), no_verdict=silent)
         return [self._known[pair] for pair in pairs]
 
 
@@ -151,12 +151,12 @@ def _by_frequency(counts: Counter[str]) -> list[str]:
 
 
 def _faulty(answer: str, found: Mapping[str, bool | None]) -> list[str]:
-    """Whose fault each comparison without verdict was: that of `answer` where it had none with several others, else theirs."""
+    """Whose fault each missed deadline was: that of `answer` where it missed all of several, else the other's."""
     silent = [other for other, verdict in found.items() if verdict is None]
     return [answer] * len(silent) if len(silent) == len(found) > 1 else silent
 
 
 def _may_be_equal(answer: str, other: str, faults: Counter[str]) -> bool:
-    """Whether the two are compared: not where one is blank, or where verdicts failed to come."""
+    """Whether the two are compared: not where one is blank, or where deadlines were missed."""
     patient = max(faults[answer], faults[other]) < _MOST_FAULTS and faults.total() < _MOST_OF_A_QUESTION
     return patient and bool(answer.strip() and other.strip())

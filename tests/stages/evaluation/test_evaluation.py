@@ -55,7 +55,12 @@ def evaluated(
     ks: tuple[int, ...] = (1, 2, 4), rows: Sequence[Row] = ROWS, cut: Sequence[int] = (), **settings: Any
 ) -> Evaluation:
     outputs, rewards = tables(rows, cut)
-    return evaluate(outputs, rewards, count_votes(rewards, EXACT), EvaluationConfig(ks=ks, **settings))
+    return evaluate(
+        outputs,
+        rewards,
+        count_votes(rewards, EXACT),
+        EvaluationConfig(ks=ks, **{"bootstrap_resamples": 100} | settings),
+    )
 
 
 def test_accuracy_is_the_mean_over_questions_of_the_share_of_right_samples() -> None:

@@ -60,6 +60,12 @@ def test_wrong_answers_are_counted_by_meaning(answers: list[str], expected: list
     assert counted(wrong(*answers)) == expected
 
 
+def test_answers_that_cannot_be_read_do_not_keep_others_from_being_compared() -> None:
+    unreadable = [rf"\\sqrt{{{number}" for number in range(20)]
+    votes = counted([*wrong(*unreadable, *unreadable), *wrong(r"\sqrt{8}", r"2\sqrt{2}")])
+    assert votes == [2] * 21
+
+
 def test_exact_comparison_merges_what_it_calls_equal_and_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.reward.pool.KillablePool._ready", lambda self: pytest.fail("a process was started"))
     answers = wrong("1.22", "1,22", "1.23", r"\sqrt{4}", r"\sqrt{4.0}")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple, assert_never
+from typing import Final, Literal, NamedTuple
 
 from stages.reward.pool import KillablePool, Outcome
 from stages.reward.rules.choice import choice_label, find_choice
 from stages.reward.rules.exact import canonical, compare_exactly, read_number
-from stages.reward.rules.extraction import Convention, find_answer, last_lines, words_apart
+from stages.reward.rules.extraction import Convention, Mark, find_answer, last_lines, words_apart
+from stages.reward.rules.formula import as_formula
 from stages.reward.rules.screen import objection
+from stages.reward.rules.statement import retracts, without_words
 from stages.reward.rules.verifier import compare_symbolically
 
 __all__ = ["VERIFIER_MODULES", "GoldError", "Grade", "Status", "Verifier", "grade_answers", "read_gold"]
@@ -20,6 +23,7 @@ Status = Literal["ok", "wrong", "unparseable", "timeout", "error"]
 Verifier = Literal["exact", "math_verify", "math_verify_search"]
 
 _GOLD_CONVENTIONS: Final[tuple[Convention, ...]] = ("boxed", "hashes")
+_SENTENCE: Final = re.compile(r"(?:(?<![\\A-Za-z])[A-Za-z]{2,}\W+){3}|[\u4e00-\u9fff]{3}")
 VERIFIER_MODULES: Final = ("stages.reward.rules.preload",)
 """What a pool for `grade_answers` preloads."""
 
@@ -69,6 +73,7 @@ def grade_answers(
     verifier: Verifier,
     pool: KillablePool,
     deadline_s: float,
+    mark: Mark = "last",
 ) -> list[Grade]:
     """A grade for every (gold answer, output text), in order, always.
 
@@ -79,12 +84,11 @@ def grade_answers(
         GoldError: a gold answer that is empty.
     """
     golds = {answer: read_gold(answer) for answer in {gold for gold, _ in pairs}}
-    cases = [_case(golds[gold], text, conventions, verifier) for gold, text in pairs]
+    cases = [_case(golds[gold], text, conventions, verifier, mark) for gold, text in pairs]
     grades = {case: _grade_without_process(case, verifier) for case in dict.fromkeys(cases)}
     undecided = [case for case, grade in grades.items() if grade is None]
     if undecided:
-        tasks = [case.task() for case in undecided]
-        outcomes = pool.run(compare_symbolically, tasks, deadline_s=deadline_s)
+        outcomes = pool.run(compare_symbolically, [case.task() for case in undecided], deadline_s=deadline_s)
         for case, outcome in zip(undecided, outcomes, strict=True):
             grades[case] = _grade_of(outcome, case)
     return [_given(grades[case]) for case in cases]
@@ -98,13 +102,13 @@ class _Case(NamedTuple):
     searched: str | None
     """The end of the text, where math-verify is to search it."""
 
-    def task(self) -> tuple[str, str]:
+    def task(self) -> tuple[str, str | None, str | None]:
         """Arguments of `compare_symbolically`."""
-        return as_mathematics(self.gold), self.searched or as_mathematics(self.answer or "")
+        return self.gold, self.answer, self.searched
 
 
-def _case(gold: str, text: str, conventions: Sequence[Convention], verifier: Verifier) -> _Case:
-    answer = find_answer(text, conventions)
+def _case(gold: str, text: str, conventions: Sequence[Convention], verifier: Verifier, mark: Mark) -> _Case:
+    answer = find_answer(text, conventions, mark)
     search = verifier == "math_verify_search"
     option = choice_label(gold)
     if option is not None:
@@ -112,13 +116,16 @@ def _case(gold: str, text: str, conventions: Sequence[Convention], verifier: Ver
         chosen = find_choice(text, answer, marked=marked, search=search)
         if chosen is not None:
             return _Case(label, chosen, None)
-    return _Case(gold, answer, words_apart(last_lines(text)) if search else None)
+    if answer is not None and compare_exactly(gold, answer) is None:
+        answer = without_words(answer)
+    return _Case(gold, answer, words_apart(last_lines(text)) if search and _leaves_open(answer) else None)
 
 
-def as_mathematics(answer: str) -> str:
-    """An answer in the delimiters that math-verify looks for."""
-    delimited = any(mark in answer for mark in ("$", r"\boxed", r"\(", r"\["))
-    return answer if delimited else f"${answer}$"
+def _leaves_open(answer: str | None) -> bool:
+    """Whether there is something to search for: no answer was found, or a sentence that does not take it back."""
+    if answer is None:
+        return True
+    return as_formula(answer) is None and _SENTENCE.search(answer) is not None and not retracts(answer, anywhere=True)
 
 
 @functools.lru_cache(maxsize=2**14)  # a question's outputs state few answers, from call to call
@@ -130,13 +137,18 @@ def _grade_without_process(case: _Case, verifier: Verifier) -> Grade | None:
     equal = compare_exactly(case.gold, case.answer)
     if equal is not None:
         return Grade("ok" if equal else "wrong", spelling)
-    match verifier:
-        case "exact":
-            return Grade("wrong" if read_number(case.answer) is not None else "unparseable", spelling)
-        case "math_verify" | "math_verify_search":
-            return Grade("unparseable", spelling, screened=True) if objection(case.answer, case.gold) else None
-        case _:
-            assert_never(verifier)
+    if verifier == "exact":
+        return Grade("wrong" if read_number(case.answer) is not None else "unparseable", spelling)
+    expected, stated = as_formula(case.gold), as_formula(case.answer)
+    if any(objection(each, f"{case.gold} {expected}") for each in (case.answer, stated) if each is not None):
+        return Grade("unparseable", spelling, screened=True)
+    if case.searched is not None:
+        return None
+    if (
+        expected is None
+    ):  # words, or signs without a meaning for math-verify: equal spellings were the only way to be right
+        return Grade("wrong", spelling)
+    return Grade("unparseable", spelling) if stated is None else None
 
 
 def _grade_of(outcome: Outcome, case: _Case) -> Grade:

@@ -6,14 +6,17 @@ import functools
 import re
 from typing import Final
 
-from stages.reward.rules.extraction import last_lines, tail
+from stages.reward.rules.extraction import last_lines
 
 __all__ = ["choice_label", "find_choice"]
 
 _WRAPPING: Final = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s?\{([^{}]*)\}|[$*]")
 _BARE: Final = re.compile(r"[(\[{]?([A-J])[)\]}]?[.。]?")
 _LABELLED: Final = re.compile(r"(?:[(\[]([A-J])[)\]]|([A-J])[).:])\s+\S.*")
-_EXPLAINED: Final = re.compile(r"([A-J]),\s+(?!or\b|and\b)[a-z].*")
+_EXPLAINED: Final = re.compile(
+    r"[(\[]?([A-J])[)\]]?(?:,\s+(?!or\b|and\b)[a-z]|,?\s+(?:because|since|as|so|which|due to)\b).*", re.DOTALL
+)
+_LOWER_CASE: Final = re.compile(r"[(\[{]?([a-j])[)\]}]?[.。]?")
 # "C Cecile": a label without a mark, so that only an output that is a label and nothing else is compared with it.
 _UNMARKED: Final = re.compile(r"([A-HJ])\s+[A-Z]\w+.*")
 _OPENING: Final = re.compile(r"[(\[]?([A-J])[)\]]?(?:[.):,。，、：]|[一-鿿]|$)")
@@ -23,6 +26,7 @@ _DENIED: Final = re.compile(
 )
 # "I" is a word and "A" may be an article: neither is a label before a word in lower case, the first only in parentheses.
 _LONE: Final = re.compile(r"\(([A-J])\)|(?<![A-Za-z0-9'’_\\])(?:A(?!\s+[a-z])|[B-HJ])(?![A-Za-z0-9_'’])")
+_OPENING_LENGTH: Final = 4096
 _FORMULA: Final = re.compile(r"[=+\-*/^_\\{}<>\d]")
 
 
@@ -52,12 +56,14 @@ def find_choice(text: str, answer: str | None, *, marked: bool, search: bool) ->
         marked: whether the gold marks its label; otherwise only a label and nothing else counts.
         search: whether a label that stands anywhere in the text counts, if it is the only one that is not denied.
     """
-    stated = _WRAPPING.sub(r"\1", tail(text) if answer is None else answer).strip()
+    stated = _WRAPPING.sub(r"\1", text[:_OPENING_LENGTH] if answer is None else answer).strip()
     if bare := _BARE.fullmatch(stated):
         return bare[1]
+    if lower := _LOWER_CASE.fullmatch(stated):
+        return lower[1].upper()
     if not marked:
         return None
-    opening = _EXPLAINED.fullmatch(stated) if answer is not None else _OPENING.match(stated)
+    opening = _EXPLAINED.fullmatch(stated) or (_OPENING.match(stated) if answer is None else None)
     if labelled := _LABELLED.fullmatch(stated) or opening:
         return labelled[labelled.lastindex or 1]
     if answer is not None and not _FORMULA.search(stated):

@@ -1,6 +1,7 @@
 """The fast path: answers compared as exact numbers or equal strings, without sympy and without a process.
 
-It settles all of GSM8K and the arithmetic world, and never contradicts mathematics: what it cannot decide it leaves open.
+It settles all of GSM8K and the arithmetic world. What it settles is the mathematics of rational numbers, but for the policies
+of `compare_exactly` (units, percent, rounding in the seventh place); what it cannot decide it leaves open.
 """
 
 from __future__ import annotations
@@ -11,51 +12,55 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
 
-__all__ = ["Number", "canonical", "compare_exactly", "normalise_text", "read_number"]
+from stages.reward.rules.numerals import CHINESE_NUMERALS, INTEGER_WORDS, chinese_number, english_number
+from stages.reward.rules.script import CURRENCIES, to_latin
+from stages.reward.rules.units import read_unit
+
+__all__ = ["Number", "canonical", "compare_exactly", "normalise_text", "read_number", "undressed"]
 
 _LONGEST: Final = 512
 _MOST_DIGITS: Final = 400
 
-_LATEX_NOISE: Final = re.compile(r"\\[!,;:> ]|\\left|\\right|\\displaystyle|\\[()\[\]]|~")
-_TEXT_COMMAND: Final = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf|textnormal|textit|operatorname)\s?\{([^{}]*)\}")
+_SPACES: Final = re.compile(r"(?<!\\)\\[,;:> ]|~|\\q?quad|\\(?:hspace|hskip)\s?\{[^{}]*\}")
+_LATEX_NOISE: Final = re.compile(r"\\!|\\left(?![A-Za-z])|\\right(?![A-Za-z])|\\displaystyle|(?<!\\)\\[()\[\]]")
+_STYLE: Final = re.compile(
+    r"\\(?:boldsymbol|mathbf|mathbb(?=\{\d)|bm|pmb|mathit|mathsf|mathtt|emph|underline|ensuremath|mathbin|mathord|boxed|fbox|framebox"
+    r"|textcolor\s?\{[a-z]+\}|color\s?\{[a-z]+\}|bf|rm|it|large|Large|small|textstyle|displaystyle|mathstrut)(?![A-Za-z])\s*"
+)
+_TEXT_COMMAND: Final = re.compile(
+    r"\\(?:text|mbox|mathrm|textbf|mathbf|textnormal|textit|textrm|textsf|texttt|operatorname|hbox)\s?\{([^{}]*)\}"
+)
+_LEAD: Final = re.compile(
+    r"(?:the\s+)?(?:(?:final|correct)\s+)?(?:answer|result|value)(?:\s+(?:is|equals))?\s*[:=]?\s*"
+    r"(?:equal to\s+|just\s+)?(?=\S)",
+    re.IGNORECASE,
+)
+_SPECIAL_TOKEN: Final = re.compile(r"<\|[^|<>\s]{1,32}\|>|</?s>|<(?:eos|end_of_turn)>")
+_THOUSANDS: Final = re.compile(r",(?:\s*\\!\s*|\s*\{\}\s*)(?=\d{3})|\{,\}")
+_DELIMITED: Final = re.compile(r"\$(\S(?:[^$]*[^\s$])?)\$(?!\d)")
+_DOUBLED: Final = re.compile(
+    r"(?<!\\)\\\\(?=(?:dfrac|tfrac|le|ge|leq|geq|frac|sqrt|boxed|text|begin|end|cdot|infty|in|cup|times|left|right|cap|pi)(?![A-Za-z]))"
+)
 _BLANK: Final = re.compile(r"(?:\\q?quad|\s)+")
 _LIST_SEPARATOR: Final = re.compile(r";|,? and\b")
-_INTEGER: Final = r"(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?:[ ]\d{3})+|\d+)"
+_INTEGER: Final = r"(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?:[ ]+\d{3})+|\d+)"
 _TIMES_TEN: Final = r"\s*(?:\\times|\\cdot|[*×])\s*10\s*(?:\^|\*\*)\s*"
 _NUMBER: Final = re.compile(
-    rf"""(?P<sign>[-+]?)\s*(?:[$€£¥₹]\s*)?(?P<inner>[-+]?)
-    (?: (?P<mixed>\d+)?\s*\\frac\s*\{{(?P<top>-?\d+)\}}\s*\{{(?P<bottom>\d+)\}} | \\frac(?P<one>\d)(?P<two>\d)
+    rf"""(?P<sign>[-+]?)\s*(?:(?P<money>[${CURRENCIES}])\s*)?(?P<inner>[-+]?)
+    (?: (?P<mixed>\d+)?\s*\\frac\s*\{{\s*(?P<top>-?\d+)\s*\}}\s*\{{\s*(?P<bottom>\d+)\s*\}} | \\frac\s?(?P<one>\d)\s?(?P<two>\d)
       | (?:(?P<and>\d+)\s+(?=[1-9]))?(?P<a>\d+)\s*/\s*(?P<b>\d+)
+      | (?P<base>\d{{1,20}})\s?(?:\^|\*\*)\s?(?:\{{\s*(?P<up>[-+]?\d{{1,3}})\s*\}}|(?P<to>-?\d{{1,3}}))
+      | (?P<fixed>\d*)\.(?P<before>\d*)\\(?:overline|bar)\s?\{{(?P<repeated>\d{{1,20}})\}}
       | (?P<whole>{_INTEGER})?(?P<part>\.\d*)?(?:[eE](?P<e>[-+]?\d{{1,3}})|{_TIMES_TEN}\{{?(?P<ten>[-+]?\d{{1,3}})\}}?)? )
     (?P<rest>.*)""",
     re.VERBOSE | re.DOTALL | re.ASCII,
 )
 _DECIMAL_COMMA: Final = re.compile(r"[-+]?\d+,\d+", re.ASCII)
-_PERCENT: Final = re.compile(r"\s*(?:%|percent|percentage|pct)", re.IGNORECASE)
-_WORDS: Final = re.compile(r"(?:\s+(?:[A-Za-z]{2,}|[€£¥]|\$))(?:\s+[A-Za-z]+){0,3}(?:\^?\{?[23²³]\}?)?")
-_SYMBOLS: Final = re.compile(
-    r"\s*(?:cm|mm|km|kg|mg|ml|mL|lbs?|oz|ft|mph|hrs?|min|secs?|m|g|°[CF]?|\^\\circ|[$€£¥])(?:\^?\{?[23²³]\}?)?"
+_NUMERAL: Final = "|".join(sorted(INTEGER_WORDS, key=len, reverse=True))
+_NUMERAL_WORDS: Final = re.compile(
+    rf"(?:a\s+(?=dozen))?(?:{_NUMERAL})(?:(?:[\s-]+|\s+and\s+)(?:{_NUMERAL}))*(?![\w-])", re.IGNORECASE
 )
-_CHINESE_UNIT: Final = re.compile(r"\s*[一-鿿]{1,4}")
-_SCALES: Final = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_CHINESE_SCALES: Final = "十百千万亿半"
-# Words that join numbers: "17 or 18" is not 17.
-_JOINING: Final = {
-    "and",
-    "or",
-    "to",
-    "by",
-    "plus",
-    "minus",
-    "times",
-    "over",
-    "not",
-    "mod",
-    "of",
-    "but",
-    "half",
-    "point",
-}
+_CHINESE_PERCENT: Final = re.compile(r"百分之(.+)")
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ class Number:
     value: Fraction
     percent: bool
     decimal: bool
+    unit: str | None = None
+    """Where it is a known one: metres are not centimetres."""
 
 
 def compare_exactly(gold: str, answer: str) -> bool | None:
@@ -79,8 +86,13 @@ def compare_exactly(gold: str, answer: str) -> bool | None:
     expected, stated = read_number(gold), read_number(answer)
     expected, stated = expected or _with_comma(gold, stated), stated or _with_comma(answer, expected)
     if expected is not None and stated is not None:
+        if expected.unit and stated.unit and expected.unit != stated.unit:
+            return False
         return any(_same(x, y, expected.decimal or stated.decimal) for x, y in _readings(expected, stated))
-    if normalise_text(gold) == normalise_text(answer) != "":
+    spelling = normalise_text(answer)
+    if spelling == "nan":
+        return False
+    if normalise_text(gold) == spelling != "":
         return True
     letters = _letters(answer)
     if letters and (expected is not None or _letters(gold) not in ("", letters)):
@@ -90,7 +102,7 @@ def compare_exactly(gold: str, answer: str) -> bool | None:
 
 def _letters(answer: str) -> str:
     """The letters of an answer of plain words, sorted: `ab` equals `ba` if it is a product, `odd` never equals `even`."""
-    text = _TEXT_COMMAND.sub(r"\1", answer).strip("$.() ").replace(" ", "")
+    text = re.sub(r"[\s.()-]", "", undressed(answer))
     return "".join(sorted(text)) if text.isalpha() else ""
 
 
@@ -104,34 +116,74 @@ def canonical(answer: str) -> str:
 
 def normalise_text(answer: str) -> str:
     r"""Spelling without meaning removed: spaces, `\left`, `\text{}`, `\dfrac`, dollars, the full stop; case of words."""
-    text = _TEXT_COMMAND.sub(r" \1 ", _LATEX_NOISE.sub("", answer)).replace("$", "")
-    text = text.replace("dfrac", "frac").replace("tfrac", "frac").replace("\\%", "%").replace("−", "-")
-    text = _LIST_SEPARATOR.sub(",", _BLANK.sub(" ", text))
-    text = re.sub(r"\s+", "", text).strip().removesuffix(".")
+    text = _SPACES.sub(
+        " ", _LATEX_NOISE.sub("", to_latin(_SPECIAL_TOKEN.sub("", answer)).replace("\\$", "").replace("{,}", ","))
+    )
+    text = _STYLE.sub("", _TEXT_COMMAND.sub(r" \1 ", text)).replace("$", "").replace("`", "").replace("**", "^")
+    text = _DOUBLED.sub(r"\\", text).replace("dfrac", "frac").replace("tfrac", "frac").replace("\\%", "%")
+    text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
+    text = _LIST_SEPARATOR.sub(",", _BLANK.sub(" ", text)).strip("^ ")
+    # Spaces mean nothing but between digits: 3 4 is not 34.
+    text = re.sub(r"(?<!\d) +| +(?!\d)", "", text).removesuffix(".")
+    text = text[1:-1] if re.fullmatch(r"\{[^{}]*\}", text) else text
     return text.lower() if len(text) > 1 and text.isalpha() else text
 
 
 @functools.lru_cache(maxsize=2**14)  # the gold answer again and again, and most answers more than once
 def read_number(answer: str) -> Number | None:
     """The rational number that `answer` is, with its unit or currency aside; None for anything else."""
-    text = _LATEX_NOISE.sub("", answer[:_LONGEST]).replace("{,}", ",").replace("\\$", "$").replace("\\%", "%")
-    text = _TEXT_COMMAND.sub(r" \1", text.replace("−", "-").replace("dfrac", "frac").replace("tfrac", "frac"))
-    text = text.strip().strip("*").rstrip("\\").removesuffix(".").strip()
-    if text.startswith("$") and text.endswith("$") and len(text) > 2:
-        text = text[1:-1].strip()
-    if sum(map(str.isdigit, text)) > _MOST_DIGITS:
+    if len(answer) > _LONGEST:
+        return None
+    text = undressed(answer)
+    if (share := _CHINESE_PERCENT.fullmatch(text)) is not None:
+        inner = read_number(share[1])
+        return None if inner is None or inner.unit or inner.percent else Number(inner.value, True, inner.decimal)
+    if (written := _in_words(text)) is not None:
+        return written
+    if len(text) > _LONGEST or max(map(len, re.findall(r"\d+", text)), default=0) > _MOST_DIGITS:
         return None
     match = _NUMBER.fullmatch(text)
     if match is None or (match["sign"] and match["inner"]):
         return None
-    value = _value(match)
-    rest = match["rest"]
-    percent = _PERCENT.fullmatch(rest) is not None
-    scale = 1 if percent else _unit_scale(rest)
-    if value is None or scale is None:
+    value, unit = _value(match), read_unit(match["rest"])
+    if value is None or unit is None or (match["base"] and match["rest"].startswith(("^", "*"))):
         return None
-    negative = "-" in (match["sign"], match["inner"])
-    return Number((-value if negative else value) * scale, percent, match["part"] is not None)
+    value = -value if "-" in (match["sign"], match["inner"]) else value
+    name = unit.name or (read_unit(match["money"]) or unit).name if match["money"] else unit.name
+    return Number(value * unit.scale, unit.percent, match["part"] is not None or match["repeated"] is not None, name)
+
+
+def undressed(answer: str) -> str:
+    r"""An answer without the marks around it: `\(`, `\text{}`, `**`, backticks, quotes, `The answer is`, a full stop."""
+    text = _THOUSANDS.sub(",", to_latin(_SPECIAL_TOKEN.sub("", answer))).replace(
+        "\\$", "\N{DOLLAR SIGN}\N{WORD JOINER}"
+    )
+    text = _DELIMITED.sub(r"\1", _DOUBLED.sub(r"\\", text)).replace("\N{WORD JOINER}", "").replace("\\%", "%")
+    text = _LATEX_NOISE.sub("", _SPACES.sub(" ", _STYLE.sub("", text)))
+    text = _TEXT_COMMAND.sub(r" \1", text.replace("dfrac", "frac").replace("tfrac", "frac"))
+    for _ in range(4):
+        bare = text.strip().rstrip("\\").strip("*`_ ").removesuffix(".").strip()
+        bare = bare[1:-1] if len(bare) > 2 and bare[0] == bare[-1] and bare[0] in "\"'" else bare
+        bare = bare[1:-1] if bare[:1] + bare[-1:] in ("$$", "{}") and len(bare) > 2 and "}" not in bare[1:-1] else bare
+        bare = _LEAD.sub("", bare, count=1) if _LEAD.match(bare) else bare
+        if bare == text:
+            break
+        text = bare
+    return text
+
+
+def _in_words(text: str) -> Number | None:
+    """A number in Chinese or English words: 十二个, `seventy-two`, `six dozen eggs`."""
+    numerals = len(text) - len(text.lstrip(CHINESE_NUMERALS))
+    if numerals:
+        value, rest = chinese_number(text[:numerals]), text[numerals:]
+    else:
+        words = _NUMERAL_WORDS.match(text)
+        value, rest = (english_number(words[0]), text[words.end() :]) if words else (None, "")
+    unit = read_unit(rest) if value is not None else None
+    return (
+        None if value is None or unit is None else Number(Fraction(value * unit.scale), unit.percent, False, unit.name)
+    )
 
 
 def _with_comma(text: str, other: Number | None) -> Number | None:
@@ -145,10 +197,27 @@ def _value(match: re.Match[str]) -> Fraction | None:
     for units, top, bottom in (("mixed", "top", "bottom"), (None, "one", "two"), ("and", "a", "b")):
         if match[top] is not None:
             return _fraction(match[units] if units else None, int(match[top]), int(match[bottom]))
-    digits = (match["whole"] or "").replace(",", "").replace(" ", "") + (match["part"] or "")
+    if match["base"] is not None:
+        return _power(int(match["base"]), int(match["up"] or match["to"]))
+    if match["repeated"] is not None:
+        return _repeating(match["fixed"], match["before"], match["repeated"])
+    digits = re.sub("[, ]", "", match["whole"] or "") + (match["part"] or "")
     if not any(map(str.isdigit, digits)) or not digits.isascii():
         return None
     return Fraction(f"{digits.rstrip('.') or '0'}e{match['e'] or match['ten'] or 0}")
+
+
+def _power(base: int, exponent: int) -> Fraction | None:
+    """A power of at most 400 digits; 0 to the power of 0 and below is left open."""
+    if (base == 0 and exponent <= 0) or len(str(base)) * abs(exponent) > _MOST_DIGITS:
+        return None
+    return Fraction(base) ** exponent
+
+
+def _repeating(fixed: str, before: str, repeated: str) -> Fraction:
+    r"""`0.1\overline{6}` is 1/6."""
+    period: Fraction = Fraction(int(repeated), 10 ** len(repeated) - 1) / 10 ** len(before)
+    return Fraction(f"{fixed or '0'}.{before or '0'}") + period
 
 
 def _fraction(units: str | None, top: int, bottom: int) -> Fraction | None:
@@ -156,21 +225,6 @@ def _fraction(units: str | None, top: int, bottom: int) -> Fraction | None:
     if bottom == 0 or (units is not None and not 0 <= top < bottom):
         return None
     return int(units or 0) + Fraction(top, bottom)
-
-
-def _unit_scale(rest: str) -> int | None:
-    """What a unit multiplies by: 1 for none and for most, 1000 for `thousand`; None where `rest` is not a unit."""
-    if not rest.strip():
-        return 1
-    words = rest.split()
-    if words[0].lower() in _SCALES:
-        inner = _unit_scale(rest.split(words[0], 1)[1])
-        return None if inner is None else inner * _SCALES[words[0].lower()]
-    if _JOINING & {word.lower() for word in words}:
-        return None
-    if _CHINESE_UNIT.fullmatch(rest):
-        return None if any(scale in rest for scale in _CHINESE_SCALES) else 1
-    return 1 if _WORDS.fullmatch(rest) or _SYMBOLS.fullmatch(rest) else None
 
 
 def _readings(expected: Number, stated: Number) -> list[tuple[Fraction, Fraction]]:

@@ -1,4 +1,4 @@
-"""Where an output states its final answer. Pure string work, linear in the text, at most its last 4 KiB."""
+"""Where an output states its final answer. Pure string work, linear in the text."""
 
 from __future__ import annotations
 
@@ -6,44 +6,102 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Final, Literal, assert_never
 
-__all__ = ["Convention", "boxed_answers", "find_answer", "last_lines", "tail", "words_apart"]
+from stages.reward.rules.exact import read_number
+from stages.reward.rules.statement import retracts, without_words
+
+__all__ = [
+    "Convention",
+    "Mark",
+    "boxed_answers",
+    "find_answer",
+    "last_lines",
+    "outside_thinking",
+    "tail",
+    "words_apart",
+]
 
 Convention = Literal["boxed", "tags", "hashes", "line", "phrase", "number"]
+Mark = Literal["last", "first"]
 
 _TAIL: Final = 4096
-_MARKS: Final = ("a:", "answer:", "final answer:", "答案:", "答案：")
-_PHRASES: Final = ("answer is", "answer:", "答案是", "答案为", "答案:", "答案：")
-_SENTENCE_END: Final = re.compile(r"[.!?](?:\s|$)|[。！？]")
-_BOX: Final = re.compile(r"\\boxed ?\{")
+_LONGEST_WHOLE: Final = 512
+_NEXT_WORDS: Final = 40
+"""Characters of the next sentence in which it would take the answer back."""
+_EMPHASIS: Final = "*_` "
+_LABEL: Final = r"(?:the\s+)?(?:(?:final|correct)\s+)?answer"
+_LINE: Final = re.compile(
+    rf"[ \t>#*_`•-]{{0,12}}(?:(?:A|{_LABEL})[ \t*_`]{{0,8}}[:：]|{_LABEL}[ \t*_`]{{0,8}}(?:=|(?=\$|\\\(|\\\[))"
+    rf"|答案[ \t*_`]{{0,8}}[:：])"
+    rf"|[ \t]*(?:#{{1,6}}|[*_]{{2}})[ \t*_`]*(?:{_LABEL}|答案)[ \t*_`.]*(?=\n|$)",
+    re.IGNORECASE,
+)
+_LINE_MARKS: Final = ("answer", "答案", "a:", "a：")
+_FARTHEST: Final = 48
+"""Characters of markup that may stand before a mark on its line."""
+_STATES: Final = r"(?:is|was|equals|(?:must|would|should|will)\s+be|comes\s+(?:out\s+)?to|turns\s+out\s+to\s+be)\b"
+_PHRASE: Final = re.compile(
+    rf"answers?[*_`]{{0,3}}(?:\s+(?:to|of|for)\s[^.\n]{{1,60}}?)?\s+(?:{_STATES}|are\b)(?:\s+(?:therefore|thus|then|hence|so|clearly"
+    r"|simply|just|exactly|indeed|now|equal\s+to|given\s+by)\b,?)*|answer[*_`]{0,3}\s*[:：=]|答案(?:应该是|应为|就是|是|为|[:：])",
+    re.IGNORECASE,
+)
+_PHRASE_MARKS: Final = ("answer", "答案")
+_FINAL_PHRASE: Final = re.compile(rf"final answer[*_`]{{0,3}}\s+{_STATES}", re.IGNORECASE)
+_SENTENCE_END: Final = re.compile(r"[.?](?:\s|$)|[。！？]|!(?:\s+(?=[A-Z])|$)")
+_HASHES: Final = re.compile(r"####[ \t]*#*")
+_HEADING: Final = re.compile(
+    r"\W*(?:step|solution|part|case|explanation|conclusion|verification|summary|calculation|reasoning|analysis|question|problem)\b",
+    re.IGNORECASE,
+)
+_LABEL_ALONE: Final = re.compile(rf"\W*{_LABEL}\W*", re.IGNORECASE)
+_BOX: Final = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?:\[[^\]\n]{0,20}\]\s*)*(\{)?")
+_BARE_BOX: Final = re.compile(
+    r"[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?\\?%?|\\[dt]?frac\s*(?:\{[^{}]*\}\s*\{[^{}]*\}|\d\s*\d)|(?<![A-Za-z])[A-Za-z](?![A-Za-z])"
+)
 _BRACE: Final = re.compile(r"\\[{}]|[{}]")  # an escaped brace is text
 # Nothing but separators, or one word and "and": "\\boxed{1} papers and \\boxed{2} bins".
 _BETWEEN_BOXES: Final = re.compile(
     r"(?:[\s,;$.]|and|or|和|\\text|\\quad|\\qquad|[{}]|\\\(|\\\)){0,24}|\$?\s+[a-z]{2,20}\s+and\s+\$?"
 )
-_FORMULA: Final = re.compile(r"\$[^$]+\$")
-_CLOSING: Final = "final answer is"
+_ONE_FORMULA: Final = re.compile(r"\$\$?[^$]+\$\$?|\\\([^$]+\\\)|\\\[[^$]+\\\]", re.DOTALL)
+_PURE: Final = re.compile(r"[-+$]{0,2}(?:[\d.(\[√∛½¼¾]|\\(?!boxed|fbox))[^=#]*")
+_PROSE: Final = re.compile(r"(?<![\\A-Za-z])(?!sqrt|frac|sin|cos|tan|log|ln|exp|pi)[A-Za-z]{2,}")
 _CHINESE_BORDER: Final = re.compile(r"(?<=[一-鿿])(?=[\w$\\-])|(?<=[\w%$}])(?=[一-鿿])", re.ASCII)
 
 
-def find_answer(text: str, conventions: Sequence[Convention]) -> str | None:
+def find_answer(text: str, conventions: Sequence[Convention], mark: Mark = "last") -> str | None:
     """The final answer of `text` by the first convention that finds one; None where none does.
 
-    Of several marks of one convention the last counts: what a model says at the end is its answer. "The final answer is"
-    behind the last box says it too: boxes before it held results on the way.
+    Of several marks of one convention the last counts: what a model says at the end is its answer. `mark="first"` is for
+    models that go on to a next question of their own. "The final answer is" behind the last box says it too: boxes before it
+    held results on the way.
     """
-    ending = tail(text)
-    if "phrase" in conventions and _closed_by_phrase(ending):
+    if "phrase" in conventions and mark == "last" and _closed_by_phrase(text):
         conventions = ["phrase", *conventions]
     for convention in conventions:
-        answer = _finder(convention)(ending)
+        answer = _finder(convention)(text, mark)
         if answer is not None and answer.strip():
-            return answer.strip()
+            return _valid(answer.strip())
     return None
 
 
+def outside_thinking(text: str, tags: tuple[str, str], *, opened: bool) -> str:
+    """What stands behind the thinking; nothing where it never ends.
+
+    Args:
+        text: the output.
+        tags: what opens the thinking and what closes it.
+        opened: whether the prompt has opened it, so that an output without either tag is all thinking.
+    """
+    opening, closing = tags
+    _, closed, behind = text.rpartition(closing)
+    if not closed:
+        return "" if opened else text.partition(opening)[0]
+    return behind.partition(opening)[0]
+
+
 def tail(text: str) -> str:
-    """The part of an output that is looked at, as valid Unicode (a lone surrogate cannot be stored)."""
-    return text[-_TAIL:].encode("utf-8", "replace").decode("utf-8")
+    """The last 4 KiB of an output, as valid Unicode (a lone surrogate cannot be stored)."""
+    return _valid(text[-_TAIL:])
 
 
 def last_lines(text: str) -> str:
@@ -58,17 +116,29 @@ def words_apart(text: str) -> str:
 
 
 def boxed_answers(text: str) -> list[tuple[int, int, str]]:
-    r"""Every closed, outermost `\boxed{...}`: start, end and content."""
-    closing = _closing_braces(text)
+    r"""Every closed, outermost `\boxed{...}` (`\fbox`, `\framebox`, and `\boxed 42`): start, end and content."""
+    closing: dict[int, int] | None = None
     found: list[tuple[int, int, str]] = []
+    if "box" not in text:
+        return found
     for match in _BOX.finditer(text):
-        end = closing.get(match.end() - 1)
-        if end is not None and (not found or match.start() >= found[-1][1]):
-            found.append((match.start(), end, text[match.end() : end - 1]))
+        if found and match.start() < found[-1][1]:
+            continue
+        if match[1]:
+            closing = _closing_braces(text) if closing is None else closing
+            end = closing.get(match.end() - 1)
+            if end is not None:
+                found.append((match.start(), end, text[match.end() : end - 1]))
+        elif bare := _BARE_BOX.match(text, match.end()):
+            found.append((match.start(), bare.end(), bare[0]))
     return found
 
 
-def _finder(convention: Convention) -> Callable[[str], str | None]:
+def _valid(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _finder(convention: Convention) -> Callable[[str, Mark], str | None]:
     match convention:
         case "boxed":
             return _boxed
@@ -86,67 +156,150 @@ def _finder(convention: Convention) -> Callable[[str], str | None]:
             assert_never(convention)
 
 
-def _boxed(text: str) -> str | None:
-    r"""The last `\boxed{}`; several with nothing but "and" or commas between them are one answer of several parts."""
+def _boxed(text: str, mark: Mark) -> str | None:
+    r"""One `\boxed{}`; several with nothing but "and" or commas between them are one answer of several parts."""
     boxes = boxed_answers(text)
     if not boxes:
         return None
-    parts = [boxes[-1]]
-    for box in reversed(boxes[:-1]):
-        if not _BETWEEN_BOXES.fullmatch(text[box[1] : parts[0][0]]):
-            break
-        parts.insert(0, box)
-    return ", ".join(content for _, _, content in parts)
+    groups = [[boxes[0]]]
+    for box in boxes[1:]:
+        between = text[groups[-1][-1][1] : box[0]]
+        if len(between) <= _LONGEST_WHOLE and _BETWEEN_BOXES.fullmatch(between):
+            groups[-1].append(box)
+        else:
+            groups.append([box])
+    return ", ".join(content for _, _, content in (groups[0] if mark == "first" else groups[-1]))
 
 
 def _closed_by_phrase(text: str) -> bool:
     """Whether a final answer with a digit in it is stated in words behind the last box."""
-    start = text.lower().rfind(_CLOSING)
-    boxes = boxed_answers(text) if start >= 0 else []
-    return bool(boxes) and start > boxes[-1][1] and any(map(str.isdigit, _phrase(text[start:]) or ""))
+    start = _lowered(text).rfind("final answer")
+    boxes = boxed_answers(text) if start >= 0 and _FINAL_PHRASE.match(text, start) else []
+    if not boxes or start <= boxes[-1][1]:
+        return False
+    return any(map(str.isdigit, _phrase(text[start:], "last") or ""))
 
 
-def _tags(text: str) -> str | None:
-    """Between the last `<answer>` and its `</answer>`."""
+def _tags(text: str, mark: Mark) -> str | None:
+    """Between `<answer>` and its `</answer>`."""
+    if mark == "first":
+        answer, closing, _ = text.partition("<answer>")[2].partition("</answer>")
+        return answer if closing else None
     before, closing, _ = text.rpartition("</answer>")
     _, opening, answer = before.rpartition("<answer>")
     return answer if closing and opening else None
 
 
-def _hashes(text: str) -> str | None:
-    """GSM8K: what follows the last `####` on its line."""
-    start = text.rfind("####")
-    return None if start < 0 else text[start:].lstrip("#").split("\n", 1)[0]
-
-
-def _line(text: str) -> str | None:
-    """The last line that begins with `A:` or `Answer:`."""
-    for line in reversed(text.split("\n")):
-        stripped = line.strip().strip("*").strip()
-        for mark in _MARKS:
-            if stripped.lower().startswith(mark):
-                return stripped[len(mark) :].strip("* ")
+def _hashes(text: str, mark: Mark) -> str | None:
+    """GSM8K: what follows a `####` on its line; a heading of that form has its answer below, or none."""
+    places = [match.end() for match in _HASHES.finditer(text)]
+    for place in places if mark == "first" else reversed(places):
+        line = _line_from(text, place)
+        if _LABEL_ALONE.fullmatch(line):
+            return _below(text, place)
+        if not _HEADING.match(line):
+            return _first_sentence(line)
     return None
 
 
-def _phrase(text: str) -> str | None:
-    """What follows the last "the answer is", to the end of its sentence."""
-    lowered = text.lower()
-    if len(lowered) != len(text):  # a few letters change their length with their case; positions would shift
-        lowered = text
-    start, length = max((lowered.rfind(phrase), len(phrase)) for phrase in _PHRASES)
-    if start < 0:
+def _line(text: str, mark: Mark) -> str | None:
+    """A line that begins with `A:` or `Answer:`; a heading "Final Answer" has its answer below."""
+    place = _marked(text, _LINE_MARKS, _line_mark, mark)
+    if place is None:
         return None
-    stated = text[start + length :].lstrip(" :：*").split("\n", 1)[0]
-    return _SENTENCE_END.split(stated, maxsplit=1)[0].strip("* ")
+    return _first_sentence(_stated(text, place))
 
 
-def _whole(text: str) -> str | None:
-    """The whole output, when it is nothing but a number or one formula."""
-    stripped = text.strip()
-    if len(stripped) <= 512 and _FORMULA.fullmatch(stripped):
+def _phrase(text: str, mark: Mark) -> str | None:
+    """What follows "the answer is", to the end of its sentence."""
+    place = _marked(text, _PHRASE_MARKS, _phrase_mark, mark)
+    if place is None:
+        return None
+    return _first_sentence(_stated(text, place))
+
+
+def _line_mark(text: str, start: int) -> int | None:
+    """Where the label ends whose word stands at `start`, if it opens its line."""
+    line = max(text.rfind("\n", max(0, start - _FARTHEST), start) + 1, 0)
+    if line == 0 and start > _FARTHEST:
+        return None
+    label = _LINE.match(text, line)
+    return label.end() if label and label.end() > start else None
+
+
+def _phrase_mark(text: str, start: int) -> int | None:
+    phrase = _PHRASE.match(text, start)
+    return phrase.end() if phrase else None
+
+
+def _marked(text: str, words: Sequence[str], end_of: Callable[[str, int], int | None], mark: Mark) -> int | None:
+    """Where the last, or the first, mark ends that has one of `words` in it."""
+    lowered = _lowered(text)
+    ends = [end for word in words if (end := _search(text, lowered, word, end_of, mark)) is not None]
+    return None if not ends else min(ends) if mark == "first" else max(ends)
+
+
+def _search(text: str, lowered: str, word: str, end_of: Callable[[str, int], int | None], mark: Mark) -> int | None:
+    start = lowered.find(word) if mark == "first" else lowered.rfind(word)
+    while start >= 0:
+        end = end_of(text, start)
+        if end is not None:
+            return end
+        start = lowered.find(word, start + 1) if mark == "first" else lowered.rfind(word, 0, start + len(word) - 1)
+    return None
+
+
+def _lowered(text: str) -> str:
+    """In lower case, at the same positions: a few letters change their length with their case."""
+    lowered = text.lower()
+    return lowered if len(lowered) == len(text) else text
+
+
+def _line_from(text: str, place: int) -> str:
+    end = text.find("\n", place)
+    return text[place:] if end < 0 else text[place:end]
+
+
+def _stated(text: str, place: int) -> str:
+    """What a mark announces: the rest of its line, else what is below it; of a displayed formula all its lines."""
+    line = _line_from(text, place).lstrip(" :：" + _EMPHASIS)
+    return _shown(
+        text[place : place + _TAIL].lstrip(" :：" + _EMPHASIS + "\n") if line.strip() in ("", r"\[", "$$") else line
+    )
+
+
+def _below(text: str, place: int) -> str:
+    return _shown(text[place : place + _TAIL].partition("\n")[2].lstrip())
+
+
+def _shown(rest: str) -> str:
+    """The first line, or all lines of a displayed formula."""
+    for opening, closing in ((r"\[", r"\]"), ("$$", "$$")):
+        if rest.startswith(opening) and closing in rest[2:]:
+            return rest[2:].partition(closing)[0].strip()
+    return rest.partition("\n")[0].strip(_EMPHASIS)
+
+
+def _first_sentence(line: str) -> str:
+    """A line up to the end of its first sentence; all of it where the next one takes the answer back."""
+    for end in _SENTENCE_END.finditer(line):
+        sentence, rest = line[: end.start()], line[end.end() :]
+        return (line if retracts(rest.lstrip()[:_NEXT_WORDS]) else sentence).strip(_EMPHASIS)
+    return line.strip(_EMPHASIS)
+
+
+def _whole(text: str, mark: Mark) -> str | None:
+    """The whole output, or what stands behind `</think>`, when it is nothing but a number with its unit, or one formula."""
+    stripped = text[-_TAIL:].rpartition("</think>")[2].strip() if "</think>" in text[-_TAIL:] else text.strip()
+    if not stripped or len(stripped) > _LONGEST_WHOLE or "\n" in stripped.strip("$\\[] \n"):
+        return None
+    if _ONE_FORMULA.fullmatch(stripped):
         return stripped
-    return stripped if len(stripped) <= 64 and re.fullmatch(r"[-+$]{0,2}\d[\d,.]*(?:/\d+)?%?", stripped) else None
+    if not _PURE.fullmatch(stripped.strip(_EMPHASIS)):
+        return None
+    if _PROSE.search(stripped) and read_number(without_words(stripped)) is None:
+        return None
+    return stripped
 
 
 def _closing_braces(text: str) -> dict[int, int]:

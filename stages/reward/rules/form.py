@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final, Literal, assert_never
 
 from stages.reward.rules.exact import read_number
-from stages.reward.rules.extraction import boxed_answers, tail
+from stages.reward.rules.extraction import boxed_answers
 
 __all__ = ["Form", "has_form", "is_quick", "match_pattern"]
 
@@ -23,17 +23,18 @@ def has_form(text: str, form: Literal["hashes", "boxed", "line"]) -> bool:
     * `boxed`: exactly one `\boxed{}`, closed and not empty;
     * `line`: the last line is `A: <answer>`.
     """
-    ending = tail(text)
     match form:
         case "hashes":
-            before, mark, answer = ending.rstrip().rpartition("####")
+            before, mark, answer = text.rstrip().rpartition("####")
             alone = mark != "" and "####" not in before and (not before or before.endswith("\n"))
-            return alone and "\n" not in answer and read_number(answer) is not None
+            return (
+                alone and "\n" not in answer and answer.strip(" $-+.")[:1].isdigit() and read_number(answer) is not None
+            )
         case "boxed":
-            boxes = boxed_answers(ending)
+            boxes = boxed_answers(text)
             return len(boxes) == 1 and boxes[0][2].strip() != ""
         case "line":
-            return _LINE.fullmatch(ending.rstrip().rpartition("\n")[2]) is not None
+            return _LINE.fullmatch(text.rstrip().rpartition("\n")[2]) is not None
         case _:
             assert_never(form)
 

@@ -1,40 +1,151 @@
 """math-verify as it runs in a worker process: symbolic comparison of one answer with one gold answer.
 
-Its own alarms are off: they need the main thread and cannot interrupt C code, and the pool already has a deadline. Model
-text reaches math-verify's grammar, never `sympify` or `eval`.
+Only its LaTeX parser is used, on what `formula` lets through: its search for a number would take one out of a formula that
+it cannot read. Its own alarms are off: they need the main thread and cannot interrupt C code, and the pool already has a
+deadline. Model text reaches math-verify's grammar, never `sympify` or `eval`.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-__all__ = ["compare_symbolically"]
+from stages.reward.rules.formula import as_formula, is_name, parts, sides
+
+__all__ = ["Verdict", "compare_symbolically"]
+
+Verdict = Literal["equal", "different", "no_answer", "no_gold"]
+
+_FINE: Final = 120
+"""Digits with which numbers are compared that are too small for math-verify's fifteenth decimal place."""
+_SMALL: Final = 1e-6
 
 
-def compare_symbolically(gold: str, answer: str) -> Literal["equal", "different", "no_answer", "no_gold"]:
-    """Whether `answer` states the value that `gold` states; each is parsed on its own.
+def compare_symbolically(gold: str, answer: str | None, searched: str | None = None) -> Verdict:
+    """Whether `answer` states the value that `gold` states.
 
-    Both are either one delimited expression (`$...$`) or a text in which math-verify is to search for the answer.
+    An equation is worth what it equates: the name of the quantity goes where the gold has none, and of a chain all values must
+    be the gold's (`41=42` is not 42).
+
+    Args:
+        gold: the gold answer.
+        answer: the answer found, or None.
+        searched: a text through which math-verify's own search looks, where the answer found is no formula.
     """
-    from math_verify import verify
-
-    golds = _parse_gold(gold)
-    if not golds:
+    expected, stated = as_formula(gold), None if answer is None else as_formula(answer)
+    if stated is None and searched:
+        return _search(gold, searched)
+    if expected is None or not _parse(_named_apart(expected, stated)):
         return "no_gold"
-    answers = _parse(answer)
-    if not answers:
+    if stated is None:
         return "no_answer"
-    return "equal" if verify(golds, answers, timeout_seconds=None) else "different"
+    expected = _named_apart(expected, stated)
+    values = _values(stated, expected)
+    if values is None:
+        return "different"
+    parsed = [_parse(value) for value in values]
+    if not all(parsed):
+        return "no_answer"
+    return "equal" if all(_equal(_parse(expected), value) for value in parsed) else "different"
+
+
+def _search(gold: str, text: str) -> Verdict:
+    from math_verify import parse, verify
+
+    formula = as_formula(gold)
+    golds: list[Any] = (_parse(formula) if formula else []) or parse(f"${gold}$", parsing_timeout=None)
+    found: list[Any] = parse(text, parsing_timeout=None)
+    if not golds:
+        return "no_gold" if formula else "different"
+    if not found:
+        return "no_answer"
+    return "equal" if verify(golds, found, timeout_seconds=None) else "different"
+
+
+def _named_apart(gold: str, answer: str | None) -> str:
+    """The gold answer without the names of its quantities, where the answer has none."""
+    if answer is None or "=" in answer or "=" not in gold:
+        return gold
+    return ",".join(_value_of(part) for part in parts(gold))
+
+
+def _value_of(part: str) -> str:
+    match [side for side in sides(part) if side.strip()]:
+        case [name, value] if is_name(name):
+            return value
+        case [value, name] if is_name(name):
+            return value
+        case _:
+            return part
+
+
+def _values(answer: str, gold: str) -> list[str] | None:
+    """What an answer equates with one another, each to be compared; None where it is an equation and the gold a value."""
+    answer = _first_approximated(answer)
+    chain = sides(answer)
+    if len(chain) == 1:
+        return [answer]
+    listed = parts(answer)
+    if "=" in gold:
+        return [answer]  # math-verify's policy: the last value of a chain counts
+    if len(listed) > 1:
+        values = [_value_of(part) for part in listed]
+        return None if any("=" in value for value in values) else [",".join(values)]
+    if any(not side.strip() for side in chain):
+        return None
+    if is_name(chain[0]):
+        return chain[1:]
+    return chain[:-1] if is_name(chain[-1]) else chain
+
+
+def _first_approximated(answer: str) -> str:
+    r"""Of `\\frac{1}{3} \\approx 0.333` the exact value; of `x \\approx 0.333` the only one."""
+    exact, sign, rounded = answer.partition(r"\approx")
+    if not sign:
+        return answer
+    return rounded if not exact.strip() or is_name(exact) else exact
 
 
 @lru_cache(maxsize=256)  # G outputs share a gold answer
-def _parse_gold(gold: str) -> list[Any]:
-    return _parse(gold)
+def _parse(latex: str) -> list[Any]:
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
 
-
-def _parse(text: str) -> list[Any]:
-    from math_verify import parse
-
-    found: list[Any] = parse(text, parsing_timeout=None)
+    reading = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
+    )
+    found: list[Any] = parse(
+        f"${latex}$",
+        [LatexExtractionConfig(normalization_config=reading, boxed_match_priority=-1)],
+        fallback_mode="no_fallback",
+        parsing_timeout=None,
+    )
     return found
+
+
+def _equal(gold: list[Any], answer: list[Any]) -> bool:
+    from math_verify import verify
+
+    if not verify(gold, answer, timeout_seconds=None):
+        return False
+    if not any(map(_is_small, (*gold, *answer))):
+        return True
+    exact = [[_without_floats(each) for each in side] for side in (gold, answer)]
+    return bool(verify(*exact, numeric_precision=_FINE, float_rounding=_FINE, timeout_seconds=None))
+
+
+def _is_small(expression: Any) -> bool:
+    """Whether a number in it is so near zero that another one would count as equal."""
+    from sympy import preorder_traversal  # type: ignore[import-untyped]
+
+    return any(
+        (getattr(part, "is_number", False) and not part.is_Atom and 0 < abs(complex(part.evalf(15))) < _SMALL)
+        or (getattr(part, "is_Float", False) and 0 < abs(part) < _SMALL)
+        for part in preorder_traversal(expression)
+    )
+
+
+def _without_floats(expression: Any) -> Any:
+    from sympy import Float, Rational
+
+    return expression.replace(lambda part: isinstance(part, Float), lambda part: Rational(str(part)))

@@ -57,13 +57,39 @@ def test_chinese_text_stands_apart_from_what_it_touches() -> None:
     assert words_apart(r"面积是$x^2$平方米") == r"面积是 $x^2$ 平方米"
 
 
-def test_hostile_texts_cost_milliseconds() -> None:
-    texts = [r"\boxed{" * 200_000, "{" * 1_000_000, "answer is " * 100_000, "$ " * 500_000, "\n" * 1_000_000]
-    started = time.perf_counter()
-    for text in texts:
+@pytest.mark.parametrize(
+    "bait",
+    [
+        r"\boxed{",
+        r"\boxed ",
+        r"\boxed 4",
+        "{",
+        "answer is ",
+        "answer to ",
+        "final answer ",
+        "A:",
+        "$ ",
+        "\n",
+        " ",
+        "#",
+        "#### ",
+        "\n#### Step",
+        "</think>",
+        "<answer>",
+        "72, ",
+        "**",
+    ],
+)
+def test_the_cost_of_a_hostile_text_is_linear_in_its_length(bait: str) -> None:
+    def seconds(length: int) -> float:
+        text = bait * (length // len(bait))
+        started = time.process_time()
         find_answer(text, ALL)
         has_form(text, "boxed")
-    assert time.perf_counter() - started < 1.0
+        return time.process_time() - started
+
+    short, long = seconds(20_000), seconds(160_000)
+    assert long < 24 * short + 0.1, "eight times the length: 8 if linear, 64 if quadratic"
 
 
 def test_a_lone_surrogate_does_not_survive() -> None:

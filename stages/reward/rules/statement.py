@@ -1,0 +1,127 @@
+r"""The answer within what is stated: `72, in total, so ...` states 72. Words behind an answer explain it or take it back.
+
+Words are cut off only where what stands before them is mathematics and they neither join another value to it nor deny it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from stages.reward.rules.exact import read_number
+from stages.reward.rules.units import introduces
+from stages.reward.rules.vocabulary import MATHEMATICAL, NUMBER_WORDS, RETRACTING, is_word, split
+
+__all__ = ["retracts", "without_words"]
+
+_LONGEST: Final = 2048
+_SEPARATOR: Final = re.compile(
+    r"[,;:](?:\s+|(?=[A-Za-z]{2}))|\s*[，；：。！？]\s*|[.!?](?=\s)\s+|\s*—\s*|\s+[–-]{1,2}\s+|\s+(?=[(\[])|(?<=[\d%}])(?=[(（\[])"
+    r"|\s+(?=(?:because|since|as|so|which|whereas|making|therefore|thus|hence|due)\b)"
+)
+_VALUE: Final = re.compile(r"(?<![A-Za-z_^{\\])[-+]?(?:\\?\$\s?[-+]?\\?)?(?:\d|\\[dt]?frac|\\sqrt|\.\d|\((?=[\d\\-]))")
+_MATHEMATICS: Final = re.compile(r"[\d\\½-¾⅓-⅞]|^[A-Za-z]$|[=^]|[一二三四五六七八九十百千万零两]|^\W*[A-Za-z]\W")
+_FIRST_WORD: Final = re.compile(r"[(（\[]?\s*\**([^\W\d_]+(?:['’][^\W\d_]+)?)(?P<next>.?)", re.DOTALL)
+_CHINESE: Final = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+_CHINESE_JOINT: Final = re.compile(
+    r"\s*(?:或|和|与|及|以及|跟|还是|不|非|错|等等|到|至|约|大约|也许|可能|应该|更正|抱歉|哦|[零一二三四五六七八九十百千万两]+(?:$|[^\u4e00-\u9fff]))"
+)
+_CHINESE_DENIAL: Final = re.compile(r"不对|不是(?:答案|正确)|错了|错误|更正|抱歉|重新|应该是|等一下|等等")
+_ALTERNATIVE: Final = split(
+    "or and then maybe perhaps possibly alternatively plus minus times to by through versus vs but however depending "
+    "else otherwise approximately about roughly mod modulo base over"
+)
+_LEADING: Final = frozenset(["so", "hence", "thus", "therefore", "then", "making", "giving", "equals", "namely", "ie"])
+_DENIAL: Final = re.compile(
+    r"\b(?:wait|actually|sorry|oops|correction|correct(?:ing|ed)|incorrect(?:ly)?|wrong|mistake[ns]?|hmm+|nope|redo|recheck|recompute|"
+    r"i mean|i meant|let me|make that|scratch that|on second thought|should (?:be|have)|(?:is|was|'s|are) not|isn't|wasn't|"
+    r"not (?:right|the|correct|it|quite|sure)|cannot be|can't be)\b",
+    re.IGNORECASE,
+)
+_SHORT: Final = split("in as so is it he we at by on an of if my us")
+
+
+def without_words(stated: str) -> str:
+    """What is stated, up to the words that explain it; all of it where nothing of the kind stands there."""
+    text = _without_lead(stated[:_LONGEST])
+    for separator in _SEPARATOR.finditer(text):
+        head, rest = text[: separator.start()].rstrip(), text[separator.end() :]
+        if not head or _open_brackets(head) or not _MATHEMATICS.search(head):
+            continue
+        if _explains(rest.strip(), separator[0]) or _repeats(head, rest):
+            return head
+        if retracts(rest):
+            return stated
+    return text if len(stated) <= _LONGEST else stated
+
+
+def _without_lead(stated: str) -> str:
+    """What is stated without the words that lead to a number in it: `the largest n is 34`, `that she has 42 eggs`."""
+    value = _VALUE.search(stated)
+    if value is None or not value.start() or not stated[0].isalpha():
+        return stated
+    return stated[value.start() :] if introduces(stated[: value.start()]) else stated
+
+
+def retracts(rest: str, *, anywhere: bool = False) -> bool:
+    """Whether words behind an answer take it back, wholly or perhaps: `no, wait`, `that is wrong`, 不对."""
+    first = _FIRST_WORD.match(rest)
+    if anywhere and RETRACTING & {word.lower() for word in re.findall(r"[^\W\d_]+(?:['’]t)?", rest[:400])}:
+        return True
+    return bool(
+        (first and first[1].lower() in RETRACTING) or _DENIAL.search(rest[:400]) or _CHINESE_DENIAL.search(rest[:400])
+    )
+
+
+def _explains(rest: str, separator: str) -> bool:
+    if not rest:
+        return separator.strip() != ""
+    if retracts(rest):
+        return False
+    bare = rest.lstrip("(（[ ")
+    if bare[:5].lower().startswith(("i.e.", "e.g.")):
+        return not bare[4:].lstrip(" ,:")[:1].isdigit()
+    if _CHINESE.match(bare):
+        return _CHINESE_JOINT.match(bare) is None
+    first = _FIRST_WORD.match(rest)
+    if first is None:
+        return False
+    word, behind = first[1].lower(), rest[first.end(1) :].lstrip()
+    if word in _ALTERNATIVE:
+        return word == "and" and _is_plain(behind)
+    if word in _LEADING and re.match(r"[$\\\d-]", behind):
+        return False
+    if word in ("i",):
+        return bool(re.match(r"[A-Za-z]{2,}", behind))
+    return _is_plain(rest.lstrip("(（[* "))
+
+
+def _repeats(head: str, rest: str) -> bool:
+    """Whether the words say the number again: `72 (six dozen)`, `72, seventy-two`."""
+    again = re.match(r"[(（\[]?\s*([^()\[\].,;）]*)", rest)
+    value = read_number(again[1]) if again and again[1][:1].isalpha() else None
+    number = read_number(head)
+    return value is not None and number is not None and value.value == number.value
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text begins with a word of prose: no variable, function, number in words or equation."""
+    word = re.match(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", text)
+    if word is None:
+        return False
+    lowered, behind = word[0].lower(), text[word.end() :].lstrip()
+    if behind[:1] in ("=", "^", "_", "+", "*", "/", "<", ">", "{", "\\") or (
+        behind[:1] == "(" and text[word.end()] == "("
+    ):
+        return False
+    if lowered in MATHEMATICAL or lowered in RETRACTING or lowered in _ALTERNATIVE:
+        return False
+    if lowered.split("-")[0] in NUMBER_WORDS:  # another number
+        return False
+    return lowered == "a" or lowered in _SHORT or is_word(word[0])
+
+
+def _open_brackets(head: str) -> bool:
+    head = head.replace(r"\left", "").replace(r"\right", "")
+    opened = sum(map(head.count, "([{（")) - sum(map(head.count, ")]}）"))
+    return opened > 0 or (head.replace(r"\$", "").count("$") % 2 == 1 and not re.match(r"\s*-?\$\s?\d", head))

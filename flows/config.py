@@ -125,7 +125,10 @@ class RewardModelPlan(Config):
     training: RewardTrainingConfig = RewardTrainingConfig()
     "Objective, passes, optimizer."
     scoring: ScoringConfig = ScoringConfig()
-    "How scores become rewards."
+    "The scale of scores."
+    weight: float = Field(1.0, gt=0)
+    """Factor of the model's score in the reward. The components of `reward` that say something else than the labels (form,
+    language, length, functions) are added by their own weights; a scale of `sigmoid` makes the two commensurable."""
     retrain: bool = True
     """Algorithm 1, line 11: train on after each iteration; false = the models stay as they were before the first, and are
     written without the moments of their optimizer, which no training reads."""
@@ -191,9 +194,10 @@ class IterativeRLConfig(Config):
     rollout: RolloutConfig = RolloutConfig()
     "Sampling of the G outputs per question."
     reward: RewardConfig = RewardConfig()
-    "r by rules: what is learned from, or with `reward_model` what its labels and gauges come from."
+    """r by rules: what is learned from. With `reward_model` its labels and gauges come from the component that reads the answer
+    and from `steps`, which the model's score stands for; the other components and `truncated` hold for the reward as ever."""
     reward_model: RewardModelPlan | None = None
-    "r by learned models in place of the rules; null: rules. For data that is scored at all (not demonstrations)."
+    "r by learned models in place of the verdict on the answer; null: rules. For data that is scored (not demonstrations)."
     advantage: AdvantageConfig = GroupConfig()
     "A-hat: what the gradient coefficient is made of."
     critic: CriticConfig | None = None

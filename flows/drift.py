@@ -17,7 +17,7 @@ from flows.observer import observer
 from flows.reward_models import RewardModels
 from stages.data import sample_batch
 from stages.models import Checkpoint
-from stages.reward import score
+from stages.reward import labels_only, score
 from stages.reward_model import measure_reward_model, score_outputs
 from stages.rollout import rollout
 from stages.tables import Questions, RewardGauges
@@ -78,7 +78,7 @@ def _gauges(
     config: IterativeRLConfig, plan: RewardModelPlan, reward: RewardModels, policy: Checkpoint, questions: Questions
 ) -> RewardGauges:
     outputs = rollout(policy, questions, config.prompt, config.rollout, seed=_seed(config.seed))
-    rules = score(outputs, questions, config.reward)
+    rules = score(outputs, questions, labels_only(config.reward))
     scores = score_outputs(outputs, policy, reward.models, plan.scoring, rules)
     return measure_reward_model(scores, rules, outputs, plan.scoring, plan.gauges)
 

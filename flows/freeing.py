@@ -28,6 +28,7 @@ _TABLES: Final = (
     "keep_informative",
     "score",
     "score_outputs",
+    "combine_rewards",
     "estimate_values",
     "compare_policies",
     "score_reference",

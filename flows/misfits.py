@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from stages.advantage import GroupConfig
-from stages.reward import OverlongConfig
+from stages.reward import OverlongConfig, beside_labels
 from stages.training import DeepSpeedEngineConfig
 from stages.update import GRPOConfig
 
@@ -22,6 +22,7 @@ def misfits(config: IterativeRLConfig) -> Iterator[str]:
     yield from _misfits_of_the_row(config)
     yield from _misfits_of_the_outputs(config)
     yield from _misfits_of_the_parts(config)
+    yield from _misfits_of_learned_rewards(config)
     yield from _misfits_of_the_ranks(config)
 
 
@@ -113,6 +114,33 @@ def _misfits_of_the_steps(config: IterativeRLConfig) -> Iterator[str]:
             "reward_model.step_labels: no rule labels the steps that the process model learns from; set "
             "reward_model.step_labels.kind=monte_carlo, or in the built-in world add a component of kind `steps` to "
             "reward.components"
+        )
+
+
+def _misfits_of_learned_rewards(config: IterativeRLConfig) -> Iterator[str]:
+    """What reward models leave without effect, or cannot be combined with."""
+    plan, reward = config.reward_model, config.reward
+    if plan is None:
+        return
+    if config.advantage.kind in ("one", "correct", "pairs"):
+        yield (
+            f"reward_model: advantage.kind {config.advantage.kind} learns from the rules' verdicts or from no reward, and the "
+            "models' scores would have no effect; set reward_model=null"
+        )
+    beside = beside_labels(reward)
+    for component in (part for part in reward.components if part not in beside):
+        usual = type(component).model_fields["weight"].default
+        if component.weight != usual:
+            yield (
+                f"reward.components: {component.name!r} has weight {component.weight:g}, and its verdicts are what the reward "
+                f"models learn to give, whose score stands in its place; set reward_model.weight, and this one to {usual:g}"
+            )
+    if taken := sorted({part.name for part in reward.components} & {"model", "process", "rule"}):
+        yield f"reward.components: {', '.join(taken)}: with reward_model that is a name of its scores; give another `name`"
+    if reward.truncated == "as_unparseable" and plan.scoring.scale == "logit" and config.rollout.G < 2:
+        yield (
+            "reward.truncated: as_unparseable gives a cut output the lowest logit of its question's outputs, and rollout.G=1 "
+            "leaves none to compare with; set truncated to as_is or no_reward, or reward_model.scoring.scale=sigmoid"
         )
 
 

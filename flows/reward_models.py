@@ -12,7 +12,7 @@ from flows.config import IterativeRLConfig, RewardModelPlan
 from flows.pretrained import PretrainedPolicy, pretrained_model
 from stages.data import sample_batch
 from stages.models import Checkpoint
-from stages.reward import score
+from stages.reward import combine_rewards, labels_only, score
 from stages.reward_model import check_gauges, measure_reward_model, score_outputs
 from stages.reward_training import (
     MonteCarloConfig,
@@ -80,7 +80,7 @@ def train_on(
     seed = _seed(config.seed, iteration)
     questions = sample_batch(data.train, size=plan.questions, step=0, seed=seed)
     outputs = rollout(policy, questions, config.prompt, config.rollout, seed=seed)
-    fresh = label_outputs(outputs, score(outputs, questions, config.reward), policy)
+    fresh = label_outputs(outputs, score(outputs, questions, labels_only(config.reward)), policy)
     fresh = _with_step_labels(config, plan, policy, questions, outputs, fresh, seed=seed)
     labels = mix_with_history(fresh, reward.history, plan.replay, seed=seed) if reward.history else fresh
     models = [
@@ -95,22 +95,25 @@ def train_on(
 def reward_outputs(
     config: IterativeRLConfig, sampler: Checkpoint, reward: RewardModels, questions: Questions | None, outputs: Rollouts
 ) -> tuple[Rewards | None, RewardGauges | None]:
-    """r of every output (line 8): by rules, or by the reward models with the rules beside them as their gauge.
+    """r of every output (line 8): by rules, or by the reward models and what of the rules is not what the models stand for.
 
-    Demonstrations, which have no questions to be scored with, have no reward.
+    The models are measured on their own scores, by the rules that their labels come from. Demonstrations, which have no
+    questions to be scored with, have no reward.
 
     Raises:
         RewardModelError: the models' scores have left the limits that the config sets.
     """
     if questions is None:
         return None, None
-    rules = score(outputs, questions, config.reward)
     plan = config.reward_model
     if plan is None or not reward.models:
-        return rules, None
-    rewards = score_outputs(outputs, sampler, reward.models, plan.scoring, rules)
-    gauges = measure_reward_model(rewards, rules, outputs, plan.scoring, plan.gauges)
+        return score(outputs, questions, config.reward), None
+    rules = score(outputs, questions, labels_only(config.reward))
+    scores = score_outputs(outputs, sampler, reward.models, plan.scoring, rules)
+    gauges = measure_reward_model(scores, rules, outputs, plan.scoring, plan.gauges)
     check_gauges(gauges, plan.limits)
+    bounded = plan.scoring.scale == "sigmoid"
+    rewards = combine_rewards(scores, outputs, questions, config.reward, weight=plan.weight, bounded=bounded)
     return rewards, gauges
 
 
@@ -133,7 +136,8 @@ def _with_step_labels(
             continued = continue_outputs(
                 policy, outputs, prefixes, config.rollout, samples=completion.samples, seed=seed
             )
-            return estimate_step_labels(labels, prefixes, score(continued, questions, config.reward), completion)
+            verdicts = score(continued, questions, labels_only(config.reward))
+            return estimate_step_labels(labels, prefixes, verdicts, completion)
         case _ as unknown:
             assert_never(unknown)
 

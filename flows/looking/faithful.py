@@ -140,6 +140,7 @@ SILENT: Final = {
     "reward_model.training.questions_per_update": "",
     "reward_model.training.decay": "",
     "reward_model.replay.share_of": "",
+    "reward_model.weight": "",
 }
 """Fields whose value the paper does not give, in the order of a step, with the reason for our default where the field's own
 text does not have it; a configuration may lack some of them."""
@@ -198,8 +199,6 @@ def _method(config: IterativeRLConfig) -> Iterator[Deviation]:
         yield Deviation(
             "reward_model", "a model that learns from the rules' verdicts", "Table 10, 5.2.1", "null: rules"
         )
-    if not learned and config.reward_model is not None:
-        yield Deviation("reward_model", "null: rules", "Table 10", "learned")
     kinds = {component.kind for component in config.reward.components}
     if kinds - {"accuracy", "steps"}:
         yield Deviation("reward.components", "the correctness of the answer", "5.2.1", ", ".join(sorted(kinds)))

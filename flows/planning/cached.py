@@ -88,7 +88,7 @@ def calls_of(config: IterativeRLConfig) -> Iterator[tuple[str, int]]:
 
 def _calls_of_a_step(config: IterativeRLConfig) -> int:
     sampled = 1 if config.data_source == "demonstrations" else 3  # questions, outputs, rules' rewards
-    learned = 2 if config.reward_model is not None else 0
+    learned = 3 if config.reward_model is not None else 0  # scores, gauges, what is learned from
     valued = 2 if config.critic is not None else 0
     compared = 1 if getattr(config.advantage, "kl_in_reward", 0.0) else 0
     return sampled + learned + valued + compared + _apart(config) + 2  # advantages, update

@@ -21,8 +21,16 @@ def token_truncated(old_logp_BT: Tensor, rollout_logp_BT: Tensor, *, cap: float)
     return torch.exp(old_logp_BT - rollout_logp_BT).clamp(max=cap).detach()
 
 
-def sequence_truncated(old_logp_BT: Tensor, rollout_logp_BT: Tensor, mask_BT: Tensor, *, cap: float) -> Tensor:
+def sequence_truncated(
+    old_logp_BT: Tensor, rollout_logp_BT: Tensor, mask_BT: Tensor, *, cap: float, normalised: bool = False
+) -> Tensor:
     """w = min(pi_old(o) / pi_rollout(o), C) of the whole output, at each of its tokens: unbiased up to the cap, but of
-    higher variance the longer the output."""
+    higher variance the longer the output.
+
+    `normalised`: w = min((pi_old(o) / pi_rollout(o))^(1 / |o|), C), the geometric mean of the tokens' weights, as in GSPO's
+    ratio: biased, and of the same spread for any length.
+    """
     log_ratio_B1 = (mask_BT * (old_logp_BT - rollout_logp_BT)).sum(-1, keepdim=True)
+    if normalised:
+        log_ratio_B1 = log_ratio_B1 / mask_BT.sum(-1, keepdim=True).clamp(min=1)
     return torch.exp(log_ratio_B1).clamp(max=cap).expand_as(old_logp_BT).detach()

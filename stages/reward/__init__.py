@@ -1,5 +1,6 @@
 """Rewards (Algorithm 1, line 8): one row per output, with a status and the scores of its parts."""
 
+from stages.reward.composition import answer_component, beside_labels, beside_steps, labels_only
 from stages.reward.config import (
     AccuracyConfig,
     FormatConfig,
@@ -9,7 +10,7 @@ from stages.reward.config import (
     RewardConfig,
     StepsConfig,
 )
-from stages.reward.stage import STATUSES, score
+from stages.reward.stage import STATUSES, combine_rewards, score
 from stages.reward.votes import count_votes
 
 __all__ = [
@@ -21,6 +22,11 @@ __all__ = [
     "OverlongConfig",
     "RewardConfig",
     "StepsConfig",
+    "answer_component",
+    "beside_labels",
+    "beside_steps",
+    "combine_rewards",
     "count_votes",
+    "labels_only",
     "score",
 ]

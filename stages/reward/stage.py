@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from pipeline.stage import record_metrics, stage
 from stages.keys import repeated_key
-from stages.reward.composition import Part, compose
-from stages.reward.config import AccuracyConfig, FormatConfig, FunctionConfig, OverlongConfig, RewardConfig
+from stages.reward.composition import Part, answer_component, beside_labels, beside_steps, compose, compose_steps
+from stages.reward.config import ComponentConfig, FormatConfig, FunctionConfig, RewardConfig
 from stages.reward.judge import Judged, Output, judge
 from stages.reward.rules.accuracy import GoldError, read_gold
 from stages.reward.tally import STATUSES, Tally
@@ -17,7 +18,7 @@ from stages.tables import Questions, Rewards, Rollouts
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["CHUNK_ROWS", "STATUSES", "score"]
+__all__ = ["CHUNK_ROWS", "STATUSES", "combine_rewards", "score"]
 
 CHUNK_ROWS: Final = 4096
 """Outputs that are judged at a time; no verdict depends on which are together. Rewards by functions, and by patterns that may
@@ -26,11 +27,13 @@ need processes, see all at once."""
 _KEY: Final = ("question_id", "sample")
 
 
-@stage(version="4")
+@stage(version="5")
 def score(outputs: Rollouts, questions: Questions, config: RewardConfig) -> Rewards:
     """Score every output o_i of every question by rules and functions, as a whole and, with a component `steps`, line by line.
 
     The status is that of the first component that reads the answer, else of the first; one that only scores says `ok` above 0.
+    Process supervision: rewards of steps are their labels, and at the last one besides what is known of the output as a whole
+    other than its answer (`beside_steps`, `compose_steps`).
 
     Metrics: `reward/mean`, `reward/<component>` (means over rows that have a score; of `steps` over all steps),
     `reward/status_<status>`, `reward/screened`, `reward/missing` (shares of all rows), `reward/faults` (components that timed
@@ -65,10 +68,11 @@ def _chunks(table: pa.Table, size: int) -> Iterator[pa.Table]:
 def _parts(chunks: Iterable[list[Output]], config: RewardConfig) -> Iterator[dict[str, Any]]:
     """The table, a chunk at a time; the metrics at its end."""
     tally = Tally([component.name for component in config.components])
+    whole = beside_steps(config)
     for rows in chunks:
         columns = {component.name: judge(rows, component, config) for component in config.components}
         rewards = [_reward({name: column[i] for name, column in columns.items()}, config) for i in range(len(rows))]
-        shown = columns[_shown(config)]
+        shown = columns[answer_component(config).name]
         statuses = [judged.status or ("ok" if judged.score else "wrong") for judged in shown]
         # At most one component cuts outputs into steps.
         steps = [
@@ -82,11 +86,120 @@ def _parts(chunks: Iterable[list[Output]], config: RewardConfig) -> Iterator[dic
             "status": statuses,
             "extracted": [judged.extracted for judged in shown],
             "components": [[(name, column[i].score) for name, column in columns.items()] for i in range(len(rows))],
-            "step_rewards": [each and each.rewards for each in steps],
-            "step_ends": [each and each.ends for each in steps],
+            **_steps(
+                [(each.rewards, each.ends) if each else None for each in steps],
+                [[_part(columns[part.name][i], part) for part in whole] for i in range(len(rows))],
+                weight=1.0,
+            ),
             "scorer": [None] * len(rows),
         }
     record_metrics(tally.metrics())
+
+
+def _part(judged: Judged, component: ComponentConfig) -> Part:
+    return Part(judged.score, component.weight, component.missing)
+
+
+def _steps(
+    steps: Sequence[tuple[Sequence[float], Sequence[int]] | None], others: Sequence[Sequence[Part]], *, weight: float
+) -> dict[str, list[Any]]:
+    """The columns of process supervision: rewards of each output's steps with the part of the whole, and where steps end."""
+    rewards = [
+        compose_steps(each[0], weight, parts) if each else None for each, parts in zip(steps, others, strict=True)
+    ]
+    ends = [each[1] if each and reward is not None else None for each, reward in zip(steps, rewards, strict=True)]
+    return {"step_rewards": rewards, "step_ends": ends}
+
+
+@stage(version="1")
+def combine_rewards(
+    scores: Rewards, outputs: Rollouts, questions: Questions, config: RewardConfig, *, weight: float, bounded: bool
+) -> Rewards:
+    """Rewards of reward models and of the components that say something else, in the order of `outputs`.
+
+        r = w s_model + sum_k w_k s_k
+
+    The sum is over all components but those whose verdicts the model has learned to give (`beside_labels`): form, language,
+    length, functions. Missing scores count as in `score`. Process supervision: `compose_steps` of the process model's scores.
+
+    A truncated output's model score is, by `config.truncated`: `as_is` what the model says; `no_reward` null, and all of the
+    row with it; `as_unparseable` that of an answer nobody can read: 0 where scores are probabilities (`bounded`), else the
+    lowest of its question's scores. Its steps keep their scores, as under rules they keep their labels.
+
+    Args:
+        scores: made by `score_outputs`, with status and answer by the rules.
+        outputs: the same outputs.
+        questions: theirs.
+        config: components and their weights, and what truncation does.
+        weight: w, of the model's score.
+        bounded: whether scores are probabilities.
+
+    Metrics: those of `scores`, with `reward/mean` and `reward/model` as they count; `reward/<component>`; `reward/missing`,
+    `reward/faults`, `reward/screened` as in `score`.
+
+    Raises:
+        ValueError: an output without a score. As `score`, for the components that are judged here.
+    """
+    table = outputs.read([*_KEY, "finish_reason", "text", "text_ends", "output_ids"])
+    asked = _questions_of(table, questions)
+    size = table.num_rows if _judges_together(config) else CHUNK_ROWS
+    by_key = {(row["question_id"], row["sample"]): row for row in scores.rows()}
+    lowest: dict[str, float] = {}
+    for (question_id, _), row in by_key.items():
+        lowest[question_id] = min(row["reward"], lowest.get(question_id, math.inf))
+    parts = beside_labels(config)
+    tally = Tally(["model", *(part.name for part in parts)])
+
+    def combined() -> Iterator[dict[str, Any]]:
+        for chunk in _chunks(table, size):
+            rows = _read(chunk, asked)
+            found = [_score_of(row, by_key) for row in rows]
+            floor = [0.0 if bounded else lowest[row.question_id] for row in rows]
+            yield _combined(rows, found, floor, config, parts, weight, tally)
+        record_metrics({**scores.metrics, **tally.metrics()})
+
+    return Rewards.write(combined())
+
+
+def _score_of(row: Output, scores: Mapping[tuple[str, int], Mapping[str, Any]]) -> Mapping[str, Any]:
+    key = (row.question_id, row.sample)
+    if key not in scores:
+        raise ValueError(f"output {key} has no score by a reward model; were they made for other rollouts?")
+    return scores[key]
+
+
+def _combined(
+    rows: Sequence[Output],
+    found: Sequence[Mapping[str, Any]],
+    floor: Sequence[float],
+    config: RewardConfig,
+    parts: Sequence[ComponentConfig],
+    weight: float,
+    tally: Tally,
+) -> dict[str, Any]:
+    """Some rows of the table; `floor` is what the model's score of a truncated output counts as under `as_unparseable`."""
+    columns = {part.name: judge(rows, part, config) for part in parts}
+    whole = [[_part(columns[part.name][i], part) for part in parts] for i in range(len(rows))]
+    counted = {"no_reward": [None] * len(rows), "as_is": [score["reward"] for score in found], "as_unparseable": floor}
+    model = [counted[config.truncated if row.truncated else "as_is"][i] for i, row in enumerate(rows)]
+    rewards = [compose([Part(score, weight, "no_reward"), *whole[i]]) for i, score in enumerate(model)]
+    tally.take(rewards, [score["status"] for score in found], {"model": [Judged(score) for score in model], **columns})
+    said = [dict(score["components"]) for score in found]
+    steps = [
+        None if model[i] is None or score["step_rewards"] is None else (score["step_rewards"], score["step_ends"])
+        for i, score in enumerate(found)
+    ]
+    return {
+        "question_id": [row.question_id for row in rows],
+        "sample": [row.sample for row in rows],
+        "reward": rewards,
+        **{name: [score[name] for score in found] for name in ("status", "extracted", "scorer")},
+        "components": [
+            [*(said[i] | {"model": model[i]}).items(), *((name, column[i].score) for name, column in columns.items())]
+            for i in range(len(rows))
+        ],
+        **_steps(steps, whole, weight=weight),
+    }
 
 
 def _read(table: pa.Table, asked: Mapping[str, Mapping[str, Any]]) -> list[Output]:
@@ -137,13 +250,7 @@ def _questions_of(outputs: pa.Table, questions: Questions) -> Mapping[str, Mappi
     return asked
 
 
-def _shown(config: RewardConfig) -> str:
-    """Name of the component whose status is the row's."""
-    reading = [component for component in config.components if not isinstance(component, OverlongConfig)]
-    return next((c.name for c in reading if isinstance(c, AccuracyConfig)), reading[0].name)
-
-
 def _reward(judged: Mapping[str, Judged], config: RewardConfig) -> float | None:
     if all(part.status == "truncated" and part.score is None for part in judged.values()):
         return None  # whatever the components declare: the row was taken out as a whole
-    return compose([Part(judged[c.name].score, c.weight, c.missing) for c in config.components])
+    return compose([_part(judged[c.name], c) for c in config.components])

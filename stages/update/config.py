@@ -21,12 +21,17 @@ class NoCorrectionConfig(Config):
 
 
 class TruncatedCorrectionConfig(Config):
-    """The surrogate is multiplied by w = min(pi_old / pi_rollout, cap): `stages/kernels/correction.py`."""
+    """The surrogate is multiplied by w = min(pi_old / pi_rollout, cap): `stages/kernels/correction.py`.
+
+    Metrics, means with the loss's own weights: `policy/correction_mean` (w), `policy/correction_raw_mean` (w before the cap, up
+    to e^20) and `policy/correction_clipped` (the share of w above the cap: of outputs, where each has one w and one weight).
+    """
 
     kind: Literal["truncated"] = "truncated"
     "Selects truncated importance weights."
-    level: Literal["token", "sequence"] = "token"
-    "One weight a token, or one an output (its tokens' product)."
+    level: Literal["token", "sequence", "sequence_mean"] = "token"
+    """One weight a token, or one an output: the product of its tokens' weights (`sequence`), which grows with the length, or
+    their geometric mean (`sequence_mean`)."""
     cap: PositiveFloat = 2.0
     "Largest weight (Yao et al. 2025 use 2)."
 

@@ -44,6 +44,8 @@ class Ledger:
             "ratio_mean": surrogate.ratio_BT,
             "entropy": entropy_BO,
             "correction_mean": terms.correction_BO,
+            "correction_raw_mean": terms.raw_correction_BO,
+            "correction_clipped": _above(terms.raw_correction_BO, terms.correction_BO),
             **surrogate.shown,
         }
         for name, values_BO in parts.items():
@@ -98,3 +100,8 @@ class Ledger:
 
     def _sum(self, name: str, value: float) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + value
+
+
+def _above(raw_BO: Tensor | None, kept_BO: Tensor | None) -> Tensor | None:
+    """1 where a weight was cut at its cap."""
+    return None if raw_BO is None or kept_BO is None else (raw_BO > kept_BO).to(raw_BO.dtype)

@@ -8,8 +8,9 @@ micro-batch, O their longest output.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import assert_never
+from typing import Final, assert_never
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from stages.update.objectives.method import Method, Tokens
 __all__ = ["Correction", "Terms", "micro_batch_terms", "optimizer_step"]
 
 Correction = NoCorrectionConfig | TruncatedCorrectionConfig
+LARGEST_WEIGHT: Final = math.exp(20)
+"""What a weight before its cap is shown as at most."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Terms:
     """D, detached; None without a reference."""
     correction_BO: Tensor | None
     """c; None without a correction."""
+    raw_correction_BO: Tensor | None
+    """c before its cap."""
 
 
 def optimizer_step(
@@ -79,13 +84,13 @@ def micro_batch_terms(logp_BO: Tensor, part: MicroBatch, method: Method, correct
     ref_logp_BO = logp_BO.detach() if part.ref_is_policy else part.ref_logp
     surrogate = method.surrogate(Tokens(logp_BO, old_logp_BO, ref_logp_BO, part.advantage, mask_BO))
     objective_BO = surrogate.value_BT
-    correction_BO = _correction(old_logp_BO, part.rollout_logp, mask_BO, correction)
+    correction_BO, raw_BO = _weights(old_logp_BO, part.rollout_logp, mask_BO, correction)
     if correction_BO is not None:
         objective_BO = correction_BO * objective_BO
     if method.beta == 0 or ref_logp_BO is None:
-        return Terms(objective_BO, old_logp_BO, surrogate, None, correction_BO)
+        return Terms(objective_BO, old_logp_BO, surrogate, None, correction_BO, raw_BO)
     kl_BO = _divergence(logp_BO, ref_logp_BO, old_logp_BO, method)
-    return Terms(objective_BO - method.beta * kl_BO, old_logp_BO, surrogate, kl_BO.detach(), correction_BO)
+    return Terms(objective_BO - method.beta * kl_BO, old_logp_BO, surrogate, kl_BO.detach(), correction_BO, raw_BO)
 
 
 def _divergence(logp_BO: Tensor, ref_logp_BO: Tensor, old_logp_BO: Tensor, method: Method) -> Tensor:
@@ -103,17 +108,17 @@ def _divergence(logp_BO: Tensor, ref_logp_BO: Tensor, old_logp_BO: Tensor, metho
 
 
 @torch.no_grad()
-def _correction(
+def _weights(
     old_logp_BO: Tensor, rollout_logp_BO: Tensor | None, mask_BO: Tensor, correction: Correction
-) -> Tensor | None:
-    match correction:
-        case NoCorrectionConfig():
-            return None
-        case TruncatedCorrectionConfig(level="token"):
-            assert rollout_logp_BO is not None
-            return token_truncated(old_logp_BO, rollout_logp_BO, cap=correction.cap)
-        case TruncatedCorrectionConfig():
-            assert rollout_logp_BO is not None
-            return sequence_truncated(old_logp_BO, rollout_logp_BO, mask_BO, cap=correction.cap)
-        case _ as unknown:
-            assert_never(unknown)
+) -> tuple[Tensor | None, Tensor | None]:
+    """c at every token, and what it was before its cap; None without a correction."""
+    if isinstance(correction, NoCorrectionConfig):
+        return None, None
+    assert rollout_logp_BO is not None
+    largest = max(correction.cap, LARGEST_WEIGHT)  # a sum of metrics stays finite
+    if correction.level == "token":
+        raw_BO = token_truncated(old_logp_BO, rollout_logp_BO, cap=largest)
+    else:
+        normalised = correction.level == "sequence_mean"
+        raw_BO = sequence_truncated(old_logp_BO, rollout_logp_BO, mask_BO, cap=largest, normalised=normalised)
+    return raw_BO.clamp(max=correction.cap), raw_BO

@@ -239,6 +239,61 @@ def test_what_differs_is_told_without_what_went_with_its_kind() -> None:
     assert choose("arithmetic_smoke", settings=["sft=null"]).differences() == {"sft": ("...", None)}
 
 
+# ------------------------------------------------------------------------------------- learned rewards
+
+
+PLAN = {"trunk": "initial_policy"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"reward.components": [{"kind": "accuracy", "weight": 2.0}]},
+            "'accuracy' has weight 2, and its verdicts are what the reward models learn to give, whose score stands in its "
+            "place; set reward_model.weight, and this one to 1",
+        ),
+        ({"reward.components": [{"kind": "accuracy"}, {"kind": "steps", "weight": 0.5}]}, "'steps' has weight 0.5"),
+        ({"reward.components": [{"kind": "format", "weight": 1.0}]}, "'format' has weight 1, and its verdicts are"),
+        (
+            {"reward.components": [{"kind": "accuracy", "name": "rule"}]},
+            "reward.components: rule: with reward_model that is",
+        ),
+        (
+            {"reward.components": [{"kind": "accuracy"}, {"kind": "format", "name": "model"}]},
+            "reward.components: model: with reward_model",
+        ),
+        (
+            {"rollout.G": 1, "advantage": {"kind": "batch"}, "update.objective": {"kind": "reinforce_plus_plus"}},
+            "reward.truncated: as_unparseable gives a cut output the lowest logit of its question's outputs",
+        ),
+    ],
+)
+def test_what_a_reward_model_would_leave_without_effect_is_refused(changes: Changes, said: str) -> None:
+    assert said in refusal({"reward_model": PLAN} | changes)
+
+
+@pytest.mark.parametrize("method", ["sft", "rft", "dpo", "online_rft"])
+def test_a_reward_model_is_refused_where_only_verdicts_are_learned_from(method: str) -> None:
+    assert "reward_model: advantage.kind" in refusal({"reward_model": PLAN}, method)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reward.components": [{"kind": "accuracy"}, {"kind": "format", "weight": 0.3}, {"kind": "language"}]},
+        {
+            "reward.components": [{"kind": "accuracy"}, {"kind": "steps"}, {"kind": "format"}],
+            "reward_model.models": [{"kind": "process"}],
+        },
+        {"reward.truncated": "no_reward"},
+        {"reward_model.scoring.scale": "sigmoid", "reward_model.weight": 2.0},
+    ],
+)
+def test_components_and_truncation_go_with_a_reward_model(changes: Changes) -> None:
+    become(arithmetic_smoke(), "grpo").override({"reward_model": PLAN} | changes)
+
+
 # ------------------------------------------------------------------------------------- reward functions
 
 

@@ -24,7 +24,13 @@ PLAN = {
     "scoring": {"precision": "fp32", "threads": 1},
     "gauges": {"resamples": 100},
 }
-STEPS = {"reward.components": [{"kind": "accuracy", "verifier": "exact"}, {"kind": "steps"}]}
+STEPS = {
+    "reward.components": [
+        {"kind": "accuracy", "verifier": "exact"},
+        {"kind": "steps"},
+        {"kind": "format", "weight": 0.25},
+    ]
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +43,7 @@ def run(supervised: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
 
 def models_of(run: Run) -> list[list[str]]:
     """The reward models that each step's outputs were scored with; other outputs are scored to see how the models age."""
-    learned_from = run.given("estimate_advantages", "rewards")
+    learned_from = run.given("combine_rewards", "scores")
     scored = [record for record in run.of("score_outputs") if record["result"] in learned_from]
     return [[part["artifact"] for part in record["arguments"]["models"]] for record in scored]
 
@@ -47,6 +53,7 @@ def test_the_policy_of_an_iteration_learns_from_the_models_of_the_one_before(run
     trained = run.made("train_reward_model")
     assert len(trained) == 4  # two models, before the first iteration and after it; none after the last
     assert models_of(run) == [trained[:2], trained[2:]]
+    assert run.given("estimate_advantages", "rewards") == run.made("combine_rewards")
     assert run.given("train_reward_model", "model")[2:] == trained[:2]  # continued, not begun anew
 
 
@@ -69,6 +76,11 @@ def test_rewards_are_the_models_and_the_rules_stay_beside_them(run: Run) -> None
         rewards = Rewards(run.given("estimate_advantages", "rewards")[0]).rows()
     assert {row["scorer"] for row in rewards} == {"+".join(models_of(run)[0])}
     assert all(dict(row["components"])["rule"] in (0.0, 1.0) and row["step_rewards"] for row in rewards)
+    formal = [dict(row["components"])["format"] for row in rewards]
+    assert 0 < sum(formal) < len(formal)
+    for row in rewards:
+        said = dict(row["components"])
+        assert row["reward"] == pytest.approx(said["model"] + 0.25 * said["format"])
 
 
 @pytest.mark.slow

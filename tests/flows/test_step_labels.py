@@ -81,7 +81,8 @@ def test_each_label_is_the_verdict_on_two_continuations_or_on_the_output(run: Ru
 
 
 def test_the_process_models_rewards_of_steps_are_what_the_policy_learns_from(run: Run) -> None:
-    assert run.given("estimate_advantages", "rewards") == run.made("score_outputs")
+    assert run.given("combine_rewards", "scores") == run.made("score_outputs")
+    assert run.given("estimate_advantages", "rewards") == run.made("combine_rewards")
     with use_store(run.store):
         assert all(row["step_rewards"] for row in Rewards(run.made("score_outputs")[0]).rows())
     # The rules have answers to hold its outputs against, and no steps.

@@ -25,6 +25,14 @@ def test_a_sequence_weight_is_the_product_over_the_output_truncated() -> None:
     assert sequence_truncated(OLD, ROLLOUT, MASK, cap=2.0)[0].tolist() == pytest.approx([2.0] * 3)
 
 
+def test_a_normalised_sequence_weight_is_the_geometric_mean_of_its_tokens_weights() -> None:
+    found = sequence_truncated(OLD, ROLLOUT, MASK, cap=2.0, normalised=True)
+    assert found[0].tolist() == pytest.approx([math.sqrt(3.0 * 1.0)] * 3)
+    assert sequence_truncated(OLD, ROLLOUT, MASK, cap=1.5, normalised=True)[0].tolist() == pytest.approx([1.5] * 3)
+    nothing = torch.zeros_like(MASK)
+    assert sequence_truncated(OLD, ROLLOUT, nothing, cap=2.0, normalised=True)[0].tolist() == [1.0] * 3
+
+
 def test_engines_that_agree_need_no_correction() -> None:
     assert token_truncated(OLD, OLD.clone(), cap=2.0).tolist() == [[1.0, 1.0, 1.0]]
 

@@ -205,6 +205,35 @@ def test_a_truncated_correction_weighs_by_the_recorded_column(store: Store) -> N
     assert figures(found) == pytest.approx(expected(rows, list(range(Q * G))), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("level", "weight"),
+    [
+        ("token", lambda shifts: [math.exp(shift) for shift in shifts]),
+        ("sequence", lambda shifts: [math.exp(sum(shifts))] * len(shifts)),
+        ("sequence_mean", lambda shifts: [math.exp(sum(shifts) / len(shifts))] * len(shifts)),
+    ],
+)
+def test_the_weight_before_its_cap_and_the_share_that_was_cut_are_shown(store: Store, level: Any, weight: Any) -> None:
+    policy = tiny_policy()
+    rows, advantages = recorded(policy)
+    found = updated(
+        policy,
+        wrong_by_known_amounts(rows),
+        advantages,
+        sgd_like(correction=TruncatedCorrectionConfig(level=level, cap=1.02)),
+    ).metrics
+    raw = [weight(shift(row, number)) for number, row in enumerate(rows)]
+
+    def mean(values: list[list[float]]) -> float:
+        return sum(sum(output) / len(output) for output in values) / len(values)
+
+    cut = mean([[float(w > 1.02) for w in output] for output in raw])
+    assert 0 < cut < 1
+    assert found["policy/correction_raw_mean"] == pytest.approx(mean(raw), rel=1e-5)
+    assert found["policy/correction_mean"] == pytest.approx(mean([[min(w, 1.02) for w in o] for o in raw]), rel=1e-5)
+    assert found["policy/correction_clipped"] == pytest.approx(cut, rel=1e-5)
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_every_rank_has_the_figures_of_all_outputs(world_size: int) -> None:
     given = examples("tokens", rollout=True)

@@ -57,7 +57,7 @@ def deepseekmath_7b() -> IterativeRLConfig:
         ),
         reward=RewardConfig(components=(AccuracyConfig(verifier="math_verify"),)),  # 5.2.1: labels by the rule judgment
         reward_model=RewardModelPlan(
-            models=(RewardModelConfig(kind="outcome"),),  # 4.1.2
+            models=(RewardModelConfig(kind="outcome"),),  # ours: outcome or process (4.1.2, 4.1.3), 4.2 does not say
             trunk=PretrainedPolicy(path="deepseek-math-7b-base"),  # 4.2: Base 7B, not Instruct
             questions=1024,  # ours; the paper gives no number
             training=RewardTrainingConfig(
@@ -72,7 +72,7 @@ def deepseekmath_7b() -> IterativeRLConfig:
             replay=ReplayConfig(share=0.1),  # 4.1.4: 10 % of historical data
             held_out_questions=128,  # ours
         ),
-        advantage=GroupConfig(supervision="outcome"),  # 4.1.2
+        advantage=GroupConfig(supervision="outcome"),  # ours: as the reward model; computed as 4.1.2 has it
         update=UpdateConfig(
             objective=GRPOConfig(eps=0.2, beta=0.04),  # eps ours, beta 4.2
             mu=1,  # 4.2: a single update following each exploration stage

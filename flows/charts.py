@@ -23,7 +23,6 @@ _LEFT_OUT: Final = re.compile(
             "reward/status_truncated",  # rollout/truncated_rate
             "reward/status_(timeout|error)",  # parts of reward/faults
             "reward/(missing|screened)",  # missing rewards are part of reward/frac_masked
-            "reward/model",  # reward/mean, where models reward
             "rollout/(samples|tokens)",  # steps of progress/samples and progress/tokens
             "memory/tensors_mb",
             "eval/.*/no_verdict_rate",
@@ -51,6 +50,8 @@ def charted(metrics: Mapping[str, float]) -> dict[str, float]:
     kept = {
         name: value for name, value in metrics.items() if not _LEFT_OUT.fullmatch(name) and _is_largest(name, largest)
     }
+    if kept.get("reward/model") == kept.get("reward/mean"):  # a model rewards alone
+        kept.pop("reward/model", None)
     return kept | _ageing(metrics)
 
 

@@ -135,8 +135,6 @@ def _misfits_of_learned_rewards(config: IterativeRLConfig) -> Iterator[str]:
                 f"reward.components: {component.name!r} has weight {component.weight:g}, and its verdicts are what the reward "
                 f"models learn to give, whose score stands in its place; set reward_model.weight, and this one to {usual:g}"
             )
-    if taken := sorted({part.name for part in reward.components} & {"model", "process", "rule"}):
-        yield f"reward.components: {', '.join(taken)}: with reward_model that is a name of its scores; give another `name`"
     if reward.truncated == "as_unparseable" and plan.scoring.scale == "logit" and config.rollout.G < 2:
         yield (
             "reward.truncated: as_unparseable gives a cut output the lowest logit of its question's outputs, and rollout.G=1 "

@@ -100,6 +100,7 @@ def test_the_final_policy_is_told_of_last_with_its_accuracy(root: Path) -> None:
         ({"eval/a/maj_at_4": 0.5, "eval/a/maj_at_16": 0.6, "eval/b/maj_at_8": 1.0}, ["eval/a/maj_at_16", "eval/b/maj_at_8"]),
         ({"eval/a/accuracy_ci_low": 0.1, "eval/a/greedy_accuracy_ci_low": 0.1}, ["eval/a/accuracy_ci_low"]),
         ({"reward/mean": 1.0, "reward/model": 1.0, "reward/rule": 0.5}, ["reward/mean", "reward/rule"]),
+        ({"reward/mean": 1.1, "reward/model": 1.0}, ["reward/mean", "reward/model"]),
     ],
 )  # fmt: skip
 def test_what_another_metric_says_is_left_out(metrics: dict[str, float], kept: list[str]) -> None:

@@ -256,14 +256,6 @@ PLAN = {"trunk": "initial_policy"}
         ({"reward.components": [{"kind": "accuracy"}, {"kind": "steps", "weight": 0.5}]}, "'steps' has weight 0.5"),
         ({"reward.components": [{"kind": "format", "weight": 1.0}]}, "'format' has weight 1, and its verdicts are"),
         (
-            {"reward.components": [{"kind": "accuracy", "name": "rule"}]},
-            "reward.components: rule: with reward_model that is",
-        ),
-        (
-            {"reward.components": [{"kind": "accuracy"}, {"kind": "format", "name": "model"}]},
-            "reward.components: model: with reward_model",
-        ),
-        (
             {"rollout.G": 1, "advantage": {"kind": "batch"}, "update.objective": {"kind": "reinforce_plus_plus"}},
             "reward.truncated: as_unparseable gives a cut output the lowest logit of its question's outputs",
         ),

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import assert_never
 
 from flows.config import ArithmeticData, FileData, IterativeRLConfig
 from flows.pretrained import PretrainedPolicy, pretrained_model
+from pipeline.config import ConfigError
 from pipeline.store import PrunedArtifactError
 from stages.data import (
+    DataError,
+    PromptLimitConfig,
+    PromptRoom,
     QuestionFileConfig,
     arithmetic_demonstrations,
     arithmetic_questions,
     demonstrations_from_solutions,
+    limit_prompts,
     read_questions,
 )
 from stages.models import Checkpoint
+from stages.prompts import PromptError
 from stages.sft import create_policy, supervised_finetuning
 from stages.tables import Demonstrations, Questions
 
-__all__ = ["DataSets", "base_model", "initial_policy", "prepare_data"]
+__all__ = [
+    "DataSets",
+    "base_model",
+    "below",
+    "demonstrations_of_set",
+    "initial_policy",
+    "limit_data",
+    "prepare_data",
+    "room_of",
+    "shortages",
+]
 
 
 @dataclass(frozen=True)
@@ -43,14 +61,56 @@ def prepare_data(data: ArithmeticData | FileData) -> DataSets:
                 evaluation={name: arithmetic_questions(part, "held_out") for name, part in data.evaluation.items()},
             )
         case FileData():
-            train = read_questions(_below(data.path, data.train))
+            train = read_questions(below(data.path, data.train))
             return DataSets(
                 train=train,
-                demonstrations=_demonstrations(train),
-                evaluation={name: read_questions(_below(data.path, part)) for name, part in data.evaluation.items()},
+                demonstrations=demonstrations_of_set(train),
+                evaluation={name: read_questions(below(data.path, part)) for name, part in data.evaluation.items()},
             )
         case _:
             assert_never(data)
+
+
+def limit_data(config: IterativeRLConfig, data: DataSets, base: Checkpoint) -> DataSets:
+    """The questions whose prompts leave room for an output, and the demonstrations of these, enough for every step.
+
+    The built-in world's questions are short, and taken as they are.
+
+    Raises:
+        DataError: by set: prompts that are too long (`data.max_prompt_tokens`), or that the tokenizer cannot express.
+        ConfigError: fewer questions than a step draws.
+    """
+    if isinstance(config.data, ArithmeticData):
+        counts = (config.data.train.count, config.data.demonstrations.chains.count)
+        _require_enough(config, *counts)
+        return data
+    limited = {name: _limit(config, name, questions, base) for name, questions in _named(data).items()}
+    train = limited.pop("train")
+    demonstrations = data.demonstrations and demonstrations_of_set(train)
+    questions = int(train.metrics["data/questions"])
+    _require_enough(config, questions, questions if demonstrations else None)
+    return DataSets(train, demonstrations, {name.removeprefix("evaluation."): part for name, part in limited.items()})
+
+
+def shortages(config: IterativeRLConfig, questions: int, demonstrations: int | None) -> Iterator[str]:
+    """What draws more at once than there is.
+
+    Args:
+        demonstrations: None: there are none, which is said elsewhere.
+    """
+    plan, drawn = config.reward_model, config.questions_per_step
+    if config.data_source == "demonstrations":
+        if demonstrations is not None and drawn * config.rollout.G > demonstrations:
+            yield (
+                f"questions_per_step={drawn} and rollout.G={config.rollout.G} draw {drawn * config.rollout.G:,} demonstrations "
+                f"a step, and there are {demonstrations:,}; lower one of them"
+            )
+    elif drawn > questions:
+        yield f"questions_per_step={drawn} draws more than the {questions:,} questions of data.train; lower it"
+    if plan is not None and plan.questions > questions:
+        yield f"reward_model.questions={plan.questions} is more than the {questions:,} questions of data.train; lower it"
+    if config.sft is not None and demonstrations is not None and config.sft.batch_size > demonstrations:
+        yield f"sft.batch_size={config.sft.batch_size} is more than the {demonstrations:,} demonstrations; lower it"
 
 
 def base_model(config: IterativeRLConfig, data: DataSets) -> Checkpoint:
@@ -69,7 +129,7 @@ def initial_policy(config: IterativeRLConfig, data: DataSets, base: Checkpoint) 
     return supervised_finetuning(base, data.demonstrations, config.prompt, config.sft)
 
 
-def _demonstrations(questions: Questions) -> Demonstrations | None:
+def demonstrations_of_set(questions: Questions) -> Demonstrations | None:
     """The set's own solutions; None where it has not a single one, which is all the same to RL."""
     with contextlib.suppress(PrunedArtifactError):  # then the stage answers, which was asked before
         solutions = questions.read().column("solution")
@@ -78,5 +138,40 @@ def _demonstrations(questions: Questions) -> Demonstrations | None:
     return demonstrations_from_solutions(questions)
 
 
-def _below(folder: str, part: QuestionFileConfig) -> QuestionFileConfig:
+def _require_enough(config: IterativeRLConfig, questions: int, demonstrations: int | None) -> None:
+    if complaints := list(shortages(config, questions, demonstrations)):
+        raise ConfigError("\n  ".join(complaints))
+
+
+def _named(data: DataSets) -> dict[str, Questions]:
+    return {"train": data.train} | {f"evaluation.{name}": part for name, part in data.evaluation.items()}
+
+
+def room_of(config: IterativeRLConfig, name: str, window: int | None) -> PromptRoom:
+    """What bounds the prompts of the set `name` (`train`, `evaluation.test`) under a model's window."""
+    backend = (config.evaluation.backend if name != "train" else None) or config.rollout.backend
+    limit = config.data.max_prompt_tokens if isinstance(config.data, FileData) else PromptLimitConfig()
+    return PromptRoom(window, getattr(backend, "max_model_len", None), config.rollout.max_output_tokens, limit)
+
+
+def _limit(config: IterativeRLConfig, name: str, questions: Questions, base: Checkpoint) -> Questions:
+    room = room_of(config, name, None)
+    most, engine = room.max_output_tokens, room.max_model_len
+    try:
+        limited = limit_prompts(
+            base, questions, config.prompt, room.limit, max_output_tokens=most, max_model_len=engine
+        )
+    except (DataError, PromptError) as error:
+        raise DataError(f"data.{name}: {error}") from None
+    if dropped := int(limited.metrics["data/dropped"]):
+        left = int(limited.metrics["data/questions"])
+        warnings.warn(
+            f"data.{name}: {dropped:,} of {dropped + left:,} questions are left out: their prompts are too long "
+            "(data.max_prompt_tokens)",
+            stacklevel=3,
+        )
+    return limited
+
+
+def below(folder: str, part: QuestionFileConfig) -> QuestionFileConfig:
     return part.override({"path": str(Path(folder) / part.path)})

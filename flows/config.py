@@ -13,7 +13,7 @@ from flows.retention import KeepConfig
 from pipeline.config import Config
 from stages.advantage import AdvantageConfig, GroupConfig
 from stages.critic import CriticConfig
-from stages.data import ArithmeticConfig, DemonstrationConfig, QuestionFileConfig
+from stages.data import ArithmeticConfig, DemonstrationConfig, PromptLimitConfig, QuestionFileConfig
 from stages.evaluation import EvaluationConfig
 from stages.prompts import PromptConfig
 from stages.reward import RewardConfig
@@ -32,6 +32,10 @@ from stages.update import DataSource, UpdateConfig
 __all__ = ["ArithmeticData", "EvaluationPlan", "FileData", "IterativeRLConfig", "PretrainedPolicy", "RewardModelPlan"]
 
 
+SetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+"""As names of runs: it is part of metrics' names."""
+
+
 class ArithmeticData(Config):
     """The built-in world: demonstrations by a mixture of authors, questions of its train split, held-out sets."""
 
@@ -41,7 +45,7 @@ class ArithmeticData(Config):
     "What supervised fine-tuning imitates (train split)."
     train: ArithmeticConfig
     "Questions for RL (train split)."
-    evaluation: dict[str, ArithmeticConfig]
+    evaluation: dict[SetName, ArithmeticConfig]
     "Named held-out sets."
 
     @model_validator(mode="after")
@@ -62,8 +66,10 @@ class FileData(Config):
     "Folder that the sets' own paths are relative to."
     train: QuestionFileConfig
     "Questions for RL; those with solutions are the demonstrations of supervised fine-tuning."
-    evaluation: dict[str, QuestionFileConfig]
+    evaluation: dict[SetName, QuestionFileConfig]
     "Named held-out sets."
+    max_prompt_tokens: PromptLimitConfig = PromptLimitConfig()
+    "How long a prompt may be in every set, and whether longer ones stop the run before it starts or are left out."
 
 
 class EvaluationPlan(Config):

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 
-from flows.bootstrap import base_model, initial_policy, prepare_data
+from flows.bootstrap import base_model, initial_policy, limit_data, prepare_data
 from flows.config import IterativeRLConfig
 from flows.drift import measure_drift
 from flows.exploration import explore, reference_evidence, token_evidence
@@ -40,6 +40,7 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
     """Train a policy as `config` says; returns the last one."""
     data = prepare_data(config.data)
     base = base_model(config, data)
+    data = limit_data(config, data, base)
     policy = initial = initial_policy(config, data, base)                                                  # line 1
     reward_models = first_reward_models(config, data, base, policy)
     measure_drift(config, data, (reward_models, reward_models), (policy, policy), step=0)

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 from pipeline.artifact import ArtifactError
 from stages.trusted_code import code_files
 
-__all__ = ["require_faithful", "settle_tokenizer"]
+__all__ = ["require_faithful", "settle_start", "settle_tokenizer"]
 
 _PROBES: Final = (
     "a b",
@@ -53,7 +53,7 @@ def settle_tokenizer(folder: Path) -> None:
         ArtifactError: text is lost under that class too.
     """
     _settle_class(folder)
-    _settle_start(folder)
+    settle_start(folder)
 
 
 def _settle_class(folder: Path) -> None:
@@ -79,7 +79,8 @@ def _settle_class(folder: Path) -> None:
     )
 
 
-def _settle_start(folder: Path) -> None:
+def settle_start(folder: Path) -> None:
+    """Write a beginning of sequence that only `add_bos_token` asks for into tokenizer.json; warns of it."""
     from tokenizers import Tokenizer, processors
 
     described, file = _described(folder), folder / "tokenizer.json"

@@ -33,6 +33,7 @@ __all__ = [
     "Revision",
     "code_of_commit",
     "fetch_checkpoint",
+    "fetch_description",
     "resolve_revision",
 ]
 
@@ -132,6 +133,28 @@ def code_of_commit(repository: str, revision: str) -> str:
             if found := files(offline=True):
                 return code_digest(found)
         return code_digest(files(offline=False))
+
+
+def fetch_description(repository: str, revision: str) -> Path:
+    """The folder in the hub's cache with configuration and tokenizer of a model, fetched where they are not there.
+
+    Raises:
+        HubError: as `resolve_revision`.
+    """
+    from huggingface_hub import snapshot_download
+
+    wanted = [pattern for pattern in _WANTED if pattern != "*.safetensors"]
+    with _explained(repository, revision):
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=wanted,
+                ignore_patterns=list(_UNWANTED),
+                cache_dir=_cache(),
+                endpoint=_endpoint(),
+            )
+        )
 
 
 def _snapshot(config: HubCheckpointConfig) -> Path:

@@ -36,6 +36,7 @@ __all__ = [
     "encode_prompt",
     "encode_prompts",
     "encode_text",
+    "prompt_text",
 ]
 
 INSTRUCTIONS: Final = {
@@ -157,6 +158,17 @@ def encode_prompts(
     return [frame.head_ids + body + frame.end_ids for body in bodies]
 
 
+def prompt_text(tokenizer: PreTrainedTokenizerFast, question: str, config: PromptConfig) -> str:
+    """The text of a prompt, special tokens by name.
+
+    Raises:
+        PromptError: as `encode_prompts`.
+    """
+    before, after = _around(tokenizer, config)
+    start = plain_of(tokenizer).template.decode(_added_start(tokenizer, config, before), skip_special_tokens=False)
+    return f"{start}{before}{question}{after}"
+
+
 def encode_completion(tokenizer: PreTrainedTokenizerFast, completion: str) -> list[int]:
     """A supervised target as ids: the text, then the end of sequence; see `encode_completions`."""
     return encode_completions(tokenizer, [completion])[0]
@@ -192,6 +204,15 @@ class _Frame(NamedTuple):
 
 
 def _frame(tokenizer: PreTrainedTokenizerFast, config: PromptConfig) -> _Frame:
+    before, after = _around(tokenizer, config)
+    plain = plain_of(tokenizer)
+    head_ids, lead = _cut_behind_last(plain, before)
+    tail, end_ids = _cut_before_first(plain, after)
+    return _Frame(_added_start(tokenizer, config, before) + head_ids, lead, tail, end_ids)
+
+
+def _around(tokenizer: PreTrainedTokenizerFast, config: PromptConfig) -> tuple[str, str]:
+    """All text before the question, and all behind it."""
     before, after = config.around()
     if config.chat == "deepseek_math":
         before, after = "User: " + before, after + "\n\nAssistant:"
@@ -204,14 +225,16 @@ def _frame(tokenizer: PreTrainedTokenizerFast, config: PromptConfig) -> _Frame:
             tail=after,
             variables=config.chat_template_kwargs,
         )
-    before, after = config.prefix + before, after + config.suffix
+    return config.prefix + before, after + config.suffix
+
+
+def _added_start(tokenizer: PreTrainedTokenizerFast, config: PromptConfig, before: str) -> list[int]:
+    """The beginning of sequence that stands before `before`; empty where a chat template decides, or the text has it."""
+    if config.chat == "tokenizer":
+        return []
     plain = plain_of(tokenizer)
-    head_ids, lead = _cut_behind_last(plain, before)
-    tail, end_ids = _cut_before_first(plain, after)
-    if config.chat != "tokenizer":
-        start = _start_ids(plain)
-        head_ids = head_ids if head_ids[: len(start)] == start else start + head_ids
-    return _Frame(head_ids, lead, tail, end_ids)
+    start = _start_ids(plain)
+    return [] if _cut_behind_last(plain, before)[0][: len(start)] == start else start
 
 
 def _cut_behind_last(plain: Plain, text: str) -> tuple[list[int], str]:

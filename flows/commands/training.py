@@ -12,11 +12,13 @@ from rich.table import Table
 
 from flows.choice import Choice, choose, descriptions
 from flows.commands.options import ConfigFiles, Method, Root, Settings, console, debugging
+from flows.config import IterativeRLConfig
 from flows.methods import METHODS, method_settings
 from flows.places import Places
 from flows.session import run_flow
 from flows.summary import print_summary
 from flows.wording import number
+from pipeline.config import ConfigError
 from pipeline.progress import failsafe
 
 __all__ = ["check", "methods", "recipes", "run"]
@@ -96,8 +98,9 @@ def check(
     set_: Settings = None,
     method: Method = None,
     faithful: Annotated[bool, Parameter(negative="")] = False,
+    data: bool = True,
 ) -> None:
-    """Check a configuration without running it: all errors at once (exit code 2), or what differs from its recipe.
+    """Check a configuration and the data sets that are here: all errors at once (exit code 2), or what differs from its recipe.
 
     Parameters
     ----------
@@ -111,6 +114,8 @@ def check(
         A method (`cohort methods`) instead of the recipe's.
     faithful
         Also list what is not as in the paper, with its sections, and what is chosen where the paper is silent.
+    data
+        Read the question sets and measure their prompts.
     """
     choice = choose(recipe, config or [], set_ or [], method=method)
     out = console()
@@ -120,10 +125,22 @@ def check(
     else:
         out.print(f"{recipe} is valid")
     _say_dropped(choice, out)
+    if data:
+        _check_data(recipe, choice.config, out)
     if faithful:
         from flows.looking.faithful_view import print_faithfulness
 
         print_faithfulness(choice.config, out)
+
+
+def _check_data(recipe: str, config: IterativeRLConfig, out: Console) -> None:
+    from flows.data_check import examine_data
+
+    found = examine_data(config)
+    for note in found.notes:
+        out.print(note, style="dim", markup=False, soft_wrap=True)
+    if found.complaints:
+        raise ConfigError("\n  ".join([f"{recipe}: its data cannot be used", *found.complaints]))
 
 
 def _announce(choice: Choice, places: Places, engine: str, out: Console) -> None:

@@ -78,7 +78,7 @@ def calls_of(config: IterativeRLConfig) -> Iterator[tuple[str, int]]:
         case ArithmeticData():
             yield "data", 2 + sets
         case FileData():
-            yield "data", 1 + (config.sft is not None) + sets
+            yield "data", 1 + (config.sft is not None) + sets + (1 + sets)  # read, then limited
     yield "policy", 1 + (config.sft is not None) + (config.critic is not None)
     yield "evaluations", evaluations_of(config) * sets * len(config.evaluation.modes(config.rollout)) * _EVALUATED
     yield "steps", steps * _calls_of_a_step(config) - _first_of_iterations(config)

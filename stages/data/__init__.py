@@ -7,6 +7,7 @@ wrong solutions of others `Solutions`, with what can be told of them by their su
 from stages.arithmetic import ArithmeticConfig, AuthorShares, LineCheck, check_solution
 from stages.data.discrimination import measure_discrimination
 from stages.data.files import ColumnsConfig, QuestionFileConfig
+from stages.data.lengths import PromptLengths, PromptLimitConfig, PromptRoom, limit_prompts, measure_prompts
 from stages.data.outputs import solution_outputs
 from stages.data.sampling import sample_batch
 from stages.data.shortcuts import Feature, shortcut_scores
@@ -28,6 +29,9 @@ __all__ = [
     "DemonstrationConfig",
     "Feature",
     "LineCheck",
+    "PromptLengths",
+    "PromptLimitConfig",
+    "PromptRoom",
     "QuestionFileConfig",
     "SolutionFileConfig",
     "arithmetic_demonstrations",
@@ -35,7 +39,9 @@ __all__ = [
     "check_solution",
     "demonstrations_from_solutions",
     "demonstrations_of",
+    "limit_prompts",
     "measure_discrimination",
+    "measure_prompts",
     "questions_of",
     "read_questions",
     "read_solutions",

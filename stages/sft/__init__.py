@@ -2,7 +2,14 @@
 
 from stages.sft.config import PolicyConfig, SFTConfig
 from stages.sft.demonstrations import demonstrated_outputs
-from stages.sft.policy import create_policy
+from stages.sft.policy import create_policy, policy_texts
 from stages.sft.stage import supervised_finetuning
 
-__all__ = ["PolicyConfig", "SFTConfig", "create_policy", "demonstrated_outputs", "supervised_finetuning"]
+__all__ = [
+    "PolicyConfig",
+    "SFTConfig",
+    "create_policy",
+    "demonstrated_outputs",
+    "policy_texts",
+    "supervised_finetuning",
+]

@@ -14,7 +14,7 @@ from stages.sft.config import PolicyConfig
 from stages.tables import Demonstrations
 from stages.tokenizers import build_tokenizer
 
-__all__ = ["create_policy"]
+__all__ = ["create_policy", "policy_texts"]
 
 
 @stage(version="1")
@@ -30,7 +30,7 @@ def create_policy(config: PolicyConfig, corpus: Demonstrations | None, prompt: P
     from transformers import AutoModelForCausalLM
 
     tokenizer = build_tokenizer(
-        list(_texts(corpus, prompt)), config.tokenizer
+        list(policy_texts(corpus, prompt)), config.tokenizer
     )  # read here: it iterates in a thread of its own
     description = _describe(config)
     description.vocab_size = len(tokenizer)
@@ -57,7 +57,7 @@ def _describe(config: PolicyConfig) -> Any:
     return AutoConfig.for_model(config.architecture, **config.settings)
 
 
-def _texts(corpus: Demonstrations, prompt: PromptConfig) -> Iterator[str]:
+def policy_texts(corpus: Demonstrations, prompt: PromptConfig) -> Iterator[str]:
     """Everything the policy will read or write; the prompt's own parts once."""
     table = corpus.read()
     yield from (prompt.prefix, "".join(prompt.around()), prompt.suffix)

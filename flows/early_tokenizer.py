@@ -1,0 +1,98 @@
+"""The policy's tokenizer before there is a policy, for `cohort check` and `cohort prompt`: no weights, no torch, no store."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from flows.config import IterativeRLConfig
+from flows.pretrained import PretrainedPolicy
+from pipeline.config import ConfigError
+from stages.model_sources import REPOSITORY, fetch_description
+from stages.sft import policy_texts
+from stages.tables import Demonstrations
+from stages.tokenizers import build_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["EarlyTokenizer", "early_tokenizer"]
+
+_SUFFIXES: Final = (".json", ".txt", ".model", ".jinja")
+
+
+class EarlyTokenizer(NamedTuple):
+    """What the policy's will be."""
+
+    tokenizer: PreTrainedTokenizerFast
+    window: int | None
+    """Tokens that the model reads; None: not known before it is made, or without a limit."""
+
+
+def early_tokenizer(
+    config: IterativeRLConfig, demonstrations: Demonstrations | None, *, fetch: bool = False, exact: bool = False
+) -> EarlyTokenizer:
+    """The tokenizer that the policy of `config` has or will have.
+
+    Args:
+        demonstrations: what a policy made from scratch makes its tokenizer from.
+        fetch: download the tokenizer of a hub model that is not here.
+        exact: read it as the run will, which imports torch; otherwise as its tokenizer.json says, which nearly always is the
+            same (`stages/faithful_tokenizers.py`).
+
+    Raises:
+        ConfigError: there is none: no model here, no demonstrations, code of the model's own.
+        HubError: it cannot be fetched.
+    """
+    policy = config.policy
+    if not isinstance(policy, PretrainedPolicy):
+        if demonstrations is None:
+            raise ConfigError("policy: a tokenizer is made from demonstrations, and the data set has none")
+        made = build_tokenizer(list(policy_texts(demonstrations, config.prompt)), policy.tokenizer)
+        window = policy.settings.get("max_position_embeddings")
+        return EarlyTokenizer(made, window if isinstance(window, int) else None)
+    folder = _folder(policy, fetch=fetch)
+    described: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return EarlyTokenizer(_read(folder, exact=exact), described.get("max_position_embeddings"))
+
+
+def _folder(policy: PretrainedPolicy, *, fetch: bool) -> Path:
+    folder = Path(policy.path).expanduser()
+    if policy.trust_remote_code:
+        raise ConfigError(
+            "policy.trust_remote_code: code of the model's own may read its tokenizer, and runs in a run only"
+        )
+    if not folder.is_dir() and re.fullmatch(REPOSITORY, policy.path):
+        if fetch:
+            return fetch_description(policy.path, policy.revision or "main")
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(policy.path, "tokenizer.json", revision=policy.revision)
+        folder = Path(found).parent if isinstance(found, str) else folder
+    if not (folder / "config.json").is_file() or not (folder / "tokenizer.json").is_file():
+        raise ConfigError(f"policy.path: {policy.path} is no folder here with config.json and tokenizer.json")
+    return folder
+
+
+def _read(folder: Path, *, exact: bool) -> PreTrainedTokenizerFast:
+    """From a copy, as an import into the store makes one."""
+    from stages.faithful_tokenizers import settle_start, settle_tokenizer
+
+    with tempfile.TemporaryDirectory(prefix="cohort-tokenizer-") as scratch:
+        for file in folder.iterdir():
+            if file.suffix in _SUFFIXES and file.is_file():
+                shutil.copyfile(file, Path(scratch) / file.name)
+        if exact:
+            from transformers import AutoTokenizer
+
+            settle_tokenizer(Path(scratch))
+            return AutoTokenizer.from_pretrained(scratch, trust_remote_code=False, local_files_only=True)
+        from transformers import PreTrainedTokenizerFast
+
+        settle_start(Path(scratch))
+        read: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(scratch, local_files_only=True)
+        return read

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
+from rich.markup import escape
 
 from flows.commands.options import Root, console
 from flows.places import Places
@@ -69,7 +70,10 @@ def export(
         files = export_checkpoint(store, origin, folder, dtype=dtype, shard_bytes=int(shard_gb * _GB), force=force)
     for file in files:
         out.print(f"{size(file.stat().st_size):>9}  {file.name}", highlight=False)
-    out.print(f"\nexported {origin.checkpoint.digest[:12]} as {dtype} to [cyan]{files[0].parent}[/]", soft_wrap=True)
+    out.print(
+        f"\nexported {origin.checkpoint.digest[:12]} as {dtype} to [cyan]{escape(str(files[0].parent))}[/]",
+        soft_wrap=True,
+    )
     out.print("the license in README.md is for you to fill in before you publish it", style="dim")
 
 
@@ -81,7 +85,9 @@ def _export_adapter(store: Store, origin: Origin, folder: Path, base: str | None
     files, out = export_adapter(store, origin, folder, base=base, force=force), console()
     for file in files:
         out.print(f"{size(file.stat().st_size):>9}  {file.name}", highlight=False)
-    out.print(f"\nexported the adapter of {checkpoint.digest[:12]} to [cyan]{files[0].parent}[/]", soft_wrap=True)
+    out.print(
+        f"\nexported the adapter of {checkpoint.digest[:12]} to [cyan]{escape(str(files[0].parent))}[/]", soft_wrap=True
+    )
     begun = str(adapter_base(checkpoint))[:12]
     out.print(f"it belongs on {begun}: `cohort export {begun} FOLDER --dtype float32`", style="dim", soft_wrap=True)
     out.print("the license in README.md is for you to fill in before you publish it", style="dim")

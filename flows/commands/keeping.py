@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from flows.choice import choose
 from flows.commands.options import Root, console
@@ -122,9 +123,9 @@ def _check(store: Store) -> _Findings:
 
 def _report(found: _Findings, out: Console) -> None:
     for message in found.damaged.values():
-        out.print(f"[red]damaged[/] {message}", soft_wrap=True)
+        out.print(f"[red]damaged[/] {escape(message)}", soft_wrap=True)
     for path in found.records:
-        out.print(f"[red]damaged[/] record {path}", soft_wrap=True)
+        out.print(f"[red]damaged[/] record {escape(str(path))}", soft_wrap=True)
     for digest in sorted(found.missing):
         out.print(f"[yellow]missing[/] {digest}")
     counts = f"{found.sound:,} artifacts sound, {found.pruned:,} pruned, {len(found.damaged):,} damaged"

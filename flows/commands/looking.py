@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
+from rich.markup import escape
 from rich.table import Table
 
 from flows.commands.options import Root, console
@@ -33,7 +34,7 @@ def runs(*, root: Root = None) -> None:
     places, out = Places.under(root), console()
     records = list(read_records(places))
     if not records:
-        out.print(f"nothing ran yet in {places.root}; `cohort recipes` says what can")
+        out.print(f"nothing ran yet in {escape(str(places.root))}; `cohort recipes` says what can")
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("run", "started", "status", "steps", "took"):
@@ -42,7 +43,7 @@ def runs(*, root: Root = None) -> None:
     for record in records:
         _add_run(table, record)
     out.print(table)
-    out.print(f"\nin {places.runs}", style="dim", soft_wrap=True)
+    out.print(f"\nin {escape(str(places.runs))}", style="dim", soft_wrap=True)
 
 
 def show(

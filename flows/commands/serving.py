@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from rich.markup import escape
 
 from flows.commands.options import Root, console
 from flows.places import Places
@@ -80,7 +81,7 @@ def server_status(*, root: Root = None) -> int:
     if status.healthy:
         out.print(f"Prefect  [bold]{status.ui}[/] ({whose})")
     elif status.pid or status.configured:
-        out.print(f"Prefect  {status.ui} ({whose}) does not answer; log: {status.log}", soft_wrap=True)
+        out.print(f"Prefect  {status.ui} ({whose}) does not answer; log: {escape(str(status.log))}", soft_wrap=True)
     else:
         out.print("no server is running; `cohort run` and `cohort server up` start one")
     return 0 if status.healthy else 1
@@ -99,7 +100,7 @@ def mlflow_sync(*, rebuild: bool = False, root: Root = None) -> int:
     report, out = sync(Places.under(root).root, rebuild=rebuild), console()
     out.print(f"{report.sent} runs complete in MLflow" + (f", {report.living} still running" if report.living else ""))
     for journal, error in report.errors.items():
-        out.print(f"[red]{journal}[/]: {error}", soft_wrap=True)
+        out.print(f"[red]{escape(str(journal))}[/]: {escape(str(error))}", soft_wrap=True)
     return 1 if report.errors else 0
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Final
 from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from flows.commands.options import Root, console
@@ -62,7 +63,7 @@ def du(*, root: Root = None) -> None:
     out.print(table)
     beside = ", ".join(f"{name} {size(inventory.folder_bytes(name))}" for name in ("actions", "quarantine"))
     out.print(f"\n{size(inventory.bytes_of(inventory.entries))} in {len(inventory.entries):,} artifacts; {beside}")
-    out.print(f"in {store.root}", style="dim", soft_wrap=True)
+    out.print(f"in {escape(str(store.root))}", style="dim", soft_wrap=True)
 
 
 def prune(
@@ -156,7 +157,7 @@ def export_archive(*what: str, root: Root = None) -> None:
     count = write_archive(to, store, sorted(digests), records, runs)
     text = f"{len(digests):,} artifacts, {len(records):,} records, {len(runs)} runs: {size(count)} in {to}"
     out.print(text, soft_wrap=True)
-    out.print(f"where it goes: [bold]cohort store import {to.name}[/]", soft_wrap=True)
+    out.print(f"where it goes: [bold]cohort store import {escape(to.name)}[/]", soft_wrap=True)
 
 
 def import_archive(file: Path, *, root: Root = None) -> None:
@@ -214,7 +215,7 @@ def _say_held(lease: Lease, inventory: Inventory, parts: Iterable[Freed], out: C
     digests = {part.digest for part in parts}
     if digests:
         text = f"{len(digests):,} artifacts ({size(inventory.bytes_of(digests))}) stay: the run {lease} may need them"
-        out.print(f"[yellow]{text}[/]", soft_wrap=True)
+        out.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)
 
 
 def _unreferenced(places: Places, store: Store, inventory: Inventory) -> list[Freed]:

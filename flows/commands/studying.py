@@ -7,6 +7,7 @@ import sys
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
+from rich.markup import escape
 from rich.syntax import Syntax
 
 from flows.commands.options import ConfigFiles, Root, Settings, console, debugging
@@ -56,7 +57,9 @@ def reward_model(
         text = choice.config.to_yaml()
         out.print(Syntax(text, "yaml", background_color="default")) if out.is_terminal else print(text, end="")
         return
-    out.print(f"[bold]{choice.config.name}[/]  judged on {choice.config.judged_on}, engine {engine}, in {places.root}")
+    out.print(
+        f"[bold]{choice.config.name}[/]  judged on {choice.config.judged_on}, engine {engine}, in {escape(str(places.root))}"
+    )
     for key, (was, now) in choice.differences().items():
         out.print(f"  {key}  [dim]{number(was)}[/] -> [bold]{number(now)}[/]", soft_wrap=True)
     command = shlex.join(["cohort", *sys.argv[1:]])

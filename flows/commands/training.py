@@ -120,10 +120,10 @@ def check(
     choice = choose(recipe, config or [], set_ or [], method=method)
     out = console()
     if differences := choice.differences():
-        out.print(f"{recipe} is valid; it differs from {choice.base.name} in")
+        out.print(f"{escape(recipe)} is valid; it differs from {choice.base.name} in")
         out.print(_differences(choice, differences))
     else:
-        out.print(f"{recipe} is valid")
+        out.print(f"{escape(recipe)} is valid")
     _say_dropped(choice, out)
     if data:
         _check_data(recipe, choice.config, out)

@@ -249,6 +249,29 @@ def test_a_command_prints_on_a_terminal_what_it_prints_when_piped(
     assert tables(shown.text) == tables(text)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "names_the_root"),
+    [
+        (["runs"], True),
+        (["show", "RUN"], False),
+        (["verify"], False),
+        (["store", "du"], True),
+        (["export", "RUN", "FOLDER"], True),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_folder_named_like_markup_is_printed_as_it_is(
+    arguments: list[str], names_the_root: bool, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = shutil.copytree(finished, tmp_path / "a [bold] [/dim] b")
+    code, shown = on_terminal(run(root), 200)
+    assert (code, "a [bold] [/dim] b" in shown.text) == (0, True)
+    (folder,) = (file.parent for file in (root / "runs").glob("*/summary.json") if steps_of(file) == 2)
+    words = [{"RUN": folder.name, "FOLDER": str(root / "out")}.get(word, word) for word in arguments]
+    code, text = piped([*words, "--root", str(root)], 200, capsys)
+    assert (code, "a [bold] [/dim] b" in text) == (0, names_the_root)
+
+
 def steps_of(summary: Path) -> int:
     """Steps of a finished run."""
     return int(json.loads(summary.read_text())["steps"])

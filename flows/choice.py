@@ -172,7 +172,9 @@ def _asked(base: IterativeRLConfig, recipe: str, changes: Sequence[Override]) ->
 
 def _is_undone(change: Override, values: Mapping[str, Any], later: Sequence[Override]) -> bool:
     """Whether its value is not in the result `values`, and no later change refined it."""
-    if change.key == _METHOD or any(other.key.startswith(f"{change.key}.") for other in later):
+    if change.key == _METHOD:
+        return any(other.key == _METHOD for other in later)
+    if any(other.key.startswith(f"{change.key}.") for other in later):
         return False
     return bool(_at(values, change.key) != change.value)
 

@@ -26,7 +26,7 @@ from flows.experiments.workers import require_workers_pool, run_on_workers
 from flows.methods import PAPER
 from flows.places import Places
 from flows.session import run_flow
-from pipeline.config import ConfigError, parse_settings
+from pipeline.config import ConfigError
 from pipeline.orchestration import Engine
 from pipeline.progress import failsafe
 
@@ -89,8 +89,6 @@ def ablate(
     root
         As for `cohort run`.
     """
-    if any(change.key == "seed" for change in parse_settings(set_ or [])):
-        raise ConfigError("--set seed: the seeds of an experiment are given by --seeds, for example --seeds 4,5")
     experiment = named_experiment(name, scale=_scale(quick, paper))
     if seeds is not None:
         experiment = experiment.override({"seeds": _seeds(seeds, experiment.seeds[0])}, source="--seeds")
@@ -155,6 +153,8 @@ def experiments(name: str | None = None, *, quick: Flag = False, paper: Flag = F
     if name:
         print(named_experiment(name, scale=_scale(quick, paper)).to_yaml(), end="")
         return
+    if quick or paper:
+        raise ConfigError("--quick and --paper are sizes of one experiment; name it")
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for each in EXPERIMENTS:
         experiment = named_experiment(each)

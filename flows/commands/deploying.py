@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from flows.choice import choose
 from flows.commands.options import ConfigFiles, Method, Root, Settings, console
@@ -24,8 +25,8 @@ def deploy(
     name: str | None = None,
     pool: str = POOL,
     schedule: str | None = None,
-    timezone: str = "UTC",
-    restarts: int = 3,
+    timezone: str | None = None,
+    restarts: Annotated[int, Parameter(validator=Number(gte=0))] = 3,
     require_versions: Annotated[bool, Parameter(negative="")] = False,
     now: Annotated[bool, Parameter(negative="")] = False,
     root: Root = None,
@@ -51,7 +52,7 @@ def deploy(
     schedule
         Five fields of cron, for example `--schedule "30 6 * * mon-fri"`.
     timezone
-        What the schedule's hours mean, for example `Europe/Berlin`.
+        What the schedule's hours mean, for example `Europe/Berlin`; default: UTC. Only with a schedule.
     restarts
         How often a run whose process died is started again; it repeats only the stage in flight.
     require_versions
@@ -65,7 +66,7 @@ def deploy(
     made = deployment.deploy(
         choice,
         places,
-        name=name or choice.config.name.replace("_", "-"),
+        name=choice.config.name.replace("_", "-") if name is None else name,
         pool=pool,
         schedule=schedule,
         timezone=timezone,
@@ -84,7 +85,9 @@ def deploy(
 def worker(
     *,
     pool: str = POOL,
-    limit: Annotated[int | None, Parameter(help="Runs at a time; default: all that are due.")] = None,
+    limit: Annotated[
+        int | None, Parameter(validator=Number(gte=1), help="Runs at a time; default: all that are due.")
+    ] = None,
     root: Root = None,
 ) -> None:
     """Run what deployments have due, in this terminal until Ctrl-C; continue runs whose worker was killed.

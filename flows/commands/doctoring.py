@@ -56,8 +56,14 @@ def doctor(
     """
     if recipe is None and (config or set_):
         raise ConfigError("doctor: --config and --set change a recipe; name it: cohort doctor RECIPE --set key=value")
+    if quick and vllm_python:
+        raise ConfigError("doctor: --quick imports nothing heavy, vLLM included; leave out --vllm-python or --quick")
     if bench:
-        return _bench(Places.under(root), quick=quick, recipe=recipe, json=json)
+        if quick or recipe or vllm_python:
+            raise ConfigError(
+                "doctor: --bench measures the machine, whatever the recipe and the engine and never quickly; leave out the rest"
+            )
+        return _bench(Places.under(root), json=json)
     from flows.choice import choose  # all configs, a second that a machine is examined without
 
     chosen = choose(recipe, config or [], set_ or []).config if recipe else None
@@ -71,12 +77,8 @@ def doctor(
     return 1 if report.verdict == "problem" else 0
 
 
-def _bench(places: Places, *, quick: bool, recipe: str | None, json: bool) -> int:
+def _bench(places: Places, *, json: bool) -> int:
     """Measure, keep and print the rates."""
-    if quick or recipe:
-        raise ConfigError(
-            "doctor: --bench measures the machine, whatever the recipe and never quickly; leave out the rest"
-        )
     from flows.doctor.bench import bench
     from flows.doctor.view import print_profile
 

@@ -27,8 +27,8 @@ def export(
     what: str,
     folder: Path,
     *,
-    dtype: Literal["bfloat16", "float32"] = "bfloat16",
-    shard_gb: Annotated[float, Parameter(name="--shard-gb", validator=Number(gt=0))] = 5.0,
+    dtype: Literal["bfloat16", "float32"] | None = None,
+    shard_gb: Annotated[float | None, Parameter(name="--shard-gb", validator=Number(gt=0))] = None,
     force: bool = False,
     adapter: bool = False,
     base: str | None = None,
@@ -45,9 +45,9 @@ def export(
     folder
         Where to; made if it is not there, and refused if it holds anything.
     dtype
-        Of the weights: bfloat16 halves the size and rounds, float32 is what training holds.
+        Of the weights: bfloat16, the default, halves the size and rounds; float32 is what training holds.
     shard_gb
-        Largest weight file.
+        Largest weight file; default: 5.
     force
         Replace the model that the folder holds.
     adapter
@@ -61,6 +61,9 @@ def export(
 
     if base is not None and not adapter:
         raise ConfigError("--base names the base of an adapter; export one with --adapter")
+    if adapter and (dtype is not None or shard_gb is not None):
+        raise ConfigError("--adapter: an adapter is written as it is, in one file; leave out --dtype and --shard-gb")
+    dtype, shard_gb = dtype or "bfloat16", shard_gb or 5.0
     places, out = Places.under(root), console()
     with use_store(places.open_store()) as store:
         origin = find_origin(places, store, what)

@@ -77,6 +77,12 @@ def show(
     record = find_run(places, what)
     with use_store(places.open_store()) as store:
         if record is not None:
+            if full:
+                raise ConfigError(
+                    "--full: is of the stage that made an artifact; a run's settings are in its config.yaml"
+                )
+            if question is not None and step is None:
+                raise ConfigError("--question: a run has groups at each step; give --step too")
             _show_run(places, store, record, step=step, limit=limit, question=question)
             return
         if step is not None:
@@ -130,7 +136,13 @@ def explain(what: str | None = None, *, root: Root = None) -> None:
         out.print(f"{', '.join(followers)}: their inputs changed (`cohort explain STAGE` shows which)")
 
 
-def lineage(digest: str, *, mermaid: bool = False, depth: int = 4, root: Root = None) -> None:
+def lineage(
+    digest: str,
+    *,
+    mermaid: bool = False,
+    depth: Annotated[int | None, Parameter(validator=Number(gte=0))] = None,
+    root: Root = None,
+) -> None:
     """Show what an artifact was made from, down to the data.
 
     Parameters
@@ -140,14 +152,20 @@ def lineage(digest: str, *, mermaid: bool = False, depth: int = 4, root: Root = 
     mermaid
         Print a Mermaid graph instead of a tree.
     depth
-        Generations that the tree shows; 0 = all, down to the data.
+        Generations that the tree shows, 4 by default; 0 = all, down to the data.
     root
         Folder of the store.
     """
+    if mermaid and depth is not None:
+        raise ConfigError("--depth: is of the tree; a Mermaid graph has all generations. Leave one of the two out")
     places = Places.under(root)
     store = places.open_store()
     ancestors = ancestry.ancestry(store, _digest(places, store, digest))
-    print(ancestry.mermaid(ancestors) if mermaid else ancestry.tree(ancestors, depth=depth or None))
+    print(
+        ancestry.mermaid(ancestors)
+        if mermaid
+        else ancestry.tree(ancestors, depth=4 if depth is None else depth or None)
+    )
 
 
 def _add_run(table: Table, record: RunRecord) -> None:

@@ -76,7 +76,9 @@ def deploy(
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(f"--name {name!r}: expected a lower-case letter or digit, then at most 63 of a-z 0-9 . _ -")
-    schedules = [{"schedule": cron_schedule(schedule, timezone), "active": True}] if schedule else []
+    if schedule is None and timezone is not None:
+        raise ConfigError(f"--timezone {timezone}: says what the hours of --schedule mean; give one, or leave it out")
+    schedules = [] if schedule is None else [{"schedule": cron_schedule(schedule, timezone), "active": True}]
     ensure_server(places.prefect)
     ensure_pool(pool)
     from flows.deploying.flow import ASKED, train

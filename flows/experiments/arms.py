@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from flows.choice import Choice, choice_of, choose
+from flows.choice import Choice, choice_of, choose, read_overrides
 from flows.config import IterativeRLConfig
 from flows.experiments.comparison import Arm, Changes
 from flows.learning_curve import COLOURS
 from flows.methods import check_method, without_method
-from pipeline.config import Config, ConfigError, Override, flatten
+from pipeline.config import Config, ConfigError, Override, flatten, parse_settings
 from pipeline.experiment import Experiment, Trial, fitted_name, selected, trials
 from pipeline.store import canonical_json, sha256_of
 
@@ -82,6 +82,10 @@ def plan(
     Raises:
         ConfigError: whatever is wrong in any arm.
     """
+    later = [change for file in files for change in read_overrides(file)] + parse_settings(settings)
+    _refuse_methods_twice(experiment, later)
+    if own_names:
+        _refuse_seeds(later)
     choices: list[Choice] = []
     own = {"name": experiment.name, "experiment": experiment.name} if own_names else {}
     names = [Override(key, value, "the experiment") for key, value in own.items()]
@@ -98,6 +102,25 @@ def plan(
     chosen = dict(zip(experiment.arms, choices, strict=True))
     arms = {(trial.arm, trial.seed): _arm(trial, chosen[trial.arm]) for trial in planned}
     return PlannedExperiment(experiment, tuple(arms.values()), tuple(arms[one.arm, one.seed] for one in wanted))
+
+
+def _refuse_methods_twice(experiment: Experiment, later: Sequence[Override]) -> None:
+    """A method for every arm would take their own methods away."""
+    named = [arm for arm in experiment.arms if any(change.key == "method" for change in experiment.changes(arm))]
+    for change in later:
+        if named and change.key == "method":
+            raise ConfigError(
+                f"method={change.value} (from {change.source}) would replace that of the arms {', '.join(named)}; "
+                "name methods in the arms, or with --method of `cohort compare`"
+            )
+
+
+def _refuse_seeds(later: Sequence[Override]) -> None:
+    for change in later:
+        if change.key == "seed":
+            raise ConfigError(
+                f"{change.source} seed: the seeds of an experiment are given by --seeds, for example --seeds 4,5"
+            )
 
 
 def _arm(trial: Trial[IterativeRLConfig], choice: Choice) -> Arm:

@@ -16,7 +16,7 @@ from rich.text import Text
 from flows.looking.groups import Group, groups_of
 from flows.wording import duration, moment, number, size
 from pipeline.comparing import read_rows
-from pipeline.config import flatten
+from pipeline.config import ConfigError, flatten
 from pipeline.store import Store
 from pipeline.weights import stored_tensors
 
@@ -33,15 +33,17 @@ def show_artifact(
 ) -> None:
     """Print an artifact: its origin and metrics, then groups of outputs, rows, or a checkpoint's description."""
     manifest, calls = store.manifest(digest), list(store.actions())
+    table = any(file["name"] == "table.arrow" for file in manifest["files"])
+    groups = groups_of(store, digest, calls) if table else None
+    if question is not None and groups is None:
+        raise ConfigError(f"--question: {digest[:12]} has no groups of outputs; it is a {manifest['type']}")
     _show_origin([call for call in calls if call["result"] == digest], manifest, digest, console, full=full)
     if (folder := store.path(digest)) and (folder / "config.json").exists():
         _show_checkpoint(folder, console)
-    if any(file["name"] == "table.arrow" for file in manifest["files"]):
-        groups = groups_of(store, digest, calls)
-        if groups is None:
-            _show_rows(store, digest, console, limit or 10)
-        else:
-            show_groups(groups, console, limit=limit, question=question)
+    if groups is not None:
+        show_groups(groups, console, limit=limit, question=question)
+    elif table:
+        _show_rows(store, digest, console, limit or 10)
 
 
 def show_groups(groups: Iterable[Group], console: Console, *, limit: int | None, question: str | None) -> None:

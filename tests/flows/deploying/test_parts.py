@@ -75,6 +75,11 @@ def test_a_schedule_is_a_cron_expression_in_a_time_zone() -> None:
         ("0 2 * * xyz", r"day of the week: 'xyz' is not 0 to 6 or sun to sat"),
         ("61 2 0 * *", r"(?s)minute: '61' is not 0 to 59.*day of the month: '0' is not 1 to 31"),
         ("every day", r"expected 5 fields \(minute, hour, .*\), found 2; for example '30 6 "),
+        (
+            "0 6-6 * * mon-mon",
+            r"(?s)hour: '6-6' is a range of one; write 6.*day of the week: 'mon-mon' is a range of one",
+        ),
+        ("", r"expected 5 fields \(minute, hour, .*\), found 0"),
         ("@often", r"cannot be read; for example"),
     ],
 )
@@ -83,9 +88,30 @@ def test_a_schedule_that_cannot_be_read_names_the_field_and_gives_an_example(tex
         cron_schedule(text)
 
 
-def test_a_time_zone_that_is_none_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"--timezone 'Mars/Base': expected a name such as Europe/Berlin"):
-        cron_schedule("0 2 * * *", "Mars/Base")
+@pytest.mark.parametrize(
+    ("zone", "told"),
+    [
+        ("Mars/Base", r"--timezone 'Mars/Base': expected a name such as Europe/Berlin"),
+        ("Europe/Berln", r"--timezone 'Europe/Berln': did you mean 'Europe/Berlin'\?"),
+        ("berlin", r"did you mean 'Europe/Berlin'\?"),
+        ("america/new york", r"did you mean 'America/New_York'\?"),
+        ("", r"--timezone ''"),
+    ],
+)
+def test_a_time_zone_that_is_none_names_the_nearest(zone: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        cron_schedule("0 2 * * *", zone)
+
+
+@pytest.mark.parametrize("text", ["30 2 31 2 *", "0 0 30 feb *", "0 0 31 4,6,9,11 *", "0 0 31 9 *", "*/5 * 30-31 2 *"])
+def test_a_schedule_that_never_fires_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="never fires"):
+        cron_schedule(text)
+
+
+@pytest.mark.parametrize("text", ["0 0 29 2 *", "0 0 31 * *", "0 0 31 1,2 *", "0 0 L 2 *", "30 2 * * sun", "@yearly"])
+def test_a_schedule_that_fires_seldom_is_taken(text: str) -> None:
+    assert cron_schedule(text, "Europe/Berlin").cron == text
 
 
 def test_versions_differ_by_package_and_what_only_the_worker_has_does_not_count() -> None:

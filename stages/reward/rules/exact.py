@@ -42,6 +42,7 @@ _DOUBLED: Final = re.compile(
     r"(?<!\\)\\\\(?=(?:dfrac|tfrac|le|ge|leq|geq|frac|sqrt|boxed|text|begin|end|cdot|infty|in|cup|times|left|right|cap|pi)(?![A-Za-z]))"
 )
 _BLANK: Final = re.compile(r"(?:\\q?quad|\s)+")
+_BEHIND_COMMAND: Final = re.compile(r"(\\[A-Za-z]+)(?: +|\{\})+(?=[A-Za-z])")
 _LIST_SEPARATOR: Final = re.compile(r";|,? and\b")
 _INTEGER: Final = r"(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?:[ ]+\d{3})+|\d+)"
 _TIMES_TEN: Final = r"\s*(?:\\times|\\cdot|[*×])\s*10\s*(?:\^|\*\*)\s*"
@@ -123,8 +124,9 @@ def normalise_text(answer: str) -> str:
     text = _DOUBLED.sub(r"\\", text).replace("dfrac", "frac").replace("tfrac", "frac").replace("\\%", "%")
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
     text = _LIST_SEPARATOR.sub(",", _BLANK.sub(" ", text)).strip("^ ")
-    # Spaces mean nothing but between digits: 3 4 is not 34.
-    text = re.sub(r"(?<!\d) +| +(?!\d)", "", text).removesuffix(".")
+    # Spaces mean nothing but between digits (3 4 is not 34) and behind a command: \pi r is not \pir.
+    text = _BEHIND_COMMAND.sub(r"\1{}", text)
+    text = re.sub(r"(?<!\d) +| +(?!\d)", "", text).replace("{}", " ").strip().removesuffix(".")
     text = text[1:-1] if re.fullmatch(r"\{[^{}]*\}", text) else text
     return text.lower() if len(text) > 1 and text.isalpha() else text
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from stages.reward import AccuracyConfig, FunctionConfig, RewardConfig, count_votes
+from stages.reward.rules.exact import canonical
 from stages.reward.votes import _merge
 from stages.tables import Rewards
 
@@ -58,6 +59,20 @@ def counted(answers: Sequence[tuple[str, str | None]], **settings: Any) -> list[
 )
 def test_wrong_answers_are_counted_by_meaning(answers: list[str], expected: list[int]) -> None:
     assert counted(wrong(*answers)) == expected
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ([r"2\pi r", r"2 r\pi", r"2\pi{}r", r"2 \pi\, r"], [4]),
+        ([r"\pi r^2", r"r^2 \pi", r"\pi r"], [2, 1]),
+        ([r"\sin x", r"\sin(x)", r"\sin y"], [2, 1]),
+        ([r"a \cdot b", "ba", r"a \cdot c"], [2, 1]),
+        ([r"\log x", r"\log  x", r"\log 2"], [2, 1]),
+    ],
+)
+def test_the_spelling_that_is_kept_of_an_answer_can_still_be_read(answers: list[str], expected: list[int]) -> None:
+    assert counted(wrong(*map(canonical, answers))) == expected
 
 
 def test_answers_that_cannot_be_read_do_not_keep_others_from_being_compared() -> None:

@@ -22,7 +22,7 @@ _LEFT_OUT: Final = re.compile(
             "reward/status_(ok|wrong)",  # the mean of the component that read the answer, and what is left of 1
             "reward/status_truncated",  # rollout/truncated_rate
             "reward/status_(timeout|error)",  # parts of reward/faults
-            "reward/(missing|screened)",  # missing rewards are part of reward/frac_masked
+            "reward/(missing|screened|failed)",  # parts of reward/frac_masked, and of reward/faults
             "rollout/(samples|tokens)",  # steps of progress/samples and progress/tokens
             "memory/tensors_mb",
             "eval/.*/no_verdict_rate",

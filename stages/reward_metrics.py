@@ -17,6 +17,7 @@ class RewardMetric:
     MISSING: Final = "reward/missing"
     SCREENED: Final = "reward/screened"
     FAULTS: Final = "reward/faults"
+    FAILED: Final = "reward/failed"
     MODEL: Final = "reward/model"
     PROCESS: Final = "reward/process"
     RULE: Final = "reward/rule"

@@ -239,8 +239,8 @@ class RewardConfig(Config):
     max_errors: Annotated[float, UNKEYED] = Field(0.0, ge=0, le=1)
     """Share of the outputs it was called with that a reward function may fail on (an exception, a missed deadline, no finite
     number). Beyond it the run stops before the rewards are written, and the same command asks for all of them again: a service
-    that was down is no verdict. Not part of the key: rewards that were written under a larger share stay. Verdicts of verifier
-    and patterns are not meant: their faults come from the text they read, and stay with it (`missing`)."""
+    that was down is no verdict. Not part of the key; stored rewards with more failures are refused. Verdicts of verifier and
+    patterns are not meant: their faults come from the text they read, and stay with it (`missing`)."""
 
     @model_validator(mode="after")
     def _components_named_apart(self) -> Self:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, ParamSpec
 
 from pipeline.stage import record_metrics, stage
 from stages.keys import repeated_key
 from stages.reward.composition import Part, answer_component, beside_labels, beside_steps, compose, compose_steps
 from stages.reward.config import ComponentConfig, FormatConfig, FunctionConfig, RewardConfig
-from stages.reward.judge import Judged, Output, judge
+from stages.reward.judge import Judged, Output, RewardFunctionError, judge
 from stages.reward.rules.accuracy import GoldError, read_gold
 from stages.reward.tally import STATUSES, Tally
+from stages.reward_metrics import RewardMetric
 from stages.tables import Questions, Rewards, Rollouts
 
 if TYPE_CHECKING:
@@ -26,7 +29,29 @@ need processes, see all at once."""
 
 _KEY: Final = ("question_id", "sample")
 
+P = ParamSpec("P")
 
+
+def _as_strict_as_asked(call: Callable[P, Rewards]) -> Callable[P, Rewards]:
+    """Refuse rewards of the store that were written under a larger `max_errors`, which is not part of the key."""
+    signature = inspect.signature(call)
+
+    @functools.wraps(call)
+    def strict(*args: P.args, **kwargs: P.kwargs) -> Rewards:
+        rewards = call(*args, **kwargs)
+        limit = signature.bind(*args, **kwargs).arguments["config"].max_errors
+        share = rewards.metrics.get(RewardMetric.FAILED, 0.0)
+        if share > limit:
+            raise RewardFunctionError(
+                f"the stored rewards {rewards} were written under a larger reward.max_errors: a function failed on {share:.3g} "
+                f"of the outputs, and {limit:g} may be. `cohort forget {rewards.digest[:12]}`, and the same command asks again"
+            )
+        return rewards
+
+    return strict
+
+
+@_as_strict_as_asked
 @stage(version="5")
 def score(outputs: Rollouts, questions: Questions, config: RewardConfig) -> Rewards:
     """Score every output o_i of every question by rules and functions, as a whole and, with a component `steps`, line by line.
@@ -37,7 +62,7 @@ def score(outputs: Rollouts, questions: Questions, config: RewardConfig) -> Rewa
 
     Metrics: `reward/mean`, `reward/<component>` (means over rows that have a score; of `steps` over all steps),
     `reward/status_<status>`, `reward/screened`, `reward/missing` (shares of all rows), `reward/faults` (components that timed
-    out or failed, per row).
+    out or failed, per row), `reward/failed` (share of rows that one function failed on, the largest).
 
     Raises:
         ConfigError: a reward function that is not there, cannot be called, or answers with no list of scores.
@@ -67,7 +92,7 @@ def _chunks(table: pa.Table, size: int) -> Iterator[pa.Table]:
 
 def _parts(chunks: Iterable[list[Output]], config: RewardConfig) -> Iterator[dict[str, Any]]:
     """The table, a chunk at a time; the metrics at its end."""
-    tally = Tally([component.name for component in config.components])
+    tally = _tally([], config.components)
     whole = beside_steps(config)
     for rows in chunks:
         columns = {component.name: judge(rows, component, config) for component in config.components}
@@ -96,6 +121,11 @@ def _parts(chunks: Iterable[list[Output]], config: RewardConfig) -> Iterator[dic
     record_metrics(tally.metrics())
 
 
+def _tally(scored: Sequence[str], components: Sequence[ComponentConfig]) -> Tally:
+    functions = [component.name for component in components if isinstance(component, FunctionConfig)]
+    return Tally([*scored, *(component.name for component in components)], functions)
+
+
 def _part(judged: Judged, component: ComponentConfig) -> Part:
     return Part(judged.score, component.weight, component.missing)
 
@@ -111,6 +141,7 @@ def _steps(
     return {"step_rewards": rewards, "step_ends": ends}
 
 
+@_as_strict_as_asked
 @stage(version="1")
 def combine_rewards(
     scores: Rewards, outputs: Rollouts, questions: Questions, config: RewardConfig, *, weight: float, bounded: bool
@@ -148,7 +179,7 @@ def combine_rewards(
     for (question_id, _), row in by_key.items():
         lowest[question_id] = min(row["reward"], lowest.get(question_id, math.inf))
     parts = beside_labels(config)
-    tally = Tally(["model", *(part.name for part in parts)])
+    tally = _tally(["model"], parts)
 
     def combined() -> Iterator[dict[str, Any]]:
         for chunk in _chunks(table, size):

@@ -272,6 +272,18 @@ def test_failures_up_to_the_share_named_cost_their_rows_and_more_of_them_the_run
         assert column(made, "status") == ["ok", "error", "ok", "unparseable"]
 
 
+def test_stored_rewards_with_more_failures_than_are_allowed_now_are_refused(store: Store) -> None:
+    tolerant, strict = (config("by_text", max_errors=share) for share in (0.5, 0.4))
+    made = scored(tolerant, ("raise", "1"))
+    assert made.metrics["reward/failed"] == 0.5
+    assert scored(tolerant, ("raise", "1")) == made
+    with pytest.raises(RewardFunctionError, match=rf"failed on 0.5 .*`cohort forget {made.digest[:12]}`"):
+        scored(strict, ("raise", "1"))
+    store.forget(made.digest)
+    with pytest.raises(RewardFunctionError, match=r"no score from .* for 1 of 2 outputs"):
+        scored(strict, ("raise", "1"))
+
+
 @pytest.mark.parametrize("bad", ["hang", "nan", "inf", "exit"])
 def test_one_failure_of_any_kind_stops_the_run_by_default(bad: str) -> None:
     with pytest.raises(RewardFunctionError, match=r"for 1 of 2 outputs, such as \('a', 0\)"):

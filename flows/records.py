@@ -17,14 +17,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import psutil
-
 from flows.choice import Asked
 from flows.config import IterativeRLConfig
 from flows.places import Places
 from flows.run_state import RunState
 from pipeline.locking import locked
-from pipeline.server_process import is_alive
+from pipeline.server_process import is_alive, start_of
 from pipeline.store import StoreError, canonical_json, sha256_of
 
 __all__ = ["ARTIFACTS", "Attempt", "RunRecord", "Status", "read_artifacts", "read_records", "run_folder", "write_json"]
@@ -46,8 +44,8 @@ class Attempt:
     command: str
     engine: str
     pid: int
-    created: float
-    """Start time of the process, which with pid and host names it beyond doubt."""
+    process_start: str
+    """When the process started (`start_of`), which with pid and host names it beyond doubt."""
     host: str
     status: Status = "running"
     seconds: float = 0.0
@@ -67,7 +65,11 @@ class Attempt:
     def outcome(self) -> Status:
         """The status; a run whose process is gone without a word was killed."""
         here = self.host == socket.gethostname()
-        return "killed" if self.status == "running" and here and not is_alive(self.pid, self.created) else self.status
+        return (
+            "killed"
+            if self.status == "running" and here and not is_alive(self.pid, self.process_start)
+            else self.status
+        )
 
 
 @dataclass
@@ -100,13 +102,12 @@ class RunRecord:
             StoreError: the folder cannot be written.
         """
         folder = run_folder(places, config)
-        process = psutil.Process()
         attempt = Attempt(
             time.time(),
             command,
             engine,
-            process.pid,
-            process.create_time(),
+            os.getpid(),
+            start_of(os.getpid()),
             socket.gethostname(),
             **(asked or Asked()).model_dump(mode="json"),
         )

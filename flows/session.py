@@ -28,7 +28,7 @@ from flows.registry import Registrar
 from flows.run_state import RunState
 from flows.summary import Summary, summarise, summary_markdown
 from flows.upkeep import upkeep
-from pipeline.config import flatten
+from pipeline.config import ConfigError, flatten
 from pipeline.exclusivity import exclusive_devices
 from pipeline.interruption import check, interruptible, is_interruption, shielded
 from pipeline.orchestration import Engine, joining, running_deployment, use_engine
@@ -38,7 +38,7 @@ from pipeline.tracking import Tracker, track
 from stages.models import Checkpoint
 from stages.rollout import require_backend
 
-__all__ = ["InterruptedRunError", "orchestration", "run_flow"]
+__all__ = ["InterruptedRunError", "orchestration", "run_flow", "starting_server"]
 
 
 class InterruptedRunError(Exception):
@@ -74,11 +74,6 @@ def run_flow(
     config.reward.key()  # a reward function that is not there stops the run now, not after its first outputs
     for backend in (config.rollout.backend, config.evaluation.backend or config.rollout.backend):
         require_backend(backend)
-    if engine == "prefect" and not running_deployment():
-        from pipeline.server import start_server_soon
-
-        # The server needs seconds to start; they pass beside whatever comes before the first task.
-        start_server_soon(places.prefect)
     command = command or shlex.join(["cohort", *sys.argv[1:]])
     record = RunRecord.begin(places, config, command=command, engine=engine, asked=choice.asked)
     state = RunState(steps=config.iterations * config.steps, iterations=config.iterations)
@@ -88,6 +83,7 @@ def run_flow(
     try:
         with (
             interruptible(),
+            starting_server(engine, places, state),
             displaying(state, console, all_warnings=debug),
             listen(lambda topic, values: record.note(state)),
             listen(ledger.take),
@@ -163,6 +159,27 @@ def _devices(config: IterativeRLConfig, *, cached: bool) -> Iterator[None]:
         return
     with exclusive_devices(max([1, *wanted]), holder=config.name):
         yield
+
+
+@contextlib.contextmanager
+def starting_server(engine: Engine, places: Places, state: RunState) -> Iterator[None]:
+    """Let the Prefect server start while whatever comes before the first task runs: it needs seconds.
+
+    A run that is refused leaves none behind that it started.
+    """
+    if engine == "inline" or running_deployment():
+        yield
+        return
+    from pipeline.server import start_server_soon, stop_server
+
+    started = start_server_soon(places.prefect)
+    try:
+        yield
+    except Exception as error:
+        refused = isinstance(error, ConfigError | StoreError) or not state.stages
+        if started and refused and not is_interruption(error):
+            stop_server(places.prefect)
+        raise
 
 
 @contextlib.contextmanager

@@ -21,13 +21,13 @@ from uuid import UUID
 
 import psutil
 
-from pipeline.server_process import is_alive
+from pipeline.server_process import is_alive, start_of
 
 __all__ = ["RESTARTS", "mark_crashed", "names_living_process", "owner_tag", "process_name", "restart_crashed"]
 
 RESTARTS: Final = "COHORT_RESTARTS"
 """In the environment that a deployment gives its runs: how often a run whose process died is started again."""
-_PROCESS: Final = re.compile(r"(?:owner:)?(?P<host>.+):(?P<pid>\d+):(?P<created>\d+)")
+_PROCESS: Final = re.compile(r"(?:owner:)?(?P<host>.+):(?P<pid>\d+):(?P<start>\d+(?:-\w+)?)")
 _WORKER: Final = "prefect.worker.name"  # the label that Prefect's workers leave on a run when they take it
 _PAGE: Final = 200  # the server's limit for one answer
 _SETTLING_SECONDS: Final = 30.0
@@ -36,8 +36,8 @@ _settled: set[UUID] = set()  # crashed runs without a restart left: not asked ab
 
 
 def process_name() -> str:
-    """This process, beyond doubt: host, pid and start time. What a worker of ours is called."""
-    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.0f}"
+    """This process, beyond doubt: host, pid and start. What a worker of ours is called."""
+    return f"{socket.gethostname()}:{os.getpid()}:{start_of(os.getpid())}"
 
 
 def owner_tag() -> str:
@@ -50,7 +50,7 @@ def names_living_process(name: str) -> bool | None:
     owner = _PROCESS.fullmatch(name)
     if owner is None or owner["host"] != socket.gethostname():
         return None
-    return is_alive(int(owner["pid"]), float(owner["created"]))
+    return is_alive(int(owner["pid"]), owner["start"])
 
 
 def mark_crashed() -> int:

@@ -1,8 +1,8 @@
 """The local Prefect server: one per project, on loopback, started when none is configured and found again by later runs.
 
-Its folder (`home`) holds the database, `server.json`, `server.lock` and `server.log`. The lock is held for the milliseconds
-in which a run looks for a server and starts one, never while it waits, so that runs started together share one server. The
-server outlives the run that started it.
+Its folder (`home`) holds the database, `password`, `server.json`, `server.lock` and `server.log`. The lock is held for the
+milliseconds in which a run looks for a server and starts one, never while it waits, so that runs started together share one.
+The server outlives the run that started it, until nothing was asked of it for half an hour (`COHORT_SERVER_IDLE_MINUTES`).
 
 `start_server_soon` returns at once and `ensure_server` waits: the seconds a server needs to import itself (and, the first
 time, to create its database) pass beside other work.
@@ -15,6 +15,7 @@ import dataclasses
 import fcntl
 import http.client
 import logging
+import math
 import os
 import sys
 import threading
@@ -28,7 +29,8 @@ from typing import Any, Final
 
 import psutil
 
-from pipeline.server_process import ServerProcess, end, own_processes, recorded, spawn
+from pipeline.guarded_server import ALIVE
+from pipeline.server_process import ServerProcess, end, own_processes, password_of, recorded, spawn
 
 __all__ = [
     "ServerError",
@@ -43,9 +45,13 @@ __all__ = [
 
 START_SECONDS: Final = 300.0
 """How long a server may take to answer for the first time; slow disks took more than a minute to migrate the database."""
+IDLE_MINUTES: Final = 30.0
+"""A server ends after so long without a request (runs, workers and open pages send some); see COHORT_SERVER_IDLE_MINUTES."""
 HUNG_SECONDS: Final = 20.0
 """A server older than `START_SECONDS` that is silent for so long is killed and started again."""
 
+_ALIVE_SECONDS: Final = 60.0
+"""How often a run says that it lives: a long stage sends Prefect nothing."""
 _OWN_URL: Final = "COHORT_PREFECT_URL"  # the URL this project put into PREFECT_API_URL; any other is the user's
 _QUIET: Final = {
     "DO_NOT_TRACK": "1",
@@ -98,13 +104,16 @@ def ensure_server(home: Path, *, timeout: float = START_SECONDS) -> str:
                 f"the configured Prefect server {url} does not answer; start it, correct PREFECT_API_URL, or unset it "
                 "to let a local server be started. Nothing is lost: the same command continues from the store"
             )
-        _prepare_client({"PREFECT_API_URL": url})
+        own = recorded(home.resolve())  # the user named our own server: its password is at hand
+        known = {"PREFECT_API_AUTH_STRING": password_of(home.resolve())} if own and own.url == url.rstrip("/") else {}
+        _prepare_client({"PREFECT_API_URL": url, **known})
         return url
     home = home.resolve()
     url = _wait(home, timeout)
     _prepare_client(
         {
             "PREFECT_API_URL": url,
+            "PREFECT_API_AUTH_STRING": password_of(home),
             _OWN_URL: url,
             "PREFECT_HOME": str(home),
             "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
@@ -114,10 +123,16 @@ def ensure_server(home: Path, *, timeout: float = START_SECONDS) -> str:
     return url
 
 
-def start_server_soon(home: Path) -> None:
-    """Start the project's server unless it runs or the user configured another; returns without waiting for it."""
-    if configured_url() is None:
-        _start(home.resolve())
+def start_server_soon(home: Path) -> bool:
+    """Start the project's server unless it runs or the user configured another; does not wait. Whether it was started.
+
+    Raises:
+        ServerError: its folder cannot be written, or COHORT_SERVER_IDLE_MINUTES is no number.
+    """
+    if configured_url() is not None:
+        return False
+    found = recorded(home.resolve())
+    return not (found and found.alive()) and bool(_start(home.resolve()))
 
 
 def server_status(home: Path) -> ServerStatus:
@@ -134,11 +149,12 @@ def server_status(home: Path) -> ServerStatus:
 
 
 def stop_server(home: Path) -> bool:
-    """Stop the project's own server, its whole process group; False when none ran. Its database stays."""
+    """Stop the project's own server, its whole process group; False when none ran. Its database stays.
+
+    Also where the folder was deleted meanwhile: nothing is made in its place.
+    """
     home = home.resolve()
-    if not home.is_dir():
-        return False
-    with _locked(home):
+    with _locked(home) if home.is_dir() else contextlib.nullcontext():
         processes = own_processes(home)
         for process in processes:
             end(process)
@@ -181,9 +197,13 @@ def keep_server(home: Path, *, every: float = 2.0) -> Iterator[None]:
 
 
 def _watch(home: Path, done: threading.Event, every: float) -> None:
+    said = time.monotonic()
     while not done.wait(every):
         found = recorded(home.resolve())
         if found and found.alive():
+            if time.monotonic() - said > _ALIVE_SECONDS:
+                said = time.monotonic()
+                _ask(found.url.removesuffix("/api") + ALIVE, timeout=5.0)
             continue
         # A folder that is full must not stop training; the client reports the missing server in its time.
         with contextlib.suppress(ServerError):
@@ -233,7 +253,17 @@ def _start(home: Path) -> ServerProcess:
         for orphan in own_processes(home):  # its record was lost
             end(orphan)
         settings = {name: value for name, value in _QUIET.items() if name not in os.environ}
-        return spawn(home, found.port if found else None, settings)
+        # Running flows have the password of the server that they lost; a folder without a record of its own may be a copy.
+        password = password_of(home, renew=not (found and password_of(home)))
+        return spawn(home, found.port if found else None, settings, password=password, idle=60 * _idle_minutes())
+
+
+def _idle_minutes() -> float:
+    given = os.environ.get("COHORT_SERVER_IDLE_MINUTES") or str(IDLE_MINUTES)
+    with contextlib.suppress(ValueError):
+        if 0 <= float(given) < math.inf:
+            return float(given)
+    raise ServerError(f"COHORT_SERVER_IDLE_MINUTES: expected minutes (0: never ends by itself), found {given!r}")
 
 
 def _wait(home: Path, timeout: float) -> str:
@@ -241,7 +271,7 @@ def _wait(home: Path, timeout: float) -> str:
     process, began, starts = _start(home), time.monotonic(), 1
     while not _answers(process.url, timeout=2.0):
         silent = time.monotonic() - began
-        if silent > HUNG_SECONDS and time.time() - process.created > START_SECONDS:
+        if silent > HUNG_SECONDS and process.age > START_SECONDS:
             end(psutil.Process(process.pid))
         if not process.alive():
             if starts == 3:
@@ -269,17 +299,20 @@ def _locked(home: Path) -> Iterator[None]:
 
 
 def _answers(url: str, *, timeout: float) -> bool:
-    parts = urllib.parse.urlsplit(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=timeout)
+    # A server behind a login answers 401 or 403: it is there, and Prefect's client has the key.
+    return _ask(f"{url.rstrip('/')}/health", timeout=timeout) in (200, 401, 403)
+
+
+def _ask(url: str, *, timeout: float) -> int | None:
+    """Status of a GET; None without an answer."""
     try:
-        connection.request("GET", f"{parts.path.rstrip('/')}/health")
-        # A server behind a login answers 401 or 403: it is there, and Prefect's client has the key.
-        return connection.getresponse().status in (200, 401, 403)
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
+        parts = urllib.parse.urlsplit(url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        with contextlib.closing(kind(parts.hostname or "", parts.port, timeout=timeout)) as connection:
+            connection.request("GET", parts.path)
+            return connection.getresponse().status
+    except (OSError, ValueError, http.client.HTTPException):  # ValueError: a port that is none
+        return None
 
 
 def _last_lines(home: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -18,10 +19,13 @@ from rich.markup import escape
 
 from flows.commands.options import Root, console
 from flows.places import Places
+from flows.wording import duration, size
 from pipeline.database import is_database, making_tables, unspoken, with_driver, without_password
+from pipeline.interruption import settle
 from pipeline.mlflow_run import artifact_folder
-from pipeline.server import ensure_server, start_server_soon, stop_server
+from pipeline.server import configured_url, ensure_server, start_server_soon, stop_server
 from pipeline.server import server_status as status_of
+from pipeline.server_process import running_servers
 from pipeline.tracking import sync, tracking_uri
 
 __all__ = ["mlflow_sync", "server_down", "server_status", "server_up", "ui"]
@@ -43,7 +47,7 @@ def ui(*, port: Annotated[int, Parameter(help="of MLflow; 0 = any")] = 5000, roo
     files = artifact_folder(uri, places.root)
     if files is None:
         out.print(f"MLflow   {without_password(uri)} (configured by MLFLOW_TRACKING_URI)")
-        out.print(f"Prefect  {ensure_server(places.prefect).removesuffix('/api')}")
+        _say_where_prefect_is(places)
         return 0
     out.print("starting ...", style="dim")
     _reach(uri)
@@ -54,10 +58,11 @@ def ui(*, port: Annotated[int, Parameter(help="of MLflow; 0 = any")] = 5000, roo
     try:
         _await_answer(process, chosen, log)
         out.print(f"MLflow   [bold]http://127.0.0.1:{chosen}[/]")
-        out.print(f"Prefect  [bold]{ensure_server(places.prefect).removesuffix('/api')}[/]")
-        out.print("Ctrl-C stops MLflow's; Prefect's server goes on (`cohort server down` stops it)", style="dim")
+        _say_where_prefect_is(places)
+        out.print("Ctrl-C stops MLflow's; Prefect's server ends when it is no longer used", style="dim")
         return process.wait()
     except KeyboardInterrupt:
+        settle()
         return 0
     finally:
         _stop(process)
@@ -65,26 +70,46 @@ def ui(*, port: Annotated[int, Parameter(help="of MLflow; 0 = any")] = 5000, roo
 
 def server_up(*, root: Root = None) -> None:
     """Start the local Prefect server, or find the one that runs."""
-    url = ensure_server(Places.under(root).prefect)
-    console().print(f"Prefect  [bold]{url.removesuffix('/api')}[/]")
+    _say_where_prefect_is(Places.under(root))
 
 
 def server_down(*, root: Root = None) -> None:
-    """Stop the local Prefect server; its database stays."""
+    """Stop the local Prefect server, also that of a root that was deleted; its database stays."""
     console().print("stopped" if stop_server(Places.under(root).prefect) else "no server was running")
 
 
-def server_status(*, root: Root = None) -> int:
+def server_status(
+    *,
+    every: Annotated[bool, Parameter(name="--all", negative="", help="every server of yours on this machine")] = False,
+    root: Root = None,
+) -> int:
     """Say whether the Prefect server runs; exit code 1 when it does not answer."""
+    if every:
+        _list_servers()
+        return 0
     status, out = status_of(Places.under(root).prefect), console()
     whose = "configured by you" if status.configured else f"process {status.pid}"
+    page = escape(without_password(status.ui or ""))
     if status.healthy:
-        out.print(f"Prefect  [bold]{status.ui}[/] ({whose})")
+        out.print(f"Prefect  [bold]{page}[/] ({whose})", soft_wrap=True)
     elif status.pid or status.configured:
-        out.print(f"Prefect  {status.ui} ({whose}) does not answer; log: {escape(str(status.log))}", soft_wrap=True)
+        out.print(f"Prefect  {page} ({whose}) does not answer; log: {escape(str(status.log))}", soft_wrap=True)
     else:
         out.print("no server is running; `cohort run` and `cohort server up` start one")
     return 0 if status.healthy else 1
+
+
+def _list_servers() -> None:
+    """One line for each server, with what stops it."""
+    out, found = console(), running_servers()
+    for server in sorted(found, key=lambda server: str(server.home)):
+        root = server.home.parent
+        gone = "" if server.home.is_dir() else "  [yellow]its root is gone[/]"
+        about = f"process {server.pid}, {duration(server.seconds)}, {size(server.memory)}"
+        out.print(f"{escape(str(root))}  http://127.0.0.1:{server.port}  [dim]{about}[/]{gone}", soft_wrap=True)
+        out.print(f"  cohort server down --root {escape(shlex.quote(str(root)))}", style="dim", soft_wrap=True)
+    if not found:
+        out.print("no server is running on this machine")
 
 
 def mlflow_sync(*, rebuild: bool = False, root: Root = None) -> int:
@@ -102,6 +127,14 @@ def mlflow_sync(*, rebuild: bool = False, root: Root = None) -> int:
     for journal, error in report.errors.items():
         out.print(f"[red]{escape(str(journal))}[/]: {escape(str(error))}", soft_wrap=True)
     return 1 if report.errors else 0
+
+
+def _say_where_prefect_is(places: Places) -> None:
+    """Start or find the server, and name its page and what the page asks for."""
+    url, out = ensure_server(places.prefect), console()
+    out.print(f"Prefect  [bold]{escape(without_password(url).removesuffix('/api'))}[/]", soft_wrap=True)
+    if configured_url() is None:
+        out.print(f"  it asks for the line in {escape(str(places.prefect / 'password'))}", style="dim", soft_wrap=True)
 
 
 def _reach(uri: str) -> None:

@@ -16,7 +16,7 @@ from flows.reward_study.config import StudyChoice
 from flows.reward_study.flow import Gauge, Study
 from flows.reward_study.report import study_markdown
 from flows.run_state import RunState
-from flows.session import InterruptedRunError, orchestration
+from flows.session import InterruptedRunError, orchestration, starting_server
 from pipeline.interruption import interruptible, is_interruption
 from pipeline.orchestration import Engine
 from pipeline.progress import failsafe
@@ -51,15 +51,12 @@ def run_study(
     from flows.reward_study.flow import reward_model_study
 
     config = choice.config
-    if engine == "prefect":
-        from pipeline.server import start_server_soon
-
-        start_server_soon(places.prefect)
     file, state = report_file(places, choice), RunState(steps=config.seeds)
     parameters = config.model_dump(mode="json")
     try:
         with (
             interruptible(),
+            starting_server(engine, places, state),
             displaying(state, console, all_warnings=debug),
             track(
                 places.root, experiment=config.experiment, run_name=config.name, run_key=file.stem, config=parameters

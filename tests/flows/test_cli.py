@@ -269,9 +269,13 @@ def test_configurations_of_one_name_have_folders_of_their_own(tmp_path: Path) ->
 
 
 def test_a_run_whose_process_is_gone_counts_as_killed() -> None:
-    gone = Attempt(started=0.0, command="", engine="inline", pid=2**22 + 1, created=0.0, host=socket.gethostname())
+    gone = Attempt(
+        started=0.0, command="", engine="inline", pid=2**22 + 1, process_start="0-", host=socket.gethostname()
+    )
     assert gone.outcome() == "killed"
-    elsewhere = Attempt(started=0.0, command="", engine="inline", pid=2**22 + 1, created=0.0, host="another host")
+    elsewhere = Attempt(
+        started=0.0, command="", engine="inline", pid=2**22 + 1, process_start="0-", host="another host"
+    )
     assert elsewhere.outcome() == "running"
 
 

@@ -460,7 +460,8 @@ def test_a_server_that_answers_is_ok(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_record_of_a_dead_server_is_no_fault_and_a_server_without_record_is_named(tmp_path: Path) -> None:
     home = Places(tmp_path).prefect
     home.mkdir()
-    (home / "server.json").write_text(json.dumps({"pid": 2**22 - 1, "created": 0.0, "port": 9}))
+    record = {"pid": 2**22 + 1, "start": "1-gone", "port": 9, "home": str(home)}
+    (home / "server.json").write_text(json.dumps(record))
     found = only(servers.prefect(subject(tmp_path)))
     assert (found.severity, "the last one ended" in found.found) == ("ok", True)
     (home / "server.json").unlink()

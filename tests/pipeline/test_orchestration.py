@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import http.client
 import os
 import subprocess
 import sys
 import time
+import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +22,7 @@ from pipeline.progress import listen
 from pipeline.server import ensure_server, stop_server
 from pipeline.stage import record_metrics, stage
 from pipeline.store import Store, current_store, use_store
+from tests.prefect_api import ask
 
 
 class Numbers(Table):
@@ -63,12 +68,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def task_states(server: str, *, count: int) -> list[tuple[str, str, str]]:
     """Task name, state type and state name of every task run, oldest first, as the server itself tells."""
-    import httpx
-
     rows: list[dict[str, Any]] = []
     for _ in range(600):  # task runs reach the server as events, a moment after the flow has ended
         body = {"sort": "EXPECTED_START_TIME_DESC", "limit": 200}
-        rows = httpx.post(f"{server}/task_runs/filter", json=body, timeout=30).json()
+        rows = ask(f"{server}/task_runs/filter", body)
         if len(rows) == count and all(row["state_type"] in ("COMPLETED", "FAILED") for row in rows):
             break
         time.sleep(0.1)
@@ -153,3 +156,27 @@ def test_the_engine_is_inline_again_after_the_block() -> None:
     with use_engine("prefect"):
         pass
     assert chain(2, 1).rows() == [{"x": 4}]
+
+
+def status(server: str, path: str, **headers: str) -> int:
+    """What the real server answers to a POST of an empty filter."""
+    parts = urllib.parse.urlsplit(server)
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", parts.port, timeout=60)) as connection:
+        given = {"Host": parts.netloc, "Content-Type": "application/json"}
+        given |= {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request("POST", f"/api/{path}", b"{}", given)
+        return connection.getresponse().status
+
+
+def test_the_real_server_asks_for_a_password_and_a_token_and_knows_foreign_pages(server: str) -> None:
+    password = base64.b64encode(os.environ["PREFECT_API_AUTH_STRING"].encode()).decode()
+    token = ask(f"{server}/csrf-token?client=page")["token"]
+    own = {"Authorization": f"Basic {password}", "Prefect_Csrf_Client": "page", "Prefect_Csrf_Token": token}
+    assert status(server, "flow_runs/filter", **own) == 200
+    assert status(server, "flow_runs/filter", **own, Host="evil.example") == 403
+    assert status(server, "flow_runs/filter", **own, Origin="http://evil.example") == 403
+    assert status(server, "flow_runs/filter", **own, Content_Type="text/plain") == 415
+    for missing, expected in (("Authorization", 401), ("Prefect_Csrf_Token", 403)):
+        assert status(server, "flow_runs/filter", **{k: v for k, v in own.items() if k != missing}) == expected
+    wrong = base64.b64encode(b"cohort:guess").decode()
+    assert status(server, "flow_runs/filter", **own | {"Authorization": f"Basic {wrong}"}) == 401

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,16 @@ from pipeline.server import (
     start_server_soon,
     stop_server,
 )
-from pipeline.server_process import own_processes, recorded
+from pipeline.server_process import (
+    environment_of,
+    is_alive,
+    own_processes,
+    password_of,
+    recorded,
+    running_servers,
+    start_of,
+)
+from tests.prefect_api import ask
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,17 +56,13 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "no-profiles"))
     for name in (  # what ensure_server writes is undone after the test
         "PREFECT_API_URL",
+        "PREFECT_API_AUTH_STRING",
         "PREFECT_PROFILES_PATH",
         "COHORT_PREFECT_URL",
         "PREFECT_SERVER_EPHEMERAL_ENABLED",
     ):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-
-
-def get(url: str) -> object:
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        return json.loads(answer.read())
 
 
 @pytest.mark.slow
@@ -69,7 +75,7 @@ def test_runs_started_together_share_one_server(home: Path) -> None:
     url = ensure_server(home)
     assert {other.communicate()[0].decode().strip() for other in others} == {url}
     assert len(own_processes(home)) == 1
-    assert get(f"{url}/health") is True
+    assert ask(f"{url}/health") is True
     assert os.environ["PREFECT_API_URL"] == url
     assert (home / "prefect.db").exists()
 
@@ -83,7 +89,7 @@ def test_a_standing_server_is_found_in_a_tenth_of_a_second_and_the_ui_knows_its_
         url = ensure_server(home)
         durations.append(time.perf_counter() - started)
     assert min(durations) < 0.1
-    assert get(f"{url.removesuffix('/api')}/ui-settings")["api_url"] == url  # type: ignore[index]
+    assert ask(f"{url.removesuffix('/api')}/ui-settings")["api_url"] == url
     status = server_status(home)
     assert (status.url, status.healthy, status.configured) == (url, True, False)
 
@@ -101,20 +107,20 @@ def test_a_flow_run_whose_process_was_killed_is_marked_crashed(home: Path) -> No
     child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stdout=subprocess.PIPE)
     assert child.stdout is not None
     run = child.stdout.readline().decode().strip()
-    assert get(f"{url}/flow_runs/{run}")["state_type"] == "RUNNING"  # type: ignore[index]
+    assert ask(f"{url}/flow_runs/{run}")["state_type"] == "RUNNING"
     assert mark_crashed() == 0, "its process lives"
     child.send_signal(signal.SIGKILL)
     child.communicate()
-    assert get(f"{url}/flow_runs/{run}")["state_type"] == "RUNNING"  # type: ignore[index]
+    assert ask(f"{url}/flow_runs/{run}")["state_type"] == "RUNNING"
     assert mark_crashed() == 1
-    assert get(f"{url}/flow_runs/{run}")["state_type"] == "CRASHED"  # type: ignore[index]
+    assert ask(f"{url}/flow_runs/{run}")["state_type"] == "CRASHED"
     assert mark_crashed() == 0
 
 
 @pytest.mark.slow
 def test_a_killed_server_is_started_again_at_its_address_with_its_database(home: Path) -> None:
     url = ensure_server(home)
-    runs = get(f"{url}/flow_runs/{_flow_run(url)}")
+    runs = ask(f"{url}/flow_runs/{_flow_run(url)}")
     pid = server_status(home).pid
     assert pid is not None
 
@@ -128,13 +134,11 @@ def test_a_killed_server_is_started_again_at_its_address_with_its_database(home:
         kill_it_while_it_is_kept()
     assert ensure_server(home) == url
     assert server_status(home).pid != pid
-    assert get(f"{url}/flow_runs/{_flow_run(url)}") == runs
+    assert ask(f"{url}/flow_runs/{_flow_run(url)}") == runs
 
 
 def _flow_run(url: str) -> str:
-    request = urllib.request.Request(f"{url}/flow_runs/filter", b"{}", {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        return str(json.loads(answer.read())[0]["id"])
+    return str(ask(f"{url}/flow_runs/filter", {})[0]["id"])
 
 
 @pytest.mark.slow
@@ -143,7 +147,8 @@ def test_stopping_ends_the_process_group_and_only_ours(home: Path) -> None:
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
     process = recorded(home)
     assert process is not None
-    (home / "server.json").write_text(json.dumps({"pid": stranger.pid, "created": 0.0, "port": process.port}))
+    used_again = dataclasses.asdict(process) | {"pid": stranger.pid}
+    (home / "server.json").write_text(json.dumps(used_again))
     assert server_status(home).pid is None, "a pid used again is not our server"
     assert stop_server(home), "found by its mark although its record was lost"
     assert not psutil.pid_exists(process.pid)
@@ -195,7 +200,119 @@ def test_a_client_error_after_the_server_was_lost_becomes_a_server_error(
 
 
 def test_the_owner_tag_names_host_pid_and_start_time() -> None:
-    host, pid, created = owner_tag().removeprefix("owner:").rsplit(":", 2)
+    host, pid, start = owner_tag().removeprefix("owner:").rsplit(":", 2)
     assert host
     assert int(pid) == os.getpid()
-    assert abs(int(created) - psutil.Process().create_time()) <= 1.0
+    assert start == start_of(os.getpid())
+
+
+PROCESS = {"pid": 1, "start": "1-ab", "port": 4200}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"pid": "1"},
+        {"pid": True},
+        {"pid": -1},
+        {"pid": 1e3},
+        {"pid": None},
+        {"port": "4200"},
+        {"port": 0},
+        {"port": 65536},
+        {"port": 4200.0},
+        {"port": [4200]},
+        {"start": 0.0},
+        {"start": None},
+        {"home": None},
+        {"home": "/another/prefect"},
+    ],
+)
+def test_a_record_of_wrong_types_is_no_record_and_blocks_nothing(tmp_path: Path, damage: dict[str, object]) -> None:
+    (tmp_path / "server.json").write_text(json.dumps(PROCESS | {"home": str(tmp_path)}))
+    assert recorded(tmp_path) is not None
+    (tmp_path / "server.json").write_text(json.dumps(PROCESS | {"home": str(tmp_path)} | damage))
+    assert recorded(tmp_path) is None
+    assert server_status(tmp_path).pid is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", "1", "null", '{"pid": 1}', "[" * 100_000, "\x00"])
+def test_a_record_that_is_none_is_no_record(tmp_path: Path, text: str) -> None:
+    (tmp_path / "server.json").write_text(text)
+    assert recorded(tmp_path) is None
+
+
+def test_a_copied_folder_has_neither_the_server_nor_the_password_of_the_original(tmp_path: Path) -> None:
+    original, copy = tmp_path / "original", tmp_path / "copy"
+    original.mkdir()
+    living = {"pid": os.getpid(), "start": start_of(os.getpid()), "port": 9, "home": str(original)}
+    (original / "server.json").write_text(json.dumps(living))
+    password = password_of(original, renew=True)
+    shutil.copytree(original, copy)
+    assert server_status(original).pid == os.getpid()
+    assert server_status(copy).pid is None
+    assert password_of(original) == password
+    assert password_of(copy, renew=not recorded(copy)) != password
+
+
+def test_the_password_is_for_its_owner_alone_and_another_each_time(tmp_path: Path) -> None:
+    assert password_of(tmp_path) == ""
+    first = password_of(tmp_path, renew=True)
+    assert (tmp_path / "password").stat().st_mode & 0o777 == 0o600
+    assert first == password_of(tmp_path)
+    assert len(first) > 30
+    assert password_of(tmp_path, renew=True) != first
+
+
+def test_a_server_whose_folder_was_deleted_is_listed_and_stopped(tmp_path: Path) -> None:
+    home = tmp_path / "gone" / "prefect"
+    environment = os.environ | {"COHORT_PREFECT_HOME": str(home), "PREFECT_SERVER_API_PORT": "4321"}
+    server = subprocess.Popen(["sleep", "60"], env=environment, start_new_session=True)
+    try:
+        (found,) = (one for one in running_servers() if one.home == home)
+        assert (found.pid, found.port) == (server.pid, 4321)
+        assert stop_server(home)
+        assert server.poll() is not None
+        assert not (tmp_path / "gone").exists(), "nothing is made in its place"
+        assert not stop_server(home)
+    finally:
+        server.kill()
+        server.wait()
+
+
+class Young:
+    """A process in the moment after `exec`: Linux shows the environment of one in fifty only when it is asked again."""
+
+    def __init__(self, empty: int) -> None:
+        self.empty = empty
+
+    def environ(self) -> dict[str, str]:
+        self.empty -= 1
+        return {} if self.empty >= 0 else {"COHORT_PREFECT_HOME": "/home"}
+
+
+@pytest.mark.parametrize("empty", [0, 1, 3])
+def test_the_mark_of_a_process_that_has_just_started_is_waited_for(empty: int) -> None:
+    assert environment_of(Young(empty)) == {"COHORT_PREFECT_HOME": "/home"}
+
+
+def test_a_process_without_an_environment_has_none() -> None:
+    assert environment_of(Young(10**6)) == {}
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+def test_the_start_of_a_process_does_not_depend_on_the_clock() -> None:
+    ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]  # field 22: clock ticks since the boot
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert start_of(os.getpid()).split("-") == [ticks, boot[:8]]
+    assert is_alive(os.getpid(), f"{ticks}-{boot[:8]}")
+    assert not is_alive(os.getpid(), f"{ticks}-00000000"), "another boot"
+    assert not is_alive(2**22 + 1, f"{ticks}-{boot[:8]}")
+
+
+@pytest.mark.parametrize("minutes", ["soon", "-1", "nan", "inf"])
+def test_an_idle_time_that_is_none_is_refused(tmp_path: Path, minutes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COHORT_SERVER_IDLE_MINUTES", minutes)
+    with pytest.raises(ServerError, match="COHORT_SERVER_IDLE_MINUTES"):
+        start_server_soon(tmp_path)
+    assert own_processes(tmp_path) == []

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from flows.deploying.deployment import state_of
 from flows.places import Places
 from flows.records import RunRecord, read_record, run_folder
 from pipeline.server import ensure_server, stop_server
+from tests.prefect_api import ask
 
 __all__ = ["Project", "flow_run_processes", "listened_on", "opened", "until"]
 
@@ -43,12 +42,9 @@ class Project:
 
     def ask(self, path: str, **body: Any) -> Any:
         """What the server answers; a GET where nothing is given. A server whose database is busy (503) is asked again."""
-        data = json.dumps(body).encode() if body else None
-        request = urllib.request.Request(f"{self.url}/{path}", data=data, headers={"Content-Type": "application/json"})
         while True:
             try:
-                with urllib.request.urlopen(request, timeout=60) as answer:
-                    return json.load(answer)
+                return ask(f"{self.url}/{path}", body or None)
             except urllib.error.HTTPError as error:
                 if error.code != 503:
                     raise
@@ -132,6 +128,7 @@ def opened(root: Path) -> Iterator[Project]:
         patch.setenv("PREFECT_HOME", str(root / "no-profiles"))
         for name in (
             "PREFECT_API_URL",
+            "PREFECT_API_AUTH_STRING",
             "PREFECT_PROFILES_PATH",
             "COHORT_PREFECT_URL",
             "PREFECT_SERVER_EPHEMERAL_ENABLED",

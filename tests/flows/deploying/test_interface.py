@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 from flows.choice import Choice
 from flows.config import IterativeRLConfig
 from flows.deploying.deployment import deploy, submit
+from pipeline.server_process import password_of
 from stages.rollout import RolloutConfig
-from tests.flows.browser import chromium
+from tests.flows.browser import Browser, chromium
 from tests.flows.deploying.project import Project, until
 from tests.flows.short_runs import BASE
 
@@ -20,12 +22,20 @@ pytestmark = pytest.mark.scale
 CONFIG: IterativeRLConfig = BASE.override({"name": "seen", "steps": 1})
 
 
+def log_in(browser: Browser, project: Project) -> None:
+    """As the page does with what a person writes into it."""
+    browser.open(project.url.removesuffix("/api"))
+    password = json.dumps(password_of(project.places.prefect))
+    browser.evaluate(f"localStorage.setItem('prefect-password', btoa({password}))")
+
+
 def test_the_form_shows_the_documentation_of_the_fields_and_sends_the_configuration_that_it_was_filled_with(
     project: Project, tmp_path: Path
 ) -> None:
     made = deploy(Choice(CONFIG, BASE), project.places, name="seen")
     documented = str(RolloutConfig.model_fields["max_output_tokens"].description).partition("`")[0].strip()
     with chromium(tmp_path / "profile") as browser:
+        log_in(browser, project)
         shown = browser.open(f"{made.url}/run", documented)
         assert {"ArithmeticData", "GRPOConfig", "VLLMBackendConfig"} <= set(shown.split()), "choices of sections"
         browser.click("Submit")
@@ -41,6 +51,7 @@ def test_the_graph_of_a_finished_run_is_drawn_with_its_stages(project: Project, 
         assert project.ended(run)[0] == "COMPLETED"
     count = len(project.tasks(run, 10))
     with chromium(tmp_path / "profile") as browser:
+        log_in(browser, project)
         browser.open(
             made.url.partition("/deployments/")[0] + f"/runs/flow-run/{run}", "Completed", f"{count} Task runs"
         )

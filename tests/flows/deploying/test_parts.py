@@ -133,10 +133,10 @@ def test_other_versions_are_told_and_refused_only_when_the_deployment_asks_for_i
 
 
 def test_a_process_is_known_by_host_pid_and_start_time_and_not_by_a_pid_used_again() -> None:
-    host, pid, created = process_name().rsplit(":", 2)
+    host, pid, start = process_name().rsplit(":", 2)
     assert names_living_process(process_name()) is True
-    assert names_living_process(f"{host}:{pid}:{int(created) - 1000}") is False
-    assert names_living_process(f"another-host:{pid}:{created}") is None
+    assert names_living_process(f"{host}:{pid}:1{start}") is False
+    assert names_living_process(f"another-host:{pid}:{start}") is None
     assert names_living_process("ProcessWorker 1b2c") is None
     assert int(pid) == psutil.Process().pid
 

@@ -224,8 +224,28 @@ def _blame(text: str, changes: list[Override]) -> str:
     return "\n".join(lines)
 
 
+_VALUES: Final = 100_000
+"""Values of a YAML text at most, aliases counted as often as they stand; a config has hundreds."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader silently keeps the last of two equal keys; a config must not."""
+    """YAML's safe loader silently keeps the last of two equal keys, and lets a short text stand for endless values."""
+
+    def get_single_data(self) -> Any:
+        try:
+            return super().get_single_data()
+        except (ConfigError, yaml.YAMLError):
+            raise
+        except RecursionError:
+            raise ConfigError("values are nested too deeply") from None
+        except (ValueError, OverflowError) as error:  # a date or a number that is none
+            raise ConfigError(str(error)) from None
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and _count_values(node, {}) > _VALUES:
+            raise ConfigError(f"more than {_VALUES:,} values, aliases (`*name`) counted as often as they stand")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -234,6 +254,24 @@ class _Loader(yaml.SafeLoader):
                 raise ConfigError(f"line {key.start_mark.line + 1}: the key {key.value!r} stands twice")
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
+
+
+def _count_values(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
+    """Values under a node with every alias written out; each node is counted once (`counts`; 0: is being counted)."""
+    if node in counts:
+        if counts[node] == 0:
+            raise ConfigError(f"line {node.start_mark.line + 1}: an alias stands within what it names")
+        return counts[node]
+    counts[node] = 0
+    match node:
+        case yaml.MappingNode():
+            parts = [part for pair in node.value for part in pair]
+        case yaml.SequenceNode():
+            parts = node.value
+        case _:
+            parts = []
+    counts[node] = 1 + sum(_count_values(part, counts) for part in parts)
+    return counts[node]
 
 
 class _Dumper(yaml.SafeDumper):

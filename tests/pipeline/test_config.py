@@ -306,6 +306,30 @@ def test_yaml_anchors_and_merge_keys_work() -> None:
     assert config.verifiers == [Verifier(strict=True), Verifier(strict=True, deadline=1.0)]
 
 
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 30)
+)
+MERGED = "m0: &m0 {k: 1}\n" + "".join(f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 10)}]}}\n" for n in range(1, 30))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "more than 100,000 values"),
+        (MERGED, "more than 100,000 values"),
+        ("a: &a [*a]", "an alias stands within what it names"),
+        ("a: &a {b: {c: *a}}", "an alias stands within what it names"),
+        ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("a: 2001-13-45", "month must be in 1..12"),
+        ("a: " + "9" * 5000, "limit"),
+    ],
+    ids=["lists", "merges", "itself", "inside", "deep", "date", "digits"],
+)
+def test_yaml_made_to_take_long_or_for_ever_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Study.from_yaml(text)
+
+
 @pytest.mark.parametrize(
     "text", ["- 1\n- 2", "G: [1", "just text", "", "? [a]\n: 1", "!!python/object/apply:os.getcwd []"]
 )

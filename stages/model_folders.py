@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from pipeline.artifact import ArtifactError
 from pipeline.sealing import is_plain_name
@@ -20,6 +22,7 @@ __all__ = [
     "copy_model",
     "model_files",
     "read_description",
+    "require_buildable",
     "weight_files",
 ]
 
@@ -52,6 +55,10 @@ _DESCRIPTIONS: Final = frozenset(
     }
 )
 """What comes in with a model of others. A pinned tokenizer of its own may read other files of `_DESCRIPTION_SUFFIXES`."""
+_REPEATED: Final = re.compile(r"(^|_)(layers?|experts?|blocks?)$")
+"""Names of settings that say how often a part of a model is built."""
+_MOST: Final = 10_000
+"""Of each; the deepest public models have about 200 layers, the widest about 500 experts."""
 _UNWANTED: Final = ("adapter_config.json", "trusted_code.json")
 
 
@@ -68,6 +75,7 @@ def model_files(folder: Path, *, own_code: bool = False) -> list[Path]:
         raise ArtifactError(f"{folder}: no such folder; expected config.json, {WEIGHTS} and a tokenizer in it")
     if not (folder / "config.json").is_file():
         raise ArtifactError(f"{folder}: missing config.json")
+    require_buildable(read_object(folder / "config.json"), f"{folder}: config.json")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ArtifactError(f"{folder}: missing tokenizer.json")
     known = {name for name in _DESCRIPTIONS if (folder / name).is_file()}
@@ -92,6 +100,21 @@ def _require_inside(folder: Path, file: Path) -> None:
     allowed = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
     if not any(place.is_relative_to(root) for root in allowed):
         raise ArtifactError(f"{file}: a link that leads out of the model folder, to {place}; put the file itself there")
+
+
+def require_buildable(described: Mapping[str, Any], source: str) -> None:
+    """Refuse a model of so many parts that building its skeleton, without any weights, would not end.
+
+    Raises:
+        ArtifactError: names the setting.
+    """
+    for name, value in described.items():
+        if isinstance(value, Mapping):
+            require_buildable(value, source)
+        elif _REPEATED.search(name) and isinstance(value, int | float) and value > _MOST:
+            raise ArtifactError(
+                f"{source}: {name}: expected at most {_MOST:,}, found {value!r:.40}; no model is that deep"
+            )
 
 
 def weight_files(folder: Path) -> list[Path]:

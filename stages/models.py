@@ -27,6 +27,7 @@ from stages.model_folders import (
     copy_description,
     copy_model,
     model_files,
+    require_buildable,
     weight_files,
 )
 from stages.trusted_code import code_digest, code_files, may_run_code, read_object
@@ -103,7 +104,9 @@ def _auto_class(checkpoint: Checkpoint) -> Any:
     """What loads the head that config.json names."""
     import transformers
 
-    names = read_object(checkpoint.path / "config.json").get("architectures") or ["ForCausalLM"]
+    described = read_object(checkpoint.path / "config.json")
+    require_buildable(described, f"{checkpoint}: config.json")
+    names = described.get("architectures") or ["ForCausalLM"]
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ArtifactError(
             f"{checkpoint}: architectures in config.json: expected a list of names, found {names!r:.80}"
@@ -163,6 +166,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
     """The tokenizer stored beside the weights."""
     from transformers import AutoTokenizer
 
+    require_buildable(read_object(checkpoint.path / "config.json"), f"{checkpoint}: config.json")  # which it reads too
     trusted = may_run_code(checkpoint.path)
     return AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trusted, local_files_only=True)
 

@@ -70,7 +70,7 @@ class RewardModelStudyConfig(Config):
     "Batching and precision of the scores."
     gauges: GaugeConfig = GaugeConfig()
     "Intervals and bins."
-    shortcuts: dict[str, tuple[Feature, ...]] = Field(
+    shortcuts: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9 ._-]{0,63}$")], tuple[Feature, ...]] = Field(
         default={
             "length": ("tokens",),
             "format": ("answered", "whole_answer", "answer_digits", "lines", "equations"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from pipeline.config import Config
+from stages.model_folders import require_buildable
 from stages.tokenizers import CharacterTokenizerConfig, TokenizerConfig
 from stages.training.config import MuonConfig, TrainingConfig
 
@@ -36,6 +37,12 @@ class PolicyConfig(Config):
     """Made from the demonstrations."""
     seed: NonNegativeInt = 0
     """Draws the weights."""
+
+    @field_validator("settings")
+    @classmethod
+    def _buildable(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        require_buildable(settings, "settings")
+        return settings
 
 
 class SFTConfig(Config):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.artifact import ArtifactError
+from pipeline.config import ConfigError
 from pipeline.store import Store
 from stages.models import (
     Checkpoint,
@@ -20,6 +22,7 @@ from stages.models import (
     load_weights,
     save,
 )
+from stages.sft import PolicyConfig
 from tests.stages.training.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
 
@@ -187,3 +190,29 @@ def renamed(architectures: list[str] | None) -> Checkpoint:
         (folder / "config.json").write_text(json.dumps(described))
 
     return Checkpoint.write(fill)
+
+
+@pytest.mark.parametrize(
+    "absurd",
+    [{"num_hidden_layers": 10**9}, {"text_config": {"num_layers": 10**9}}, {"num_local_experts": 1e12}],
+    ids=["layers", "nested", "experts"],
+)
+def test_a_model_too_deep_to_be_built_is_refused_before_it_is(
+    store: Store, external: Path, absurd: dict[str, Any]
+) -> None:
+    described = json.loads((external / "config.json").read_text()) | absurd
+    (external / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ArtifactError, match="expected at most 10,000"):
+        import_checkpoint(ExternalCheckpointConfig(path=external))
+
+    def fill(folder: Path) -> None:
+        save(folder, tiny_model(), tiny_tokenizer())
+        (folder / "config.json").write_text(json.dumps(described))
+
+    planted = Checkpoint.write(fill)
+    for load in (load_tokenizer, lambda checkpoint: load_model(checkpoint, dtype=torch.float32)):
+        with pytest.raises(ArtifactError, match="expected at most 10,000"):
+            load(planted)
+    if "text_config" not in absurd:  # a policy made from scratch has plain settings
+        with pytest.raises(ConfigError, match="expected at most 10,000"):
+            PolicyConfig.parse({"settings": absurd})

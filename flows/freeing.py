@@ -49,13 +49,19 @@ class Freed:
 OPTIMIZER_ONLY: Final = (OPTIMIZER,)
 
 
+_READ: Final = {**CONTINUES, **dict.fromkeys(_SAMPLERS, "policy"), "evaluate": "outputs"}
+"""Stages, and the artifact among their arguments that is asked for here."""
+
+
 class Records:
-    """Records of stage calls, by what came of them."""
+    """Records of stage calls, by what came of them; one that lacks what every call of its stage is given is left out."""
 
     def __init__(self, records: Iterable[Record]) -> None:
         self.by_result: dict[str, list[Record]] = {}
         for record in records:
-            self.by_result.setdefault(record["result"], []).append(record)
+            wanted = _READ.get(record["stage"])
+            if wanted is None or _is_artifact(record["arguments"].get(wanted)):
+                self.by_result.setdefault(record["result"], []).append(record)
 
     def of(self, *stages: str) -> Iterator[Record]:
         """The calls of some stages, in the order in which they were given."""
@@ -65,6 +71,10 @@ class Records:
     def made(self, digest: str, *stages: str) -> list[Record]:
         """The calls of some stages that came to a digest."""
         return [record for record in self.by_result.get(digest, ()) if record["stage"] in stages]
+
+
+def _is_artifact(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("artifact"), str)
 
 
 def predecessor(record: Record) -> str:

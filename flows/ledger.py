@@ -7,12 +7,14 @@ everything: from the ledgers of an experiment's runs follows what they share, an
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic import BaseModel
+
 from flows.records import write_json
+from pipeline.provenance import Seconds
 
 __all__ = ["Call", "EvaluationCalls", "Ledger", "read_ledger"]
 
@@ -26,7 +28,7 @@ class Call:
     stage: str
     digest: str
     """Of its result."""
-    seconds: float
+    seconds: Seconds
     """What it took when it was computed, by whichever run that was."""
 
 
@@ -78,13 +80,17 @@ class Ledger:
         return taken
 
 
+class _Written(BaseModel):
+    """What ledger.json has to be, whoever wrote it."""
+
+    calls: dict[str, Call]
+    steps: dict[int, dict[str, str]]
+    evaluations: list[EvaluationCalls]
+
+
 def read_ledger(folder: Path) -> Ledger | None:
     """The ledger in a run's folder; None where there is none: the run did not end yet, or before ledgers were kept."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        values = json.loads((folder / _FILE).read_text(encoding="utf-8"))
-        return Ledger(
-            calls={key: Call(**call) for key, call in values["calls"].items()},
-            steps={int(step): artifacts for step, artifacts in values["steps"].items()},
-            evaluations=[EvaluationCalls(**evaluation) for evaluation in values["evaluations"]],
-        )
+    with contextlib.suppress(OSError, ValueError):
+        found = _Written.model_validate_json((folder / _FILE).read_bytes())
+        return Ledger(found.calls, found.steps, found.evaluations)
     return None

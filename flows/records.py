@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
 import time
@@ -15,22 +16,45 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from flows.choice import Asked
 from flows.config import IterativeRLConfig
 from flows.places import Places
 from flows.run_state import RunState
 from pipeline.locking import locked
+from pipeline.provenance import LONGEST, Digest, Label, complaint
+from pipeline.sealing import is_digest
 from pipeline.server_process import is_alive, start_of
 from pipeline.store import StoreError, canonical_json, sha256_of
 
-__all__ = ["ARTIFACTS", "Attempt", "RunRecord", "Status", "read_artifacts", "read_records", "run_folder", "write_json"]
+__all__ = [
+    "ARTIFACTS",
+    "IMPORTED",
+    "Attempt",
+    "RunRecord",
+    "Status",
+    "check_folder",
+    "parse_record",
+    "read_artifacts",
+    "read_digests",
+    "read_record",
+    "read_records",
+    "run_folder",
+    "unreadable_records",
+    "write_json",
+]
 
 Status = Literal["running", "finished", "failed", "interrupted", "killed"]
 _FILE: Final = "record.json"
 ARTIFACTS: Final = "artifacts.json"
 """What a run used: digest -> stage. Of a study it is `<its report's name>.artifacts.json`."""
+IMPORTED: Final = "imported.json"
+"""Stands in the folder of a run that came with an archive and was not asked for here since: nothing runs it by itself."""
+_SUFFIXES: Final = (".json", ".jsonl", ".yaml", ".png", ".svg", ".md", ".html", ".csv", ".txt")
+"""Of the files in a run's folder."""
 _EVERY: Final = 2.0
 """A running record is rewritten at most so often (seconds)."""
 
@@ -114,6 +138,7 @@ class RunRecord:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _replace(folder / "config.yaml", config.to_yaml())
+            (folder / IMPORTED).unlink(missing_ok=True)
             known = read_record(folder)
             before = known.attempts if known else []
             record = cls(folder, config.name, config.iterations * config.steps, [*before, attempt])
@@ -180,26 +205,121 @@ def run_folder(places: Places, config: IterativeRLConfig) -> Path:
 
 
 def read_records(places: Places) -> Iterator[RunRecord]:
-    """All records, the run that was started last at the end."""
+    """All records that can be read, the run that was started last at the end."""
     records = [record for folder in places.runs.glob("*/") if (record := read_record(folder)) is not None]
     yield from sorted(records, key=lambda record: record.attempts[-1].started)
 
 
+def unreadable_records(places: Places) -> dict[Path, str]:
+    """The records that are there and cannot be read, and why; they hinder no other."""
+    found = {}
+    for folder in sorted(places.runs.glob("*/")):
+        try:
+            parse_record(folder)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            found[folder / _FILE] = str(error)
+    return found
+
+
 def read_record(folder: Path) -> RunRecord | None:
     """The record in a folder; None when there is none, or none that can be read."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        values = json.loads((folder / _FILE).read_text(encoding="utf-8"))
-        attempts = sorted((Attempt(**part) for part in values.pop("attempts")), key=lambda attempt: attempt.started)
-        return RunRecord(folder=folder, attempts=attempts, **values) if attempts else None
+    with contextlib.suppress(OSError, ValueError):
+        return parse_record(folder)
     return None
+
+
+class _Accuracy(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    before: dict[Label, dict[Label, float | None]] = {}
+    best: dict[Label, tuple[int, float | None]] = {}
+    final: dict[Label, dict[Label, float | None]] = {}
+
+
+class _Kept(BaseModel):
+    """What record.json has beside its attempts: others may have written it."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: Label
+    total_steps: Annotated[int, Field(ge=0)]
+    steps: Annotated[int, Field(ge=0)] = 0
+    policy: Literal[""] | Digest = ""
+    accuracy: _Accuracy = _Accuracy()
+
+
+_ATTEMPTS: Final = TypeAdapter(Annotated[list[Attempt], Field(min_length=1)])
+
+
+def parse_record(folder: Path) -> RunRecord:
+    """The record in a folder.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it lacks a field, or has one of another type or beyond what a run can come to; names it.
+    """
+    values = _parsed((folder / _FILE).read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"expected an object, found a {type(values).__name__}")
+    try:
+        # As text: of values, a strict check would take no dictionary for an attempt, nor a list for a pair.
+        attempts = _ATTEMPTS.validate_json(json.dumps(values.pop("attempts", None)), strict=True)
+        _Kept.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise ValueError(complaint(error)) from None
+    for attempt in attempts:
+        if not (0 < attempt.pid < 2**31 and 0 <= attempt.started < LONGEST and 0 <= attempt.seconds < LONGEST):
+            raise ValueError("attempts: a process number, or a time, that no run has")
+    try:
+        attempts.sort(key=lambda attempt: attempt.started)
+        return RunRecord(folder=folder, attempts=attempts, **values)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def _parsed(text: str) -> Any:
+    """JSON without the numbers that are none."""
+    try:
+        return json.loads(text, parse_float=_finite, parse_constant=_finite)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no number")
+    return value
 
 
 def read_artifacts(folder: Path) -> dict[str, str]:
     """Digest -> stage of what a run computed or reused; empty before its first end."""
+    return dict(_pairs(folder / ARTIFACTS))
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError where the folder of a run that others bring holds what no run writes, or a record of wrong types."""
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in _SUFFIXES:
+            raise ValueError(f"{file.name}: expected files that end in {', '.join(_SUFFIXES)}")
+    if (folder / _FILE).exists():
+        parse_record(folder)
+    if (file := folder / ARTIFACTS).exists() and dict(_pairs(file)) != _parsed(file.read_text("utf-8")):
+        raise ValueError(f"{ARTIFACTS}: expected digests and stages")
+
+
+def read_digests(file: Path) -> set[str]:
+    """The digests that an `ARTIFACTS` file of a run or study names."""
+    return {digest for digest, _ in _pairs(file)}
+
+
+def _pairs(file: Path) -> Iterator[tuple[str, str]]:
     with contextlib.suppress(OSError, ValueError):
-        found: Mapping[str, str] = json.loads((folder / ARTIFACTS).read_text(encoding="utf-8"))
-        return dict(found)
-    return {}
+        found = _parsed(file.read_text(encoding="utf-8"))
+        for digest, stage in found.items() if isinstance(found, dict) else ():
+            if is_digest(digest) and isinstance(stage, str):
+                yield digest, stage
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 from flows.ledger import read_ledger
 from flows.places import Places
-from flows.records import ARTIFACTS, read_artifacts
+from flows.records import ARTIFACTS, read_artifacts, read_digests
 from pipeline.store import Store
 
 __all__ = ["OtherRuns", "references", "used_by"]
@@ -25,7 +23,7 @@ def references(places: Places, store: Store) -> dict[str, set[str]]:
     remains = store.leases.remains()
     found = {folder.name: _used_by(folder, remains) for folder in sorted(places.runs.glob("*/"))}
     for file in sorted(places.runs.glob(f"*.{ARTIFACTS}")):
-        found[file.name.removesuffix(f".{ARTIFACTS}")] = set(_digests(file))
+        found[file.name.removesuffix(f".{ARTIFACTS}")] = read_digests(file)
     for lease in store.leases.live():
         found.setdefault(lease.run, set()).update(lease.digests)
     return {name: used for name, used in found.items() if used}
@@ -53,13 +51,8 @@ class OtherRuns:
                 continue
             written = file.stat().st_mtime_ns
             if self._known.get(file, (0, frozenset()))[0] != written:
-                self._known[file] = (written, frozenset(_digests(file)))
+                self._known[file] = (written, frozenset(read_digests(file)))
                 changed = True
         if changed:
             self._all = frozenset[str]().union(*(digests for _, digests in self._known.values()))
         return self._all
-
-
-def _digests(file: Path) -> Iterator[str]:
-    with contextlib.suppress(OSError, ValueError):
-        yield from json.loads(file.read_text(encoding="utf-8"))

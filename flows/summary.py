@@ -17,7 +17,7 @@ from rich.text import Text
 
 from flows.config import IterativeRLConfig
 from flows.run_state import RunState
-from flows.wording import at_k, duration, percent
+from flows.wording import at_k, code, duration, markdown, percent
 from stages.models import Checkpoint
 
 __all__ = ["Summary", "mismatch_line", "print_summary", "summarise", "summary_markdown", "worst_mismatch"]
@@ -275,17 +275,19 @@ def mismatch_line(worst: Mapping[str, float]) -> str:
 
 def summary_markdown(summary: Summary, command: str, differences: Mapping[str, tuple[Any, Any]]) -> str:
     """The outcome as markdown, for the description of the run in MLflow."""
-    lines = [f"`{command}`", ""]
+    lines = [code(command), ""]
     if differences:
         lines += ["| changed | recipe | here |", "|---|---|---|"]
-        lines += [f"| `{key}` | {was} | {now} |" for key, (was, now) in differences.items()] + [""]
+        lines += [f"| {code(key)} | {markdown(was)} | {markdown(now)} |" for key, (was, now) in differences.items()] + [
+            ""
+        ]
     lines += ["| held-out set | measure | before | after |", "|---|---|---|---|"]
     for name, after in summary.after.items():
         before = summary.before.get(name, {})
         lines += [
-            f"| {name} | {label} | {percent(before.get(key))} | {percent(after.get(key))} |"
+            f"| {markdown(name)} | {label} | {percent(before.get(key))} | {percent(after.get(key))} |"
             for label, key in _measures(after)
         ]
     lines += ["", mismatch_line(summary.mismatch)] if summary.mismatch else []
-    lines += ["", *(f"* warning: {warning}" for warning in summary.warnings)] if summary.warnings else []
+    lines += ["", *(f"* warning: {markdown(warning)}" for warning in summary.warnings)] if summary.warnings else []
     return "\n".join([*lines, "", f"Policy `{summary.policy}` after {summary.steps} steps."])

@@ -1,13 +1,39 @@
-"""How numbers and moments are written for people, in the live display, the summary and the tables of the commands."""
+"""How numbers, moments and text of others are written for people, in the live display, the summary and the commands.
+
+What a model, a data set or a record of others says is shown as text: no terminal escape in it moves a cursor, no markup in it
+colours a line, no Markdown in it makes a link.
+"""
 
 from __future__ import annotations
 
 import re
 import time
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-__all__ = ["accuracies", "at_k", "duration", "moment", "number", "percent", "size"]
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.markup import escape
+from rich.segment import Segment
+
+__all__ = [
+    "SafeConsole",
+    "accuracies",
+    "at_k",
+    "code",
+    "duration",
+    "markdown",
+    "moment",
+    "number",
+    "percent",
+    "quoted",
+    "size",
+    "visible",
+]
+
+_UNSEEN: Final = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode's classes of control, format (directions of writing, zero width), surrogate, line and paragraph characters."""
+_MARKDOWN: Final = re.compile(r"([\\`*\[\]<>|])")
 
 _AT_K: Final = re.compile(r"(?:pass|maj)_at_(\d+)")
 
@@ -70,3 +96,46 @@ def at_k(metrics: Iterable[str]) -> dict[str, str]:
     ks = sorted({int(found[1]) for key in metrics if (found := _AT_K.fullmatch(key))})
     named = (("Pass", "pass_at_"), ("Maj", "maj_at_"))
     return {f"{label}@{k}": f"{prefix}{k}" for label, prefix in named for k in ks if k > 1}
+
+
+# ------------------------------------------------------------------------------------------------ text of others
+
+
+def visible(text: object) -> str:
+    """Text with what cannot be seen spelled as in Python (`\\x1b`, `\\u202e`); line breaks and tabs stay."""
+    found = str(text)
+    if found.isprintable():
+        return found
+    return "".join(_spelled(letter) for letter in found)
+
+
+def _spelled(letter: str) -> str:
+    if letter in "\n\t" or unicodedata.category(letter) not in _UNSEEN:
+        return letter
+    return letter.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def quoted(text: object) -> str:
+    """Text of others for a place where rich reads markup: `[red]` in it is these five characters."""
+    return escape(visible(text))
+
+
+def markdown(text: object) -> str:
+    """Text of others for one line, or one cell, of Markdown."""
+    return _MARKDOWN.sub(r"\\\1", " ".join(visible(text).split()))
+
+
+def code(text: object) -> str:
+    """Text of others as code in one line, or one cell, of Markdown; a backtick in it becomes an apostrophe."""
+    line = " ".join(visible(text).split()).replace("`", "'").replace("|", r"\|")
+    return f"`{line}`"
+
+
+class SafeConsole(Console):
+    """A console that writes no control character but its own, whatever it is given to print."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render as rich does, with `visible` text; what rich itself says to the terminal passes."""
+        for segment in super().render(renderable, options):
+            plain = segment.control or segment.text.isprintable()
+            yield segment if plain else Segment(visible(segment.text), segment.style)

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pipeline.sealing import is_digest
 
 __all__ = [
+    "LONGEST",
     "Call",
     "CallRecord",
     "Digest",
@@ -34,7 +35,7 @@ __all__ = [
 _METRIC_NAME = re.compile(r"[A-Za-z0-9_\-. :/]+")  # what MLflow accepts
 
 
-_LONGEST: Final = 1e10
+LONGEST: Final = 1e10
 """Seconds. Three centuries: no run takes longer, and a calendar has a date for it."""
 
 
@@ -67,9 +68,9 @@ def _arguments(value: Any) -> Any:
 # What stands in files that others may have written is checked where it is read, so that what comes after need not.
 Digest = Annotated[str, AfterValidator(_digest)]
 Label = Annotated[str, Field(max_length=300), AfterValidator(_printable)]
-Moment = Annotated[float, Field(ge=0, le=_LONGEST, allow_inf_nan=False)]
+Moment = Annotated[float, Field(ge=0, le=LONGEST, allow_inf_nan=False)]
 """Seconds since the epoch."""
-Seconds = Annotated[float, Field(ge=0, le=_LONGEST, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=LONGEST, allow_inf_nan=False)]
 _Arguments = Annotated[dict[str, Any], AfterValidator(_arguments)]
 _Metrics = dict[Label, Annotated[float, Field(allow_inf_nan=False)]]
 
@@ -105,7 +106,8 @@ class CallRecord(RecordedCall):
 def complaint(error: ValidationError) -> str:
     """The first thing that does not fit, in one line: `result: expected 64 hexadecimal digits`."""
     first = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'record'}: {first['msg'].removeprefix('Value error, ')}"
+    place = "".join(letter if letter.isprintable() else "?" for letter in ".".join(map(str, first["loc"])))
+    return f"{place[:100] or 'record'}: {first['msg'].removeprefix('Value error, ')}"
 
 
 @dataclasses.dataclass

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from flows.choice import choose
 from flows.commands.options import Root, console
 from flows.freeing import Freed, Records, needed_again
 from flows.places import Places
-from flows.records import RunRecord, read_artifacts, read_records
+from flows.records import IMPORTED, RunRecord, read_artifacts, read_records, unreadable_records
 from flows.session import run_flow
+from flows.wording import quoted
 from pipeline.store import DamagedArtifactError, MissingArtifactError, PrunedArtifactError, Store, StoreError
 
 __all__ = ["forget", "verify"]
@@ -30,13 +30,15 @@ class _Findings:
     """Digest -> what is wrong with the object."""
     missing: set[str] = field(default_factory=set)
     """Digests that a record names and no object has."""
-    records: list[Path] = field(default_factory=list)
-    """Damaged records of calls."""
+    records: dict[Path, str] = field(default_factory=dict)
+    """Damaged records of calls, and what is wrong with them."""
+    runs: dict[Path, str] = field(default_factory=dict)
+    """Records of runs that cannot be read, and why."""
 
     @property
     def clean(self) -> bool:
         """Whether nothing is wrong."""
-        return not (self.damaged or self.missing or self.records)
+        return not (self.damaged or self.missing or self.records or self.runs)
 
 
 def verify(*, repair: bool = False, root: Root = None) -> int:
@@ -51,14 +53,23 @@ def verify(*, repair: bool = False, root: Root = None) -> int:
     """
     places, out = Places.under(root), console()
     found = _check(places.open_store())
+    found.runs = unreadable_records(places)
     _report(found, out)
     if found.clean:
         return 0
+    if found.runs and not (found.damaged or found.missing or found.records):
+        return 1
     if not repair:
         out.print(f"[bold]cohort verify --repair{places.option()}[/] mends this; the next run that needs it does too")
         return 1
     _quarantine(places.open_store(), found, out)
     for record in _affected(places, found):
+        if (record.folder / IMPORTED).exists():
+            command = f"cohort run {record.folder / 'config.yaml'}{places.option()}"
+            out.print(
+                f"\n{quoted(record.folder.name)} was imported, and its configuration is not yours: {quoted(command)}"
+            )
+            continue
         out.print(f"\nrunning {record.folder.name} again")
         choice = choose(str(record.folder / "config.yaml"))
         run_flow(choice, places, engine="inline", console=out, command=f"cohort run {record.folder / 'config.yaml'}")
@@ -67,7 +78,7 @@ def verify(*, repair: bool = False, root: Root = None) -> int:
     _report(after, out)
     if after.missing:
         out.print("what is still missing was used by no recorded run; the next run that needs it computes it")
-    return 0 if not after.damaged and not after.records else 1
+    return 0 if not (after.damaged or after.records or found.runs) else 1
 
 
 def forget(digest: str, *, root: Root = None) -> None:
@@ -114,8 +125,8 @@ def _check(store: Store) -> _Findings:
     for path in sorted((store.root / "actions").glob("*/*.json")):
         try:
             result = store.action(path.stem)["result"]
-        except DamagedArtifactError:
-            found.records.append(path)
+        except (DamagedArtifactError, MissingArtifactError) as error:
+            found.records[path] = str(error).removeprefix(f"{path} ").split(";")[0]
         else:
             found.missing |= {result} - present
     return found
@@ -123,13 +134,17 @@ def _check(store: Store) -> _Findings:
 
 def _report(found: _Findings, out: Console) -> None:
     for message in found.damaged.values():
-        out.print(f"[red]damaged[/] {escape(message)}", soft_wrap=True)
-    for path in found.records:
-        out.print(f"[red]damaged[/] record {escape(str(path))}", soft_wrap=True)
+        out.print(f"[red]damaged[/] {quoted(message)}", soft_wrap=True)
+    for path, reason in found.records.items():
+        out.print(f"[red]damaged[/] record {quoted(path)} ({quoted(reason)})", soft_wrap=True)
+    for path, reason in found.runs.items():
+        advice = "restore it from a copy, or remove its folder"
+        out.print(f"[red]unreadable[/] record {quoted(path)} ({quoted(reason)}); {advice}", soft_wrap=True)
     for digest in sorted(found.missing):
         out.print(f"[yellow]missing[/] {digest}")
+    unread = f", {len(found.runs):,} unreadable runs" if found.runs else ""
     counts = f"{found.sound:,} artifacts sound, {found.pruned:,} pruned, {len(found.damaged):,} damaged"
-    out.print(f"{counts}, {len(found.missing):,} missing; {len(found.records):,} damaged records")
+    out.print(f"{counts}, {len(found.missing):,} missing; {len(found.records):,} damaged records{unread}")
 
 
 def _quarantine(store: Store, found: _Findings, out: Console) -> None:
@@ -137,7 +152,8 @@ def _quarantine(store: Store, found: _Findings, out: Console) -> None:
         out.print(f"quarantined {store.quarantine(digest)}", soft_wrap=True)
     with warnings.catch_warnings(action="ignore"):
         for path in found.records:
-            store.find(path.stem)  # a look-up removes a damaged record
+            if store.find(path.stem) is None:  # which removes a damaged record; what is no record's name stays
+                path.unlink(missing_ok=True)
 
 
 def _affected(places: Places, found: _Findings) -> list[RunRecord]:

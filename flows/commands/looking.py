@@ -14,8 +14,8 @@ from flows.commands.options import Root, console
 from flows.looking.artifact_view import show_artifact
 from flows.looking.history import find_run, history_of
 from flows.places import Places
-from flows.records import RunRecord, read_records
-from flows.wording import duration, moment, percent
+from flows.records import RunRecord, read_records, unreadable_records
+from flows.wording import duration, moment, percent, quoted, visible
 from pipeline import lineage as ancestry
 from pipeline.config import ConfigError
 from pipeline.store import MissingArtifactError, Store, use_store
@@ -33,6 +33,9 @@ def runs(*, root: Root = None) -> None:
     """
     places, out = Places.under(root), console()
     records = list(read_records(places))
+    for path, reason in unreadable_records(places).items():
+        text = f"{quoted(path)} cannot be read ({quoted(reason)}); `cohort verify` says more"
+        out.print(f"[yellow]{text}[/]", soft_wrap=True)
     if not records:
         out.print(f"nothing ran yet in {escape(str(places.root))}; `cohort recipes` says what can")
         return
@@ -161,20 +164,22 @@ def lineage(
     places = Places.under(root)
     store = places.open_store()
     ancestors = ancestry.ancestry(store, _digest(places, store, digest))
-    print(
-        ancestry.mermaid(ancestors)
-        if mermaid
-        else ancestry.tree(ancestors, depth=4 if depth is None else depth or None)
-    )
+    depth = 4 if depth is None else depth
+    print(visible(ancestry.mermaid(ancestors) if mermaid else ancestry.tree(ancestors, depth=depth or None)))
 
 
 def _add_run(table: Table, record: RunRecord) -> None:
     last = record.attempts[-1]
     status = last.outcome()
     colour = {"finished": "green", "running": "cyan"}.get(status, "yellow")
-    head = [record.folder.name, moment(last.started), f"[{colour}]{status}[/]", f"{record.steps}/{record.total_steps}"]
+    head = [
+        quoted(record.folder.name),
+        moment(last.started),
+        f"[{colour}]{status}[/]",
+        f"{record.steps}/{record.total_steps}",
+    ]
     head.append(duration(sum(attempt.seconds for attempt in record.attempts)))
-    table.add_row(*head, "\n".join(_accuracies(record)) or "-")
+    table.add_row(*head, quoted("\n".join(_accuracies(record))) or "-")
 
 
 def _accuracies(record: RunRecord) -> Iterator[str]:

@@ -14,6 +14,8 @@ from typing import Annotated, Final, TextIO, cast
 from cyclopts import Parameter
 from rich.console import Console
 
+from flows.wording import SafeConsole
+
 __all__ = ["ConfigFiles", "LastingStream", "Method", "Root", "Settings", "console", "debugging"]
 
 Root = Annotated[Path | None, Parameter(name="--root")]
@@ -77,7 +79,7 @@ def console(*, errors: bool = False) -> Console:
     """Standard output, or standard error: as wide as the terminal, and of a fixed width where there is none."""
     stream = sys.stderr if errors else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else _PLAIN_WIDTH
-    return Console(file=cast(TextIO, LastingStream(stream)), width=width, highlight=False)
+    return SafeConsole(file=cast(TextIO, LastingStream(stream)), width=width, highlight=False)
 
 
 def debugging() -> bool:

@@ -19,9 +19,9 @@ from flows.freeing import Freed, Records, superseded
 from flows.inventory import Inventory
 from flows.looking.history import find_run
 from flows.places import Places
-from flows.records import read_records
+from flows.records import IMPORTED, check_folder, read_records, write_json
 from flows.references import references, used_by
-from flows.wording import moment, size
+from flows.wording import moment, quoted, size
 from pipeline.config import ConfigError
 from pipeline.leases import Lease, LeasedArtifactError
 from pipeline.store import Store
@@ -163,7 +163,8 @@ def export_archive(*what: str, root: Root = None) -> None:
 def import_archive(file: Path, *, root: Root = None) -> None:
     """Take the content of a file of `cohort store export` into this store; every hash is compared first.
 
-    What is here already stays as it is. A file that was cut off or altered is refused as a whole.
+    What is here already stays as it is. A file that was cut off or altered is refused as a whole. Runs here take the imported
+    results for computed, so import what you trust; code of a model runs only where your own configuration pins it.
 
     Parameters
     ----------
@@ -175,10 +176,19 @@ def import_archive(file: Path, *, root: Root = None) -> None:
     from pipeline.archive import read_archive
 
     places, out = Places.under(root), console()
-    taken = read_archive(file, places.open_store(), places.runs)
+    taken = read_archive(file, places.open_store(), places.runs, check=check_folder)
+    for name in taken.runs:
+        write_json(places.runs / name / IMPORTED, {"archive": file.name})
     out.print(
         f"{taken.objects:,} artifacts ({taken.new_objects:,} new), {taken.records:,} records ({taken.new_records:,} new)"
     )
+    if taken.stages:
+        stages = ", ".join(f"{quoted(stage)} {count:,}" for stage, count in sorted(taken.stages.items()))
+        out.print(
+            f"{taken.new_records:,} records are of calls that who made {quoted(file.name)} carried out ({stages}): runs here "
+            "take their results as computed. `cohort show DIGEST` names the archive, `cohort forget DIGEST` drops a record",
+            soft_wrap=True,
+        )
     for name in taken.runs:
         out.print(
             f"run {name}: [bold]cohort run {places.runs / name / 'config.yaml'}{places.option()}[/]", soft_wrap=True

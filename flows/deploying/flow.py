@@ -21,7 +21,6 @@ from typing import Any, Final
 
 import prefect
 from prefect.exceptions import TerminationSignal
-from rich.console import Console
 
 from flows.choice import Asked, choice_of
 from flows.config import IterativeRLConfig
@@ -30,6 +29,7 @@ from flows.places import Places
 from flows.records import read_record, run_folder, write_json
 from flows.session import InterruptedRunError, run_flow
 from flows.summary import print_summary
+from flows.wording import SafeConsole
 from pipeline.flow_runs import names_living_process, owner_tag
 from pipeline.progress import failsafe
 from pipeline.provenance import package_versions
@@ -73,7 +73,7 @@ def train(config: IterativeRLConfig) -> str:
     asked = Asked.parse(_of_environment(ASKED), source=ASKED)
     choice = choice_of(chosen, asked, "the run's parameters")  # those of the form, or of a submission
     command = shlex.join(["cohort", "run", str(run_folder(places, chosen) / "config.yaml"), "--root", str(places.root)])
-    console = Console(file=_Log(), width=_WIDTH)
+    console = SafeConsole(file=_Log(), width=_WIDTH)
     try:
         with ending_with_worker():
             for line in differences:

@@ -193,7 +193,7 @@ def read_experiment(folder: Path) -> ExperimentResult | None:
 
 def read_summary(folder: Path) -> Summary | None:
     """The summary in a run's folder; None where there is none."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         values = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         values["best"] = {name: (step, accuracy) for name, (step, accuracy) in values["best"].items()}
         values["curve"] = {int(step): metrics for step, metrics in values["curve"].items()}

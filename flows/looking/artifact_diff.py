@@ -142,7 +142,7 @@ def _rows_table(found: TableDifference, width: int, limit: int) -> Table:
         names = [str(part) for part in row.key[: len(found.key) or 1]]
         for name, pair in row.values.items():
             old, new = shortened_pair(*pair, room=room)
-            table.add_row(*(Text(part[:16]) for part in names), name, Text(old), Text(new))
+            table.add_row(*(Text(part[:16]) for part in names), Text(name), Text(old), Text(new))
             names = [""] * len(names)
     return table
 

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from flows.looking.groups import Group, groups_of
-from flows.wording import duration, moment, number, size
+from flows.wording import duration, moment, number, quoted, size
 from pipeline.comparing import read_rows
 from pipeline.config import ConfigError, flatten
 from pipeline.store import Store
@@ -73,15 +72,17 @@ def _show_origin(
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row(str(manifest.get("type", "artifact")), f"[bold]{digest}[/]")
+    table.add_row(quoted(manifest.get("type", "artifact")), f"[bold]{digest}[/]")
     if made:
         seconds = f", took {duration(made['seconds'])}" if "seconds" in made else ""
-        table.add_row("made by", f"{made['stage']} (version {made['version']}), {moment(made['created'])}{seconds}")
-        for name, value in made["arguments"].items():
-            table.add_row(f"  {name}", _argument(value, full=full))
+        brought = f", brought by {made['imported']}" if made.get("imported") else ""
+        what = f"{made.get('stage', 'an unnamed stage')} (version {made.get('version', '-')})"
+        table.add_row("made by", f"{quoted(what)}, {moment(made.get('created', 0.0))}{seconds}{quoted(brought)}")
+        for name, value in made.get("arguments", {}).items():
+            table.add_row(f"  {quoted(name)}", _argument(value, full=full))
     total = sum(file["size"] for file in manifest["files"])
     rows = f", {number(manifest['rows'])} rows" if "rows" in manifest else ""
-    table.add_row("files", ", ".join(f"{file['name']} {size(file['size'])}" for file in manifest["files"]))
+    table.add_row("files", quoted(", ".join(f"{file['name']} {size(file['size'])}" for file in manifest["files"])))
     table.add_row("size", f"{size(total)}{rows}")
     console.print(table)
     show_metrics(made.get("metrics") or {}, console)
@@ -94,16 +95,16 @@ def _argument(value: Any, *, full: bool) -> str:
         case {"config": dict(config)}:
             flat = flatten(config)
             if full:
-                return escape("\n".join(f"{key}: {part}" for key, part in flat.items()))
+                return quoted("\n".join(f"{key}: {part}" for key, part in flat.items()))
             return f"configuration of {len(flat)} fields [dim](--full shows them)[/]"
         case _:
-            return escape(str(value))
+            return quoted(str(value))
 
 
 def _pairs(metrics: Mapping[str, float], width: int) -> Table:
     """Metrics in two or three columns of name and value."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), title="metrics", title_justify="left")
-    entries = [cell for name, value in sorted(metrics.items()) for cell in (f"[dim]{name}[/]", number(value))]
+    entries = [cell for name, value in sorted(metrics.items()) for cell in (f"[dim]{quoted(name)}[/]", number(value))]
     cells = 6 if width >= _WIDE else 4
     for start in range(0, len(entries), cells):
         table.add_row(*entries[start : start + cells])
@@ -155,13 +156,15 @@ def _show_checkpoint(folder: Path, console: Console) -> None:
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     table.add_row("folder", str(folder))
-    table.add_row("architecture", ", ".join(config.get("architectures") or [str(config.get("model_type"))]))
+    table.add_row(
+        "architecture", quoted(", ".join(map(str, config.get("architectures") or [config.get("model_type")])))
+    )
     table.add_row("parameters", f"{sum(tensor.size for tensor in stored_tensors(folder).values()):,}")
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings"):
         if name in config:
-            table.add_row(name.replace("_", " "), number(config[name]))
+            table.add_row(name.replace("_", " "), quoted(number(config[name])))
     trainer = folder / "trainer_state.json"
     if trainer.exists():
         for name, value in flatten(json.loads(trainer.read_text(encoding="utf-8"))).items():
-            table.add_row(f"trainer: {name}", number(value))
+            table.add_row(f"trainer: {quoted(name)}", quoted(number(value)))
     console.print(table)

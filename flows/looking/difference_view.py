@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from flows.wording import quoted
 from pipeline.lineage import ABSENT, Change
 
 __all__ = ["broken", "column", "essential", "pairs_table", "shortened_pair", "titled"]
@@ -22,7 +23,7 @@ _LEAD: Final = 8
 
 def column(table: Table, heading: str, *, right: bool = False, fold: bool = False) -> None:
     """A column that is never cut; with `fold` one that gives way where the screen is narrow."""
-    table.add_column(heading, justify="right" if right else "left", no_wrap=not fold, overflow="fold")
+    table.add_column(quoted(heading), justify="right" if right else "left", no_wrap=not fold, overflow="fold")
 
 
 def pairs_table(
@@ -36,7 +37,7 @@ def pairs_table(
     table = Table(box=None, padding=(0, 2, 0, 0))
     column(table, "")
     for name in names:
-        table.add_column(name, justify="right" if change else "left", overflow="fold")
+        table.add_column(quoted(name), justify="right" if change else "left", overflow="fold")
     if change:
         column(table, "change", right=True)
     for row in rows:

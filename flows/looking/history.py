@@ -12,6 +12,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, Final
 
+from pydantic import TypeAdapter
+
 from flows.config import IterativeRLConfig
 from flows.ledger import Call, Ledger, read_ledger
 from flows.observer import Observer, observing
@@ -27,6 +29,7 @@ BESIDE: Final = "beside"
 _EVALUATED: Final = ("rollout", "score", "count_votes", "evaluate")
 
 Points = dict[int, dict[str, float]]
+_POINTS: Final = TypeAdapter(dict[int, dict[str, float | None]])
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,12 @@ def placed_calls(ledger: Ledger) -> list[PlacedCall]:
 
 
 def _summarised(record: RunRecord) -> Points:
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         curve = json.loads((record.folder / "summary.json").read_text(encoding="utf-8"))["curve"]
-        return {int(step): dict(metrics) for step, metrics in curve.items()}
+        points = _POINTS.validate_python(curve)
+        return {
+            step: {name: value for name, value in part.items() if value is not None} for step, part in points.items()
+        }
     return {}
 
 
@@ -145,9 +151,9 @@ def _followed_back(store: Store, record: RunRecord) -> Ledger:
     updates = {call["result"]: call for call in calls if call["stage"] == "update_policy"}
     chain: list[dict[str, Any]] = []
     policy = record.policy
-    while policy in updates:
+    while policy in updates and all(_given(updates[policy], name) for name in ("policy", "outputs", "advantages")):
         chain.append(updates.pop(policy))  # popped: an update without a gradient returns the policy it was given
-        policy = chain[-1]["arguments"]["policy"]["artifact"]
+        policy = _given(chain[-1], "policy") or ""
     around = [_around(calls, update) for update in reversed(chain)]
     chosen = {(call["stage"], call["result"]): call for part in [calls, *around] for call in part}
     ledger = Ledger()
@@ -165,16 +171,18 @@ def _is_of(record: RunRecord, call: dict[str, Any]) -> bool:
 
 def _around(calls: list[dict[str, Any]], update: dict[str, Any]) -> list[dict[str, Any]]:
     """The calls that an update's outputs and advantages came from, and those that took the same outputs."""
-    outputs, advantages = (update["arguments"][name]["artifact"] for name in ("outputs", "advantages"))
+    outputs, advantages = _given(update, "outputs"), _given(update, "advantages")
     made = [call for call in calls if call["result"] == outputs]
     questions = [call["arguments"]["questions"] for call in made if "questions" in call["arguments"]]
     asked = [call for call in calls if {"artifact": call["result"]} in questions]
-    estimated = [call for call in calls if call["result"] == advantages and _outputs(call) == outputs]
-    taken = [call for call in calls if _outputs(call) == outputs and call["type"] != "Advantages"]
+    estimated = [call for call in calls if call["result"] == advantages and _given(call, "outputs") == outputs]
+    taken = [call for call in calls if _given(call, "outputs") == outputs and call["type"] != "Advantages"]
     rest = [call for call in taken if call["stage"] != "update_policy"]
     return [*asked, *made, *rest, *estimated, update]
 
 
-def _outputs(call: dict[str, Any]) -> str | None:
-    given = call["arguments"].get("outputs")
-    return given.get("artifact") if isinstance(given, dict) else None
+def _given(call: dict[str, Any], name: str) -> str | None:
+    """Digest of the artifact that a call was given; None where it was given none, or is no call of ours."""
+    given = call["arguments"].get(name)
+    digest = given.get("artifact") if isinstance(given, dict) else None
+    return digest if isinstance(digest, str) else None

@@ -12,7 +12,7 @@ from rich.text import Text
 from flows.looking.difference_view import column, essential, pairs_table, shortened_pair, titled
 from flows.looking.history import BESIDE, History, PlacedCall, placed_calls
 from flows.looking.run_curve import best, evaluations, measures
-from flows.wording import number, percent
+from flows.wording import number, percent, quoted
 from pipeline import lineage
 from pipeline.config import flatten
 from pipeline.store import MissingArtifactError, Store
@@ -30,7 +30,9 @@ def print_run_difference(store: Store, before: History, after: History, console:
         limit: changes to show per stage.
     """
     names = (before.record.folder.name, after.record.folder.name)
-    console.print(f"run [cyan]{names[0]}[/] (before) -> run [cyan]{names[1]}[/] (after)", soft_wrap=True)
+    console.print(
+        f"run [cyan]{quoted(names[0])}[/] (before) -> run [cyan]{quoted(names[1])}[/] (after)", soft_wrap=True
+    )
     for name, run in zip(names, (before, after), strict=True):
         if run.note:
             console.print(f"{name}: {run.note}", style="dim", markup=False)
@@ -115,7 +117,8 @@ def _given(calls: list[PlacedCall], records: Mapping[str, dict[str, Any]]) -> di
     for call in calls:
         if call.stage == "rollout" and call.where not in ("", BESIDE) and call.key in records:
             name = call.where.partition("/")[0]
-            given.setdefault(f"held-out set {name}", records[call.key]["arguments"]["questions"]["artifact"])
+            asked = dict(lineage.inputs(records[call.key]["arguments"]))
+            given.setdefault(f"held-out set {name}", asked.get("questions", "-"))
     return given
 
 
@@ -126,7 +129,7 @@ def _print_parting(before: History, after: History, console: Console) -> None:
     if parted is not None:
         stages = [stage for stage in old[parted] | new[parted] if old[parted].get(stage) != new[parted].get(stage)]
         alike = f"equal artifacts through step {parted - 1}; " if parted > 1 else ""
-        console.print(f"\n{alike}[bold]they part at step {parted}[/], first in {stages[0]}")
+        console.print(f"\n{alike}[bold]they part at step {parted}[/], first in {quoted(stages[0])}")
     elif shared:
         more = max(len(old), len(new)) - len(shared)
         rest = f"; {'the first' if len(old) > len(new) else 'the second'} goes on for {more} steps" if more else ""
@@ -150,7 +153,7 @@ def _print_stages(
         keys = [{call.key for place, call in side.items() if place[0] == stage} for side in (old, new)]
         pairs = [(old[place], new[place]) for place in old if place[0] == stage and place in new]
         why = _why([pair for pair in pairs if pair[0].key != pair[1].key], records, makers, limit)
-        table.add_row(stage, *map(number, (len(keys[0]), len(keys[1]), len(keys[0] & keys[1]))), Text(why))
+        table.add_row(quoted(stage), *map(number, (len(keys[0]), len(keys[1]), len(keys[0] & keys[1]))), Text(why))
     console.print(titled("stage calls", table))
 
 

@@ -19,7 +19,7 @@ from flows.looking.run_diff import config_changes
 from flows.recipes import RECIPES
 from flows.records import Attempt
 from flows.summary import mismatch_line, worst_mismatch
-from flows.wording import duration, moment, percent
+from flows.wording import duration, moment, percent, quoted
 from pipeline.store import MissingArtifactError, Store
 
 __all__ = ["show_run", "show_step"]
@@ -49,7 +49,9 @@ def show_run(store: Store, run: History, console: Console, *, limit: int | None)
     if run.ledger.steps:
         console.print(_steps(store, run, console.width, limit or _STEPS))
         console.print(
-            f"\n`cohort show {run.record.folder.name} --step K` shows the groups of a step", style="dim", soft_wrap=True
+            f"\n`cohort show {quoted(run.record.folder.name)} --step K` shows the groups of a step",
+            style="dim",
+            soft_wrap=True,
         )
 
 
@@ -66,13 +68,15 @@ def show_step(
         known = f"its steps are 1 to {last}" if last else f"it has none yet ({run.note})"
         raise MissingArtifactError(f"{run.record.folder.name} has no step {step}; {known}")
     own = [call for call in placed_calls(run.ledger) if call.step == step and not call.where]
-    table = Table(title=f"{run.record.folder.name}, step {step}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        title=f"{quoted(run.record.folder.name)}, step {step}", title_justify="left", box=None, padding=(0, 2, 0, 0)
+    )
     for heading in ("stage", "made", "took"):
         column(table, heading, right=heading == "took")
     metrics: dict[str, float] = {}
     for call in own:
         record = _record(store, call)
-        table.add_row(call.stage, f"[cyan]{call.digest[:12]}[/]", duration(record.get("seconds", 0.0)))
+        table.add_row(quoted(call.stage), f"[cyan]{quoted(call.digest[:12])}[/]", duration(record.get("seconds", 0.0)))
         metrics |= record.get("metrics", {})
     console.print(table)
     show_metrics(metrics, console)
@@ -86,7 +90,7 @@ def _show_head(run: History, console: Console) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("run", f"[bold]{record.folder.name}[/]")
+    table.add_row("run", f"[bold]{quoted(record.folder.name)}[/]")
     took = duration(sum(attempt.seconds for attempt in record.attempts))
     attempts = f", {len(record.attempts)} attempts" if len(record.attempts) > 1 else ""
     table.add_row("status", f"{last.outcome()}, {record.steps} of {record.total_steps} steps, took {took}{attempts}")

@@ -27,15 +27,28 @@ from pipeline.flow_runs import RESTARTS
 from pipeline.provenance import package_versions
 from pipeline.server import ServerError, configured_url, ensure_server
 
-__all__ = ["POOL", "Deployed", "cancel", "deploy", "ensure_pool", "places_passed_on", "state_of", "submit"]
+__all__ = [
+    "DEPLOYED_PLACES",
+    "ENTRYPOINT",
+    "POOL",
+    "Deployed",
+    "cancel",
+    "deploy",
+    "ensure_pool",
+    "places_passed_on",
+    "state_of",
+    "submit",
+]
 
 POOL: Final = "cohort-local"
 """The work pool that workers serve, and deployments go to, when none is named."""
 _TYPE: Final = "process"
-_ENTRYPOINT: Final = "flows.deploying.flow.train"
+ENTRYPOINT: Final = "flows.deploying.flow.train"
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _PASSED_ON: Final = ("COHORT_STORE", "MLFLOW_TRACKING_URI")
 """Places that the deployer's environment may name."""
+DEPLOYED_PLACES: Final = ("COHORT_ROOT", *_PASSED_ON)
+"""Places that a deployment names for its runs."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,7 @@ def deploy(
             parameters={"config": choice.config.model_dump(mode="json")},
             description=_description(choice, require_versions=require_versions),
             work_pool_name=pool,
-            entrypoint=_ENTRYPOINT,
+            entrypoint=ENTRYPOINT,
             parameter_openapi_schema=form_schema(train.fn),
             enforce_parameter_schema=True,
             # Relative paths in a configuration mean what they mean to `cohort run` here.

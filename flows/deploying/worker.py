@@ -1,5 +1,8 @@
 """A worker of this project: Prefect's process worker, which also continues what died and leaves no process behind.
 
+Command, environment and working directory of a run are this host's own: whoever may write to Prefect's API may start runs of
+the flow `train`, and nothing else. Of job variables the places that a deployment names are read, and data for the record.
+
 Beside Prefect's own loop a thread marks the runs of killed workers of this host and schedules them again (`--restarts` of their
 deployment). What the worker starts carries its name in the environment: runs end when it is gone, and what is left of
 them when the worker ends is ended with it.
@@ -14,17 +17,25 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import psutil
 
-from flows.deploying.deployment import ensure_pool
+from flows.deploying.deployment import DEPLOYED_PLACES, ENTRYPOINT, ensure_pool
+from flows.deploying.versions import REQUIRED, VERSIONS
 from flows.places import Places
-from pipeline.flow_runs import mark_crashed, process_name, restart_crashed
+from pipeline.config import ConfigError
+from pipeline.flow_runs import RESTARTS, mark_crashed, process_name, restart_crashed
 from pipeline.server import ensure_server, keep_server
 
-__all__ = ["work"]
+__all__ = ["job_configuration", "work"]
+
+_PULL_STEP: Final = "prefect.deployments.steps.set_working_directory"
+_OF_A_RUN: Final = ("COHORT_RUN_TAGS", "COHORT_RUN_DIFFERENCE")
+"""Variables that a flow run may bring: what `flows/deploying/flow.py` only writes down."""
+_OF_A_DEPLOYMENT: Final = (*DEPLOYED_PLACES, RESTARTS, VERSIONS, REQUIRED, *_OF_A_RUN)
+"""Variables that a deployment may bring; a place that this host's environment names is this host's."""
 
 _SETTINGS: Final = {
     "PREFECT_LOGGING_TO_API_ENABLED": "true",  # the log of a run, in its page
@@ -58,9 +69,67 @@ def work(places: Places, pool: str, *, limit: int | None, say: Callable[[str], N
     say(f"worker {name} serves the pool {pool} of {url.removesuffix('/api')}; Ctrl-C ends it")
     from prefect.workers.process import ProcessWorker
 
+    class CohortWorker(ProcessWorker):  # type: ignore[misc]
+        """Prefect's, with our configuration of what is started."""
+
+        type = "process"
+        job_configuration = job_configuration()
+
     with keep_server(places.prefect), _sweeping(pool, say) as swept, _leaving_nothing(name):
-        worker = ProcessWorker(work_pool_name=pool, name=name, limit=limit, create_pool_if_not_found=False)
+        worker = CohortWorker(work_pool_name=pool, name=name, limit=limit, create_pool_if_not_found=False)
         asyncio.run(_serve(worker, name, swept))
+
+
+def job_configuration() -> Any:
+    """Prefect's `ProcessJobConfiguration`, which takes from the API only what `work` may take from it."""
+    from prefect.workers.process import ProcessJobConfiguration, ProcessWorker
+
+    class JobConfiguration(ProcessJobConfiguration):  # type: ignore[misc]
+        """What a worker of ours starts for a flow run."""
+
+        @classmethod
+        async def resolve_for_flow_run(cls, flow_run: Any, *, deployment: Any = None, **others: Any) -> Any:
+            """The configuration of one flow run.
+
+            Raises:
+                ConfigError: it is not one of `cohort deploy`'s, or its deployment asks for other steps.
+            """
+            if deployment is None and flow_run.deployment_id:
+                deployment = await others["client"].read_deployment(flow_run.deployment_id)
+            _require_ours(deployment)
+            deployment.job_variables = {"env": _brought(deployment.job_variables, _OF_A_DEPLOYMENT)}
+            flow_run.job_variables = {"env": _brought(flow_run.job_variables, _OF_A_RUN)}
+            # The template of a work pool has defaults for all three, and can be written to as well.
+            template = {"base_job_template": ProcessWorker.get_default_base_job_template()}
+            pool = others.pop("work_pool").model_copy(update=template)
+            return await super().resolve_for_flow_run(flow_run, deployment=deployment, work_pool=pool, **others)
+
+    return JobConfiguration
+
+
+def _require_ours(deployment: Any) -> None:
+    """Refuse what would run other code than the flow `train` of the package that is installed here.
+
+    Raises:
+        ConfigError: it would.
+    """
+    expected = f"a deployment of {ENTRYPOINT} (`cohort deploy`), with no step but {_PULL_STEP}"
+    steps = [name for step in (deployment and deployment.pull_steps) or [] for name in step]
+    if deployment is None or deployment.entrypoint != ENTRYPOINT or set(steps) - {_PULL_STEP}:
+        found = f"{deployment.entrypoint}, steps {steps}" if deployment else "a flow run without a deployment"
+        raise ConfigError(
+            f"a worker of Cohort: expected {expected}; found {found}; use Prefect's own worker for others"
+        )
+
+
+def _brought(variables: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, str]:
+    """Of the environment in job variables, what may be brought here; what this host's environment says wins."""
+    given = (variables or {}).get("env")
+    given = given if isinstance(given, dict) else {}
+    places = [name for name in DEPLOYED_PLACES if os.environ.get(name)]
+    found = {name: value for name, value in given.items() if name in names and isinstance(value, str)}
+    # Prefect fills in blocks and variables of its server where a value has braces.
+    return {name: value for name, value in found.items() if name not in places and "{{" not in value}
 
 
 async def _serve(worker: Any, name: str, swept: threading.Event) -> None:

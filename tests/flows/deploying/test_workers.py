@@ -168,6 +168,22 @@ def test_a_worker_with_other_packages_is_named_and_refused_when_the_deployment_a
     assert str(refused) not in noted
 
 
+def test_a_command_in_the_job_variables_of_a_run_is_not_started(
+    project: Project, deployed: Deployed, tmp_path: Path
+) -> None:
+    from prefect.client.orchestration import get_client
+
+    mark = tmp_path / "evil"
+    variables = {"command": f"touch {mark}", "working_dir": str(tmp_path), "env": {"PYTHONPATH": str(tmp_path)}}
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run_from_deployment(
+            deployed.id, parameters={"config": CONFIG.model_dump(mode="json")}, job_variables=variables
+        )
+    with project.worker(tmp_path / "worker.log"):
+        assert project.ended(run.id)[0] == "COMPLETED"
+    assert not mark.exists()
+
+
 def test_a_run_that_is_cancelled_ends_and_is_not_started_again(
     project: Project, deployed: Deployed, tmp_path: Path
 ) -> None:

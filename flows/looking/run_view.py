@@ -128,11 +128,13 @@ def _overrides(attempt: Attempt) -> Group:
     for heading in ("override", "value", "from"):
         column(table, heading, fold=heading == "from")
     for override in attempt.overrides:
-        value = Text(json.dumps(override["value"], ensure_ascii=False))
-        value.truncate(60, overflow="ellipsis")
-        undone = " (undone by a later one)" if override["undone"] else ""
-        style = "dim" if undone else ""
-        table.add_row(Text(override["setting"], style), value, Text(override["source"] + undone, style))
+        # As JSON: what a record of others holds moves no cursor and paints nothing.
+        key, value, source = (json.dumps(override.get(name)) for name in ("setting", "value", "source"))
+        cells = [Text(key.strip('"')), Text(value), Text(source.strip('"'))]
+        cells[1].truncate(60, overflow="ellipsis")
+        if override.get("undone"):
+            cells[2].append(" (undone by a later one)")
+        table.add_row(*cells, style="dim" if override.get("undone") else None)
     return titled(f"asked of the recipe {attempt.recipe}, in this order", table)
 
 

@@ -299,6 +299,20 @@ def test_the_record_keeps_what_was_asked_and_show_names_that_recipe(tmp_path: Pa
     assert "(undone by a later one)" in shown
 
 
+def test_overrides_of_a_record_of_others_are_shown_escaped(tmp_path: Path) -> None:
+    choice, places = choose("arithmetic_smoke", settings=["seed=3"]), Places(tmp_path)
+    RunRecord.begin(places, choice.config, command="", engine="inline", asked=choice.asked)
+    (record,) = read_records(places)
+    record.attempts[-1].overrides = [{"setting": "\x1b[2J[red]a", "value": "\x9b2J", "source": "[link=x]b"}, {}]
+    console = Console(width=300, file=io.StringIO(), record=True)
+    history = History(record=record, config=choice.config, ledger=Ledger(), points={}, note="")
+    show_run(places.open_store(), history, console, limit=None)
+    shown = console.export_text()
+    assert not {"\x1b", "\x9b"} & set(shown)
+    assert "\\u001b[2J[red]a" in shown
+    assert "[link=x]b" in shown
+
+
 def test_the_same_settings_make_an_equal_configuration_in_any_way(write: Write) -> None:
     ways = [
         choose("arithmetic_smoke", settings=["rollout.G=8", "steps=3"]),

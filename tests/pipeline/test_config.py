@@ -119,7 +119,7 @@ def test_an_override_changes_what_it_names_and_nothing_else() -> None:
     assert base.G == 64
 
 
-def test_an_override_of_a_kind_drops_the_fields_of_the_other_kind_before_it() -> None:
+def test_an_override_of_a_kind_drops_the_fields_of_the_other_kind() -> None:
     base = Study().override({"objective.eps": 0.9, "objective.beta": 0.7})
     assert base.override({"objective.kind": "dpo"}).objective == DPO(beta=0.1)
     kind_first = {"objective.kind": "dpo", "objective.verifier.strict": True}

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.choice import Choice
+from flows.choice import Choice, choose
 from flows.config import IterativeRLConfig
 from flows.deploying.deployment import Deployed, cancel, deploy, ensure_pool, submit
 from flows.deploying.versions import VERSIONS
@@ -61,7 +61,8 @@ def test_a_run_by_hand_leaves_a_record_its_stages_are_tasks_of_its_own_flow_run_
 ) -> None:
     expected, before = undisturbed(CONFIG, tmp_path), stages_in(project.places)
     with project.worker(tmp_path / "worker.log"):
-        first = submit(deployed.name, CONFIG, tags={"arm": "usual"})
+        asked = choose("arithmetic_smoke", settings=["sft.max_steps=299"]).asked
+        first = submit(deployed.name, CONFIG, tags={"arm": "usual"}, asked=asked)
         until(lambda: project.states(first)[-1] == "RUNNING", 480)
         assert listened_on() == {"127.0.0.1"}
         assert project.ended(first) == ("COMPLETED", "")
@@ -73,6 +74,9 @@ def test_a_run_by_hand_leaves_a_record_its_stages_are_tasks_of_its_own_flow_run_
     assert [attempt.executed for attempt in record.attempts] == [computed.total(), 0]
     assert Counter(name for name, state in project.tasks(first, 15) if state == "Completed") == computed
     assert computed["supervised_finetuning"] == 1
+    kept = [(each["setting"], each["value"], each["source"]) for each in record.attempts[0].overrides]
+    assert (record.attempts[0].recipe, kept[0]) == ("arithmetic_smoke", ("sft.max_steps", 299, "--set"))
+    assert ("name", "by-hand", "the run's parameters") in kept[1:]
     assert {state for _, state in project.tasks(again, 15)} == {"Cached"}
     run = project.ask(f"flow_runs/{first}")
     assert "arm:usual" in run["tags"]

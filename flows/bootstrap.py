@@ -174,4 +174,7 @@ def _limit(config: IterativeRLConfig, name: str, questions: Questions, base: Che
 
 
 def below(folder: str, part: QuestionFileConfig) -> QuestionFileConfig:
-    return part.override({"path": str(Path(folder) / part.path)})
+    """A set with its path under `folder`, unless it is absolute; the name of a hub data set is no path."""
+    if part.format == "hub":
+        return part
+    return part.override({"path": str(Path(folder) / Path(part.path).expanduser())})

@@ -205,12 +205,16 @@ def _data(config: IterativeRLConfig) -> Iterator[str]:
     yield f"training: {_set_of(data.train)}"
     for name, file in data.evaluation.items():
         yield f"evaluation `{name}`: {_set_of(file)}"
+    if data.max_prompt_tokens.longer == "drop":
+        yield "of every set, questions with too long a prompt were left out (`data.max_prompt_tokens`)"
 
 
 def _set_of(part: QuestionFileConfig) -> str:
     if part.format == "hub":
         return f"`{part.path}` at `{part.revision}`" + (f", split `{part.split}`" if part.split else "")
-    return f"`{Path(part.path).name}`" + (f", the first {part.limit:,}" if part.limit else "")
+    repeats = {"refuse": "", "first": ", repeated rows once", "number": ", repeated rows as often as they stand there"}
+    limit = f", the first {part.limit:,}" if part.limit else ""
+    return f"`{Path(part.path).name}`{limit}{repeats[part.duplicates]}"
 
 
 def _evaluated(run: History | None, step: int | None) -> Iterator[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from flows.bootstrap import below
 from flows.config import ArithmeticData, FileData, IterativeRLConfig
 from flows.ledger import Ledger, read_ledger
 from flows.places import Places
@@ -82,7 +83,7 @@ def sizes_for(config: IterativeRLConfig) -> tuple[dict[str, int], list[str]]:
         case FileData():
             found, said = {}, []
             for name, part in config.data.evaluation.items():
-                count = _lines(Path(config.data.path) / part.path)
+                count = _lines(Path(below(config.data.path, part).path).expanduser())
                 if count is None:
                     count = _KNOWN_SETS.get(Path(part.path).name, _QUESTIONS)
                     said.append(f"data.evaluation.{name} is not here: {count} questions")
@@ -129,7 +130,7 @@ def _means(store: Store, digest: str) -> dict[str, float]:
 
 def _lines(file: Path) -> int | None:
     """Rows of a file with one question a line; None: it is not here, or of another format."""
-    if file.suffix != ".jsonl":
+    if file.suffix != ".jsonl" or not file.is_file():  # a pipe would never end
         return None
     with contextlib.suppress(OSError), file.open("rb") as lines:
         return sum(1 for line in lines if line.strip())

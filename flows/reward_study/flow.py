@@ -9,16 +9,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
+from flows.bootstrap import below
 from flows.pretrained import PretrainedPolicy, pretrained_model
 from flows.reward_study.config import RewardModelStudyConfig
 from pipeline.orchestration import flow
 from pipeline.progress import report
 from stages.data import (
     DataError,
-    QuestionFileConfig,
     demonstrations_from_solutions,
     demonstrations_of,
     measure_discrimination,
@@ -97,7 +96,7 @@ def reward_model_study(config: RewardModelStudyConfig) -> Study:
     Raises:
         DataError: the rules contradict more of the file's labels than `max_disagreement`.
     """
-    source = _under(config, config.solutions.source)
+    source = below(config.path, config.solutions.source)
     solutions = read_solutions(config.solutions.model_copy(update={"source": source}))
     tuning = config.judged_on == "validation"
     start = config.held_out_share if tuning else 0.0
@@ -136,12 +135,8 @@ def _trunk(config: RewardModelStudyConfig, learned: Solutions) -> Checkpoint:
 def _corpus(config: RewardModelStudyConfig, learned: Solutions) -> Demonstrations:
     if config.demonstrations is None:
         return demonstrations_of(learned)
-    questions = read_questions(_under(config, config.demonstrations))
+    questions = read_questions(below(config.path, config.demonstrations))
     return demonstrations_from_solutions(questions, config.answer_line)
-
-
-def _under(config: RewardModelStudyConfig, part: QuestionFileConfig) -> QuestionFileConfig:
-    return part.override({"path": str(Path(config.path) / part.path)})
 
 
 def _side(config: RewardModelStudyConfig, trunk: Checkpoint, solutions: Solutions) -> _Side:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -85,6 +86,24 @@ def test_equal_outputs_of_different_advantage_stay_apart() -> None:
 def test_only_rows_of_zero_advantage_are_idle() -> None:
     rows = [example("a", (5,), 0.0), example("a", (6,), -0.1)]
     assert drop_idle(rows) == rows[1:]
+
+
+def test_a_row_that_stands_for_several_brings_their_weight_into_a_merger() -> None:
+    rows = [example("a", (5,), 1.0, weight=3.0), example("a", (5,), 1.0, weight=3.0), example("a", (6,), 1.0)]
+    assert [merged.weight for merged in merge_equal(rows)] == [6.0, 1.0]
+
+
+@pytest.mark.parametrize("advantage", [(0.0, 1.0), (-1.0, 0.0), (1.0, 1.0)])
+def test_a_row_with_one_advantage_that_is_not_zero_is_not_idle(advantage: tuple[float, ...]) -> None:
+    row = dataclasses.replace(example("a", (5, 6), 0.0), advantage=advantage)
+    assert drop_idle([row, dataclasses.replace(row, advantage=(0.0, 0.0))]) == [row]
+
+
+def test_questions_are_dealt_by_the_seed() -> None:
+    rows = [example(question, (5,), 1.0) for question in "abcdefgh"]
+    dealt = {tuple(e.question_id for e in deal(rows, mini_batches=2, seed=seed)[0]) for seed in range(8)}
+    assert len(dealt) > 4
+    assert deal(rows, mini_batches=2, seed=5) == deal(rows, mini_batches=2, seed=5)
 
 
 def test_mini_batches_hold_whole_groups_and_every_example_once() -> None:

@@ -17,15 +17,22 @@ LENGTHS = (3, 1)
 
 
 def noted(
-    ratio: Tensor, weight: Tensor, *, kl: Tensor | None = None, clipped: Tensor | None = None, counts: bool = True
+    ratio: Tensor,
+    weight: Tensor,
+    *,
+    kl: Tensor | None = None,
+    clipped: Tensor | None = None,
+    correction: tuple[Tensor, Tensor] | None = None,
+    counts: bool = True,
 ) -> Ledger:
-    """A ledger of one micro-batch of two outputs and one step; all tensors [2, 3]."""
+    """A ledger of one micro-batch of two outputs and one step; all tensors [2, 3]. `correction`: kept and before its cap."""
+    weight_kept, weight_raw = correction or (None, None)
     (batch,) = micro_batches([Row((1, 2), (3,) * length) for length in LENGTHS], 100)
     zeros = torch.zeros(2, 3)
     surrogate = Surrogate(zeros, ratio, zeros.bool() if clipped is None else clipped)
     ledger = Ledger()
     part = MicroBatch(batch, zeros, weight.double(), counts=counts)
-    ledger.add(part, Terms(zeros, zeros, surrogate, kl, None), 2 * ratio, loss=0.5)
+    ledger.add(part, Terms(zeros, zeros, surrogate, kl, weight_kept, weight_raw), 2 * ratio, loss=0.5)
     ledger.stepped(3.0, 0.1, skipped=False)
     return ledger
 
@@ -66,6 +73,14 @@ def test_means_are_of_what_was_computed_where_idle_rows_were_left_out() -> None:
     # The loss is that of the whole mini-batch, with beta times its own share of the divergence.
     assert found["loss"] == 0.5
     assert found["policy_loss"] == pytest.approx(0.5 - 0.5 * 0.2)
+
+
+def test_the_share_of_corrections_that_were_cut_weighs_tokens_as_the_loss_does() -> None:
+    raw = torch.tensor([[1.0, 4.0, 2.0], [8.0, 9.0, 9.0]])
+    found = metrics(noted(torch.ones(2, 3), WEIGHT, correction=(raw.clamp(max=2.0), raw)))
+    assert found["correction_clipped"] == pytest.approx((1 / 3 + 1) / 2)
+    assert found["correction_mean"] == pytest.approx(((1 + 2 + 2) / 3 + 2) / 2)
+    assert found["correction_raw_mean"] == pytest.approx(((1 + 4 + 2) / 3 + 8) / 2)
 
 
 def test_two_steps_are_averaged_and_their_ranges_joined() -> None:

@@ -48,6 +48,15 @@ def test_every_output_token_has_the_advantage_of_its_output(shuffle: bool) -> No
     assert {(found["returns"], found["pair"]) for found in made.rows()} == {(None, None)}
 
 
+@pytest.mark.parametrize("eps", [0.0, 0.5, 2.0])
+def test_eps_is_added_to_the_deviation_of_outputs_and_of_steps(eps: float) -> None:
+    # Rewards 1 and -1, steps alike: the mean is 0 and the deviation 1 with ddof 0.
+    rows = [row("a", 0, 1.0, 1, steps=[(1.0, 0)]), row("a", 1, -1.0, 1, steps=[(-1.0, 0)])]
+    for supervision in ("outcome", "process"):
+        found = advantages(rows, GroupConfig(ddof=0, eps=eps, supervision=supervision))
+        assert [value for (value,) in found] == pytest.approx([1 / (1 + eps), -1 / (1 + eps)])
+
+
 def test_groups_are_questions_even_when_their_rows_alternate() -> None:
     rows = [row("a", 0, 0.0, 1), row("b", 0, 1.0, 1), row("a", 1, 2.0, 1), row("b", 1, 1.0, 1)]
     assert advantages(rows, GroupConfig(ddof=0)) == [[-1.0], [0.0], [1.0], [0.0]]

@@ -14,7 +14,7 @@ from flows.config import PretrainedPolicy
 from pipeline.config import Config, ConfigError, flatten, parse_settings
 from stages.data import ColumnsConfig, Feature, QuestionFileConfig, SolutionFileConfig
 from stages.prompts import PromptConfig
-from stages.reward import AccuracyConfig, RewardConfig
+from stages.reward import AccuracyConfig, RewardConfig, beside_labels
 from stages.reward_model import GaugeConfig, ScoringConfig
 from stages.reward_training import RewardTrainingConfig
 from stages.sft import PolicyConfig, SFTConfig
@@ -100,6 +100,8 @@ class RewardModelStudyConfig(Config):
             complaints.append("sft: imitates right solutions; name a file of them (demonstrations), or set sft to null")
         if empty := [name for name, features in self.shortcuts.items() if not features]:
             complaints.append(f"shortcuts: {empty[0]!r} has no feature")
+        if beside := beside_labels(self.reward):
+            complaints.append(f"reward.components: {beside[0].name!r} says nothing of the label; leave it out")
         if complaints:
             raise ValueError("\n    ".join(complaints))
         return self

@@ -97,6 +97,7 @@ def _parts(chunks: Iterable[list[Output]], config: RewardConfig) -> Iterator[dic
     for rows in chunks:
         columns = {component.name: judge(rows, component, config) for component in config.components}
         rewards = [_reward({name: column[i] for name, column in columns.items()}, config) for i in range(len(rows))]
+        _require_finite(rewards, rows)
         shown = columns[answer_component(config).name]
         statuses = [judged.status or ("ok" if judged.score else "wrong") for judged in shown]
         # At most one component cuts outputs into steps.
@@ -119,6 +120,15 @@ def _parts(chunks: Iterable[list[Output]], config: RewardConfig) -> Iterator[dic
             "scorer": [None] * len(rows),
         }
     record_metrics(tally.metrics())
+
+
+def _require_finite(rewards: Sequence[float | None], rows: Sequence[Output]) -> None:
+    for reward, row in zip(rewards, rows, strict=True):
+        if reward is not None and not math.isfinite(reward):
+            raise ValueError(
+                f"the reward of ({row.question_id!r}, {row.sample}) is {reward}: its weighted components add up to no finite "
+                "number; score, or weigh, on a smaller scale"
+            )
 
 
 def _tally(scored: Sequence[str], components: Sequence[ComponentConfig]) -> Tally:
@@ -214,6 +224,7 @@ def _combined(
     counted = {"no_reward": [None] * len(rows), "as_is": [score["reward"] for score in found], "as_unparseable": floor}
     model = [counted[config.truncated if row.truncated else "as_is"][i] for i, row in enumerate(rows)]
     rewards = [compose([Part(score, weight, "no_reward"), *whole[i]]) for i, score in enumerate(model)]
+    _require_finite(rewards, rows)
     tally.take(rewards, [score["status"] for score in found], {"model": [Judged(score) for score in model], **columns})
     said = [dict(score["components"]) for score in found]
     steps = [

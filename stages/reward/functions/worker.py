@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -69,22 +69,23 @@ def call_function(source: FunctionSource, arguments: Mapping[str, list[Any]]) ->
     Raises:
         Whatever the function raises.
     """
+    rows = len(arguments["completions"])  # the function may change its lists
+    conversational = isinstance(arguments["completions"][0], list)
     try:
         answer = load_function(source)(**arguments)
         if inspect.isawaitable(answer):
             answer = _event_loop().run(_awaited(answer))
     except (AttributeError, TypeError) as error:
-        if (hint := _takes_another_form(error, arguments["completions"])) is None:
+        if not (hint := _other_form(str(error), conversational=conversational)):
             raise
-        return hint
-    expected = f"expected a list of {len(arguments['completions'])} scores, one for each completion"
+        raise (AttributeError if isinstance(error, AttributeError) else TypeError)(f"{error}{hint}") from error
     try:
         scores = _listed(answer)
-        if len(scores) != len(arguments["completions"]):
+        if len(scores) != rows:
             raise _NoScoresError(f"{len(scores)}; one score is never taken for several outputs")
         return [_number(score, place) for place, score in enumerate(scores)]
     except _NoScoresError as error:
-        return f"{expected}, found {error}"
+        return f"expected a list of {rows} scores, one for each completion, found {error}"
 
 
 class _NoScoresError(Exception):
@@ -124,13 +125,9 @@ def _number(score: Any, place: int) -> float | None:
         return float("inf")
 
 
-def _takes_another_form(error: Exception, completions: Sequence[Any]) -> str | None:
-    """What to set where the function was written for the other form of completions."""
-    said = str(error)
-    if isinstance(completions[0], str):
-        if "string indices must be integers" not in said and not said.startswith("'str' object has no attribute 'get'"):
-            return None
-        return f"{type(error).__name__}: {said}. It reads completions as lists of messages: set `conversational: true`"
-    if "list" not in said:
-        return None
-    return f"{type(error).__name__}: {said}. It reads completions as texts: set `conversational: false`"
+def _other_form(said: str, *, conversational: bool) -> str:
+    """What to set where the function seems to be written for the other form of completions."""
+    if conversational:
+        return "; does it read completions as texts? Set `conversational: false`" if "list" in said else ""
+    reads_messages = "string indices must be integers" in said or "'str' object has no attribute 'get'" in said
+    return "; does it read completions as lists of messages? Set `conversational: true`" if reads_messages else ""

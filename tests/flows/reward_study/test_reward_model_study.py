@@ -185,6 +185,7 @@ def test_a_recipe_that_is_none_is_refused_with_the_nearest() -> None:
         ({"demonstrations": None}, "sft: imitates right solutions"),
         ({"held_out_share": 0.9, "validation_share": 0.2}, "leave no question to learn from"),
         ({"shortcuts": {"nothing": []}}, "'nothing' has no feature"),
+        ({"reward.components": [{"kind": "accuracy"}, {"kind": "format"}]}, "'format' says nothing of the label"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -155,6 +155,12 @@ def by_answer(completions: list[str], answer: list[str], **columns: Any) -> Any:
             return [1j] * len(scores)
         case "numpy complex":
             return [np.complex64(1j)] * len(scores)
+        case "emptied":
+            completions.clear()
+            return scores
+        case "made distinct":
+            completions[:] = sorted(set(completions))
+            return [1.0] * len(completions)
         case "coroutines":
             return [_a_score() for _ in scores]
     raise AssertionError(answer[0])

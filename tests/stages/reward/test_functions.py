@@ -229,15 +229,31 @@ def test_conversational_completions_are_lists_of_messages_where_the_function_rea
 @pytest.mark.parametrize(
     ("name", "conversational", "advice"),
     [
-        ("of_messages", False, "TypeError: .*completions as lists of messages: set `conversational: true`"),
-        ("of_texts", True, "AttributeError: .*completions as texts: set `conversational: false`"),
+        ("of_messages", False, "TypeError: .*lists of messages. Set `conversational: true`"),
+        ("of_texts", True, "AttributeError: .*texts. Set `conversational: false`"),
     ],
 )
 def test_a_function_for_the_other_form_of_completions_is_refused_with_what_to_set(
     name: str, conversational: bool, advice: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"function '{MODULE}:{name}' of component 'function': {advice}"):
-        scored(config(name, conversational=conversational), ("0.5", "2"))
+    reward = config(name, conversational=conversational, max_errors=0.0)
+    with pytest.raises(RewardFunctionError, match=f"no score from {MODULE}:{name} for 2 of 2 outputs.*{advice}"):
+        scored(reward, ("0.5", "2"))
+
+
+@pytest.mark.parametrize(("answer", "found"), [("emptied", "3"), ("made distinct", "2")])
+def test_a_function_that_changes_its_lists_answers_for_the_outputs_it_was_given(answer: str, found: str) -> None:
+    if answer == "emptied":
+        assert column(scored_by_answer(answer), "reward") == [0.5, 1.5, 2.5]
+    else:
+        with pytest.raises(ConfigError, match=f"a list of 3 scores, one for each completion, found {found};"):
+            scored_by_answer(answer)
+
+
+def test_a_weighted_sum_beyond_all_numbers_is_refused_before_it_is_written(store: Store) -> None:
+    with pytest.raises(ValueError, match=r"the reward of \('a', 1\) is inf"):
+        scored(config("by_text", weight=10.0), ("1", "1e308"))
+    assert not any(record["stage"] == "score" for record in store.actions())
 
 
 def test_a_service_that_was_down_leaves_no_verdict_and_is_asked_again(

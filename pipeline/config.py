@@ -16,9 +16,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, NamedTuple, Self, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
+
+from pipeline.yaml_text import ConfigError, dump_yaml, load_mapping, load_value
 
 __all__ = ["UNKEYED", "Config", "ConfigError", "Override", "changes_of", "flatten", "parse_settings"]
 
@@ -31,10 +32,6 @@ class _Unkeyed:
 
 
 UNKEYED: Final = _Unkeyed()
-
-
-class ConfigError(ValueError):
-    """A config that cannot be used; the text lists every error, one a line, each with its dotted key."""
 
 
 class Override(NamedTuple):
@@ -77,11 +74,11 @@ class Config(BaseModel):
     @classmethod
     def from_yaml(cls, text: str, *, source: str = "config") -> Self:
         """The config written in YAML `text` (safe subset, duplicate keys refused)."""
-        return cls.parse(_load_mapping(text, source), source=source)
+        return cls.parse(load_mapping(text, source), source=source)
 
     def to_yaml(self) -> str:
         """YAML that `from_yaml` reads back to an equal config."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump(mode="json"))
 
     def override(self, changes: Mapping[str, Any] | Iterable[Override], *, source: str = "override") -> Self:
         """A new validated config: this one with the changes applied in their order (`changed`).
@@ -172,9 +169,9 @@ def parse_settings(settings: Iterable[str], source: str = "--set") -> list[Overr
         if not separator or not key.strip():
             raise ConfigError(f"--set {setting}: expected key=value, for example --set rollout.G=8")
         try:
-            changes.append(Override(key.strip(), _Loader(text).get_single_data(), source))
-        except (yaml.YAMLError, ConfigError) as error:
-            raise ConfigError(f"--set {key}: the value {text!r} is not YAML: {error}") from None
+            changes.append(Override(key.strip(), load_value(text), source))
+        except ConfigError as error:
+            raise ConfigError(f"--set {key}: the value {text!r} cannot be read: {error}") from None
     return changes
 
 
@@ -222,77 +219,6 @@ def _blame(text: str, changes: list[Override]) -> str:
         ]
         lines.append(_said(line, touching[-1]) if touching else line)
     return "\n".join(lines)
-
-
-_VALUES: Final = 100_000
-"""Values of a YAML text at most, aliases counted as often as they stand; a config has hundreds."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader silently keeps the last of two equal keys, and lets a short text stand for endless values."""
-
-    def get_single_data(self) -> Any:
-        try:
-            return super().get_single_data()
-        except (ConfigError, yaml.YAMLError):
-            raise
-        except RecursionError:
-            raise ConfigError("values are nested too deeply") from None
-        except (ValueError, OverflowError) as error:  # a date or a number that is none
-            raise ConfigError(str(error)) from None
-
-    def get_single_node(self) -> yaml.Node | None:
-        node: yaml.Node | None = super().get_single_node()
-        if node is not None and _count_values(node, {}) > _VALUES:
-            raise ConfigError(f"more than {_VALUES:,} values, aliases (`*name`) counted as often as they stand")
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
-            if key.value in seen:
-                raise ConfigError(f"line {key.start_mark.line + 1}: the key {key.value!r} stands twice")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-def _count_values(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
-    """Values under a node with every alias written out; each node is counted once (`counts`; 0: is being counted)."""
-    if node in counts:
-        if counts[node] == 0:
-            raise ConfigError(f"line {node.start_mark.line + 1}: an alias stands within what it names")
-        return counts[node]
-    counts[node] = 0
-    match node:
-        case yaml.MappingNode():
-            parts = [part for pair in node.value for part in pair]
-        case yaml.SequenceNode():
-            parts = node.value
-        case _:
-            parts = []
-    counts[node] = 1 + sum(_count_values(part, counts) for part in parts)
-    return counts[node]
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that `_Loader` would read as numbers."""
-
-
-# YAML 1.1 reads `3e-4` as text; people mean a number.
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+"), list("-+0123456789"))
-
-
-def _load_mapping(text: str, source: str) -> Mapping[str, Any]:
-    try:
-        values = _Loader(text).get_single_data()
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {error}") from None
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{source}: expected a mapping of field names to values, found {type(values).__name__}")
-    return values
 
 
 def _explain(root: type[BaseModel], details: ErrorDetails) -> str:

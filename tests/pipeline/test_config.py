@@ -362,13 +362,27 @@ def test_settings_are_yaml_values_and_3e_4_is_a_number() -> None:
     [
         ("G", "expected key=value"),
         ("=1", "expected key=value"),
-        ("G=[1", "'\\[1' is not YAML"),
+        ("G=[1", "'\\[1' cannot be read: not valid YAML"),
+        ("G=010", "010 is a number of base 8 or 60"),
+        ("G=[1, -007]", "-007 is a number of base 8 or 60"),
+        ("G=1:30", "1:30 is a number of base 8 or 60"),
+        ("G=12:30.5", "12:30.5 is a number of base 8 or 60"),
         ("a={b: 1, b: 2}", "twice"),
     ],
 )
 def test_a_setting_that_cannot_be_read_names_itself(setting: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_settings([setting])
+
+
+def test_zeros_decimals_and_prefixed_numbers_are_read_as_they_look() -> None:
+    settings = ["a=0", "b=0.5", "c=0x1F", "d=1_000", "e='010'", "f=0e1", "g=-0"]
+    assert [change.value for change in parse_settings(settings)] == [0, 0.5, 31, 1000, "010", 0.0, 0]
+
+
+def test_a_number_of_another_base_in_a_file_is_refused_with_its_line() -> None:
+    with pytest.raises(ConfigError, match=r"study.yaml: line 2: 0640 is a number of base 8 or 60"):
+        Study.from_yaml("name: a\nG: 0640\n", source="study.yaml")
 
 
 def test_a_config_is_frozen_and_refuses_values_that_are_not_finite() -> None:

@@ -14,6 +14,7 @@ from cyclopts import App, CycloptsError, Group
 from rich.markup import escape
 
 from flows.commands.options import console
+from pipeline.database import without_password
 from pipeline.interruption import exit_code, interruptible, is_interruption
 
 __all__ = ["app", "main", "run_command"]
@@ -160,18 +161,19 @@ def _explain(error: Exception) -> int:
     from flows.session import InterruptedRunError
     from pipeline.config import ConfigError
 
+    text = without_password(str(error))
     say = functools.partial(console(errors=True).print, soft_wrap=True)
     match error:
         case InterruptedRunError():
             say(f"\ninterrupted; nothing is lost. Continue with\n\n  [bold]{escape(str(error))}[/]")
             return exit_code()
         case ConfigError():
-            say(f"[red]configuration:[/] {escape(str(error))}")
+            say(f"[red]configuration:[/] {escape(text)}")
             return 2
         case ValueError() | OSError() | RuntimeError():
-            say(f"[red]error:[/] {escape(str(error) or type(error).__name__)}")
+            say(f"[red]error:[/] {escape(text or type(error).__name__)}")
         case _:
-            say(f"[red]error:[/] {type(error).__name__}: {escape(str(error))}")
+            say(f"[red]error:[/] {type(error).__name__}: {escape(text)}")
     say("[dim]--debug shows where; what was computed is kept, the same command continues[/]")
     return 1
 

@@ -7,6 +7,7 @@ machines share, of which `store` under the root is then the cache. Runs and data
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,4 +80,4 @@ class Places:
 
     def option(self) -> str:
         """What a command needs so that it finds these places from here: ` --root DIR`, or nothing."""
-        return "" if self == Places.under(None) else f" --root {self.root}"
+        return "" if self == Places.under(None) else f" --root {shlex.quote(str(self.root))}"

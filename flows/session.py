@@ -29,6 +29,7 @@ from flows.run_state import RunState
 from flows.summary import Summary, summarise, summary_markdown
 from flows.upkeep import upkeep
 from pipeline.config import ConfigError, flatten
+from pipeline.database import without_password
 from pipeline.exclusivity import exclusive_devices
 from pipeline.interruption import check, interruptible, is_interruption, shielded
 from pipeline.orchestration import Engine, joining, running_deployment, use_engine
@@ -74,7 +75,7 @@ def run_flow(
     config.reward.key()  # a reward function that is not there stops the run now, not after its first outputs
     for backend in (config.rollout.backend, config.evaluation.backend or config.rollout.backend):
         require_backend(backend)
-    command = command or shlex.join(["cohort", *sys.argv[1:]])
+    command = without_password(command or shlex.join(["cohort", *sys.argv[1:]]))
     record = RunRecord.begin(places, config, command=command, engine=engine, asked=choice.asked)
     state = RunState(steps=config.iterations * config.steps, iterations=config.iterations)
     observer, ledger = Observer(), Ledger()
@@ -112,7 +113,8 @@ def run_flow(
     except BaseException as error:
         interrupted = is_interruption(error)
         with shielded():
-            record.end("interrupted" if interrupted else "failed", state, f"{type(error).__name__}: {error}"[:2000])
+            text = without_password(f"{type(error).__name__}: {error}")[:2000]
+            record.end("interrupted" if interrupted else "failed", state, text)
         if interrupted:
             raise InterruptedRunError(command) from error
         raise

@@ -15,11 +15,13 @@ __all__ = ["is_database", "making_tables", "unspoken", "with_driver", "without_p
 
 _SERVERS: Final = ("postgresql", "mysql", "mssql")
 """Databases that MLflow writes to itself, beside sqlite."""
+_SECRETS: Final = "passw(?:or)?d|pwd|secret|token|api_?key|access_?key|signature|credential"
 _PASSWORDS: Final = (
-    re.compile(r"^([A-Za-z][\w+.-]*://[^:/@\s]*:)(.+)(?=@[^@]*$)"),
-    re.compile(r"(?i)([?&]\w*passw(?:or)?d=)([^&\s]+)"),
+    re.compile(r"([A-Za-z][\w+.-]*://[^:/@\s]*:)(\S+)(?=@)"),
+    re.compile(r"(https?://)([^:/@?#\s]+)(?=@)"),
+    re.compile(rf"(?i)([?&;][\w-]*(?:{_SECRETS})[\w-]*=)([^&;\s]+)"),
 )
-"""Where a URL may have one: before the host, and among the options."""
+"""Where a URL may have one: before the host (of HTTP a token alone), and among the options."""
 _LOCK: Final = 0x636F686F7274
 """Number of the advisory lock under which tables are made: `cohort` in ASCII."""
 
@@ -36,11 +38,11 @@ def with_driver(uri: str) -> str:
     return f"postgresql+{drivers[0]}://{rest}" if scheme == "postgresql" and drivers else uri
 
 
-def without_password(uri: str) -> str:
-    """A URI as it may be stored and printed. One with another password is the same place."""
+def without_password(text: str) -> str:
+    """A URI, or a text with some in it, as it may be stored and printed. One with another password is the same place."""
     for place in _PASSWORDS:
-        uri = place.sub(r"\1***", uri)
-    return uri
+        text = place.sub(r"\1***", text)
+    return text
 
 
 def unspoken(text: str, uri: str) -> str:

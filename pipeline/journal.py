@@ -5,7 +5,8 @@ it. The writer holds a lock on the file as long as it lives, so that a killed ru
 process id. Beside `<run_key>.jsonl` lies `<run_key>.sent.json`: how far it was projected, where to, and the last error.
 
 Kinds of records: `run` (experiment, name, parameters, tags), `start`, `step` (metrics at a step), `table`, `figure`, `tags`,
-`dataset`, `model` and `alias` (by digest), `end` (status).
+`dataset`, `model` and `alias` (by digest), `end` (status). A line that is damaged is left out, and said when the run is next
+started: what tracks training never stops it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final, Self
 
@@ -25,6 +28,20 @@ __all__ = ["Journal", "JournalBusyError", "Record", "Sent", "is_live", "journals
 
 Record = dict[str, Any]
 
+_NUMBER: Final = (int, float)
+_FIELDS: Final[Mapping[str, Mapping[str, type | tuple[type, ...]]]] = {
+    "run": {"experiment": str, "name": str, "key": str, "params": dict, "tags": dict},
+    "start": {},
+    "step": {"step": int, "time": _NUMBER, "metrics": dict},
+    "table": {"name": str, "columns": list, "data": list},
+    "figure": {"name": str, "path": str, "digest": str},
+    "tags": {"name": str, "tags": dict},
+    "dataset": {"name": str, "digest": str, "context": str, "rows": int},
+    "model": {"name": str, "model": str, "digest": str, "step": int, "tags": dict},
+    "alias": {"name": str, "alias": str, "run": str, "run_name": str, "model": dict},
+    "end": {"status": str},
+}
+"""What a record of each kind has, whatever else it has."""
 _LOCK_SECONDS: Final = 2.0  # readers probe the lock for an instant; only a lock held for longer has an owner
 
 
@@ -55,9 +72,11 @@ class Sent:
     def read(cls, journal: Path) -> Self:
         """The state of `journal`; nothing was sent when there is none, or when it is damaged."""
         try:
-            return cls(**json.loads(journal.with_suffix(".sent.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            found = cls(**json.loads(journal.with_suffix(".sent.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError):
             return cls()
+        whole = all(type(getattr(found, field.name)) is type(field.default) for field in dataclasses.fields(cls))
+        return found if whole else cls()
 
     def write(self, journal: Path) -> None:
         """Replace the state of `journal` in one step."""
@@ -87,8 +106,15 @@ class Journal:
         self._file: IO[bytes] = open(path, "ab")  # noqa: SIM115  (held, with its lock, until close)
         _lock(self._file, path)
         self._cut_torn_line()
-        for record in read_records(path, 0)[0]:
+        records, damaged = _parsed(path.read_bytes().split(b"\n")[:-1])
+        for record in records:
             self._note(record)
+        if damaged:
+            lines = f"line {damaged[0]}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else "")
+            warnings.warn(
+                f"{path}: {lines} cannot be read and is left out of MLflow; training goes on, and the results are not touched",
+                stacklevel=5,
+            )
 
     def append(self, record: Record) -> bool:
         """Write a record unless it repeats what is there; whether it was written."""
@@ -136,12 +162,37 @@ class Journal:
 
 
 def read_records(path: Path, offset: int) -> tuple[list[Record], int]:
-    """The whole records from byte `offset` on, and the offset behind them."""
+    """The whole records from byte `offset` on, without those that are damaged, and the offset behind them."""
     with open(path, "rb") as file:
         file.seek(offset)
         content = file.read()
     whole = content[: content.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
+    return _parsed(whole.split(b"\n")[:-1])[0], offset + len(whole)
+
+
+def _parsed(lines: Sequence[bytes]) -> tuple[list[Record], list[int]]:
+    """Records, and the numbers of the lines that are none, counted from 1."""
+    records, damaged = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if _is_record(record):
+            records.append(record)
+        else:
+            damaged.append(number)
+    return records, damaged
+
+
+def _is_record(found: Any) -> bool:
+    fields = _FIELDS.get(str(found.get("kind"))) if isinstance(found, dict) else None
+    if fields is None or not all(isinstance(found.get(name), kind) for name, kind in fields.items()):
+        return False
+    times = isinstance(found.get("time", 0.0), _NUMBER)
+    metrics = all(isinstance(value, _NUMBER) and math.isfinite(value) for value in found.get("metrics", {}).values())
+    texts = all(isinstance(text, str) for name in ("params", "tags") for text in found.get(name, {}).values())
+    return times and metrics and texts
 
 
 def journals(folder: Path) -> Iterator[Path]:

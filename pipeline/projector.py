@@ -150,8 +150,10 @@ class Projector:
 
     def _run(self, journal: Path) -> MlflowRun:
         if journal not in self._runs:
-            run = [record for record in read_records(journal, 0)[0] if record["kind"] == "run"][-1]
-            self._runs[journal] = MlflowRun(self._connected(), run, artifact_folder(self.uri, self.home))
+            runs = [record for record in read_records(journal, 0)[0] if record["kind"] == "run"]
+            if not runs:
+                raise ValueError("no line says which run it is of: it is damaged; the next start of the run writes one")
+            self._runs[journal] = MlflowRun(self._connected(), runs[-1], artifact_folder(self.uri, self.home))
         return self._runs[journal]
 
     def _connected(self) -> Any:

@@ -29,6 +29,7 @@ from typing import Any, Final
 
 import psutil
 
+from pipeline.database import without_password
 from pipeline.guarded_server import ALIVE
 from pipeline.server_process import ServerProcess, end, own_processes, password_of, recorded, spawn
 
@@ -85,6 +86,11 @@ class ServerStatus:
     """What the server printed."""
 
     @property
+    def shown(self) -> str:
+        """The URL as it may be printed and stored."""
+        return without_password(self.url or "")
+
+    @property
     def ui(self) -> str | None:
         """Address of the user interface."""
         return self.url.removesuffix("/api") if self.url else None
@@ -101,7 +107,8 @@ def ensure_server(home: Path, *, timeout: float = START_SECONDS) -> str:
     if url := configured_url():
         if not _answers(url, timeout=10.0):
             raise ServerError(
-                f"the configured Prefect server {url} does not answer; start it, correct PREFECT_API_URL, or unset it "
+                f"the configured Prefect server {without_password(url)} does not answer; start it,"
+                " correct PREFECT_API_URL, or unset it "
                 "to let a local server be started. Nothing is lost: the same command continues from the store"
             )
         own = recorded(home.resolve())  # the user named our own server: its password is at hand
@@ -186,7 +193,8 @@ def keep_server(home: Path, *, every: float = 2.0) -> Iterator[None]:
             "RemoteProtocolError",
         ):
             raise ServerError(
-                f"the Prefect server {server_status(home).url} was lost and did not come back ({error}). "
+                f"the Prefect server {server_status(home).shown} was lost and did not come back "
+                f"({without_password(str(error))}). "
                 "Nothing is lost: the same command continues from the store"
             ) from error
         raise

@@ -163,7 +163,9 @@ def track(
         if isinstance(error, SystemExit | GeneratorExit) or is_interruption(error):
             failsafe("the tracker")(tracker._close)("KILLED", type(error).__name__)
         else:
-            failsafe("the tracker")(tracker._close)("FAILED", f"{type(error).__name__}: {error}"[:1000])
+            failsafe("the tracker")(tracker._close)(
+                "FAILED", without_password(f"{type(error).__name__}: {error}")[:1000]
+            )
         raise
     else:
         failsafe("the tracker")(tracker._close)("FINISHED", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -95,7 +96,9 @@ def replay(
     places, out = Places.under(root), console()
     record = find_run(places, run)
     if record is None:
-        raise ConfigError(f"--run: no run is named {run}; `cohort runs --root {places.root}` lists them")
+        raise ConfigError(
+            f"--run: no run is named {run}; `cohort runs --root {shlex.quote(str(places.root))}` lists them"
+        )
     outcomes: list[dict[str, object]] = []
     with (
         use_store(places.open_store()) as store,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
+from rich.markup import escape
 
 from flows.choice import choose
 from flows.commands.options import ConfigFiles, Method, Root, Settings, console
@@ -75,7 +77,7 @@ def deploy(
     )
     out.print(f"deployed [bold]{made.name}[/] to the pool {made.pool}" + (f", schedule {schedule}" if schedule else ""))
     out.print(f"  page    {made.url}", soft_wrap=True)
-    out.print(f"  worker  cohort worker --pool {made.pool}{places.option()}", soft_wrap=True)
+    out.print(f"  worker  cohort worker --pool {shlex.quote(made.pool)}{escape(places.option())}", soft_wrap=True)
     if now:
         out.print(f"  run     {deployment.submit(made.name, choice.config)}")
     else:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from flows.choice import choose
 from flows.commands.options import Root, console
@@ -60,19 +62,21 @@ def verify(*, repair: bool = False, root: Root = None) -> int:
     if found.runs and not (found.damaged or found.missing or found.records):
         return 1
     if not repair:
-        out.print(f"[bold]cohort verify --repair{places.option()}[/] mends this; the next run that needs it does too")
+        out.print(
+            f"[bold]cohort verify --repair{escape(places.option())}[/] mends this; the next run that needs it does too"
+        )
         return 1
     _quarantine(places.open_store(), found, out)
     for record in _affected(places, found):
         if (record.folder / IMPORTED).exists():
-            command = f"cohort run {record.folder / 'config.yaml'}{places.option()}"
+            command = f"{_again(record)}{places.option()}"
             out.print(
                 f"\n{quoted(record.folder.name)} was imported, and its configuration is not yours: {quoted(command)}"
             )
             continue
         out.print(f"\nrunning {record.folder.name} again")
         choice = choose(str(record.folder / "config.yaml"))
-        run_flow(choice, places, engine="inline", console=out, command=f"cohort run {record.folder / 'config.yaml'}")
+        run_flow(choice, places, engine="inline", console=out, command=_again(record))
     after = _check(places.open_store())
     out.print()
     _report(after, out)
@@ -154,6 +158,11 @@ def _quarantine(store: Store, found: _Findings, out: Console) -> None:
         for path in found.records:
             if store.find(path.stem) is None:  # which removes a damaged record; what is no record's name stays
                 path.unlink(missing_ok=True)
+
+
+def _again(record: RunRecord) -> str:
+    """The command that runs it again."""
+    return f"cohort run {shlex.quote(str(record.folder / 'config.yaml'))}"
 
 
 def _affected(places: Places, found: _Findings) -> list[RunRecord]:

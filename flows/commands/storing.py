@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -157,7 +158,7 @@ def export_archive(*what: str, root: Root = None) -> None:
     count = write_archive(to, store, sorted(digests), records, runs)
     text = f"{len(digests):,} artifacts, {len(records):,} records, {len(runs)} runs: {size(count)} in {to}"
     out.print(text, soft_wrap=True)
-    out.print(f"where it goes: [bold]cohort store import {escape(to.name)}[/]", soft_wrap=True)
+    out.print(f"where it goes: [bold]cohort store import {escape(shlex.quote(to.name))}[/]", soft_wrap=True)
 
 
 def import_archive(file: Path, *, root: Root = None) -> None:
@@ -190,9 +191,8 @@ def import_archive(file: Path, *, root: Root = None) -> None:
             soft_wrap=True,
         )
     for name in taken.runs:
-        out.print(
-            f"run {name}: [bold]cohort run {places.runs / name / 'config.yaml'}{places.option()}[/]", soft_wrap=True
-        )
+        command = f"cohort run {shlex.quote(str(places.runs / name / 'config.yaml'))}{places.option()}"
+        out.print(f"run {name}: [bold]{escape(command)}[/]", soft_wrap=True)
 
 
 def _free(store: Store, inventory: Inventory, parts: list[Freed], out: Console, *, dry_run: bool) -> None:

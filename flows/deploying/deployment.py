@@ -221,9 +221,8 @@ def _client() -> Iterator[Any]:
         with get_client(sync_client=True) as client:
             yield client
     except httpx.TransportError as error:
-        raise ServerError(
-            f"the Prefect server {url} does not answer ({error}); start it (`cohort server up`) or correct PREFECT_API_URL"
-        ) from error
+        text = f"the Prefect server {url} does not answer ({error}); start it (`cohort server up`) or correct PREFECT_API_URL"
+        raise ServerError(without_password(text)) from error
 
 
 def _deployment(client: Any, name: str) -> Any:
@@ -244,7 +243,7 @@ def _schedules(schedules: list[dict[str, Any]]) -> list[Any]:
 def _ui() -> str:
     from prefect.settings import PREFECT_UI_URL
 
-    return str(PREFECT_UI_URL.value() or os.environ["PREFECT_API_URL"].removesuffix("/api"))
+    return without_password(str(PREFECT_UI_URL.value() or os.environ["PREFECT_API_URL"].removesuffix("/api")))
 
 
 def _description(choice: Choice, *, require_versions: bool) -> str:

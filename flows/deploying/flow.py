@@ -91,7 +91,7 @@ def train(config: IterativeRLConfig) -> str:
         raise TerminationSignal(signal.SIGTERM) from error
     if summary:
         failsafe("the table of the summary")(print_summary)(
-            summary, console, ui_command=f"cohort ui --root {places.root}"
+            summary, console, ui_command=shlex.join(["cohort", "ui", "--root", str(places.root)])
         )
     record = read_record(run_folder(places, chosen))
     return record.policy if record else ""

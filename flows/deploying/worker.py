@@ -26,6 +26,7 @@ from flows.deploying.deployment import DEPLOYED_PLACES, ENTRYPOINT, ensure_pool
 from flows.deploying.versions import REQUIRED, VERSIONS
 from flows.places import Places
 from pipeline.config import ConfigError
+from pipeline.database import without_password
 from pipeline.flow_runs import RESTARTS, mark_crashed, process_name, restart_crashed
 from pipeline.server import ensure_server, keep_server
 
@@ -66,7 +67,7 @@ def work(places: Places, pool: str, *, limit: int | None, say: Callable[[str], N
     ensure_pool(pool)
     name = process_name()
     os.environ["COHORT_WORKER"] = name
-    say(f"worker {name} serves the pool {pool} of {url.removesuffix('/api')}; Ctrl-C ends it")
+    say(f"worker {name} serves the pool {pool} of {without_password(url).removesuffix('/api')}; Ctrl-C ends it")
     from prefect.workers.process import ProcessWorker
 
     class CohortWorker(ProcessWorker):  # type: ignore[misc]

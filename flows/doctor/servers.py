@@ -28,21 +28,21 @@ def prefect(subject: Subject) -> Iterator[Finding]:
     """The server that a run would use: the configured one, the standing one, or one that it starts."""
     home = subject.places.prefect
     status = server_status(home)
-    values = {"url": status.url, "pid": status.pid, "healthy": status.healthy, "configured": status.configured}
+    values = {"url": status.shown, "pid": status.pid, "healthy": status.healthy, "configured": status.configured}
     if status.configured:
         if status.healthy:
-            yield Finding("prefect", "ok", f"{status.url} answers (configured by you)", values=values)
+            yield Finding("prefect", "ok", f"{status.shown} answers (configured by you)", values=values)
             return
         advice = "start it or correct PREFECT_API_URL; unset, a local server is started; `--engine inline` needs none"
-        yield Finding("prefect", "problem", f"the configured {status.url} does not answer", advice, values)
+        yield Finding("prefect", "problem", f"the configured {status.shown} does not answer", advice, values)
     elif status.healthy:
-        yield Finding("prefect", "ok", f"{status.url} answers (process {status.pid})", values=values)
+        yield Finding("prefect", "ok", f"{status.shown} answers (process {status.pid})", values=values)
     elif status.pid is not None:
         advice = (
             f"if it has just started, wait; else `cohort server down{subject.places.option()}`. Its log: {status.log}"
         )
         yield Finding(
-            "prefect", "warning", f"process {status.pid} runs and {status.url} does not answer", advice, values
+            "prefect", "warning", f"process {status.pid} runs and {status.shown} does not answer", advice, values
         )
     else:
         yield from _not_running(subject, values)

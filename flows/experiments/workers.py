@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -211,7 +212,7 @@ def _call_for_workers(board: _Board, waiting: int) -> None:
     board.console.print(
         f"[yellow]no worker serves the pool {board.pool}[/], and {waiting} runs wait. Start one, here or on a host that "
         f"shares {board.places.root}:\n"
-        f"  cohort worker --pool {board.pool}{board.places.option()}",
+        f"  cohort worker --pool {shlex.quote(board.pool)}{escape(board.places.option())}",
         soft_wrap=True,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,10 @@ def test_the_doctor_writes_to_the_shared_store_and_names_what_is_wrong(tmp_path:
     if os.geteuid():  # root may write everywhere
         (tmp_path / "shared").chmod(0o500)
         assert "access is denied" in shared(f"file://{tmp_path}/shared").found
+
+
+@pytest.mark.parametrize("name", ["plain", "a b é#1%20", "it's", 'a"b', "$(touch x)", "a;b", "~", "-x"])
+def test_a_command_that_is_suggested_reads_the_root_back_whatever_its_name(tmp_path: Path, name: str) -> None:
+    root = tmp_path / name
+    words = shlex.split(f"cohort ui{Places(root).option()}")
+    assert words == ["cohort", "ui", "--root", str(root)]

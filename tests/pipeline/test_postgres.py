@@ -73,6 +73,13 @@ def sent(home: Path, key: str) -> Sent:
         ("postgresql://db/mlflow?user=ann&password=pw&sslmode=require", None),
         ("https://ann:pw@mlflow.example", "https://ann:***@mlflow.example"),
         ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+        ("https://ghp_token@prefect.example/api", "https://***@prefect.example/api"),
+        ("https://:pw@prefect.example/api", "https://:***@prefect.example/api"),
+        ("postgresql://ann@db/mlflow", "postgresql://ann@db/mlflow"),
+        ("https://h/api?key=1&api_key=pw&x=2", "https://h/api?key=1&api_key=***&x=2"),
+        ("s3://bucket/store?token=pw", "s3://bucket/store?token=***"),
+        ("cannot reach http://ann:pw@h:4200/api (refused)", "cannot reach http://ann:***@h:4200/api (refused)"),
+        ("write to ann@example.org, see http://h:1/p", "write to ann@example.org, see http://h:1/p"),
         ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
     ],
 )

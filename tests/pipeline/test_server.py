@@ -169,6 +169,14 @@ def test_a_configured_server_is_used_and_a_dead_one_is_an_error_that_says_what_t
     assert server_status(tmp_path).configured
 
 
+def test_a_password_in_the_configured_address_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://ann:hunter2@127.0.0.1:9/api")
+    with pytest.raises(ServerError, match=r"ann:\*\*\*@127") as caught:
+        ensure_server(tmp_path)
+    assert "hunter2" not in str(caught.value)
+    assert "hunter2" not in server_status(tmp_path).shown
+
+
 def test_a_profile_of_the_user_counts_as_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert configured_url() is None
     (tmp_path / "profiles.toml").write_text(

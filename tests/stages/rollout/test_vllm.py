@@ -23,7 +23,7 @@ from pipeline.store import Store
 from stages.models import Checkpoint
 from stages.prompts import PromptConfig
 from stages.rollout import HFBackendConfig, RolloutConfig, VLLMBackendConfig, VLLMServerConfig, rollout
-from stages.rollout.generator import Output, Prompt, PromptTooLongError, Sampling
+from stages.rollout.generator import Output, Prompt, PromptTooLongError, Sampling, UnsoundOutputError
 from stages.rollout.probe import StaleWeightsError
 from stages.rollout.slots import HF, VLLM, make_room
 from stages.rollout.stage import generator_of
@@ -82,6 +82,16 @@ def test_outputs_come_in_the_order_of_prompts_and_seeds_whatever_ends_first(back
         np.testing.assert_allclose(output.logprobs, -math.log(17), rtol=1e-6)
         assert (output.ids.dtype, output.logprobs.dtype) == (np.int32, np.float32)
     assert counted[-1] == (3, 10)
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(("seed", "found"), [(15, "token 0: .*found nan"), (16, "token 0: .*0 to 16, found 17")])
+def test_values_that_no_engine_can_have_sampled_are_refused_by_name(
+    backend: VLLMBackendConfig, seed: int, found: str
+) -> None:
+    with pytest.raises(UnsoundOutputError, match=f"^vllm: question 'a', output 0: {found}"):
+        _generate(uniform_policy(), backend, seed=seed)
+    assert len(_generate(uniform_policy(), backend)[0]) == 1, "the next call has a fresh engine"
 
 
 @pytest.mark.usefixtures("store")

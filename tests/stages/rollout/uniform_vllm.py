@@ -1,7 +1,7 @@
 """A `vllm` package that draws every token with the same probability: what the real one is to our worker, without a model.
 
 It ends requests in the reverse order, keeps what it was asked in `asked.jsonl`, and does what some seeds say: 13 ends its
-process, 14 hangs. Its token number t is (seed + t) mod V.
+process, 14 hangs, 15 answers with NaN, 16 with ids beyond the vocabulary. Its token number t is (seed + t) mod V.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ class LLM:
         while len(ids) < wanted.max_tokens and not stopped:
             ids.append((wanted.seed + len(ids)) % self.V)
             stopped = ids[-1] in wanted.stop_token_ids
-        told = lambda tokens: [{token: Some(logprob=-math.log(self.V))} for token in tokens]
+        if wanted.seed == 16:
+            ids = [self.V] * len(ids)
+        logprob = math.nan if wanted.seed == 15 else -math.log(self.V)
+        told = lambda tokens: [{token: Some(logprob=logprob)} for token in tokens]
         output = Some(token_ids=ids, logprobs=told(ids), finish_reason="stop" if stopped else "length")
         first = None if wanted.prompt_logprobs is None else [None, *told(prompt[1:])]
         return [Some(request_id=name, finished=True, outputs=[output], prompt_logprobs=first)]

@@ -22,6 +22,7 @@ from stages.data import (
     arithmetic_questions,
     demonstrations_from_solutions,
     limit_prompts,
+    longest_question,
     read_questions,
 )
 from stages.models import Checkpoint
@@ -31,6 +32,7 @@ from stages.tables import Demonstrations, Questions
 
 __all__ = [
     "DataSets",
+    "arithmetic_misfits",
     "base_model",
     "below",
     "demonstrations_of_set",
@@ -74,21 +76,20 @@ def prepare_data(data: ArithmeticData | FileData) -> DataSets:
 def limit_data(config: IterativeRLConfig, data: DataSets, base: Checkpoint) -> DataSets:
     """The questions whose prompts leave room for an output, and the demonstrations of these, enough for every step.
 
-    The built-in world's questions are short, and taken as they are.
-
     Raises:
         DataError: by set: prompts that are too long (`data.max_prompt_tokens`), or that the tokenizer cannot express.
         ConfigError: fewer questions than a step draws.
     """
     if isinstance(config.data, ArithmeticData):
-        counts = (config.data.train.count, config.data.demonstrations.chains.count)
-        _require_enough(config, *counts)
+        if complaints := list(arithmetic_misfits(config, config.data)):
+            raise ConfigError("\n  ".join(complaints))
         return data
     limited = {name: _limit(config, name, questions, base) for name, questions in _named(data).items()}
     train = limited.pop("train")
     demonstrations = data.demonstrations and demonstrations_of_set(train)
     questions = int(train.metrics["data/questions"])
-    _require_enough(config, questions, questions if demonstrations else None)
+    if complaints := list(shortages(config, questions, questions if demonstrations else None)):
+        raise ConfigError("\n  ".join(complaints))
     return DataSets(train, demonstrations, {name.removeprefix("evaluation."): part for name, part in limited.items()})
 
 
@@ -111,6 +112,32 @@ def shortages(config: IterativeRLConfig, questions: int, demonstrations: int | N
         yield f"reward_model.questions={plan.questions} is more than the {questions:,} questions of data.train; lower it"
     if config.sft is not None and demonstrations is not None and config.sft.batch_size > demonstrations:
         yield f"sft.batch_size={config.sft.batch_size} is more than the {demonstrations:,} demonstrations; lower it"
+
+
+def arithmetic_misfits(config: IterativeRLConfig, data: ArithmeticData) -> Iterator[str]:
+    """What a run on the built-in world would fail of: too few questions, or a window too small for its longest prompt.
+
+    Prompts are known where a token is a character; other tokenizers have fewer tokens, and the rollout says what is too long.
+    """
+    yield from shortages(config, data.train.count, data.demonstrations.chains.count)
+    policy, prompt = config.policy, config.prompt
+    if isinstance(policy, PretrainedPolicy) or policy.tokenizer.kind != "character" or prompt.chat == "tokenizer":
+        return
+    turn = len("User: \n\nAssistant:") if prompt.chat == "deepseek_math" else 0
+    frame = len("".join((prompt.prefix, *prompt.around(), prompt.suffix))) + turn
+    window = policy.settings.get("max_position_embeddings")
+    sets = {"train": data.train} | {f"evaluation.{name}": part for name, part in data.evaluation.items()}
+    for name, part in sets.items():
+        room = room_of(config, name, window if isinstance(window, int) else None)
+        # Numbers of two digits at most: only near the limit are the questions themselves looked at.
+        if room.tokens is None or frame + len("Compute .") + 3 * part.longest - 1 <= room.tokens:
+            continue
+        longest = frame + longest_question(part, "train" if name == "train" else "held_out")
+        if longest > room.tokens:
+            yield (
+                f"data.{name}: its longest prompt has {longest} tokens, and {max(room.tokens, 0)} fit ({room}); lower "
+                "rollout.max_output_tokens, or raise policy.settings.max_position_embeddings"
+            )
 
 
 def base_model(config: IterativeRLConfig, data: DataSets) -> Checkpoint:
@@ -136,11 +163,6 @@ def demonstrations_of_set(questions: Questions) -> Demonstrations | None:
         if solutions.null_count == len(solutions):
             return None
     return demonstrations_from_solutions(questions)
-
-
-def _require_enough(config: IterativeRLConfig, questions: int, demonstrations: int | None) -> None:
-    if complaints := list(shortages(config, questions, demonstrations)):
-        raise ConfigError("\n  ".join(complaints))
 
 
 def _named(data: DataSets) -> dict[str, Questions]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flows.bootstrap import below, demonstrations_of_set, room_of, shortages
+from flows.bootstrap import arithmetic_misfits, below, demonstrations_of_set, room_of, shortages
 from flows.config import ArithmeticData, FileData, IterativeRLConfig
 from flows.early_tokenizer import early_tokenizer
 from pipeline.config import ConfigError
@@ -46,8 +46,7 @@ def examine_data(config: IterativeRLConfig) -> DataFindings:
     """Read the data sets that are here, without a model, a download or a trace in the store."""
     found = DataFindings()
     if isinstance(config.data, ArithmeticData):
-        counts = (config.data.train.count, config.data.demonstrations.chains.count)
-        found.complaints += shortages(config, *counts)
+        found.complaints += arithmetic_misfits(config, config.data)
         return found
     with scratch_store():
         sets = dict(_read_sets(config.data, found))

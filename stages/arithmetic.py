@@ -42,6 +42,7 @@ __all__ = [
     "Split",
     "check_solution",
     "draw_chains",
+    "longest_question",
     "parse_question",
     "render_question",
     "unique_chains",
@@ -181,6 +182,11 @@ def unique_chains(config: ArithmeticConfig, split: Split) -> list[Chain]:
         f"arithmetic: expected {config.count} different questions of {config.shortest}-{config.longest} numbers in split "
         f"{split!r}, found {len(found)}; lower count, lengthen the chains or change held_out_share"
     )
+
+
+def longest_question(config: ArithmeticConfig, split: Split) -> int:
+    """Characters of the longest question of a set."""
+    return max(len(render_question(chain, config.language)) for chain in unique_chains(config, split))
 
 
 _QUESTION: Final = re.compile(r"(?:Compute|计算) (\d+)((?:[+-]\d+)+)[.。]")

@@ -4,7 +4,7 @@ Every set is a `Questions` table with unique ids; demonstrations for supervised 
 wrong solutions of others `Solutions`, with what can be told of them by their surface alone.
 """
 
-from stages.arithmetic import ArithmeticConfig, AuthorShares, LineCheck, check_solution
+from stages.arithmetic import ArithmeticConfig, AuthorShares, LineCheck, check_solution, longest_question
 from stages.data.discrimination import measure_discrimination
 from stages.data.files import ColumnsConfig, QuestionFileConfig
 from stages.data.lengths import PromptLengths, PromptLimitConfig, PromptRoom, limit_prompts, measure_prompts
@@ -40,6 +40,7 @@ __all__ = [
     "demonstrations_from_solutions",
     "demonstrations_of",
     "limit_prompts",
+    "longest_question",
     "measure_discrimination",
     "measure_prompts",
     "questions_of",

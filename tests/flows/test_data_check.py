@@ -153,6 +153,17 @@ def test_the_built_in_world_too_has_enough_questions_for_a_step(capsys: pytest.C
     assert "questions_per_step=65 draws more than the 64 questions" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("room", "faults"), [(19, 0), (18, 0), (17, 2), (0, 2), (-5, 2)])
+def test_the_built_in_world_s_longest_question_leaves_room_for_an_output(room: int, faults: int) -> None:
+    """Sixteen chains of up to four numbers: `Compute 12+34-56.` is as long as any; the recipe's newline is the 18th token."""
+    sets = {"shortest": 3, "longest": 4, "count": 16}
+    window = 256
+    changes = {"data.train": sets, "data.evaluation": {"in_domain": sets}, "rollout.max_output_tokens": window - room}
+    found = examine_data(arithmetic_smoke().override(changes)).complaints
+    assert len(found) == faults
+    assert all("its longest prompt has 18 tokens" in complaint for complaint in found)
+
+
 def test_check_reads_data_without_torch_and_says_what_it_found(tmp_path: Path) -> None:
     config(tmp_path, [*QUESTIONS, LONG], QUESTIONS)
     code = (

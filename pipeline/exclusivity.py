@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from pipeline.locking import try_lock
+from pipeline.locking import private_folder, read_note, try_lock, write_note
 
 __all__ = ["exclusive_devices", "lock_folder", "visible_devices"]
 
@@ -63,13 +63,19 @@ def exclusive_devices(count: int, *, holder: str, folder: Path | None = None) ->
     Args:
         holder: what others are told of who has them: the name of the run.
         folder: where the locks lie; `lock_folder()` by default.
+
+    Raises:
+        ConfigError: somebody else made the folder of this user under the temporary folder, or can write into it.
     """
     seen = visible_devices()
     if not seen:
         yield []
         return
     place = folder or lock_folder()
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder is None and not os.environ.get(FOLDER):
+        private_folder(place)
+    else:  # chosen, perhaps for several users
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
     before = os.environ.get(_VISIBLE)
     with _taken(seen, min(count, len(seen)), place, holder) as devices:
         _ours[:] = devices
@@ -120,21 +126,22 @@ def _lock(folder: Path, device: str) -> Path:
 def _sign(lock: Path, holder: str) -> None:
     """Leave word of who has it, in the file that is locked: it goes with the lock."""
     about = {"run": holder, "pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%H:%M:%S")}
-    lock.write_text(json.dumps(about), encoding="utf-8")
+    write_note(lock, json.dumps(about))
 
 
 def _holder(folder: Path, device: str) -> str:
     """Who has a device, in words; empty where nobody does."""
     lock = _lock(folder, device)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        about = json.loads(lock.read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        about = json.loads(read_note(lock))
         with try_lock(lock) as free:  # what was killed leaves its word behind, and not the lock
             return "" if free else _words(device, about)
     return ""
 
 
 def _words(device: str, about: Mapping[str, object]) -> str:
-    return f"device {device}: {about['run']} (process {about['pid']} since {about['since']})"
+    words = f"device {device}: {about['run']} (process {about['pid']} since {about['since']})"
+    return "".join(letter if letter.isprintable() else "?" for letter in words)[:200]
 
 
 def _restore(before: str | None) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import os
 import re
 import socket
@@ -21,6 +20,7 @@ from uuid import UUID
 
 import psutil
 
+from pipeline.locking import locked, private_folder
 from pipeline.server_process import is_alive, start_of
 
 __all__ = ["RESTARTS", "mark_crashed", "names_living_process", "owner_tag", "process_name", "restart_crashed"]
@@ -154,8 +154,6 @@ def _seconds_in_state(run: Any) -> float:
 @contextlib.contextmanager
 def _one_at_a_time() -> Iterator[None]:
     """One process of this user and host judges at a time: two would start a run twice."""
-    folder = Path(tempfile.gettempdir()) / f"cohort-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    with open(folder / "flow-runs.lock", "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # until the file is closed, and however its holder dies
+    folder = private_folder(Path(tempfile.gettempdir()) / f"cohort-{os.getuid()}")
+    with locked(folder / "flow-runs.lock"):
         yield

@@ -76,7 +76,7 @@ class Sent:
         except (OSError, ValueError, TypeError, RecursionError):
             return cls()
         whole = all(type(getattr(found, field.name)) is type(field.default) for field in dataclasses.fields(cls))
-        return found if whole else cls()
+        return found if whole and found.offset >= 0 else cls()
 
     def write(self, journal: Path) -> None:
         """Replace the state of `journal` in one step."""

@@ -21,10 +21,13 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
+
+from pydantic import BaseModel, TypeAdapter
 
 from pipeline.locking import locked
-from pipeline.sealing import StoreError, named_errors
+from pipeline.provenance import Label, Moment
+from pipeline.sealing import StoreError, is_digest, named_errors
 
 __all__ = ["Lease", "LeasedArtifactError", "Leases"]
 
@@ -57,6 +60,18 @@ class _Reading:
 
     offset: int = 0
     lease: Lease | None = None
+
+
+class _About(BaseModel):
+    """The first line of a file."""
+
+    run: Label
+    host: Label
+    pid: int
+    started: Moment
+
+
+_ABOUT: Final = TypeAdapter(_About)
 
 
 class Leases:
@@ -165,7 +180,13 @@ class Leases:
             path = self._folder / name
             if name == self._own_name or _is_locked(path) is not alive:
                 continue
-            lease = self._read_on(path)
+            try:
+                lease = self._read_on(path)
+            except StoreError as error:
+                if alive:  # what it protects is not known, so nothing may be freed
+                    raise
+                warnings.warn(f"left out: {error}", stacklevel=4)
+                continue
             if lease is not None:
                 yield path, lease
 
@@ -178,21 +199,19 @@ class Leases:
                 if not line.endswith(b"\n"):  # being written, or its writer was killed
                     break
                 reading.offset += len(line)
-                _take_line(reading, line.decode().rstrip("\n"), path)
+                _take_line(reading, line.decode(errors="replace").rstrip("\n"), path)
         return reading.lease
 
 
 def _take_line(reading: _Reading, line: str, path: Path) -> None:
     if reading.lease is None:
         try:
-            about: dict[str, Any] = json.loads(line)
-            reading.lease = Lease(**about)
-        except (ValueError, TypeError):
+            about = _ABOUT.validate_json(line, strict=True)
+            reading.lease = Lease(about.run, about.host, about.pid, about.started)
+        except ValueError:
             raise StoreError(f"{path} is no lease; remove it when no run is using the store") from None
-    elif line.startswith("+"):
-        reading.lease.digests.add(line[1:])
-    else:
-        reading.lease.digests.discard(line[1:])
+    elif is_digest(line[1:]):
+        (reading.lease.digests.add if line[0] == "+" else reading.lease.digests.discard)(line[1:])
 
 
 def _is_locked(path: Path) -> bool | None:

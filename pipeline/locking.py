@@ -7,16 +7,70 @@ where the file system supports `flock`, hosts.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
+from pipeline.config import ConfigError
 from pipeline.progress import report
 
-__all__ = ["locked", "try_lock"]
+__all__ = ["locked", "private_folder", "read_note", "try_lock", "write_note"]
+
+_PLAIN: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+"""No link is followed, wherever it leads, and no pipe is waited for: where others may write, both may lie in wait."""
+_NOTE_BYTES: Final = 4096
 
 _held: set[int] = set()
+
+
+def private_folder(path: Path) -> Path:
+    """A folder of this user's alone, made where there is none.
+
+    For places below the system's temporary folder, where anybody may have put something of that name before.
+
+    Raises:
+        ConfigError: it is a link, or somebody else's, or others may write into it.
+    """
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    state = path.lstat()
+    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o022:
+        raise ConfigError(
+            f"{path}: expected a folder of this user (uid {os.getuid()}) that no one else may write into, found "
+            f"{stat.filemode(state.st_mode)} of uid {state.st_uid}; remove it, or set TMPDIR to a folder of yours"
+        )
+    return path
+
+
+def write_note(path: Path, text: str) -> None:
+    """Write into the file of a lock that is held: a plain file of this user under one name, and nothing that a link leads to.
+
+    Raises:
+        OSError: it is not.
+    """
+    handle = os.open(path, os.O_WRONLY | _PLAIN)
+    try:
+        state = _require_plain(handle, path)
+        if state.st_nlink != 1 or state.st_uid != os.getuid():
+            raise OSError(errno.EPERM, "a lock is a file of this user under one name; remove it", str(path))
+        os.ftruncate(handle, 0)
+        os.write(handle, text.encode()[:_NOTE_BYTES])
+    finally:
+        os.close(handle)
+
+
+def read_note(path: Path) -> str:
+    """What `write_note` left in the file of a lock; raises OSError or ValueError where that is no text."""
+    handle = os.open(path, os.O_RDONLY | _PLAIN)
+    try:
+        _require_plain(handle, path)
+        return os.read(handle, _NOTE_BYTES).decode()
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -44,9 +98,10 @@ def try_lock(path: Path) -> Iterator[bool]:
 
 def _acquire(path: Path, *, wait: bool) -> int | None:
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | _PLAIN, 0o666)
         _held.add(handle)
         try:
+            _require_plain(handle, path)
             fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The holder before removed its file on leaving: then this one is a lock on nothing, and the next file counts.
             with contextlib.suppress(FileNotFoundError):
@@ -59,6 +114,13 @@ def _acquire(path: Path, *, wait: bool) -> int | None:
             _close(handle)
             raise
         _close(handle)
+
+
+def _require_plain(handle: int, path: Path) -> os.stat_result:
+    state = os.fstat(handle)
+    if not stat.S_ISREG(state.st_mode):
+        raise OSError(errno.EINVAL, "a lock is a plain file; remove what lies there", str(path))
+    return state
 
 
 def _release(path: Path, handle: int | None) -> None:

@@ -104,7 +104,8 @@ def note_flow_run(places: Places, config: IterativeRLConfig, differences: list[s
     file = folder / "flow_runs.json"
     known: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
-        known = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
+        known = found if isinstance(found, dict) else {}
     known[str(prefect.runtime.flow_run.id)] = {
         "deployment": prefect.runtime.deployment.name,
         "worker": os.environ.get("PREFECT__WORKER_NAME", ""),

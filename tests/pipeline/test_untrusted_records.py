@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.journal import Sent
+from pipeline.locking import locked
 from pipeline.objects import digest_of
 from pipeline.sealing import is_plain_name, sha256_of, write_sealed
-from pipeline.store import DamagedArtifactError, MissingArtifactError, Store
+from pipeline.store import DamagedArtifactError, MissingArtifactError, Store, StoreError
 from tests.pipeline.calls import call
 
 KEY, SOUND = "a" * 64, "b" * 64
@@ -215,3 +218,73 @@ def test_a_link_in_the_place_of_payload_is_damage_and_is_not_followed(store: Sto
 )
 def test_a_plain_name_stays_in_its_folder_and_can_be_seen(name: object, plain: bool) -> None:
     assert is_plain_name(name) is plain
+
+
+# ------------------------------------------------------------------------------------------------ leases, cursors
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "{}",
+        "no JSON",
+        '{"run": "\\u001b[2J", "host": "h", "pid": 1, "started": 1.0}',
+        '{"run": "r", "host": "h", "pid": "1", "started": 1.0}',
+        '{"run": "r", "host": "h", "pid": 1, "started": NaN}',
+        "[" * 9999,
+        "\udc80",
+    ],
+)
+def test_a_lease_of_another_shape_is_left_out_once_its_run_is_dead(store: Store, digest: str, line: str) -> None:
+    (store.root / "leases").mkdir()
+    (store.root / "leases" / "bad.1").write_bytes(f"{line}\n+{digest}\n".encode("utf-8", "surrogateescape"))
+    with pytest.warns(UserWarning, match=r"left out: .*bad\.1 is no lease"):
+        assert store.leases.remains() == {}
+    with locked(store.root / "leases" / "bad.1"), pytest.raises(StoreError, match="is no lease"):
+        store.leases.refuse(digest)  # of a run that lives nobody knows what it needs
+
+
+def test_a_lease_holds_digests_and_nothing_else(store: Store, digest: str) -> None:
+    (store.root / "leases").mkdir()
+    about = json.dumps({"run": "r", "host": "h", "pid": 1, "started": 1.0})
+    (store.root / "leases" / "r.1").write_text(f"{about}\n+../../victim\n+{digest}\n\n-\n+{'A' * 64}\n")
+    assert store.leases.remains() == {"r": {digest}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "5", '{"offset": -1}', '{"offset": "0"}', '{"run_id": 5}', '{"tried": null}', "{", "[" * 9999, "\x00"],
+)
+def test_a_cursor_of_another_shape_means_that_nothing_was_sent(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.sent.json").write_text(text)
+    assert Sent.read(tmp_path / "run.jsonl") == Sent()
+    Sent("sqlite:///x", 5, "r", 7, "FINISHED", "", 2.5).write(tmp_path / "run.jsonl")
+    assert Sent.read(tmp_path / "run.jsonl") == Sent("sqlite:///x", 5, "r", 7, "FINISHED", "", 2.5)
+
+
+# ------------------------------------------------------------------------------------------------ a shared store
+
+
+@pytest.mark.parametrize("change", WRONG[:4] + WRONG[-1:] + [{"seconds": None}], ids=lambda change: repr(change)[:40])
+def test_a_record_in_a_shared_store_is_read_as_warily(tmp_path: Path, store: Store, change: dict[str, Any]) -> None:
+    url = f"file://{tmp_path}/shared"
+    one = Store(tmp_path / "one", url)
+    made = one.publish(lambda folder: (folder / "a").touch(), about={"type": "Folder"})
+    one.record(KEY, call(made))
+    shared = tmp_path / "shared" / "actions" / KEY[:2] / f"{KEY}.json"
+    shared.unlink()
+    write_sealed(shared, {"key": KEY, **call(made), **change})
+    two = Store(tmp_path / "two", url)
+    assert list(two.actions()) == []
+    with pytest.warns(UserWarning, match="computing it again"):
+        assert two.find(KEY) is None
+    assert precious(store) == "precious"
+
+
+@pytest.mark.parametrize("identity", ["../x", "\x1b[2J", "", 5, None, {"a": 1}])
+def test_the_name_of_a_shared_store_is_32_digits(tmp_path: Path, identity: object) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "store.json").write_text(json.dumps({"id": identity, "layout": 1}))
+    with pytest.raises(StoreError, match=r"store\.json is not that of a store"):
+        Store(tmp_path / "one", f"file://{tmp_path}/shared").find(KEY)

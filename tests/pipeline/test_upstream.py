@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import subprocess
+import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -312,3 +315,31 @@ def test_what_the_next_attempt_cannot_change_is_not_repeated() -> None:
     assert not any(passes(error) for error in (OSError(28, "full"), PermissionError(), ValueError()))
     assert "no such bucket" in complaint(_ServerError("NoSuchBucket"), "s3://b", 1)
     assert "after 4 attempts" in complaint(ConnectionResetError("reset"), "s3://b", 4)
+
+
+def test_what_a_process_held_is_gone_when_it_ends(tmp_path: Path, url: str) -> None:
+    commit(Store(tmp_path / "a", url))
+    code = (
+        "import sys\nfrom pipeline.upstream import Upstream\n"
+        f"upstream = Upstream({url!r})\nfor digit in '012': upstream.hold(digit * 64)\n"
+        "import pathlib\nprint(len(list(pathlib.Path(sys.argv[1]).rglob('holds/*/*'))))"
+    )
+    said = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
+    assert said.stdout == "4\n"
+    assert not [path for path in (tmp_path / "remote" / "holds").rglob("*") if path.is_file()]
+
+
+def test_a_process_that_lives_removes_what_killed_ones_held(tmp_path: Path, url: str) -> None:
+    dead = tmp_path / "remote" / "holds" / "killed-1-0"
+    dead.mkdir(parents=True)
+    for name in ("alive", "d" * 64):
+        (dead / name).touch()
+        os.utime(dead / name, (1.0, 1.0))
+    upstream = Upstream(url, lease_seconds=4.0)
+    upstream.hold(KEY)
+    deadline = time.monotonic() + 30
+    while (found := [path for path in dead.iterdir() if path.is_file()]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert found == []
+    assert upstream._holds.of(OTHER) == []
+    assert list((tmp_path / "remote" / "holds").glob(f"*/{KEY}"))

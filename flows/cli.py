@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
@@ -39,6 +40,11 @@ _QUIET_LOGGERS: Final = ("DeepSpeed", "deepspeed", "matplotlib", "mlflow", "alem
 _EPILOGUE: Final = (
     "--debug with any command shows tracebacks. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, "
     "130 interrupted, 129 by a terminal that was closed."
+)
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+_FULL_TEXTS: Final = tuple(
+    text for number in _FULL for text in (f"(os error {number})", f"[Errno {number}]", os.strerror(number))
 )
 
 app = App(
@@ -156,6 +162,16 @@ def run_command(tokens: Sequence[str]) -> int:
         return _explain(error)
 
 
+def _is_full(error: BaseException | None) -> bool:
+    """Whether a full disk, or a used quota, is behind an error; libraries that are not Python's put the number into a text."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in _FULL or any(text in str(error) for text in _FULL_TEXTS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _explain(error: Exception) -> int:
     """Print an error for people; its exit code."""
     from flows.session import InterruptedRunError
@@ -174,6 +190,10 @@ def _explain(error: Exception) -> int:
             say(f"[red]error:[/] {escape(text or type(error).__name__)}")
         case _:
             say(f"[red]error:[/] {type(error).__name__}: {escape(text)}")
+    if _is_full(error):
+        say(
+            "the disk is full: `cohort prune` frees old checkpoints, `cohort store du` says what takes how much, --root moves"
+        )
     say("[dim]--debug shows where; what was computed is kept, the same command continues[/]")
     return 1
 

@@ -31,7 +31,7 @@ import psutil
 
 from pipeline.database import without_password
 from pipeline.guarded_server import ALIVE
-from pipeline.server_process import ServerProcess, end, own_processes, password_of, recorded, spawn
+from pipeline.server_process import ServerProcess, database_fault, end, own_processes, password_of, recorded, spawn
 
 __all__ = [
     "ServerError",
@@ -260,6 +260,8 @@ def _start(home: Path) -> ServerProcess:
             return found
         for orphan in own_processes(home):  # its record was lost
             end(orphan)
+        if wrong := database_fault(home):
+            raise ServerError(wrong)
         settings = {name: value for name, value in _QUIET.items() if name not in os.environ}
         # Running flows have the password of the server that they lost; a folder without a record of its own may be a copy.
         password = password_of(home, renew=not (found and password_of(home)))

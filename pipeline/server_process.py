@@ -12,8 +12,10 @@ import dataclasses
 import json
 import os
 import secrets
+import shlex
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -28,6 +30,7 @@ from pipeline import guarded_server
 __all__ = [
     "RunningServer",
     "ServerProcess",
+    "database_fault",
     "end",
     "environment_of",
     "is_alive",
@@ -40,6 +43,10 @@ __all__ = [
 ]
 
 _HOME_MARK: Final = "COHORT_PREFECT_HOME"
+_CHECKED_BYTES: Final = 64 * 2**20
+_ALL_PAGES: Final = "PRAGMA quick_check(1)"
+_DATABASES: Final = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
+"""Where the user may name another database than the folder's own."""
 _OF_WORKERS: Final = ("COHORT_WORKER", "PREFECT__WORKER_NAME", "PREFECT__WORKER_ID")
 """What a worker marks its children with, who end with it; a server that it starts does not."""
 _children: dict[int, subprocess.Popen[bytes]] = {}  # kept so that a dead server of this process is reaped
@@ -131,6 +138,31 @@ def password_of(home: Path, *, renew: bool = False) -> str:
     with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
         return file.read_text(encoding="utf-8").strip()
     return ""
+
+
+def database_fault(home: Path) -> str:
+    """What is wrong with `prefect.db`, and what to do; empty where sqlite can read it, there is none, or another is configured.
+
+    A damaged one would fail somewhere inside the server.
+    """
+    file = home / "prefect.db"
+    if not file.exists() or any(os.environ.get(name) for name in _DATABASES):
+        return ""
+    # The schema always; all pages where that takes no time.
+    deep = file.stat().st_size < _CHECKED_BYTES
+    try:
+        with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=2.0)) as connection:
+            found = connection.execute(_ALL_PAGES if deep else "SELECT count(*) FROM sqlite_master").fetchone()[0]
+        wrong = str(found) if deep and found != "ok" else ""
+    except sqlite3.OperationalError:  # locked, or not to be opened: the server says so
+        return ""
+    except sqlite3.DatabaseError as error:
+        wrong = str(error)
+    aside = shlex.join(["mv", str(file), f"{file}.damaged"])
+    return wrong and (
+        f"{file} is damaged ({wrong}). It holds what Prefect's pages show, no results: move it aside (`{aside}`) and a new one "
+        "is made, or use `--engine inline`"
+    )
 
 
 def spawn(

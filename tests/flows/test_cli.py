@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from flows.choice import choose
-from flows.cli import run_command
+from flows.cli import _explain, run_command
 from flows.looking.groups import groups_of
 from flows.places import Places
 from flows.recipes import RECIPES, arithmetic_smoke
@@ -328,3 +329,27 @@ def test_an_interrupted_run_prints_the_command_that_continues_it(root: Path) -> 
     assert "steps=500" in rest
     assert "Traceback" not in rest
     assert list(read_records(Places(root)))[-1].attempts[-1].status == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("error", "advised"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (
+            RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            True,
+        ),  # safetensors
+        (ValueError("[Errno 28] Error writing bytes to file"), True),  # Arrow
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (RuntimeError("exit code 28"), False),
+    ],
+)
+def test_a_full_disk_behind_any_librarys_error_is_said_with_what_frees_space(
+    error: Exception, advised: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrapped = RuntimeError("a stage failed")
+    wrapped.__cause__ = error
+    for each in (error, wrapped):
+        assert _explain(each) == 1
+        assert ("cohort prune" in capsys.readouterr().err) == advised

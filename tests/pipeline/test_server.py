@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -324,3 +328,28 @@ def test_an_idle_time_that_is_none_is_refused(tmp_path: Path, minutes: str, monk
     with pytest.raises(ServerError, match="COHORT_SERVER_IDLE_MINUTES"):
         start_server_soon(tmp_path)
     assert own_processes(tmp_path) == []
+
+
+@pytest.mark.parametrize("damage", ["head", "page", "text"])
+def test_a_damaged_database_is_named_with_what_to_do_before_a_server_starts(tmp_path: Path, damage: str) -> None:
+    home = tmp_path / "a b"
+    home.mkdir()
+    file = home / "prefect.db"
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        connection.execute("CREATE TABLE flow (name TEXT)")
+        connection.executemany("INSERT INTO flow VALUES (?)", [("x" * 100,)] * 500)
+        connection.commit()
+    content = bytearray(file.read_bytes())
+    match damage:
+        case "head":
+            content[:16] = b"\0" * 16
+        case "page":
+            content[2 * 4096 : 3 * 4096] = b"\xff" * 4096
+        case _:
+            content = bytearray(b"no database" * 400)
+    file.write_bytes(content)
+    with pytest.raises(ServerError, match="is damaged") as caught:
+        start_server_soon(home)
+    (command,) = re.findall(r"`(mv .*?)`", str(caught.value))
+    assert shlex.split(command) == ["mv", str(file), f"{file}.damaged"]
+    assert own_processes(home) == []

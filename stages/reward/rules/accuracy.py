@@ -14,7 +14,7 @@ from stages.reward.rules.exact import canonical, compare_exactly, read_number
 from stages.reward.rules.extraction import Convention, Mark, find_answer, last_lines, words_apart
 from stages.reward.rules.formula import as_formula
 from stages.reward.rules.screen import objection
-from stages.reward.rules.statement import retracts, without_words
+from stages.reward.rules.statement import doubts, without_words
 from stages.reward.rules.verifier import compare_symbolically
 
 __all__ = ["VERIFIER_MODULES", "GoldError", "Grade", "Status", "Verifier", "grade_answers", "read_gold"]
@@ -125,7 +125,7 @@ def _leaves_open(answer: str | None) -> bool:
     """Whether there is something to search for: no answer was found, or a sentence that does not take it back."""
     if answer is None:
         return True
-    return as_formula(answer) is None and _SENTENCE.search(answer) is not None and not retracts(answer, anywhere=True)
+    return as_formula(answer) is None and _SENTENCE.search(answer) is not None and not doubts(answer)
 
 
 @functools.lru_cache(maxsize=2**14)  # a question's outputs state few answers, from call to call

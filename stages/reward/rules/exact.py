@@ -120,10 +120,10 @@ def normalise_text(answer: str) -> str:
     text = _SPACES.sub(
         " ", _LATEX_NOISE.sub("", to_latin(_SPECIAL_TOKEN.sub("", answer)).replace("\\$", "").replace("{,}", ","))
     )
-    text = _STYLE.sub("", _TEXT_COMMAND.sub(r" \1 ", text)).replace("$", "").replace("`", "").replace("**", "^")
+    text = _STYLE.sub("", _TEXT_COMMAND.sub(r" \1 ", text)).replace("$", "").strip("*` ").replace("**", "^")
     text = _DOUBLED.sub(r"\\", text).replace("dfrac", "frac").replace("tfrac", "frac").replace("\\%", "%")
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
-    text = _LIST_SEPARATOR.sub(",", _BLANK.sub(" ", text)).strip("^ ")
+    text = _LIST_SEPARATOR.sub(",", _BLANK.sub(" ", text)).strip()
     # Spaces mean nothing but between digits (3 4 is not 34) and behind a command: \pi r is not \pir.
     text = _BEHIND_COMMAND.sub(r"\1{}", text)
     text = re.sub(r"(?<!\d) +| +(?!\d)", "", text).replace("{}", " ").strip().removesuffix(".")
@@ -164,7 +164,9 @@ def undressed(answer: str) -> str:
     text = _LATEX_NOISE.sub("", _SPACES.sub(" ", _STYLE.sub("", text)))
     text = _TEXT_COMMAND.sub(r" \1", text.replace("dfrac", "frac").replace("tfrac", "frac"))
     for _ in range(4):
-        bare = text.strip().rstrip("\\").strip("*`_ ").removesuffix(".").strip()
+        bare = text.strip().rstrip("\\").strip("*` ")
+        bare = bare.strip("_") if bare.startswith("_") and bare.endswith("_") else bare
+        bare = bare if bare.endswith("..") else bare.removesuffix(".").strip()
         bare = bare[1:-1] if len(bare) > 2 and bare[0] == bare[-1] and bare[0] in "\"'" else bare
         bare = bare[1:-1] if bare[:1] + bare[-1:] in ("$$", "{}") and len(bare) > 2 and "}" not in bare[1:-1] else bare
         bare = _LEAD.sub("", bare, count=1) if _LEAD.match(bare) else bare

@@ -41,12 +41,12 @@ _FARTHEST: Final = 48
 _STATES: Final = r"(?:is|was|equals|(?:must|would|should|will)\s+be|comes\s+(?:out\s+)?to|turns\s+out\s+to\s+be)\b"
 _PHRASE: Final = re.compile(
     rf"answers?[*_`]{{0,3}}(?:\s+(?:to|of|for)\s[^.\n]{{1,60}}?)?\s+(?:{_STATES}|are\b)(?:\s+(?:therefore|thus|then|hence|so|clearly"
-    r"|simply|just|exactly|indeed|now|equal\s+to|given\s+by)\b,?)*|answer[*_`]{0,3}\s*[:：=]|答案(?:应该是|应为|就是|是|为|[:：])",
+    r"|simply|just|exactly|indeed|now|equal\s+to|given\s+by)\b,?)*|answer[*_`]{0,3}\s*[:：=]|答案(?:应该是|应为|就是|是|为|[:：]|(?=不))",
     re.IGNORECASE,
 )
 _PHRASE_MARKS: Final = ("answer", "答案")
 _FINAL_PHRASE: Final = re.compile(rf"final answer[*_`]{{0,3}}\s+{_STATES}", re.IGNORECASE)
-_SENTENCE_END: Final = re.compile(r"[.?](?:\s|$)|[。！？]|!(?:\s+(?=[A-Z])|$)")
+_SENTENCE_END: Final = re.compile(r"[.?](?:\s|$)|[。！？]|(?<!\b[A-Za-z])!(?:\s+(?=[A-Z])|$)")
 _HASHES: Final = re.compile(r"####[ \t]*#*")
 _HEADING: Final = re.compile(
     r"\W*(?:step|solution|part|case|explanation|conclusion|verification|summary|calculation|reasoning|analysis|question|problem)\b",

@@ -12,8 +12,11 @@ from stages.reward.rules.exact import read_number
 from stages.reward.rules.units import introduces
 from stages.reward.rules.vocabulary import MATHEMATICAL, NUMBER_WORDS, RETRACTING, is_word, split
 
-__all__ = ["retracts", "without_words"]
+__all__ = ["doubts", "retracts", "without_words"]
 
+_UNFINISHED: Final = re.compile(
+    r"(?<![A-Za-z])(?:and|or|not|than|to|by|of|plus|minus|times|[-+*/=^<>])$", re.IGNORECASE
+)
 _LONGEST: Final = 2048
 _SEPARATOR: Final = re.compile(
     r"[,;:](?:\s+|(?=[A-Za-z]{2}))|\s*[，；：。！？]\s*|[.!?](?=\s)\s+|\s*—\s*|\s+[–-]{1,2}\s+|\s+(?=[(\[])|(?<=[\d%}])(?=[(（\[])"
@@ -46,7 +49,7 @@ def without_words(stated: str) -> str:
     text = _without_lead(stated[:_LONGEST])
     for separator in _SEPARATOR.finditer(text):
         head, rest = text[: separator.start()].rstrip(), text[separator.end() :]
-        if not head or _open_brackets(head) or not _MATHEMATICS.search(head):
+        if not head or _UNFINISHED.search(head) or _open_brackets(head) or not _MATHEMATICS.search(head):
             continue
         if _explains(rest.strip(), separator[0]) or _repeats(head, rest):
             return head
@@ -63,11 +66,15 @@ def _without_lead(stated: str) -> str:
     return stated[value.start() :] if introduces(stated[: value.start()]) else stated
 
 
-def retracts(rest: str, *, anywhere: bool = False) -> bool:
+def doubts(sentence: str) -> bool:
+    """Whether a sentence denies, compares or computes: a number in it may then be no answer."""
+    words = {word.lower() for word in re.findall(r"[^\W\d_]+(?:['’]t)?", sentence[:_LONGEST])}
+    return bool(words & (RETRACTING | MATHEMATICAL | NUMBER_WORDS)) or retracts(sentence)
+
+
+def retracts(rest: str) -> bool:
     """Whether words behind an answer take it back, wholly or perhaps: `no, wait`, `that is wrong`, 不对."""
     first = _FIRST_WORD.match(rest)
-    if anywhere and RETRACTING & {word.lower() for word in re.findall(r"[^\W\d_]+(?:['’]t)?", rest[:400])}:
-        return True
     return bool(
         (first and first[1].lower() in RETRACTING) or _DENIAL.search(rest[:400]) or _CHINESE_DENIAL.search(rest[:400])
     )

@@ -148,7 +148,7 @@ def _is_prose(words: list[str], allowed: frozenset[str]) -> bool:
 
 def _is_harmless(word: str, allowed: frozenset[str], *, first: bool) -> bool:
     lowered = word.lower()
-    if not word or re.fullmatch(r"\^?\{?[23]\}?", word):
+    if not word or re.fullmatch(r"\^\{?[23]\}?", word):
         return True
     if lowered in ("a", "an", "i"):
         return not first or lowered in allowed
@@ -166,6 +166,8 @@ def introduces(lead: str) -> bool:
     """Whether words before a number only lead to it: `the largest n is`, `that she has`; not `more than`, `minus`."""
     if _OTHER_SCRIPT_LEAD.fullmatch(lead):
         return True
+    if lead[-1:].isalnum() or re.search(r"[A-Za-z]\($", lead):
+        return False
     words = re.findall(r"[^\s,:()$*]+", lead)
     if len(words) > _MOST_WORDS:
         return False

@@ -19,6 +19,8 @@ Verdict = Literal["equal", "different", "no_answer", "no_gold"]
 _FINE: Final = 120
 """Digits with which numbers are compared that are too small for math-verify's fifteenth decimal place."""
 _SMALL: Final = 1e-6
+_ROUNDING: Final = 0.05
+"""Largest relative distance of a value from what is said to be approximately equal to it."""
 
 
 def compare_symbolically(gold: str, answer: str | None, searched: str | None = None) -> Verdict:
@@ -81,8 +83,10 @@ def _value_of(part: str) -> str:
 
 def _values(answer: str, gold: str) -> list[str] | None:
     """What an answer equates with one another, each to be compared; None where it is an equation and the gold a value."""
-    answer = _first_approximated(answer)
-    chain = sides(answer)
+    valued = _first_approximated(answer)
+    if valued is None:
+        return None
+    answer, chain = valued, sides(valued)
     if len(chain) == 1:
         return [answer]
     listed = parts(answer)
@@ -98,12 +102,23 @@ def _values(answer: str, gold: str) -> list[str] | None:
     return chain[:-1] if is_name(chain[-1]) else chain
 
 
-def _first_approximated(answer: str) -> str:
-    r"""Of `\\frac{1}{3} \\approx 0.333` the exact value; of `x \\approx 0.333` the only one."""
+def _first_approximated(answer: str) -> str | None:
+    r"""Of `\frac{1}{3} \approx 0.333` the exact value; of `x \approx 0.333` the only one; None where they are not near."""
     exact, sign, rounded = answer.partition(r"\approx")
     if not sign:
         return answer
-    return rounded if not exact.strip() or is_name(exact) else exact
+    if not exact.strip() or is_name(exact):
+        return rounded
+    value = sides(exact)[-1]
+    return exact if _near(_parse(value), _parse(rounded)) else None
+
+
+def _near(exact: list[Any], rounded: list[Any]) -> bool:
+    try:
+        x, y = (complex(side[0].evalf(15)) for side in (exact, rounded))
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return False
+    return abs(x - y) <= _ROUNDING * abs(x)
 
 
 @lru_cache(maxsize=256)  # G outputs share a gold answer

@@ -68,7 +68,7 @@ NUMBER_WORDS: Final = split(
     "hundreds thousands millions billions twice double triple"
 )
 MATHEMATICAL: Final = split(
-    "sin cos tan cot sec csc sine cosine tangent arcsin arccos arctan sinh cosh tanh log logs ln lg exp sqrt cbrt "
+    "doubled tripled halved quadrupled rem sin cos tan cot sec csc sine cosine tangent arcsin arccos arctan sinh cosh tanh log logs ln lg exp sqrt cbrt "
     "root mod modulo gcd lcm det lim limit sup inf sum prod floor ceil ceiling sgn sign abs max arg pi tau phi theta "
     "alpha beta gamma delta epsilon zeta eta lambda sigma omega rho mu nu xi psi chi kappa infinity infinite infty "
     "euler plus minus times over divided multiplied squared cubed power exponent choose choosing factorial permute "
@@ -90,7 +90,7 @@ COMPARING: Final = split(
     "greater less fewer percent"
 )
 SHORT_WORDS: Final = split(
-    "in of at on an as so he we it us my am pm he by up do go ft oz lb mi yd hr km cm mm kg mg ml pt qt wk yr mL sq cu"
+    "pcs ppl rpm psi in of at on an as so he we it us my am pm he by up do go ft oz lb mi yd hr km cm mm kg mg ml pt qt wk yr mL sq cu"
 )
 _CONSECUTIVE: Final = "abcdefghijklmnopqrstuvwxyz"
 
@@ -98,7 +98,9 @@ _CONSECUTIVE: Final = "abcdefghijklmnopqrstuvwxyz"
 def is_word(word: str) -> bool:
     """Whether letters are a word of a language; `ab`, `xyz` and `abc` may be products of variables."""
     lowered = word.lower()
-    if len(word) < 2 or (len(word) == 2 and word not in SHORT_WORDS and lowered not in SHORT_WORDS):
+    if word in SHORT_WORDS or lowered in SHORT_WORDS:
+        return True
+    if len(word) <= 2:
         return False
     if len(word) == 3 and word.isascii() and word not in UNIT_OF:
         return bool(set(lowered) & set("aeiouy")) and lowered not in _CONSECUTIVE and set(lowered) - set("xyz") != set()

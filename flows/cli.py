@@ -69,6 +69,17 @@ _REWARD_MODEL: Final = """Train a reward model on labelled solutions of others; 
 Nothing is learned from the questions it is judged on, and the same command again computes nothing."""
 
 
+_GRADE: Final = """Grade answers in a file as a recipe's reward would: check the verifier on your data before you train.
+
+FILE has one JSON object a line: `gold`, the right answer as your data state it; `output`, the whole text of a model; and, where
+you know it, `expected`, true or false. The recipe's accuracy component grades them, and nothing else of the reward counts.
+Printed are the counts of each status and, with `expected`, the rows that are graded otherwise; then the exit code is 1.
+
+A row is ok (reward 1), wrong or unparseable (0: another answer, or none), timeout or error (no reward: math-verify took too
+long, or cannot read the gold answer). `read_as` is the answer that was read, in the spelling in which it is compared. Where
+that is not what the output says, change `conventions` or `mark` of the component, `reward.reads` or `reward.thinking`."""
+
+
 _ABLATE: Final = """Run an experiment: named arms times seeds, what they share computed once; tables.
 
 The paper's studies (`cohort experiments`) or a YAML file. The same command again computes nothing; an arm that is added later
@@ -88,6 +99,7 @@ _add("methods", "training:methods", "List the methods: Table 10 of the paper, an
 _add("recipes", "training:recipes", "List the recipes, or print one as YAML.", _RUN)
 _add("check", "training:check", "Check a configuration and its data; every error at once.", _RUN)
 _add("prompt", "prompting:prompt", "What the policy reads for a question: the exact text and token ids.", _RUN)
+_add("grade", "grading:grade", _GRADE, _RUN)
 _add("plan", "planning:plan", "What a run needs before it begins: memory, time, disk, and what to change.", _RUN)
 _add("deploy", "deploying:deploy", "Put a recipe on Prefect's workers: by hand, from a form, on a schedule.", _RUN)
 _add("worker", "deploying:worker", "Run what deployments have due; continue runs whose worker was killed.", _RUN)

@@ -9,6 +9,7 @@ from stages.reward.config import (
     OverlongConfig,
     RewardConfig,
     StepsConfig,
+    ThinkingConfig,
 )
 from stages.reward.stage import STATUSES, combine_rewards, score
 from stages.reward.votes import count_votes
@@ -22,6 +23,7 @@ __all__ = [
     "OverlongConfig",
     "RewardConfig",
     "StepsConfig",
+    "ThinkingConfig",
     "answer_component",
     "beside_labels",
     "beside_steps",

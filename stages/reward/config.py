@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from pipeline.config import UNKEYED, Config
 from stages.reward.functions.source import find_source
 from stages.reward.rules.accuracy import Verifier
-from stages.reward.rules.extraction import Convention
+from stages.reward.rules.extraction import Convention, Mark
 from stages.reward.rules.form import Form
 from stages.reward_metrics import RESERVED
 
@@ -24,6 +24,7 @@ __all__ = [
     "OverlongConfig",
     "RewardConfig",
     "StepsConfig",
+    "ThinkingConfig",
 ]
 
 Missing = Literal["no_reward", "zero", "rescale"]
@@ -43,10 +44,14 @@ class AccuracyConfig(Config):
     conventions: tuple[Convention, ...] = ("boxed", "tags", "hashes", "line", "phrase", "number")
     """Where an answer may stand, by preference: `\\boxed{}`, `<answer>` tags, `####`, a line `A:`, "the answer is",
     or nothing but a number."""
+    mark: Mark = "last"
+    """Of several marks of one convention the last or the first. Last: what a model says at the end is its answer. First: for a
+    policy that goes on to a next question of its own (`#### 42`, then `Question: ... #### 7`) and has no stop string."""
     verifier: Verifier = "math_verify"
     """`exact`: rational numbers and equal strings only, no process is ever started. `math_verify`: symbolic comparison of
-    what `exact` leaves open. `math_verify_search`: besides, math-verify's own search through the end of the text where the
-    conventions find no answer or `exact` leaves it open (lenient: for evaluation, not for training)."""
+    what `exact` leaves open; a formula is read whole or not at all. `math_verify_search`: all that `math_verify` accepts and,
+    where the conventions find no answer or only a sentence, math-verify's own search through the last 4 KiB, which may take
+    any number from there (lenient: for evaluation, not for training)."""
     missing: Missing = "no_reward"
     """An output without verdict (timeout, error): no reward for it at all, a score of zero, or the other components'
     weights rescaled to the same sum. Silence of the verifier is not the output's fault, hence the default."""
@@ -218,6 +223,24 @@ ComponentConfig = Annotated[
 ]
 
 
+class ThinkingConfig(Config):
+    """Where a reasoning model thinks: what stands between the tags is not its answer."""
+
+    tags: tuple[str, str] = ("<think>", "</think>")
+    """What opens and what closes the thinking. Only what stands behind the last closing tag is read; where the thinking is not
+    closed, nothing behind its beginning is."""
+    opened_by_prompt: bool = False
+    """Whether the prompt's template ends in the opening tag: then an output without either tag is thinking throughout."""
+
+    @model_validator(mode="after")
+    def _two_tags(self) -> Self:
+        if not all(tag.strip() for tag in self.tags) or self.tags[0] == self.tags[1]:
+            raise ValueError(
+                f"expected two different tags that are not blank, found {self.tags[0]!r} and {self.tags[1]!r}"
+            )
+        return self
+
+
 class RewardConfig(Config):
     """The reward of an output: the weighted sum of its components."""
 
@@ -228,6 +251,14 @@ class RewardConfig(Config):
     that reads text scores 0, status `truncated`; their length is punished and their lines keep their labels, the broken one
     is judged as it stands. `as_is`: scored like any other text. `no_reward`: null, out of the group's statistics and out of
     the loss, no step rewards either."""
+    reads: Literal["all", "last_characters"] = "all"
+    """What accuracy and format (but for `pattern`) read of an output. `all`: as graders elsewhere do; the cost is linear in the
+    length. `last_characters`: its end only, so that an answer must be stated there."""
+    last_characters: int | None = Field(None, ge=1)
+    """How many, with `reads: last_characters`; 4,096 where nothing is said."""
+    thinking: ThinkingConfig | None = None
+    """Tags whose content accuracy and format do not read (a `pattern` does: it may look for them). None: an answer in the
+    thinking counts like any other."""
     workers: Annotated[int, UNKEYED] = Field(2, ge=1)
     """Worker processes of the verifier, started only when an answer needs more than exact comparison, and of each reward
     function."""
@@ -241,6 +272,23 @@ class RewardConfig(Config):
     number). Beyond it the run stops before the rewards are written, and the same command asks for all of them again: a service
     that was down is no verdict. Not part of the key; stored rewards with more failures are refused. Verdicts of verifier and
     patterns are not meant: their faults come from the text they read, and stay with it (`missing`)."""
+
+    @model_validator(mode="after")
+    def _readers_for_what_is_read(self) -> Self:
+        if self.last_characters is not None and self.reads == "all":
+            raise ValueError(
+                f"last_characters is {self.last_characters}, and reads: all takes the whole output; set reads: last_characters"
+            )
+        reading = [
+            c
+            for c in self.components
+            if isinstance(c, AccuracyConfig) or (isinstance(c, FormatConfig) and c.form != "pattern")
+        ]
+        if not reading and (self.thinking is not None or self.reads != "all"):
+            raise ValueError(
+                "`reads` and `thinking` are for accuracy and format (but for `pattern`); no such component is there"
+            )
+        return self
 
     @model_validator(mode="after")
     def _components_named_apart(self) -> Self:

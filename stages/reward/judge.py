@@ -27,7 +27,7 @@ from stages.reward.functions.source import FunctionSource, find_source
 from stages.reward.functions.worker import call_function, load_function
 from stages.reward.pool import KillablePool
 from stages.reward.rules.accuracy import VERIFIER_MODULES, grade_answers
-from stages.reward.rules.extraction import tail
+from stages.reward.rules.extraction import LAST_CHARACTERS, outside_thinking, tail
 from stages.reward.rules.form import has_form, is_quick, match_pattern
 from stages.reward.rules.language import is_coherent
 from stages.reward.rules.length import overlong_score
@@ -123,8 +123,9 @@ def _score(rows: Sequence[Output], component: ComponentConfig, config: RewardCon
     match component:
         case AccuracyConfig():
             grades = grade_answers(
-                [(row.gold, row.text) for row in rows],
+                [(row.gold, _read(row.text, config)) for row in rows],
                 conventions=component.conventions,
+                mark=component.mark,
                 verifier=component.verifier,
                 pool=verifier_pool(config),
                 deadline_s=config.deadline_s,
@@ -134,7 +135,7 @@ def _score(rows: Sequence[Output], component: ComponentConfig, config: RewardCon
             form = component.form
             if form == "pattern":
                 return _judge_by_pattern(rows, component, config)
-            return [Judged(float(has_form(row.text, form))) for row in rows]
+            return [Judged(float(has_form(_read(row.text, config), form))) for row in rows]
         case StepsConfig():
             return [_judge_steps(row, component) for row in rows]
         case LanguageConfig():
@@ -147,6 +148,15 @@ def _score(rows: Sequence[Output], component: ComponentConfig, config: RewardCon
             return [Judged(overlong_score(len(row.output_ids), **lengths)) for row in rows]
         case _:
             assert_never(component)
+
+
+def _read(text: str, config: RewardConfig) -> str:
+    """The part of an output in which its answer counts."""
+    if config.reads == "last_characters":
+        text = text[-(config.last_characters or LAST_CHARACTERS) :]
+    if config.thinking is None:
+        return text
+    return outside_thinking(text, config.thinking.tags, opened=config.thinking.opened_by_prompt)
 
 
 def _judge_steps(row: Output, component: StepsConfig) -> Judged:

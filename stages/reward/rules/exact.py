@@ -157,10 +157,11 @@ def read_number(answer: str) -> Number | None:
 
 def undressed(answer: str) -> str:
     r"""An answer without the marks around it: `\(`, `\text{}`, `**`, backticks, quotes, `The answer is`, a full stop."""
-    text = _THOUSANDS.sub(",", to_latin(_SPECIAL_TOKEN.sub("", answer))).replace(
-        "\\$", "\N{DOLLAR SIGN}\N{WORD JOINER}"
-    )
-    text = _DELIMITED.sub(r"\1", _DOUBLED.sub(r"\\", text)).replace("\N{WORD JOINER}", "").replace("\\%", "%")
+    text = _THOUSANDS.sub(",", to_latin(_SPECIAL_TOKEN.sub("", answer)))
+    text = (
+        text.replace(r"\"", '"').replace(r"\%", "%").replace(r"\$", "$\N{WORD JOINER}")
+    )  # a dollar that delimits nothing
+    text = _DELIMITED.sub(r"\1", _DOUBLED.sub(r"\\", text)).replace("\N{WORD JOINER}", "")
     text = _LATEX_NOISE.sub("", _SPACES.sub(" ", _STYLE.sub("", text)))
     text = _TEXT_COMMAND.sub(r" \1", text.replace("dfrac", "frac").replace("tfrac", "frac"))
     for _ in range(4):

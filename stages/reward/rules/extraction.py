@@ -10,6 +10,7 @@ from stages.reward.rules.exact import read_number
 from stages.reward.rules.statement import retracts, without_words
 
 __all__ = [
+    "LAST_CHARACTERS",
     "Convention",
     "Mark",
     "boxed_answers",
@@ -23,7 +24,7 @@ __all__ = [
 Convention = Literal["boxed", "tags", "hashes", "line", "phrase", "number"]
 Mark = Literal["last", "first"]
 
-_TAIL: Final = 4096
+LAST_CHARACTERS: Final = 4096
 _LONGEST_WHOLE: Final = 512
 _NEXT_WORDS: Final = 40
 """Characters of the next sentence in which it would take the answer back."""
@@ -101,13 +102,13 @@ def outside_thinking(text: str, tags: tuple[str, str], *, opened: bool) -> str:
 
 def tail(text: str) -> str:
     """The last 4 KiB of an output, as valid Unicode (a lone surrogate cannot be stored)."""
-    return _valid(text[-_TAIL:])
+    return _valid(text[-LAST_CHARACTERS:])
 
 
 def last_lines(text: str) -> str:
     """The whole lines within `tail(text)`: a search must not begin inside an expression that was cut."""
     ending = tail(text)
-    return ending if len(text) <= _TAIL else ending.partition("\n")[2].strip()
+    return ending if len(text) <= LAST_CHARACTERS else ending.partition("\n")[2].strip()
 
 
 def words_apart(text: str) -> str:
@@ -264,12 +265,14 @@ def _stated(text: str, place: int) -> str:
     """What a mark announces: the rest of its line, else what is below it; of a displayed formula all its lines."""
     line = _line_from(text, place).lstrip(" :：" + _EMPHASIS)
     return _shown(
-        text[place : place + _TAIL].lstrip(" :：" + _EMPHASIS + "\n") if line.strip() in ("", r"\[", "$$") else line
+        text[place : place + LAST_CHARACTERS].lstrip(" :：" + _EMPHASIS + "\n")
+        if line.strip() in ("", r"\[", "$$")
+        else line
     )
 
 
 def _below(text: str, place: int) -> str:
-    return _shown(text[place : place + _TAIL].partition("\n")[2].lstrip())
+    return _shown(text[place : place + LAST_CHARACTERS].partition("\n")[2].lstrip())
 
 
 def _shown(rest: str) -> str:
@@ -290,7 +293,11 @@ def _first_sentence(line: str) -> str:
 
 def _whole(text: str, mark: Mark) -> str | None:
     """The whole output, or what stands behind `</think>`, when it is nothing but a number with its unit, or one formula."""
-    stripped = text[-_TAIL:].rpartition("</think>")[2].strip() if "</think>" in text[-_TAIL:] else text.strip()
+    stripped = (
+        text[-LAST_CHARACTERS:].rpartition("</think>")[2].strip()
+        if "</think>" in text[-LAST_CHARACTERS:]
+        else text.strip()
+    )
     if not stripped or len(stripped) > _LONGEST_WHOLE or "\n" in stripped.strip("$\\[] \n"):
         return None
     if _ONE_FORMULA.fullmatch(stripped):

@@ -58,7 +58,6 @@ _DANGLING: Final = re.compile(r"^\W*(?:and|or)(?![A-Za-z])|(?<![A-Za-z\\])(?:and
 _NAMED_TEXT: Final = re.compile(
     r"\\(?:text|mbox|mathrm|textbf|textnormal|textit|textrm|operatorname|hbox)\s?\{([^{}]*)\}"
 )
-_IMAGINARY: Final = re.compile(r"(?<![A-Za-z\\_])i(?![A-Za-z])")
 _UNIT_LETTER: Final = re.compile(
     r"(?:\\[,; ]|~|\s)*\\(?:text|mbox|mathrm|textrm)\s?\{\s*[mgshLNJWVK]\s*\}(?:\^\{?[23]\}?)?\s*\$?$"
 )
@@ -135,8 +134,7 @@ def _worded(text: str) -> str:
     text = _CONNECTION.sub(",", text)
     place = _unit_place(text)
     text = text[:place].rstrip() if place is not None else text
-    text = _RUN.sub(lambda run: _letters_of(run[0]), text)
-    return _IMAGINARY.sub(" i ", text)  # set apart, so that the parser sees the unit and no variable
+    return _RUN.sub(lambda run: _letters_of(run[0]), text)
 
 
 def _text(content: str) -> str:
@@ -185,7 +183,15 @@ def _separated(text: str) -> str:
 
 
 def _listed(text: str) -> str:
+    """Members separated by commas; `p=5,q=2;p=7,q=2` are two tuples."""
+    groups = text.split(";")
+    if len(groups) > 1 and all("," in group and not _open(group) for group in groups):
+        text = ",".join(f"({group.strip()})" for group in groups)
     return re.sub(r"\s*,(?:\s*,)+\s*", ", ", re.sub(r"\\\\|&|;", ",", text))
+
+
+def _open(text: str) -> bool:
+    return any(sign in text for sign in "()[]{}")
 
 
 def _is_read(text: str) -> bool:

@@ -78,6 +78,8 @@ def english_number(text: str) -> int | None:
             total, group, room, ceiling = total + group * _LARGE[word], 0, 10**3, _LARGE[word]
         elif word == "dozen" and place == len(words) - 1 and (group or words[:-1] == ["a"]):
             return (total + (group or 1)) * 12
-        elif not (word == "and" and room == 100 and group) and not (word == "a" and words[1:] == ["dozen"]):
+        elif not (word == "and" and ((room == 100 and group) or (room == 10**3 and total))) and not (
+            word == "a" and words[1:] == ["dozen"]
+        ):
             return None
     return total + group

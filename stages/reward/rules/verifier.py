@@ -72,6 +72,9 @@ def _named_apart(gold: str, answer: str | None) -> str:
 
 
 def _value_of(part: str) -> str:
+    bare = part.strip()
+    if "=" in bare and len(sides(bare)) == 1 and bare.startswith("(") and bare.endswith(")"):
+        return f"({','.join(map(_value_of, parts(bare[1:-1])))})"
     match [side for side in sides(part) if side.strip()]:
         case [name, value] if is_name(name):
             return value
@@ -83,7 +86,7 @@ def _value_of(part: str) -> str:
 
 def _values(answer: str, gold: str) -> list[str] | None:
     """What an answer equates with one another, each to be compared; None where it is an equation and the gold a value."""
-    valued = _first_approximated(answer)
+    valued = answer if "=" in gold else _first_approximated(answer)
     if valued is None:
         return None
     answer, chain = valued, sides(valued)
@@ -109,8 +112,9 @@ def _first_approximated(answer: str) -> str | None:
         return answer
     if not exact.strip() or is_name(exact):
         return rounded
-    value = sides(exact)[-1]
-    return exact if _near(_parse(value), _parse(rounded)) else None
+    if "=" in exact:
+        return exact
+    return exact if _near(_parse(exact), _parse(rounded)) else None
 
 
 def _near(exact: list[Any], rounded: list[Any]) -> bool:

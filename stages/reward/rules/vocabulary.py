@@ -68,7 +68,8 @@ NUMBER_WORDS: Final = split(
     "hundreds thousands millions billions twice double triple"
 )
 MATHEMATICAL: Final = split(
-    "doubled tripled halved quadrupled rem sin cos tan cot sec csc sine cosine tangent arcsin arccos arctan sinh cosh tanh log logs ln lg exp sqrt cbrt "
+    "doubled tripled halved quadrupled rem "
+    "sin cos tan cot sec csc sine cosine tangent arcsin arccos arctan sinh cosh tanh log logs ln lg exp sqrt cbrt "
     "root mod modulo gcd lcm det lim limit sup inf sum prod floor ceil ceiling sgn sign abs max arg pi tau phi theta "
     "alpha beta gamma delta epsilon zeta eta lambda sigma omega rho mu nu xi psi chi kappa infinity infinite infty "
     "euler plus minus times over divided multiplied squared cubed power exponent choose choosing factorial permute "
@@ -90,7 +91,8 @@ COMPARING: Final = split(
     "greater less fewer percent"
 )
 SHORT_WORDS: Final = split(
-    "pcs ppl rpm psi in of at on an as so he we it us my am pm he by up do go ft oz lb mi yd hr km cm mm kg mg ml pt qt wk yr mL sq cu"
+    "pcs ppl rpm psi "
+    "in of at on an as so he we it us my am pm he by up do go ft oz lb mi yd hr km cm mm kg mg ml pt qt wk yr mL sq cu"
 )
 _CONSECUTIVE: Final = "abcdefghijklmnopqrstuvwxyz"
 

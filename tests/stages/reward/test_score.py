@@ -92,6 +92,61 @@ def test_a_truncated_output_is_treated_as_the_config_names_it(policy: str, rewar
     assert made.metrics["reward/mean"] == (0.5 if reward == 0.0 else 1.0)
 
 
+FAR = "#### 17\n" + "and so on " * 600
+
+
+@pytest.mark.parametrize(
+    ("settings", "text", "status"),
+    [
+        ({}, FAR, "ok"),
+        ({"reads": "last_characters"}, FAR, "unparseable"),
+        ({"reads": "last_characters", "last_characters": 7000}, FAR, "ok"),
+        ({"reads": "last_characters", "last_characters": 2}, "#### 17", "ok"),
+        ({}, "<think>#### 17\n</think>I cannot tell.", "ok"),
+        ({"thinking": {}}, "<think>#### 17\n</think>I cannot tell.", "unparseable"),
+        ({"thinking": {}}, "<think>#### 3\n</think>#### 17", "ok"),
+        ({"thinking": {}}, "<think>#### 17", "unparseable"),
+        ({"thinking": {}}, "#### 17", "ok"),
+        ({"thinking": {}}, "#### 3\n</think>#### 17", "ok"),
+        ({"thinking": {"opened_by_prompt": True}}, "#### 17", "unparseable"),
+        ({"thinking": {"opened_by_prompt": True}}, "hmm</think>#### 17", "ok"),
+        ({"thinking": {"tags": ["[", "]"]}}, "[#### 17]", "unparseable"),
+    ],
+)
+def test_only_the_part_that_is_read_states_an_answer(settings: dict[str, Any], text: str, status: str) -> None:
+    made = score(rollouts(("a", 0, text)), questions(a="17"), EXACT.override(settings))
+    assert column(made, "status") == [status]
+
+
+@pytest.mark.parametrize(("mark", "statuses"), [("last", ["wrong", "ok"]), ("first", ["ok", "wrong"])])
+def test_the_mark_that_counts_is_a_setting(mark: str, statuses: list[str]) -> None:
+    config = RewardConfig.parse({"components": [{"kind": "accuracy", "verifier": "exact", "mark": mark}]})
+    outputs = rollouts(("a", 0, "#### 17\n\nQuestion: and now?\n#### 7"), ("a", 1, "#### 7\nno\n#### 17"))
+    assert column(score(outputs, questions(a="17"), config), "status") == statuses
+
+
+def test_a_form_is_looked_for_where_the_answer_is() -> None:
+    config = RewardConfig.parse({"components": [{"kind": "format", "form": "boxed"}], "thinking": {}})
+    outputs = rollouts(("a", 0, r"<think>\boxed{1}</think>\boxed{2}"), ("a", 1, r"<think>\boxed{1}</think>2"))
+    assert column(score(outputs, questions(a="17"), config), "reward") == [0.1, 0.0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"last_characters": 100},
+        {"reads": "last_characters", "last_characters": 0},
+        {"thinking": {"tags": ["<a>", "<a>"]}},
+        {"thinking": {"tags": ["", "</a>"]}},
+        {"thinking": {}, "components": [{"kind": "format", "form": "pattern", "pattern": "x"}]},
+        {"reads": "last_characters", "components": [{"kind": "language"}]},
+    ],
+)
+def test_a_part_to_read_that_would_be_ignored_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        RewardConfig.parse(changes)
+
+
 def test_an_answer_beyond_arithmetic_is_compared_symbolically() -> None:
     made = score(
         rollouts(("a", 0, r"\boxed{\frac{\sqrt2}{2}}"), ("a", 1, r"\boxed{\sqrt{2}}"), ("a", 2, r"\boxed{9^{9^9}}")),

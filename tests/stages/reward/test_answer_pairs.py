@@ -1,0 +1,99 @@
+"""Pairs of gold answer and output that graders get wrong: no reward for a wrong one, none withheld from a right one."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.reward import AccuracyConfig
+from stages.reward.pool import KillablePool
+from stages.reward.rules.accuracy import VERIFIER_MODULES, Verifier, grade_answers
+from stages.reward.rules.extraction import find_answer
+
+PAIRS = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "answer_pairs.jsonl").read_text(encoding="utf-8").split("\n")
+    if line
+]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[KillablePool]:
+    made = KillablePool(workers=2, memory_mb=1024, preload=VERIFIER_MODULES)
+    yield made
+    made.close()
+
+
+def statuses(pairs: list[dict[str, Any]], verifier: Verifier, pool: KillablePool) -> list[str]:
+    conventions = AccuracyConfig().conventions
+    asked = [(pair["gold"], pair["output"]) for pair in pairs]
+    return [
+        grade.status
+        for grade in grade_answers(asked, conventions=conventions, verifier=verifier, pool=pool, deadline_s=20.0)
+    ]
+
+
+def test_there_are_300_pairs_half_of_them_right_and_none_twice() -> None:
+    counts = Counter(pair["expected"] for pair in PAIRS)
+    assert counts[True] == counts[False] >= 150
+    assert len({(pair["gold"], pair["output"]) for pair in PAIRS}) == len(PAIRS)
+
+
+@pytest.mark.parametrize("verifier", ["math_verify", "math_verify_search"])
+def test_every_pair_is_graded_as_it_should_be(verifier: Verifier, pool: KillablePool) -> None:
+    found = statuses(PAIRS, verifier, pool)
+    assert [
+        (p["gold"], p["output"], s) for p, s in zip(PAIRS, found, strict=True) if (s == "ok") != p["expected"]
+    ] == []
+    assert set(found) == {"ok", "wrong", "unparseable"}
+
+
+def test_the_exact_verifier_rewards_no_wrong_answer(pool: KillablePool) -> None:
+    found = statuses(PAIRS, "exact", pool)
+    assert [p for p, s in zip(PAIRS, found, strict=True) if s == "ok" and not p["expected"]] == []
+
+
+@pytest.mark.parametrize(
+    ("gold", "output"),
+    [
+        ("the set of all primes", r"\boxed{7}"),
+        (r"1, 2, \ldots, n", r"\boxed{1, 2}"),
+        ("Tuesday and Friday", r"\boxed{\text{Monday}}"),
+    ],
+)
+def test_a_gold_of_words_or_signs_without_meaning_is_compared_as_text(
+    gold: str, output: str, pool: KillablePool
+) -> None:
+    pairs = [{"gold": gold, "output": output}, {"gold": gold, "output": rf"\boxed{{{gold}}}"}]
+    assert statuses(pairs, "math_verify", pool) == ["wrong", "ok"]
+
+
+@pytest.mark.parametrize("gold", [r"\frac{1}{2}{", r"((2", r"2 +* 3", r"\sqrt"])
+def test_a_gold_formula_that_cannot_be_read_gives_no_verdict(gold: str, pool: KillablePool) -> None:
+    assert statuses([{"gold": gold, "output": r"\boxed{x+1}"}], "math_verify", pool) == ["error"]
+
+
+@pytest.mark.parametrize(
+    ("output", "status"),
+    [("#### x+1", "unparseable"), ("#### 18", "wrong"), ("#### 17 + 1", "unparseable"), ("no idea", "unparseable")],
+)
+def test_the_exact_verifier_calls_unparseable_what_is_no_number(output: str, status: str, pool: KillablePool) -> None:
+    assert statuses([{"gold": "17", "output": output}], "exact", pool) == [status]
+
+
+def test_of_several_marks_the_first_or_the_last_counts() -> None:
+    for one, other in (
+        (r"\boxed{%s}", "\n"),
+        ("#### %s", "\n"),
+        ("The answer is %s.", " "),
+        ("A: %s", "\n"),
+        ("<answer>%s</answer>", ""),
+    ):
+        text = other.join([one % 42, "Question: what next?", one % 7])
+        conventions = AccuracyConfig().conventions
+        assert (find_answer(text, conventions, "first"), find_answer(text, conventions, "last")) == ("42", "7")

@@ -33,7 +33,7 @@ from pipeline.server import ensure_server, keep_server
 __all__ = ["job_configuration", "work"]
 
 _PULL_STEP: Final = "prefect.deployments.steps.set_working_directory"
-_OF_A_RUN: Final = ("COHORT_RUN_TAGS", "COHORT_RUN_DIFFERENCE")
+_OF_A_RUN: Final = ("COHORT_RUN_TAGS", "COHORT_RUN_DIFFERENCE", "COHORT_RUN_ASKED")
 """Variables that a flow run may bring: what `flows/deploying/flow.py` only writes down."""
 _OF_A_DEPLOYMENT: Final = (*DEPLOYED_PLACES, RESTARTS, VERSIONS, REQUIRED, *_OF_A_RUN)
 """Variables that a deployment may bring; a place that this host's environment names is this host's."""

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import replace
 from typing import Any, Final
 
 from stages.reward.limits import Outcome, named, prepare_worker, run_limited, unenforced
@@ -24,6 +25,10 @@ _TASKS_PER_WORKER: Final = 200
 """Then a worker is replaced: sympy's and antlr's caches grow."""
 _GRACE_S: Final = 30.0
 """Silence beyond the deadlines after which the pool itself counts as broken (a worker needs seconds to start)."""
+
+
+_OUT_OF_TIME: Final = Outcome(fault="lost", detail="worker ended by the system's limit of processor time")
+"""`ulimit -t` counts all tasks of a worker: the one that it ended may be innocent, and is run once more."""
 
 
 class KillablePool:
@@ -73,7 +78,9 @@ class KillablePool:
             outcomes = self._attempt(function, tasks, deadline_s)
             for index, outcome in enumerate(outcomes):
                 if outcome.fault == "lost":
-                    outcomes[index] = self._attempt(function, [tasks[index]], deadline_s)[0]
+                    again = self._attempt(function, [tasks[index]], deadline_s)[0]
+                    # Alone in a fresh worker, the task itself takes that long.
+                    outcomes[index] = replace(again, fault="crash") if again == _OUT_OF_TIME else again
             return outcomes
 
     def close(self) -> None:
@@ -159,8 +166,7 @@ def _outcome(future: Any) -> Outcome:
     except ProcessExpired as error:
         _, limit = resource.getrlimit(resource.RLIMIT_CPU)
         if limit != resource.RLIM_INFINITY and error.exitcode in (-signal.SIGXCPU, -signal.SIGKILL):
-            # `ulimit -t` counts all tasks of a worker: the one that it ended may be innocent.
-            return Outcome(fault="lost", detail="worker ended by the system's limit of processor time")
+            return _OUT_OF_TIME
         return Outcome(fault="crash", detail=f"worker exited with code {error.exitcode}")
     except BrokenProcessPool as error:
         return Outcome(fault="lost", detail=str(error))

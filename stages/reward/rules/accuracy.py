@@ -28,6 +28,10 @@ VERIFIER_MODULES: Final = ("stages.reward.rules.preload",)
 """What a pool for `grade_answers` preloads."""
 
 
+class VerifierLostError(RuntimeError):
+    """The processes that compare answers do not answer, whatever they are given."""
+
+
 class GoldError(ValueError):
     """A gold answer that states nothing; the data are at fault, not the output."""
 
@@ -82,6 +86,7 @@ def grade_answers(
 
     Raises:
         GoldError: a gold answer that is empty.
+        VerifierLostError: the pool lost a comparison twice, whatever it was of.
     """
     golds = {answer: read_gold(answer) for answer in {gold for gold, _ in pairs}}
     cases = [_case(golds[gold], text, conventions, verifier, mark) for gold, text in pairs]
@@ -89,6 +94,11 @@ def grade_answers(
     undecided = [case for case, grade in grades.items() if grade is None]
     if undecided:
         outcomes = pool.run(compare_symbolically, [case.task() for case in undecided], deadline_s=deadline_s)
+        if lost := next((outcome for outcome in outcomes if outcome.fault == "lost"), None):
+            raise VerifierLostError(
+                f"the verifier's worker processes were lost twice ({lost.detail}): that is no verdict, and none was "
+                "written. Is the machine out of memory or processes? The same command compares again"
+            )
         for case, outcome in zip(undecided, outcomes, strict=True):
             grades[case] = _grade_of(outcome, case)
     return [_given(grades[case]) for case in cases]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -21,7 +21,8 @@ import psutil
 import pytest
 
 from stages.reward import limits
-from stages.reward.pool import KillablePool, Outcome
+from stages.reward.pool import _OUT_OF_TIME, KillablePool, Outcome
+from stages.reward.rules.accuracy import VerifierLostError, grade_answers
 from tests.stages.reward.tasks import double, misbehave, signal_its_group, start_a_program
 
 MIB = 2**20
@@ -229,6 +230,33 @@ class Losing:
         elif self.says:
             future.set_exception(BrokenProcessPool("the pool is gone"))
         return future
+
+
+class LostPool(KillablePool):
+    """Loses whatever it is given."""
+
+    def _attempt(self, function: Any, tasks: Sequence[tuple[Any, ...]], deadline_s: float) -> list[Outcome]:
+        return [self.outcome] * len(tasks)
+
+    outcome = Outcome(fault="lost", detail="the pool is gone")
+
+
+def test_a_comparison_whose_worker_is_lost_twice_is_no_verdict() -> None:
+    pairs = [("\\sqrt{2}", "\\boxed{2^{1/2}}")]
+    with pytest.raises(VerifierLostError, match=r"lost twice \(the pool is gone\)"):
+        grade_answers(
+            pairs,
+            conventions=("boxed",),
+            verifier="math_verify",
+            pool=LostPool(workers=1, memory_mb=256),
+            deadline_s=1.0,
+        )
+
+
+def test_a_task_that_alone_uses_up_the_system_s_processor_time_is_lost_no_more() -> None:
+    greedy = LostPool(workers=1, memory_mb=256)
+    greedy.outcome = _OUT_OF_TIME
+    assert [outcome.fault for outcome in greedy.run(double, [(1,)], deadline_s=1.0)] == ["crash"]
 
 
 @pytest.mark.parametrize("says", [True, False], ids=["the pool breaks", "the pool is silent"])

@@ -26,8 +26,12 @@ C = TypeVar("C", bound=Config)
 PAPER: Final = ("sft", "rft", "dpo", "online_rft", "ppo", "grpo")
 """The rows of Table 10, in its order."""
 
-_BY_RULE: Final = ("sft", "rft", "dpo", "online_rft")
-"""The rows whose reward is the rule (Table 10), also where a recipe has a reward model for the others."""
+_BY_RULE: Final = ("sft", "rft", "dpo", "online_rft", "dapo")
+"""The rows whose reward is the rule (Table 10), also where a recipe has a reward model for the others; and DAPO, whose dynamic
+sampling asks how many outputs of a question are right."""
+
+_WITH_REFERENCE: Final = ("dpo", "grpo", "grpo_process")
+"""The methods whose update reads log pi_ref."""
 
 METHODS: Final[dict[str, dict[str, Any]]] = {
     # Table 10.
@@ -112,6 +116,8 @@ def settings_among(name: str, before: Mapping[str, Any], settled: Mapping[str, A
         "reward.components": _components(settled, steps=name == "grpo_process" and rules_know_steps),
         "update.old_logprobs": "trainer",
     }
+    if name not in _WITH_REFERENCE:
+        settings["reference_pass"] = "inline"
     if name in _BY_RULE:
         settings["reward_model"] = None
     if name == "grpo_process" and isinstance(learned, Mapping):
@@ -170,7 +176,11 @@ def _process_model(values: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[s
 
 def _critic_like(values: Mapping[str, Any]) -> dict[str, Any]:
     """A critic trained as the policy is: same engine, optimizer and learning rate (ours; the paper gives none)."""
-    update = _fields(UpdateConfig, values.get("update"), "mu", "micro_batch_tokens", "training")
-    training = update.training.model_copy(update={"adapter": None})  # a critic is trained in full
-    critic = CriticConfig(mu=update.mu, micro_batch_tokens=update.micro_batch_tokens, training=training)
+    update = _fields(UpdateConfig, values.get("update"), "mu", "mini_batches", "micro_batch_tokens", "training")
+    critic = CriticConfig(
+        mu=update.mu,
+        mini_batches=update.mini_batches,
+        micro_batch_tokens=update.micro_batch_tokens,
+        training=update.training.model_copy(update={"adapter": None}),  # a critic is trained in full
+    )
     return critic.model_dump(mode="json")

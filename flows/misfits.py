@@ -21,8 +21,10 @@ def misfits(config: IterativeRLConfig) -> Iterator[str]:
     """Every complaint, each beginning with the key that it is about and saying what to set."""
     yield from _misfits_of_the_row(config)
     yield from _misfits_of_the_outputs(config)
+    yield from _misfits_of_dynamic_sampling(config)
     yield from _misfits_of_the_parts(config)
     yield from _misfits_of_learned_rewards(config)
+    yield from _misfits_of_the_schedule(config)
     yield from _misfits_of_the_ranks(config)
 
 
@@ -30,9 +32,16 @@ def _misfits_of_the_row(config: IterativeRLConfig) -> Iterator[str]:
     """What does not belong to the objective's row of Table 10."""
     kind, row = config.update.objective.kind, config.update.objective.ROW
     if config.data_source not in row.sources:
-        yield f"data_source: {kind} learns from {_either(row.sources)}, found {config.data_source}"
+        yield f"data_source: {kind} learns from {_either(row.sources)}, found {config.data_source}; {row.because}"
     if config.advantage.kind not in row.advantages:
-        yield f"advantage.kind: {kind} takes {_either(row.advantages)}, found {config.advantage.kind}"
+        yield f"advantage.kind: {kind} takes {_either(row.advantages)}, found {config.advantage.kind}; {row.because}"
+    else:
+        allowed = {"supervision": row.supervisions, "baseline": row.baselines, "scale": row.scales}
+        for name, values in allowed.items():
+            if (found := getattr(config.advantage, name, None)) is not None and found not in values:
+                yield f"advantage.{name}: {kind} takes {_either(values)}, found {found}; {row.because}"
+    if config.reward_model is not None and "model" not in row.rewards:
+        yield f"reward_model: no score of a model reaches the gradient of {kind}: {row.because}; set reward_model=null"
     if (config.advantage.kind == "gae") != (config.critic is not None):
         yield "critic: advantage.kind gae (PPO) needs one, and nothing else does; set critic={} or null"
     if config.data_source == "initial_policy" and row.uses_ratio and config.update.old_logprobs != "rollout":
@@ -46,21 +55,66 @@ def _misfits_of_the_outputs(config: IterativeRLConfig) -> Iterator[str]:
     """What does not go with where the outputs come from, and how they are sampled."""
     source, update, sampled = config.data_source, config.update, config.rollout.temperature
     yield from _misfits_of_a_server(config)
-    if config.dynamic_sampling and source != "policy":
-        yield "dynamic_sampling: only outputs of the current policy can be drawn again"
     if update.correction.kind != "none" and source != "policy":
         yield (
             "update.correction: its weights compare rollout engine and trainer for one and the same policy, and these "
             f"outputs are not the current one's (data_source: {source}); set update.correction.kind=none"
         )
     if source == "demonstrations":
-        if update.old_logprobs == "rollout":
-            yield "update.old_logprobs: no engine recorded any for demonstrations; set update.old_logprobs=trainer"
         sampled = 1.0  # what demonstrations are recorded with
     if sampled == 0:
         yield "rollout.temperature: greedy outputs come from no distribution; nothing can be learned from them by RL"
     if update.temperature not in (None, sampled):
         yield f"update.temperature: {update.temperature:g} differs from that of the outputs, {sampled:g}"
+
+
+def _misfits_of_dynamic_sampling(config: IterativeRLConfig) -> Iterator[str]:
+    """Groups are replaced where the rules' rewards of outputs agree: that must be what the method would learn nothing from."""
+    if not config.dynamic_sampling:
+        return
+    advantage = config.advantage
+    if config.data_source != "policy":
+        yield "dynamic_sampling: only outputs of the current policy can be drawn again"
+    if not isinstance(advantage, GroupConfig):
+        yield (
+            f"dynamic_sampling: groups of equal rewards are no loss to advantage.kind {advantage.kind}, which does not compare "
+            "the outputs of a group; set dynamic_sampling=0"
+        )
+        return
+    if config.reward_model is not None:
+        yield (
+            "dynamic_sampling: a model's scores of two outputs are hardly ever equal, so that there is nothing to replace, and "
+            "the rules' are not what is learned from; set dynamic_sampling=0"
+        )
+    if advantage.supervision == "process":
+        yield (
+            "dynamic_sampling: outputs of equal rewards may differ in the rewards of their steps, which process supervision "
+            "learns from; set dynamic_sampling=0"
+        )
+    if advantage.kl_in_reward > 0:
+        yield (
+            "dynamic_sampling: with advantage.kl_in_reward no two outputs have equal rewards, so that each group has something "
+            "to learn from; set dynamic_sampling=0, or put the KL into the loss"
+        )
+
+
+def _misfits_of_the_schedule(config: IterativeRLConfig) -> Iterator[str]:
+    """A warm-up that the run does not live to see the end of, and a linear decay that ends before it."""
+    steps, update, critic = config.iterations * config.steps, config.update, config.critic
+    trainings = [("update", update.training, steps * update.mu * update.mini_batches)]
+    if critic is not None:
+        trainings.append(("critic", critic.training, steps * critic.mu * critic.mini_batches))
+    for name, training, updates in trainings:
+        if 0 < updates < training.warmup_steps:
+            yield (
+                f"{name}.training.warmup_steps: the run makes {updates} updates, and the rate would rise to its end; expected "
+                f"at most {updates}, found {training.warmup_steps}"
+            )
+        if training.total_steps is not None and training.total_steps < updates:
+            yield (
+                f"{name}.training.total_steps: the run makes {updates} updates, and those beyond would have a rate of 0; "
+                f"expected at least {updates}, found {training.total_steps}"
+            )
 
 
 def _misfits_of_a_server(config: IterativeRLConfig) -> Iterator[str]:
@@ -81,10 +135,23 @@ def _misfits_of_the_parts(config: IterativeRLConfig) -> Iterator[str]:
             f"advantage.kl_in_reward={penalty:g} and update.objective.beta={objective.beta:g} would count the KL term "
             "twice; set one of them to 0"
         )
-    if advantage.kind in ("group", "pairs") and config.rollout.G < 2:
+    grouped = advantage.kind in ("group", "pairs") or getattr(advantage, "baseline", None) == "group_mean"
+    if grouped and config.rollout.G < 2:
         yield f"rollout.G: advantages within a group need at least 2 outputs per question, found {config.rollout.G}"
     yield from _misfits_of_the_steps(config)
+    if config.critic is not None and config.critic.mini_batches != config.update.mini_batches:
+        yield (
+            f"critic.mini_batches: expected {config.update.mini_batches}, as update.mini_batches, found "
+            f"{config.critic.mini_batches}: policy and critic learn from the same mini-batches"
+        )
+    if config.reference_pass == "stage" and not config.update.needs_reference:
+        yield f"reference_pass: update.objective {objective.kind} reads no reference here; set reference_pass=inline"
     longest = config.rollout.max_output_tokens
+    if (length := getattr(objective, "length", None)) is not None and length < longest:
+        yield (
+            f"update.objective.length: expected at least rollout.max_output_tokens={longest}, found {length}: L is the longest "
+            "output allowed, and a smaller one only makes every gradient larger"
+        )
     for component in config.reward.components:
         if isinstance(component, OverlongConfig) and component.max_tokens != longest:
             yield (
@@ -153,8 +220,7 @@ def _misfits_of_the_ranks(config: IterativeRLConfig) -> Iterator[str]:
     if config.sft is not None:
         yield from _too_many("sft.training", config.sft.training, config.sft.batch_size, "demonstrations of a batch")
     if config.critic is not None:
-        outputs = config.questions_per_step * config.rollout.G
-        yield from _too_many("critic.training", config.critic.training, outputs, "outputs of a step")
+        yield from _too_many("critic.training", config.critic.training, outputs, "outputs of a mini-batch")
     if (plan := config.reward_model) is not None:
         outputs = min(plan.questions, plan.training.questions_per_update) * config.rollout.G
         yield from _too_many("reward_model.training.training", plan.training.training, outputs, "outputs of an update")

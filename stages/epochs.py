@@ -1,14 +1,46 @@
-"""Which rows of a set a step draws: without replacement, epoch after epoch, as a function of (seed, step) alone."""
+"""Which rows of a set a step draws, without replacement, and which of a step's rows each optimizer step learns from.
+
+Epochs are a function of (seed, step) alone, mini-batches of the questions and a seed.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
 import random
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
 from stages.identity import DataError
 
-__all__ = ["epoch_order", "sample_positions"]
+__all__ = ["deal", "epoch_order", "sample_positions"]
+
+
+class _OfQuestion(Protocol):
+    @property
+    def question_id(self) -> str: ...
+
+
+T = TypeVar("T", bound=_OfQuestion)
+
+
+def deal(examples: Sequence[T], *, mini_batches: int, seed: int) -> list[list[T]]:
+    """Examples dealt to mini-batches by question, so that groups stay whole; one mini-batch keeps their order.
+
+    Raises:
+        ValueError: more mini-batches than questions.
+    """
+    if mini_batches == 1 or not examples:
+        return [list(examples)] * mini_batches
+    questions = list(dict.fromkeys(example.question_id for example in examples))
+    random.Random(seed).shuffle(questions)
+    place = {question: number % mini_batches for number, question in enumerate(questions)}
+    hands: list[list[T]] = [[] for _ in range(mini_batches)]
+    for example in examples:
+        hands[place[example.question_id]].append(example)
+    if not all(hands):
+        raise ValueError(f"mini_batches = {mini_batches} needs at least as many questions, found {len(questions)}")
+    return hands
 
 
 def sample_positions(count: int, *, size: int, step: int, seed: int) -> list[int]:

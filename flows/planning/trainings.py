@@ -73,7 +73,15 @@ def critic(given: Given) -> Iterator[StagePlan]:
     budget = config.micro_batch_tokens
     yield _pass(given, "values", config.training, outputs, budget, head=False, slot="critic")
     training = _Training(
-        "critic", "step", "critic.training", config.training, outputs, config.mu, budget, "critic", head=False
+        name="critic",
+        when="step",
+        settings="critic.training",
+        config=config.training,
+        rows=max(1, outputs // config.mini_batches),
+        steps=config.mu * config.mini_batches,
+        budget=budget,
+        slot="critic",
+        head=False,
     )
     yield _trained(given, training)
 

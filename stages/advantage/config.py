@@ -55,8 +55,8 @@ class GroupConfig(Config):
     questions that are nearly always or nearly never solved most)."""
     ddof: Literal[0, 1] = 1
     """Divisor n - ddof of the variance. The paper writes `std` only; 1 is torch's default and that of most implementations.
-    0 makes advantages larger by sqrt(n / (n - 1)): 1.069 for G = 8, 1.008 for G = 64. Without effect where `scale` is
-    `none`."""
+    0 makes advantages larger by sqrt(n / (n - 1)): 1.069 for G = 8, 1.008 for G = 64. Where `scale` is `none`, neither
+    this nor `eps` can be changed."""
     eps: float = Field(0.0, ge=0)
     """Added to the standard deviation. Not in the paper, and not needed: groups of equal rewards are recognised and get
     exactly 0. With continuous rewards an eps of the order of their noise keeps tiny differences from being blown up."""
@@ -82,6 +82,8 @@ class GroupConfig(Config):
             )
         if self.scale == "none" and self.eps > 0:
             raise ValueError(f"eps = {self.eps} is added to the std, and scale none divides by none; set eps to 0")
+        if self.scale == "none" and self.ddof != 1:
+            raise ValueError(f"ddof = {self.ddof} is of the std, and scale none divides by none; leave ddof at 1")
         if self.supervision == "process" and self.baseline == "leave_one_out":
             raise ValueError(
                 "supervision process with baseline leave_one_out: 4.1.3 compares steps with all steps of the group, and which "

@@ -16,7 +16,10 @@ class CriticConfig(Config):
     """How the value function is trained. The paper says no more than that PPO has one, and that it is costly (4.1.1)."""
 
     mu: int = Field(1, ge=1)
-    """Passes over the outputs, one optimizer step each. Ours: as many as the policy makes (DeepSeekMath, 4.2)."""
+    """Passes over the outputs. Ours: as many as the policy makes (DeepSeekMath, 4.2)."""
+    mini_batches: int = Field(1, ge=1)
+    """Optimizer steps per pass: the policy's mini-batches, of the same questions; a run refuses another number than the
+    policy's."""
     micro_batch_tokens: int = Field(16384, ge=1)
     """Padded tokens per forward and backward; bounds memory and changes no result but in its last bits."""
     training: TrainingConfig = TrainingConfig(optimizer=AdamWConfig(learning_rate=1e-5))

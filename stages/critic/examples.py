@@ -17,6 +17,7 @@ __all__ = ["Example", "join"]
 class Example:
     """An output with what the critic shall predict before each of its tokens."""
 
+    question_id: str
     prompt_ids: tuple[int, ...]
     output_ids: tuple[int, ...]
     returns: tuple[float, ...]
@@ -41,7 +42,7 @@ def join(outputs: Rollouts, advantages: Advantages) -> list[Example]:
         if by_key[key]["advantage"] is None:
             continue
         returns = _checked(key, by_key[key]["returns"], len(row["output_ids"]))
-        example = Example(tuple(row["prompt_ids"]), tuple(row["output_ids"]), returns)
+        example = Example(row["question_id"], tuple(row["prompt_ids"]), tuple(row["output_ids"]), returns)
         weights[example] = weights.get(example, 0.0) + 1.0
     return [dataclasses.replace(example, weight=weight) for example, weight in weights.items()]
 

@@ -28,24 +28,28 @@ class Part:
     batch: Batch
     return_BO: Tensor
     weight_BO: Tensor
-    """Weight of each token in the mean over outputs of the mean over tokens; sums to 1 over all parts of all ranks. 0 on
-    padding, and throughout where the part is another rank's and only fills up this rank's passes."""
+    """Weight of each token in the mini-batch's mean over outputs of the mean over tokens; sums to 1 over its parts of all
+    ranks. 0 on padding, and throughout where the part is another rank's and only fills up this rank's passes."""
 
 
 @dataclass
 class Fit:
     """Squared errors over micro-batches, this rank's share of them, and what the steps over them found."""
 
-    parts: list[Part]
+    mini_batches: list[list[Part]]
     losses: list[float] = field(default_factory=list)
     """One for each step, before it."""
     reports: list[StepReport] = field(default_factory=list)
     first_value_N: list[Tensor] = field(default_factory=list)
-    """Values before the first step, one vector for each part."""
+    """Values before the first step that learns from them, one vector for each part."""
 
     @classmethod
-    def of(cls, examples: Sequence[Example], engine: Engine, micro_batch_tokens: int) -> Self:
-        """This rank's parts of `examples`, on the engine's device."""
+    def of(cls, hands: Sequence[Sequence[Example]], engine: Engine, micro_batch_tokens: int) -> Self:
+        """This rank's parts of the mini-batches, on the engine's device."""
+        return cls([cls._parts(examples, engine, micro_batch_tokens) for examples in hands])
+
+    @staticmethod
+    def _parts(examples: Sequence[Example], engine: Engine, micro_batch_tokens: int) -> list[Part]:
         rows = [Row(example.prompt_ids, example.output_ids) for example in examples]
         batches = list(micro_batches(rows, micro_batch_tokens))
         outputs = sum(example.weight for example in examples)
@@ -57,29 +61,31 @@ class Fit:
             count_B = factor * torch.tensor([examples[row].weight for row in batch.rows])
             weight_BO = sequence_mean_weights(mask_BO, count_B, outputs=outputs)
             parts.append(Part(batch.to(engine.device), return_BO.to(engine.device), weight_BO.to(engine.device)))
-        return cls(parts)
+        return parts
 
     def step(self, engine: Engine) -> None:
-        """One optimizer step down the gradient of the weighted squared error."""
-        loss = 0.0
-        for number, part in enumerate(self.parts):
+        """One optimizer step down the gradient of the next mini-batch's weighted squared error."""
+        loss, done = 0.0, len(self.losses)
+        parts = self.mini_batches[done % len(self.mini_batches)]
+        for number, part in enumerate(parts):
             with engine.autocast():
                 value_BO = values_before(engine.model, part.batch)
             error = (part.weight_BO * 0.5 * (value_BO - part.return_BO).square()).sum()
-            engine.backward(error, last=number == len(self.parts) - 1)
+            engine.backward(error, last=number == len(parts) - 1)
             loss += float(error.detach())
-            if not self.losses:
+            if done < len(self.mini_batches):
                 self.first_value_N.append(value_BO.detach()[part.weight_BO > 0])
         self.losses.append(engine.total(loss))
         self.reports.append(engine.step())
 
     def metrics(self, engine: Engine) -> dict[str, float | None]:
-        """Loss and gradient norm as means over the steps; values and returns as the loss weighs them, before the first."""
+        """Loss and gradient norm as means over the steps; values (before the first step that learns from them) and returns as
+        the loss weighs them."""
         value_N = torch.cat(self.first_value_N).double()
-        return_N = torch.cat([part.return_BO[part.weight_BO > 0] for part in self.parts]).double()
+        parts = [part for mini_batch in self.mini_batches for part in mini_batch]
+        return_N = torch.cat([part.return_BO[part.weight_BO > 0] for part in parts]).double()
+        weight_N = torch.cat([part.weight_BO[part.weight_BO > 0] for part in parts])
         steps = len(self.reports)
-
-        weight_N = torch.cat([part.weight_BO[part.weight_BO > 0] for part in self.parts])
 
         def mean(values_N: Tensor) -> float:
             return engine.total(float((weight_N * values_N).sum())) / engine.total(float(weight_N.sum()))

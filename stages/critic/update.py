@@ -9,6 +9,7 @@ from pipeline.progress import report
 from pipeline.stage import record_metrics, stage
 from stages.critic.config import CriticConfig
 from stages.critic.examples import join
+from stages.epochs import deal
 from stages.models import Checkpoint
 from stages.tables import Advantages, Rollouts
 from stages.training.ranks import on_ranks
@@ -16,12 +17,12 @@ from stages.training.ranks import on_ranks
 __all__ = ["update_critic"]
 
 
-@stage(version="1")
+@stage(version="2")
 @on_ranks
 def update_critic(
     critic: Checkpoint, outputs: Rollouts, advantages: Advantages, config: CriticConfig, *, seed: int
 ) -> Checkpoint:
-    """V after mu passes over one exploration stage, each a step down the gradient of
+    """V after mu passes over one exploration stage, each step of them (one for a mini-batch) down the gradient of
 
         (1/outputs) sum_i (1/|o_i|) sum_t 1/2 (V(q, o_i,<t) - return_i,t)^2
 
@@ -34,7 +35,7 @@ def update_critic(
         outputs: o_i with their ids.
         advantages: their `returns`, joined by key; rows without advantages take no part and do not count in the mean.
         config: passes, batching, engine.
-        seed: part of the call's key, as in every update; nothing here is drawn at random.
+        seed: deals the questions to mini-batches where there are several, as in the policy's update.
 
     Raises:
         ValueError: returns that are missing, of another number than tokens or not finite, by row, before any step.
@@ -48,16 +49,18 @@ def update_critic(
 
     started = time.perf_counter()
     examples = join(outputs, advantages)
+    steps = config.mu * config.mini_batches
     if not examples:
         warnings.warn("update_critic: every output of a step is masked out; the critic stays as it is", stacklevel=2)
-        record_metrics({"critic/skipped_steps": config.mu, "time/critic": time.perf_counter() - started})
+        record_metrics({"critic/skipped_steps": steps, "time/critic": time.perf_counter() - started})
         return critic
+    hands = deal(examples, mini_batches=config.mini_batches, seed=seed)
     with threads(config.training.threads), peak_memory() as peak:
         engine = resident_engine(critic, config.training, slot="critic")
-        fit = Fit.of(examples, engine, config.micro_batch_tokens)
-        for number in range(config.mu):
+        fit = Fit.of(hands, engine, config.micro_batch_tokens)
+        for number in range(steps):
             fit.step(engine)
-            report("update_critic", done=number + 1, total=config.mu)
+            report("update_critic", done=number + 1, total=steps)
         metrics = fit.metrics(engine)
         checkpoint = publish(engine)
     seconds = time.perf_counter() - started

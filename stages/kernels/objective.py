@@ -56,16 +56,20 @@ def clipped(
 def sequence_clipped(
     logp_BT: Tensor, old_logp_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor, *, eps_low: float, eps_high: float
 ) -> Surrogate:
-    """GSPO (Zheng et al. 2025, arXiv 2507.18071, Eq. 5-7): one length-normalised ratio per output, clipped as a whole.
+    """GSPO-token (Zheng et al. 2025, arXiv 2507.18071, Eq. 13-14): one length-normalised ratio per output for all its tokens.
 
-        s_i = exp( (1/|o_i|) sum_t log r_{i,t} )        min[ s_i A, clip(s_i, 1 - eps_low, 1 + eps_high) A ]
+        s_i = exp( (1/|o_i|) sum_t log r_{i,t} )        s_{i,t} = sg[s_i] pi_theta(o_{i,t}) / sg[pi_theta(o_{i,t})]
 
-    The value stands at every token of the output, so that the mean over its tokens is the output's value.
+        min[ s_{i,t} A_{i,t}, clip(s_{i,t}, 1 - eps_low, 1 + eps_high) A_{i,t} ]
+
+    Every token keeps its own advantage. Where those of an output are equal, the mean over its tokens has the value, the
+    clipping and the gradient of GSPO (its Eq. 5-7).
     """
     length_B1 = mask_BT.sum(-1, keepdim=True).clamp(min=1)
     mean_B1 = (mask_BT * (logp_BT - old_logp_BT)).sum(-1, keepdim=True) / length_B1
-    ones_BT = torch.ones_like(logp_BT)
-    return clipped(mean_B1 * ones_BT, 0.0 * ones_BT, advantage_BT, eps_low=eps_low, eps_high=eps_high)
+    # log s_{i,t}: its value is the output's, its gradient the token's own.
+    log_ratio_BT = mean_B1.detach() + logp_BT - logp_BT.detach()
+    return clipped(log_ratio_BT, torch.zeros_like(logp_BT), advantage_BT, eps_low=eps_low, eps_high=eps_high)
 
 
 def clipped_weight(logp_BT: Tensor, old_logp_BT: Tensor, advantage_BT: Tensor, *, eps_high: float) -> Surrogate:

@@ -206,6 +206,8 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
+        if self.schedule == "constant" and self.total_steps is not None:
+            raise ValueError("total_steps has no effect where schedule is constant; set schedule=linear, or it to null")
         if self.schedule == "linear" and (self.total_steps or 0) <= self.warmup_steps:
             raise ValueError(f"schedule linear needs total_steps above warmup_steps ({self.warmup_steps})")
         if self.optimizer.kind == "muon" and self.engine.kind == "deepspeed" and self.engine.zero_stage > 0:

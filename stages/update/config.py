@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from pipeline.config import UNKEYED, Config
 from stages.training.config import TrainingConfig
-from stages.update.objectives import GRPOConfig, ObjectiveConfig
+from stages.update.objectives import GRPOConfig, Level, ObjectiveConfig
 
 __all__ = ["MismatchLimits", "NoCorrectionConfig", "TruncatedCorrectionConfig", "UpdateConfig"]
 
@@ -29,7 +29,7 @@ class TruncatedCorrectionConfig(Config):
 
     kind: Literal["truncated"] = "truncated"
     "Selects truncated importance weights."
-    level: Literal["token", "sequence", "sequence_mean"] = "token"
+    level: Level = "token"
     """One weight a token, or one an output: the product of its tokens' weights (`sequence`), which grows with the length, or
     their geometric mean (`sequence_mean`)."""
     cap: PositiveFloat = 2.0
@@ -85,6 +85,30 @@ class UpdateConfig(Config):
         if self.old_logprobs == "rollout" and self.correction.kind != "none":
             raise ValueError(
                 "correction compares pi_old with the rollout's records, which old_logprobs=rollout makes equal"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_objective(self) -> Self:
+        """Refuse what the objective is not defined for, and what would reach neither its gradient nor a check."""
+        kind, row = self.objective.kind, self.objective.ROW
+        if self.mu * self.mini_batches > 1 and not row.several_steps:
+            raise ValueError(
+                f"mu and mini_batches: {kind} has no ratio pi_theta / pi_old, and from the second optimizer step on the "
+                f"outputs are an earlier policy's; expected 1 and 1, found {self.mu} and {self.mini_batches}"
+            )
+        if self.old_logprobs == "rollout" and not row.uses_ratio:
+            raise ValueError(f"old_logprobs: pi_old does not enter {kind}; set old_logprobs=trainer")
+        if isinstance(self.correction, TruncatedCorrectionConfig) and self.correction.level not in row.corrections:
+            expected = " or ".join(("none", *row.corrections))
+            raise ValueError(
+                f"correction: expected {expected} for {kind}, found level {self.correction.level}; {row.because}"
+            )
+        limits = [name for name, limit in self.mismatch.model_dump().items() if limit is not None]
+        if limits and not self.measures_mismatch:
+            raise ValueError(
+                f"mismatch.{limits[0]}: nothing is measured where the outputs need not be the policy's own (objective {kind}, "
+                f"old_logprobs {self.old_logprobs}); set it to null"
             )
         return self
 

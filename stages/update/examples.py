@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from stages.tables import Advantages, ReferenceLogprobs, Rollouts
 
-__all__ = ["Example", "deal", "drop_idle", "join", "merge_equal", "pair_up"]
+__all__ = ["Example", "drop_idle", "join", "merge_equal", "pair_up"]
 
 Key = tuple[str, int]
 
@@ -123,21 +122,6 @@ def pair_up(examples: Sequence[Example]) -> list[Example]:
 def drop_idle(examples: Sequence[Example]) -> list[Example]:
     """Examples with an advantage other than 0: without a KL term the others have no gradient, so they cost nothing."""
     return [example for example in examples if any(example.advantage)]
-
-
-def deal(examples: Sequence[Example], *, mini_batches: int, seed: int) -> list[list[Example]]:
-    """Examples dealt to mini-batches by question, so that groups stay whole; one mini-batch keeps their order."""
-    if mini_batches == 1 or not examples:
-        return [list(examples)] * mini_batches
-    questions = list(dict.fromkeys(example.question_id for example in examples))
-    random.Random(seed).shuffle(questions)
-    place = {question: number % mini_batches for number, question in enumerate(questions)}
-    hands: list[list[Example]] = [[] for _ in range(mini_batches)]
-    for example in examples:
-        hands[place[example.question_id]].append(example)
-    if not all(hands):
-        raise ValueError(f"mini_batches = {mini_batches} needs at least as many questions, found {len(questions)}")
-    return hands
 
 
 def _by_key(rows: Sequence[Mapping[str, Any]]) -> dict[Key, Mapping[str, Any]]:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from pipeline.progress import report
 from pipeline.stage import record_metrics, stage
+from stages.epochs import deal
 from stages.models import Checkpoint
 from stages.tables import Advantages, ReferenceLogprobs, Rollouts
 from stages.training.ranks import on_ranks
 from stages.update.config import UpdateConfig
-from stages.update.examples import Example, deal, join, merge_equal, pair_up
+from stages.update.examples import Example, join, merge_equal, pair_up
 from stages.update.objectives import method_of
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["update_policy"]
 
 
-@stage(version="2")
+@stage(version="3")
 @on_ranks
 def update_policy(
     policy: Checkpoint,

@@ -78,11 +78,14 @@ def test_dynamic_sampling_of_another_policys_outputs_is_refused() -> None:
 
 @pytest.mark.parametrize("method", ["sft", "rft", "dpo"])
 def test_a_correction_for_the_engine_is_refused_where_another_policy_made_the_outputs(method: str) -> None:
-    assert "update.correction: its weights compare" in refusal({"update.correction.kind": "truncated"}, method)
+    message = f"correction: expected none for {method}, found level token"
+    assert message in refusal({"update.correction.kind": "truncated"}, method)
+    grpo = {"update.correction.kind": "truncated", "data_source": "initial_policy"}
+    assert "update.correction: its weights compare" in refusal(grpo)
 
 
 def test_demonstrations_have_no_logprobs_of_an_engine() -> None:
-    assert "no engine recorded any for demonstrations" in refusal({"update.old_logprobs": "rollout"}, "sft")
+    assert "pi_old does not enter sft" in refusal({"update.old_logprobs": "rollout"}, "sft")
 
 
 def test_a_temperature_of_the_update_other_than_the_outputs_is_refused() -> None:
@@ -184,7 +187,7 @@ def test_process_supervision_adds_what_scores_steps_and_takes_only_its_own_away(
 
 
 def test_methods_that_learn_from_others_outputs_drop_the_correction_for_the_engine() -> None:
-    corrected = arithmetic_smoke().override({"update.correction.kind": "truncated"})
+    corrected = arithmetic_smoke().override({"update.correction": {"kind": "truncated", "level": "sequence"}})
     kinds = {method: become(corrected, method).update.correction.kind for method in METHODS}
     assert {method for method, kind in kinds.items() if kind == "none"} == {"sft", "rft", "dpo"}
 

@@ -50,7 +50,9 @@ def test_more_ranks_than_any_other_batch_has_rows_are_refused() -> None:
     )
     ppo = base.override(method_settings("ppo", base))
     critic = {"critic.training": {**FULL, "engine": ENGINE | {"ranks": 17}}}
-    assert "critic.training.engine.ranks: expected at most 16, the outputs of a step, found 17" in refusal(ppo, critic)
+    assert "critic.training.engine.ranks: expected at most 16, the outputs of a mini-batch, found 17" in refusal(
+        ppo, critic
+    )
     # 8 ranks, and a reward model that learns from one question of 4 outputs at a time.
     small = {"rollout.G": 4, "reward_model.training.questions_per_update": 1}
     said = refusal(deepseekmath_7b(), small)

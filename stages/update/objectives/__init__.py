@@ -17,7 +17,7 @@ from stages.update.objectives.dr_grpo import DrGRPOConfig, dr_grpo
 from stages.update.objectives.grpo import GRPOConfig, grpo
 from stages.update.objectives.gspo import GSPOConfig, gspo
 from stages.update.objectives.likelihood import OnlineRFTConfig, RFTConfig, SFTObjectiveConfig, likelihood
-from stages.update.objectives.method import DataSource, Method, Row, Tokens
+from stages.update.objectives.method import DataSource, Level, Method, RewardSource, Row, Tokens
 from stages.update.objectives.ppo import PPOConfig, ppo
 from stages.update.objectives.reinforce_plus_plus import ReinforcePlusPlusConfig, reinforce_plus_plus
 from stages.update.objectives.rloo import RLOOConfig, rloo
@@ -30,6 +30,7 @@ __all__ = [
     "DrGRPOConfig",
     "GRPOConfig",
     "GSPOConfig",
+    "Level",
     "Method",
     "ObjectiveConfig",
     "OnlineRFTConfig",
@@ -37,6 +38,7 @@ __all__ = [
     "RFTConfig",
     "RLOOConfig",
     "ReinforcePlusPlusConfig",
+    "RewardSource",
     "Row",
     "SFTObjectiveConfig",
     "Tokens",

@@ -18,7 +18,15 @@ __all__ = ["CISPOConfig", "cispo"]
 class CISPOConfig(Config):
     """CISPO (its Eq. 4-5): sg[ min(r, 1 + eps_high) ] A log pi_theta, mean over all tokens, no KL term."""
 
-    ROW: ClassVar = Row("CISPO", ("policy",), "Rule", "min(r, 1 + eps) A", ("group",), True)
+    ROW: ClassVar = Row(
+        "CISPO",
+        ("policy",),
+        "Rule",
+        "min(r, 1 + eps) A",
+        ("group",),
+        "its advantage is GRPO's (arXiv 2506.13585, Eq. 1 and 4)",
+        uses_ratio=True,
+    )
     kind: Literal["cispo"] = "cispo"
     "Selects this objective."
     eps_high: float = Field(2.0, gt=0)

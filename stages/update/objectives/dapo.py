@@ -19,7 +19,15 @@ class DAPOConfig(Config):
     (component `overlong`).
     """
 
-    ROW: ClassVar = Row("DAPO", ("policy",), "Rule", "A", ("group",), True)
+    ROW: ClassVar = Row(
+        "DAPO",
+        ("policy",),
+        "Rule",
+        "A",
+        ("group",),
+        "its advantage is (r - mean) / std (arXiv 2503.14476, Eq. 9)",
+        uses_ratio=True,
+    )
     kind: Literal["dapo"] = "dapo"
     "Selects this objective."
     eps_low: float = Field(0.2, gt=0, lt=1)

@@ -18,7 +18,16 @@ __all__ = ["DPOConfig", "dpo"]
 class DPOConfig(Config):
     """DPO (DeepSeekMath, Eq. 12), pairs from one question: o+ with a right answer, o- with a wrong one (5.2.1)."""
 
-    ROW: ClassVar = Row("DPO", ("initial_policy", "policy"), "Rule", "sigma(beta (m(o-) - m(o+)))", ("pairs",))
+    ROW: ClassVar = Row(
+        "DPO",
+        ("initial_policy", "policy"),
+        "Rule",
+        "sigma(beta (m(o-) - m(o+)))",
+        ("pairs",),
+        "its pairs are of a right and a wrong output, whoever sampled them (DeepSeekMath, 5.2.1 and Eq. 12)",
+        rewards=("rules",),
+        corrections=(),
+    )
     kind: Literal["dpo"] = "dpo"
     "Selects this objective."
     beta: float = Field(0.1, gt=0)

@@ -15,7 +15,16 @@ __all__ = ["DrGRPOConfig", "dr_grpo"]
 class DrGRPOConfig(Config):
     """Dr. GRPO: one divisor for all outputs, rewards centred but not scaled (`advantage.scale = none`), no KL term."""
 
-    ROW: ClassVar = Row("Dr. GRPO", ("policy",), "Rule", "r - mean(r)", ("group",), True)
+    ROW: ClassVar = Row(
+        "Dr. GRPO",
+        ("policy",),
+        "Rule",
+        "r - mean(r)",
+        ("group",),
+        "dividing by the standard deviation is one of the two biases that it removes (arXiv 2503.20783, 3.1)",
+        uses_ratio=True,
+        scales=("none",),
+    )
     kind: Literal["dr_grpo"] = "dr_grpo"
     "Selects this objective."
     eps: float = Field(0.2, gt=0, lt=1)

@@ -16,7 +16,15 @@ class GRPOConfig(Config):
     """GRPO (DeepSeekMath, Eq. 3 and 4): clipped ratio times group-relative advantage, KL to the reference in the loss."""
 
     ROW: ClassVar = Row(
-        "GRPO", ("policy", "initial_policy"), "Model", "A + beta (pi_ref/pi_theta - 1)", ("group", "batch"), True
+        "GRPO",
+        ("policy", "initial_policy"),
+        "Model",
+        "A + beta (pi_ref/pi_theta - 1)",
+        ("group", "batch"),
+        "Eq. 3 takes any advantage of a reward, of outputs that a policy sampled",
+        uses_ratio=True,
+        baselines=("mean", "leave_one_out", "none", "group_mean"),
+        scales=("std", "none"),
     )
     kind: Literal["grpo"] = "grpo"
     "Selects this objective."
@@ -36,6 +44,11 @@ class GRPOConfig(Config):
         if self.divergence == "k1" and self.beta > 0:
             raise ValueError(
                 "divergence k1 as a loss has gradient 0 in expectation; take k3 (the paper) or k3_unbiased"
+            )
+        if self.divergence != "k3" and self.beta == 0:
+            raise ValueError(
+                f"divergence {self.divergence} has no effect where beta is 0: there is no KL term; set beta above 0, or leave "
+                "divergence at k3"
             )
         if (self.aggregation == "constant") != (self.length is not None):
             raise ValueError("aggregation constant and `length` belong together: set both or neither")

@@ -16,9 +16,22 @@ __all__ = ["GSPOConfig", "gspo"]
 
 
 class GSPOConfig(Config):
-    """GSPO (its Eq. 5-7): s_i = (pi_theta(o_i) / pi_old(o_i))^(1/|o_i|) in place of the token's ratio."""
+    """GSPO (its Eq. 5-7): s_i = (pi_theta(o_i) / pi_old(o_i))^(1/|o_i|) in place of the token's ratio.
 
-    ROW: ClassVar = Row("GSPO", ("policy",), "Rule", "A", ("group",), True)
+    Computed as GSPO-token (its Eq. 13-14), which is GSPO where the tokens of an output have one advantage, and keeps the
+    advantages of process supervision apart.
+    """
+
+    ROW: ClassVar = Row(
+        "GSPO",
+        ("policy",),
+        "Rule",
+        "A",
+        ("group",),
+        "its advantage is (r - mean) / std, and what it weighs are whole outputs (arXiv 2507.18071, Eq. 6-7)",
+        uses_ratio=True,
+        corrections=("sequence", "sequence_mean"),
+    )
     kind: Literal["gspo"] = "gspo"
     "Selects this objective."
     eps_low: float = Field(3e-4, gt=0, lt=1)
@@ -28,7 +41,7 @@ class GSPOConfig(Config):
 
 
 def gspo(config: GSPOConfig) -> Method:
-    """(1/G) sum_i min[ s_i A_i, clip(s_i) A_i ]."""
+    """(1/G) sum_i (1/|o_i|) sum_t min[ s_{i,t} A_{i,t}, clip(s_{i,t}) A_{i,t} ]."""
     from stages.kernels.objective import sequence_clipped
 
     def surrogate(tokens: Tokens) -> Surrogate:

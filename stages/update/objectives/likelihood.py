@@ -16,7 +16,16 @@ __all__ = ["OnlineRFTConfig", "RFTConfig", "SFTObjectiveConfig", "likelihood"]
 class SFTObjectiveConfig(Config):
     """Supervised fine-tuning (DeepSeekMath, Eq. 6-7): E[(1/|o|) sum_t log pi_theta], o from the demonstrations."""
 
-    ROW: ClassVar = Row("SFT", ("demonstrations",), "-", "1", ("one",))
+    ROW: ClassVar = Row(
+        "SFT",
+        ("demonstrations",),
+        "-",
+        "1",
+        ("one",),
+        "it imitates demonstrations, whatever their reward (DeepSeekMath, Eq. 6-7)",
+        rewards=(),
+        corrections=(),
+    )
     kind: Literal["sft"] = "sft"
     "Selects this objective."
 
@@ -28,7 +37,16 @@ class RFTConfig(Config):
     learning rate, growing where few are right.
     """
 
-    ROW: ClassVar = Row("RFT", ("initial_policy",), "Rule", "I(o)", ("correct",))
+    ROW: ClassVar = Row(
+        "RFT",
+        ("initial_policy",),
+        "Rule",
+        "I(o)",
+        ("correct",),
+        "its coefficient is whether the rules find the answer right, of the initial policy's outputs (DeepSeekMath, Eq. 10)",
+        rewards=("rules",),
+        corrections=(),
+    )
     kind: Literal["rft"] = "rft"
     "Selects this objective."
 
@@ -36,7 +54,16 @@ class RFTConfig(Config):
 class OnlineRFTConfig(Config):
     """Online RFT (DeepSeekMath, Eq. 10-11): as RFT, with outputs of the policy as it is."""
 
-    ROW: ClassVar = Row("Online RFT", ("policy",), "Rule", "I(o)", ("correct",))
+    ROW: ClassVar = Row(
+        "Online RFT",
+        ("policy",),
+        "Rule",
+        "I(o)",
+        ("correct",),
+        "its coefficient is whether the rules find the answer right, of outputs of the policy as it is (DeepSeekMath, Eq. 11)",
+        rewards=("rules",),
+        several_steps=False,
+    )
     kind: Literal["online_rft"] = "online_rft"
     "Selects this objective."
 

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.kernels.objective import Surrogate
 
-__all__ = ["Aggregation", "DataSource", "Divergence", "Method", "Row", "Tokens", "clipped_ratio"]
+__all__ = [
+    "Aggregation",
+    "DataSource",
+    "Divergence",
+    "Level",
+    "Method",
+    "RewardSource",
+    "Row",
+    "Tokens",
+    "clipped_ratio",
+]
 
 DataSource = Literal["demonstrations", "initial_policy", "policy"]
 """Where outputs come from: P_sft(Q, O), pi_sft(O|q), or pi_theta(O|q)."""
@@ -19,10 +29,17 @@ Aggregation = Literal["sequence_mean", "token_mean", "constant"]
 """How tokens are weighed: see `stages/kernels/aggregation.py`."""
 Divergence = Literal["k1", "k2", "k3", "k3_unbiased"]
 """Estimators of the KL term: see `stages/kernels/divergence.py`."""
+RewardSource = Literal["rules", "model"]
+"""What r is: the rules' score or a learned model's (Table 10: Rule, Model)."""
+Level = Literal["token", "sequence", "sequence_mean"]
+"""What an importance weight between rollout engine and trainer belongs to: see `stages/kernels/correction.py`."""
 
 
 class Row(NamedTuple):
-    """A row of Table 10, and what may be combined with it."""
+    """A row of Table 10, and what may be combined with it; everything else is refused, with `because` as the reason.
+
+    A field that the kind of advantage does not have restricts nothing.
+    """
 
     title: str
     sources: tuple[DataSource, ...]
@@ -33,8 +50,23 @@ class Row(NamedTuple):
     """Gradient coefficient, in the table's words."""
     advantages: tuple[str, ...]
     """Kinds of advantage config whose values are this method's coefficients; its own first."""
+    because: str
+    """Where the method is defined so, as a clause for error messages."""
     uses_ratio: bool = False
     """Whether pi_theta / pi_old enters: outputs of another policy than pi_theta then need that policy's log-probabilities."""
+    rewards: tuple[RewardSource, ...] = get_args(RewardSource)
+    """Reward sources that reach the gradient; none: the method reads no reward."""
+    supervisions: tuple[str, ...] = ("outcome", "process")
+    """`advantage.supervision`."""
+    baselines: tuple[str, ...] = ("mean",)
+    """`advantage.baseline`."""
+    scales: tuple[str, ...] = ("std",)
+    """`advantage.scale`."""
+    several_steps: bool = True
+    """Whether more than one optimizer step may be made on the same outputs (`mu`, `mini_batches`). From the second on these are
+    an earlier policy's: that takes a ratio, or a method that is defined for outputs of any policy."""
+    corrections: tuple[Level, ...] = get_args(Level)
+    """`update.correction.level`; none: weights between rollout engine and trainer have no place in the method."""
 
 
 @dataclass(frozen=True)

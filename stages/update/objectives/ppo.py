@@ -18,7 +18,15 @@ class PPOConfig(Config):
     The critic's values, the penalty and generalised advantage estimation are the advantage's (`advantage.kind = gae`).
     """
 
-    ROW: ClassVar = Row("PPO", ("policy",), "Model", "A_t (GAE)", ("gae",), True)
+    ROW: ClassVar = Row(
+        "PPO",
+        ("policy",),
+        "Model",
+        "A_t (GAE)",
+        ("gae",),
+        "its advantage is a critic's (DeepSeekMath, Eq. 18)",
+        uses_ratio=True,
+    )
     kind: Literal["ppo"] = "ppo"
     "Selects this objective."
     eps: float = Field(0.2, gt=0, lt=1)

@@ -15,7 +15,16 @@ __all__ = ["ReinforcePlusPlusConfig", "reinforce_plus_plus"]
 class ReinforcePlusPlusConfig(Config):
     """REINFORCE++: the KL penalty per token in the reward, returns normalised over the batch (`advantage.kind = batch`)."""
 
-    ROW: ClassVar = Row("REINFORCE++", ("policy",), "Model", "normalised return", ("batch",), True)
+    ROW: ClassVar = Row(
+        "REINFORCE++",
+        ("policy",),
+        "Model",
+        "normalised return",
+        ("batch",),
+        "its advantage is normalised over the batch (arXiv 2501.03262)",
+        uses_ratio=True,
+        baselines=("none", "group_mean"),
+    )
     kind: Literal["reinforce_plus_plus"] = "reinforce_plus_plus"
     "Selects this objective."
     eps: float = Field(0.2, gt=0, lt=1)

@@ -20,7 +20,18 @@ class RLOOConfig(Config):
     (`advantage.kl_in_reward`).
     """
 
-    ROW: ClassVar = Row("RLOO", ("policy",), "Model", "r_i - mean of the other r", ("group",))
+    ROW: ClassVar = Row(
+        "RLOO",
+        ("policy",),
+        "Model",
+        "r_i - mean of the other r",
+        ("group",),
+        "an output is one action, its advantage the reward less the mean of the others' (arXiv 2402.14740, 2.2)",
+        supervisions=("outcome",),
+        baselines=("leave_one_out",),
+        scales=("none",),
+        several_steps=False,
+    )
     kind: Literal["rloo"] = "rloo"
     "Selects this objective."
 

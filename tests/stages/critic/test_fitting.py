@@ -43,11 +43,11 @@ def fitted(ranks: int) -> tuple[torch.Tensor, float, list[int]]:
     for rank in range(ranks):
         model = load_model(critic, dtype=torch.float32)
         engine: Any = RankAlone(model, rank, ranks)
-        fit = Fit.of(examples, engine, micro_batch_tokens=12)
+        fit = Fit.of([examples], engine, micro_batch_tokens=12)
         fit.step(engine)
         gradient = gradient + torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
         loss += fit.losses[0]
-        passes.append(len(fit.parts))
+        passes.append(len(fit.mini_batches[0]))
     return gradient, loss, passes
 
 

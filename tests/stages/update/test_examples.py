@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from pipeline.store import Store
+from stages.epochs import deal
 from stages.tables import Advantages, Rollouts
-from stages.update.examples import Example, deal, drop_idle, join, merge_equal, pair_up
+from stages.update.examples import Example, drop_idle, join, merge_equal, pair_up
 
 
 def outputs_of(*rows: tuple[str, int, list[int]]) -> Rollouts:

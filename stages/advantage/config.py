@@ -59,7 +59,8 @@ class GroupConfig(Config):
     this nor `eps` can be changed."""
     eps: float = Field(0.0, ge=0)
     """Added to the standard deviation. Not in the paper, and not needed: groups of equal rewards are recognised and get
-    exactly 0. With continuous rewards an eps of the order of their noise keeps tiny differences from being blown up."""
+    exactly 0. A learned reward never has equal ones: where all outputs of a question are wrong, its noise is all there is, and
+    0 scales that up to the size of any signal. An eps of about twice that noise damps it (`docs/decisions.md`: figures)."""
     kl_in_reward: float = Field(0.0, ge=0)
     """beta of the KL penalty inside the reward: r - beta * sum_t k1_t, k1 = log pi - log pi_ref, before the group is compared
     (RLOO). The paper's GRPO has it in the loss instead, hence 0; both at once count it twice. Only k1 is offered: rewards are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -79,3 +80,124 @@ def test_an_adapter_of_a_runs_reward_model_is_refused_by_its_key() -> None:
     assert "reward_model.training: Value error, training.adapter: a reward model learns a new head" in said
     adapted = deepseekmath_7b().override({"update.training.adapter.r": 8})
     assert adapted.update.training.adapter is not None
+
+
+# ------------------------------------------------------------------------------------- settings that mean nothing together
+
+STEPS = {"reward.components": [{"kind": "accuracy", "verifier": "exact"}, {"kind": "steps"}]}
+LEARNED = {"reward_model": {"trunk": "initial_policy"}}
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "complaint"),
+    [
+        (
+            "dr_grpo",
+            {"advantage.scale": "std"},
+            "advantage.scale: dr_grpo takes none, found std; dividing by the standard",
+        ),
+        ("dr_grpo", {"update.objective.length": 23}, "update.objective.length: expected at least .*=24, found 23"),
+        (
+            "grpo",
+            {"update.objective": {"kind": "grpo", "aggregation": "constant", "length": 8}},
+            "length: expected at least",
+        ),
+        (
+            "rloo",
+            {"advantage.baseline": "mean"},
+            "advantage.baseline: rloo takes leave_one_out, found mean; an output is one",
+        ),
+        ("rloo", {"advantage": {"kind": "group"}}, "advantage.scale: rloo takes none, found std"),
+        ("rloo", {"update.mu": 2}, "mu and mini_batches: rloo has no ratio .* expected 1 and 1, found 2 and 1"),
+        ("rloo", {"update.mini_batches": 2}, "mu and mini_batches: rloo has no ratio .* found 1 and 2"),
+        ("online_rft", {"update.mu": 2}, "mu and mini_batches: online_rft has no ratio"),
+        ("rloo", STEPS | {"advantage.supervision": "process"}, "supervision process"),
+        ("dapo", {"advantage.scale": "none"}, "advantage.scale: dapo takes std, found none; its advantage is"),
+        (
+            "gspo",
+            {"update.correction": {"kind": "truncated", "level": "token"}},
+            "correction: expected none or sequence or",
+        ),
+        (
+            "dpo",
+            {"data_source": "policy", "update.correction": {"kind": "truncated"}},
+            "correction: expected none for dpo",
+        ),
+        ("online_rft", {"update.old_logprobs": "rollout"}, "old_logprobs: pi_old does not enter online_rft"),
+        ("rft", {"update.mismatch.max_kl": 0.1}, "mismatch.max_kl: nothing is measured where"),
+        (
+            "grpo",
+            {"update.old_logprobs": "rollout", "update.mismatch.min_ess": 0.5},
+            "mismatch.min_ess: nothing is measured",
+        ),
+        (
+            "online_rft",
+            LEARNED,
+            "reward_model: no score of a model reaches the gradient of online_rft: its coefficient is",
+        ),
+        ("dpo", LEARNED, "reward_model: no score of a model reaches the gradient of dpo"),
+        ("sft", LEARNED, "reward_model: no score of a model reaches the gradient of sft"),
+        ("dapo", LEARNED, "dynamic_sampling: a model's scores of two outputs are hardly ever equal"),
+        (
+            "grpo_process",
+            {"dynamic_sampling": 2},
+            "dynamic_sampling: outputs of equal rewards may differ in the",
+        ),
+        (
+            "rloo",
+            {"dynamic_sampling": 2},
+            "dynamic_sampling: with advantage.kl_in_reward no two outputs have equal rewards",
+        ),
+        (
+            "online_rft",
+            {"dynamic_sampling": 2},
+            "dynamic_sampling: groups of equal rewards are no loss to .* correct",
+        ),
+        ("ppo", {"dynamic_sampling": 2}, "dynamic_sampling: groups of equal rewards are no loss to advantage.kind gae"),
+        ("ppo", {"update.mini_batches": 4}, "critic.mini_batches: expected 4, as update.mini_batches, found 1"),
+        (
+            "grpo",
+            {"update.objective": {"kind": "grpo", "beta": 0.0, "divergence": "k2"}},
+            "divergence k2 has no effect",
+        ),
+        ("dapo", {"reference_pass": "stage"}, "reference_pass: update.objective dapo reads no reference here"),
+        ("dr_grpo", {"advantage.ddof": 0}, "ddof = 0 is of the std, and scale none divides by none"),
+        ("grpo", {"update.training.warmup_steps": 5}, "update.training.warmup_steps: the run makes 4 updates"),
+        (
+            "grpo",
+            {"update.training.schedule": "linear", "update.training.total_steps": 3},
+            "update.training.total_steps: the run makes 4 updates, and those beyond would have a rate of 0",
+        ),
+        ("grpo", {"update.training.total_steps": 3}, "total_steps has no effect where schedule is constant"),
+        ("ppo", {"critic.training.warmup_steps": 5}, "critic.training.warmup_steps: the run makes 4 updates"),
+        (
+            "reinforce_plus_plus",
+            {"advantage.baseline": "group_mean", "rollout.G": 1},
+            "rollout.G: advantages within a group need at least 2 outputs",
+        ),
+    ],
+)
+def test_what_means_nothing_together_is_refused_with_the_reason(
+    method: str, changes: dict[str, Any], complaint: str
+) -> None:
+    base = arithmetic_smoke()
+    run = base.override(method_settings(method, base))
+    assert re.search(complaint, refusal(run, changes))
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("gspo", STEPS | {"advantage.supervision": "process"}),
+        ("dr_grpo", {"update.objective.length": 24}),
+        ("rft", {"update.mu": 2}),
+        ("dpo", {"update.mini_batches": 2}),
+        ("ppo", {"update.mini_batches": 4, "critic.mini_batches": 4}),
+        ("grpo", {"update.training.warmup_steps": 4}),
+        ("grpo", {"update.training.schedule": "linear", "update.training.total_steps": 4}),
+        ("dapo", {"dynamic_sampling": 2}),
+    ],
+)
+def test_what_stands_right_beside_it_is_accepted(method: str, changes: dict[str, Any]) -> None:
+    base = arithmetic_smoke()
+    assert base.override(method_settings(method, base)).override(changes).update.objective.kind

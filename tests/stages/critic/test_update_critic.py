@@ -12,10 +12,12 @@ import torch
 from pipeline.residency import evict
 from pipeline.store import Store
 from stages.critic import CriticConfig, create_critic, estimate_values, update_critic
+from stages.epochs import deal
 from stages.kernels.gae import gae
-from stages.models import Checkpoint, load_model, load_optimizer_state
+from stages.models import Checkpoint, load_model, load_optimizer_state, load_trainer_state
 from stages.tables import Advantages, Rollouts
 from stages.training import DeepSpeedEngineConfig
+from stages.update.examples import join
 from tests.stages.critic.worlds import exact, exploration, outspoken_critic, rollout_row, tables, tiny_critic
 from tests.stages.training.tiny import tiny_checkpoint
 
@@ -61,6 +63,35 @@ def test_the_gradient_is_that_of_the_mean_squared_error(store: Store, masked: bo
     found = gradient_of_stage(critic, outputs, advantages, exact())
     expected = gradient_by_definition(critic, outputs, advantages)
     assert torch.linalg.vector_norm(found - expected) < 1e-6 * torch.linalg.vector_norm(expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_mini_batches_are_the_policys_questions_each_with_its_own_mean(store: Store, seed: int) -> None:
+    critic, (outputs, advantages) = outspoken_critic(), exploration()
+    config = exact(mini_batches=2, learning_rate=1e-12)  # both gradients are then of one critic
+    made = update_critic(critic, Rollouts.write(outputs), Advantages.write(advantages), config, seed=seed)
+    state, model = load_optimizer_state(made), load_model(critic, dtype=torch.float32)
+    found = torch.cat([state[f"{name}/exp_avg"].flatten() for name, _ in model.named_parameters()])
+    first, second = (hand[0].question_id for hand in deal(join_policy(outputs, advantages), mini_batches=2, seed=seed))
+    assert {first, second} == {"q0", "q1"}
+    gradients = [
+        gradient_by_definition(
+            critic,
+            *(
+                type_.write([row for row in rows if row["question_id"] == question])
+                for type_, rows in ((Rollouts, outputs), (Advantages, advantages))
+            ),
+        )
+        for question in (first, second)
+    ]
+    expected = 0.9 * 0.1 * gradients[0] + 0.1 * gradients[1]  # m after two steps
+    assert torch.linalg.vector_norm(found - expected) < 1e-5 * torch.linalg.vector_norm(expected)
+    assert load_trainer_state(made)["updates"] == 2
+
+
+def join_policy(outputs: list[dict[str, Any]], advantages: list[dict[str, Any]]) -> list[Any]:
+    """The examples as the policy's update joins them."""
+    return list(join(Rollouts.write(outputs), Advantages.write(advantages)))
 
 
 def test_the_gradient_is_the_slope_of_the_loss(store: Store) -> None:

@@ -208,3 +208,15 @@ def test_scale_and_shift_of_the_rewards_do_not_change_advantages(r: list[float],
         return
     moved = outcome_advantages([scale * x + shift for x in r], [0] * len(r), ddof=1, eps=0.0)
     assert moved == pytest.approx(outcome_advantages(r, [0] * len(r), ddof=1, eps=0.0), abs=1e-5)
+
+
+@pytest.mark.parametrize(("eps", "share"), [(0.0, 0.5), (0.1, 0.136)])
+def test_noise_of_a_learned_reward_weighs_as_much_as_a_signal_unless_damped(eps: float, share: float) -> None:
+    """Half the groups have no right output. Without eps they have half of sum A^2; with twice the noise their A is a third."""
+    generator, groups, G, sigma = np.random.default_rng(0), 400, 16, 0.05
+    group_N = np.repeat(np.arange(groups), G)
+    right_N = (np.arange(groups * G) % 2) * (group_N % 2)  # half of the outputs of every second question
+    score_N = right_N + sigma * generator.standard_normal(groups * G)
+    found_N = normalise(score_N, group_N, group_statistics(score_N, group_N, ddof=1), eps=eps) ** 2
+    # With eps (1/3)^2 compared with (0.52 / 0.62)^2: 0.111 / (0.111 + 0.703) = 0.136.
+    assert found_N[group_N % 2 == 0].sum() / found_N.sum() == pytest.approx(share, abs=0.01)

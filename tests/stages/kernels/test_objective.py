@@ -67,6 +67,13 @@ def test_a_sequence_ratio_is_the_geometric_mean_over_the_output_alone() -> None:
     assert found.value_BT[0, :2].tolist() == pytest.approx([1.1, 1.1])
 
 
+def test_a_sequence_ratio_leaves_every_token_its_own_advantage() -> None:
+    """GSPO-token: with s = 1 the gradient at each token is its own advantage, not the mean of the output's."""
+    logp = row(-1.0, -2.0, 0.0).requires_grad_()
+    found = sequence_clipped(logp, row(-1.0, -2.0, 0.0), row(3.0, -1.0, 0.0), row(1, 1, 0), eps_low=0.1, eps_high=0.1)
+    assert gradient(found.value_BT, logp) == pytest.approx([3.0, -1.0, 0.0])
+
+
 def test_a_sequence_ratio_gives_every_token_of_the_output_one_gradient() -> None:
     # d s / d log pi_t = s / |o|; two tokens that each carry the value make it A at s = 1: the mean over tokens is A / |o| each.
     logp = row(-1.0, -2.0, 0.0).requires_grad_()

@@ -77,6 +77,7 @@ OTHER: dict[str, Any] = {
 NEEDS: dict[str, dict[str, Any]] = {
     "advantage.baseline": {"advantage.scale": "none"},
     "advantage.kl_in_reward": {"update.objective.beta": 0.0},
+    "dynamic_sampling": {"reward_model": None},
     "sft.training.schedule": {"sft.training.total_steps": 500},
 }
 """What must change with a field for the configuration to be valid."""

@@ -81,7 +81,9 @@ def read_rows(store: Store, digest: str) -> pa.Table | None:
     if not path.exists():
         return None
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table.validate(full=True)  # a sound hash only says that the bytes are those its writer meant
+        return table
     except (pa.ArrowInvalid, OSError) as error:
         raise ArtifactError(f"{path}: not a readable Arrow file: {error}") from None
 

@@ -7,14 +7,14 @@ memory-mapped and compared piece by piece, so that files larger than memory can 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Final
 
 import numpy
 import numpy.typing as npt
+from pydantic import BaseModel, Field, TypeAdapter
 
 __all__ = ["StoredTensor", "TensorDifference", "compare_weights", "stored_tensors"]
 
@@ -68,6 +68,17 @@ class StoredTensor:
             yield piece.astype(numpy.float64)
 
 
+class _Tensor(BaseModel):
+    """What the header of a file says of a tensor."""
+
+    dtype: str
+    shape: list[Annotated[int, Field(ge=0)]]
+    data_offsets: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+
+
+_HEADER: Final = TypeAdapter(dict[str, _Tensor | dict[str, str]])  # the latter is `__metadata__`
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorDifference:
     """Two tensors of one name and shape."""
@@ -83,16 +94,23 @@ class TensorDifference:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of a model folder (`model*.safetensors`, all shards) by name."""
+    """The tensors of a model folder (`model*.safetensors`, all shards) by name.
+
+    Raises:
+        ValueError: a file that is none of the format, by its name.
+    """
     found: dict[str, StoredTensor] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header: dict[str, Any] = json.loads(stream.read(length))
+            length, size = int.from_bytes(stream.read(8), "little"), file.stat().st_size
+            text = stream.read(length) if 8 + length <= size else b""  # a made-up length reads nothing
+        try:
+            header = _HEADER.validate_json(text, strict=True)
+        except ValueError:
+            raise ValueError(f"{file}: no safetensors file; its header cannot be read") from None
         for name, about in header.items():
-            if name != "__metadata__":
-                place = 8 + length + about["data_offsets"][0]
-                found[name] = StoredTensor(file, about["dtype"], tuple(about["shape"]), place)
+            if isinstance(about, _Tensor):
+                found[name] = StoredTensor(file, about.dtype, tuple(about.shape), 8 + length + about.data_offsets[0])
     return found
 
 

@@ -15,7 +15,7 @@ from pipeline.progress import listen, report
 from pipeline.provenance import record_metrics
 from pipeline.remote import accept, order_of, perform
 from pipeline.stage import stage
-from pipeline.store import Store
+from pipeline.store import Store, current_store
 
 
 class Numbers(Table):
@@ -107,3 +107,17 @@ def test_arguments_that_are_read_otherwise_than_they_were_sent_are_refused(store
     order["arguments"]["config"]["config"] = {"factor": 2.5}
     with pytest.raises(ValueError, match="scaled: arguments differ from those that were sent"):
         perform(sent(order), scaled, lambda topic, values: None)
+
+
+def test_code_runs_there_where_the_configuration_of_this_order_pins_it(store: Store) -> None:
+    seen: list[set[str]] = []
+
+    def looking(config: Scaling) -> Numbers:
+        seen.append(set(current_store().trusted))
+        return Numbers.write({"number": [config.factor]})
+
+    looking.__annotations__ = {"config": Scaling, "return": Numbers}
+    for pins in ({"a" * 40}, {"b" * 40}, set()):
+        store.trusted = pins
+        perform(sent(order_of("looking", looking, {"config": Scaling()})), looking, lambda topic, values: None)
+    assert seen == [{"a" * 40}, {"b" * 40}, set()]

@@ -8,13 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from pipeline.artifact import ArtifactError
+from pipeline.comparing import read_rows
 from pipeline.journal import Sent
 from pipeline.locking import locked
 from pipeline.objects import digest_of
 from pipeline.sealing import is_plain_name, sha256_of, write_sealed
 from pipeline.store import DamagedArtifactError, MissingArtifactError, Store, StoreError
+from pipeline.weights import stored_tensors
 from tests.pipeline.calls import call
 
 KEY, SOUND = "a" * 64, "b" * 64
@@ -288,3 +292,39 @@ def test_the_name_of_a_shared_store_is_32_digits(tmp_path: Path, identity: objec
     (tmp_path / "shared" / "store.json").write_text(json.dumps({"id": identity, "layout": 1}))
     with pytest.raises(StoreError, match=r"store\.json is not that of a store"):
         Store(tmp_path / "one", f"file://{tmp_path}/shared").find(KEY)
+
+
+# ------------------------------------------------------------------------------------------------ payload
+
+
+def test_a_table_whose_offsets_lead_out_of_its_buffers_is_refused(store: Store) -> None:
+    """Its hash is sound: its writer meant it. Reading the text would read other memory, or end the process."""
+    offsets = pa.array([0, 2**30, 1, 3], pa.int32()).buffers()[1]
+    text = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"abc")])
+
+    def fill(folder: Path) -> None:
+        batch = pa.record_batch([text], names=["text"])
+        with pa.OSFile(str(folder / "table.arrow"), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+
+    made = store.publish(fill, about={"type": "Table"})
+    with pytest.raises(ArtifactError, match="not a readable Arrow file"):
+        read_rows(store, made)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff" * 8,
+        (2**62).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"[]",
+        (99).to_bytes(8, "little") + json.dumps({"w": {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]}}).encode(),
+        (30).to_bytes(8, "little") + json.dumps({"w": {"dtype": "F32", "shape": [-1]}}).encode(),
+        (5000).to_bytes(8, "little") + b"[" * 5000,
+    ],
+)
+def test_a_file_that_is_no_safetensors_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors: no safetensors file"):
+        stored_tensors(tmp_path)

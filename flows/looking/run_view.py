@@ -107,9 +107,11 @@ def _show_head(run: History, console: Console) -> None:
 
 def _show_settings(run: History, console: Console) -> None:
     """What was asked for, and what differs from the recipe that it was asked of."""
-    asked = next((attempt for attempt in reversed(run.record.attempts) if attempt.recipe in RECIPES), None)
-    if asked and asked.overrides:
-        console.print(_overrides(asked))
+    latest = run.record.attempts[::-1]
+    asked = next((attempt for attempt in latest if attempt.recipe in RECIPES), None)  # later ones may name config.yaml
+    made = asked or next((attempt for attempt in latest if attempt.overrides), None)
+    if made and made.overrides:
+        console.print(_overrides(made))
     values = run.config.model_dump(mode="json")
     names = [asked.recipe] if asked else list(RECIPES)
     found = {name: config_changes(RECIPES[name]().model_dump(mode="json"), values) for name in names}
@@ -135,7 +137,8 @@ def _overrides(attempt: Attempt) -> Group:
         if override.get("undone"):
             cells[2].append(" (undone by a later one)")
         table.add_row(*cells, style="dim" if override.get("undone") else None)
-    return titled(f"asked of the recipe {attempt.recipe}, in this order", table)
+    recipe = json.dumps(attempt.recipe).strip('"')
+    return titled(f"made from {recipe} by, in this order", table)
 
 
 def _curve(name: str, curve: Curve) -> Group:

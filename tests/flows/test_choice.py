@@ -299,6 +299,20 @@ def test_the_record_keeps_what_was_asked_and_show_names_that_recipe(tmp_path: Pa
     assert "(undone by a later one)" in shown
 
 
+def test_overrides_of_a_complete_file_are_shown_and_the_recipe_is_a_guess(tmp_path: Path, write: Write) -> None:
+    mine = write(RECIPES["gsm8k_cpu"]().override({"name": "gsm8k_one_gpu"}).to_yaml())
+    choice, places = choose(str(mine), settings=["steps=3"]), Places(tmp_path / "root")
+    RunRecord.begin(places, choice.config, command="", engine="inline", asked=choice.asked)
+    (record,) = read_records(places)
+    console = Console(width=300, file=io.StringIO(), record=True)
+    history = History(record=record, config=choice.config, ledger=Ledger(), points={}, note="")
+    show_run(places.open_store(), history, console, limit=None)
+    shown = console.export_text()
+    assert f"made from {mine} by, in this order" in shown
+    assert ["steps", "3", "--set"] in [line.split() for line in shown.splitlines()]
+    assert "differs from the nearest recipe, gsm8k_cpu, in" in shown
+
+
 def test_overrides_of_a_record_of_others_are_shown_escaped(tmp_path: Path) -> None:
     choice, places = choose("arithmetic_smoke", settings=["seed=3"]), Places(tmp_path)
     RunRecord.begin(places, choice.config, command="", engine="inline", asked=choice.asked)

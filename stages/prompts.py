@@ -64,7 +64,7 @@ class PromptConfig(Config):
     tokenizer's own chat template with its generation prompt."""
     system: str | None = Field(None, min_length=1)
     """With `chat: tokenizer`, the system message; null: none, or what the template writes without one. A template without a
-    system role is refused."""
+    system role is refused. Special tokens written here act as such."""
     chat_template: str | None = None
     """With `chat: tokenizer`, a Jinja template in place of the tokenizer's own: its text, or a file that ends in `.jinja`. It
     sees `messages` (one of the role `user`, before it one of the role `system` where there is one), `add_generation_prompt`,

@@ -11,7 +11,7 @@ import functools
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, Literal, assert_never
+from typing import Annotated, Any, Final, Literal, assert_never
 
 from pydantic import Field
 
@@ -22,6 +22,7 @@ from stages.identity import DataError
 
 __all__ = ["ColumnsConfig", "QuestionFileConfig", "rows_of"]
 
+Name = Annotated[str, Field(min_length=1)]
 Format = Literal["jsonl", "csv", "tsv", "parquet", "datasets", "hub"]
 
 
@@ -33,13 +34,13 @@ class ColumnsConfig(Config):
     name, dots included, wins.
     """
 
-    question: str | tuple[str, ...] = "question"
+    question: Name | Annotated[tuple[Name, ...], Field(min_length=1)] = "question"
     """The question's text; several columns are joined by a space (SVAMP: `["body", "question"]`)."""
-    answer: str | None = "answer"
+    answer: Name | None = "answer"
     """The gold answer; null: it is taken from the solution, behind `answer_marker`."""
-    solution: str | None = "solution"
+    solution: Name | None = "solution"
     """A worked solution; null: none."""
-    id: str | None = "id"
+    id: Name | None = "id"
     """A unique id; null or absent: made from a hash of the question. See `duplicates`."""
 
 

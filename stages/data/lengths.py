@@ -80,10 +80,12 @@ class PromptLengths(NamedTuple):
 
     def complaint(self, ids: Sequence[str], room: PromptRoom) -> str:
         """Why the set cannot be used, with counts and what to do."""
+        most = room.limit.tokens
+        setting = "drop" if most is None else f"{{tokens: {most}, longer: drop}}"
         count, longest = f"{len(self.longer):,} of {len(ids):,} questions", ids[self.longest_row]
         return (
             f"{count} have prompts above {max(room.tokens or 0, 0):,} tokens ({room}); the longest is that of question "
-            f"{longest!r}, of {self.longest:,}: set data.max_prompt_tokens.longer=drop to go on without them, "
+            f"{longest!r}, of {self.longest:,}: set data.max_prompt_tokens={setting!r} to go on without them, "
             "lower rollout.max_output_tokens, or take a model with a larger window"
         )
 

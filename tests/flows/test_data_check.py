@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 
 from flows.bootstrap import base_model, limit_data, prepare_data, room_of, shortages
+from flows.choice import choose
 from flows.cli import run_command
 from flows.config import IterativeRLConfig
 from flows.data_check import examine_data
 from flows.recipes import arithmetic_smoke, gsm8k_cpu
 from pipeline.config import ConfigError
 from pipeline.store import Store
+from stages.data import PromptLengths, PromptRoom
 
 LONG = "What is " + "1 + " * 40 + "1?"
 QUESTIONS = [f"What is {number} + 1?" for number in range(8)]
@@ -97,6 +99,22 @@ def test_long_prompts_are_left_out_of_every_set_with_their_demonstrations(store:
     assert not found.complaints
     assert found.sizes == {"train": 8, "evaluation.test": 1}
     assert "data.train: 1 questions are left out, 8 stay" in found.notes
+
+
+@pytest.mark.parametrize("given", ["drop", 30, "{tokens: 30, longer: drop}", "{longer: drop}"])
+def test_a_limit_is_a_number_a_policy_or_both_and_errors_say_what_to_set(tmp_path: Path, given: Any) -> None:
+    config(tmp_path, QUESTIONS, QUESTIONS)
+    settings = [f"data.path={tmp_path}", f"data.max_prompt_tokens={given}"]
+    limit = choose("gsm8k_cpu", settings=settings).config.data.max_prompt_tokens
+    assert (limit.tokens, limit.longer) == (
+        30 if "30" in str(given) else None,
+        "drop" if "drop" in str(given) else "refuse",
+    )
+    room = PromptRoom(WINDOW, None, LONGEST_OUTPUT, limit)
+    advice = re.search(r"set (data\.max_prompt_tokens='.*?') to", PromptLengths(70, 0, [0]).complaint(["a"], room))
+    assert advice is not None
+    followed = choose("gsm8k_cpu", settings=[*settings, advice[1].replace("'", "")]).config.data.max_prompt_tokens
+    assert followed == limit.override({"longer": "drop"})
 
 
 def test_sets_of_which_all_fits_are_the_very_same_artifacts(store: Store, tmp_path: Path) -> None:

@@ -219,6 +219,12 @@ def test_a_row_whose_path_ends_early_is_named(store: Store, tmp_path: Path) -> N
         read_questions(config(path, columns=DAPO))
 
 
+@pytest.mark.parametrize("columns", [{"question": []}, {"question": ""}, {"question": [""]}, {"answer": ""}])
+def test_no_column_at_all_is_none_to_read_a_question_from(columns: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="at least 1"):
+        QuestionFileConfig.parse({"path": "q.jsonl", "columns": columns})
+
+
 # ------------------------------------------------------------------------------------------------ repeated rows
 
 REPEATED = [("q0", "1"), ("q1", "2"), ("q0", "1"), ("q0", "1")]

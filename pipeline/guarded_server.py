@@ -1,10 +1,12 @@
-"""Prefect's server for this machine alone: `python -P .../guarded_server.py PORT`, run by its file in the server's folder.
+"""Prefect's and MLflow's servers for this machine alone: `python -P guarded_server.py prefect|mlflow PORT`, run by its file.
 
-A page in a browser can send requests to 127.0.0.1, also under a name of its own that it lets point there. In front of Prefect's
-application stands therefore `Guard`: requests name this machine as their host, come from no other page, and carry JSON.
-Prefect itself asks for the password of the folder (`PREFECT_SERVER_API_AUTH_STRING`) and for CSRF tokens.
+A page in a browser can send requests to 127.0.0.1, also under a name of its own that it lets point there. In front of both
+applications stands therefore `Guard`: requests name this machine as their host, come from no other page, and carry JSON.
+Prefect itself asks for the password of the folder (`PREFECT_SERVER_API_AUTH_STRING`) and for CSRF tokens. MLflow's server
+would read any folder of this user that a request names as the place of artifacts: it may name those of the project alone.
 
-The process ends when nothing was asked of it for a while, or when its folder is gone.
+The process ends when nothing was asked of it for a while, when its folder (the working directory) is gone, or, MLflow's, with
+the command that started it.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,11 @@ IDLE = "COHORT_SERVER_IDLE"
 _PROBES = ("/api/health", "/api/ready", "/health")
 """Questions that keep no server alive: `cohort doctor` and every look for a server ask them."""
 _NAMES = ("127.0.0.1", "localhost", "[::1]")
+_PLACES = ("artifactlocation", "artifacturi", "source")
+"""Names of fields and tags that say where MLflow's artifacts lie, in lower case without `_`."""
+_OWN_SCHEMES = ("cohort", "runs", "models", "mlflow-artifacts")
+"""Of sources that name something in MLflow or in a store, no folder."""
+_BODY_BYTES = 64 * 2**20
 _LOOK_SECONDS = 1.0
 _GRACE_SECONDS = 10.0
 
@@ -41,8 +49,10 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 class Guard:
     """An ASGI application that refuses what a foreign page can send, and knows when it was last used."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, *, artifacts: str | None = None) -> None:
+        """Guard `app`; with `artifacts`, a URI, no request may name another place for MLflow's artifacts."""
         self._app = app
+        self._artifacts = artifacts
         self._last = time.monotonic()
         self._open = 0
 
@@ -70,6 +80,15 @@ class Guard:
     async def _use(self, scope: Message, receive: Receive, send: Send) -> None:
         self._open += 1
         try:
+            if self._artifacts is not None and scope["type"] == "http" and scope["method"] not in ("GET", "HEAD"):
+                body, receive = await _read(receive)
+                place = None if body is None else foreign_place(body, self._artifacts)
+                if body is None or place is not None:
+                    reason = (
+                        "the body is too large" if body is None else f"{place} is no place of this project's artifacts"
+                    )
+                    await _refuse(scope, send, 413 if body is None else 403, reason)
+                    return
             await self._app(scope, receive, send)
         finally:
             self._open -= 1
@@ -95,6 +114,56 @@ def refusal(scope: Message) -> tuple[int, str] | None:
     if scope["type"] == "http" and body and kind != "application/json":
         return 415, "the body is not application/json"
     return None
+
+
+def foreign_place(body: bytes, artifacts: str) -> str | None:
+    """The first place of artifacts in a JSON body that is not under the URI `artifacts`; None: there is none."""
+    try:
+        document = json.loads(body or b"null")
+    except (ValueError, RecursionError):
+        return None  # MLflow reads nothing from it either
+    waiting = [document]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, list):
+            waiting += part
+        elif isinstance(part, dict):
+            waiting += part.values()
+            fields = [*part.items(), (part.get("key"), part.get("value"))]  # tags are pairs
+            for name, value in fields:
+                plain = str(name).rpartition(".")[2].replace("_", "").lower()
+                if plain in _PLACES and isinstance(value, str) and value and not _is_under(value, artifacts):
+                    return value
+    return None
+
+
+def _is_under(place: str, artifacts: str) -> bool:
+    """Whether a URI or a path is the folder `artifacts` or in it."""
+    here, there = urllib.parse.urlsplit(place), urllib.parse.urlsplit(artifacts)
+    if here.scheme in _OWN_SCHEMES:
+        return True
+    if here.scheme in ("", "file") and there.scheme in ("", "file"):
+        paths = [os.path.realpath(urllib.parse.unquote(part.path)) for part in (here, there)]
+        return here.netloc in ("", "localhost") and os.path.commonpath(paths) == paths[1]
+    inside = f"{place}/".startswith(f"{artifacts.rstrip('/')}/")
+    return inside and ".." not in urllib.parse.unquote(here.path).split("/")
+
+
+async def _read(receive: Receive) -> tuple[bytes | None, Receive]:
+    """The body of a request, None where it is too large, and what hands it on."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = bool(message.get("more_body")) and message["type"] == "http.request"
+        if len(body) > _BODY_BYTES:
+            return None, receive
+    given = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Message:
+        return given.pop() if given else await receive()
+
+    return body, again
 
 
 async def _refuse(scope: Message, send: Send, status: int, reason: str) -> None:
@@ -128,17 +197,44 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     return None
 
 
-def main(port: int) -> None:
-    """Serve Prefect's application on 127.0.0.1 until a signal, the end of use, or the end of the folder."""
-    import uvicorn
+def _prefect() -> Guard:
     from prefect.server.api.server import create_app
 
-    guard = Guard(create_app(final=True))
-    watcher = (guard, Path.cwd(), float(os.environ.get(IDLE, "0")))
+    return Guard(create_app(final=True))
+
+
+def _mlflow() -> Guard:
+    """MLflow's application on the database and with the artifacts that the environment names, as `mlflow server` takes them."""
+    from mlflow.server.constants import ARTIFACT_ROOT_ENV_VAR, BACKEND_STORE_URI_ENV_VAR
+    from mlflow.server.handlers import initialize_backend_stores
+
+    uri, artifacts = os.environ["MLFLOW_BACKEND_STORE_URI"], os.environ["MLFLOW_DEFAULT_ARTIFACT_ROOT"]
+    os.environ |= {BACKEND_STORE_URI_ENV_VAR: uri, ARTIFACT_ROOT_ENV_VAR: artifacts, "_MLFLOW_SGI_NAME": "uvicorn"}
+    initialize_backend_stores(uri, uri, artifacts)
+    from mlflow.server.fastapi_app import app
+
+    return Guard(app, artifacts=artifacts)
+
+
+def _end_with(parent: int) -> None:
+    """End this process once the one that started it is gone, however that ended."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_SECONDS)
+    os._exit(0)
+
+
+def main(kind: str, port: int) -> None:
+    """Serve on 127.0.0.1 until a signal, the end of use, of the folder, or of the command that started it."""
+    if kind == "mlflow":
+        threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
+    import uvicorn
+
+    guard = _mlflow() if kind == "mlflow" else _prefect()
+    watcher = (guard, Path.cwd(), float(os.environ.get(IDLE, "0")) if kind == "prefect" else 0.0)
     threading.Thread(target=_watch, args=watcher, name="idle", daemon=True).start()
     level = os.environ.get("PREFECT_SERVER_LOGGING_LEVEL", "warning").lower()
     uvicorn.run(guard, host="127.0.0.1", port=port, log_level=level, timeout_keep_alive=5)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(sys.argv[1], int(sys.argv[2]))

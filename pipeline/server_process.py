@@ -194,7 +194,7 @@ def spawn(
     for name in ("PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_PROFILE", *_OF_WORKERS):
         environment.pop(name, None)
     # -P and cwd: neither modules nor a prefect.toml nor a .env of the caller's folder reach the server.
-    command = [sys.executable, "-P", guarded_server.__file__, str(port)]
+    command = [sys.executable, "-P", guarded_server.__file__, "prefect", str(port)]
     with open(home / "server.log", "ab") as log:
         child = subprocess.Popen(
             command, cwd=home, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

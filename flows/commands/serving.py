@@ -20,6 +20,7 @@ from rich.markup import escape
 from flows.commands.options import Root, console
 from flows.places import Places
 from flows.wording import duration, size
+from pipeline import guarded_server
 from pipeline.database import is_database, making_tables, unspoken, with_driver, without_password
 from pipeline.interruption import settle
 from pipeline.mlflow_run import artifact_folder
@@ -158,9 +159,11 @@ def _reach(uri: str) -> None:
 
 def _start_mlflow(places: Places, uri: str, files: str, port: int, log: Path) -> subprocess.Popen[bytes]:
     """MLflow's server in a process group of its own, so that all of its workers can be stopped."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-P", guarded_server.__file__, "mlflow", str(port)]
     # Not among the arguments: those are for all to see, and a database's URL has a password.
     given = {"MLFLOW_BACKEND_STORE_URI": with_driver(uri), "MLFLOW_DEFAULT_ARTIFACT_ROOT": files}
+    given |= {"MLFLOW_SERVER_ALLOWED_HOSTS": "127.0.0.1:*,localhost:*,127.0.0.1,localhost,[[]::1]:*"}
+    given |= {"MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port}"}
     settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | os.environ | given
     places.root.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as sink:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.guarded_server import ALIVE, Guard, Message, Receive, Send, refusal
+from pipeline.guarded_server import ALIVE, Guard, Message, Receive, Send, foreign_place, refusal
 
 ROOT = Path(__file__).parents[2]
 OWN = {"host": "127.0.0.1:4200"}
@@ -20,7 +21,12 @@ JSON = {"content-length": "2", "content-type": "application/json"}
 
 
 def scope(headers: Mapping[str, str], path: str = "/api/flow_runs/filter", kind: str = "http") -> dict[str, Any]:
-    return {"type": kind, "path": path, "headers": [(k.encode(), v.encode()) for k, v in headers.items()]}
+    return {
+        "type": kind,
+        "method": "POST",
+        "path": path,
+        "headers": [(k.encode(), v.encode()) for k, v in headers.items()],
+    }
 
 
 @pytest.mark.parametrize(
@@ -139,3 +145,58 @@ def test_a_server_ends_when_it_is_idle_or_its_folder_is_gone(tmp_path: Path, lim
         home.rmdir()
     assert server.wait(timeout=30) == -15
     assert (b"folder is gone" in server.stdout.read()) == folder_goes
+
+
+@pytest.mark.parametrize(
+    ("body", "artifacts", "foreign"),
+    [
+        ({"name": "x"}, "file:///data/mlruns", False),
+        ({"name": "x", "artifact_location": ""}, "file:///data/mlruns", False),
+        ({"name": "x", "artifact_location": "file:///data/mlruns"}, "file:///data/mlruns", False),
+        ({"name": "x", "artifact_location": "/data/mlruns/7"}, "file:///data/mlruns", False),
+        ({"name": "x", "artifact_location": "file:///data/mlruns%2Fa b"}, "file:///data/mlruns", False),
+        ({"name": "x", "artifact_location": "file:///etc"}, "file:///data/mlruns", True),
+        (
+            {"name": "x", "artifactLocation": "/etc"},
+            "file:///data/mlruns",
+            True,
+        ),  # protobuf's JSON takes both spellings
+        ({"name": "x", "artifact_location": "/data/mlruns/../../etc"}, "file:///data/mlruns", True),
+        ({"name": "x", "artifact_location": "file:///data/mlruns%2F..%2F..%2Fetc"}, "file:///data/mlruns", True),
+        ({"name": "x", "artifact_location": "/data/mlruns2"}, "file:///data/mlruns", True),
+        ({"name": "x", "artifact_location": "file://host/data/mlruns"}, "file:///data/mlruns", True),
+        ({"name": "x", "artifact_location": "mlruns"}, "file:///data/mlruns", True),
+        ({"name": "x", "artifact_location": "s3://theirs/x"}, "file:///data/mlruns", True),
+        ({"name": "x", "artifact_location": "s3://ours/mlflow/7"}, "s3://ours/mlflow", False),
+        ({"name": "x", "artifact_location": "s3://ours/mlflow/../x"}, "s3://ours/mlflow", True),
+        ({"name": "x", "artifact_location": "s3://ours/mlflow2"}, "s3://ours/mlflow", True),
+        ({"name": "x", "source": "cohort:///objects/ab/abcd"}, "file:///data/mlruns", False),
+        ({"name": "x", "source": "/etc"}, "file:///data/mlruns", True),
+        ({"tags": [{"key": "mlflow.artifactLocation", "value": "/etc"}]}, "file:///data/mlruns", True),
+        ({"tags": [{"key": "note", "value": "/etc"}]}, "file:///data/mlruns", False),
+    ],
+)
+def test_mlflow_is_named_no_place_of_artifacts_but_the_projects(
+    body: dict[str, Any], artifacts: str, foreign: bool
+) -> None:
+    assert (foreign_place(json.dumps(body).encode(), artifacts) is not None) == foreign
+
+
+def test_a_body_is_handed_on_whole() -> None:
+    seen: list[bytes] = []
+
+    async def app(asked: Message, receive: Receive, send: Send) -> None:
+        seen.append((await receive())["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    parts = [{"type": "http.request", "body": b"world"}, {"type": "http.request", "body": b"hello ", "more_body": True}]
+
+    async def receive() -> Message:
+        return parts.pop()
+
+    async def send(message: Message) -> None:
+        seen.append(str(message["status"]).encode())
+
+    guard = Guard(app, artifacts="file:///data")
+    asyncio.run(guard(scope(OWN | JSON, "/api/2.0/mlflow/experiments/create"), receive, send))
+    assert seen == [b"hello world", b"200"]

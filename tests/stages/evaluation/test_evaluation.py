@@ -71,6 +71,14 @@ def test_accuracy_is_the_mean_over_questions_of_the_share_of_right_samples() -> 
     assert metrics["accuracy_ci_low"] <= metrics["accuracy"] <= metrics["accuracy_ci_high"]
 
 
+def test_questions_weigh_alike_however_many_samples_they_have() -> None:
+    rows: list[Row] = [("a", "ok", "1", 1), ("a", "wrong", "2", 1), *[("b", "ok", "1", 1)] * 5, ("b", "wrong", "2", 1)]
+    metrics = evaluated((1, 2), rows).metrics
+    assert metrics["accuracy"] == metrics["pass_at_1"] == pytest.approx((1 / 2 + 5 / 6) / 2)
+    assert metrics["pass_at_2"] == 1.0
+    assert metrics["maj_at_2"] == pytest.approx((1 / 2 + (10 + 5 / 2) / 15) / 2)  # of 15 pairs ten agree, five are ties
+
+
 def test_pass_at_2_is_counted_over_all_pairs() -> None:
     # a: of 6 pairs one (the two that are not right) misses: 5/6; b: of 6 pairs 3 hold the right one: 1/2.
     assert evaluated().metrics["pass_at_2"] == pytest.approx((5 / 6 + 1 / 2) / 2)

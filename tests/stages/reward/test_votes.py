@@ -16,6 +16,8 @@ from stages.tables import Rewards
 
 pytestmark = pytest.mark.usefixtures("store")
 
+PATIENT = RewardConfig(deadline_s=60)
+"""No comparison here takes seconds, whatever else the machine does."""
 NO_STEPS = {"step_rewards": None, "step_ends": None, "scorer": None}
 
 
@@ -36,7 +38,7 @@ def wrong(*answers: str) -> list[tuple[str, str | None]]:
 
 
 def counted(answers: Sequence[tuple[str, str | None]], **settings: Any) -> list[int] | None:
-    config = RewardConfig(components=(AccuracyConfig(**settings),), deadline_s=20)
+    config = RewardConfig(components=(AccuracyConfig(**settings),), deadline_s=60)
     (row,) = count_votes(rewards({"q": answers}), config).rows()
     votes: list[int] | None = row["wrong"]
     return votes
@@ -81,6 +83,12 @@ def test_answers_that_cannot_be_read_do_not_keep_others_from_being_compared() ->
     assert votes == [2] * 21
 
 
+def test_two_answers_are_one_only_where_each_is_right_with_the_other_as_gold() -> None:
+    """A gold `x+y=2` takes the answer 2; a gold 2 does not take `x+y=2`."""
+    assert counted(wrong("x+y=2", "x+y=2", "2")) == [2, 1]
+    assert counted(wrong("x+y=2", "2", "2")) == [2, 1]
+
+
 def test_exact_comparison_merges_what_it_calls_equal_and_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.reward.pool.KillablePool._ready", lambda self: pytest.fail("a process was started"))
     answers = wrong("1.22", "1,22", "1.23", r"\sqrt{4}", r"\sqrt{4.0}")
@@ -89,7 +97,7 @@ def test_exact_comparison_merges_what_it_calls_equal_and_starts_no_process(monke
 
 def test_right_answers_and_those_without_a_verdict_do_not_vote_against() -> None:
     given = [("ok", "5"), ("ok", "5.0"), ("timeout", "7"), ("error", "7"), ("truncated", None), ("unparseable", "x=")]
-    table = count_votes(rewards({"q": [*given, *wrong("7")]}), RewardConfig())
+    table = count_votes(rewards({"q": [*given, *wrong("7")]}), PATIENT)
     assert table.rows() == [{"question_id": "q", "samples": 7, "correct": 2, "wrong": [1]}]
 
 
@@ -106,7 +114,7 @@ def test_right_answers_and_those_without_a_verdict_do_not_vote_against() -> None
 def test_votes_are_null_where_what_was_answered_is_not_known(
     answers: dict[str, list[tuple[str, str | None]]], known: dict[str, bool]
 ) -> None:
-    table = count_votes(rewards(answers), RewardConfig())
+    table = count_votes(rewards(answers), PATIENT)
     assert {row["question_id"]: row["wrong"] is not None for row in table.rows()} == known
 
 
@@ -118,7 +126,7 @@ def test_the_votes_of_a_reward_function_are_null() -> None:
 
 def test_a_pair_is_compared_once_whatever_the_questions_that_have_it() -> None:
     pair = wrong(r"\sqrt{8}", r"2\sqrt{2}")
-    made = count_votes(rewards({f"q{number}": pair for number in range(5)}), RewardConfig())
+    made = count_votes(rewards({f"q{number}": pair for number in range(5)}), PATIENT)
     assert [row["wrong"] for row in made.rows()] == [[2]] * 5
     assert (made.metrics["votes/pairs"], made.metrics["votes/equal"]) == (2, 2)  # there and back
 

@@ -6,6 +6,7 @@ Nothing is recorded for this: the action records of the store (stage, version, a
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
@@ -114,11 +115,16 @@ def mermaid(ancestors: Mapping[str, Ancestor]) -> str:
     lines = ["flowchart LR"]
     for digest, ancestor in ancestors.items():
         shape = '[("{}")]' if ancestor.stage is None else '["{}"]'
-        lines.append(f"  {names[digest]}{shape.format(f'{ancestor.kind}<br/>{digest[:12]}')}")
+        lines.append(f"  {names[digest]}{shape.format(f'{_word(ancestor.kind)}<br/>{digest[:12]}')}")
     for digest, ancestor in ancestors.items():
         for parameter, source in ancestor.inputs:
-            lines.append(f'  {names[source]} -- "{parameter}" --> {names[digest]}')
+            lines.append(f'  {names[source]} -- "{_word(parameter)}" --> {names[digest]}')
     return "\n".join(lines) + "\n"
+
+
+def _word(text: str) -> str:
+    """Text of a record without what Mermaid, or the HTML that it becomes, would read as anything else than text."""
+    return re.sub(r"[^\w .\[\]-]", "_", text)
 
 
 def tree(ancestors: Mapping[str, Ancestor], *, depth: int | None = None) -> str:

@@ -132,6 +132,7 @@ def code_of_commit(repository: str, revision: str) -> str:
         with contextlib.suppress(errors.LocalEntryNotFoundError):
             if found := files(offline=True):
                 return code_digest(found)
+        _ask_quickly(repository, revision)
         return code_digest(files(offline=False))
 
 
@@ -157,15 +158,21 @@ def fetch_description(repository: str, revision: str) -> Path:
         )
 
 
+def _ask_quickly(repository: str, revision: str) -> None:
+    """Raise what a download would raise, at once: that would try six times to reach a hub that is not there."""
+    from huggingface_hub import HfApi
+
+    HfApi(endpoint=_endpoint()).model_info(repository, revision=revision)
+
+
 def _snapshot(config: HubCheckpointConfig) -> Path:
     """The files in the hub's cache, downloaded where they are not there and the hub answers."""
-    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub import errors, snapshot_download
 
     refusal: Exception | None = None
     unavailable: tuple[type[Exception], ...] = (errors.HfHubHTTPError, *_unreachable())
     try:
-        # One quick question: the download itself would try six times to reach a hub that is not there.
-        HfApi(endpoint=_endpoint()).model_info(config.repository, revision=config.revision)
+        _ask_quickly(config.repository, config.revision)
     except unavailable as error:
         refusal = error
     try:

@@ -153,3 +153,12 @@ def test_mappings_that_only_look_like_artifacts_are_compared_as_values(store: St
     record = called(store, count(size=3))
     planned = {**record, "arguments": {"size": value}, "key": "0" * 64, "created": record["created"] + 1}
     assert all(change.part.startswith("size") for change in explain(store, planned).changes)
+
+
+def test_mermaid_holds_text_of_a_record_as_text() -> None:
+    hostile = 'Folder"]; click a0 "javascript:x" <script>'
+    made = Ancestor("a" * 64, hostile, "make", "b" * 64, 1.0, (('p" --> x', "c" * 64),))
+    text = mermaid({"a" * 64: made, "c" * 64: Ancestor("c" * 64, "Folder", None, None, 0.0, ())})
+    assert "<script>" not in text
+    assert text.count('"') == 6  # two of each artifact, and two of the edge
+    assert text.count("-->") == 1

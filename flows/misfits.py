@@ -139,6 +139,11 @@ def _misfits_of_the_parts(config: IterativeRLConfig) -> Iterator[str]:
     if grouped and config.rollout.G < 2:
         yield f"rollout.G: advantages within a group need at least 2 outputs per question, found {config.rollout.G}"
     yield from _misfits_of_the_steps(config)
+    if config.data_source != "demonstrations" and config.update.mini_batches > config.questions_per_step:
+        yield (
+            f"update.mini_batches: expected at most questions_per_step={config.questions_per_step}, found "
+            f"{config.update.mini_batches}: the outputs of a question stay in one mini-batch"
+        )
     if config.critic is not None and config.critic.mini_batches != config.update.mini_batches:
         yield (
             f"critic.mini_batches: expected {config.update.mini_batches}, as update.mini_batches, found "

@@ -45,8 +45,8 @@ class Fit:
 
     @classmethod
     def of(cls, hands: Sequence[Sequence[Example]], engine: Engine, micro_batch_tokens: int) -> Self:
-        """This rank's parts of the mini-batches, on the engine's device."""
-        return cls([cls._parts(examples, engine, micro_batch_tokens) for examples in hands])
+        """This rank's parts of the mini-batches that have any, on the engine's device."""
+        return cls([cls._parts(examples, engine, micro_batch_tokens) for examples in hands if examples])
 
     @staticmethod
     def _parts(examples: Sequence[Example], engine: Engine, micro_batch_tokens: int) -> list[Part]:
@@ -78,9 +78,13 @@ class Fit:
         self.losses.append(engine.total(loss))
         self.reports.append(engine.step())
 
-    def metrics(self, engine: Engine) -> dict[str, float | None]:
+    def metrics(self, engine: Engine, *, idle: int = 0) -> dict[str, float | None]:
         """Loss and gradient norm as means over the steps; values (before the first step that learns from them) and returns as
-        the loss weighs them."""
+        the loss weighs them.
+
+        Args:
+            idle: steps that were not made, since their mini-batch had no output.
+        """
         value_N = torch.cat(self.first_value_N).double()
         parts = [part for mini_batch in self.mini_batches for part in mini_batch]
         return_N = torch.cat([part.return_BO[part.weight_BO > 0] for part in parts]).double()
@@ -94,7 +98,7 @@ class Fit:
             "critic/loss": sum(self.losses) / steps,
             "critic/grad_norm": sum(report.grad_norm for report in self.reports) / steps,
             "critic/learning_rate": self.reports[-1].learning_rate,
-            "critic/skipped_steps": sum(report.skipped for report in self.reports),
+            "critic/skipped_steps": idle + sum(report.skipped for report in self.reports),
             "critic/value_mean": mean(value_N),
             "critic/return_mean": mean(return_N),
             "critic/explained_variance": _explained_variance(value_N, return_N, mean),

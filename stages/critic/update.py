@@ -49,19 +49,21 @@ def update_critic(
 
     started = time.perf_counter()
     examples = join(outputs, advantages)
-    steps = config.mu * config.mini_batches
     if not examples:
         warnings.warn("update_critic: every output of a step is masked out; the critic stays as it is", stacklevel=2)
-        record_metrics({"critic/skipped_steps": steps, "time/critic": time.perf_counter() - started})
+        record_metrics(
+            {"critic/skipped_steps": config.mu * config.mini_batches, "time/critic": time.perf_counter() - started}
+        )
         return critic
     hands = deal(examples, mini_batches=config.mini_batches, seed=seed)
     with threads(config.training.threads), peak_memory() as peak:
         engine = resident_engine(critic, config.training, slot="critic")
         fit = Fit.of(hands, engine, config.micro_batch_tokens)
+        steps = config.mu * len(fit.mini_batches)
         for number in range(steps):
             fit.step(engine)
             report("update_critic", done=number + 1, total=steps)
-        metrics = fit.metrics(engine)
+        metrics = fit.metrics(engine, idle=config.mu * config.mini_batches - steps)
         checkpoint = publish(engine)
     seconds = time.perf_counter() - started
     # Under ZeRO 3 a parameter between its uses is an empty stand-in that knows its size.

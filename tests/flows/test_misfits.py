@@ -161,6 +161,7 @@ LEARNED = {"reward_model": {"trunk": "initial_policy"}}
             "divergence k2 has no effect",
         ),
         ("dapo", {"reference_pass": "stage"}, "reference_pass: update.objective dapo reads no reference here"),
+        ("grpo", {"update.mini_batches": 5}, "update.mini_batches: expected at most questions_per_step=4, found 5"),
         ("dr_grpo", {"advantage.ddof": 0}, "ddof = 0 is of the std, and scale none divides by none"),
         ("grpo", {"update.training.warmup_steps": 5}, "update.training.warmup_steps: the run makes 4 updates"),
         (

@@ -89,6 +89,16 @@ def test_mini_batches_are_the_policys_questions_each_with_its_own_mean(store: St
     assert load_trainer_state(made)["updates"] == 2
 
 
+def test_a_mini_batch_whose_every_output_is_masked_is_a_skipped_step(store: Store) -> None:
+    critic, (outputs, advantages) = outspoken_critic(), exploration()
+    for row in advantages[3:]:
+        row |= {"advantage": None, "returns": None}
+    tables = Rollouts.write(outputs), Advantages.write(advantages)
+    made = update_critic(critic, *tables, exact(mini_batches=2, mu=2), seed=0)
+    assert made.metrics["critic/skipped_steps"] == 2
+    assert load_trainer_state(made)["updates"] == 2
+
+
 def join_policy(outputs: list[dict[str, Any]], advantages: list[dict[str, Any]]) -> list[Any]:
     """The examples as the policy's update joins them."""
     return list(join(Rollouts.write(outputs), Advantages.write(advantages)))

@@ -11,9 +11,10 @@ import torch
 from pipeline.store import Store
 from stages.models import OPTIMIZER, WEIGHTS, Checkpoint, load_optimizer_state, load_trainer_state
 from stages.training import AdamWConfig, MuonConfig, TrainingConfig
-from stages.training.engine import GradientError, publish, resident_engine
+from stages.training.engine import GradientError, check_skipped, publish, resident_engine
 from stages.training.torch_engine import TorchEngine
 from tests.stages.training.tiny import accumulate, random_rows, tiny_checkpoint, update
+from tests.stages.update.exact import Rank, in_lockstep
 
 ROWS = random_rows(6)
 
@@ -149,3 +150,19 @@ def test_skipped_steps_count_across_stage_calls_and_an_update_clears_them(store:
         "skipped_in_a_row": 2,
         "updates": 1,
     }
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_all_ranks_stop_together_and_name_one_cause(lost: int) -> None:
+    """The loss of one rank alone is not finite: the other, whose own is, must not name another cause, nor go on."""
+
+    def stop(rank: Rank) -> str:
+        loss = torch.tensor(math.nan if rank.rank == lost else 1.0)
+        check_skipped(rank, 1, 1, [loss], "")  # as many as may be
+        with pytest.raises(GradientError) as caught:
+            check_skipped(rank, 2, 1, [loss], "")
+        return str(caught.value)
+
+    first, second = in_lockstep(2, stop)
+    assert first == second
+    assert "the loss of 1 micro-batches is not finite" in first

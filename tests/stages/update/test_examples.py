@@ -116,9 +116,9 @@ def test_mini_batches_hold_whole_groups_and_every_example_once() -> None:
     assert sorted(map(len, questions)) == [2, 3]
 
 
-def test_more_mini_batches_than_questions_are_refused() -> None:
-    with pytest.raises(ValueError, match="mini_batches = 2 needs at least as many questions, found 1"):
-        deal([example("a", (5,), 1.0)], mini_batches=2, seed=0)
+def test_more_mini_batches_than_questions_leave_the_last_ones_empty() -> None:
+    rows = [example("a", (5,), 1.0), example("a", (6,), 1.0)]
+    assert deal(rows, mini_batches=3, seed=0) == [rows, [], []]
 
 
 def test_advantages_without_an_output_are_refused_by_key(store: Store) -> None:

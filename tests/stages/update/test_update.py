@@ -228,6 +228,17 @@ def test_a_step_whose_every_output_is_masked_leaves_the_policy_as_it_is_and_says
     assert updated.metrics["policy/skipped_steps"] == 2
 
 
+def test_a_mini_batch_whose_every_output_is_masked_is_a_skipped_step(store: Store) -> None:
+    policy = tiny_policy()
+    outputs, advantages = exploration()
+    rows = advantages.rows()
+    kept = rows[0]["question_id"]
+    one = Advantages.write([row if row["question_id"] == kept else row | {"advantage": None} for row in rows])
+    updated = update_policy(policy, policy, outputs, one, sgd_like(mini_batches=2), seed=0)
+    assert updated.metrics["policy/skipped_steps"] == 1
+    assert not torch.equal(weights_of(policy), weights_of(updated))
+
+
 def test_outputs_of_another_temperature_than_configured_are_refused(store: Store) -> None:
     policy = tiny_policy()
     outputs, advantages = exploration()

@@ -21,11 +21,11 @@ __all__ = ["Number", "canonical", "compare_exactly", "normalise_text", "read_num
 _LONGEST: Final = 512
 _MOST_DIGITS: Final = 400
 
-_SPACES: Final = re.compile(r"(?<!\\)\\[,;:> ]|~|\\q?quad|\\(?:hspace|hskip)\s?\{[^{}]*\}")
+_SPACES: Final = re.compile(r"(?<!\\)\\[,;:> ]|~|\\q?quad|\\(?:hspace|hskip|[vh]?phantom)\s?\{[^{}]*\}")
 _LATEX_NOISE: Final = re.compile(r"\\!|\\left(?![A-Za-z])|\\right(?![A-Za-z])|\\displaystyle|(?<!\\)\\[()\[\]]")
 _STYLE: Final = re.compile(
     r"\\(?:boldsymbol|mathbf|mathbb(?=\{\d)|bm|pmb|mathit|mathsf|mathtt|emph|underline|ensuremath|mathbin|mathord|boxed|fbox|framebox"
-    r"|textcolor\s?\{[a-z]+\}|color\s?\{[a-z]+\}|bf|rm|it|large|Large|small|textstyle|displaystyle|mathstrut)(?![A-Za-z])\s*"
+    r"|textcolor\s?\{[a-z]+\}|colorbox\s?\{[a-z]+\}|color\s?\{[a-z]+\}|bf|rm|it|large|Large|LARGE|huge|Huge|tiny|small|normalsize|footnotesize|textstyle|displaystyle|mathstrut)(?![A-Za-z])\s*"
 )
 _TEXT_COMMAND: Final = re.compile(
     r"\\(?:text|mbox|mathrm|textbf|mathbf|textnormal|textit|textrm|textsf|texttt|operatorname|hbox)\s?\{([^{}]*)\}"

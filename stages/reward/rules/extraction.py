@@ -47,16 +47,17 @@ _PHRASE: Final = re.compile(
 )
 _PHRASE_MARKS: Final = ("answer", "答案")
 _FINAL_PHRASE: Final = re.compile(rf"final answer[*_`]{{0,3}}\s+{_STATES}", re.IGNORECASE)
-_SENTENCE_END: Final = re.compile(r"[.?](?:\s|$)|[。！？]|(?<!\b[A-Za-z])!(?:\s+(?=[A-Z])|$)")
+_SENTENCE_END: Final = re.compile(r"(?<!\bi\.e)(?<!\be\.g)[.?](?:\s|$)|[。！？]|(?<!\b[A-Za-z])!(?:\s+(?=[A-Z])|$)")
+_FACTORIAL: Final = re.compile(r"[\w^*/+(){}\\ -]*!")
 _HASHES: Final = re.compile(r"####[ \t]*#*")
 _HEADING: Final = re.compile(
     r"\W*(?:step|solution|part|case|explanation|conclusion|verification|summary|calculation|reasoning|analysis|question|problem)\b",
     re.IGNORECASE,
 )
 _LABEL_ALONE: Final = re.compile(rf"\W*{_LABEL}\W*", re.IGNORECASE)
-_BOX: Final = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?:\[[^\]\n]{0,20}\]\s*)*(\{)?")
+_BOX: Final = re.compile(r"\\(?:boxed|fbox|framebox|bbox)\s*(?:\[[^\]\n]{0,20}\]\s*)*(\{)?")
 _BARE_BOX: Final = re.compile(
-    r"[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?\\?%?|\\[dt]?frac\s*(?:\{[^{}]*\}\s*\{[^{}]*\}|\d\s*\d)|(?<![A-Za-z])[A-Za-z](?![A-Za-z])"
+    r"[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?\\?%?|\\(?:text|mathrm|mathbf)\s?\{[^{}]*\}|\\[dt]?frac\s*(?:\{[^{}]*\}\s*\{[^{}]*\}|\d\s*\d)|(?<![A-Za-z])[A-Za-z](?![A-Za-z])"
 )
 _BRACE: Final = re.compile(r"\\[{}]|[{}]")  # an escaped brace is text
 # Nothing but separators, or one word and "and": "\\boxed{1} papers and \\boxed{2} bins".
@@ -199,7 +200,7 @@ def _hashes(text: str, mark: Mark) -> str | None:
         if _LABEL_ALONE.fullmatch(line):
             return _below(text, place)
         if not _HEADING.match(line):
-            return _first_sentence(line)
+            return line if _FACTORIAL.fullmatch(line.strip(_EMPHASIS)) else _first_sentence(line)
     return None
 
 
@@ -263,9 +264,9 @@ def _line_from(text: str, place: int) -> str:
 
 def _stated(text: str, place: int) -> str:
     """What a mark announces: the rest of its line, else what is below it; of a displayed formula all its lines."""
-    line = _line_from(text, place).lstrip(" :：" + _EMPHASIS)
+    line = _line_from(text, place).lstrip(" :：=" + _EMPHASIS)
     return _shown(
-        text[place : place + LAST_CHARACTERS].lstrip(" :：" + _EMPHASIS + "\n")
+        text[place : place + LAST_CHARACTERS].lstrip(" :：=" + _EMPHASIS + "\n")
         if line.strip() in ("", r"\[", "$$")
         else line
     )

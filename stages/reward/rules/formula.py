@@ -53,7 +53,9 @@ _MATRIX: Final = re.compile(r"\\begin\s?\{[pbvBV]?matrix\}")
 _ELLIPSIS: Final = re.compile(r"\.\.|\\[lcdv]?dots")
 _RUN: Final = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _CONNECTION: Final = re.compile(r"(?<![\\A-Za-z])(?:and|or)(?![A-Za-z])")
-_ANGLE: Final = re.compile(r"^\s*(?:m\s*)?\\(?:measured)?angle\s*\{?\s*([A-Z]{1,3})\s*\}?\s*=")
+_NAMED_SIDE: Final = re.compile(
+    r"^\s*(?:(?:m\s*)?\\(?:measured)?angle\s*\{?\s*([A-Z]{1,3})\s*\}?|\\(?:overline|bar|hat|vec)\s*\{([A-Za-z]{1,2})\})\s*="
+)
 _DANGLING: Final = re.compile(r"^\W*(?:and|or)(?![A-Za-z])|(?<![A-Za-z\\])(?:and|or)\W*$")
 _NAMED_TEXT: Final = re.compile(
     r"\\(?:text|mbox|mathrm|textbf|textnormal|textit|textrm|operatorname|hbox)\s?\{([^{}]*)\}"
@@ -85,7 +87,7 @@ def as_formula(answer: str) -> str | None:
     text = undressed(answer.replace("\n", " \\\\ ") if "\\begin" not in answer else answer.replace("\n", " "))
     if _DANGLING.search(text):
         return None
-    text = _worded(_operators(_ANGLE.sub(r"\1=", text)))
+    text = _worded(_operators(_NAMED_SIDE.sub(r"\1\2=", text)))
     text = _separated(text).strip().strip(",").strip()
     return text if text and _is_read(text) else None
 

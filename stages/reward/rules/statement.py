@@ -23,8 +23,13 @@ _SEPARATOR: Final = re.compile(
     r"|\s+(?=(?:because|since|as|so|which|whereas|making|therefore|thus|hence|due)\b)"
 )
 _VALUE: Final = re.compile(r"(?<![A-Za-z_^{\\])[-+]?(?:\\?\$\s?[-+]?\\?)?(?:\d|\\[dt]?frac|\\sqrt|\.\d|\((?=[\d\\-]))")
+_LABEL: Final = re.compile(
+    r"\s*(?:\\(?:text|mathrm|mbox|operatorname)\s?\{([A-Za-z ]{2,}):?\s*\}\s*[=:]?"
+    r"|([A-Z][a-z]{2,}(?: [a-z]{2,}){0,4})\s*[=:])\s*(?=[-+$\d\\])"
+)
 _MATHEMATICS: Final = re.compile(r"[\d\\½-¾⅓-⅞]|^[A-Za-z]$|[=^]|[一二三四五六七八九十百千万零两]|^\W*[A-Za-z]\W")
 _FIRST_WORD: Final = re.compile(r"[(（\[]?\s*\**([^\W\d_]+(?:['’][^\W\d_]+)?)(?P<next>.?)", re.DOTALL)
+_TEXT: Final = re.compile(r"^\\(?:text|mbox|mathrm)\s?\{([^{}]*)\}")
 _CHINESE: Final = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 _CHINESE_JOINT: Final = re.compile(
     r"\s*(?:或|和|与|及|以及|跟|还是|不|非|错|等等|到|至|约|大约|也许|可能|应该|更正|抱歉|哦|[零一二三四五六七八九十百千万两]+(?:$|[^\u4e00-\u9fff]))"
@@ -60,6 +65,8 @@ def without_words(stated: str) -> str:
 
 def _without_lead(stated: str) -> str:
     """What is stated without the words that lead to a number in it: `the largest n is 34`, `that she has 42 eggs`."""
+    if (label := _LABEL.match(stated)) and introduces(f"{label[1] or label[2]} "):
+        return stated[label.end() :]
     value = _VALUE.search(stated)
     if value is None or not value.start() or not stated[0].isalpha():
         return stated
@@ -81,6 +88,7 @@ def retracts(rest: str) -> bool:
 
 
 def _explains(rest: str, separator: str) -> bool:
+    rest = _TEXT.sub(r"\1", rest).strip()
     if not rest:
         return separator.strip() != ""
     if retracts(rest):

@@ -87,6 +87,7 @@ JOINING: Final = split(
     "equals equal above below then et ou y o и или"
 )
 COMPARING: Final = split(
+    "return print def lambda while import yield assert "
     "than least most over under between below above up or if unless versus vs before after except without modulo per "
     "greater less fewer percent"
 )

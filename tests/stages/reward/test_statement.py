@@ -29,6 +29,10 @@ from stages.reward.rules.units import read_unit
         ("the largest $n$ is 34", "34"),
         ("that she has 42 eggs", "42 eggs"),
         ("每份应该是12吨", "12吨"),
+        (r"3, \text{ as shown}", "3"),
+        ("3 dollars, i.e. the change", "3 dollars"),
+        ("Area = 3", "3"),
+        (r"\text{Total: }3", "3"),
     ],
 )
 def test_words_that_explain_an_answer_are_cut_off(stated: str, answer: str) -> None:
@@ -64,6 +68,8 @@ def test_words_that_explain_an_answer_are_cut_off(stated: str, answer: str) -> N
         "f(2)=3",
         "12 or so",
         "apples, pears",
+        "return 1",
+        "sin = 3",
         "3 if x > 0",
     ],
 )

@@ -11,9 +11,14 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
+
+# An example that takes long says how busy the machine is, not that the code is wrong.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 DATA = Path(os.environ.get("COHORT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -110,6 +110,13 @@ def test_a_k_above_the_samples_is_refused_and_says_what_to_do() -> None:
         evaluated(ks=(8,))
 
 
+def test_a_k_is_held_against_the_question_with_the_fewest_samples() -> None:
+    rows: list[Row] = [*[("a", "ok", "1", 1)] * 6, *[("b", "ok", "1", 1)] * 2, *[("c", "ok", "1", 1)] * 4]
+    with pytest.raises(ValueError, match=r"k = 3 .*'b' has 2"):
+        evaluated((2, 3), rows)
+    assert evaluated((2,), rows).metrics["pass_at_2"] == 1.0
+
+
 def test_rewards_of_other_outputs_are_refused() -> None:
     outputs, _ = tables(ROWS)
     _, rewards = tables(ROWS[:-1])

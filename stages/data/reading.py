@@ -112,16 +112,26 @@ def _undecodable_line(path: Path) -> int:
     return 1
 
 
+_PARQUET_ROWS: Final = 1024
+"""Rows read at once: they may have 2 MiB of text each."""
+
+
 def parquet_rows(path: Path) -> Iterator[Row]:
-    """The rows of a Parquet file, nested columns as dictionaries and lists."""
+    """The rows of a Parquet file, or of a folder of them; nested columns as dictionaries and lists.
+
+    A file is read in batches: Arrow reads no nested column with 2 GiB of text in one piece.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    rows = 0
     try:
-        table = pq.read_table(path)
+        batches = [pq.read_table(path)] if path.is_dir() else pq.ParquetFile(path).iter_batches(_PARQUET_ROWS)
+        for batch in batches:
+            yield from _table_rows(batch, str(path), start=rows)
+            rows += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from None
-    return _table_rows(table, str(path))
 
 
 def datasets_rows(path: Path, split: str | None) -> Iterator[Row]:
@@ -171,18 +181,18 @@ def _pick_split(found: Any, split: str | None, source: str) -> Any:
 # ------------------------------------------------------------------------------------------------ Arrow
 
 
-def _table_rows(table: pa.Table, source: str) -> Iterator[Row]:
-    names = table.column_names
+def _table_rows(table: pa.Table | pa.RecordBatch, source: str, start: int = 0) -> Iterator[Row]:
+    names = table.schema.names
     if len(set(names)) < len(names):
         raise DataError(f"{source}: a column stands there twice: {names}")
     columns = [_values_of(column) for column in table.columns]
     return (
         Row(f"{source}: row {number}", dict(zip(names, cells, strict=True)))
-        for number, cells in enumerate(zip(*columns, strict=True))
+        for number, cells in enumerate(zip(*columns, strict=True), start=start)
     )
 
 
-def _values_of(column: pa.ChunkedArray) -> list[Any]:
+def _values_of(column: pa.ChunkedArray | pa.Array) -> list[Any]:
     """A column as Python's values, exact numbers among them; those that Python cannot hold are `Unreadable`."""
     import pyarrow as pa
 

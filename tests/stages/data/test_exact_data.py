@@ -149,6 +149,16 @@ def test_columns_that_are_not_read_may_hold_anything(store: Store, tmp_path: Pat
     assert answers(table) == ["2"]
 
 
+def test_rows_of_parquet_are_numbered_through_all_of_a_file(store: Store, tmp_path: Path) -> None:
+    count = 2_500  # two batches and more; the last row is at fault
+    answer = pa.array([*range(count - 1), None], pa.int32())
+    path = parquet(tmp_path / "q.parquet", answer=answer)
+    with pytest.raises(DataError, match=rf"row {count - 1}: question without an answer"):
+        read_questions(config(path))
+    questions = read_questions(config(path, limit=count - 1)).read()
+    assert questions.column("answer").to_pylist() == [str(number) for number in range(count - 1)]
+
+
 @pytest.mark.parametrize("text", ["NaN", "nan", "-inf", "Infinity"])
 def test_a_csv_cell_that_names_no_number_is_refused_by_row(store: Store, tmp_path: Path, text: str) -> None:
     with pytest.raises(DataError, match="line 3: column 'answer'"):

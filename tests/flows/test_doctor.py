@@ -222,7 +222,10 @@ def test_requirements_count_where_their_marker_and_extra_apply(site: Path) -> No
     assert missed == [("us", "zeta-none>1", None), ("beta", 'epsilon==4; extra == "fast"', None)]
 
 
-def test_metadata_older_than_the_checkout_is_named(site: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backport", [False, True])
+def test_metadata_older_than_the_checkout_is_named(site: Path, tmp_path: Path, backport: bool) -> None:
+    if backport:
+        pytest.importorskip("importlib_metadata")  # from now on it answers in the place of the standard library
     install(site, "cohort-rl", "0.1.0", "rich", "numpy<3,>=2")
     project = tmp_path / "pyproject.toml"
     project.write_text(

@@ -80,7 +80,7 @@ def declared(project: Path = _PROJECT) -> Declared | None:
     about = importlib.metadata.metadata(OURS)
     names = about.get_all("Provides-Extra") or []
     return Declared(
-        about.get("Requires-Python") or "",  # not by index: a backport, once imported, raises where there is none
+        (about.get_all("Requires-Python") or [""])[0],  # by index a backport, once imported, raises where there is none
         tuple(text for text in known if _applies(Requirement(text).marker, [])),
         {name: tuple(text for text in known if _only_with(Requirement(text).marker, name)) for name in names},
     )

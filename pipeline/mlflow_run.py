@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import sqlite3
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from pipeline.database import is_database, making_tables, with_driver
 from pipeline.journal import Record
 from pipeline.registry import Registry, source_of
 
-__all__ = ["MlflowRun", "artifact_folder", "connect", "local_database", "tracking_uri"]
+__all__ = ["MlflowRun", "adopt", "artifact_folder", "connect", "local_database", "tracking_uri"]
 
 _METRICS_A_BATCH: Final = 1000  # MLflow's limits for one request
 _PARAMS_A_BATCH: Final = 100
@@ -96,6 +97,35 @@ def _create(database: Path, client: Any) -> None:
         draft = database.with_suffix(f".{uuid.uuid4().hex}.draft")
         client(tracking_uri=f"sqlite:///{draft}").search_experiments(max_results=1)
         os.replace(draft, database)
+
+
+def adopt(database: Path, home: Path) -> int:
+    """Let the runs of a database that was copied, or moved, with its project keep their artifacts here; how many did.
+
+    MLflow stores absolute places: those of a copy would be the original's, to read and to write.
+    """
+    if os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or database != home / "mlflow.db" or not database.exists():
+        return 0
+    here, count = (home / "mlruns").resolve().as_uri(), 0
+    with contextlib.closing(sqlite3.connect(database, timeout=30.0)) as connection, connection:
+        found = connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
+        for (there,) in found:
+            if there == here or not str(there).startswith("file:") or not str(there).endswith("/mlruns"):
+                continue
+            inside = (f"{there}/", len(there) + 1)
+            runs = connection.execute("SELECT run_uuid FROM runs WHERE substr(artifact_uri, 1, ?2) = ?1", inside)
+            if not any((home / "mlruns" / run).is_dir() for (run,) in runs.fetchall()):
+                continue  # a place of its own, not the folder that came along
+            connection.execute(
+                "UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", (here, there)
+            )
+            for table, column in (("runs", "artifact_uri"), ("logged_models", "artifact_location")):
+                moved = connection.execute(
+                    f"UPDATE {table} SET {column} = ?3 || substr({column}, ?2) WHERE substr({column}, 1, ?2) = ?1",
+                    (*inside, here),
+                )
+                count += moved.rowcount if table == "runs" else 0
+    return count
 
 
 _MODEL_TRAINING: Final = {"mlflow.experimentKind": "custom_model_development"}

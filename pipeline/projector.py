@@ -22,7 +22,7 @@ from typing import Any, Final
 from pipeline.database import unspoken, without_password
 from pipeline.journal import Record, Sent, is_live, journals, read_records
 from pipeline.locking import locked
-from pipeline.mlflow_run import MlflowRun, artifact_folder, connect, local_database, tracking_uri
+from pipeline.mlflow_run import MlflowRun, adopt, artifact_folder, connect, local_database, tracking_uri
 
 __all__ = ["Projector", "folder_of", "start_projector"]
 
@@ -159,6 +159,8 @@ class Projector:
     def _connected(self) -> Any:
         if self._client is None:
             self._client = connect(self.uri)
+            if database := local_database(self.uri):
+                adopt(database, self.home)
             self._connected_to = self._database()
         return self._client
 

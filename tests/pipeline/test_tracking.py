@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -16,7 +19,7 @@ from typing import Any
 import pytest
 
 from pipeline.journal import Journal, Sent, is_live, read_records
-from pipeline.mlflow_run import connect, tracking_uri
+from pipeline.mlflow_run import adopt, connect, tracking_uri
 from pipeline.projector import Projector
 from pipeline.registry import TrackedModel
 from pipeline.tracking import Tracker, sync, track, tracked_models
@@ -308,6 +311,35 @@ def test_sync_makes_a_run_from_a_journal_alone_and_again_for_another_database(ho
         sent = Sent.read(path)
         assert sent.offset == path.stat().st_size
         Sent(sent.uri, database=sent.database + 1, offset=sent.offset, status="KILLED").write(path)
+
+
+def test_a_copied_project_keeps_its_tables_in_its_own_folder(home: Path, tmp_path: Path) -> None:
+    with tracked(home, "copied") as tracker:
+        steps(tracker, 1)
+        tracker.log_table("completions", [{"answer": "7"}])
+    run = run_of(home, "copied").info
+    copy = tmp_path / "copy of it"
+    shutil.copytree(home, copy, ignore=shutil.ignore_patterns("*.lock", "*-wal", "*-shm"))
+    before = {file: file.stat().st_mtime_ns for file in (home / "mlruns").rglob("*") if file.is_file()}
+    with tracked(copy, "copied") as tracker:
+        tracker.log_table("completions", [{"answer": "8"}])
+    assert sync(copy).errors == {}
+    found = connect(tracking_uri(copy)).get_run(run.run_id).info
+    assert found.artifact_uri == f"{(copy / 'mlruns').as_uri()}/{run.run_id}/artifacts"
+    assert "8" in (copy / "mlruns" / run.run_id / "artifacts" / "completions.json").read_text()
+    assert {file: file.stat().st_mtime_ns for file in before} == before, "the original's were written"
+    assert connect(tracking_uri(home)).get_run(run.run_id).info.artifact_uri == run.artifact_uri
+
+
+def test_a_database_whose_artifacts_lie_elsewhere_by_intention_is_left_alone(tmp_path: Path) -> None:
+    database = tmp_path / "mlflow.db"
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("CREATE TABLE experiments (artifact_location TEXT)")
+        connection.execute("CREATE TABLE runs (run_uuid TEXT, artifact_uri TEXT)")
+        connection.execute("INSERT INTO experiments VALUES ('file:///shared/mlruns')")
+        connection.execute("INSERT INTO runs VALUES ('ab', 'file:///shared/mlruns/ab/artifacts')")
+    assert adopt(database, tmp_path) == 0
+    assert adopt(tmp_path / "another.db", tmp_path) == 0
 
 
 def test_a_torn_last_line_is_cut_and_the_rest_kept(tmp_path: Path) -> None:

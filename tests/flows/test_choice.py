@@ -177,6 +177,11 @@ def test_errors_name_the_key_and_the_file_or_option_it_is_from(write: Write) -> 
     assert lines["update.objective.betta"].endswith("did you mean 'beta'? (from --set)")
 
 
+def test_what_another_kind_lacks_is_said_to_be_from_the_choice_of_the_kind() -> None:
+    with pytest.raises(ConfigError, match=r"policy\.path: Field required .*\(from --set\)"):
+        choose("arithmetic_smoke", settings=["policy.kind=pretrained"])
+
+
 # ------------------------------------------------------------------------------------- methods among them
 
 

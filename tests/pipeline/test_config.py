@@ -142,6 +142,7 @@ def test_an_override_with_the_same_kind_keeps_the_other_values() -> None:
         (["objective.eps=0.9", "objective.eps=0.3", "objective.kind=grpo"], GRPO(eps=0.3)),
         (["objective.eps=0.9", "objective=null", "objective.beta=0.3"], GRPO(beta=0.3)),
         (["objective=null", "objective.beta=0.3", "objective.kind=dpo"], DPO()),
+        (["objective={beta: 0.3}", "objective.kind=dpo"], DPO(beta=0.3)),  # not another kind: there was none
         (["objective.eps.x=1", "objective.eps=0.3"], GRPO(eps=0.3)),
         (["objective.eps.x=1", "objective.kind=dpo"], DPO()),
     ],
@@ -208,6 +209,7 @@ def test_an_error_says_which_change_it_is_from() -> None:
     changes = [
         Override("G", 8, "a.yaml"),
         Override("G", -1, "--set"),
+        Override("G_", 1, "c.yaml"),
         Override("objective", {"kind": "dpo", "eps": 1}, "a.yaml"),
         Override("reference.strikt", True, "b.yaml"),
         Override("workers.x", 1, "c.yaml"),
@@ -219,7 +221,14 @@ def test_an_error_says_which_change_it_is_from() -> None:
         "G: Input should be greater than 0 (found -1) (from --set)",
         "objective.eps: unknown key; known keys: beta, kind, label_smoothing, verifier (from a.yaml)",
         "reference.strikt: unknown key; did you mean 'strict'? (from b.yaml)",
+        "G_: unknown key; did you mean 'G'? (from c.yaml)",
     ]
+
+
+def test_a_value_that_later_changes_write_into_stays_as_it_was_given() -> None:
+    whole = {"kind": "dpo", "verifier": {"strict": True}}
+    Study().override([Override("objective", whole), Override("objective.verifier.strict", False)])
+    assert whole == {"kind": "dpo", "verifier": {"strict": True}}
 
 
 def test_a_section_given_anew_without_a_kind_is_refused_with_the_kinds() -> None:

@@ -271,6 +271,12 @@ def test_an_override_that_another_kind_drops_is_said_to_have_no_effect() -> None
     assert [each.setting for each in choose("arithmetic_smoke", settings=[part, kind]).dropped()] == [part[:-4]]
 
 
+def test_a_method_that_a_later_one_replaces_is_undone() -> None:
+    choice = choose("arithmetic_smoke", settings=["method=rft"], method="gspo")
+    assert [(value, undone) for _, value, _, undone in asked_of(choice)] == [("gspo", True), ("rft", False)]
+    assert choice.config.name == "arithmetic_smoke-rft"
+
+
 def test_a_section_that_a_later_part_refines_is_not_undone() -> None:
     choice = choose("arithmetic_smoke", settings=["rollout={G: 8}", "rollout.G=4", "sft=null", "sft.max_steps=2"])
     assert [undone for *_, undone in asked_of(choice)] == [False, False, False, False]

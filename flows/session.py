@@ -76,11 +76,11 @@ def run_flow(
     for backend in (config.rollout.backend, config.evaluation.backend or config.rollout.backend):
         require_backend(backend)
     command = without_password(command or shlex.join(["cohort", *sys.argv[1:]]))
-    record = RunRecord.begin(places, config, command=command, engine=engine, asked=choice.asked)
     state = RunState(steps=config.iterations * config.steps, iterations=config.iterations)
     observer, ledger = Observer(), Ledger()
     key = run_folder(places, config).name
     parameters = config.identity() | {f"diff.{name}": value for name, value in (difference or {}).items()}
+    record = RunRecord.begin(places, config, command=command, engine=engine, asked=choice.asked)
     try:
         with (
             interruptible(),
@@ -118,6 +118,10 @@ def run_flow(
         if interrupted:
             raise InterruptedRunError(command) from error
         raise
+    finally:  # an interrupt may come between an error and its note
+        if record.attempts[-1].status == "running" and sys.exc_info()[0] is not None:
+            with shielded():
+                record.end("interrupted", state)
     with shielded():
         record.end("finished", state)
     return summary

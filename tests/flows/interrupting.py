@@ -31,6 +31,8 @@ def start(root: Path) -> int:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(os.open(root.with_suffix(".log"), os.O_WRONLY | os.O_CREAT), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and what it starts as well
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     code = 70
     try:
         code = run_command(["run", "arithmetic_smoke", "--engine", "inline", "--root", str(root)])

@@ -192,6 +192,13 @@ def test_a_method_comes_first_in_its_mapping_and_in_order_elsewhere(write: Write
     assert choose("arithmetic_smoke", settings=set_).config.update.objective == GSPOConfig()
 
 
+def test_ppo_keeps_the_critic_that_its_base_has() -> None:
+    settings = ["critic.mu=3", "advantage.kind=gae", "update.objective.kind=ppo", "method=ppo"]
+    critic = choose("arithmetic_smoke", settings=settings).config.critic
+    assert critic is not None
+    assert critic.mu == 3
+
+
 def test_overrides_common_to_all_arms_come_before_an_arms_method() -> None:
     experiment = Experiment(
         name="order",

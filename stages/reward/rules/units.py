@@ -15,6 +15,7 @@ from stages.reward.rules.script import CURRENCIES
 from stages.reward.rules.vocabulary import (
     COMPARING,
     JOINING,
+    LEADING,
     MATHEMATICAL,
     NUMBER_WORDS,
     RETRACTING,
@@ -163,7 +164,10 @@ def _is_harmless(word: str, allowed: frozenset[str], *, first: bool) -> bool:
 
 
 def introduces(lead: str) -> bool:
-    """Whether words before a number only lead to it: `the largest n is`, `that she has`; not `more than`, `minus`."""
+    """Whether words before a number only lead to it: `the largest n is`, `that she has`; not `more than`, `minus`.
+
+    The word next to the number decides: one that is not known to lead to a number may change it (`thrice 8`), or be noise.
+    """
     if _OTHER_SCRIPT_LEAD.fullmatch(lead):
         return True
     if lead[-1:].isalnum() or re.search(r"[A-Za-z]\($", lead):
@@ -175,9 +179,9 @@ def introduces(lead: str) -> bool:
         lowered = word.lower()
         if _WORD.fullmatch(word) is None or lowered in MATHEMATICAL or lowered in NUMBER_WORDS:
             return False
-        if lowered in RETRACTING or lowered in COMPARING:
+        if lowered in RETRACTING or lowered in COMPARING or lowered == "but":
             return False
-    return True
+    return not words or words[-1].lower() in LEADING or words[-1] in UNIT_OF
 
 
 _OTHER_SCRIPT_LEAD: Final = re.compile(

@@ -7,6 +7,7 @@ from typing import Final
 __all__ = [
     "COMPARING",
     "JOINING",
+    "LEADING",
     "MATHEMATICAL",
     "NUMBER_WORDS",
     "RETRACTING",
@@ -86,6 +87,15 @@ JOINING: Final = split(
     "and or to by than but if when where plus minus over modulo mod base between through until versus vs is was are "
     "equals equal above below then et ou y o и или"
 )
+LEADING: Final = split(
+    "is are was were be been being has have had having equals gives give gave get gets got getting makes make made need needs "
+    "needed pay pays paid cost costs earn earns earned spend spends spent save saves saved take takes took taken leave leaves "
+    "left contain contains sell sells sold buy buys bought eat eats ate use uses used read reads want wants owe owes owed "
+    "total totals answer result value number count amount sum difference product quotient age length width height area volume "
+    "perimeter distance speed price profit weight therefore thus hence so exactly just only simply precisely approximately "
+    "about around roughly the then finally option in at for of a an rs inr aud cad gbp eur usd es ist est son"
+)
+"""What may stand next to a number that it leads to."""
 COMPARING: Final = split(
     "return print def lambda while import yield assert "
     "than least most over under between below above up or if unless versus vs before after except without modulo per "

@@ -112,6 +112,12 @@ class EvaluationPlan(Config):
             raise ValueError(
                 f"estimates.ks: {max(self.estimates.ks)} needs as many samples per question, found {self.samples}"
             )
+        usual = type(self).model_fields["temperature"].default
+        if not self.samples and self.temperature != usual:
+            raise ValueError(
+                f"temperature: no samples are drawn (samples=0), and greedy decoding has none; expected {usual:g}, found "
+                f"{self.temperature:g}"
+            )
         return self
 
 
@@ -164,6 +170,10 @@ class RewardModelPlan(Config):
             raise ValueError(
                 "step_labels: monte_carlo labels steps, and no model learns from them; add {kind: process} to models, or set "
                 "step_labels.kind=rules"
+            )
+        if not self.retrain and self.replay != ReplayConfig():
+            raise ValueError(
+                "replay: with retrain=false no labels join older ones; leave replay out, or set retrain=true"
             )
         return self
 

@@ -99,6 +99,14 @@ class ReplayConfig(Config):
     that old and new stand in one proportion at every iteration. `old_pool`: of the history, n = share * its rows, which grows
     from iteration to iteration."""
 
+    @model_validator(mode="after")
+    def _shares_something(self) -> Self:
+        if self.share == 0 and self.share_of != "training_set":
+            raise ValueError(
+                f"share_of: a share of 0 is nothing of either; expected training_set, found {self.share_of}"
+            )
+        return self
+
 
 class RuleStepsConfig(Config):
     """Step labels are the rules' step rewards: the built-in world's own checker, by a reward component of kind `steps`."""

@@ -29,6 +29,19 @@ def refusal(changes: Changes, method: str = "grpo") -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"evaluation": {"samples": 0, "temperature": 0.7}}, "temperature"),
+        ({"reward_model": {"retrain": False, "replay": {"share": 0.2}}}, "replay"),
+        ({"reward_model": {"replay": {"share": 0, "share_of": "old_pool"}}}, "share_of"),
+    ],
+)
+def test_a_setting_of_what_is_switched_off_is_refused(changes: Changes, key: str) -> None:
+    assert f"{key}: " in refusal(changes)
+    assert become(arithmetic_smoke(), "grpo").override({"evaluation": {"samples": 0}}).evaluation.temperature == 1.0
+
+
 # ------------------------------------------------------------------------------------- the row of Table 10
 
 

@@ -299,7 +299,8 @@ def test_a_reward_model_is_refused_where_only_verdicts_are_learned_from(method: 
     ],
 )
 def test_components_and_truncation_go_with_a_reward_model(changes: Changes) -> None:
-    become(arithmetic_smoke(), "grpo").override({"reward_model": PLAN} | changes)
+    base = become(arithmetic_smoke(), "grpo").override({"reward_model": PLAN})
+    assert base.override(changes) != base, "taken, and not ignored"
 
 
 # ------------------------------------------------------------------------------------- reward functions

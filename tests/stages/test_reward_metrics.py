@@ -46,4 +46,5 @@ def test_what_the_stage_logs_of_itself_is_reserved() -> None:
 def test_the_default_names_of_components_and_similar_ones_are_allowed() -> None:
     names = ("means", "status", "status-ok", "frac", "models", "mean_length")
     own = tuple(FormatConfig(name=name) for name in names)
-    RewardConfig(components=(AccuracyConfig(), LanguageConfig(), StepsConfig(), *own))
+    made = RewardConfig(components=(AccuracyConfig(), LanguageConfig(), StepsConfig(), *own))
+    assert {part.name for part in made.components}.isdisjoint(RESERVED)

@@ -236,16 +236,25 @@ def test_an_error_beside_the_work_is_one_warning_and_no_failure(
         ["replay", "estimate_advantages", "--run", "RUN", "--step", "1", "--set", "scale=none", "--root", "ROOT"],
         ["store", "du", "--root", "ROOT"],
         ["verify", "--root", "ROOT"],
+        ["prompt", "arithmetic_smoke", "--question", "Compute 1+1."],
+        ["grade", "ANSWERS"],
+        ["export", "RUN", "FOLDER", "--root", "ROOT"],
+        ["server", "status", "--root", "ROOT"],
     ],
     ids=" ".join,
 )
 def test_a_command_prints_on_a_terminal_what_it_prints_when_piped(
-    arguments: list[str], columns: int, finished: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], columns: int, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder,) = (file.parent for file in (finished / "runs").glob("*/summary.json") if steps_of(file) == 2)
-    words = [str(finished) if word == "ROOT" else folder.name if word == "RUN" else word for word in arguments]
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"gold": "4", "output": "#### 4", "expected": false}')
+    places = {"ROOT": str(finished), "RUN": folder.name, "ANSWERS": str(answers), "FOLDER": str(tmp_path / "out")}
+    words = [places.get(word, word) for word in arguments]
     first, _ = piped(words, columns, capsys)  # a replay computes something the first time only
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
     code, shown = on_terminal(words, columns)
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
     again, text = piped(words, columns, capsys)
     assert code == first == again
     assert tables(shown.text) == tables(text)
@@ -304,8 +313,10 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, li
 def test_an_experiment_ends_well_on_a_terminal(
     studied: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, cached = on_terminal(studied[1], 200)
-    assert (code, tables(cached.text)) == (0, tables(piped(studied[1], 200, capsys)[1]))
+    report = ["report", "tiny", "--root", str(studied[0])]
+    for words in (studied[1], report):
+        code, cached = on_terminal(words, 200)
+        assert (code, tables(cached.text)) == (0, tables(piped(words, 200, capsys)[1]))
 
 
 def test_a_comparison_ends_well_on_a_terminal(

@@ -70,11 +70,14 @@ def work(places: Places, pool: str, *, limit: int | None, say: Callable[[str], N
     say(f"worker {name} serves the pool {pool} of {without_password(url).removesuffix('/api')}; Ctrl-C ends it")
     from prefect.workers.process import ProcessWorker
 
-    class CohortWorker(ProcessWorker):  # type: ignore[misc]
-        """Prefect's, with our configuration of what is started."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it takes the place of Prefect's own type is meant
 
-        type = "process"
-        job_configuration = job_configuration()
+        class CohortWorker(ProcessWorker):  # type: ignore[misc]
+            """Prefect's, with our configuration of what is started."""
+
+            type = "process"
+            job_configuration = job_configuration()
 
     with keep_server(places.prefect), _sweeping(pool, say) as swept, _leaving_nothing(name):
         worker = CohortWorker(work_pool_name=pool, name=name, limit=limit, create_pool_if_not_found=False)

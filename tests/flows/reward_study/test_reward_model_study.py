@@ -21,6 +21,7 @@ from pipeline.residency import evict
 from pipeline.store import Store, use_store
 from stages.identity import DataError, is_held_out
 from stages.tables import RewardLabels, Solutions
+from tests.flows.terminal import on_terminal
 
 QUESTIONS, AUTHORS = 40, ("ann", "bob")
 SMALL: dict[str, Any] = {
@@ -171,6 +172,9 @@ def test_the_command_prints_tables_and_the_second_time_computes_nothing(
     assert run_command(command(data, root)) == 0
     assert "\n0 stages computed" in capsys.readouterr().out
     assert report.read_text() == before
+    for columns in (80, 200):
+        code, shown = on_terminal(command(data, root), columns)
+        assert (code, "\n0 stages computed" in shown.text) == (0, True)
     evict()
 
 

@@ -112,7 +112,7 @@ def test_greedy_outputs_are_those_of_hf_with_log_probabilities_at_temperature_1(
     policy, sampling = tiny_policy(0), Sampling(0.0, 16, ())
     groups = _outputs(policy, sampling)
     _assert_outputs(policy, groups, sampling)
-    with generator_of(policy, RolloutConfig().backend) as hf:
+    with generator_of(policy, HFBackendConfig(dtype="float32")) as hf:
         expected = hf.generate(PROMPTS, sampling)
     assert _ids(groups) == _ids(expected)
 
@@ -372,7 +372,7 @@ def test_a_server_gives_the_same_outputs_as_an_engine_with_the_log_probabilities
     _assert_outputs(policy, groups, sampling)
     _assert_outputs(policy, greedy, Sampling(0.0, 10, ()))
     hf: Generator
-    with generator_of(policy, RolloutConfig().backend) as hf:
+    with generator_of(policy, HFBackendConfig(dtype="float32")) as hf:
         assert _ids(greedy) == _ids(hf.generate(PROMPTS, Sampling(0.0, 10, ())))
 
 

@@ -109,7 +109,7 @@ def test_the_user_interface_of_a_database_is_served_on_loopback_without_the_pass
         assert line, "".join(said)
     assert any("http://127.0.0.1:" in line for line in said if "MLflow" in line), "".join(said)
     arguments = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert "mlflow server" in arguments
+    assert "guarded_server.py mlflow" in arguments
     assert PASSWORD not in arguments
     process.send_signal(signal.SIGINT)
     assert PASSWORD not in "".join(said) + ended(process)

@@ -149,7 +149,9 @@ def test_prefect_yaml_is_read_by_prefect_and_deploys_the_recipe_to_both_pools() 
     assert {part.work_pool.name for part in read.deployments if part.work_pool} == {"cohort-local", "cohort-kubernetes"}
     for part in read.deployments:
         assert part.entrypoint == "flows.deploying.flow.train"
-        assert IterativeRLConfig.parse(part.parameters["config"]) == arithmetic_cpu()
+        # The recipe takes the precision that the processor multiplies natively; a file names one.
+        everywhere = {"sft.training.precision": "fp32", "update.training.precision": "fp32"}
+        assert IterativeRLConfig.parse(part.parameters["config"]) == arithmetic_cpu().override(everywhere)
 
 
 def test_a_place_with_a_password_is_not_told_to_runs_which_prefect_would_store() -> None:

@@ -8,10 +8,12 @@ What a worker does is what `cohort child` and a worker of Prefect's do with an a
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import random
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -84,7 +86,7 @@ def disturb(planned: PlannedExperiment, places: Places, kills: int, calls: int, 
 
     Args:
         calls: that the whole experiment makes: kills are spread over them.
-        pause: seconds that a call takes: the kill comes a random part of it later, inside a stage.
+        pause: seconds that a short call takes: the kill comes a random part of it later, inside a stage.
     """
     chance, workers = random.Random(7), [fork(planned, places), fork(planned, places)]
     for number in range(kills):
@@ -108,14 +110,16 @@ def main(file: Path, folder: Path, kills: int) -> None:
     planned = plan(Experiment.from_yaml(file.read_text(encoding="utf-8")))
     golden, disturbed = Places(folder / "golden"), Places(folder / "disturbed")
     work(planned, golden)
-    started = time.monotonic()
     again = Places(folder / "again")
     os.waitpid(fork(planned, again), 0)
-    seconds, calls = time.monotonic() - started, committed(golden)
-    killed = list(disturb(planned, disturbed, kills, calls, seconds / calls))
+    moments = sorted(call["created"] for call in again.open_store().actions())
+    # A short call's time: a longer pause would outlast the experiment's last calls, and kill who has ended.
+    pause = statistics.quantiles([after - before for before, after in itertools.pairwise(moments)], n=4)[0]
+    calls = committed(golden)
+    killed = list(disturb(planned, disturbed, kills, calls, pause))
     places = {"golden": golden, "again": again, "disturbed": disturbed}
     found = {name: digests(planned, place) for name, place in places.items()}
-    print(json.dumps({"digests": found, "calls": calls, "killed": killed, "seconds": seconds}))
+    print(json.dumps({"digests": found, "calls": calls, "killed": killed}))
 
 
 if __name__ == "__main__":

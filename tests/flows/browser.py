@@ -97,12 +97,19 @@ class Browser:
         )
 
     def click_on(self, element: str) -> None:
-        """Click, as a mouse does, on the element that a JavaScript expression comes to."""
-        at = self.evaluate(
+        """Click, as a mouse does, on the element that a JavaScript expression comes to, once it stands still."""
+        where = (
             f"(() => {{ const e = {element}; e?.scrollIntoViewIfNeeded(); const r = e?.getBoundingClientRect();"
             " return r && [r.x + r.width / 2, r.y + r.height / 2]; })()"
         )
+        at, still = self.evaluate(where), 0
         assert at, f"nothing to click on: {element}"
+        for _ in range(120):  # a page that is still being drawn moves what is on it
+            time.sleep(0.25)
+            before, at = at, self.evaluate(where)
+            still = still + 1 if at and at == before else 0
+            if still == 4:
+                break
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=at[0], y=at[1], button="left", clickCount=1)
 

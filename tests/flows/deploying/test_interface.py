@@ -39,6 +39,7 @@ def test_the_form_shows_the_documentation_of_the_fields_and_sends_the_configurat
         shown = browser.open(f"{made.url}/run", documented)
         assert {"ArithmeticData", "GRPOConfig", "VLLMBackendConfig"} <= set(shown.split()), "choices of sections"
         browser.click("Submit")
+        browser.picture(tmp_path / "sent.png")  # a page that nothing draws may wait with what a click began
         wanted = {"deployments": {"id": {"any_": [str(made.id)]}}}
         (run,) = until(lambda: project.ask("flow_runs/filter", **wanted), 60)
         assert IterativeRLConfig.parse(run["parameters"]["config"]) == CONFIG

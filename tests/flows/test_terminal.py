@@ -65,7 +65,8 @@ def outcome(root: Path) -> dict[str, Any]:
 
 
 def tables(text: str) -> list[str]:
-    """The lines of tables, without times and percentages, which differ from run to run."""
+    """The lines of tables but for that of the time, without times and percentages: they differ from run to run."""
+    text = text.partition("where the time went")[0]
     lines = (re.sub(r"\d+:\d\d min|[\d.]+ s\b|\d+%", "_", line).split() for line in text.splitlines() if "│" in line)
     return [" ".join(line) for line in lines]
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flows.places import Places
@@ -108,7 +109,8 @@ def test_the_user_interface_of_a_database_is_served_on_loopback_without_the_pass
         said.append(line)
         assert line, "".join(said)
     assert any("http://127.0.0.1:" in line for line in said if "MLflow" in line), "".join(said)
-    arguments = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    # Not by `ps`: it cuts a line at COLUMNS, and a password behind the cut would not be seen.
+    arguments = "\n".join(" ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"]))
     assert "guarded_server.py mlflow" in arguments
     assert PASSWORD not in arguments
     process.send_signal(signal.SIGINT)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported, and for child processes too: threads of tests that run side by side wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A script's background job starts with SIGINT ignored, and every child would inherit that: interrupts would not be tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from hypothesis import HealthCheck, settings

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Final, Self, TypeAlias
 
 import numpy
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipeline.provenance import current_provenance
 from pipeline.store import current_store
@@ -193,7 +194,7 @@ class Table(Artifact):
         return pa.table(arrays, names=cls.schema.names)
 
 
-def take_rows(table: pa.Table, rows: Sequence[int]) -> pa.Table:
+def take_rows(table: pa.Table, rows: Sequence[int] | NDArray[numpy.int64]) -> pa.Table:
     """`table.take(rows)`, also of a column with more text than one array holds, where Arrow fails with an offset overflow."""
     if table.nbytes <= BATCH_SIZE:
         return table.take(rows)

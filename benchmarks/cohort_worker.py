@@ -21,7 +21,7 @@ from benchmarks.timing import Clock, Device, cpu_seconds
 from benchmarks.workload import REWARD_PATTERN, Workload
 from flows.iterative_rl import step_seed
 from flows.observer import Observer, observer, observing
-from pipeline.orchestration import flow, use_engine
+from pipeline.orchestration.engine import flow, use_engine
 from pipeline.store import Store, use_store
 from stages.advantage import GroupConfig, estimate_advantages
 from stages.data import QuestionFileConfig, read_questions, sample_batch
@@ -40,7 +40,9 @@ _WATCHED = {
     "update": ["stages.update.steps:optimizer_step"],
     "load weights": ["stages.rollout.stage:load_weights"],
     "load tokenizer": ["stages.rollout.stage:load_tokenizer"],
-    "store": [f"pipeline.store:Store.{name}" for name in ("publish", "find", "record", "path", "manifest", "action")],
+    "store": [
+        f"pipeline.store.store:Store.{name}" for name in ("publish", "find", "record", "path", "manifest", "action")
+    ],
     "tables": ["pipeline.artifact:Table.read", "pipeline.artifact:Table.write"],
     "tracking": ["flows.observer:Observer.step"],
 }
@@ -67,7 +69,7 @@ def _surroundings(engine: str, root: Path) -> Iterator[None]:
         with observing(Observer()):
             yield
         return
-    from pipeline.server import ensure_server, keep_server, stop_server
+    from pipeline.orchestration.server import ensure_server, keep_server, stop_server
     from pipeline.tracking import track
 
     ensure_server(root / "prefect")

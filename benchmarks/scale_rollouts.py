@@ -148,7 +148,11 @@ def main() -> None:
     root, outputs = Path(sys.argv[1]), int(sys.argv[2])
     reward = RewardConfig.model_validate({"components": [{"kind": "accuracy", "verifier": "exact"}]})
     clock = Clock()
-    for path in ("pipeline.store:Store.path", "pipeline.store:seal_folder", "pipeline.store:Store.record"):
+    for path in (
+        "pipeline.store.store:Store.path",
+        "pipeline.store.store:seal_folder",
+        "pipeline.store.store:Store.record",
+    ):
         clock.watch_path("store", path)
     with use_store(Store(root)):
         # Small ones first, so that what is imported and allocated once is there.

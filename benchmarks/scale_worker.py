@@ -28,7 +28,7 @@ from flows.config import IterativeRLConfig
 from flows.places import Places
 from flows.recipes import arithmetic_smoke
 from flows.session import run_flow
-from pipeline.orchestration import Engine
+from pipeline.orchestration.engine import Engine
 from pipeline.progress import listen
 
 __all__ = ["IO", "scale_config"]
@@ -42,7 +42,9 @@ IO: Final = ("read_count", "write_count", "read_chars", "write_chars")
 _SHORT: Final = {"count": 512, "shortest": 3, "longest": 3}
 
 _WATCHED: Final = {
-    "store": [f"pipeline.store:Store.{name}" for name in ("publish", "find", "record", "path", "manifest", "action")],
+    "store": [
+        f"pipeline.store.store:Store.{name}" for name in ("publish", "find", "record", "path", "manifest", "action")
+    ],
     "tables": ["pipeline.artifact:Table.read", "pipeline.artifact:Table.write"],
     "MLflow": [f"pipeline.tracking:Tracker.{name}" for name in ("log_step", "_close")],
     "ledger, record": ["flows.ledger:Ledger.take", "flows.records:RunRecord.note", "flows.records:RunRecord.end"],
@@ -143,7 +145,7 @@ def _servers(engine: str, places: Places) -> Iterator[Any]:
     if engine == "inline":
         yield dict
         return
-    from pipeline.server import ensure_server, server_status, stop_server
+    from pipeline.orchestration.server import ensure_server, server_status, stop_server
 
     ensure_server(places.prefect)
     process = psutil.Process(server_status(places.prefect).pid)

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flows.retention import KeepConfig, Retention
-from pipeline.disk import DiskWatch
 from pipeline.store import Store
+from pipeline.store.disk import DiskWatch
 from tests.flows.toy_training import train
 
 _CALLS, _ROUNDS, _STEPS = 200, 5, 300

@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from flows.commands.options import console
 from pipeline.database import without_password
-from pipeline.interruption import exit_code, interruptible, is_interruption
+from pipeline.orchestration.interruption import exit_code, interruptible, is_interruption
 
 __all__ = ["app", "main", "run_command"]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flows.freeing import Freed
-from pipeline.disk import folder_bytes
-from pipeline.objects import MANIFEST
 from pipeline.store import Store, StoreError
+from pipeline.store.disk import folder_bytes
+from pipeline.store.objects import MANIFEST
 from stages.model_folders import OPTIMIZER
 
 __all__ = ["Entry", "Inventory"]

@@ -21,7 +21,7 @@ from flows.exploration import explore, reference_evidence, token_evidence
 from flows.observer import observer
 from flows.preflight import preflight
 from flows.reward_models import first_reward_models, reward_outputs, train_on
-from pipeline.orchestration import flow
+from pipeline.orchestration.engine import flow
 from stages.advantage import estimate_advantages
 from stages.critic import create_critic, update_critic
 from stages.evaluation import evaluate

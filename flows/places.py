@@ -11,8 +11,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.bucket import is_url
 from pipeline.config import ConfigError
+from pipeline.remote.bucket import is_url
 from pipeline.store import Store
 
 __all__ = ["Places"]

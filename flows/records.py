@@ -24,11 +24,11 @@ from flows.choice import Asked
 from flows.config import IterativeRLConfig
 from flows.places import Places
 from flows.run_state import RunState
-from pipeline.locking import locked
+from pipeline.orchestration.server_process import is_alive, start_of
 from pipeline.provenance import LONGEST, Digest, Label, complaint
-from pipeline.sealing import is_digest
-from pipeline.server_process import is_alive, start_of
 from pipeline.store import StoreError, canonical_json, sha256_of
+from pipeline.store.files import is_digest
+from pipeline.store.locks import locked
 
 __all__ = [
     "ARTIFACTS",

@@ -15,9 +15,9 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from flows.freeing import CONTINUES, OPTIMIZER_ONLY, Freed, Records, predecessor, step_tables
 from pipeline.config import Config
-from pipeline.leases import LeasedArtifactError
-from pipeline.sealing import MissingArtifactError
 from pipeline.store import Store
+from pipeline.store.files import MissingArtifactError
+from pipeline.store.pins import LeasedArtifactError
 
 __all__ = ["KeepConfig", "Retention"]
 

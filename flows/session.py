@@ -30,12 +30,12 @@ from flows.summary import Summary, summarise, summary_markdown
 from flows.upkeep import upkeep
 from pipeline.config import ConfigError, flatten
 from pipeline.database import without_password
-from pipeline.exclusivity import exclusive_devices
-from pipeline.interruption import check, interruptible, is_interruption, shielded
-from pipeline.orchestration import Engine, joining, running_deployment, use_engine
+from pipeline.orchestration.engine import Engine, joining, running_deployment, use_engine
+from pipeline.orchestration.interruption import check, interruptible, is_interruption, shielded
 from pipeline.progress import failsafe, listen, report
 from pipeline.store import PrunedArtifactError, StoreError, use_store
 from pipeline.tracking import Tracker, track
+from pipeline.workers.gpu_locks import exclusive_devices
 from stages.models import Checkpoint
 from stages.rollout import require_backend
 
@@ -176,7 +176,7 @@ def starting_server(engine: Engine, places: Places, state: RunState) -> Iterator
     if engine == "inline" or running_deployment():
         yield
         return
-    from pipeline.server import start_server_soon, stop_server
+    from pipeline.orchestration.server import start_server_soon, stop_server
 
     started = start_server_soon(places.prefect)
     try:
@@ -202,7 +202,7 @@ def orchestration(engine: Engine, places: Places, *, warm: bool) -> Iterator[Non
         with joining():
             yield
         return
-    from pipeline.server import ensure_server, keep_server, server_status
+    from pipeline.orchestration.server import ensure_server, keep_server, server_status
 
     started = time.monotonic()
     if not server_status(places.prefect).healthy:
@@ -215,7 +215,7 @@ def orchestration(engine: Engine, places: Places, *, warm: bool) -> Iterator[Non
     report("server", seconds=time.monotonic() - started)
     import prefect
 
-    from pipeline.flow_runs import mark_crashed, owner_tag
+    from pipeline.orchestration.flow_runs import mark_crashed, owner_tag
 
     try:
         mark_crashed()

@@ -16,9 +16,9 @@ from flows.references import OtherRuns
 from flows.retention import KeepConfig, Retention
 from flows.run_state import RunState
 from flows.wording import size
-from pipeline.disk import DiskWatch, watching_disk
 from pipeline.progress import listen
 from pipeline.store import Store
+from pipeline.store.disk import DiskWatch, watching_disk
 
 __all__ = ["Forecast", "upkeep", "watching", "ways_to_free"]
 

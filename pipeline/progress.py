@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from pipeline.interruption import check
+from pipeline.orchestration.interruption import check
 
 __all__ = ["describe_failure", "failsafe", "listen", "report", "warn_plainly"]
 

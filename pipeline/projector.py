@@ -21,8 +21,8 @@ from typing import Any, Final
 
 from pipeline.database import unspoken, without_password
 from pipeline.journal import Record, Sent, is_live, journals, read_records
-from pipeline.locking import locked
 from pipeline.mlflow_run import MlflowRun, adopt, artifact_folder, connect, local_database, tracking_uri
+from pipeline.store.locks import locked
 
 __all__ = ["Projector", "folder_of", "start_projector"]
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.sealing import is_digest
+from pipeline.store.files import is_digest
 
 __all__ = [
     "LONGEST",

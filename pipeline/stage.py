@@ -2,7 +2,7 @@
 
 The key of a call hashes stage name, version, configs and plain values by parameter name, and the digests of the artifacts it
 is given. A hit returns the recorded artifact; a miss runs the function under a lock on its key, then records the action last;
-it does not start where it would fill the disk (`pipeline/disk.py`).
+it does not start where it would fill the disk (`pipeline/store/disk.py`).
 Inside a flow on the Prefect engine each call is a task; a hit shows there as a state named `Cached`.
 """
 
@@ -19,12 +19,12 @@ from typing import Any, ParamSpec, TypeVar
 
 from pipeline.artifact import Artifact
 from pipeline.config import Config
-from pipeline.disk import current_watch
-from pipeline.interruption import check
-from pipeline.orchestration import run_as_task
+from pipeline.orchestration.engine import run_as_task
+from pipeline.orchestration.interruption import check
 from pipeline.progress import report
 from pipeline.provenance import Call, calling, record_metrics
 from pipeline.store import Store, canonical_json, current_store, sha256_of
+from pipeline.store.disk import current_watch
 
 __all__ = ["record_metrics", "stage"]
 

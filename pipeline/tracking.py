@@ -25,9 +25,9 @@ from typing import Any, Final
 
 from pipeline.config import flatten
 from pipeline.database import without_password
-from pipeline.interruption import is_interruption
 from pipeline.journal import Journal, JournalBusyError, Record, Sent, is_live, journals, read_records
 from pipeline.mlflow_run import tracking_uri
+from pipeline.orchestration.interruption import is_interruption
 from pipeline.progress import failsafe
 from pipeline.projector import Projector, folder_of, start_projector
 from pipeline.registry import TrackedModel, alias_of

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.artifact import ArtifactError
-from pipeline.sealing import is_plain_name
+from pipeline.store.files import is_plain_name
 from stages.faithful_tokenizers import settle_tokenizer
 from stages.trusted_code import code_files, copy_code, read_object, require_known
 

@@ -16,10 +16,10 @@ from pydantic import Field
 
 from pipeline.artifact import ArtifactError, Folder
 from pipeline.config import Config
-from pipeline.objects import recomputed
-from pipeline.sealing import measure, sha256_of
 from pipeline.stage import stage
 from pipeline.store import PrunedArtifactError, current_store
+from pipeline.store.files import measure, sha256_of
+from pipeline.store.objects import recomputed
 from stages.model_folders import (
     OPTIMIZER,
     TRAINER,

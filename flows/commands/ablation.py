@@ -27,7 +27,7 @@ from flows.methods import PAPER
 from flows.places import Places
 from flows.session import run_flow
 from pipeline.config import ConfigError
-from pipeline.orchestration import Engine
+from pipeline.orchestration.engine import Engine
 from pipeline.progress import failsafe
 
 __all__ = ["ablate", "child", "compare", "experiments"]

@@ -20,13 +20,13 @@ from rich.markup import escape
 from flows.commands.options import Root, console
 from flows.places import Places
 from flows.wording import duration, size
-from pipeline import guarded_server
 from pipeline.database import is_database, making_tables, unspoken, with_driver, without_password
-from pipeline.interruption import settle
 from pipeline.mlflow_run import artifact_folder
-from pipeline.server import configured_url, ensure_server, start_server_soon, stop_server
-from pipeline.server import server_status as status_of
-from pipeline.server_process import running_servers
+from pipeline.orchestration import guarded_server
+from pipeline.orchestration.interruption import settle
+from pipeline.orchestration.server import configured_url, ensure_server, start_server_soon, stop_server
+from pipeline.orchestration.server import server_status as status_of
+from pipeline.orchestration.server_process import running_servers
 from pipeline.tracking import sync, tracking_uri
 
 __all__ = ["mlflow_sync", "server_down", "server_status", "server_up", "ui"]

@@ -24,8 +24,8 @@ from flows.records import IMPORTED, check_folder, read_records, write_json
 from flows.references import references, used_by
 from flows.wording import moment, quoted, size
 from pipeline.config import ConfigError
-from pipeline.leases import Lease, LeasedArtifactError
 from pipeline.store import Store
+from pipeline.store.pins import Lease, LeasedArtifactError
 
 __all__ = ["du", "export_archive", "import_archive", "prune"]
 
@@ -135,7 +135,7 @@ def export_archive(*what: str, root: Root = None) -> None:
     root
         Folder of the store.
     """
-    from pipeline.archive import write_archive
+    from pipeline.store.archive import write_archive
 
     places, out = Places.under(root), console()
     store = places.open_store()
@@ -174,7 +174,7 @@ def import_archive(file: Path, *, root: Root = None) -> None:
     root
         Folder of the store.
     """
-    from pipeline.archive import read_archive
+    from pipeline.store.archive import read_archive
 
     places, out = Places.under(root), console()
     taken = read_archive(file, places.open_store(), places.runs, check=check_folder)

@@ -23,9 +23,9 @@ from flows.deploying.versions import versions_environment
 from flows.places import Places
 from pipeline.config import ConfigError
 from pipeline.database import without_password
-from pipeline.flow_runs import RESTARTS
+from pipeline.orchestration.flow_runs import RESTARTS
+from pipeline.orchestration.server import ServerError, configured_url, ensure_server
 from pipeline.provenance import package_versions
-from pipeline.server import ServerError, configured_url, ensure_server
 
 __all__ = [
     "DEPLOYED_PLACES",

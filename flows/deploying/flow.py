@@ -30,7 +30,7 @@ from flows.records import read_record, run_folder, write_json
 from flows.session import InterruptedRunError, run_flow
 from flows.summary import print_summary
 from flows.wording import SafeConsole
-from pipeline.flow_runs import names_living_process, owner_tag
+from pipeline.orchestration.flow_runs import names_living_process, owner_tag
 from pipeline.progress import failsafe
 from pipeline.provenance import package_versions
 

@@ -27,8 +27,8 @@ from flows.deploying.versions import REQUIRED, VERSIONS
 from flows.places import Places
 from pipeline.config import ConfigError
 from pipeline.database import without_password
-from pipeline.flow_runs import RESTARTS, mark_crashed, process_name, restart_crashed
-from pipeline.server import ensure_server, keep_server
+from pipeline.orchestration.flow_runs import RESTARTS, mark_crashed, process_name, restart_crashed
+from pipeline.orchestration.server import ensure_server, keep_server
 
 __all__ = ["job_configuration", "work"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pipeline.locking import locked
+from pipeline.store.locks import locked
 
 if __name__ == "__main__":
     with locked(Path(sys.argv[1])):

@@ -20,13 +20,13 @@ from flows.doctor.children import importing_ours
 from flows.doctor.finding import Finding
 from flows.doctor.subject import Subject
 from flows.wording import size
-from pipeline.actions import read_call
 from pipeline.config import ConfigError
-from pipeline.locking import try_lock
 from pipeline.provenance import Call
-from pipeline.sealing import StoreError
+from pipeline.remote.store import Upstream
 from pipeline.store import Store
-from pipeline.upstream import Upstream
+from pipeline.store.actions import read_call
+from pipeline.store.files import StoreError
+from pipeline.store.locks import try_lock
 
 __all__ = ["commits", "exclusion", "file_system", "locking", "records", "shared", "space", "temporary"]
 

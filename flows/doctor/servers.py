@@ -16,8 +16,8 @@ from flows.doctor.reaching import accepts, status_of
 from flows.doctor.subject import Subject
 from flows.wording import size
 from pipeline.mlflow_run import local_database, tracking_uri
-from pipeline.server import server_status
-from pipeline.server_process import own_processes, recorded
+from pipeline.orchestration.server import server_status
+from pipeline.orchestration.server_process import own_processes, recorded
 
 __all__ = ["loopback", "mlflow", "prefect", "prefect_database", "proxies"]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from uuid import UUID
 
 from pipeline.config import ConfigError
-from pipeline.flow_runs import names_living_process
+from pipeline.orchestration.flow_runs import names_living_process
 
 __all__ = ["crash_lost", "require_pool", "serving"]
 

@@ -1,7 +1,7 @@
 """The runs of an experiment, in turn in this process or side by side in processes of their own.
 
 A run that fails is told and the others go on; an interruption stops all. Side by side is safe, since a stage that several runs
-ask for is computed by one of them while the others wait (`pipeline/locking.py`), and the lock of a process that is killed is
+ask for is computed by one of them while the others wait (`pipeline/store/locks.py`); the lock of a killed process is
 free at once.
 """
 
@@ -30,8 +30,8 @@ from flows.places import Places
 from flows.records import read_record, run_folder
 from flows.session import InterruptedRunError, run_flow
 from pipeline.config import Config
-from pipeline.interruption import interruptible
-from pipeline.orchestration import Engine
+from pipeline.orchestration.engine import Engine
+from pipeline.orchestration.interruption import interruptible
 from pipeline.residency import evict
 
 __all__ = ["ChildConfig", "is_finished", "progress_of", "run_in_turn", "run_side_by_side", "settings_of"]

@@ -27,9 +27,9 @@ from flows.experiments.running import is_finished, progress_of, run_in_turn, set
 from flows.places import Places
 from flows.session import InterruptedRunError
 from pipeline.experiment import fitted_name
-from pipeline.flow_runs import mark_crashed
-from pipeline.interruption import interruptible
-from pipeline.server import ServerError, ensure_server, keep_server
+from pipeline.orchestration.flow_runs import mark_crashed
+from pipeline.orchestration.interruption import interruptible
+from pipeline.orchestration.server import ServerError, ensure_server, keep_server
 
 __all__ = ["require_workers_pool", "run_on_workers"]
 

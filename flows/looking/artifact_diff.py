@@ -15,8 +15,8 @@ from rich.text import Text
 from flows.looking.difference_view import column, essential, pairs_table, shortened_pair
 from flows.wording import number, size
 from pipeline import lineage
-from pipeline.comparing import TableDifference, compare_tables, read_rows, schema_changes
 from pipeline.config import flatten
+from pipeline.diff import TableDifference, compare_tables, read_rows, schema_changes
 from pipeline.store import PrunedArtifactError, Store
 from pipeline.weights import TensorDifference, compare_weights, stored_tensors
 

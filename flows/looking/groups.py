@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.artifact import Table
-from pipeline.sealing import StoreError
 from pipeline.store import Store
+from pipeline.store.files import StoreError
 from stages.tables import Advantages, Demonstrations, Questions, Rewards, Rollouts
 
 __all__ = ["Group", "Output", "groups_of"]

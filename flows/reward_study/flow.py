@@ -14,7 +14,7 @@ from typing import Final
 from flows.bootstrap import below
 from flows.pretrained import PretrainedPolicy, pretrained_model
 from flows.reward_study.config import RewardModelStudyConfig
-from pipeline.orchestration import flow
+from pipeline.orchestration.engine import flow
 from pipeline.progress import report
 from stages.data import (
     DataError,

@@ -17,8 +17,8 @@ from flows.reward_study.flow import Gauge, Study
 from flows.reward_study.report import study_markdown
 from flows.run_state import RunState
 from flows.session import InterruptedRunError, orchestration, starting_server
-from pipeline.interruption import interruptible, is_interruption
-from pipeline.orchestration import Engine
+from pipeline.orchestration.engine import Engine
+from pipeline.orchestration.interruption import interruptible, is_interruption
 from pipeline.progress import failsafe
 from pipeline.store import canonical_json, sha256_of, use_store
 from pipeline.tracking import Tracker, track

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.interruption import check
+from pipeline.orchestration.interruption import check
 from pipeline.residency import resident
 from stages.models import Checkpoint, load_model
 from stages.reward_model.config import ScoringConfig

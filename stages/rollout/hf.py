@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from pipeline.interruption import check
+from pipeline.orchestration.interruption import check
 from stages.rollout.generator import FinishReason, Output, Progress, Prompt, Sampling, check_window
 from stages.rollout.kv_cache import RowCache
 from stages.rollout.rows import regroup

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from pipeline.launch import Group, RefusedError, WorkerError
 from pipeline.provenance import record_package
 from pipeline.residency import evict, resident
+from pipeline.workers.group import Group, RefusedError, WorkerError
 from stages.model_folders import WEIGHT_INDEX, weight_files
 from stages.models import Checkpoint, architecture_of
 from stages.rollout.config import VLLMBackendConfig

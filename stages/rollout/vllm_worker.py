@@ -203,5 +203,5 @@ def _has_stopped(output: Any, place: int) -> bool:
 
 
 def make_handler() -> Engine:
-    """See `pipeline/worker.py`."""
+    """See `pipeline/workers/process.py`."""
     return Engine()

@@ -1,4 +1,4 @@
-"""One rank of a training group, as `pipeline/worker.py` runs it: joins its group, then carries out the bodies of stages."""
+"""One rank of a training group, run by `pipeline/workers/process.py`: joins its group, then runs the bodies of stages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.remote import perform
+from pipeline.workers.rpc import perform
 from stages.training.hosts import meet_by_address
 from stages.training.ranks import RENDEZVOUS, body_called
 

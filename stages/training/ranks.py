@@ -28,10 +28,10 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 from pipeline.artifact import Artifact, ArtifactError
 from pipeline.config import ConfigError
-from pipeline.launch import Group, RefusedError, WorkerError
-from pipeline.remote import accept, order_of
 from pipeline.residency import evict, resident
 from pipeline.store import DamagedArtifactError, MissingArtifactError, PrunedArtifactError, StoreError, current_store
+from pipeline.workers.group import Group, RefusedError, WorkerError
+from pipeline.workers.rpc import accept, order_of
 from stages.training.config import DeepSpeedEngineConfig
 from stages.training.hosts import environments_of, interface_of, starts_of
 

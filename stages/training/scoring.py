@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.interruption import check
+from pipeline.orchestration.interruption import check
 from stages.training.batching import Batch, Row, micro_batches, own_share
 from stages.training.engine import Engine
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.interruption import check
+from pipeline.orchestration.interruption import check
 from stages.model_folders import read_description
 from stages.models import Checkpoint, model_weights
 from stages.training.activations import checkpoint_activations

@@ -16,7 +16,7 @@ import pytest
 from flows.places import Places
 from flows.records import read_records
 from pipeline.mlflow_run import connect
-from pipeline.server import stop_server
+from pipeline.orchestration.server import stop_server
 from tests.pipeline.postgres import PASSWORD, Postgres, gives_away, postgres
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,8 @@ from flows.recipes import arithmetic_smoke
 from flows.records import run_folder
 from flows.retention import KeepConfig
 from flows.upkeep import Forecast
-from pipeline.disk import DiskWatch
 from pipeline.store import PrunedArtifactError, Store, use_store
+from pipeline.store.disk import DiskWatch
 from stages.models import Checkpoint, load_optimizer_state
 from tests.flows.toy_training import kept, train
 

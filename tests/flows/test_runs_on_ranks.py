@@ -18,9 +18,9 @@ import pytest
 from flows.iterative_rl import iterative_rl
 from flows.recipes import arithmetic_smoke
 from pipeline.config import parse_settings
-from pipeline.launch import WorkerError
 from pipeline.progress import listen
 from pipeline.store import Store, use_store
+from pipeline.workers.group import WorkerError
 from stages.update import MismatchError
 from tests.stages.training.groups import gone, rank_processes
 

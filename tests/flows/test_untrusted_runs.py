@@ -20,7 +20,7 @@ from flows.recipes import arithmetic_smoke
 from flows.records import IMPORTED, RunRecord, read_records, unreadable_records
 from flows.run_state import RunState
 from flows.wording import SafeConsole, code, markdown, quoted, visible
-from pipeline.sealing import write_sealed
+from pipeline.store.files import write_sealed
 from tests.pipeline.calls import call
 
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202e[red]bold[/red] [link=http://x]y[/link]"

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from pipeline import artifact
 from pipeline.artifact import BATCH_ROWS, Artifact, ArtifactError, Folder, Table, take_rows
-from pipeline.sealing import DamagedArtifactError, StoreError
 from pipeline.store import Store
+from pipeline.store.files import DamagedArtifactError, StoreError
 
 
 class Numbers(Table):

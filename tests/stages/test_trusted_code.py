@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from flows.pretrained import PretrainedPolicy, pretrained_model
-from pipeline.archive import read_archive, write_archive
 from pipeline.artifact import ArtifactError
 from pipeline.store import Store, use_store
+from pipeline.store.archive import read_archive, write_archive
 from stages.critic import CriticConfig, create_critic
 from stages.model_sources import HubCheckpointConfig, fetch_checkpoint
 from stages.models import WEIGHTS, Checkpoint, ExternalCheckpointConfig, import_checkpoint, load_model, load_tokenizer

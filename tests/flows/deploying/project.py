@@ -22,7 +22,7 @@ from flows.config import IterativeRLConfig
 from flows.deploying.deployment import state_of
 from flows.places import Places
 from flows.records import RunRecord, read_record, run_folder
-from pipeline.server import ensure_server, stop_server
+from pipeline.orchestration.server import ensure_server, stop_server
 from tests.prefect_api import ask
 
 __all__ = ["Project", "flow_run_processes", "listened_on", "opened", "until"]

@@ -11,7 +11,7 @@ import pytest
 from flows.choice import Choice
 from flows.config import IterativeRLConfig
 from flows.deploying.deployment import deploy, submit
-from pipeline.server_process import password_of
+from pipeline.orchestration.server_process import password_of
 from stages.rollout import RolloutConfig
 from tests.flows.browser import Browser, chromium
 from tests.flows.deploying.project import Project, until

@@ -18,7 +18,7 @@ from flows.deploying.schedule import cron_schedule
 from flows.deploying.versions import VersionsError, check_versions, differing, versions_environment
 from flows.recipes import arithmetic_cpu, arithmetic_smoke
 from pipeline.config import ConfigError
-from pipeline.flow_runs import names_living_process, process_name
+from pipeline.orchestration.flow_runs import names_living_process, process_name
 from pipeline.provenance import package_versions
 from stages.rollout import RolloutConfig
 

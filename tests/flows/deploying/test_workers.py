@@ -24,9 +24,9 @@ from flows.iterative_rl import iterative_rl
 from flows.places import Places
 from flows.records import run_folder
 from pipeline.config import ConfigError
+from pipeline.orchestration.server import ServerError
 from pipeline.provenance import package_versions
 from pipeline.residency import evict
-from pipeline.server import ServerError
 from pipeline.store import Store, use_store
 from tests.flows.deploying.project import Project, flow_run_processes, listened_on, until
 from tests.flows.short_runs import BASE

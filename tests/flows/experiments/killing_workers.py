@@ -30,9 +30,9 @@ from flows.records import run_folder
 from flows.session import run_flow
 from pipeline import tracking
 from pipeline.experiment import Experiment
-from pipeline.locking import try_lock
 from pipeline.progress import listen
 from pipeline.residency import evict
+from pipeline.store.locks import try_lock
 
 
 def work(planned: PlannedExperiment, places: Places) -> None:

@@ -29,8 +29,8 @@ from flows.places import Places
 from flows.records import read_records
 from pipeline.experiment import Experiment
 from pipeline.journal import read_records as read_journal
+from pipeline.orchestration.server import stop_server
 from pipeline.residency import evict
-from pipeline.server import stop_server
 from pipeline.store import Store
 from tests.flows.experiments.shared_prefix import MARK, TINY, marked
 
@@ -328,7 +328,8 @@ def await_pool(machine: Machine) -> None:
 
 
 PROBE = (
-    "import sys; from pathlib import Path; from pipeline.server import ensure_server; from flows.experiments.pool import *\n"
+    "import sys; from pathlib import Path; from pipeline.orchestration.server import ensure_server"
+    "; from flows.experiments.pool import *\n"
     "ensure_server(Path(sys.argv[1]) / 'prefect')\n"
     "try: require_pool(sys.argv[2])\n"
     "except Exception: sys.exit(1)\n"

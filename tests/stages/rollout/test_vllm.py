@@ -16,10 +16,10 @@ import pytest
 
 from flows.recipes import RECIPES
 from pipeline.config import ConfigError
-from pipeline.launch import WorkerError
 from pipeline.progress import listen
 from pipeline.residency import _residents, evict, resident
 from pipeline.store import Store
+from pipeline.workers.group import WorkerError
 from stages.models import Checkpoint
 from stages.prompts import PromptConfig
 from stages.rollout import HFBackendConfig, RolloutConfig, VLLMBackendConfig, VLLMServerConfig, rollout

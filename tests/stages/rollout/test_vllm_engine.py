@@ -16,9 +16,9 @@ import psutil
 import pytest
 import torch
 
-from pipeline.launch import RefusedError, WorkerError, free_port
 from pipeline.residency import _residents, evict
 from pipeline.store import Store, use_store
+from pipeline.workers.group import RefusedError, WorkerError, free_port
 from stages.models import Checkpoint, load_model
 from stages.prompts import PromptConfig
 from stages.rollout import (

@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.launch import WorkerError
 from pipeline.progress import listen
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
+from pipeline.workers.group import WorkerError
 from stages.critic import CriticConfig, estimate_values, update_critic
 from stages.logprobs import LogprobsConfig, compare_policies
 from stages.models import Checkpoint, load_tokenizer, load_trainer_state

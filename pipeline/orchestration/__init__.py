@@ -1,0 +1,1 @@
+"""Flows inline or through Prefect, and the servers of this machine."""

@@ -1,0 +1,99 @@
+"""Flows and tasks: the same functions inline (a plain call) or through Prefect (states, logs, UI).
+
+`@flow` marks a function that loops over stages. Which engine runs it is chosen around the call, with `use_engine`; inline is
+the default and imports no Prefect, so Slurm jobs, debuggers and tests need no server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, Literal, ParamSpec, TypeVar
+
+from pipeline.orchestration.interruption import interruptible
+
+__all__ = ["Engine", "flow", "joining", "run_as_task", "running_deployment", "use_engine"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Engine = Literal["inline", "prefect"]
+
+_engine: ContextVar[Engine] = ContextVar("cohort_engine", default="inline")
+_joining: ContextVar[bool] = ContextVar("cohort_joining", default=False)
+
+
+@contextlib.contextmanager
+def use_engine(engine: Engine) -> Iterator[None]:
+    """Run the flows called inside the block on `engine`."""
+    token = _engine.set(engine)
+    try:
+        yield
+    finally:
+        _engine.reset(token)
+
+
+def running_deployment() -> bool:
+    """Whether this is called inside a flow run that a worker of Prefect's started."""
+    if "prefect.context" not in sys.modules:
+        return False
+    context = sys.modules["prefect.context"].FlowRunContext.get()
+    return bool(context and context.flow_run and context.flow_run.deployment_id)
+
+
+@contextlib.contextmanager
+def joining() -> Iterator[None]:
+    """Run flows on the Prefect engine as part of the flow run that is there, which then shows their tasks as its own."""
+    token = _joining.set(True)
+    try:
+        with use_engine("prefect"):
+            yield
+    finally:
+        _joining.reset(token)
+
+
+def flow(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function a flow: a Prefect flow on the Prefect engine, itself otherwise."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if _engine.get() == "inline":
+            return function(*args, **kwargs)
+        import prefect
+        from prefect.context import TagsContext
+
+        @functools.wraps(function)
+        def body(*args: P.args, **kwargs: P.kwargs) -> R:
+            # The flow's tags are not its tasks': each tag of a task costs a look-up of concurrency limits at the server.
+            with interruptible(), TagsContext(current_tags=set()):
+                return function(*args, **kwargs)
+
+        if _joining.get():
+            return body(*args, **kwargs)
+        run: Callable[P, R] = prefect.flow(
+            body, name=function.__name__.replace("_", "-"), validate_parameters=False, persist_result=False
+        )
+        return run(*args, **kwargs)
+
+    return call
+
+
+def run_as_task(name: str, look_up: Callable[[], R | None], compute: Callable[[], R]) -> R:
+    """What a stage call does: `look_up()`, else `compute()`; on the Prefect engine as a task, a hit being named `Cached`."""
+    if _engine.get() == "inline":
+        found = look_up()
+        return compute() if found is None else found
+    import prefect
+    from prefect.cache_policies import NO_CACHE
+    from prefect.states import Completed
+
+    def body() -> Any:
+        found = look_up()
+        return compute() if found is None else Completed(name="Cached", data=found)
+
+    # A task that returns a State hands the State to its caller, hence return_state and result().
+    task = prefect.task(body, name=name, cache_policy=NO_CACHE, persist_result=False)
+    result: R = task(return_state=True).result()
+    return result

@@ -1,0 +1,1 @@
+"""A remote store that several machines share, and its local cache."""

@@ -1,0 +1,225 @@
+"""Files under an fsspec URL (`s3://`, `gs://`, `file://`): requests are repeated while that helps, and say why where it cannot.
+
+Repeated: dropped connections, time-outs, throttling, errors of the server. Not repeated: what the next attempt cannot change
+(credentials, permissions, a bucket that is not there, a clock that is off). The libraries' own repetition is off, so that one
+place decides. Nothing here asks with HEAD, whose answers have no body and so no reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import random
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+from pipeline.config import ConfigError
+from pipeline.progress import report
+from pipeline.remote.errors import complaint, is_missing, passes
+from pipeline.store.files import StoreError
+
+__all__ = ["Bucket", "Entry", "checked_url", "is_url"]
+
+PATIENCE: Final = 60.0
+"""Seconds for which one request is repeated. Ours: throttling and a restarted gateway pass in less."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
+_EXTRAS: Final = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+"""Scheme -> the package of its file system; others are known to fsspec itself, which says what they want."""
+_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "s3fs": {"config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}},
+    "file": {"auto_mkdir": True},
+}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a listing says of a file."""
+
+    size: int
+    modified: float
+    """Seconds since the epoch by the server's clock."""
+
+
+class Bucket:
+    """The files below one URL; names are relative to it. Nothing is imported or asked before the first request."""
+
+    def __init__(self, url: str, *, patience: float = PATIENCE) -> None:
+        """Take a URL and how many seconds to repeat a request; raises ConfigError as `checked_url` does."""
+        self.url = checked_url(url)
+        self.patience = patience
+        self.scheme = urlsplit(self.url).scheme
+        self._package = _EXTRAS.get(self.scheme, self.scheme)
+        self._whole = {"max_concurrency": 1} if self._package == "s3fs" else {}  # else it asks for the size first
+        self._opened: tuple[int, Any, str] | None = None
+
+    def read(self, name: str) -> bytes:
+        """The content of a file.
+
+        Raises:
+            FileNotFoundError: there is no such file, in a bucket that is there.
+            StoreError: says what is wrong and what to do; as all other calls.
+        """
+        data: bytes = self._ask(lambda fs, path: fs.cat_file(path, **self._whole), name)
+        return data
+
+    def read_all(self, names: Iterable[str]) -> dict[str, bytes]:
+        """The contents of many small files, asked for together; those that are gone are left out."""
+        found: dict[str, bytes] = {}
+        names = list(names)
+        for start in range(0, len(names), 500):
+            part = names[start : start + 500]
+            found |= self._ask(functools.partial(_contents, names=part, how=self._whole), "")
+        return found
+
+    def write(self, name: str, data: bytes, *, patience: float | None = None) -> None:
+        """Write or replace a small file; readers see it whole or not at all."""
+
+        def put(fs: Any, path: str) -> None:
+            if self.scheme != "file":  # one request, which counts as a whole
+                fs.pipe_file(path, data)
+                return
+            beside = f"{path}.{uuid.uuid4().hex[:8]}.part"
+            fs.pipe_file(beside, data)
+            os.replace(beside, path)
+
+        self._ask(put, name, patience)
+
+    def upload(self, local: Path, name: str) -> None:
+        """Copy a local file up; the caller checks what arrived."""
+        self._ask(lambda fs, path: fs.put_file(str(local), path), name)
+
+    def download(self, name: str, local: Path) -> None:
+        """Copy a file down; the caller checks what arrived."""
+        self._ask(lambda fs, path: fs.get_file(path, str(local)), name)
+
+    def entries(self, folder: str) -> dict[str, Entry]:
+        """The files below a folder, by their names in it; none where there is no such folder."""
+        if self._package == "s3fs":  # with a prefix it does not ask for a file of the folder's name
+            return self._ask(lambda fs, root: _listed(fs, root, folder, prefix=f"{folder}/"), "")
+        return self._ask(lambda fs, root: _listed(fs, root, folder), "")
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files; those that are gone already are no matter."""
+        for name in names:
+            try:
+                self._ask(lambda fs, path: fs.rm_file(path), name)
+            except FileNotFoundError:
+                continue
+
+    def _ask(self, request: Callable[[Any, str], T], name: str, patience: float | None = None) -> T:
+        fs, root = self._open()  # imports take longer than a request, and are no fault of the server
+        end = time.monotonic() + (self.patience if patience is None else patience)
+        pause, attempts = _FIRST_PAUSE, 0
+        while True:
+            attempts += 1
+            try:
+                return request(fs, f"{root}/{name}" if name else root)
+            except StoreError:
+                raise
+            except Exception as error:
+                if is_missing(error):
+                    raise FileNotFoundError(f"{self.url}/{name}") from error
+                if not passes(error) or time.monotonic() + pause > end:
+                    raise StoreError(complaint(error, self.url, attempts)) from error
+                report("upstream", retry=attempts, reason=f"{type(error).__name__}: {str(error)[:200]}")
+                time.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _open(self) -> tuple[Any, str]:
+        """The file system and the path of the root in it; another one after a fork, which these libraries do not survive."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            import fsspec
+
+            options = {"use_listings_cache": False, "skip_instance_cache": True, **_OPTIONS.get(self._package, {})}
+            fs, root = fsspec.core.url_to_fs(self.url, **options)
+            if self._package == "s3fs":
+                fs.retries = 1
+            self._opened = (os.getpid(), fs, root.rstrip("/"))
+        return self._opened[1], self._opened[2]
+
+
+def is_url(text: str) -> bool:
+    """Whether a text means a place behind a scheme, and not a local folder (`s3:/bucket` is what a path makes of a URL)."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text) is not None
+
+
+def checked_url(url: str) -> str:
+    """The URL of a store, without what may not be kept: it stands in messages and files.
+
+    Raises:
+        ConfigError: no URL, credentials in it, an unknown scheme, or one whose package is not installed.
+    """
+    parts = urlsplit(url)
+    if not is_url(url) or "://" not in url:
+        raise ConfigError(f"expected a URL such as s3://bucket/folder, found {url.split('?')[0].split('@')[-1]!r}")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ConfigError(
+            f"{parts.scheme}://{parts.netloc.split('@')[-1]}{parts.path}: a store's URL is kept in files and messages, so it "
+            "may hold no user, password or query; name credentials by the environment (AWS_PROFILE, AWS_ACCESS_KEY_ID, "
+            "GOOGLE_APPLICATION_CREDENTIALS), the endpoint by AWS_ENDPOINT_URL"
+        )
+    package = _EXTRAS.get(parts.scheme)
+    if package and importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{parts.scheme}:// needs the package {package}, which is not installed: {_how(package)}")
+    if not package:
+        from fsspec.registry import known_implementations, registry
+
+        if parts.scheme not in known_implementations and parts.scheme not in registry:
+            raise ConfigError(
+                f"unknown scheme {parts.scheme}://; expected s3://, gs://, file:// or another of fsspec's"
+            )
+    return url.rstrip("/")
+
+
+def _how(package: str) -> str:
+    return "pip install 'cohort-rl[s3]'" if package == "s3fs" else f"pip install {package}"
+
+
+def _contents(fs: Any, root: str, names: list[str], how: Mapping[str, Any]) -> dict[str, bytes]:
+    answers = fs.cat([f"{root}/{name}" for name in names], on_error="return", **how)
+    found = {}
+    for path, answer in answers.items():
+        if isinstance(answer, bytes):
+            found[path.removeprefix(f"{root}/").lstrip("/")] = answer
+        elif not is_missing(answer):
+            raise answer
+    return found
+
+
+def _listed(fs: Any, root: str, folder: str, **how: str) -> dict[str, Entry]:
+    path = f"{root}/{folder}"
+    try:
+        found = fs.find(root if how else path, detail=True, **how)
+    except FileNotFoundError as error:
+        if is_missing(error):
+            return {}
+        raise
+    bare = fs._strip_protocol(path)
+    return {
+        name.removeprefix(f"{bare}/"): Entry(int(info["size"]), _modified(info))
+        for name, info in found.items()
+        if info["type"] == "file" and name != bare
+    }
+
+
+def _modified(info: Mapping[str, Any]) -> float:
+    """When a file was written, whatever its file system calls that."""
+    for name in ("LastModified", "last_modified", "mtime", "updated", "created"):
+        match info.get(name):
+            case datetime() as moment:
+                return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+            case int() | float() as seconds:
+                return float(seconds)
+            case str() as text:
+                return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    raise StoreError(f"the file system behind the store does not say when a file was written (it says {sorted(info)})")

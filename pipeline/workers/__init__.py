@@ -1,0 +1,1 @@
+"""Worker processes: groups, their protocol, and the locks on GPUs."""

@@ -1,0 +1,292 @@
+"""Persistent worker processes, one or a group of ranks, that are fed orders and killed as a whole.
+
+For work that must not or cannot happen in the flow's own process: ranks of a training group, an inference engine with an
+environment of its own. A group is started once and kept warm (`pipeline/residency.py`); between orders it holds a cache of
+artifacts, never state. What goes over the wire is small JSON; tensors and tables go through files.
+
+Each process has a session of its own, so that Ctrl-C reaches the flow alone and a kill reaches whatever the process started.
+A process that dies, hangs or fails ends the order, and the group, with an error that has its rank, exit code and last lines.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import secrets
+import shlex
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline.orchestration.interruption import check
+from pipeline.progress import Listener, report
+from pipeline.workers import process as worker
+from pipeline.workers.handshake import meet
+
+__all__ = ["Group", "RefusedError", "WorkerError", "free_port"]
+
+_LAST_LINES: Final = 12
+_TICK: Final = 0.2
+"""Seconds between two looks at whether every process still lives."""
+_ENDING: Final = 3.0
+"""Seconds until a process that hung up has ended, so that its exit code is known."""
+_DEATHS: Final = 0.5
+"""Seconds in which the death of a rank shows, once another says that it was left alone."""
+
+
+class WorkerError(RuntimeError):
+    """A worker process that died, hung, or could not do what it was asked."""
+
+    def __init__(self, message: str, *, rank: int, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.exit_code = exit_code
+        """Negative: the signal that ended it. None: it was alive."""
+
+
+class RefusedError(WorkerError):
+    """A process says itself what is wrong with an order; it was alive then."""
+
+    def __init__(self, called: str, kinds: Sequence[str], text: str, *, rank: int) -> None:
+        super().__init__(f"{called}: {kinds[0]}: {text}", rank=rank)
+        self.kinds = kinds
+        """Names of the exception's class and of those it derives from."""
+        self.text = text
+
+
+class Group:
+    """Worker processes that run one handler (see `pipeline/workers/process.py`), started together and ended together."""
+
+    def __init__(
+        self,
+        name: str,
+        handler: Path,
+        *,
+        python: Path,
+        environments: Sequence[Mapping[str, str]],
+        logs: Path,
+        deadline: float,
+        address: str = "127.0.0.1",
+        starts: Sequence[str | None] | None = None,
+    ) -> None:
+        """Start the processes and wait until each has made its handler.
+
+        Args:
+            name: what errors call them.
+            handler: the module file that has `make_handler`.
+            python: the interpreter.
+            environments: the whole environment of each process; as many processes as there are of these.
+            logs: folder for what they print, `<name>-<rank>.log`, overwritten.
+            deadline: seconds until all must be ready.
+            address: what the launcher listens on while they connect; one of this host's, and of no other unless they are there.
+            starts: of each process, the command that runs `{command}` on its host (`ssh node2 {command}`); None: a child of
+                this process. Interpreter and files have the same paths on all hosts.
+
+        Raises:
+            WorkerError: one died, failed or was not ready in time; none is left.
+        """
+        self.name = name
+        self.failed = False
+        """Whether a process failed, so that somebody may want to read the logs; Ctrl-C is no failure."""
+        logs.mkdir(parents=True, exist_ok=True)
+        self._logs = [logs / f"{name}-{rank}.log" for rank in range(len(environments))]
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._connections: list[Connection] = []
+        self._hear: Listener = _report
+        atexit.register(self.close)
+        with self._or_nothing(always=True), socket.create_server((address, 0)) as server:
+            key = secrets.token_bytes(32)
+            host, port = server.getsockname()
+            command = [str(python), "-P", worker.__file__, str(handler)]
+            for rank, surroundings in enumerate(environments):
+                told = {worker.ADDRESS: f"{host}:{port}", worker.KEY: key.hex(), worker.RANK: str(rank)}
+                start = None if starts is None else starts[rank]
+                self._processes.append(_started(command, {**surroundings, **told}, self._logs[rank], start))
+            end = time.monotonic() + deadline
+            self._connections = self._accept(server, key, end, deadline)
+            self._replies(end, deadline)
+
+    def order(
+        self, order: Mapping[str, Any], *, deadline: float, renewed: bool = False, hear: Listener | None = None
+    ) -> list[Any]:
+        """Give every process the same order; the reply of each, by rank. Rank 0's progress is reported as it comes.
+
+        Args:
+            deadline: seconds until every process must have replied.
+            renewed: by every report of progress, for work whose whole length nobody knows; what hangs reports nothing.
+            hear: takes rank 0's progress; None: it is reported under the topic it has.
+
+        Raises:
+            WorkerError: a process died, failed (`RefusedError`), or missed the deadline. The group is ended, unless it is a
+                single process that says itself what was wrong with the order.
+        """
+        self._hear = hear or _report
+        with self._or_nothing():
+            message = json.dumps(order).encode()
+            for rank, connection in enumerate(self._connections):
+                try:
+                    connection.send_bytes(message)
+                except OSError:
+                    raise self._death(rank) from None
+            return self._replies(time.monotonic() + deadline, deadline, renewed=renewed)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids by rank, for as long as the group is there; each leads a process group of its own."""
+        return [process.pid for process in self._processes]
+
+    @property
+    def alive(self) -> bool:
+        """Whether every process is there and can take orders."""
+        return bool(self._processes) and all(process.poll() is None for process in self._processes)
+
+    def close(self) -> None:
+        """End all processes and whatever they started; at once for those that do not end by themselves."""
+        atexit.unregister(self.close)
+        for connection in self._connections:
+            connection.close()
+        end = time.monotonic() + (worker.GRACE if self._connections else 0.0)
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
+        self._kill()
+
+    # ------------------------------------------------------------------------------------------------ inside
+
+    @contextlib.contextmanager
+    def _or_nothing(self, *, always: bool = False) -> Iterator[None]:
+        """Kill the group when the block is left by an exception, Ctrl-C included: what computes hears nothing else."""
+        try:
+            yield
+        except BaseException as error:
+            if always or len(self._processes) > 1 or not isinstance(error, RefusedError):
+                self._kill()
+                self.failed = isinstance(error, WorkerError)
+            raise
+
+    def _kill(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # also where it ended: what it started is in its group
+            process.wait()
+        self._processes, self._connections = [], []
+
+    def _accept(self, server: socket.socket, key: bytes, end: float, deadline: float) -> list[Connection]:
+        """One connection per process, by rank."""
+        return meet(server, key, len(self._processes), lambda missing: self._look(end, missing, deadline))
+
+    def _replies(self, end: float, deadline: float, *, renewed: bool = False) -> list[Any]:
+        replies: dict[int, Any] = {}
+        while len(replies) < len(self._connections):
+            missing = [rank for rank in range(len(self._connections)) if rank not in replies]
+            self._look(end, missing, deadline)
+            for connection in wait([self._connections[rank] for rank in missing], timeout=_TICK):
+                assert isinstance(connection, Connection)
+                self._take(self._connections.index(connection), replies)
+                end = time.monotonic() + deadline if renewed else end
+        return [replies[rank] for rank in sorted(replies)]
+
+    def _take(self, rank: int, replies: dict[int, Any]) -> None:
+        try:
+            message = json.loads(self._connections[rank].recv_bytes())
+        except (EOFError, OSError):
+            raise self._death(rank) from None
+        if "error" in message:
+            raise self._refusal(rank, message)
+        if "report" in message:
+            topic, values = message["report"]
+            if rank == 0:
+                self._hear(topic, values)
+        else:
+            replies[rank] = message["reply"]
+
+    def _refusal(self, rank: int, message: Mapping[str, Any]) -> WorkerError:
+        """What a process complains of; or the death of another, where that is what it complains of."""
+        end = time.monotonic() + _DEATHS
+        while len(self._processes) > 1 and time.monotonic() < end:
+            for other, process in enumerate(self._processes):
+                if process.poll() is not None:
+                    return self._death(other)
+            time.sleep(0.01)
+        return RefusedError(self._called(rank), message["kinds"], message["error"], rank=rank)
+
+    def _look(self, end: float, missing: Sequence[int], deadline: float) -> None:
+        """Raise for a process that is dead, or for those that are late."""
+        check()
+        for rank, process in enumerate(self._processes):
+            if process.poll() is not None and not self._has_news(rank):
+                raise self._death(rank)
+        if time.monotonic() > end:
+            late = " and ".join(map(str, missing))
+            raise WorkerError(
+                f"{self.name}: rank {late} of {len(self._processes)} gave no answer within {deadline:.0f} s and was killed; "
+                f"raise the deadline if the work needs longer. Last lines:\n{self._tail(missing[0])}",
+                rank=missing[0],
+            )
+
+    def _has_news(self, rank: int) -> bool:
+        return rank < len(self._connections) and self._connections[rank].poll()
+
+    def _death(self, rank: int) -> WorkerError:
+        """What a process died of."""
+        end = time.monotonic() + _ENDING
+        while self._processes[rank].poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        code = self._processes[rank].poll()
+        reason = {None: "hung up", -9: "was killed (signal 9: out of memory, or by hand)"}.get(
+            code, f"ended with exit code {code}"
+        )
+        return WorkerError(
+            f"{self._called(rank)} {reason}. Its last lines ({self._logs[rank]}):\n{self._tail(rank)}",
+            rank=rank,
+            exit_code=code,
+        )
+
+    def _called(self, rank: int) -> str:
+        return f"{self.name}, rank {rank} of {len(self._processes)}" if len(self._processes) > 1 else self.name
+
+    def _tail(self, rank: int) -> str:
+        lines = self._logs[rank].read_text(errors="replace").splitlines()[-_LAST_LINES:]
+        return "\n".join(f"  | {line}" for line in lines) or "  | (it printed nothing)"
+
+
+def _report(topic: str, values: dict[str, Any]) -> None:
+    report(topic, **values)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on right now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def _started(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, start: str | None
+) -> subprocess.Popen[bytes]:
+    """The process, or what runs it on another host and ends with it."""
+    if start is not None:
+        there = shlex.join([*command, worker.ELSEWHERE])
+        command = [part.replace("{command}", there) for part in shlex.split(start)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env=dict(environment) if start is None else None,
+            stdin=subprocess.DEVNULL if start is None else subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError), process.stdin as given:  # it is dead: `_look` says so
+            given.write(json.dumps(dict(environment)).encode() + b"\n")
+    return process

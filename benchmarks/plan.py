@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.plan_worker import Case
-from flows.planning.decoding import hf_memory
-from flows.planning.memory import Batch, training_memory
-from flows.planning.profiles import DeviceProfile, read_profile, seconds_of
+from flows.planning.machine import DeviceProfile, read_profile
+from flows.planning.memory import Batch, hf_memory, training_memory
 from flows.planning.shapes import shape_of
-from flows.planning.work import decoding_work, scoring_work, training_work
+from flows.planning.work import decoding_work, scoring_work, seconds_of, training_work
 from stages.rollout import HFBackendConfig
 from stages.training import TrainingConfig
 

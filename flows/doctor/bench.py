@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from flows.doctor.rates import measured_rates, median_seconds
-from flows.planning.machine import DEVICE_FILE
-from flows.planning.profiles import DeviceProfile, seconds_of
+from flows.planning.machine import DEVICE_FILE, DeviceProfile
 from flows.planning.shapes import ModelShape
-from flows.planning.work import Work, decoding_work, training_work
+from flows.planning.work import Work, decoding_work, seconds_of, training_work
 from flows.records import write_json
 from stages.training import TrainingConfig, native_bf16
 

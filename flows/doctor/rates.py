@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import psutil
 
 from flows.doctor.places import nearest
-from flows.planning.profiles import DeviceProfile
+from flows.planning.machine import DeviceProfile
 
 if TYPE_CHECKING:
     from flows.places import Places

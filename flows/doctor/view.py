@@ -13,7 +13,7 @@ from rich.table import Table
 from flows.doctor.examination import Report
 from flows.doctor.finding import Severity
 from flows.doctor.requirements import OURS
-from flows.planning.profiles import DeviceProfile
+from flows.planning.machine import DeviceProfile
 from flows.wording import duration, size
 
 __all__ = ["FORMAT", "as_json", "print_profile", "print_report", "verdict_of"]

@@ -1,6 +1,7 @@
-"""Bytes that training and scoring need on one device, part by part: what of a step is alive at its worst moment.
+"""Bytes that training, scoring and sampling need on one device, part by part: what is alive at the worst moment.
 
     training     weights + gradients + optimizer + reference + what forward keeps for backward + the head's + the rest
+    KV cache     2 L kv bytes a token                                L layers, kv = key heads * head size
 
 Legend: P parameters, N padded tokens of a micro-batch in rows of T, O of them scored, V vocabulary, n ranks. Parameters,
 gradients and optimizer state are float32 in every precision (`stages/training/config.py`); what is partitioned is divided by n
@@ -13,27 +14,43 @@ from dataclasses import dataclass
 from typing import Final
 
 from flows.planning.shapes import ModelShape
+from stages.rollout import HFBackendConfig, VLLMBackendConfig
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, TrainingConfig
 
 __all__ = [
+    "FLOAT",
+    "HALF",
     "Batch",
     "Memory",
+    "hf_memory",
     "kept_by_layer",
     "ranks_of",
+    "room_of_keys",
     "scoring_memory",
+    "side_by_side",
+    "token_bytes",
     "training_memory",
     "training_state",
+    "vllm_memory",
     "zero_stage_of",
 ]
 
 FLOAT: Final = 4
 HALF: Final = 2
+_GIB: Final = 2.0**30
 _SCORED: Final = 1 << 22
 """Logits that are widened to float32 at a time (`stages/kernels/logprobs.py`)."""
 _BUCKET: Final = 5e8
 """Numbers of DeepSpeed's default bucket for reductions (`reduce_bucket_size`), at most."""
 _LIVE: Final = 1e9
 """Parameters that ZeRO 3 keeps gathered, at most (`stage3_max_live_parameters`)."""
+_PREFILL: Final = 16_384
+"""Prompt tokens of a prefill forward (`stages/rollout/hf.py`)."""
+_FIRST_ROOM: Final = 64
+"""Tokens of room after the prompt at first, which grows by half (`stages/rollout/kv_cache.py`)."""
+_COPIES: Final = 5
+"""Of a step's logits in float32: as computed, over T, their log softmax, its exp, and that in blocks
+(`stages/rollout/sampling.py`)."""
 
 Memory = dict[str, float]
 """Bytes by part; their sum is the peak."""
@@ -53,7 +70,7 @@ class Batch:
 
     @classmethod
     def of(cls, rows: int, prompt: float, output: float, budget: int) -> Batch:
-        """The largest that a budget of padded tokens makes of so many rows of this length (`stages/training/batching.py`)."""
+        """Make the largest that a budget of padded tokens allows of so many rows (`stages/training/batching.py`)."""
         fitting = max(1, int(budget // (prompt + output)))
         return cls(min(rows, fitting), prompt, output, several=rows > fitting)
 
@@ -73,8 +90,21 @@ class Batch:
         return self.rows * self.output
 
 
+# ------------------------------------------------------------------------------------------------ training, scoring
+
+
+def ranks_of(config: TrainingConfig) -> int:
+    """Return how many devices share a training."""
+    return config.engine.ranks if isinstance(config.engine, DeepSpeedEngineConfig) else 1
+
+
+def zero_stage_of(config: TrainingConfig) -> int:
+    """Return the ZeRO stage, 0 where DeepSpeed does not train."""
+    return config.engine.zero_stage if isinstance(config.engine, DeepSpeedEngineConfig) else 0
+
+
 def training_state(parameters: float, shape: ModelShape, config: TrainingConfig, trained: float) -> Memory:
-    """Weights, gradients and optimizer state on one device, offloaded parts left out.
+    """Return weights, gradients and optimizer state on one device, offloaded parts left out.
 
     Args:
         parameters: all of the model's.
@@ -82,14 +112,14 @@ def training_state(parameters: float, shape: ModelShape, config: TrainingConfig,
     """
     engine, stage, ranks = config.engine, zero_stage_of(config), ranks_of(config)
     offload = engine.offload if isinstance(engine, DeepSpeedEngineConfig) else "none"
-    share = ranks if stage else 1
-    moments = 2.0 * trained if isinstance(config.optimizer, AdamWConfig) else _muon(trained, shape)
+    adamw = isinstance(config.optimizer, AdamWConfig)
+    # Muon has one momentum a matrix of the layers, and two moments for the rest.
+    moments = 2.0 * trained if adamw else shape.matrices + 2 * (trained - shape.matrices)
     masters = trained if stage else 0.0  # ZeRO's optimizer steps on a flat copy, in float32 mode too
-    host = offload != "none"
     return {
         "weights": 0.0 if offload == "parameters" else FLOAT * parameters / (ranks if stage == 3 else 1),
         "gradients": FLOAT * trained / (ranks if stage >= 2 else 1),
-        "optimizer": 0.0 if host else FLOAT * (moments + masters) / share,
+        "optimizer": 0.0 if offload != "none" else FLOAT * (moments + masters) / (ranks if stage else 1),
     }
 
 
@@ -102,40 +132,38 @@ def training_memory(
     head: bool = True,
     gathers: bool = True,
 ) -> Memory:
-    """The peak of an optimizer step, the engine having its optimizer state.
+    """Return the peak of an optimizer step, the engine having its optimizer state.
 
     Args:
-        reference: a frozen copy of the model stands beside it.
+        reference: a frozen copy of the model is in memory too.
         head: a language model; False: a critic or a reward model, whose logits are one number a row or token.
         gathers: checkpoints are gathered in the same memory, as on a CPU; a GPU hands them to its host parameter by parameter.
     """
     parameters = shape.parameters if head else shape.trunk
     trained = parameters if config.adapter is None else shape.adapter(config.adapter.r)
     total = parameters + (0 if config.adapter is None else trained)
-    state = training_state(total, shape, config, trained)
-    casts = HALF * (shape.matrices + (shape.embedding if head else 0)) if config.precision == "bf16" else 0.0
-    moments = _moments_of_a_step(shape, config, batch, head=head)
-    gradients = 0.0 if batch.several else -state["gradients"]  # of a first micro-batch none is there until backward
+    state, stage = training_state(total, shape, config, trained), zero_stage_of(config)
     found = {**state, "reference": FLOAT * total if reference else 0.0}
-    stage = zero_stage_of(config)
     if stage:
         found["buffers"] = _buffers(trained, shape, stage, ranks_of(config))
-    forward = {"activations": moments.kept + moments.passing, "logits": moments.logits, "casts": casts}
-    worst = max(
-        (
-            {**forward, "gradients": state["gradients"] + gradients},
-            {"tables": moments.backward},
-            _gathered(state, total, trained, stage if gathers else 0),
-        ),
-        key=lambda parts: sum((found | parts).values()),
-    )
+    logits = _logits(shape, batch, config.precision, config.max_logits, backward=True) if head else 0.0
+    forward = {
+        "activations": _activations(shape, config, batch, logits),
+        "logits": logits,
+        "casts": HALF * (shape.matrices + (shape.embedding if head else 0)) if config.precision == "bf16" else 0.0,
+        # Of a first micro-batch there is no gradient until backward.
+        "gradients": state["gradients"] if batch.several else 0.0,
+    }
+    backward = {"tables": _tables(shape, config, batch, head=head)}
+    writing = _gathered(state, total, trained, stage if gathers else 0)
+    worst = max((forward, backward, writing), key=lambda parts: sum((found | parts).values()))
     return {name: size for name, size in (found | worst).items() if size}
 
 
 def scoring_memory(
     shape: ModelShape, batch: Batch, *, precision: str, attention: str, max_logits: int | None, head: bool = True
 ) -> Memory:
-    """A forward pass without gradients: weights, one layer at a time, and the logits."""
+    """Return the peak of a forward pass without gradients: weights, one layer at a time, and the logits."""
     parameters = shape.parameters if head else shape.trunk
     found = {
         "weights": FLOAT * float(parameters),
@@ -147,12 +175,12 @@ def scoring_memory(
 
 
 def kept_by_layer(shape: ModelShape, batch: Batch, precision: str, attention: str) -> float:
-    """What one layer keeps for backward.
+    """Return what one layer keeps for backward.
 
     fp32, a token: the residual stream and its norm twice, with what each projection reads (6 H); q, k, v as attention's
     products have them and its output (4 q); gate, its activation, up and their product (4 I). Eager attention keeps its
     weights, heads T^2 a row. bf16: autocast casts the input of each projection anew (26 H bytes) and halves the rest; the
-    softmax is in float32 beside its cast (6 bytes a weight).
+    softmax is in float32 with its cast (6 bytes a weight).
     """
     tokens, hidden, width = batch.tokens, shape.hidden, shape.queries
     pairs = batch.rows * shape.heads * batch.length**2
@@ -163,35 +191,18 @@ def kept_by_layer(shape: ModelShape, batch: Batch, precision: str, attention: st
     return tokens * values + ((FLOAT + HALF) * pairs if attention == "eager" else 0.0)
 
 
-@dataclass(frozen=True)
-class _Moments:
-    """Beyond the state, at the two moments that can be the worst."""
-
-    kept: float
-    passing: float
-    logits: float
-    backward: float
-    """At the end of backward: gradients of the embedding's size that are not yet added up."""
-
-    @property
-    def forward(self) -> float:
-        """At the end of forward, where backward begins."""
-        return self.kept + self.passing + self.logits
-
-
-def _moments_of_a_step(shape: ModelShape, config: TrainingConfig, batch: Batch, *, head: bool) -> _Moments:
+def _activations(shape: ModelShape, config: TrainingConfig, batch: Batch, logits: float) -> float:
+    """Return what the layers keep and what comes and goes inside one, at the end of forward."""
     layer = kept_by_layer(shape, batch, config.precision, config.attention)
     passing = _passing(shape, batch, config.precision, config.attention)
-    logits = _logits(shape, batch, config.precision, config.max_logits, backward=True) if head else 0.0
     if config.activation_checkpointing:
         # One layer is computed again when the logits are gone.
-        kept = FLOAT * batch.tokens * shape.hidden * shape.layers
-        return _Moments(kept, max(0.0, layer + passing - logits), logits, _tables(shape, config, batch, head=head))
-    return _Moments(shape.layers * layer, passing, logits, _tables(shape, config, batch, head=head))
+        return FLOAT * batch.tokens * shape.hidden * shape.layers + max(0.0, layer + passing - logits)
+    return shape.layers * layer + passing
 
 
 def _passing(shape: ModelShape, batch: Batch, precision: str, attention: str) -> float:
-    """What comes and goes inside a layer: two of the MLP's products, or of eager attention three weights less the MLP."""
+    """Return what comes and goes inside a layer: two products of the MLP, or three of eager weights less these."""
     size = FLOAT if precision == "fp32" else HALF
     inner = 2 * size * batch.tokens * shape.intermediate
     pairs = batch.rows * shape.heads * batch.length**2 if attention == "eager" else 0.0
@@ -199,7 +210,7 @@ def _passing(shape: ModelShape, batch: Batch, precision: str, attention: str) ->
 
 
 def _logits(shape: ModelShape, batch: Batch, precision: str, most: int | None, *, backward: bool) -> float:
-    """The logits, their gradient and what is widened at a time; in chunks, two of a chunk and a gradient of the head's size."""
+    """Return the logits, their gradient and what is widened at a time; of chunks two, and a gradient of the head's size."""
     count = batch.scored * shape.vocabulary
     size = FLOAT if precision == "fp32" else HALF
     if most is not None and count > most:
@@ -208,37 +219,81 @@ def _logits(shape: ModelShape, batch: Batch, precision: str, most: int | None, *
 
 
 def _tables(shape: ModelShape, config: TrainingConfig, batch: Batch, *, head: bool) -> float:
-    """Gradients of embedding and head at the end of backward: a tied one has two, and their sum, before they are one."""
+    """Return the gradients of embedding and head at the end of backward: of a tied one two, and their sum."""
     if config.adapter is not None:
         return 0.0
     copies = 2 if head and shape.tied else 1
     return FLOAT * shape.embedding * (copies + (1 if batch.several else 0))
 
 
-def _muon(trained: float, shape: ModelShape) -> float:
-    """One momentum a matrix of the layers, two moments for the rest."""
-    return shape.matrices + 2 * (trained - shape.matrices)
-
-
 def _gathered(state: Memory, total: float, trained: float, stage: int) -> Memory:
-    """While a checkpoint is written: the optimizer's moments whole on the first rank, under ZeRO 3 the weights too
+    """Return what is there while a checkpoint is written: the moments whole on the first rank, under ZeRO 3 the weights too
     (`stages/training/deepspeed_engine.py: DeepSpeedEngine.save`). Gradients are gone, but for ZeRO 3's buffer of them."""
     whole = 2 * trained * (stage > 0) + total * (stage == 3)
     return {"gathered": FLOAT * whole, "gradients": state["gradients"] if stage == 3 else 0.0}
 
 
-def ranks_of(config: TrainingConfig) -> int:
-    """Devices that share a training."""
-    return config.engine.ranks if isinstance(config.engine, DeepSpeedEngineConfig) else 1
-
-
-def zero_stage_of(config: TrainingConfig) -> int:
-    """0 where DeepSpeed does not train."""
-    return config.engine.zero_stage if isinstance(config.engine, DeepSpeedEngineConfig) else 0
-
-
 def _buffers(trained: float, shape: ModelShape, stage: int, ranks: int) -> float:
-    """DeepSpeed's own: the bucket that gradients are reduced in; under ZeRO 3 the layers that are gathered meanwhile."""
+    """Return DeepSpeed's own: the bucket that gradients are reduced in; under ZeRO 3 the layers that are gathered meanwhile."""
     bucket = FLOAT * min(_BUCKET, trained) if ranks > 1 else 0.0
     gathered = FLOAT * min(_LIVE, 2 * shape.layer + shape.embedding) if stage == 3 else 0.0
     return bucket + gathered
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+def token_bytes(shape: ModelShape, bytes_a_number: int) -> float:
+    """Return the bytes of one token in the KV cache."""
+    return 2.0 * shape.layers * shape.keys * bytes_a_number
+
+
+def room_of_keys(prompt: float, output: float, longest: float) -> float:
+    """Return the last width of the `hf` KV cache: prompt and 64, then by half as much again, `longest` outputs at most."""
+    columns = prompt + longest
+    room = min(columns, prompt + _FIRST_ROOM)
+    while room < prompt + output:
+        room = min(columns, max(room + 1, room * 3 // 2))
+    return room
+
+
+def hf_memory(
+    shape: ModelShape, backend: HFBackendConfig, *, outputs: int, group: int, prompt: float, longest: float, half: bool
+) -> Memory:
+    """Return the peak of our own decoding loop: the last token of the longest output, or the prefill where that is more.
+
+    Args:
+        outputs: of the whole call; `batch_rows` of them are decoded at once.
+        half: bfloat16.
+    """
+    size = HALF if half else FLOAT
+    rows = min(backend.batch_rows, outputs)
+    room = room_of_keys(prompt, longest, longest)
+    keys = rows * room * token_bytes(shape, size)
+    # While a layer's cache grows its old and its new keys are there.
+    growing = rows * room * 2.0 * shape.keys * size / 2 if room > prompt + _FIRST_ROOM else 0.0
+    scores = rows * shape.heads * room * (FLOAT + 2 * size)
+    step = rows * (2 * shape.intermediate + 4 * shape.hidden) * size + scores
+    prefilled = min(max(1, -(-rows // group)), max(1, int(_PREFILL // prompt)))
+    first = prefilled * prompt * (3 * shape.intermediate + 4 * shape.hidden) * size
+    first += prefilled * shape.heads * prompt**2 * (FLOAT + 2 * size)
+    return {
+        "weights": size * float(shape.parameters),
+        "keys and values": keys + growing,
+        "activations": max(step, first),
+        "logits": rows * shape.vocabulary * (_COPIES * FLOAT + (HALF if half else 0)),
+    }
+
+
+def vllm_memory(shape: ModelShape, backend: VLLMBackendConfig, *, memory: float, half: bool, cpu: bool) -> Memory:
+    """Return vLLM's share of a GPU, which it takes whole, keys in what the weights leave; on a CPU as much as is configured."""
+    weights = (HALF if half else FLOAT) * float(shape.parameters) / backend.tensor_parallel_size
+    if cpu:
+        return {"weights": weights, "keys and values": backend.cpu_kv_cache_gib * _GIB}
+    return {"weights": weights, "keys and values": max(0.0, backend.gpu_memory_utilization * memory - weights)}
+
+
+def side_by_side(shape: ModelShape, backend: VLLMBackendConfig, parts: Memory, length: float, size: int) -> int:
+    """Return how many outputs of so many tokens vLLM decodes at once, in the keys that it has, of `size` bytes a number."""
+    each = token_bytes(shape, size) * length / backend.tensor_parallel_size
+    return int(min(backend.max_num_seqs, parts["keys and values"] // each))

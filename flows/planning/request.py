@@ -1,27 +1,47 @@
-"""From a configuration and what the command line says to everything a plan is made from."""
+"""From a configuration and the command line to everything a plan is made from. Nothing is computed, downloaded or changed.
+
+Lengths and sizes that no configuration knows come from the last run of the same name, else from assumptions that are printed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final
 
-from flows.config import IterativeRLConfig
+from flows.bootstrap import below
+from flows.config import ArithmeticData, FileData, IterativeRLConfig
 from flows.doctor.places import nearest
+from flows.ledger import Ledger, read_ledger
 from flows.places import Places
 from flows.planning.cached import Progress, progress_of
-from flows.planning.given import Given
-from flows.planning.lengths import lengths_for, sft_steps_of, sizes_for
 from flows.planning.machine import machine_of, on_devices
-from flows.planning.model import shape_for
+from flows.planning.shapes import shape_for
+from flows.planning.work import Given, Lengths
+from flows.records import read_records
+from pipeline.config import ConfigError
+from pipeline.store import Store, StoreError, use_store
+from stages.tables import Rollouts
 
-__all__ = ["Request", "Subject", "subject_of"]
+__all__ = ["Request", "Subject", "lengths_for", "sizes_for", "subject_of"]
+
+_SHARE: Final = 0.5
+"""Of the longest output; ours."""
+_PROMPTS: Final = {"arithmetic": 17.0, "files": 128.0}
+"""Tokens of a prompt: of the built-in world's questions as characters, of word problems with an instruction; ours."""
+_KNOWN_SETS: Final = {"gsm8k_test.jsonl": 1319, "math_test.jsonl": 5000}
+"""Questions of published test sets (Cobbe et al. 2021; Hendrycks et al. 2021), where the file is not here."""
+_QUESTIONS: Final = 1000
+"""Of any other set that is not here; ours."""
+_AS_MEASURED: Final = "as those of the last step that was run"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line says beside the configuration; None: nothing."""
+    """Options of the command line; None: not given."""
 
     device: str | None = None
     gpus: int | None = None
@@ -41,11 +61,11 @@ class Subject:
     progress: Progress
     assumptions: tuple[str, ...]
     free: float | None = None
-    """Bytes that are free on the disk of the root; None: nobody can say."""
+    """Bytes that are free on the disk of the root; None: unknown."""
 
 
 def subject_of(config: IterativeRLConfig, places: Places, request: Request) -> Subject:
-    """Look everything up that a plan needs; nothing is computed, downloaded or changed.
+    """Look everything up that a plan needs.
 
     Raises:
         ConfigError: see `machine_of`, `shape_for`, `lengths_for`.
@@ -61,33 +81,120 @@ def subject_of(config: IterativeRLConfig, places: Places, request: Request) -> S
         config, places, store, progress.ledger, prompt=request.prompt_tokens, output=request.mean_output_tokens
     )
     sizes, of_sizes = sizes_for(config)
-    steps = sft_steps_of(store, progress.ledger)
-    of_steps = ["supervised fine-tuning takes all of sft.max_steps"] if config.sft and steps is None else []
-    given = Given(
-        config=config,
-        shape=shape,
-        profile=machine.profile,
-        memory=machine.memory,
-        lengths=lengths,
-        half=machine.half,
-        gpus=machine.gpus,
-        nodes=machine.nodes,
-        sizes=sizes,
-        sft_steps=steps,
-    )
-    said = [*of_devices, *of_shape, *of_lengths, *of_sizes, *of_steps, *machine.assumptions, *_uncounted(config)]
-    return Subject(given, progress, tuple(said), _free(places))
-
-
-def _free(places: Places) -> float | None:
+    given = Given(config, shape, machine, lengths, sizes, _sft_steps(store, progress.ledger))
+    assumed = [*of_devices, *of_shape, *of_lengths, *of_sizes, *_uncounted(given)]
+    free = None
     with contextlib.suppress(OSError):
-        return float(shutil.disk_usage(nearest(places.root)).free)
+        free = float(shutil.disk_usage(nearest(places.root)).free)
+    return Subject(given, progress, tuple(assumed), free)
+
+
+def lengths_for(
+    config: IterativeRLConfig,
+    places: Places,
+    store: Store,
+    ledger: Ledger,
+    *,
+    prompt: float | None,
+    output: float | None,
+) -> tuple[Lengths, list[str]]:
+    """Return tokens of prompts and outputs, and where they come from.
+
+    Args:
+        prompt, output: from the command line; they win.
+
+    Raises:
+        ConfigError: a mean beyond the longest output, or no positive number.
+    """
+    longest = config.rollout.max_output_tokens
+    if output is not None and not 0 < output <= longest:
+        raise ConfigError(
+            f"--mean-output-tokens: expected above 0, at most rollout.max_output_tokens={longest}, found {output:g}"
+        )
+    if prompt is not None and prompt < 1:
+        raise ConfigError(f"--prompt-tokens: expected at least 1, found {prompt:g}")
+    said: list[str] = []
+    found = {} if prompt and output else _measured(config, places, store, ledger)
+    if output is None:
+        output = found.get("output", _SHARE * longest)
+        why = f", {_AS_MEASURED}" if "output" in found else ", half of the longest (--mean-output-tokens)"
+        said.append(f"outputs have {output:.0f} tokens{why}")
+    if prompt is None:
+        prompt = found.get("prompt", _PROMPTS[config.data.kind])
+        why = f", {_AS_MEASURED}" if "prompt" in found else " (--prompt-tokens)"
+        said.append(f"prompts have {prompt:.0f} tokens{why}")
+    said.append(f"in every batch some output has all {longest} tokens, and no two outputs of a group are equal")
+    return Lengths(prompt, output, longest), said
+
+
+def sizes_for(config: IterativeRLConfig) -> tuple[dict[str, int], list[str]]:
+    """Return the questions of every held-out set, and what was assumed about them."""
+    match config.data:
+        case ArithmeticData():
+            return {name: part.count for name, part in config.data.evaluation.items()}, []
+        case FileData():
+            found, said = {}, []
+            for name, part in config.data.evaluation.items():
+                count = _lines(Path(below(config.data.path, part).path).expanduser())
+                if count is None:
+                    count = _KNOWN_SETS.get(Path(part.path).name, _QUESTIONS)
+                    said.append(f"data.evaluation.{name} is not here: {count} questions")
+                found[name] = count if part.limit is None else min(count, part.limit)
+            return found, said
+
+
+def _sft_steps(store: Store, ledger: Ledger) -> int | None:
+    """Return the optimizer steps of the supervised fine-tuning that the store has; None: it has none."""
+    for key, call in ledger.calls.items():
+        if call.stage == "supervised_finetuning":
+            with contextlib.suppress(StoreError):
+                return int(store.action(key)["metrics"]["sft/steps"])
     return None
 
 
-def _uncounted(config: IterativeRLConfig) -> list[str]:
-    """What the plan leaves out."""
-    said = []
+def _measured(config: IterativeRLConfig, places: Places, store: Store, ledger: Ledger) -> dict[str, float]:
+    """Return mean lengths of the outputs of a step: this configuration's last, else that of the last run of its name."""
+    for known in _ledgers(config, places, ledger):
+        for made in reversed(known.steps.values()):
+            if "rollout" in made and (found := _means(store, made["rollout"])):
+                return found
+    return {}
+
+
+def _ledgers(config: IterativeRLConfig, places: Places, ledger: Ledger) -> Iterator[Ledger]:
+    yield ledger
+    for record in reversed(list(read_records(places))):
+        if record.name == config.name and (known := read_ledger(record.folder)) is not None:
+            yield known
+
+
+def _means(store: Store, digest: str) -> dict[str, float]:
+    import pyarrow.compute as pc
+
+    with contextlib.suppress(StoreError, ValueError, OSError), use_store(store):  # pruned, or moved away
+        table: Any = Rollouts(digest).read(["prompt_ids", "output_ids"])
+        means = {
+            name: pc.mean(pc.list_value_length(table.column(f"{name}_ids"))).as_py() for name in ("prompt", "output")
+        }
+        return {name: float(mean) for name, mean in means.items() if mean}
+    return {}
+
+
+def _lines(file: Path) -> int | None:
+    """Count the rows of a file with one question a line; None: it is not here, or of another format."""
+    if file.suffix != ".jsonl" or not file.is_file():  # a pipe would never end
+        return None
+    with contextlib.suppress(OSError), file.open("rb") as lines:
+        return sum(1 for line in lines if line.strip())
+    return None
+
+
+def _uncounted(given: Given) -> list[str]:
+    """Name what the plan leaves out or takes at its most, and where the rates come from."""
+    config, said = given.config, []
+    if config.sft and given.sft_steps is None:
+        said.append("supervised fine-tuning takes all of sft.max_steps")
+    said += given.machine.assumptions
     if config.dynamic_sampling:
         said.append("no further draws of dynamic_sampling")
     if config.reward_model is not None and config.reward_model.step_labels.kind == "monte_carlo":

@@ -1,4 +1,4 @@
-"""The shape of a decoder: how many numbers it has, and where. Read from a config.json; no weights, no torch.
+"""The shape of a decoder: how many parameters it has, and where. Read from a config.json, without weights and without torch.
 
 Architectures with gated MLPs and RMS norms (Llama, Mistral, Qwen2, Qwen3), whose parameters a layer are
 
@@ -6,26 +6,52 @@ Architectures with gated MLPs and RMS norms (Llama, Mistral, Qwen2, Qwen3), whos
     gate, up, down           3 H I
     two norms                2 H
 
-with H the hidden size and I the intermediate size; the rest is the embedding V H, the final norm and, unless it is tied, the
+with H the hidden size and I the intermediate size. The rest is the embedding V H, the final norm and, unless it is tied, the
 output head V H.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from flows.config import IterativeRLConfig
+from flows.ledger import Ledger
+from flows.places import Places
+from flows.pretrained import PretrainedPolicy
 from pipeline.config import ConfigError
+from stages.sft import PolicyConfig
+from stages.tokenizers import BPETokenizerConfig
 
-__all__ = ["KNOWN_SHAPES", "ModelShape", "known_shape", "read_shape", "shape_of"]
+__all__ = ["KNOWN_SHAPES", "ModelShape", "known_shape", "read_shape", "shape_for", "shape_of"]
 
 _NEEDED: Final = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _QKV_BIAS: Final = {"qwen2": True, "llama": False, "mistral": False, "qwen3": False}
 """Supported model types, and whether their q, k and v projections have a bias unless `attention_bias` says otherwise."""
-_QK_NORM: Final = ("qwen3",)
+_MAKERS: Final = ("create_policy", "import_checkpoint", "fetch_checkpoint")
+"""Stages that make a policy from nothing, a folder or the hub."""
+_CHARACTERS: Final = 64
+"""Vocabulary of a character tokenizer that was not made yet; ours: it has as many as the demonstrations (the demo's 26)."""
+_DEFAULTS: Final[dict[str, dict[str, int]]] = {
+    "qwen2": {
+        "hidden_size": 4096,
+        "intermediate_size": 22_016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+    "llama": {
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+}
+"""transformers 5.19's Qwen2Config and LlamaConfig: what a policy made from scratch has where its settings are silent."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +59,7 @@ class ModelShape:
     """What formulas need of a model."""
 
     name: str
-    """What it is called, and where that was read."""
+    """Its name, or where it was read from."""
     hidden: int
     intermediate: int
     layers: int
@@ -98,10 +124,10 @@ class ModelShape:
 
 
 def shape_of(description: Mapping[str, Any], name: str) -> ModelShape:
-    """The shape that a config.json describes.
+    """Return the shape that a config.json describes.
 
     Raises:
-        ConfigError: fields that are missing or no positive integers, or a model type whose formulas are not known here.
+        ConfigError: fields are missing or no positive integers, or the formulas of the model type are not known here.
     """
     kind = description.get("model_type", "llama")
     if kind not in _QKV_BIAS:
@@ -129,13 +155,13 @@ def shape_of(description: Mapping[str, Any], name: str) -> ModelShape:
         tied=bool(description.get("tie_word_embeddings", False)),
         qkv_bias=bool(bias),
         output_bias=bool(bias) and kind in ("llama", "mistral"),
-        qk_norm=kind in _QK_NORM,
+        qk_norm=kind == "qwen3",
         window=description.get("max_position_embeddings"),
     )
 
 
 def read_shape(file: Path) -> ModelShape:
-    """The shape that a config.json, or a folder with one, describes.
+    """Read the shape from a config.json, or from a folder with one.
 
     Raises:
         ConfigError: no such file, no JSON object, or as `shape_of`.
@@ -151,10 +177,71 @@ def read_shape(file: Path) -> ModelShape:
 
 
 def known_shape(name: str) -> ModelShape | None:
-    """A shape by the last part of a model's path, whatever its suffix: `deepseek-math-7b-instruct`; None: not known."""
+    """Find a shape by the last part of a model's path, whatever its suffix: `deepseek-math-7b-instruct`. None: not known."""
     last = name.rstrip("/").rsplit("/", 1)[-1].lower()
     found = [known for known in KNOWN_SHAPES if last.startswith(known)]
     return None if not found else replace(KNOWN_SHAPES[found[0]], name=f"{found[0]}, a known shape")
+
+
+def shape_for(
+    config: IterativeRLConfig, places: Places, ledger: Ledger, file: Path | None
+) -> tuple[ModelShape, list[str]]:
+    """Return the policy's shape, and what was assumed about it. No model is loaded or downloaded.
+
+    Args:
+        ledger: the calls that the store has; the policy's own config.json wins over a guess.
+        file: `--model-config`, which wins over everything.
+
+    Raises:
+        ConfigError: no config.json was found, or it lacks something.
+    """
+    if file is not None:
+        return read_shape(file), []
+    for call in ledger.calls.values():
+        made = places.payload(call.digest) / "config.json"  # not verified: that would read all weights
+        if call.stage in _MAKERS and made.is_file():
+            return read_shape(made), []
+    if isinstance(config.policy, PolicyConfig):
+        return _scratch_shape(config.policy)
+    return _pretrained_shape(config.policy)
+
+
+def _scratch_shape(policy: PolicyConfig) -> tuple[ModelShape, list[str]]:
+    vocabulary, assumed = (
+        _CHARACTERS,
+        [f"a vocabulary of {_CHARACTERS} characters, since the tokenizer is not made yet"],
+    )
+    if isinstance(policy.tokenizer, BPETokenizerConfig):
+        vocabulary, assumed = policy.tokenizer.vocab_size, []
+    known = _DEFAULTS.get(policy.architecture, {})
+    description = {"model_type": policy.architecture, **known, **policy.settings, "vocab_size": vocabulary}
+    return shape_of(description, "policy.settings"), assumed
+
+
+def _pretrained_shape(policy: PretrainedPolicy) -> tuple[ModelShape, list[str]]:
+    folder = Path(policy.path).expanduser()
+    if (folder / "config.json").is_file():
+        return read_shape(folder), []
+    if (found := _in_hub_cache(policy)) is not None:
+        return read_shape(found), []
+    if (shape := known_shape(policy.path)) is not None:
+        return shape, [f"the model is not here: {policy.path} is taken for a {shape.name}"]
+    raise ConfigError(
+        f"policy.path: {policy.path} is no folder with a config.json here, and no known shape ({', '.join(KNOWN_SHAPES)}); "
+        "name the model's config.json with --model-config"
+    )
+
+
+def _in_hub_cache(policy: PretrainedPolicy) -> Path | None:
+    """Return the config.json of a hub model that was fetched before."""
+    if "/" not in policy.path:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    with contextlib.suppress(ValueError):  # a path that is no repository's name
+        found = try_to_load_from_cache(policy.path, "config.json", revision=policy.revision)
+        return Path(found) if isinstance(found, str) else None
+    return None
 
 
 def _positive(value: Any) -> bool:
@@ -163,10 +250,8 @@ def _positive(value: Any) -> bool:
 
 def _qwen(hidden: int, intermediate: int, layers: int, heads: int) -> ModelShape:
     """Qwen2 and Qwen2.5 of below 3 B parameters: two key heads, tied."""
-    size = hidden // heads
-    return ModelShape(
-        "", hidden, intermediate, layers, heads, 2, size, 151_936, tied=True, qkv_bias=True, window=32_768
-    )
+    sizes = (hidden, intermediate, layers, heads, 2, hidden // heads, 151_936)
+    return ModelShape("", *sizes, tied=True, qkv_bias=True, window=32_768)
 
 
 KNOWN_SHAPES: Final = {
@@ -175,5 +260,5 @@ KNOWN_SHAPES: Final = {
     "qwen2.5-1.5b": _qwen(1536, 8960, 28, 12),
     "qwen2.5-math-1.5b": replace(_qwen(1536, 8960, 28, 12), window=4096),
 }
-"""Of models that need not be there: what the config.json says that their authors publish (deepseek-ai/deepseek-math-7b-base,
+"""Models that need not be there, by the config.json that their authors publish (deepseek-ai/deepseek-math-7b-base,
 Qwen/Qwen2.5-0.5B-Instruct, Qwen/Qwen2.5-1.5B-Instruct and Qwen/Qwen2.5-Math-1.5B on the hub)."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, Final
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows.planning.advice import Change, changes_of, remedy_for, space_saved
-from flows.planning.plan import Plan
+from flows.planning.plan import Change, Plan, Settings, changes_of, remedy_for, space_saved
 from flows.planning.request import Subject
 from flows.wording import duration, number, size
 
@@ -26,48 +26,58 @@ _PARTS: Final = ("weights", "gradients", "optimizer", "reference", "activations"
 
 
 def print_plan(plan: Plan, subject: Subject, out: Console) -> None:
-    """Memory, time and disk by stage, the verdict with what to change, what is there already, and every assumption once."""
-    given = plan.given
-    shape = given.shape
-    devices = f"{given.gpus} x {given.nodes} devices" if given.gpus * given.nodes > 1 else "one device"
+    """Print memory, time and disk by stage, the verdict with what to change, what is there already, and every assumption."""
+    given, machine = plan.given, plan.given.machine
+    devices = f"{machine.gpus} x {machine.nodes} devices" if machine.gpus * machine.nodes > 1 else "one device"
     out.print(
-        f"[bold]{given.config.name}[/]  {number(shape.parameters)} parameters ({escape(shape.name)}), {devices} of "
-        f"{_gib(given.memory)}, {given.profile.name}",
+        f"[bold]{given.config.name}[/]  {number(given.shape.parameters)} parameters ({escape(given.shape.name)}), "
+        f"{devices} of {_gib(machine.memory)}, {machine.profile.name}",
         soft_wrap=True,
     )
     out.print(_memory(plan))
-    _print_verdict(plan, out)
+    for line in _verdict(plan):
+        out.print(line, soft_wrap=True)
     out.print()
     out.print(_cost(plan))
-    _print_totals(plan, subject, out)
+    for line in _totals(plan, subject):
+        out.print(line, soft_wrap=True)
     out.print("\n[bold]assumed[/]")
-    for text in (*subject.assumptions, *_of_memory(plan)):
+    for text in _assumptions(plan, subject):
         out.print(f"  - {escape(text)}", soft_wrap=True)
 
 
 def as_json(plan: Plan, subject: Subject) -> str:
-    """The plan as JSON: bytes, seconds, FLOPs."""
-    taken, final = remedy_for(plan) if plan.missing > 0 else ([], plan)
-    given, progress = plan.given, subject.progress
+    """Return the plan as JSON: bytes, seconds, FLOPs."""
+    taken, final = remedy_for(plan)
+    given, progress, machine = plan.given, subject.progress, plan.given.machine
+    step_seconds, step_disk = plan.of_a_step()
     about: dict[str, Any] = {
         "format": FORMAT,
         "name": given.config.name,
         "parameters": given.shape.parameters,
         "model": given.shape.name,
-        "device": {"name": given.profile.name, "memory": given.memory, "gpus": given.gpus, "nodes": given.nodes},
+        "device": {
+            "name": machine.profile.name,
+            "memory": machine.memory,
+            "gpus": machine.gpus,
+            "nodes": machine.nodes,
+        },
         "peak": plan.peak,
         "overhead": plan.overhead,
         "fits": plan.missing <= 0,
         "missing": max(0.0, plan.missing),
         "fullest": plan.worst.name,
-        "changes": [_change(change) for change in (changes_of(plan) if plan.missing > 0 else [])],
+        "changes": [
+            {"text": change.text, "settings": dict(change.settings), "saves": change.saves, "fits": change.fits}
+            for change in (changes_of(plan) if plan.missing > 0 else [])
+        ],
         "remedy": {"settings": _together(taken), "peak": final.peak, "fits": final.missing <= 0},
         "seconds": plan.seconds,
-        "step_seconds": plan.step_seconds,
+        "step_seconds": step_seconds,
         "disk": plan.disk,
         "kept": plan.kept,
         "free": subject.free,
-        "step_disk": plan.step_disk,
+        "step_disk": step_disk,
         "stages": [
             {
                 "name": stage.name,
@@ -84,21 +94,25 @@ def as_json(plan: Plan, subject: Subject) -> str:
             for stage in plan.stages
         ],
         "calls": {"found": progress.found, "total": progress.total, "steps": progress.steps, "note": progress.note},
-        "assumptions": [*subject.assumptions, *_of_memory(plan)],
+        "assumptions": _assumptions(plan, subject),
     }
     return json.dumps(about, indent=2, ensure_ascii=False)
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    """Make a table of numbers, a row per stage."""
+    table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    return table
 
 
 def _memory(plan: Plan) -> Table:
     """GiB of the fullest device, by stage and part."""
     shown = [part for part in _PARTS if any(stage.memory.get(part) for stage in plan.stages)]
     unit, name = (_GIB, "GiB") if plan.worst.peak > _GIB else (2.0**20, "MiB")
-    table = Table(box=None, padding=(0, 2, 0, 0), title=f"memory of the fullest device, {name}", title_justify="left")
-    for column in ("stage", *shown, "rest", "kept by others", "peak"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    for stage in plan.stages:
-        if not stage.memory:
-            continue
+    table = _table(f"memory of the fullest device, {name}", ["stage", *shown, "rest", "kept by others", "peak"])
+    for stage in (stage for stage in plan.stages if stage.memory):
         rest = sum(size_ for part, size_ in stage.memory.items() if part not in shown)
         parts = [*(stage.memory.get(part, 0.0) for part in shown), rest, stage.held]
         cells = [f"{part / unit:,.1f}" if part else "" for part in parts]
@@ -107,27 +121,32 @@ def _memory(plan: Plan) -> Table:
     return table
 
 
-def _print_verdict(plan: Plan, out: Console) -> None:
-    total = f"{_gib(plan.peak)} with {_gib(plan.overhead)} for what no formula counts, of {_gib(plan.given.memory)}"
+def _verdict(plan: Plan) -> list[str]:
+    """Whether it fits, and if not, changes one by one and together."""
+    total = (
+        f"{_gib(plan.peak)} with {_gib(plan.overhead)} for what no formula counts, of {_gib(plan.given.machine.memory)}"
+    )
     if plan.missing <= 0:
-        out.print(f"[green]fits[/]: {total}", soft_wrap=True)
-        return
-    out.print(f"[bold red]does not fit[/] by {_gib(plan.missing)}, in {plan.worst.name}: {total}", soft_wrap=True)
+        return [f"[green]fits[/]: {total}"]
+    lines = [f"[bold red]does not fit[/] by {_gib(plan.missing)}, in {plan.worst.name}: {total}"]
     for change in changes_of(plan)[:_NAMED]:
-        ends = "[green]fits[/]" if change.fits else f"still {_gib(change.plan.missing)} too much"
+        ends = _ends(change.plan, "[green]fits[/]")
         text = f"saves {_gib(change.saves)}, {ends}: {change.text}"
-        out.print(f"  -> {text}\n       {escape(change.option)}", soft_wrap=True)
+        lines.append(f"  -> {text}\n       {escape(_options(change.settings))}")
     taken, final = remedy_for(plan)
     if len(taken) > 1:
-        ends = "fits" if final.missing <= 0 else f"still {_gib(final.missing)} too much"
-        settings = " ".join(f"--set {key}={value}" for key, value in _together(taken).items())
-        out.print(f"  together ({ends}, {duration(final.seconds)} in all): {escape(settings)}", soft_wrap=True)
+        settings = escape(_options(_together(taken)))
+        lines.append(f"  together ({_ends(final, 'fits')}, {duration(final.seconds)} in all): {settings}")
+    return lines
+
+
+def _ends(plan: Plan, fits: str) -> str:
+    return fits if plan.missing <= 0 else f"still {_gib(plan.missing)} too much"
 
 
 def _cost(plan: Plan) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), title="time and disk", title_justify="left")
-    for column in ("stage", "tokens a call", "TFLOP a call", "time a call", "calls", "time in all", "disk in all"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
+    columns = ("stage", "tokens a call", "TFLOP a call", "time a call", "calls", "time in all", "disk in all")
+    table = _table("time and disk", columns)
     for stage in plan.stages:
         calls = plan.counts[stage.when]
         table.add_row(
@@ -142,51 +161,53 @@ def _cost(plan: Plan) -> Table:
     return table
 
 
-def _print_totals(plan: Plan, subject: Subject, out: Console) -> None:
+def _totals(plan: Plan, subject: Subject) -> list[str]:
+    """Time and disk of the run, and how much of it is there."""
     progress, steps = subject.progress, plan.counts["step"]
-    out.print(
-        f"a step: {duration(plan.step_seconds)}, {size(plan.step_disk)}; the run: [bold]{duration(plan.seconds)}[/], "
-        f"{size(plan.disk)} written",
-        soft_wrap=True,
-    )
-    _print_disk(plan, subject, out)
+    seconds, written = plan.of_a_step()
+    whole = f"the run: [bold]{duration(plan.seconds)}[/], {size(plan.disk)} written"
+    lines = [f"a step: {duration(seconds)}, {size(written)}; {whole}", *_disk(plan, subject)]
     if progress.note:
-        out.print(f"the store was not asked to the end: {escape(progress.note)}", soft_wrap=True)
+        lines.append(f"the store was not asked to the end: {escape(progress.note)}")
     ends = (
         "nothing is left to compute" if progress.ended else f"continues at step {progress.steps + 1:,} of {steps:,.0f}"
     )
-    out.print(f"{progress.found:,} of {progress.total:,} stage calls are there; {ends}", soft_wrap=True)
+    return [*lines, f"{progress.found:,} of {progress.total:,} stage calls are there; {ends}"]
 
 
-def _print_disk(plan: Plan, subject: Subject, out: Console) -> None:
+def _disk(plan: Plan, subject: Subject) -> list[str]:
     if subject.free is None or plan.kept <= subject.free:
         free = "" if subject.free is None else f" of {size(subject.free)} that are free"
-        out.print(f"disk: {size(plan.kept)} stay{free}", soft_wrap=True)
-        return
-    short = size(plan.kept - subject.free)
-    out.print(
-        f"[bold red]disk: {size(plan.kept)} would stay[/], {short} more than the {size(subject.free)} that are free",
-        soft_wrap=True,
-    )
-    for option, kept in space_saved(plan):
-        out.print(f"  -> {size(kept)} with {escape(option)}", soft_wrap=True)
+        return [f"disk: {size(plan.kept)} stay{free}"]
+    short = f"{size(plan.kept - subject.free)} more than the {size(subject.free)} that are free"
+    lines = [f"[bold red]disk: {size(plan.kept)} would stay[/], {short}"]
+    return lines + [f"  -> {size(kept)} with {escape(_options(settings))}" for settings, kept in space_saved(plan)]
 
 
-def _of_memory(plan: Plan) -> list[str]:
-    """What every figure of memory rests on."""
+def _assumptions(plan: Plan, subject: Subject) -> list[str]:
+    """What the figures rest on; those of memory last."""
     what = "CUDA's context and 5 % that the allocator cannot hand out" if plan.given.gpu else "libraries"
     return [
-        f"{_gib(plan.overhead)} of memory beside what is counted: {what}",
+        *subject.assumptions,
+        f"{_gib(plan.overhead)} of memory on top of what is counted: {what}",
         "prompts of a batch are of one length; all stages' residents stay in memory, as they do (pipeline/residency.py)",
     ]
 
 
-def _change(change: Change) -> dict[str, Any]:
-    return {"text": change.text, "settings": dict(change.settings), "saves": change.saves, "fits": change.fits}
-
-
-def _together(taken: list[Change]) -> dict[str, Any]:
+def _together(taken: Sequence[Change]) -> dict[str, Any]:
     return {key: value for change in taken for key, value in change.settings.items()}
+
+
+def _options(settings: Settings) -> str:
+    """Write settings as the command line takes them."""
+    return " ".join(f"--set {key}={_written(value)}" for key, value in settings.items())
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, dict):
+        inside = ", ".join(f"{key}: {_written(part)}" for key, part in value.items())
+        return f"'{{{inside}}}'"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _gib(count: float) -> str:

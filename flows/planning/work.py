@@ -1,22 +1,78 @@
-"""How much arithmetic and memory traffic a stage is.
+"""How much arithmetic and memory traffic a stage is, how long a device takes for it, and the figures of a stage in a plan.
 
     forward    2 M + 4 q T L a token, 2 V H a scored position      M: numbers in the layers' matrices
     backward   twice that; a further forward where activations are computed again
+    seconds    (FLOPs / rate + bytes / bandwidth) / utilisation + layers entered * overhead
 
 T: the row's length, in full: eager attention computes what the mask then hides. 6 N D and 8 N D, with N parameters and D
-tokens, are these without attention (Kaplan et al. 2020, section 2.1; Korthikanti et al. 2022 for recomputation).
+tokens, are these without attention (Kaplan et al. 2020, section 2.1; Korthikanti et al. 2022 for recomputation). Bytes that are
+only read have a rate of their own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Final, Literal
 
-from flows.planning.decoding import token_bytes
-from flows.planning.memory import FLOAT, HALF, Batch, kept_by_layer, zero_stage_of
+from flows.config import IterativeRLConfig
+from flows.planning.machine import DeviceProfile, Machine
+from flows.planning.memory import FLOAT, HALF, Batch, Memory, kept_by_layer, token_bytes, zero_stage_of
 from flows.planning.shapes import ModelShape
 from stages.training import TrainingConfig
 
-__all__ = ["Work", "decoding_work", "scoring_work", "training_work"]
+__all__ = [
+    "STAGE_CALL",
+    "Given",
+    "Lengths",
+    "StagePlan",
+    "When",
+    "Work",
+    "decoding_work",
+    "scoring_work",
+    "seconds_of",
+    "training_work",
+]
+
+STAGE_CALL: Final = 0.02
+"""Seconds that a stage call costs whatever it does: 8 to 10 ms of CPU through Prefect (docs/lab.md), sealing on top. Ours."""
+When = Literal["once", "iteration", "step", "evaluation"]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens."""
+
+    prompt: float
+    """Of a prompt, on average."""
+    output: float
+    """Of an output, on average."""
+    longest: float
+    """Of the longest output: what memory has to hold."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """Everything that a plan is a function of."""
+
+    config: IterativeRLConfig
+    shape: ModelShape
+    machine: Machine
+    lengths: Lengths
+    sizes: Mapping[str, int]
+    """Questions of every held-out set."""
+    sft_steps: int | None = None
+    """Optimizer steps that supervised fine-tuning took before; None: as many as it may."""
+
+    @property
+    def gpu(self) -> bool:
+        """Whether models are on GPUs."""
+        return self.machine.profile.kind == "gpu"
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of a step."""
+        return self.config.questions_per_step * self.config.rollout.G
 
 
 @dataclass(frozen=True)
@@ -36,14 +92,54 @@ class Work:
         return Work(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     def times(self, factor: float) -> Work:
-        """So many times this."""
+        """Return so many times this."""
         return Work(*(getattr(self, field.name) * factor for field in fields(self)))
 
 
-def forward_flops(shape: ModelShape, tokens: float, length: float, scored: float) -> float:
-    """Of a forward pass over `tokens` in rows of `length`, whose head is applied to `scored` positions."""
-    pairs = 4.0 * shape.queries * length * shape.layers
-    return tokens * (2.0 * shape.matrices + pairs) + 2.0 * scored * shape.embedding
+@dataclass(frozen=True)
+class StagePlan:
+    """Figures of one call of a stage, and of the fullest device."""
+
+    name: str
+    when: When
+    memory: Memory
+    work: Work
+    """Of all devices together."""
+    seconds: float
+    disk: float = 0.0
+    """Bytes that it writes."""
+    calls: int = 1
+    """Calls of `@stage` functions that these figures are of."""
+    state: float = 0.0
+    """Of `disk` the optimizer's state."""
+    keeps: Mapping[str, float] = field(default_factory=dict)
+    """Bytes that stay in memory for its next call, by the slot they are kept in (`pipeline/residency.py`)."""
+    held: float = 0.0
+    """Bytes that other stages keep meanwhile."""
+    settings: str = ""
+    """Where the configuration says how it trains or decodes."""
+
+    @property
+    def peak(self) -> float:
+        """Bytes at its worst moment, with what others keep."""
+        return sum(self.memory.values()) + self.held
+
+
+def seconds_of(
+    work: Work,
+    profile: DeviceProfile,
+    width: int,
+    precision: str,
+    *,
+    sampling: bool = False,
+    threads: int | None = None,
+) -> float:
+    """Return the seconds that one device takes for a stage's work."""
+    moved = work.traffic / profile.bandwidth + work.reads / (profile.reading or profile.bandwidth)
+    busy = work.flops / profile.rate(width, precision) + moved
+    utilisation = profile.decoding if sampling else profile.training
+    fixed = work.layers * (profile.token_seconds if sampling else profile.layer_seconds)
+    return busy / utilisation / profile.speed(threads) + fixed
 
 
 def training_work(
@@ -56,10 +152,10 @@ def training_work(
     *,
     head: bool = True,
 ) -> Work:
-    """Forward and backward of so many rows, in micro-batches of `budget` tokens, and the optimizer's step."""
+    """Return forward and backward of so many rows, in micro-batches of `budget` tokens, and the optimizer's step."""
     passes, batch = _passes(rows, prompt, output, budget)
     scored = rows * output if head else 0.0
-    once = forward_flops(shape, rows * batch.length, batch.length, scored)
+    once = _forward_flops(shape, rows * batch.length, batch.length, scored)
     kept = passes * shape.layers * kept_by_layer(shape, batch, config.precision, config.attention)
     logits = FLOAT * scored * shape.vocabulary
     again = 1 if config.activation_checkpointing else 0
@@ -82,10 +178,10 @@ def scoring_work(
     attention: str,
     head: bool = True,
 ) -> Work:
-    """A forward pass without gradients."""
+    """Return a forward pass without gradients."""
     passes, batch = _passes(rows, prompt, output, budget)
     scored = rows * output if head else 0.0
-    flops = forward_flops(shape, rows * batch.length, batch.length, scored)
+    flops = _forward_flops(shape, rows * batch.length, batch.length, scored)
     kept = passes * shape.layers * kept_by_layer(shape, batch, precision, attention)
     traffic = 2 * (kept + FLOAT * scored * shape.vocabulary)
     return Work(flops, traffic, layers=passes * shape.layers, tokens=rows * batch.length)
@@ -102,7 +198,7 @@ def decoding_work(
     side_by_side: float,
     half: bool,
 ) -> Work:
-    """Each question prefilled once, then token by token: weights read at every token, keys of every row.
+    """Return a prefill of each question, then token by token: weights read at every token, keys of every row.
 
     Args:
         output: mean length; as many steps as the `longest` has, of ever fewer rows.
@@ -112,8 +208,8 @@ def decoding_work(
     batches = max(1.0, -(-outputs // side_by_side))
     steps = batches * longest
     tokens = outputs * output
-    flops = forward_flops(shape, questions * prompt, prompt, questions)
-    flops += forward_flops(shape, tokens, prompt + output / 2, tokens)
+    flops = _forward_flops(shape, questions * prompt, prompt, questions)
+    flops += _forward_flops(shape, tokens, prompt + output / 2, tokens)
     weights = size * (shape.matrices + shape.embedding)
     keys = token_bytes(shape, size) * (prompt + output / 2)
     # Attention reads keys and values and passes over its scores; sampling passes five times over a row's logits.
@@ -128,8 +224,14 @@ def decoding_work(
     )
 
 
+def _forward_flops(shape: ModelShape, tokens: float, length: float, scored: float) -> float:
+    """Return the FLOPs of a forward pass over `tokens` in rows of `length`, the head applied to `scored` positions."""
+    pairs = 4.0 * shape.queries * length * shape.layers
+    return tokens * (2.0 * shape.matrices + pairs) + 2.0 * scored * shape.embedding
+
+
 def _copies(config: TrainingConfig, passes: float) -> float:
-    """How often numbers as many as the parameters are copied for the sake of ZeRO, by all ranks together.
+    """Return how often as many numbers as there are parameters are copied for ZeRO, by all ranks together.
 
     Gradients into its flat buffers and weights out of them; at stage 3 weights are also gathered, in the forward and in the
     backward pass of each micro-batch.
@@ -139,6 +241,6 @@ def _copies(config: TrainingConfig, passes: float) -> float:
 
 
 def _passes(rows: float, prompt: float, output: float, budget: int) -> tuple[float, Batch]:
-    """How many micro-batches of such rows there are, and one of them."""
+    """Return how many micro-batches of such rows there are, and one of them."""
     fitting = min(max(1.0, rows), max(1, budget // (prompt + output)))
     return rows / fitting, Batch(int(fitting), prompt, output)

@@ -9,7 +9,7 @@ import pytest
 
 from flows.bootstrap import below, prepare_data
 from flows.config import FileData
-from flows.planning.lengths import sizes_for
+from flows.planning.request import sizes_for
 from flows.recipes import gsm8k_cpu
 from pipeline.store import Store
 from stages.data import QuestionFileConfig

@@ -4,11 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from flows.planning.decoding import hf_memory, room_of_keys, side_by_side, token_bytes, vllm_memory
-from flows.planning.disk import checkpoint_bytes
-from flows.planning.memory import Batch, kept_by_layer, training_memory, training_state
+from flows.planning.memory import (
+    Batch,
+    hf_memory,
+    kept_by_layer,
+    room_of_keys,
+    side_by_side,
+    token_bytes,
+    training_memory,
+    training_state,
+    vllm_memory,
+)
 from flows.planning.shapes import KNOWN_SHAPES, ModelShape
-from flows.planning.work import decoding_work, scoring_work, training_work
 from stages.rollout import HFBackendConfig, VLLMBackendConfig
 from stages.training import TrainingConfig
 
@@ -119,53 +126,3 @@ def test_vllm_takes_its_share_of_a_gpu_and_as_many_outputs_as_have_room() -> Non
     assert found["weights"] == SEVEN_B.parameters  # two bytes, on two GPUs
     room = (40e9 - SEVEN_B.parameters) * 2 // (480 * 1024 * 1000)
     assert side_by_side(SEVEN_B, backend, found, 1000, 2) == room == 134
-
-
-def test_training_is_six_times_parameters_times_tokens_and_attention() -> None:
-    """8 tokens in rows of 4; 68 numbers in matrices, pairs of 4 x 2 x 4 x 2 layers, 6 scored positions of a head of 20."""
-    work = training_work(SHAPE, config(), 2, 1, 3, 100)
-    forward = 8 * (2 * 68 + 4 * 2 * 4 * 2) + 2 * 6 * 20
-    assert work.flops == 3 * forward
-    assert training_work(SHAPE, config(activation_checkpointing=True), 2, 1, 3, 100).flops == 4 * forward
-    assert scoring_work(SHAPE, 2, 1, 3, 100, precision="fp32", attention="eager").flops == forward
-
-
-def test_a_large_model_costs_six_n_a_token_within_a_tenth() -> None:
-    work = training_work(SEVEN_B, config(), 16, 128, 512, 1 << 20)
-    assert work.flops == pytest.approx(6 * SEVEN_B.parameters * 16 * 640, rel=0.1)
-
-
-def test_micro_batches_enter_every_layer_anew() -> None:
-    assert (
-        training_work(SHAPE, config(), 4, 1, 3, 8).layers == 3 * 2 * 2
-    )  # forward and backward, two batches, two layers
-
-
-def test_zero_copies_gradients_and_weights_and_gathers_them_in_every_micro_batch_at_stage_3() -> None:
-    """Of 8 tokens in two micro-batches; each copy is read and written."""
-    plain, first, third = (
-        training_work(SHAPE, config(engine={"kind": "deepspeed", "zero_stage": stage}), 4, 1, 3, 8)
-        for stage in (0, 1, 3)
-    )
-    assert first.traffic - plain.traffic == 2 * 2 * 4 * SHAPE.parameters
-    assert third.traffic - first.traffic == 2 * (2 * 2) * 4 * SHAPE.parameters
-
-
-def test_decoding_reads_the_weights_at_every_token_of_the_longest_output() -> None:
-    short, long = (decoding_work(SHAPE, 1, 4, 5, 10, longest, side_by_side=4, half=False) for longest in (10, 30))
-    assert long.reads - short.reads == 20 * 4 * (68 + 20)
-    assert long.traffic == short.traffic
-    assert long.flops == short.flops
-
-
-def test_a_checkpoint_holds_weights_and_two_moments_in_float32() -> None:
-    assert checkpoint_bytes(SEVEN_B, config()) == 12 * SEVEN_B.parameters
-    none = {"optimizer_state": "none"}
-    assert checkpoint_bytes(SEVEN_B, config(**none)) == 4 * SEVEN_B.parameters
-    adapted = (
-        checkpoint_bytes(SEVEN_B, config(adapter={"r": 8})),
-        checkpoint_bytes(SEVEN_B, config(adapter={"r": 8}, **none)),
-    )
-    assert adapted[0] - adapted[1] == 8 * SEVEN_B.adapter(8)
-    muon = checkpoint_bytes(SEVEN_B, config(optimizer={"kind": "muon"}))
-    assert muon == 12 * SEVEN_B.parameters - 4 * SEVEN_B.matrices  # one momentum for each matrix

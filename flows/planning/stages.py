@@ -1,0 +1,317 @@
+"""Figures of every stage of a run: sampling outputs and scoring them, training, and passes of outputs through a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from flows.config import RewardModelPlan
+from flows.planning.memory import (
+    FLOAT,
+    HALF,
+    Batch,
+    Memory,
+    hf_memory,
+    ranks_of,
+    scoring_memory,
+    side_by_side,
+    training_memory,
+    vllm_memory,
+)
+from flows.planning.shapes import ModelShape
+from flows.planning.work import (
+    STAGE_CALL,
+    Given,
+    StagePlan,
+    When,
+    Work,
+    decoding_work,
+    scoring_work,
+    seconds_of,
+    training_work,
+)
+from stages.rollout import BackendConfig, HFBackendConfig, RolloutConfig, VLLMBackendConfig
+from stages.training import AdamWConfig, DeepSpeedEngineConfig, TrainingConfig
+
+__all__ = ["checkpoint_bytes", "critic", "reference_pass", "reward_models", "rules", "sampling", "sft", "update"]
+
+_RULE_SECONDS: Final = {"exact": 3e-4, "math_verify": 5e-3}
+"""An output's verdict: 5,276 in 1.4 s by the exact path (docs/lab.md); math-verify: ours, not measured."""
+_ENGINE_START: Final = 30.0
+"""Seconds until a vLLM engine is ready; docs/lab.md: 31 s on two CPU cores. On a GPU ours, not measured."""
+_EVALUATION_CALLS: Final = 4
+"""Stage calls of an evaluation of one held-out set: rollout, score, count_votes, evaluate."""
+_KEY: Final = 40
+"""Bytes of question id, sample and offsets of a row."""
+_TEXT: Final = 4
+"""Characters of a token; ours, of English under a large vocabulary. A character tokenizer has one."""
+
+# ------------------------------------------------------------------------------------------------ sampling, rules
+
+
+def sampling(given: Given, name: str, when: When, config: RolloutConfig, questions: int, *, settings: str) -> StagePlan:
+    """Plan outputs of so many questions; those of an evaluation are scored in the same stage."""
+    lengths, outputs, backend = given.lengths, questions * config.G, config.backend
+    half = given.machine.half if backend.dtype == "auto" else backend.dtype == "bfloat16"
+    memory, keeps = _sampling_memory(given, backend, max(1, outputs), config.G, half=half)
+    seconds, work, calls = 0.0, Work(), 1
+    if questions:
+        work = _sampling_work(given, config, questions, memory, half=half)
+        seconds = _sampling_seconds(given, backend, work, half=half)
+    disk = table_bytes(outputs, lengths.prompt, lengths.output, kind="rollouts")
+    if when == "evaluation":
+        calls = _EVALUATION_CALLS * len(given.sizes)
+        seconds += outputs * _rule_seconds(given)
+        disk += table_bytes(outputs, 0, 0, kind="rewards")
+    return StagePlan(
+        name, when, memory, work, seconds + calls * STAGE_CALL, disk, calls=calls, keeps=keeps, settings=settings
+    )
+
+
+def rules(given: Given) -> StagePlan:
+    """Plan a step's questions, rewards by rules, advantages, and where the reward has a KL term the comparison for it."""
+    outputs, calls = given.outputs, 3 + bool(getattr(given.config.advantage, "kl_in_reward", 0.0))
+    disk = table_bytes(outputs, 0, 0, kind="rewards") + table_bytes(outputs, 0, given.lengths.output, kind="values")
+    seconds = outputs * _rule_seconds(given) + calls * STAGE_CALL
+    return StagePlan("rules, advantages", "step", {}, Work(), seconds, disk, calls=calls)
+
+
+def _rule_seconds(given: Given) -> float:
+    """Return what the verdict on an output takes."""
+    verifiers = [part.verifier for part in given.config.reward.components if part.kind == "accuracy"]
+    return max((_RULE_SECONDS.get(verifier, 5e-3) for verifier in verifiers), default=1e-4)
+
+
+def _sampling_memory(
+    given: Given, backend: BackendConfig, outputs: int, group: int, *, half: bool
+) -> tuple[Memory, dict[str, float]]:
+    """Return what sampling needs, and what of it stays."""
+    lengths, shape = given.lengths, given.shape
+    match backend:
+        case HFBackendConfig():
+            found = hf_memory(
+                shape, backend, outputs=outputs, group=group, prompt=lengths.prompt, longest=lengths.longest, half=half
+            )
+            return found, {"rollout": found["weights"]}
+        case VLLMBackendConfig():
+            found = vllm_memory(shape, backend, memory=given.machine.memory, half=half, cpu=not given.gpu)
+            stays = backend.between_calls == "warm" or (backend.between_calls == "auto" and not given.gpu)
+            return found, {"rollout": sum(found.values())} if stays else {}
+    return {}, {}  # a server's memory is elsewhere
+
+
+def _sampling_work(given: Given, config: RolloutConfig, questions: int, memory: Memory, *, half: bool) -> Work:
+    backend, lengths = config.backend, given.lengths
+    longest = lengths.longest if isinstance(backend, HFBackendConfig) else lengths.output
+    match backend:
+        case HFBackendConfig():
+            rows = float(backend.batch_rows)
+        case VLLMBackendConfig():
+            length = lengths.prompt + lengths.output
+            rows = max(1.0, side_by_side(given.shape, backend, memory, length, HALF if half else FLOAT))
+        case _:
+            rows = float(backend.concurrency)
+    return decoding_work(
+        given.shape,
+        questions,
+        config.G,
+        lengths.prompt,
+        lengths.output,
+        longest,
+        side_by_side=min(rows, questions * config.G),
+        half=half,
+    )
+
+
+def _sampling_seconds(given: Given, backend: BackendConfig, work: Work, *, half: bool) -> float:
+    threads = None if backend.kind == "vllm_server" else backend.threads
+    precision, profile = "bf16" if half else "fp32", given.machine.profile
+    seconds = seconds_of(work, profile, given.shape.hidden, precision, sampling=True, threads=threads)
+    if isinstance(backend, VLLMBackendConfig):
+        killed = backend.between_calls == "kill" or (backend.between_calls == "auto" and given.gpu)
+        return seconds / backend.tensor_parallel_size + (_ENGINE_START if killed else 0.5)
+    return seconds + FLOAT * given.shape.parameters / profile.bandwidth
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What is trained on what."""
+
+    name: str
+    when: When
+    settings: str
+    config: TrainingConfig
+    rows: int
+    """Outputs of an optimizer step."""
+    steps: float
+    """Optimizer steps of a call."""
+    budget: int
+    slot: str
+    reference: bool = False
+    head: bool = True
+
+
+def sft(given: Given) -> StagePlan:
+    """Plan supervised fine-tuning: all its steps, and a checkpoint without optimizer state."""
+    config = given.config.sft
+    assert config is not None
+    steps = given.sft_steps or config.max_steps + config.decay_steps
+    rows, budget = config.batch_size, config.micro_batch_tokens
+    training = _Training("sft", "once", "sft.training", config.training, rows, steps, budget, "trainer")
+    return _trained(given, training, disk=FLOAT * given.shape.parameters)
+
+
+def update(given: Given) -> StagePlan:
+    """Plan the policy update: mu passes over the step's outputs, with the reference in memory where that is inline."""
+    config = given.config.update
+    inline = config.needs_reference and given.config.reference_pass == "inline"
+    steps = config.mu * config.mini_batches
+    remembered = steps > 1 and config.old_logprobs == "trainer"
+    rows, budget = max(1, given.outputs // config.mini_batches), config.micro_batch_tokens
+    training = _Training(
+        "update", "step", "update.training", config.training, rows, steps, budget, "trainer", reference=inline
+    )
+    others = _scored(given, config.training, given.outputs, budget).times(inline + remembered)
+    # Demonstrations are made into outputs and given advantages without rules.
+    calls = 3 if given.config.data_source == "demonstrations" else 1
+    return _trained(given, training, others=others, calls=calls)
+
+
+def critic(given: Given) -> Iterator[StagePlan]:
+    """Plan PPO's value function: the values of the step's outputs, then its update."""
+    config = given.config.critic
+    assert config is not None
+    budget, steps = config.micro_batch_tokens, config.mu * config.mini_batches
+    yield _pass(given, "values", config.training, budget, head=False, slot="critic")
+    rows = max(1, given.outputs // config.mini_batches)
+    training = _Training(
+        "critic", "step", "critic.training", config.training, rows, steps, budget, "critic", head=False
+    )
+    yield _trained(given, training)
+
+
+def reference_pass(given: Given) -> StagePlan:
+    """Plan pi_ref in a pass of its own, loaded and freed."""
+    config = given.config.update
+    return _pass(given, "reference", config.training, config.micro_batch_tokens)
+
+
+def reward_models(given: Given, plan: RewardModelPlan) -> Iterator[StagePlan]:
+    """Plan the training of the reward models on labelled outputs, then scoring by them in every step."""
+    kinds, scoring, learning = len(plan.models), plan.scoring, plan.fitting
+    replayed = plan.replay.share / (1 - plan.replay.share) if plan.retrain and given.config.iterations > 1 else 0.0
+    training = _Training(
+        name="reward model",
+        when="iteration",
+        settings="reward_model.training.training",
+        config=learning.training,
+        rows=learning.questions_per_update * given.config.rollout.G,
+        steps=kinds * learning.epochs * (1 + replayed) * plan.questions / learning.questions_per_update,
+        budget=learning.micro_batch_tokens,
+        slot="reward_trainer",
+        head=False,
+    )
+    yield _trained(given, training, disk=kinds * checkpoint_bytes(given.shape, learning.training, head=False))
+    like = TrainingConfig(precision=scoring.precision, attention=scoring.attention, threads=scoring.threads)
+    for model in plan.models:
+        name, slot = f"reward scores ({model.kind})", f"{model.kind} reward model"
+        yield _pass(given, name, like, scoring.micro_batch_tokens, head=False, slot=slot)
+
+
+def _trained(
+    given: Given, training: _Training, *, others: Work | None = None, disk: float | None = None, calls: int = 1
+) -> StagePlan:
+    """Plan a stage that trains.
+
+    Args:
+        others: forward passes under other policies, in the same stage.
+        calls: of stages, its own and those that make its rows.
+    """
+    config, lengths, shape, profile = training.config, given.lengths, given.shape, given.machine.profile
+    head = training.head
+    batch = Batch.of(training.rows, lengths.prompt, lengths.longest, training.budget)
+    memory = training_memory(shape, config, batch, reference=training.reference, head=head, gathers=not given.gpu)
+    once = training_work(shape, config, training.rows, lengths.prompt, lengths.output, training.budget, head=head)
+    work = once.times(training.steps) + (others or Work())
+    written = checkpoint_bytes(shape, config, head=head) if disk is None else disk
+    sent = training.steps * _sent(shape.parameters, config, training.rows / max(1, batch.rows))
+    seconds = seconds_of(work, profile, shape.hidden, config.precision, threads=config.threads) / ranks_of(config)
+    # What is written is also synced and hashed.
+    seconds += sent / profile.interconnect + (written / profile.disk + written / profile.hashing) + calls * STAGE_CALL
+    keeps = {training.slot: sum(memory.get(part, 0.0) for part in ("weights", "optimizer"))}
+    if training.reference:
+        keeps["reference"] = memory["reference"]
+    return StagePlan(
+        training.name,
+        training.when,
+        memory,
+        work,
+        seconds,
+        written,
+        calls,
+        state=max(0.0, written - FLOAT * (shape.parameters if head else shape.trunk)),
+        keeps=keeps,
+        settings=training.settings,
+    )
+
+
+def _pass(
+    given: Given, name: str, config: TrainingConfig, budget: int, *, head: bool = True, slot: str = ""
+) -> StagePlan:
+    """Plan a stage that scores the step's outputs with a model."""
+    lengths, shape, rows, profile = given.lengths, given.shape, given.outputs, given.machine.profile
+    batch = Batch.of(rows, lengths.prompt, lengths.longest, budget)
+    memory: Memory = scoring_memory(
+        shape, batch, precision=config.precision, attention=config.attention, max_logits=config.max_logits, head=head
+    )
+    work = _scored(given, config, rows, budget, head=head)
+    disk = table_bytes(rows, lengths.prompt, lengths.output, kind="values")
+    seconds = seconds_of(work, profile, shape.hidden, config.precision, threads=config.threads) / ranks_of(config)
+    if not slot:  # loaded for the pass
+        seconds += FLOAT * shape.parameters / profile.bandwidth
+    keeps = {slot: memory["weights"]} if slot else {}
+    return StagePlan(name, "step", memory, work, seconds + STAGE_CALL, disk, keeps=keeps)
+
+
+def _scored(given: Given, config: TrainingConfig, rows: int, budget: int, *, head: bool = True) -> Work:
+    lengths, how = given.lengths, {"precision": config.precision, "attention": config.attention}
+    return scoring_work(given.shape, rows, lengths.prompt, lengths.output, budget, **how, head=head)
+
+
+def _sent(parameters: float, config: TrainingConfig, passes: float) -> float:
+    """Return the bytes that a device sends in an optimizer step, float32 (Rajbhandari et al. 2020, section 7): gradients are
+    reduced once, or where they are partitioned in every pass; under ZeRO 3 parameters are gathered twice a pass."""
+    if not isinstance(config.engine, DeepSpeedEngineConfig) or config.engine.ranks == 1:
+        return 0.0
+    share = (config.engine.ranks - 1) / config.engine.ranks
+    own = passes / config.engine.ranks
+    times = {0: 2.0, 1: 2.0, 2: own + 1.0, 3: 3.0 * own}[config.engine.zero_stage]
+    return FLOAT * parameters * share * times
+
+
+# ------------------------------------------------------------------------------------------------ disk
+
+
+def checkpoint_bytes(shape: ModelShape, config: TrainingConfig, *, head: bool = True) -> float:
+    """Return float32 weights, with the moments where they are kept; of an adapter its own with the merged weights."""
+    parameters = shape.parameters if head else shape.trunk
+    kept = config.optimizer_state != "none"
+    if config.adapter is not None:
+        return FLOAT * (parameters + (1.0 + 2.0 * kept) * shape.adapter(config.adapter.r))
+    if not kept:
+        return FLOAT * parameters
+    if isinstance(config.optimizer, AdamWConfig):
+        return FLOAT * 3.0 * parameters
+    return FLOAT * (3.0 * parameters - shape.matrices)
+
+
+def table_bytes(rows: float, prompt: float, output: float, *, kind: str) -> float:
+    """Return the size of a table: of each token ids, log-probability, text and its end (Rollouts), or one number."""
+    per_token = {"rollouts": 3 * FLOAT + _TEXT, "values": FLOAT, "rewards": 0}[kind]
+    ids = FLOAT * prompt if kind == "rollouts" else 0.0
+    fixed = _KEY + {"rollouts": 40, "values": 0, "rewards": 80}[kind]
+    return rows * (fixed + ids + per_token * output)

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.places import Places
+from flows.planning.machine import DEVICE_FILE, PRESETS, machine_of, profile_named, read_profile
+from pipeline.config import ConfigError
+from tests.flows.planning.conftest import Planned
+
+CPU = PRESETS["cpu"]
+
+
+def test_a_rate_between_two_widths_lies_along_their_logarithm() -> None:
+    profile = CPU.override({"fp32": {"64": 1e9, "256": 3e9}})
+    assert [profile.rate(width, "fp32") for width in (32, 64, 128, 256, 999)] == pytest.approx(
+        [1e9, 1e9, 2e9, 3e9, 3e9]
+    )
+
+
+def test_threads_beyond_those_that_were_measured_bring_nothing() -> None:
+    profile = CPU.override({"threads": 3, "parallel": 2.0})
+    assert [profile.speed(threads) for threads in (1, 2, 3, 8, None)] == [1.0, 1.5, 2.0, 2.0, 2.0]
+
+
+def test_an_unknown_profile_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'h100-80g'"):
+        profile_named("h100")
+
+
+def test_a_measured_profile_is_taken_where_nothing_else_is_asked_for(tmp_path: Path) -> None:
+    measured = CPU.override({"name": "this one", "date": "2026-11-21 12:00"})
+    (tmp_path / DEVICE_FILE).write_text(measured.model_dump_json())
+    options: dict[str, Any] = {"gpus": None, "gpu_memory": None, "nodes": None}
+    assert machine_of(Places(tmp_path), device=None, **options).profile == measured
+    assert machine_of(Places(tmp_path), device="a100-80g", **options).profile == PRESETS["a100-80g"]
+    assert read_profile(tmp_path / DEVICE_FILE) == measured
+
+
+@pytest.mark.parametrize("options", [{"gpus": 0}, {"gpu_memory": -1.0}, {"nodes": 0}])
+def test_no_devices_are_no_machine(planned: Planned, options: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="expected a positive number"):
+        planned("arithmetic_smoke", **options)

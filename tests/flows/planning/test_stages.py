@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from flows.methods import method_settings
+from flows.places import Places
+from flows.planning.plan import plan_of
+from flows.planning.request import Request, subject_of
+from flows.planning.shapes import KNOWN_SHAPES, ModelShape
+from flows.planning.stages import checkpoint_bytes
+from stages.training import TrainingConfig
+from tests.flows.short_runs import BASE, Run, train
+
+SHAPE = ModelShape("small", 2, 3, 2, 1, 1, 2, 10, tied=False)
+"""Layers of 4 x 4 + 18 = 34 numbers in matrices and 4 of norms; an embedding of 20, and a head of 20."""
+SEVEN_B = KNOWN_SHAPES["deepseek-math-7b"]
+
+
+def config(**settings: object) -> TrainingConfig:
+    return TrainingConfig.model_validate({"precision": "fp32", **settings})
+
+
+def zero(stage: int, ranks: int, offload: str = "none") -> TrainingConfig:
+    return config(engine={"kind": "deepspeed", "zero_stage": stage, "ranks": ranks, "offload": offload})
+
+
+def test_a_checkpoint_holds_weights_and_two_moments_in_float32() -> None:
+    assert checkpoint_bytes(SEVEN_B, config()) == 12 * SEVEN_B.parameters
+    none = {"optimizer_state": "none"}
+    assert checkpoint_bytes(SEVEN_B, config(**none)) == 4 * SEVEN_B.parameters
+    adapted = (
+        checkpoint_bytes(SEVEN_B, config(adapter={"r": 8})),
+        checkpoint_bytes(SEVEN_B, config(adapter={"r": 8}, **none)),
+    )
+    assert adapted[0] - adapted[1] == 8 * SEVEN_B.adapter(8)
+    muon = checkpoint_bytes(SEVEN_B, config(optimizer={"kind": "muon"}))
+    assert muon == 12 * SEVEN_B.parameters - 4 * SEVEN_B.matrices  # one momentum for each matrix
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo", "sft"])
+def test_a_plan_has_as_many_stage_calls_as_a_run_makes(method: str, supervised: Run, tmp_path: Path) -> None:
+    """Evaluated before, after step 1 and at the end, greedy and sampled; what makes data, policy and critic is not planned."""
+    evaluation = {"every": 1, "samples": 2, "greedy": True, "estimates": {"ks": [1]}}
+    made = Counter(name for name, _ in train(supervised.store, method, evaluation=evaluation).calls)
+    config = BASE.override(method_settings(method, BASE) | {"steps": 2, "evaluation": evaluation})
+    plan = plan_of(subject_of(config, Places(tmp_path), Request()).given)
+    planned = {stage.name: stage.calls * plan.counts[stage.when] for stage in plan.stages}
+    assert (
+        planned["evaluation (greedy)"] == planned["evaluation (sampled)"] == 3 * 4
+    )  # rollout, score, count_votes, evaluate
+    assert made["count_votes"] == made["evaluate"] == 3 + 3
+    unplanned = ("arithmetic_questions", "arithmetic_demonstrations", "create_policy", "create_critic")
+    assert sum(planned.values()) == sum(made.values()) - sum(made[name] for name in unplanned)

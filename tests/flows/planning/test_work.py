@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+
+from flows.planning.machine import PRESETS
+from flows.planning.shapes import KNOWN_SHAPES, ModelShape
+from flows.planning.work import Work, decoding_work, scoring_work, seconds_of, training_work
+from stages.training import TrainingConfig
+
+SHAPE = ModelShape("small", 2, 3, 2, 1, 1, 2, 10, tied=False)
+"""Layers of 4 x 4 + 18 = 34 numbers in matrices and 4 of norms; an embedding of 20, and a head of 20."""
+SEVEN_B = KNOWN_SHAPES["deepseek-math-7b"]
+
+
+def config(**settings: object) -> TrainingConfig:
+    return TrainingConfig.model_validate({"precision": "fp32", **settings})
+
+
+def zero(stage: int, ranks: int, offload: str = "none") -> TrainingConfig:
+    return config(engine={"kind": "deepspeed", "zero_stage": stage, "ranks": ranks, "offload": offload})
+
+
+def test_training_is_six_times_parameters_times_tokens_and_attention() -> None:
+    """8 tokens in rows of 4; 68 numbers in matrices, pairs of 4 x 2 x 4 x 2 layers, 6 scored positions of a head of 20."""
+    work = training_work(SHAPE, config(), 2, 1, 3, 100)
+    forward = 8 * (2 * 68 + 4 * 2 * 4 * 2) + 2 * 6 * 20
+    assert work.flops == 3 * forward
+    assert training_work(SHAPE, config(activation_checkpointing=True), 2, 1, 3, 100).flops == 4 * forward
+    assert scoring_work(SHAPE, 2, 1, 3, 100, precision="fp32", attention="eager").flops == forward
+
+
+def test_a_large_model_costs_six_n_a_token_within_a_tenth() -> None:
+    work = training_work(SEVEN_B, config(), 16, 128, 512, 1 << 20)
+    assert work.flops == pytest.approx(6 * SEVEN_B.parameters * 16 * 640, rel=0.1)
+
+
+def test_micro_batches_enter_every_layer_anew() -> None:
+    assert (
+        training_work(SHAPE, config(), 4, 1, 3, 8).layers == 3 * 2 * 2
+    )  # forward and backward, two batches, two layers
+
+
+def test_zero_copies_gradients_and_weights_and_gathers_them_in_every_micro_batch_at_stage_3() -> None:
+    """Of 8 tokens in two micro-batches; each copy is read and written."""
+    plain, first, third = (
+        training_work(SHAPE, config(engine={"kind": "deepspeed", "zero_stage": stage}), 4, 1, 3, 8)
+        for stage in (0, 1, 3)
+    )
+    assert first.traffic - plain.traffic == 2 * 2 * 4 * SHAPE.parameters
+    assert third.traffic - first.traffic == 2 * (2 * 2) * 4 * SHAPE.parameters
+
+
+def test_decoding_reads_the_weights_at_every_token_of_the_longest_output() -> None:
+    short, long = (decoding_work(SHAPE, 1, 4, 5, 10, longest, side_by_side=4, half=False) for longest in (10, 30))
+    assert long.reads - short.reads == 20 * 4 * (68 + 20)
+    assert long.traffic == short.traffic
+    assert long.flops == short.flops
+
+
+def test_seconds_are_work_over_rates_over_utilisation_and_fixed_costs() -> None:
+    profile = PRESETS["cpu"].override({"fp32": {"1": 100.0}, "bandwidth": 10.0, "training": 0.5, "layer_seconds": 0.25})
+    assert seconds_of(Work(flops=200, traffic=30, layers=4), profile, 64, "fp32") == (2 + 3) / 0.5 + 4 * 0.25
+    work = Work(flops=200, traffic=30, reads=40)
+    assert seconds_of(work, profile, 64, "fp32") == (2 + 3 + 4) / 0.5
+    assert seconds_of(work, profile.override({"reading": 40.0}), 64, "fp32") == (2 + 3 + 1) / 0.5

@@ -26,10 +26,10 @@ from pipeline.store import Store, use_store
 from stages.advantage import GroupConfig, estimate_advantages
 from stages.data import QuestionFileConfig, read_questions, sample_batch
 from stages.models import Checkpoint, ExternalCheckpointConfig, import_checkpoint
-from stages.prompts import PromptConfig
 from stages.reward import RewardConfig, score
 from stages.rollout import RolloutConfig, rollout
 from stages.tables import Questions
+from stages.text import PromptConfig
 from stages.update import UpdateConfig, update_policy
 
 Configs = tuple[RolloutConfig, RewardConfig, UpdateConfig]

@@ -124,9 +124,9 @@ def _calls(case: Case, policy: Path) -> list[Callable[[], object]]:
 
 def _sft(case: Case, policy: Path) -> list[Callable[[], object]]:
     from stages.models import ExternalCheckpointConfig, import_checkpoint
-    from stages.prompts import PromptConfig
     from stages.sft import SFTConfig, supervised_finetuning
     from stages.tables import Demonstrations
+    from stages.text import PromptConfig
 
     rows = [
         {"question_id": f"q{n}", "question": case.text(case.prompt, n), "completion": case.text(case.output - 1, n)}
@@ -141,9 +141,9 @@ def _sft(case: Case, policy: Path) -> list[Callable[[], object]]:
 
 def _rollout(case: Case, policy: Path) -> list[Callable[[], object]]:
     from stages.models import ExternalCheckpointConfig, import_checkpoint
-    from stages.prompts import PromptConfig
     from stages.rollout import RolloutConfig, rollout
     from stages.tables import Questions
+    from stages.text import PromptConfig
 
     asked = [
         {"question_id": f"q{n}", "question": case.text(case.prompt, n), "answer": "0", "solution": None}

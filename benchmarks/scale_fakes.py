@@ -14,10 +14,10 @@ from typing import Any, Final
 from pipeline.artifact import Artifact
 from pipeline.stage import record_metrics, stage
 from stages.models import Checkpoint
-from stages.prompts import PromptConfig
 from stages.rollout import RolloutConfig
 from stages.sft import PolicyConfig
 from stages.tables import Advantages, Demonstrations, Questions, Rollouts
+from stages.text import PromptConfig
 from stages.update import UpdateConfig
 
 __all__ = ["create_policy", "rollout", "take_the_place_of_models", "update_policy"]

@@ -26,9 +26,9 @@ from stages.data import (
     read_questions,
 )
 from stages.models import Checkpoint
-from stages.prompts import PromptError
 from stages.sft import create_policy, supervised_finetuning
 from stages.tables import Demonstrations, Questions
+from stages.text import PromptError
 
 __all__ = [
     "DataSets",

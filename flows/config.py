@@ -15,7 +15,6 @@ from stages.advantage import AdvantageConfig, GroupConfig
 from stages.critic import CriticConfig
 from stages.data import ArithmeticConfig, DemonstrationConfig, PromptLimitConfig, QuestionFileConfig
 from stages.evaluation import EvaluationConfig
-from stages.prompts import PromptConfig
 from stages.reward import RewardConfig
 from stages.reward_model import GaugeConfig, GaugeLimits, ScoringConfig
 from stages.reward_training import (
@@ -27,6 +26,7 @@ from stages.reward_training import (
 )
 from stages.rollout import BackendConfig, RolloutConfig
 from stages.sft import PolicyConfig, SFTConfig
+from stages.text import PromptConfig
 from stages.update import DataSource, UpdateConfig
 
 __all__ = ["ArithmeticData", "EvaluationPlan", "FileData", "IterativeRLConfig", "PretrainedPolicy", "RewardModelPlan"]

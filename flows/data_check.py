@@ -17,8 +17,8 @@ from flows.early_tokenizer import early_tokenizer
 from pipeline.config import ConfigError
 from pipeline.store import Store, use_store
 from stages.data import DataError, QuestionFileConfig, measure_prompts, read_questions
-from stages.prompts import PromptError
 from stages.tables import Demonstrations, Questions
+from stages.text import PromptError
 
 __all__ = ["DataFindings", "examine_data", "scratch_store"]
 

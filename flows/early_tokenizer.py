@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from flows.config import IterativeRLConfig
 from flows.pretrained import PretrainedPolicy
 from pipeline.config import ConfigError
-from stages.model_sources import REPOSITORY, fetch_description
+from stages.models import REPOSITORY, fetch_description
 from stages.sft import policy_texts
 from stages.tables import Demonstrations
-from stages.tokenizers import build_tokenizer
+from stages.text import build_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -42,7 +42,7 @@ def early_tokenizer(
         demonstrations: what a policy made from scratch makes its tokenizer from.
         fetch: download the tokenizer of a hub model that is not here.
         exact: read it as the run will, which imports torch; otherwise as its tokenizer.json says, which nearly always is the
-            same (`stages/faithful_tokenizers.py`).
+            same (`stages/text/faithful_tokenizers.py`).
 
     Raises:
         ConfigError: there is none: no model here, no demonstrations, code of the model's own.
@@ -80,7 +80,7 @@ def _folder(policy: PretrainedPolicy, *, fetch: bool) -> Path:
 
 def _read(folder: Path, *, exact: bool) -> PreTrainedTokenizerFast:
     """From a copy, as an import into the store makes one."""
-    from stages.faithful_tokenizers import settle_start, settle_tokenizer
+    from stages.text import settle_start, settle_tokenizer
 
     with tempfile.TemporaryDirectory(prefix="cohort-tokenizer-") as scratch:
         for file in folder.iterdir():

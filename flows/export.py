@@ -13,9 +13,8 @@ from flows.places import Places
 from flows.records import RunRecord, read_artifacts, read_records
 from pipeline.config import ConfigError
 from pipeline.store import Store
-from stages.models import Checkpoint, load_tokenizer
-from stages.plain_folder import PlainType, write_plain
-from stages.prompts import PromptConfig, PromptError, encode_prompt
+from stages.models import Checkpoint, PlainType, load_tokenizer, write_plain
+from stages.text import PromptConfig, PromptError, encode_prompt
 from stages.training.adapters import ADAPTER_SETTINGS, adapter_base, write_adapter
 
 __all__ = ["Origin", "export_adapter", "export_checkpoint", "find_origin"]

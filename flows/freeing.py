@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from pipeline.lineage import inputs
-from stages.model_folders import OPTIMIZER
+from stages.models import OPTIMIZER
 
 __all__ = ["CONTINUES", "Freed", "Records", "needed_again", "predecessor", "step_tables", "superseded"]
 

@@ -14,7 +14,7 @@ from flows.freeing import Freed
 from pipeline.store import Store, StoreError
 from pipeline.store.disk import folder_bytes
 from pipeline.store.objects import MANIFEST
-from stages.model_folders import OPTIMIZER
+from stages.models import OPTIMIZER
 
 __all__ = ["Entry", "Inventory"]
 

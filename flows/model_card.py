@@ -22,7 +22,7 @@ from pipeline.lineage import ancestry
 from pipeline.store import Store
 from pipeline.weights import stored_tensors
 from stages.data import QuestionFileConfig
-from stages.trusted_code import code_files
+from stages.models import code_files
 
 __all__ = ["adapter_card", "model_card"]
 

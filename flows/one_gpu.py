@@ -10,9 +10,9 @@ from flows.retention import KeepConfig
 from stages.advantage import GroupConfig
 from stages.data import QuestionFileConfig
 from stages.evaluation import EvaluationConfig
-from stages.prompts import PromptConfig
 from stages.reward import AccuracyConfig, FormatConfig, RewardConfig
 from stages.rollout import RolloutConfig, VLLMBackendConfig
+from stages.text import PromptConfig
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, TrainingConfig
 from stages.update import GRPOConfig, UpdateConfig
 

@@ -11,11 +11,11 @@ from flows.retention import KeepConfig
 from stages.advantage import GroupConfig
 from stages.data import QuestionFileConfig
 from stages.evaluation import EvaluationConfig
-from stages.prompts import PromptConfig
 from stages.reward import AccuracyConfig, RewardConfig
 from stages.reward_model import ScoringConfig
 from stages.reward_training import PointwiseConfig, ReplayConfig, RewardModelConfig, RewardTrainingConfig
 from stages.rollout import RolloutConfig, VLLMBackendConfig
+from stages.text import PromptConfig
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, TrainingConfig
 from stages.update import GRPOConfig, UpdateConfig
 

@@ -10,17 +10,19 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.config import Config, ConfigError
-from stages.model_sources import (
+from stages.models import (
     COMMIT,
     REPOSITORY,
+    Checkpoint,
+    ExternalCheckpointConfig,
     HubCheckpointConfig,
     HubError,
     code_of_commit,
     fetch_checkpoint,
+    import_checkpoint,
     resolve_revision,
+    trust,
 )
-from stages.models import Checkpoint, ExternalCheckpointConfig, import_checkpoint
-from stages.trusted_code import trust
 
 __all__ = ["PretrainedPolicy", "pretrained_model"]
 

@@ -13,11 +13,10 @@ from flows.one_gpu import gsm8k_one_gpu
 from flows.paper_scale import deepseekmath_7b
 from stages.data import ArithmeticConfig, DemonstrationConfig, QuestionFileConfig
 from stages.evaluation import EvaluationConfig
-from stages.prompts import PromptConfig
 from stages.reward import AccuracyConfig, FormatConfig, RewardConfig
 from stages.rollout import HFBackendConfig, RolloutConfig
 from stages.sft import PolicyConfig, SFTConfig
-from stages.tokenizers import BPETokenizerConfig
+from stages.text import BPETokenizerConfig, PromptConfig
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, MuonConfig, TrainingConfig, native_bf16
 from stages.update import GRPOConfig, UpdateConfig
 

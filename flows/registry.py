@@ -13,8 +13,7 @@ from pipeline.artifact import Artifact
 from pipeline.registry import TrackedModel
 from pipeline.store import StoreError, current_store
 from pipeline.tracking import Tracker
-from stages.models import Checkpoint
-from stages.reward_models import reward_kind
+from stages.models import Checkpoint, reward_kind
 
 __all__ = ["POLICY", "REWARD_MODEL", "Registrar", "policies_of"]
 

@@ -30,8 +30,7 @@ def prompt(
     """
     from flows.data_check import scratch_store
     from flows.early_tokenizer import early_tokenizer
-    from stages.plain_text import plain_of
-    from stages.prompts import encode_prompt, prompt_text
+    from stages.text import encode_prompt, plain_of, prompt_text
 
     chosen = choose(recipe, config or [], set_ or [], method=method).config
     with scratch_store():

@@ -25,7 +25,7 @@ from flows.places import Places
 from flows.pretrained import PretrainedPolicy
 from pipeline.config import ConfigError
 from stages.sft import PolicyConfig
-from stages.tokenizers import BPETokenizerConfig
+from stages.text import BPETokenizerConfig
 
 __all__ = ["KNOWN_SHAPES", "ModelShape", "known_shape", "read_shape", "shape_for", "shape_of"]
 

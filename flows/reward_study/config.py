@@ -13,12 +13,11 @@ from flows.choice import read_overrides, read_values
 from flows.config import PretrainedPolicy
 from pipeline.config import Config, ConfigError, flatten, parse_settings
 from stages.data import ColumnsConfig, Feature, QuestionFileConfig, SolutionFileConfig
-from stages.prompts import PromptConfig
 from stages.reward import AccuracyConfig, RewardConfig, beside_labels
 from stages.reward_model import GaugeConfig, ScoringConfig
 from stages.reward_training import RewardTrainingConfig
 from stages.sft import PolicyConfig, SFTConfig
-from stages.tokenizers import BPETokenizerConfig
+from stages.text import BPETokenizerConfig, PromptConfig
 from stages.training import MuonConfig, TrainingConfig, native_bf16
 
 __all__ = ["STUDIES", "RewardModelStudyConfig", "StudyChoice", "choose_study", "gsm8k_solutions"]

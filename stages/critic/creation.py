@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.stage import record_metrics, stage
-from stages.classifiers import untrained_classifier
 from stages.critic.config import CriticConfig
-from stages.models import WEIGHTS, Checkpoint, copy_description, model_weights, write_tensors
+from stages.models import WEIGHTS, Checkpoint, copy_description, model_weights, untrained_classifier, write_tensors
 
 __all__ = ["create_critic"]
 

@@ -4,7 +4,6 @@ Every set is a `Questions` table with unique ids; demonstrations for supervised 
 wrong solutions of others `Solutions`, with what can be told of them by their surface alone.
 """
 
-from stages.arithmetic import ArithmeticConfig, AuthorShares, LineCheck, check_solution, longest_question
 from stages.data.discrimination import measure_discrimination
 from stages.data.files import ColumnsConfig, QuestionFileConfig
 from stages.data.lengths import PromptLengths, PromptLimitConfig, PromptRoom, limit_prompts, measure_prompts
@@ -19,6 +18,7 @@ from stages.data.stages import (
     demonstrations_from_solutions,
     read_questions,
 )
+from stages.environment import ArithmeticConfig, AuthorShares, LineCheck, check_solution, longest_question
 from stages.identity import DataError
 
 __all__ = [

@@ -13,8 +13,8 @@ from pipeline.config import Config
 from pipeline.stage import record_metrics, stage
 from stages.identity import DataError
 from stages.models import Checkpoint, load_tokenizer
-from stages.prompts import PromptConfig, encode_prompts
 from stages.tables import Questions
+from stages.text import PromptConfig, encode_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from pipeline.stage import record_metrics, stage
 from stages.identity import DataError
 from stages.models import Checkpoint, load_tokenizer
-from stages.prompts import PromptConfig, encode_completions, encode_prompts
 from stages.tables import Rollouts, Solutions
+from stages.text import PromptConfig, encode_completions, encode_prompts
 
 __all__ = ["solution_outputs"]
 
@@ -45,7 +45,7 @@ def solution_outputs(
         PromptError: a character that the tokenizer cannot express.
         DataError: a solution longer than the model's window, by its row; or all are left out.
     """
-    from stages.decoding import decode_outputs
+    from stages.text import decode_outputs
 
     tokenizer, every = load_tokenizer(model), solutions.rows()
     prompts = encode_prompts(tokenizer, [row["question"] for row in every], prompt)

@@ -12,7 +12,9 @@ from pydantic import Field, field_validator
 
 from pipeline.config import Config
 from pipeline.stage import record_metrics, stage
-from stages.arithmetic import (
+from stages.data.files import QuestionFileConfig
+from stages.data.sources import load_questions
+from stages.environment import (
     ArithmeticConfig,
     Author,
     AuthorShares,
@@ -22,8 +24,6 @@ from stages.arithmetic import (
     unique_chains,
     write_solution,
 )
-from stages.data.files import QuestionFileConfig
-from stages.data.sources import load_questions
 from stages.identity import DataError, identify
 from stages.tables import Demonstrations, Questions
 

@@ -12,9 +12,8 @@ import torch
 
 from pipeline.orchestration.interruption import check
 from pipeline.residency import resident
-from stages.models import Checkpoint, load_model
+from stages.models import Checkpoint, load_model, reward_kind
 from stages.reward_model.config import ScoringConfig
-from stages.reward_models import reward_kind
 from stages.training.batching import Row, micro_batches
 from stages.training.hardware import training_device
 from stages.training.scores import places_in, scores_at

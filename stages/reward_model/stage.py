@@ -10,12 +10,11 @@ from statistics import fmean
 from typing import Any, assert_never
 
 from pipeline.stage import record_metrics, stage
-from stages.models import Checkpoint
+from stages.models import Checkpoint, RewardKind, check_lengths, reward_kind, same_vocabulary
 from stages.reward_metrics import RewardMetric, status_metric
 from stages.reward_model.config import ScoringConfig
-from stages.reward_models import RewardKind, check_lengths, reward_kind, same_vocabulary
-from stages.steps import step_ends
 from stages.tables import Rewards, Rollouts
+from stages.text import step_ends
 
 __all__ = ["score_outputs"]
 
@@ -34,7 +33,7 @@ def score_outputs(
     """r_phi of every output, in the order of `outputs` (Algorithm 1, line 8).
 
     An outcome model gives the `reward`; a process model gives `step_rewards`, and the reward where it is alone
-    (`process_score`). Steps are lines (`stages/steps.py`). Models read the very ids that were sampled, at the tokens named,
+    (`process_score`). Steps are lines (`step_ends`). Models read the very ids that were sampled, at the tokens named,
     and score every output, truncated ones included: their status says so. `components`: `model` (the reward), `process` (the
     process model's score of the output, where both score) and `rule`. `scorer` is the model's digest, of two models both,
     joined by `+`.

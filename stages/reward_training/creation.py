@@ -6,9 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from pipeline.stage import record_metrics, stage
-from stages.classifiers import untrained_classifier
-from stages.models import WEIGHTS, Checkpoint, copy_description, load_tokenizer, model_weights, write_tensors
-from stages.reward_models import LABELS, RewardKind
+from stages.models import (
+    LABELS,
+    WEIGHTS,
+    Checkpoint,
+    RewardKind,
+    copy_description,
+    load_tokenizer,
+    model_weights,
+    untrained_classifier,
+    write_tensors,
+)
 from stages.reward_training.config import RewardModelConfig
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, assert_never
 
-from stages.models import Checkpoint
-from stages.reward_models import RewardKind, check_lengths, reward_kind, vocabulary_of
+from stages.models import Checkpoint, RewardKind, check_lengths, reward_kind, vocabulary_of
 from stages.reward_training.config import BradleyTerryConfig, PointwiseConfig, RewardObjectiveConfig
 from stages.tables import RewardLabels
 

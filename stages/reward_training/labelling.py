@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.stage import record_metrics, stage
-from stages.models import Checkpoint
-from stages.reward_models import vocabulary_of
+from stages.models import Checkpoint, vocabulary_of
 from stages.tables import VERDICTS, RewardLabels, Rewards, Rollouts
 
 __all__ = ["label_outputs"]

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.stage import record_metrics, stage
-from stages.decoding import decode_outputs
 from stages.models import Checkpoint, load_tokenizer
 from stages.rollout.config import RolloutConfig
 from stages.rollout.generator import Generator, Output, Progress, Prompt, Sampling
 from stages.rollout.seeds import sample_seed
 from stages.rollout.stage import generator_of, reporter, stop_ids
 from stages.tables import Rollouts, StepPrefixes
+from stages.text import decode_outputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.stage import record_metrics, stage
-from stages.steps import step_ends
 from stages.tables import Rollouts, StepPrefixes
+from stages.text import step_ends
 
 __all__ = ["cut_into_prefixes"]
 
@@ -16,7 +16,7 @@ __all__ = ["cut_into_prefixes"]
 def cut_into_prefixes(outputs: Rollouts, *, outputs_per_question: int | None = None) -> StepPrefixes:
     """Every step of every output, with the number of the prefix that it ends.
 
-    A prefix is what was sampled up to and including the step's last token (`stages/steps.py`), as ids: a token that completes
+    A prefix is what was sampled up to and including the step's last token (`step_ends`), as ids: a token that completes
     a line may bring the beginning of the next, and the prefix has all of it. The step that ends with the output has no prefix
     to continue, whether the output ended by itself or by its length.
 

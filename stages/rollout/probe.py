@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.models import Checkpoint, load_model
+from stages.models import Checkpoint, load_model, may_run_code
 from stages.rollout.generator import Output, Sampling, UnsoundOutputError, objection_to
-from stages.trusted_code import may_run_code
 
 if TYPE_CHECKING:
     import torch

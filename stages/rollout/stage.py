@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, assert_never
 from pipeline.progress import report
 from pipeline.residency import resident
 from pipeline.stage import record_metrics, stage
-from stages.decoding import decode_outputs
 from stages.models import Checkpoint, architecture_of, load_model, load_tokenizer, load_weights
-from stages.prompts import PromptConfig, encode_prompt
 from stages.rollout.config import BackendConfig, HFBackendConfig, RolloutConfig, VLLMBackendConfig, VLLMServerConfig
 from stages.rollout.slots import HF, make_room
 from stages.tables import Questions, Rollouts
+from stages.text import PromptConfig, decode_outputs, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

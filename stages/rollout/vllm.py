@@ -20,14 +20,12 @@ import numpy as np
 from pipeline.provenance import record_package
 from pipeline.residency import evict, resident
 from pipeline.workers.group import Group, RefusedError, WorkerError
-from stages.model_folders import WEIGHT_INDEX, weight_files
-from stages.models import Checkpoint, architecture_of
+from stages.models import WEIGHT_INDEX, Checkpoint, architecture_of, may_run_code, weight_files
 from stages.rollout.config import VLLMBackendConfig
 from stages.rollout.generator import Output, Progress, Prompt, Sampling, check_window
 from stages.rollout.probe import SAMPLED, Answer, StaleWeightsError, check_answer, probe_ids, vocabulary_and_window
 from stages.rollout.slots import VLLM, make_room
 from stages.rollout.vllm_environment import environment_of, require_vllm
-from stages.trusted_code import may_run_code
 
 if TYPE_CHECKING:
     import torch

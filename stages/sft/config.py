@@ -7,8 +7,8 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from pipeline.config import Config
-from stages.model_folders import require_buildable
-from stages.tokenizers import CharacterTokenizerConfig, TokenizerConfig
+from stages.models import require_buildable
+from stages.text import CharacterTokenizerConfig, TokenizerConfig
 from stages.training.config import MuonConfig, TrainingConfig
 
 __all__ = ["PolicyConfig", "SFTConfig"]

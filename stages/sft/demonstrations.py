@@ -8,9 +8,9 @@ from pipeline.artifact import take_rows
 from pipeline.stage import record_metrics, stage
 from stages.epochs import sample_positions
 from stages.models import Checkpoint, load_tokenizer
-from stages.prompts import PromptConfig
 from stages.sft.encoding import encode_demonstrations
 from stages.tables import Demonstrations, Rollouts
+from stages.text import PromptConfig
 
 __all__ = ["demonstrated_outputs"]
 
@@ -34,7 +34,7 @@ def demonstrated_outputs(
         DataError: the set has fewer than `size` demonstrations.
         ValueError: a demonstration longer than the model's window, by its question.
     """
-    from stages.decoding import decode_outputs
+    from stages.text import decode_outputs
 
     table = demonstrations.read()
     drawn = take_rows(table, sample_positions(table.num_rows, size=size, step=step, seed=seed))

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from stages.models import Checkpoint
-from stages.prompts import PromptConfig, encode_completions, encode_prompts
+from stages.text import PromptConfig, encode_completions, encode_prompts
 
 if TYPE_CHECKING:
     import pyarrow as pa

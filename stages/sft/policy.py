@@ -9,10 +9,9 @@ from typing import Any
 from pipeline.config import ConfigError
 from pipeline.stage import record_metrics, stage
 from stages.models import Checkpoint, save
-from stages.prompts import PromptConfig
 from stages.sft.config import PolicyConfig
 from stages.tables import Demonstrations
-from stages.tokenizers import build_tokenizer
+from stages.text import PromptConfig, build_tokenizer
 
 __all__ = ["create_policy", "policy_texts"]
 

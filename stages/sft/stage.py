@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Literal, assert_never
 from pipeline.progress import report
 from pipeline.stage import record_metrics, stage
 from stages.models import Checkpoint, load_tokenizer
-from stages.prompts import PromptConfig
 from stages.sft.config import SFTConfig
 from stages.sft.encoding import encode_demonstrations
 from stages.tables import Demonstrations
+from stages.text import PromptConfig
 from stages.training.ranks import on_ranks
 
 if TYPE_CHECKING:

@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.model_folders import read_description
-from stages.models import Checkpoint, model_weights
+from stages.models import Checkpoint, model_weights, read_description
 from stages.training.activations import checkpoint_activations
 from stages.training.adapters import load_trainable
 from stages.training.config import DeepSpeedEngineConfig, TrainingConfig

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.orchestration.interruption import check
-from stages.model_folders import read_description
-from stages.models import Checkpoint, model_weights
+from stages.models import Checkpoint, model_weights, read_description
 from stages.training.activations import checkpoint_activations
 from stages.training.adapters import load_trainable, reload_trainable
 from stages.training.config import TrainingConfig

@@ -24,10 +24,9 @@ from flows.run_state import RunState
 from pipeline.artifact import ArtifactError
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
-from stages.models import Checkpoint, load_model, load_tokenizer, save
-from stages.plain_folder import write_plain
+from stages.models import Checkpoint, load_model, load_tokenizer, save, write_plain
 from stages.tables import Questions
-from stages.tokenizers import CharacterTokenizerConfig, build_tokenizer
+from stages.text import CharacterTokenizerConfig, build_tokenizer
 from tests.stages.training.tiny import tiny_model, tiny_tokenizer
 
 TEXT = "12 + 7 =  19\n#### 19"

@@ -91,8 +91,8 @@ def write_questions(folder: Path) -> None:
 
 def write_deepseekmath(folder: Path, seed: int = 0) -> None:
     """A model with the configuration of deepseek-math-7b but for its sizes, and the tokenizer files as its folder has them."""
-    from tests.stages.test_architectures import CASES
-    from tests.stages.test_faithful_tokenizers import byte_level
+    from tests.stages.models.test_architectures import CASES
+    from tests.stages.text.test_faithful_tokenizers import byte_level
 
     backend = byte_level()
     settings = {**CASES["deepseek-math-7b"].settings, **_SMALL, "num_key_value_heads": 2}
@@ -108,7 +108,7 @@ def write_deepseekmath(folder: Path, seed: int = 0) -> None:
 
 def write_qwen(folder: Path) -> None:
     """A model as Qwen2.5-0.5B-Instruct's folder: tied embeddings, ChatML, two ends, and a vocabulary above the tokenizer's."""
-    from stages.tokenizers import BPETokenizerConfig, build_tokenizer
+    from stages.text import BPETokenizerConfig, build_tokenizer
 
     tokenizer = build_tokenizer(["the answer is 42"] * 4, BPETokenizerConfig(vocab_size=300))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})

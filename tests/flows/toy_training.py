@@ -21,8 +21,7 @@ from pipeline.artifact import Table
 from pipeline.progress import listen, report
 from pipeline.stage import stage
 from pipeline.store import Store, use_store
-from stages.model_folders import OPTIMIZER, TRAINER, WEIGHTS
-from stages.models import Checkpoint
+from stages.models import OPTIMIZER, TRAINER, WEIGHTS, Checkpoint
 
 ALL = KeepConfig()
 WEIGHT_BYTES, STATE_BYTES = 400, 800

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from stages.arithmetic import check_solution
-from stages.steps import step_ends
+from stages.environment import check_solution
+from stages.text import step_ends
 
 __all__ = ["Credit", "StepLabels", "label_steps"]
 

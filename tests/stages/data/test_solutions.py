@@ -21,9 +21,9 @@ from stages.data import (
 )
 from stages.identity import identify, is_held_out
 from stages.models import load_tokenizer
-from stages.prompts import PromptConfig
 from stages.sft import PolicyConfig, create_policy
 from stages.tables import Solutions
+from stages.text import PromptConfig
 
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 NESTED: list[dict[str, Any]] = [

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 
-from stages.decoding import decode_outputs
 from stages.identity import DataError
 from stages.reward import AccuracyConfig, OverlongConfig, RewardConfig, StepsConfig, score
 from stages.reward.rules.length import overlong_score
 from stages.reward.rules.steps import label_steps
 from stages.tables import Questions, Rewards, Rollouts
-from stages.tokenizers import BPETokenizerConfig, CharacterTokenizerConfig, build_tokenizer
+from stages.text import BPETokenizerConfig, CharacterTokenizerConfig, build_tokenizer, decode_outputs
 
 pytestmark = pytest.mark.usefixtures("store")
 

@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.store import Store
-from stages.models import Checkpoint, load_tokenizer
+from stages.models import Checkpoint, RewardKind, load_tokenizer, reward_kind
 from stages.reward_model import ScoringConfig, score_outputs
-from stages.reward_models import RewardKind, reward_kind
 from tests.stages.critic.worlds import tiny_critic
 from tests.stages.reward_training.worlds import (
     base_with_pad_as_eos,

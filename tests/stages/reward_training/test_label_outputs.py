@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.store import Store
-from stages.reward_models import vocabulary_of
+from stages.models import vocabulary_of
 from stages.reward_training import label_outputs
 from stages.tables import Rewards
 from tests.stages.reward_training.worlds import label_rows, outputs_of, rules_of

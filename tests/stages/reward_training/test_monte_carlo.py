@@ -10,23 +10,16 @@ import numpy as np
 import pytest
 
 from pipeline.store import Store
-from stages.arithmetic import (
-    ArithmeticConfig,
-    Author,
-    Chain,
-    parse_question,
-    render_question,
-    unique_chains,
-    write_solution,
-)
-from stages.decoding import decode_outputs
+from stages.environment import ArithmeticConfig, Author, render_question, unique_chains, write_solution
+from stages.environment.arithmetic import Chain, parse_question
 from stages.reward import RewardConfig, score
 from stages.reward_training import MonteCarloConfig, estimate_step_labels, label_outputs
 from stages.rollout import HFBackendConfig, RolloutConfig, continue_outputs, cut_into_prefixes
 from stages.rollout.continuation import Prefix, complete
 from stages.rollout.generator import Output, Progress, Prompt, Sampling
 from stages.tables import Questions, RewardLabels, Rewards, Rollouts, StepPrefixes
-from stages.tokenizers import EOS, CharacterTokenizerConfig, build_tokenizer
+from stages.text import CharacterTokenizerConfig, build_tokenizer, decode_outputs
+from stages.text.tokenizers import EOS
 from tests.stages.rollout.markov import ids_of, markov_policy
 
 ACCURACY: dict[str, Any] = {"kind": "accuracy", "conventions": ["hashes"], "verifier": "exact"}

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from stages.models import WEIGHTS, Checkpoint, copy_description, save, write_tensors
-from stages.reward_models import RewardKind, vocabulary_of
+from stages.models import WEIGHTS, Checkpoint, RewardKind, copy_description, save, vocabulary_of, write_tensors
 from stages.reward_training import RewardModelConfig, RewardTrainingConfig, create_reward_model
 from stages.tables import RewardLabels, Rewards, Rollouts
 from stages.training import AdamWConfig, TrainingConfig

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from stages.models import Checkpoint, save
-from stages.tokenizers import EOS, PAD, byte_symbols
+from stages.text.tokenizers import EOS, PAD, byte_symbols
 
 Chances = Mapping[str, Mapping[str, float]]
 """For each token that of the next one; a token that is not named ends the output."""

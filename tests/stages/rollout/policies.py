@@ -7,7 +7,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from stages.models import Checkpoint, save
 from stages.tables import Questions
-from stages.tokenizers import CharacterTokenizerConfig, build_tokenizer
+from stages.text import CharacterTokenizerConfig, build_tokenizer
 
 SECOND_STOP = 3
 """An id that ends outputs, beside the tokenizer's end of sequence."""

@@ -11,14 +11,14 @@ import torch
 
 from pipeline.progress import listen
 from pipeline.store import Store, use_store
-from stages.decoding import decode_outputs
 from stages.models import load_model
 from stages.rollout import HFBackendConfig, RolloutConfig, continue_outputs, cut_into_prefixes
 from stages.rollout.continuation import Prefix, complete
 from stages.rollout.generator import Output, Progress, Prompt, PromptTooLongError, Sampling
 from stages.rollout.hf import HFGenerator
 from stages.tables import Rollouts, StepPrefixes
-from stages.tokenizers import EOS, BPETokenizerConfig, build_tokenizer
+from stages.text import BPETokenizerConfig, build_tokenizer, decode_outputs
+from stages.text.tokenizers import EOS
 from tests.stages.rollout.markov import ids_of, markov_policy
 
 CONFIG = RolloutConfig(G=2, max_output_tokens=8, backend=HFBackendConfig(dtype="float32", threads=1))

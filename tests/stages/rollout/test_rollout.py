@@ -15,13 +15,12 @@ from pipeline.progress import listen
 from pipeline.store import Store
 from stages import rollout as package
 from stages.models import Checkpoint, load_model, save
-from stages.prompts import PromptConfig, encode_prompt
 from stages.rollout import HFBackendConfig, RolloutConfig, rollout
 from stages.rollout import stage as stage_module
 from stages.rollout.generator import PromptTooLongError
 from stages.rollout.seeds import sample_seed
 from stages.tables import Questions
-from stages.tokenizers import CharacterTokenizerConfig, build_tokenizer
+from stages.text import CharacterTokenizerConfig, PromptConfig, build_tokenizer, encode_prompt
 
 PROMPT = PromptConfig(suffix="\n")
 CONFIG = RolloutConfig(G=4, max_output_tokens=10, backend=HFBackendConfig(dtype="float32", threads=1))

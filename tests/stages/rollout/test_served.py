@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from pipeline.store import Store
-from stages.prompts import PromptConfig
 from stages.rollout import RolloutConfig, VLLMServerConfig, rollout
 from stages.rollout.generator import Output, Prompt, PromptTooLongError, Sampling, UnsoundOutputError
 from stages.rollout.probe import StaleWeightsError
 from stages.rollout.served import ServedGenerator, ServerError
 from stages.rollout.stage import generator_of
+from stages.text import PromptConfig
 from tests.stages.rollout.policies import questions, tiny_policy, uniform_policy
 
 V = 17

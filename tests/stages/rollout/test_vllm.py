@@ -21,7 +21,6 @@ from pipeline.residency import _residents, evict, resident
 from pipeline.store import Store
 from pipeline.workers.group import WorkerError
 from stages.models import Checkpoint
-from stages.prompts import PromptConfig
 from stages.rollout import HFBackendConfig, RolloutConfig, VLLMBackendConfig, VLLMServerConfig, rollout
 from stages.rollout.generator import Output, Prompt, PromptTooLongError, Sampling, UnsoundOutputError
 from stages.rollout.probe import StaleWeightsError
@@ -29,6 +28,7 @@ from stages.rollout.slots import HF, VLLM, make_room
 from stages.rollout.stage import generator_of
 from stages.rollout.vllm import Engine
 from stages.rollout.vllm_environment import environment_of, require_vllm
+from stages.text import PromptConfig
 from tests.stages.rollout.policies import questions, tiny_policy, uniform_policy
 from tests.stages.rollout.uniform_vllm import make_environment
 

@@ -20,7 +20,6 @@ from pipeline.residency import _residents, evict
 from pipeline.store import Store, use_store
 from pipeline.workers.group import RefusedError, WorkerError, free_port
 from stages.models import Checkpoint, load_model
-from stages.prompts import PromptConfig
 from stages.rollout import (
     BackendConfig,
     HFBackendConfig,
@@ -38,6 +37,7 @@ from stages.rollout.served import ServedGenerator
 from stages.rollout.slots import VLLM
 from stages.rollout.stage import generator_of
 from stages.rollout.vllm import Engine
+from stages.text import PromptConfig
 from tests.stages.rollout.policies import questions, tiny_policy
 
 ROOT = Path(__file__).parents[3]

@@ -9,9 +9,10 @@ import pytest
 from pipeline.store import Store
 from stages.identity import DataError
 from stages.models import Checkpoint, load_tokenizer
-from stages.prompts import PromptConfig, encode_completion, encode_prompt
 from stages.sft import PolicyConfig, create_policy, demonstrated_outputs
 from stages.tables import Demonstrations, Rollouts
+from stages.text import PromptConfig, encode_prompt
+from stages.text.prompts import encode_completion
 
 PROMPT = PromptConfig(suffix="\n")
 SETTINGS = {

@@ -12,10 +12,10 @@ from pipeline.config import ConfigError
 from pipeline.progress import listen
 from pipeline.store import Store
 from stages.models import Checkpoint, load_model, load_tokenizer
-from stages.prompts import PromptConfig, encode_prompt
 from stages.sft import PolicyConfig, SFTConfig, create_policy, supervised_finetuning
 from stages.sft.stage import Curve, _update, batches
 from stages.tables import Demonstrations
+from stages.text import PromptConfig, encode_prompt
 from stages.training import AdamWConfig, MuonConfig, TrainingConfig
 from stages.training.batching import Row
 from tests.stages.training.tiny import tiny_model

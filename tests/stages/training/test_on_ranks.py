@@ -24,10 +24,10 @@ from pipeline.workers.group import WorkerError
 from stages.critic import CriticConfig, estimate_values, update_critic
 from stages.logprobs import LogprobsConfig, compare_policies
 from stages.models import Checkpoint, load_tokenizer, load_trainer_state
-from stages.prompts import PromptConfig
 from stages.reward_training import BradleyTerryConfig, PointwiseConfig, RewardTrainingConfig, train_reward_model
 from stages.sft import SFTConfig, supervised_finetuning
 from stages.tables import Rollouts
+from stages.text import PromptConfig
 from stages.training import DeepSpeedEngineConfig, LoRAConfig, TorchEngineConfig
 from stages.training.hosts import ADDRESS
 from stages.update import GRPOConfig, UpdateConfig, update_policy

@@ -7,10 +7,9 @@ import torch
 
 from pipeline.store import Store
 from stages.models import Checkpoint, load_tokenizer, save
-from stages.prompts import PromptConfig
 from stages.rollout import HFBackendConfig, RolloutConfig, rollout
 from stages.tables import Advantages, Questions, Rollouts
-from stages.tokenizers import CharacterTokenizerConfig, build_tokenizer
+from stages.text import CharacterTokenizerConfig, PromptConfig, build_tokenizer
 from stages.training import AdamWConfig, TrainingConfig
 from stages.update import GRPOConfig, UpdateConfig, update_policy
 from tests.stages.update.test_examples import advantage_row

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from pipeline.config import ConfigError
-from stages import chat_templates
-from stages.prompts import PromptConfig, PromptError, encode_prompt
-from tests.stages.test_prompts import CHAT, make_tokenizer
+from stages.text import PromptConfig, PromptError, chat_templates, encode_prompt
+from tests.stages.text.test_prompts import CHAT, make_tokenizer
 
 LLAMA = (
     "{{- bos_token }}{%- if messages[0].role == 'system' %}{% set system = messages[0].content|trim %}"

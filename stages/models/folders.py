@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from pipeline.artifact import ArtifactError
 from pipeline.store.files import is_plain_name
-from stages.faithful_tokenizers import settle_tokenizer
-from stages.trusted_code import code_files, copy_code, read_object, require_known
+from stages.models.trusted_code import code_files, copy_code, read_object, require_known
+from stages.text import settle_tokenizer
 
 __all__ = [
     "OPTIMIZER",

@@ -1,7 +1,7 @@
 """The rendering of a chat template, as a script in a process of its own: jinja2 and the standard library only.
 
 A template is a program that others wrote. Here it has limits of processor time and memory, clocks that are given to it, and no
-random numbers; `stages/chat_templates.py` starts it and judges what comes out. The environment is that of transformers'
+random numbers; `stages/text/chat_templates.py` starts it and judges what comes out. The environment is that of transformers'
 `apply_chat_template` otherwise.
 """
 

@@ -12,8 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
-from stages.decoding import decode_outputs
-from stages.tokenizers import BPETokenizerConfig, CharacterTokenizerConfig, build_tokenizer
+from stages.text import BPETokenizerConfig, CharacterTokenizerConfig, build_tokenizer, decode_outputs
 
 TEXTS = ["7加5等于12\n12减3等于9 🙂", "the answer is 42.\n#### 42"]
 CHARACTERS = build_tokenizer(TEXTS, CharacterTokenizerConfig())

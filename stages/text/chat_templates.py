@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from stages.plain_text import PromptError
+from stages.text.plain_text import PromptError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -15,11 +15,21 @@ from flows.pretrained import PretrainedPolicy, pretrained_model
 from pipeline.artifact import ArtifactError
 from pipeline.config import ConfigError
 from pipeline.store import Store
-from stages.model_sources import HubCheckpointConfig, HubError, fetch_checkpoint, resolve_revision
-from stages.models import Checkpoint, architecture_of, copy_description, load_model, load_tokenizer
-from stages.tokenizers import CharacterTokenizerConfig, build_tokenizer
-from stages.trusted_code import code_digest, code_files
-from tests.stages.hub import Hub, serving
+from stages.models import (
+    Checkpoint,
+    HubCheckpointConfig,
+    HubError,
+    architecture_of,
+    code_files,
+    copy_description,
+    fetch_checkpoint,
+    load_model,
+    load_tokenizer,
+    resolve_revision,
+)
+from stages.models.trusted_code import code_digest
+from stages.text import CharacterTokenizerConfig, build_tokenizer
+from tests.stages.models.hub import Hub, serving
 from tests.stages.training.tiny import tiny_model
 
 FIRST, SECOND = "a" * 40, "b" * 40

@@ -12,7 +12,7 @@ import codecs
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stages.tokenizers import byte_symbols
+from stages.text.tokenizers import byte_symbols
 
 if TYPE_CHECKING:
     import numpy as np

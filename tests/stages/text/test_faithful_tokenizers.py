@@ -11,10 +11,15 @@ import pytest
 
 from pipeline.artifact import ArtifactError
 from pipeline.store import Store
-from stages.faithful_tokenizers import require_faithful, settle_tokenizer
 from stages.models import ExternalCheckpointConfig, import_checkpoint, load_tokenizer
-from stages.prompts import PromptConfig, encode_prompt
-from stages.tokenizers import BPETokenizerConfig, build_tokenizer
+from stages.text import (
+    BPETokenizerConfig,
+    PromptConfig,
+    build_tokenizer,
+    encode_prompt,
+    require_faithful,
+    settle_tokenizer,
+)
 from tests.stages.training.tiny import tiny_model
 
 TEXT = "a b\n\n    c = 3.5,  café 中文\n#### 42"

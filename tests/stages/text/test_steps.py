@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stages.decoding import decode_outputs
 from stages.reward.rules.steps import label_steps
-from stages.steps import step_ends
-from stages.tokenizers import BPETokenizerConfig, CharacterTokenizerConfig, build_tokenizer
+from stages.text import BPETokenizerConfig, CharacterTokenizerConfig, build_tokenizer, decode_outputs, step_ends
 
 TEXTS = [
     "7+5=12\n12-3=9\n#### 9",

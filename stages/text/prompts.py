@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self
 from pydantic import Field, JsonValue, model_validator
 
 from pipeline.config import Config
-from stages.chat_templates import RESERVED, chat_turn
-from stages.plain_text import Plain, PromptError, encode_texts, plain_of
+from stages.text.chat_templates import RESERVED, chat_turn
+from stages.text.plain_text import Plain, PromptError, encode_texts, plain_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -11,16 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import ConfigError
-from stages.prompts import (
+from stages.text import (
+    BPETokenizerConfig,
+    CharacterTokenizerConfig,
     PromptConfig,
     PromptError,
-    encode_completion,
+    build_tokenizer,
     encode_completions,
     encode_prompt,
     encode_prompts,
-    encode_text,
 )
-from stages.tokenizers import BPETokenizerConfig, CharacterTokenizerConfig, build_tokenizer
+from stages.text.prompts import encode_completion, encode_text
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"

@@ -14,10 +14,10 @@ from typing import Final, Literal
 
 from pipeline.progress import report
 from pipeline.weights import StoredTensor, stored_tensors
-from stages.faithful_tokenizers import require_faithful
-from stages.model_folders import WEIGHT_INDEX, WEIGHTS, copy_description
-from stages.models import Checkpoint
-from stages.trusted_code import code_files
+from stages.models.checkpoint import Checkpoint
+from stages.models.folders import WEIGHT_INDEX, WEIGHTS, copy_description
+from stages.models.trusted_code import code_files
+from stages.text import require_faithful
 
 __all__ = ["PlainType", "write_plain"]
 

@@ -21,9 +21,9 @@ from pipeline.artifact import Folder
 from pipeline.config import Config
 from pipeline.progress import report
 from pipeline.stage import stage
-from stages.model_folders import copy_model
-from stages.models import Checkpoint
-from stages.trusted_code import code_digest, code_files
+from stages.models.checkpoint import Checkpoint
+from stages.models.folders import copy_model
+from stages.models.trusted_code import code_digest, code_files
 
 __all__ = [
     "COMMIT",

@@ -29,11 +29,10 @@ from stages.models import (
     load_weights,
     weight_files,
 )
-from stages.prompts import PromptConfig, encode_prompt
 from stages.rollout import HFBackendConfig, RolloutConfig, rollout
 from stages.rollout.stage import stop_ids
 from stages.tables import Questions, Rewards
-from stages.tokenizers import BPETokenizerConfig, build_tokenizer
+from stages.text import BPETokenizerConfig, PromptConfig, build_tokenizer, encode_prompt
 from stages.training import AdamWConfig, TrainingConfig
 from stages.training.batching import Row, micro_batches
 from stages.training.forward import completion_logprobs

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.tokenizers import BPETokenizerConfig, CharacterTokenizerConfig, build_tokenizer
+from stages.text import BPETokenizerConfig, CharacterTokenizerConfig, build_tokenizer
 
 CORPUS = ["Compute 7+5-3+8.\n7+5=12\n#### 17", "计算 7+5。\n7加5等于12", "  two  spaces\n\n\ttab, é ñ, 😀 and\r\n"]
 ENGLISH = "0123456789+-=.# \nCompute"

@@ -15,15 +15,6 @@ from hypothesis import strategies as st
 
 from pipeline.config import ConfigError
 from pipeline.store import Store
-from stages.arithmetic import (
-    Author,
-    Chain,
-    draw_chains,
-    parse_question,
-    render_question,
-    unique_chains,
-    write_solution,
-)
 from stages.data import (
     ArithmeticConfig,
     AuthorShares,
@@ -33,6 +24,8 @@ from stages.data import (
     arithmetic_questions,
     check_solution,
 )
+from stages.environment import Author, draw_chains, render_question, unique_chains, write_solution
+from stages.environment.arithmetic import Chain, parse_question
 
 CHAIN = Chain(7, (("+", 5), ("-", 3), ("+", 8)))  # 12, 9, 17: a carry, a borrow, a carry
 
@@ -267,7 +260,7 @@ def test_both_languages_ask_the_same_chains_on_the_same_side_of_the_split(store:
 
 def test_importing_the_room_loads_no_heavy_package() -> None:
     code = (
-        "import sys, stages.data, stages.prompts, stages.tokenizers;"
+        "import sys, stages.data, stages.models, stages.text;"
         "print([name for name in ('torch', 'transformers', 'tokenizers', 'datasets') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

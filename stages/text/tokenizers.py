@@ -7,7 +7,7 @@ normaliser, splitting rule and decoder; another layout is loaded without a word 
 `AutoTokenizer.from_pretrained`.
 
 Two consequences of the layout. Text is NFC-normalised, as Qwen's is: a letter with a combining accent comes back as the one
-composed letter. And a byte that is not in the vocabulary vanishes when encoded, without an unknown token; `stages.prompts`
+composed letter. And a byte that is not in the vocabulary vanishes when encoded, without an unknown token; `stages.text.prompts`
 refuses such text with the character named.
 """
 

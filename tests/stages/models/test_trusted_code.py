@@ -17,18 +17,27 @@ from pipeline.artifact import ArtifactError
 from pipeline.store import Store, use_store
 from pipeline.store.archive import read_archive, write_archive
 from stages.critic import CriticConfig, create_critic
-from stages.model_sources import HubCheckpointConfig, fetch_checkpoint
-from stages.models import WEIGHTS, Checkpoint, ExternalCheckpointConfig, import_checkpoint, load_model, load_tokenizer
-from stages.plain_folder import write_plain
-from stages.prompts import PromptConfig
+from stages.models import (
+    WEIGHTS,
+    Checkpoint,
+    ExternalCheckpointConfig,
+    HubCheckpointConfig,
+    code_files,
+    fetch_checkpoint,
+    import_checkpoint,
+    load_model,
+    load_tokenizer,
+    trust,
+    write_plain,
+)
+from stages.models.trusted_code import code_digest
 from stages.reward_training import RewardModelConfig, create_reward_model
 from stages.rollout.probe import vocabulary_and_window
 from stages.rollout.vllm import _model_folder
 from stages.sft import PolicyConfig, create_policy
 from stages.tables import Demonstrations
-from stages.tokenizers import CharacterTokenizerConfig, build_tokenizer
-from stages.trusted_code import code_digest, code_files, trust
-from tests.stages.hub import Hub, serving
+from stages.text import CharacterTokenizerConfig, PromptConfig, build_tokenizer
+from tests.stages.models.hub import Hub, serving
 from tests.stages.training.tiny import tiny_model
 
 COMMIT = "a" * 40

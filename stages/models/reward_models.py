@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from stages.models import Checkpoint, load_tokenizer
-from stages.trusted_code import read_object
+from stages.models.checkpoint import Checkpoint, load_tokenizer
+from stages.models.trusted_code import read_object
 
 __all__ = ["LABELS", "RewardKind", "check_lengths", "reward_kind", "same_vocabulary", "vocabulary_of"]
 

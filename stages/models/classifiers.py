@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, Literal
 
-from stages.models import Checkpoint, load_model
+from stages.models.checkpoint import Checkpoint, load_model
 
 __all__ = ["untrained_classifier"]
 

@@ -2,7 +2,7 @@
 
 `model.safetensors` holds the float32 masters: what training changed by 1e-6 is in the file, and loaders cast. Reading a
 checkpoint runs no code: no pickle, and of the model's own Python files only those that the running configuration pins
-(`stages/trusted_code.py`).
+(`stages/models/trusted_code.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.stage import stage
 from pipeline.store import PrunedArtifactError, current_store
 from pipeline.store.files import measure, sha256_of
 from pipeline.store.objects import recomputed
-from stages.model_folders import (
+from stages.models.folders import (
     OPTIMIZER,
     TRAINER,
     WEIGHTS,
@@ -30,7 +30,7 @@ from stages.model_folders import (
     require_buildable,
     weight_files,
 )
-from stages.trusted_code import code_digest, code_files, may_run_code, read_object
+from stages.models.trusted_code import code_digest, code_files, may_run_code, read_object
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,77 @@
+"""Models: checkpoints in the store, where they come from, whether their code may run, and models that give one number."""
+
+from stages.models.checkpoint import (
+    TRAINER,
+    WEIGHTS,
+    Checkpoint,
+    ExternalCheckpointConfig,
+    architecture_of,
+    copy_description,
+    import_checkpoint,
+    load_model,
+    load_optimizer_state,
+    load_tokenizer,
+    load_trainer_state,
+    load_weights,
+    model_weights,
+    save,
+    write_tensors,
+)
+from stages.models.classifiers import untrained_classifier
+from stages.models.export import PlainType, write_plain
+from stages.models.folders import OPTIMIZER, WEIGHT_INDEX, read_description, require_buildable, weight_files
+from stages.models.reward_models import LABELS, RewardKind, check_lengths, reward_kind, same_vocabulary, vocabulary_of
+from stages.models.sources import (
+    COMMIT,
+    REPOSITORY,
+    HubCheckpointConfig,
+    HubError,
+    code_of_commit,
+    fetch_checkpoint,
+    fetch_description,
+    resolve_revision,
+)
+from stages.models.trusted_code import code_files, may_run_code, trust
+
+__all__ = [
+    "COMMIT",
+    "LABELS",
+    "OPTIMIZER",
+    "REPOSITORY",
+    "TRAINER",
+    "WEIGHTS",
+    "WEIGHT_INDEX",
+    "Checkpoint",
+    "ExternalCheckpointConfig",
+    "HubCheckpointConfig",
+    "HubError",
+    "PlainType",
+    "RewardKind",
+    "architecture_of",
+    "check_lengths",
+    "code_files",
+    "code_of_commit",
+    "copy_description",
+    "fetch_checkpoint",
+    "fetch_description",
+    "import_checkpoint",
+    "load_model",
+    "load_optimizer_state",
+    "load_tokenizer",
+    "load_trainer_state",
+    "load_weights",
+    "may_run_code",
+    "model_weights",
+    "read_description",
+    "require_buildable",
+    "resolve_revision",
+    "reward_kind",
+    "same_vocabulary",
+    "save",
+    "trust",
+    "untrained_classifier",
+    "vocabulary_of",
+    "weight_files",
+    "write_plain",
+    "write_tensors",
+]

@@ -1,0 +1,34 @@
+"""Text and ids: prompts, tokenizers, decoding and the steps of an output."""
+
+from stages.text.decoding import decode_outputs
+from stages.text.faithful_tokenizers import require_faithful, settle_start, settle_tokenizer
+from stages.text.plain_text import plain_of
+from stages.text.prompts import (
+    PromptConfig,
+    PromptError,
+    encode_completions,
+    encode_prompt,
+    encode_prompts,
+    prompt_text,
+)
+from stages.text.steps import step_ends
+from stages.text.tokenizers import BPETokenizerConfig, CharacterTokenizerConfig, TokenizerConfig, build_tokenizer
+
+__all__ = [
+    "BPETokenizerConfig",
+    "CharacterTokenizerConfig",
+    "PromptConfig",
+    "PromptError",
+    "TokenizerConfig",
+    "build_tokenizer",
+    "decode_outputs",
+    "encode_completions",
+    "encode_prompt",
+    "encode_prompts",
+    "plain_of",
+    "prompt_text",
+    "require_faithful",
+    "settle_start",
+    "settle_tokenizer",
+    "step_ends",
+]

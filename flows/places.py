@@ -15,7 +15,7 @@ from pipeline.config import ConfigError
 from pipeline.remote.bucket import is_url
 from pipeline.store import Store
 
-__all__ = ["Places"]
+__all__ = ["Places", "nearest"]
 
 
 @dataclass(frozen=True)
@@ -81,3 +81,8 @@ class Places:
     def option(self) -> str:
         """What a command needs so that it finds these places from here: ` --root DIR`, or nothing."""
         return "" if self == Places.under(None) else f" --root {shlex.quote(str(self.root))}"
+
+
+def nearest(path: Path) -> Path:
+    """Return the path itself, or its nearest parent that exists."""
+    return path if path.exists() or path == path.parent else nearest(path.parent)

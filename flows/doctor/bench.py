@@ -7,33 +7,39 @@ training step and decoding give what formulas cannot know: the share of those ra
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import os
+import platform
+import statistics
+import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import Any, Final, NamedTuple
 
-from flows.doctor.rates import measured_rates, median_seconds
+import psutil
+
+from flows.doctor.devices import cores
+from flows.places import Places, nearest
 from flows.planning.machine import DEVICE_FILE, DeviceProfile
 from flows.planning.shapes import ModelShape
 from flows.planning.work import Work, decoding_work, seconds_of, training_work
 from flows.records import write_json
 from stages.training import TrainingConfig, native_bf16
 
-if TYPE_CHECKING:
-    from flows.places import Places
-
 __all__ = ["bench", "calibrated"]
 
 _VOCABULARY: Final = 128
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A small model's step: rows of so many tokens."""
+class Trial(NamedTuple):
+    """A step of a small model."""
 
     shape: ModelShape
     rows: int
     prompt: int
+    """Tokens of each row."""
     output: int
 
 
@@ -48,10 +54,10 @@ _LARGE: Final = Trial(
 
 
 def bench(places: Places, announce: Callable[[str], None] = lambda text: None) -> DeviceProfile:
-    """Measure, and leave the profile below the root, where `cohort plan` finds it.
+    """Measure, and write the profile below the root, where `cohort plan` finds it.
 
     Args:
-        announce: is told what is being measured.
+        announce: is called with the name of each measurement.
     """
     import torch
 
@@ -67,11 +73,11 @@ def bench(places: Places, announce: Callable[[str], None] = lambda text: None) -
         announce("a small model's decoding")
         decoding = [_decoding_seconds(each, device, precision) for each in (_TINY, trial)]
         profile = calibrated(profile, trial, precision, training, decoding)
-        if device == "cpu" and (cores := _cores()) > 1:
+        if device == "cpu" and (count := cores()) > 1:
             announce("all threads")
-            torch.set_num_threads(cores)
+            torch.set_num_threads(count)
             profile = profile.override(
-                {"threads": cores, "parallel": training[1] / _training_seconds(trial, device, precision)}
+                {"threads": count, "parallel": training[1] / _training_seconds(trial, device, precision)}
             )
     finally:
         torch.set_num_threads(threads)
@@ -83,7 +89,7 @@ def bench(places: Places, announce: Callable[[str], None] = lambda text: None) -
 def calibrated(
     profile: DeviceProfile, trial: Trial, precision: str, training: list[float], decoding: list[float]
 ) -> DeviceProfile:
-    """The profile with which the formulas give what the trials took.
+    """Return the profile with which the formulas give the measured seconds.
 
     Args:
         training, decoding: seconds of a step of the tiny model and of `trial`.
@@ -116,7 +122,7 @@ def _decoding_work(trial: Trial, precision: str) -> Work:
 
 
 def _training_seconds(trial: Trial, device: str, precision: str) -> float:
-    """Forward, backward and AdamW on random rows, as the policy update has them."""
+    """Time forward, backward and AdamW on random rows, as in the policy update."""
     import torch
 
     from stages.training.batching import Row, collate
@@ -142,7 +148,7 @@ def _training_seconds(trial: Trial, device: str, precision: str) -> float:
 
 
 def _decoding_seconds(trial: Trial, device: str, precision: str) -> float:
-    """Every row its prompt and all its tokens, as a rollout has them."""
+    """Time a rollout in which every row has its prompt and all its tokens."""
     import torch
 
     from stages.rollout.attention import GROUPED
@@ -161,7 +167,7 @@ def _model(trial: Trial, device: str, dtype: Any, attention: str) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     shape = trial.shape
-    description = Qwen2Config(
+    config = Qwen2Config(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -174,8 +180,107 @@ def _model(trial: Trial, device: str, dtype: Any, attention: str) -> Any:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Qwen2ForCausalLM(description).to(device, dtype).eval()
+        return Qwen2ForCausalLM(config).to(device, dtype).eval()
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_WIDTHS: Final = (64, 128, 256, 512, 1024, 2048)
+_PACKAGES: Final = ("torch", "transformers")
+_REPEATS: Final = 5
+_PATIENCE: Final = 1.0
+"""Seconds after which a measurement is not repeated."""
+_MIB: Final = 1 << 20
+
+
+def measured_rates(places: Places, device: str, announce: Callable[[str], None]) -> DeviceProfile:
+    """Return a profile of the first GPU or of one thread, without the share that a model reaches."""
+    import torch
+
+    announce("matrix products")
+    tables = {
+        kind: {str(width): _product_rate(width, dtype, device) for width in _WIDTHS}
+        for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
+    announce("memory, disk, hashing")
+    bandwidth, reading = _memory_rates(device)
+    data = bytes(64 * _MIB)
+    cuda = device == "cuda"
+    name = torch.cuda.get_device_name() if cuda else f"{_processor()}, one thread"
+    memory = torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().total
+    return DeviceProfile(
+        name=name,
+        kind="gpu" if cuda else "cpu",
+        memory=float(memory),
+        fp32=tables["fp32"],
+        bf16=tables["bf16"],
+        bandwidth=bandwidth,
+        reading=reading,
+        disk=_disk_rate(nearest(places.root)),
+        hashing=len(data) / median_seconds(lambda: hashlib.sha256(data).digest(), "cpu"),
+        source=f"cohort doctor --bench, load {os.getloadavg()[0]:.1f}",
+        date=time.strftime("%Y-%m-%d %H:%M"),
+        packages={package: importlib.metadata.version(package) for package in _PACKAGES},
+    )
+
+
+def _product_rate(width: int, dtype: Any, device: str) -> float:
+    """Return FLOP/s of [rows, width] x [width, 2.75 width], as in an MLP."""
+    import torch
+
+    columns = 11 * width // 4
+    rows = max(64, int((2e11 if device == "cuda" else 2e8) / (2 * width * columns)))
+    given = torch.randn(rows, width, device=device).to(dtype)
+    weight = torch.randn(columns, width, device=device).to(dtype)
+    seconds = median_seconds(lambda: torch.nn.functional.linear(given, weight), device)
+    return 2.0 * rows * width * columns / seconds
+
+
+def _memory_rates(device: str) -> tuple[float, float]:
+    """Return bytes a second of an addition, which reads two tensors and allocates a third, and of a sum.
+
+    The tensor is larger than any cache.
+    """
+    import torch
+
+    one = torch.ones(16 * _MIB if device == "cpu" else 256 * _MIB, device=device)
+    added, summed = median_seconds(lambda: one + one, device), median_seconds(one.sum, device)
+    return 3 * one.nbytes / added, one.nbytes / summed
+
+
+def _disk_rate(folder: Path) -> float:
+    """Return bytes a second into a file that is synced and removed."""
+    data = os.urandom(64 * _MIB)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".cohort-bench-") as file:
+        started = time.perf_counter()
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        return len(data) / (time.perf_counter() - started)
+
+
+def median_seconds(work: Callable[[], object], device: str) -> float:
+    """Return the median seconds of `work` after a first run of it."""
+    import torch
+
+    # Processor time of a single thread is hardly touched by what else the machine does.
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+    def timed() -> float:
+        started = clock()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return clock() - started
+
+    timed()
+    until, taken = time.perf_counter() + _PATIENCE, [timed()]
+    while len(taken) < _REPEATS and time.perf_counter() < until:
+        taken.append(timed())
+    return statistics.median(taken)
+
+
+def _processor() -> str:
+    """Return the CPU's own name, where the system has it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

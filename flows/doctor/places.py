@@ -1,4 +1,4 @@
-"""Checks of the root folder: file system, space, the commits of the store, locks between processes, what lies there."""
+"""Checks of the root folder: file system, space, commits of the store, locks between processes, records."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import select
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -16,9 +15,9 @@ from typing import Final
 
 import psutil
 
-from flows.doctor.children import importing_ours
-from flows.doctor.finding import Finding
-from flows.doctor.subject import Subject
+from flows.doctor.examination import Finding, Severity, Subject
+from flows.doctor.probe import importing_ours, probing
+from flows.places import nearest
 from flows.wording import size
 from pipeline.config import ConfigError
 from pipeline.provenance import Call
@@ -31,14 +30,13 @@ from pipeline.store.locks import try_lock
 __all__ = ["commits", "exclusion", "file_system", "locking", "records", "shared", "space", "temporary"]
 
 _NETWORK: Final = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "gluster", "lustre", "gpfs", "beegfs", "fuse.")
-"""How the kinds of file systems begin that reach several hosts, or that a program in user space serves."""
+"""Prefixes of file systems that reach several hosts, or that a program in user space serves."""
 _VOLATILE: Final = ("tmpfs", "ramfs")
 _NO_SPACE: Final = 2e8
 _LITTLE_SPACE: Final = 5e9
 """Bytes. Ours: a run of `arithmetic_cpu` writes some hundred megabytes; one checkpoint of a model of 0.5 B parameters, with
 its optimizer's state, 6 GB."""
 _FEW_FILES: Final = 1000
-_HOLDER: Final = (sys.executable, "-P", str(Path(__file__).with_name("lock_holder.py")))
 _SECONDS: Final = 20.0
 _FREED: Final = 0.5
 """Seconds in which the lock of a killed process must be free."""
@@ -49,25 +47,22 @@ _ELSEWHERE: Final = "choose another folder: --root, or COHORT_ROOT"
 
 
 def file_system(subject: Subject) -> Iterator[Finding]:
-    """What the root lies on."""
+    """Report the file system of the root."""
     root = subject.places.root
     kind = kind_of(nearest(root))
-    found, values = f"{root} ({kind}{'' if root.exists() else '; is not there yet'})", {"root": str(root), "kind": kind}
-    if kind.startswith(_VOLATILE):
-        advice = f"what lies in memory is gone at the next start; {_ELSEWHERE}"
-        yield Finding("root", "warning", found, advice, values)
-    elif kind.startswith(_NETWORK):
+    found = f"{root} ({kind}{'' if root.exists() else '; is not there yet'})"
+    advice = f"files in memory are gone at the next start; {_ELSEWHERE}"
+    if kind.startswith(_NETWORK):
         advice = (
             "one host at a time, unless its locks reach all hosts; databases are safer on a local disk: name servers by "
             f"PREFECT_API_URL and MLFLOW_TRACKING_URI, or {_ELSEWHERE}"
         )
-        yield Finding("root", "warning", found, advice, values)
-    else:
-        yield Finding("root", "ok", found, values=values)
+    severity: Severity = "warning" if kind.startswith((*_VOLATILE, *_NETWORK)) else "ok"
+    yield Finding("root", severity, found, advice, {"root": str(root), "kind": kind})
 
 
 def space(subject: Subject) -> Iterator[Finding]:
-    """Bytes and files that the root's file system has left."""
+    """Report the bytes and files that the root's file system has left."""
     place = nearest(subject.places.root)
     free, files = shutil.disk_usage(place).free, os.statvfs(place)
     values = {"free": free, "free_files": files.f_favail if files.f_files else None}
@@ -81,19 +76,17 @@ def space(subject: Subject) -> Iterator[Finding]:
 
 
 def commits(subject: Subject) -> Iterator[Finding]:
-    """The store's own commit on this file system: files synced, a folder renamed, a second of equal content, a record."""
-    with contextlib.ExitStack() as stack:
-        try:
-            folder = stack.enter_context(_scratch(subject))
+    """Commit two artifacts of equal content and a record on this file system, as the store does."""
+    try:
+        with _scratch(subject) as folder:
             began = time.perf_counter()
             _commit(Store(folder / "store"))
             seconds = time.perf_counter() - began
-            _part(subject)
-        except (OSError, RuntimeError) as error:
-            yield Finding(
-                "store.write", "problem", f"cannot be written: {error}", f"mend permissions or space; {_ELSEWHERE}"
-            )
-            return
+            _write_below(subject)
+    except (OSError, RuntimeError) as error:
+        advice = f"fix permissions or space; {_ELSEWHERE}"
+        yield Finding("store.write", "problem", f"cannot be written: {error}", advice)
+        return
     found = f"two artifacts and a record committed in {1000 * seconds:.0f} ms"
     yield Finding("store.write", "ok", found, values={"seconds": round(seconds, 4)})
     if subject.places.upstream is not None and not subject.quick:
@@ -101,14 +94,14 @@ def commits(subject: Subject) -> Iterator[Finding]:
 
 
 def shared(url: str) -> Finding:
-    """The store that several machines share: whether it can be written, listed and deleted from, and the clocks."""
+    """Write to, list and delete from the store that several machines share, and compare the clocks."""
     try:
         began = time.perf_counter()
         upstream = Upstream(url, patience=_PATIENCE)
         skew, identity = upstream.probe(), upstream.identity(create=False)
         seconds = time.perf_counter() - began
     except (StoreError, ConfigError) as error:
-        return Finding("store.remote", "problem", str(error), "mend it, or COHORT_STORE, before a run")
+        return Finding("store.remote", "problem", str(error), "fix it, or COHORT_STORE, before a run")
     known = f"store {identity[:12]}" if identity else "no store yet"
     found = f"{upstream.url}: {known}; written, listed and deleted in {seconds:.1f} s, clocks {abs(skew):.0f} s apart"
     return Finding("store.remote", "ok", found, values={"url": upstream.url, "seconds": seconds, "skew": skew})
@@ -128,8 +121,8 @@ def _commit(store: Store) -> None:
         raise RuntimeError("what was written is not what is read back")
 
 
-def _part(subject: Subject) -> None:
-    """Folders below the root may be links to elsewhere, or belong to somebody else."""
+def _write_below(subject: Subject) -> None:
+    """Write into each folder of the root: it may be a link to elsewhere, or belong to another user."""
     for place in (subject.places.root, subject.places.store, subject.places.runs, subject.places.prefect):
         if place.is_symlink() and not place.exists():
             raise FileNotFoundError(f"{place} is a link to what is not there")
@@ -138,29 +131,24 @@ def _part(subject: Subject) -> None:
                 pass
 
 
-def locking(subject: Subject, holder: Sequence[str] = _HOLDER) -> Iterator[Finding]:
-    """Locks between two processes: one holds, the other must not; the holder is killed, and the lock must be free.
+def locking(subject: Subject, holder: Sequence[str | Path] = ()) -> Iterator[Finding]:
+    """Check locks between two processes: only one holds, and after it is killed the lock is free.
 
     Args:
-        holder: a program that holds the lock of its last argument, says "held", and waits.
+        holder: a program that holds the lock of its last argument, prints "held", and waits.
     """
-    with contextlib.ExitStack() as stack:
-        try:
-            folder = stack.enter_context(_scratch(subject))
-            fault = exclusion(folder / "lock", holder, subject)
-        except OSError as error:
-            fault = str(error)
-    if fault:
-        advice = (
-            f"this file system or its mount does not lock (NFS: mount without nolock); {_ELSEWHERE} on a local disk"
-        )
-        yield Finding("locking", "problem", fault, advice)
-    else:
-        yield Finding("locking", "ok", "a second process waits, and a killed holder's lock is free")
+    try:
+        with _scratch(subject) as folder:
+            fault = exclusion(folder / "lock", holder or probing("lock"), subject)
+    except OSError as error:
+        fault = str(error)
+    found = fault or "a second process waits, and a killed holder's lock is free"
+    advice = f"this file system or its mount does not lock (NFS: mount without nolock); {_ELSEWHERE} on a local disk"
+    yield Finding("locking", "problem" if fault else "ok", found, advice)
 
 
-def exclusion(lock: Path, holder: Sequence[str], subject: Subject) -> str:
-    """What is wrong with locks beside `lock`; empty: nothing."""
+def exclusion(lock: Path, holder: Sequence[str | Path], subject: Subject) -> str:
+    """Return what is wrong with locks on this file system; empty: nothing."""
     child = subprocess.Popen(
         [*holder, str(lock)],
         env=importing_ours(subject.environment),
@@ -175,9 +163,7 @@ def exclusion(lock: Path, holder: Sequence[str], subject: Subject) -> str:
             return f"another process could not take a lock in {lock.parent}"
         with try_lock(lock) as taken:
             if taken:
-                return (
-                    "two processes held one lock at the same time: runs started together would spoil each other's work"
-                )
+                return "two processes held one lock at the same time: concurrent runs would damage each other's work"
     finally:
         child.kill()
         child.communicate()
@@ -195,7 +181,7 @@ def _becomes_free(lock: Path) -> bool:
 
 
 def records(subject: Subject) -> Iterator[Finding]:
-    """What the store holds, and whether its newest records can be read; `cohort verify` reads everything."""
+    """Count the store's records, and read the newest; `cohort verify` reads everything."""
     store = subject.places.store
     files = list(store.glob("actions/*/*.json"))
     if not files:
@@ -209,44 +195,38 @@ def records(subject: Subject) -> Iterator[Finding]:
         except (StoreError, OSError) as error:
             faults.append(str(error).split(";")[0])
     values = {"records": len(files), "read": len(newest), "damaged": len(faults)}
+    found = f"{len(files):,} records; the newest {len(newest)} are sound"
     if faults:
-        advice = f"cohort verify --repair{subject.places.option()}"
-        yield Finding("store.read", "warning", f"{len(faults)} of {len(newest)} records: {faults[0]}", advice, values)
-    else:
-        yield Finding("store.read", "ok", f"{len(files):,} records; the newest {len(newest)} are sound", values=values)
+        found = f"{len(faults)} of {len(newest)} records: {faults[0]}"
+    advice = f"cohort verify --repair{subject.places.option()}"
+    yield Finding("store.read", "warning" if faults else "ok", found, advice, values)
 
 
 def _changed(path: Path) -> float:
-    """When a file was written; a run may remove it meanwhile."""
+    """Return when a file was written; a run may remove it meanwhile."""
     with contextlib.suppress(OSError):
         return path.stat().st_mtime
     return 0.0
 
 
 def temporary(subject: Subject) -> Iterator[Finding]:
-    """The folder for scratch files, where ranks and vLLM's worker meet."""
+    """Report the folder for scratch files, where ranks and vLLM's worker have their sockets."""
     place = Path(tempfile.gettempdir())
     free = shutil.disk_usage(place).free
     found, values = f"{place}, {size(free)} free", {"folder": str(place), "free": free}
-    if free < _NO_SPACE:
-        yield Finding("temporary", "problem", found, "free space there, or set TMPDIR", values)
-    else:
-        yield Finding("temporary", "ok", found, values=values)
+    yield Finding(
+        "temporary", "problem" if free < _NO_SPACE else "ok", found, "free space there, or set TMPDIR", values
+    )
 
 
 @contextlib.contextmanager
 def _scratch(subject: Subject) -> Iterator[Path]:
-    """A folder where the store is or will be, gone afterwards."""
+    """Yield a folder where the store is or will be, removed afterwards."""
     with tempfile.TemporaryDirectory(prefix=".cohort-doctor-", dir=nearest(subject.places.store)) as folder:
         yield Path(folder)
 
 
-def nearest(path: Path) -> Path:
-    """The path itself, or the nearest above it that is there."""
-    return path if path.exists() or path == path.parent else nearest(path.parent)
-
-
 def kind_of(path: Path) -> str:
-    """The kind of file system that a path lies on, such as `ext4`."""
+    """Return the kind of file system that a path lies on, such as `ext4`."""
     mounts = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
     return str(max(mounts, key=lambda part: len(part.mountpoint)).fstype) if mounts else "unknown"

@@ -1,10 +1,13 @@
-"""Run by `cohort doctor` in a process of its own, in this interpreter or another's; prints one JSON object a line.
+"""Questions that are put to other processes, so that what crashes, hangs or must be killed is not this one.
+
+Run as a program, in this interpreter or another's, it is such a process and prints one JSON object a line:
 
     probe.py versions NAME...            versions of distributions, and what they require
     probe.py imports MODULE...           imports each, saying so before it begins
+    probe.py lock FILE                   holds a lock of ours until its input ends or it is killed
     probe.py torch RANK WORLD_SIZE FILE  devices of torch, and a sum over ranks that meet through a file
 
-Standard library only, and nothing of ours: an environment for vLLM does not have it.
+`versions` and `imports` use the standard library only: an environment for vLLM has nothing of ours.
 """
 
 from __future__ import annotations
@@ -13,19 +16,120 @@ import datetime
 import importlib
 import importlib.metadata
 import json
+import os
 import signal
+import subprocess
 import sys
+import tempfile
 import time
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
-_OWN_END = 300
-"""Seconds after which it ends by itself, should whoever started it be gone."""
-_MEETING = 30
-"""Seconds in which ranks must have found one another."""
+if TYPE_CHECKING:
+    from flows.doctor.examination import Severity
+
+__all__ = ["Answer", "ask", "importing_ours", "probing", "together"]
+
+_LINES: Final = 3
+_GRACE: Final = 2.0
+"""Seconds."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a process ended."""
+
+    exit_code: int | None
+    """Negative: the signal that ended it. None: it was killed at the deadline."""
+    output: str
+    errors: str
+
+    @property
+    def severity(self) -> Severity:
+        """Severity of its failure: a process that was only late may be the victim of a busy machine."""
+        return "warning" if self.exit_code is None else "problem"
+
+    def values(self) -> list[dict[str, Any]]:
+        """Return the JSON objects that it printed, one a line; other lines, of libraries, are ignored."""
+        return [json.loads(line) for line in self.output.splitlines() if line.startswith("{") and line.endswith("}")]
+
+    def failure(self) -> str:
+        """Return how it failed, with its last lines of standard error."""
+        last = " / ".join(self.errors.strip().splitlines()[-_LINES:])
+        ended = "did not end in time" if self.exit_code is None else f"ended with exit code {self.exit_code}"
+        return f"{ended}: {last}" if last else ended
+
+
+def ask(command: Sequence[str | Path], environment: Mapping[str, str], *, deadline: float) -> Answer:
+    """Run one program, as `together` does."""
+    return together([command], [environment], deadline=deadline)[0]
+
+
+def together(
+    commands: Sequence[Sequence[str | Path]], environments: Sequence[Mapping[str, str]], *, deadline: float
+) -> list[Answer]:
+    """Run programs side by side, each with an environment of its own.
+
+    All are killed after `deadline` seconds, or soon after one of them failed.
+
+    Raises:
+        OSError: there is no such program, or it is none.
+    """
+    end = time.monotonic() + deadline
+    with tempfile.TemporaryDirectory(prefix="cohort-doctor-") as folder:
+        paths = [Path(folder, str(number)) for number in range(len(commands))]
+        children: list[subprocess.Popen[bytes]] = []
+        try:
+            for command, environment, path in zip(commands, environments, paths, strict=True):
+                children.append(_started(command, environment, path))
+            codes = _codes(children, end)
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+        return [Answer(code, _text(path, "out"), _text(path, "err")) for code, path in zip(codes, paths, strict=True)]
+
+
+def probing(*arguments: str | Path, python: Path | None = None) -> list[str | Path]:
+    """Return the command line of the probe in an interpreter, by default this one."""
+    return [python or sys.executable, "-P", __file__, *arguments]
+
+
+def importing_ours(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment in which a child of this interpreter imports our packages, installed or not."""
+    ours = str(Path(__file__).parents[2])
+    return {**environment, "PYTHONPATH": os.pathsep.join([ours, *filter(None, [environment.get("PYTHONPATH")])])}
+
+
+def _started(command: Sequence[str | Path], environment: Mapping[str, str], place: Path) -> subprocess.Popen[bytes]:
+    # Files, not pipes: what prints much must not wait for a reader. No session: Ctrl-C reaches the children too.
+    with Path(f"{place}.out").open("wb") as out, Path(f"{place}.err").open("wb") as err:
+        return subprocess.Popen(command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+
+
+def _codes(children: Sequence[subprocess.Popen[bytes]], end: float) -> list[int | None]:
+    """Return exit codes once all have ended, time is up, or one failed and the others, which may wait for it, had a chance."""
+    while any(child.poll() is None for child in children) and time.monotonic() < end:
+        if any(child.poll() for child in children):
+            end = min(end, time.monotonic() + _GRACE)
+        time.sleep(0.02)
+    return [child.poll() for child in children]
+
+
+def _text(place: Path, stream: str) -> str:
+    return Path(f"{place}.{stream}").read_text(encoding="utf-8", errors="replace")
+
+
+_OWN_END: Final = 300
+"""Seconds after which it ends by itself, should its parent be gone."""
+_RENDEZVOUS: Final = 30
+"""Seconds in which ranks must have connected."""
 
 
 def main(arguments: list[str]) -> None:
-    """Carry out one of the three orders."""
+    """Carry out one of the four orders."""
     signal.alarm(_OWN_END)
     match arguments:
         case ["versions", *names]:
@@ -33,8 +137,10 @@ def main(arguments: list[str]) -> None:
         case ["imports", *modules]:
             for module in modules:
                 import_one(module)
+        case ["lock", file]:
+            hold(Path(file))
         case ["torch", rank, world_size, file]:
-            meet(int(rank), int(world_size), file)
+            all_reduce(int(rank), int(world_size), file)
         case _:
             raise SystemExit(f"unknown order {arguments}")
 
@@ -45,7 +151,7 @@ def tell(**values: Any) -> None:
 
 
 def version_of(name: str) -> dict[str, Any] | None:
-    """Version and requirements of an installed distribution."""
+    """Return version and requirements of an installed distribution."""
     try:
         found = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
@@ -54,22 +160,29 @@ def version_of(name: str) -> dict[str, Any] | None:
 
 
 def import_one(module: str) -> None:
-    """Import a module; a crash of the process is then known to be its own."""
+    """Import a module, and print its name first, so that a crash of the process is known to be its own."""
     tell(begins=module)
     began = time.perf_counter()
     try:
         importlib.import_module(module)
-    except (
-        BaseException
-    ) as error:  # pydantic, CUDA libraries and `sys.exit` in a module: whatever it is, it is the finding
+    except BaseException as error:  # errors of pydantic and CUDA, `sys.exit` in a module: each is a finding
         last = str(error).strip().splitlines()
         tell(module=module, error=f"{type(error).__name__}: {last[0] if last else ''}".rstrip(": "))
     else:
         tell(module=module, error=None, seconds=round(time.perf_counter() - began, 2))
 
 
-def meet(rank: int, world_size: int, file: str) -> None:
-    """What torch sees, from rank 0; then the sum over ranks of rank + 1, which each rank prints."""
+def hold(file: Path) -> None:
+    """Hold a lock, for the check of locks between processes."""
+    from pipeline.store.locks import locked
+
+    with locked(file):
+        print("held", flush=True)
+        sys.stdin.read()
+
+
+def all_reduce(rank: int, world_size: int, file: str) -> None:
+    """Print the devices of torch on rank 0, then on each rank the sum over ranks of rank + 1."""
     began = time.perf_counter()
     import torch
 
@@ -81,13 +194,8 @@ def meet(rank: int, world_size: int, file: str) -> None:
             nccl=torch.distributed.is_available() and torch.distributed.is_nccl_available(),
             devices=devices(torch),
         )
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{file}",
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=_MEETING),
-    )
+    timeout = datetime.timedelta(seconds=_RENDEZVOUS)
+    torch.distributed.init_process_group("gloo", f"file://{file}", timeout, world_size, rank)
     total = torch.tensor([rank + 1.0])
     torch.distributed.all_reduce(total)
     tell(rank=rank, total=total.item())
@@ -95,7 +203,7 @@ def meet(rank: int, world_size: int, file: str) -> None:
 
 
 def devices(torch: Any) -> list[dict[str, Any]]:
-    """CUDA devices with their memory in bytes; one that does not answer is told with its error."""
+    """Return CUDA devices with their memory in bytes, or with the error of one that does not compute."""
     found: list[dict[str, Any]] = []
     for number in range(torch.cuda.device_count()):
         about: dict[str, Any] = {"number": number}

@@ -1,58 +1,61 @@
-"""Checks of Python and packages: versions against what Cohort declares, and builds that do not go together."""
+"""Checks of Python and packages: versions against what Cohort declares, and builds that do not go together.
+
+Reads metadata only, and imports none of them.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NamedTuple
 
+from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
-from flows.doctor.finding import Finding
-from flows.doctor.requirements import OURS, Declared, Unmet, declared, installed, outside, unmet
-from flows.doctor.subject import Subject
+from flows.doctor.examination import OURS, Finding, Severity, Subject
 
-__all__ = ["companions", "cpu_companions", "ground_types", "packages", "python"]
+__all__ = ["companions", "cpu_companions", "declared", "ground_types", "installed", "outside", "packages", "python"]
 
 _SHOWN: Final = (
     *("torch", "transformers", "deepspeed", "prefect", "fastapi", "mlflow", "pyarrow", "math-verify"),
     *("antlr4-python3-runtime", "pebble"),
 )
-"""Packages whose version is told also where it is as it should be."""
+"""Packages whose version is shown even where it is in range."""
 _BREAKING: Final = {
     ("prefect", "fastapi"): "Prefect's server does not run with this one",
     ("latex2sympy2-extended", "antlr4-python3-runtime"): "answers in LaTeX cannot be read",
 }
 """Requirements of others (who, what) that stop a run where they are not met, and what stops."""
+_PROJECT: Final = Path(__file__).parents[2] / "pyproject.toml"
 _COMPANIONS: Final = ("torchvision", "torchaudio", "torchcodec")
 
 
 def python(subject: Subject) -> Iterator[Finding]:
-    """The interpreter, against the range that Cohort declares."""
+    """Compare the interpreter with the range that Cohort declares."""
     version, ours = platform.python_version(), declared()
     wanted = ours.python if ours else ""
     found = f"{version} on {platform.platform(terse=True)} ({sys.executable})"
     values = {"version": version, "platform": platform.platform(), "executable": sys.executable, "range": wanted}
-    if wanted and not SpecifierSet(wanted).contains(version, prereleases=True):
-        advice = f"Cohort needs Python {wanted}: make an environment with such an interpreter"
-        yield Finding("python", "problem", found, advice, values)
-        return
-    yield Finding("python", "ok", found, values=values)
+    severity: Severity = "ok" if SpecifierSet(wanted).contains(version, prereleases=True) else "problem"
+    advice = f"Cohort needs Python {wanted}: make an environment with such an interpreter"
+    yield Finding("python", severity, found, advice, values)
 
 
 def packages(subject: Subject) -> Iterator[Finding]:
-    """Every package that Cohort declares, those that these require."""
+    """Compare every package that Cohort declares, and those that these require, with what is installed."""
     ours = declared()
     if ours is None:
-        yield Finding(
-            "packages", "warning", "Cohort is not installed here, so its requirements are not known", "make setup"
-        )
+        found = "Cohort is not installed here, so its requirements are not known"
+        yield Finding("packages", "warning", found, "make setup")
         return
     names = [Requirement(text).name for text in ours.core]
     versions = {name: package.version for name in (*names, *_SHOWN) if (package := installed(name))}
@@ -62,11 +65,14 @@ def packages(subject: Subject) -> Iterator[Finding]:
     yield Finding("packages", "ok", f"{count}; {shown}", values=versions)
     yield from wrong
     yield from _optional(ours)
-    yield from _stale(ours)
+    if ours.stale:
+        text = f"the installed metadata is older than pyproject.toml: it lacks {', '.join(ours.stale)}"
+        advice = "install the checkout again (`make setup`, or pip install --no-deps -e .)"
+        yield Finding(f"package.{OURS}", "warning", text, advice, {"lacks": list(ours.stale)})
 
 
 def ground_types(subject: Subject) -> Iterator[Finding]:
-    """gmpy2, which sympy takes up by its mere presence and which cannot be interrupted in its C code."""
+    """Report gmpy2, which sympy uses wherever it is installed and whose C code cannot be interrupted."""
     found = {name: package.version for name in ("gmpy2", "python-flint") if (package := installed(name))}
     if found:
         there = ", ".join(f"{name} {version}" for name, version in found.items())
@@ -74,24 +80,19 @@ def ground_types(subject: Subject) -> Iterator[Finding]:
 
 
 def _unmet(fault: Unmet) -> Finding:
-    """A requirement that is not met: a problem where it is Cohort's own, or known to break."""
+    """Report an unmet requirement: a problem where it is Cohort's own, or known to break."""
     name, wanted = fault.requirement.name, str(fault.requirement.specifier)
     breaks = _BREAKING.get((fault.owner, name))
-    severe = fault.owner == OURS or breaks is not None
+    severity: Severity = "problem" if fault.owner == OURS or breaks else "warning"
     who = "Cohort" if fault.owner == OURS else fault.owner
     there = f"{name} is not installed" if fault.found is None else f"{name} {fault.found}"
-    needed = f"{who} needs {name}{wanted}" + (f"; {breaks}" if breaks else "")
-    return Finding(
-        f"package.{name}",
-        "problem" if severe else "warning",
-        f"{there}; {needed}",
-        f"pip install '{name}{wanted}'",
-        {"installed": fault.found, "range": wanted, "wanted_by": fault.owner},
-    )
+    text = f"{there}; {who} needs {name}{wanted}" + (f"; {breaks}" if breaks else "")
+    values = {"installed": fault.found, "range": wanted, "wanted_by": fault.owner}
+    return Finding(f"package.{name}", severity, text, f"pip install '{name}{wanted}'", values)
 
 
 def _optional(ours: Declared) -> Iterator[Finding]:
-    """peft, for LoRA: its absence is no fault, a version outside the range is."""
+    """Report peft, for LoRA: its absence is no fault, a version outside the range is."""
     for requirement in map(Requirement, ours.extras.get("lora", ())):
         package = installed(requirement.name)
         about = {"installed": package and package.version, "range": str(requirement.specifier), "wanted_by": "lora"}
@@ -104,34 +105,127 @@ def _optional(ours: Declared) -> Iterator[Finding]:
             yield Finding(f"package.{requirement.name}", "warning", text, how, about)
 
 
-def _stale(ours: Declared) -> Iterator[Finding]:
-    if ours.stale:
-        text = f"the installed metadata is older than pyproject.toml: it lacks {', '.join(ours.stale)}"
-        advice = "install the checkout again (`make setup`, or pip install --no-deps -e .)"
-        yield Finding("package.cohort-rl", "warning", text, advice, {"lacks": list(ours.stale)})
-
-
 def companions(subject: Subject) -> Iterator[Finding]:
-    """torchvision and its like beside a CPU build of torch, as an installer that knows no such builds leaves them."""
+    """Report CUDA builds of torchvision and its like where torch is a CPU build: some installers leave them so."""
     torch = installed("torch")
     if torch is None or _built_for_cuda() or sys.platform != "linux":
         return
     versions = {name: package.version for name in _COMPANIONS if (package := installed(name))}
     if wrong := cpu_companions(versions):
-        text = f"{', '.join(wrong)} beside a CPU build of torch ({torch.version}): CUDA builds do not import there"
+        text = f"{', '.join(wrong)} next to a CPU build of torch ({torch.version}): CUDA builds do not import there"
         advice = f"pip uninstall {' '.join(_COMPANIONS)} (Cohort needs none of them)"
         yield Finding("package.torchvision", "warning", text, advice, versions)
 
 
-def cpu_companions(versions: Mapping[str, str | None]) -> list[str]:
-    """Of torch's companions those that are no CPU builds; on Linux a wheel without a label is a CUDA build."""
-    there = {name: versions.get(name) for name in _COMPANIONS}
-    return [f"{name} {version}" for name, version in there.items() if version and "+cpu" not in version]
+def cpu_companions(versions: Mapping[str, str]) -> list[str]:
+    """Return torch's companions that are no CPU builds; on Linux a wheel without a label is a CUDA build."""
+    there = {name: versions[name] for name in _COMPANIONS if name in versions}
+    return [f"{name} {version}" for name, version in there.items() if "+cpu" not in version]
 
 
 def _built_for_cuda() -> bool:
-    """Whether torch is a CUDA or ROCm build, read from its version file, without importing it."""
+    """Read from torch's version file whether it is a CUDA or ROCm build, without importing it."""
     with contextlib.suppress(OSError, importlib.metadata.PackageNotFoundError):
         file = Path(str(importlib.metadata.distribution("torch").locate_file("torch/version.py")))
         return bool(re.search(r"^(?:cuda|hip)\b[^=\n]*= *['\"]", file.read_text(encoding="utf-8"), re.MULTILINE))
     return False
+
+
+class Package(NamedTuple):
+    """An installed distribution."""
+
+    name: str
+    version: str
+    requires: tuple[str, ...]
+
+
+class Unmet(NamedTuple):
+    """A requirement that what is installed does not meet."""
+
+    owner: str
+    requirement: Requirement
+    found: str | None
+    """The version that is installed; None: no such package."""
+
+
+class Declared(NamedTuple):
+    """The requirements that Cohort declares."""
+
+    python: str
+    """Range of Python versions."""
+    core: tuple[str, ...]
+    extras: Mapping[str, tuple[str, ...]]
+    """By the name of the extra, `lora`."""
+    stale: tuple[str, ...] = ()
+    """Requirements of the checkout that the installed metadata lacks, since they were declared later."""
+
+
+def installed(name: str) -> Package | None:
+    """Return a distribution of this environment, or None."""
+    try:
+        found = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    about = found.metadata  # read once: `version` and `requires` would each parse it again
+    return Package(canonicalize_name(name), str(about["Version"]), tuple(about.get_all("Requires-Dist") or ()))
+
+
+def declared(project: Path = _PROJECT) -> Declared | None:
+    """Return Cohort's requirements: from pyproject.toml in a checkout, else from metadata; None where both are absent."""
+    package = installed(OURS)
+    known = tuple(package.requires) if package else ()
+    if (table := _checkout(project)) is not None:
+        core, extras = tuple(table["dependencies"]), table.get("optional-dependencies", {})
+        older = set(map(Requirement, known))  # equal whatever the order of their bounds
+        stale = tuple(text for text in core if package and Requirement(text) not in older)
+        return Declared(table["requires-python"], core, {name: tuple(parts) for name, parts in extras.items()}, stale)
+    if package is None:
+        return None
+    about = importlib.metadata.metadata(OURS)
+    names = about.get_all("Provides-Extra") or []
+    return Declared(
+        (about.get_all("Requires-Python") or [""])[0],  # by index a backport, once imported, raises where there is none
+        tuple(text for text in known if _applies(Requirement(text).marker, [])),
+        {name: tuple(text for text in known if _only_with(Requirement(text).marker, name)) for name in names},
+    )
+
+
+def unmet(owner: str, requirements: Iterable[str]) -> Iterator[Unmet]:
+    """Yield the unmet requirements of `owner`, then those of the packages that meet the others, and so on."""
+    known = functools.cache(installed)
+    waiting: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [(owner, tuple(requirements), ())]
+    seen, said = set(waiting), set[tuple[str, str]]()
+    while waiting:
+        by, texts, extras = waiting.pop(0)
+        for requirement in map(Requirement, texts):
+            if not _applies(requirement.marker, extras):
+                continue
+            package, fault = known(requirement.name), (by, str(requirement))
+            if (package is None or outside(requirement, package.version)) and fault not in said:
+                said.add(fault)
+                yield Unmet(by, requirement, package.version if package else None)
+            visit = (package.name, package.requires, tuple(sorted(requirement.extras))) if package else None
+            if visit and visit not in seen:
+                seen.add(visit)
+                waiting.append(visit)
+
+
+def outside(requirement: Requirement, version: str) -> bool:
+    """Return whether a version is not in the range; a requirement that names a file instead has none."""
+    return not requirement.specifier.contains(version, prereleases=True)
+
+
+def _applies(marker: Marker | None, extras: Sequence[str]) -> bool:
+    return marker is None or any(marker.evaluate({"extra": extra}) for extra in (*extras, ""))
+
+
+def _only_with(marker: Marker | None, extra: str) -> bool:
+    return _applies(marker, [extra]) and not _applies(marker, [])
+
+
+def _checkout(project: Path) -> dict[str, Any] | None:
+    try:
+        table: dict[str, Any] = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return table if table.get("name") == OURS else None

@@ -14,9 +14,8 @@ from typing import Any, Final
 
 from flows.bootstrap import below
 from flows.config import ArithmeticData, FileData, IterativeRLConfig
-from flows.doctor.places import nearest
 from flows.ledger import Ledger, read_ledger
-from flows.places import Places
+from flows.places import Places, nearest
 from flows.planning.cached import Progress, progress_of
 from flows.planning.machine import machine_of, on_devices
 from flows.planning.shapes import shape_for

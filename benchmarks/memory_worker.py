@@ -100,20 +100,21 @@ def _cohort(work: MemoryWork, side: str) -> tuple[Update, int]:
 
 def _policy_update(engine: Any, work: MemoryWork, prompt: int, output: int) -> None:
     """The update stage's own step: GRPO without a reference, mu = 1."""
+    from stages.training.loop import optimizer_step
     from stages.update import GRPOConfig, UpdateConfig
     from stages.update.examples import Example
-    from stages.update.ledger import Ledger
-    from stages.update.minibatch import MiniBatch
+    from stages.update.loss import MiniBatch, policy_loss
+    from stages.update.metrics import UpdateMetrics
     from stages.update.objectives import method_of
-    from stages.update.steps import optimizer_step
 
     config = UpdateConfig(objective=GRPOConfig(beta=0.0), micro_batch_tokens=work.rows * (work.prompt + work.output))
     examples = [
         Example("q", tuple(given), tuple(said), (float(1 - 2 * (number % 2)),) * output, 1.0, None, None)
         for number, (given, said) in enumerate(work.tokens(prompt, output))
     ]
-    method, ledger = method_of(config.objective), Ledger()
-    optimizer_step(engine, MiniBatch.of(examples, engine, 1.0, config, method), method, config.correction, ledger)
+    method, metrics = method_of(config.objective), UpdateMetrics()
+    parts = MiniBatch.of(examples, engine, 1.0, config, method).parts
+    optimizer_step(engine, parts, policy_loss(engine, 1.0, method, config.correction, metrics.add))
 
 
 def _naive(model: Any, rows: list[tuple[list[int], list[int]]]) -> Tensor:

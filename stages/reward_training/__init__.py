@@ -1,22 +1,22 @@
 """Reward models: made from a policy, trained on rule-labelled outputs, trained on as the policy moves (4.1.4)."""
 
-from stages.reward_training.config import (
+from stages.reward_training.config import MonteCarloConfig, RuleStepsConfig, StepLabelsConfig
+from stages.reward_training.examples import (
     BradleyTerryConfig,
-    MonteCarloConfig,
     PointwiseConfig,
-    ReplayConfig,
-    RewardModelConfig,
     RewardObjectiveConfig,
-    RewardTrainingConfig,
-    RuleStepsConfig,
-    StepLabelsConfig,
+    nothing_to_learn,
 )
-from stages.reward_training.creation import create_reward_model
-from stages.reward_training.examples import nothing_to_learn
 from stages.reward_training.labelling import label_outputs
 from stages.reward_training.monte_carlo import estimate_step_labels
-from stages.reward_training.replay import mix_with_history
-from stages.reward_training.stage import train_reward_model
+from stages.reward_training.stage import (
+    ReplayConfig,
+    RewardModelConfig,
+    RewardTrainingConfig,
+    create_reward_model,
+    mix_with_history,
+    train_reward_model,
+)
 
 __all__ = [
     "BradleyTerryConfig",

@@ -7,13 +7,55 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, assert_never
+from typing import Annotated, Any, Literal, NamedTuple, assert_never
 
+from pydantic import Field
+
+from pipeline.config import Config
 from stages.models import Checkpoint, RewardKind, check_lengths, reward_kind, vocabulary_of
-from stages.reward_training.config import BradleyTerryConfig, PointwiseConfig, RewardObjectiveConfig
 from stages.tables import RewardLabels
 
-__all__ = ["Example", "Pair", "Unit", "draw_updates", "nothing_to_learn", "read_examples", "units_of"]
+__all__ = [
+    "BradleyTerryConfig",
+    "Example",
+    "Pair",
+    "PointwiseConfig",
+    "RewardObjectiveConfig",
+    "Unit",
+    "draw_updates",
+    "nothing_to_learn",
+    "read_examples",
+    "units_of",
+]
+
+
+class BradleyTerryConfig(Config):
+    """-log sigma(s+ - s-) of pairs of a right and a wrong output of one question; outcome models only.
+
+    Fits differences within a question, which is all that a group's advantages use; the level of the scores means nothing.
+    """
+
+    kind: Literal["bradley_terry"] = "bradley_terry"
+    """Discriminator."""
+    pairs: Literal["all", "matched"] = "all"
+    """`all`: every right output with every wrong one of its question (after Ouyang et al. 2022, 3.5), computed together: G
+    outputs must fit into memory at once. `matched`: the i-th right with the i-th wrong, each used once, in micro-batches of
+    any size; what has no counterpart is not learned from."""
+    average: Literal["questions", "pairs"] = "questions"
+    """`questions`: mean over questions of the mean over their pairs: the 1 / (K choose 2) of Ouyang et al. 2022, Eq. 1, which
+    ranks K outputs of a prompt. Ours have R (K - R) pairs, R outputs being right. `pairs`: mean over all pairs of the update,
+    which weighs a question with half its outputs right (K / 2)^2 / (K - 1) times one with a single right output."""
+
+
+class PointwiseConfig(Config):
+    """Binary cross-entropy of each score with its label, mean over outputs; of a process model mean over outputs of the mean
+    over their steps. sigma(score) estimates the chance of being right (Math-Shepherd, Eq. 1 and 2)."""
+
+    kind: Literal["pointwise"] = "pointwise"
+    """Discriminator."""
+
+
+RewardObjectiveConfig = Annotated[BradleyTerryConfig | PointwiseConfig, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)

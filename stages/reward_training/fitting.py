@@ -1,4 +1,4 @@
-"""One optimizer step of a reward model: where forward, losses, weights and engine meet.
+"""Optimizer steps of a reward model: forward, weights and loss.
 
 Legend: B rows of a micro-batch, N scores of all of them, P pairs among them.
 """
@@ -8,42 +8,19 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stages.kernels.ranking import bradley_terry, pointwise
-from stages.reward_training.config import BradleyTerryConfig, RewardObjectiveConfig, RewardTrainingConfig
-from stages.reward_training.examples import Example, Pair, Unit, units_of
+from stages.reward_training.examples import BradleyTerryConfig, Example, Pair, RewardObjectiveConfig, Unit, units_of
 from stages.training.batching import Batch, Row, collate, own_share
 from stages.training.engine import Engine, StepReport
+from stages.training.loop import train
 from stages.training.scores import places_in, scores_at
 
-__all__ = ["Ledger", "update"]
-
-
-@dataclass
-class Ledger:
-    """What the updates of one epoch found; losses and hits are this rank's share of them."""
-
-    losses: list[float] = field(default_factory=list)
-    """Mean loss of each update, before it."""
-    hits: list[float] = field(default_factory=list)
-    """Share of pairs in order, or of scores on the side of their label, weighted as the loss is, likewise."""
-    reports: list[StepReport] = field(default_factory=list)
-    pairs: int = 0
-
-    def metrics(self, engine: Engine) -> dict[str, float | None]:
-        """Means over the epoch's updates."""
-        updates = len(self.reports)
-        return {
-            "rm/loss": engine.total(sum(self.losses)) / updates,
-            "rm/train_accuracy": engine.total(sum(self.hits)) / updates,
-            "rm/grad_norm": sum(report.grad_norm for report in self.reports) / updates,
-            "rm/learning_rate": self.reports[-1].learning_rate,
-            "rm/pairs": self.pairs,
-        }
+__all__ = ["Fit"]
 
 
 @dataclass(frozen=True)
@@ -62,45 +39,64 @@ class _Part:
     """weight / (pairs of the question * questions of the update), or weight / pairs of the update: sums to 1 likewise."""
 
 
-def update(
-    engine: Engine, examples: Sequence[Example], config: RewardTrainingConfig, ledger: Ledger, *, factor: float = 1.0
-) -> None:
-    """One step down the gradient of the mean loss over all outputs of `examples`, or over their pairs as
-    `BradleyTerryConfig.average` says; none where there are none.
+class Fit:
+    """Optimizer steps of a reward model, and what those of the last epoch found."""
 
-    Every micro-batch has the update's own denominator, so that gradients add up to that of the update.
+    def __init__(self, engine: Engine, objective: RewardObjectiveConfig, micro_batch_tokens: int) -> None:
+        self._engine, self._objective, self._micro_batch_tokens = engine, objective, micro_batch_tokens
+        self.updates = self.skipped = 0
+        self._begin()
 
-    Args:
-        factor: of the learning rate.
-    """
-    units = units_of(examples, config.objective)
-    if not units:
-        return
-    parts = list(_parts(units, engine, config.micro_batch_tokens, config.objective))
-    total = total_hits = 0.0
-    for number, part in enumerate(parts):
-        with engine.autocast():
-            score_N = scores_at(engine.model, part.batch, part.positions_N)
-        loss, hits = _compare(score_N, part) if units[0].pairs else _fit(score_N, part)
-        engine.backward(loss, last=number == len(parts) - 1)
-        total, total_hits = total + float(loss.detach()), total_hits + float(hits)
-    ledger.losses.append(total)
-    ledger.hits.append(total_hits)
-    ledger.reports.append(engine.step(factor=factor))
-    ledger.pairs += sum(pair.weight for unit in units for pair in unit.pairs)
+    def _begin(self) -> None:
+        self.reports: list[StepReport] = []
+        self._hits: list[float] = []
+        """For each update the share of pairs in order, or of scores on the side of their label, weighted as the loss is."""
+        self._pairs = 0
 
+    def train(self, updates: Sequence[tuple[Sequence[Example], float]]) -> Iterator[StepReport]:
+        """Make one epoch: for each update a step down the gradient of the mean loss over its outputs, or over their pairs as
+        `BradleyTerryConfig.average` says.
 
-def _compare(score_N: Tensor, part: _Part) -> tuple[Tensor, Tensor]:
-    """Loss and share of pairs in order, both weighted."""
-    preferred_P, other_P = score_N[part.preferred_P], score_N[part.other_P]
-    loss_P = bradley_terry(preferred_P, other_P)
-    return (part.weight_P * loss_P).sum(), (part.weight_P * (preferred_P > other_P)).sum()
+        Args:
+            updates: the examples of each, and the factor of its learning rate.
+        """
+        self._begin()
+        for step in train(self._engine, self._steps(updates), self._loss):
+            self.reports.append(step)
+            self.updates += not step.skipped
+            self.skipped += step.skipped
+            yield step
 
+    def _steps(self, updates: Sequence[tuple[Sequence[Example], float]]) -> Iterator[tuple[list[_Part], float]]:
+        for examples, factor in updates:
+            units = units_of(examples, self._objective)
+            self._hits.append(0.0)
+            self._pairs += sum(pair.weight for unit in units for pair in unit.pairs)
+            yield list(_parts(units, self._engine, self._micro_batch_tokens, self._objective)), factor
 
-def _fit(score_N: Tensor, part: _Part) -> tuple[Tensor, Tensor]:
-    """Loss and share of scores on the side of their label, both weighted."""
-    loss_N = pointwise(score_N, part.label_N)
-    return (part.weight_N * loss_N).sum(), (part.weight_N * ((score_N > 0) == (part.label_N > 0.5))).sum()
+    def _loss(self, part: _Part) -> Tensor:
+        """Weighted loss of the scores, fitted to labels or to one another; notes the weighted share that is right."""
+        with self._engine.autocast():
+            score_N = scores_at(self._engine.model, part.batch, part.positions_N)
+        if isinstance(self._objective, BradleyTerryConfig):
+            preferred_P, other_P = score_N[part.preferred_P], score_N[part.other_P]
+            self._hits[-1] += float((part.weight_P * (preferred_P > other_P)).sum())
+            return (part.weight_P * bradley_terry(preferred_P, other_P)).sum()
+        self._hits[-1] += float((part.weight_N * ((score_N > 0) == (part.label_N > 0.5))).sum())
+        return (part.weight_N * pointwise(score_N, part.label_N)).sum()
+
+    def metrics(self) -> dict[str, float | None]:
+        """Return means over the last epoch's updates, each before its step, and counts of all updates."""
+        updates, total = len(self.reports), self._engine.total
+        return {
+            "rm/loss": total(sum(report.loss for report in self.reports)) / updates,
+            "rm/train_accuracy": total(sum(self._hits)) / updates,
+            "rm/grad_norm": sum(report.grad_norm for report in self.reports) / updates,
+            "rm/learning_rate": self.reports[-1].learning_rate,
+            "rm/pairs": self._pairs,
+            "rm/updates": self.updates,
+            "rm/skipped_steps": self.skipped,
+        }
 
 
 def _parts(

@@ -1,9 +1,7 @@
-"""Supervised fine-tuning, demonstrations in the place of outputs, and the making of a first policy from scratch."""
+"""Supervised fine-tuning, demonstrations as outputs, and a first policy from scratch."""
 
-from stages.sft.config import PolicyConfig, SFTConfig
-from stages.sft.demonstrations import demonstrated_outputs
-from stages.sft.policy import create_policy, policy_texts
-from stages.sft.stage import supervised_finetuning
+from stages.sft.policy import PolicyConfig, create_policy, policy_texts
+from stages.sft.stage import SFTConfig, demonstrated_outputs, supervised_finetuning
 
 __all__ = [
     "PolicyConfig",

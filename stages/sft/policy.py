@@ -1,19 +1,51 @@
-"""A first policy: an architecture, random weights, and a tokenizer made from what it shall imitate."""
+"""A first policy: an architecture, random weights, and a tokenizer made from demonstrations."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
-from pipeline.config import ConfigError
+from pydantic import Field, NonNegativeInt, field_validator
+
+from pipeline.config import Config, ConfigError
 from pipeline.stage import record_metrics, stage
-from stages.models import Checkpoint, save
-from stages.sft.config import PolicyConfig
+from stages.models import Checkpoint, require_buildable, save
 from stages.tables import Demonstrations
-from stages.text import PromptConfig, build_tokenizer
+from stages.text import CharacterTokenizerConfig, PromptConfig, TokenizerConfig, build_tokenizer
 
-__all__ = ["create_policy", "policy_texts"]
+__all__ = ["PolicyConfig", "create_policy", "policy_texts"]
+
+
+class PolicyConfig(Config):
+    """A causal language model with random weights."""
+
+    kind: Literal["scratch"] = "scratch"
+    """Discriminator beside policies that others trained."""
+    architecture: str = "qwen2"
+    """Model type as transformers names it: qwen2, llama, ..."""
+    settings: dict[str, bool | int | float | str | None] = Field(
+        default={
+            "hidden_size": 96,
+            "intermediate_size": 256,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": True,
+        }
+    )
+    """Settings of that type which differ from its defaults. The vocabulary size and special tokens are the tokenizer's."""
+    tokenizer: TokenizerConfig = CharacterTokenizerConfig()
+    """Made from the demonstrations."""
+    seed: NonNegativeInt = 0
+    """Draws the weights."""
+
+    @field_validator("settings")
+    @classmethod
+    def _buildable(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        require_buildable(settings, "settings")
+        return settings
 
 
 @stage(version="1")

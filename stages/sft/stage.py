@@ -1,28 +1,68 @@
-"""Supervised fine-tuning as a stage: encode once, descend the mean negative log-likelihood, decay, publish."""
+"""Supervised fine-tuning, and demonstrations as outputs: SFT as a row of the unified paradigm (DeepSeekMath, 5.2.1)."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, assert_never
 
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from pipeline.artifact import take_rows
+from pipeline.config import Config
 from pipeline.progress import report
 from pipeline.stage import record_metrics, stage
+from stages.epochs import sample_positions
 from stages.models import Checkpoint, load_tokenizer
-from stages.sft.config import SFTConfig
-from stages.sft.encoding import encode_demonstrations
-from stages.tables import Demonstrations
-from stages.text import PromptConfig
+from stages.tables import Demonstrations, Rollouts
+from stages.text import PromptConfig, encode_completions, encode_prompts
+from stages.training.config import MuonConfig, TrainingConfig
 from stages.training.ranks import on_ranks
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from torch import Tensor
+    from transformers import PreTrainedTokenizerFast
 
     from stages.training.batching import Batch, Row
-    from stages.training.engine import Engine, StepReport
+    from stages.training.engine import Engine
 
-__all__ = ["supervised_finetuning"]
+__all__ = ["SFTConfig", "demonstrated_outputs", "supervised_finetuning"]
+
+Ids = tuple[list[int], list[int]]
+Part = tuple["Batch", "Tensor"]
+"""A micro-batch, and the weight of each of its tokens [B, O] in the mean over the whole batch."""
+
+
+class SFTConfig(Config):
+    """Supervised fine-tuning: mean negative log-likelihood of completion tokens, EOS included (DeepSeekMath, Eq. 6)."""
+
+    training: TrainingConfig = TrainingConfig(optimizer=MuonConfig(), precision="fp32", warmup_steps=40)
+    """Engine, optimizer, precision and warm-up. One stage call is the whole training: it begins without moments and publishes
+    none, which another objective follows, whatever `optimizer_state` says."""
+    seed: NonNegativeInt = 0
+    """Draws the order of the demonstrations; apart from the run's seed, so that runs with other seeds share this policy."""
+    aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"
+    """Which mean: over demonstrations of the mean over their tokens, (1/|o|) sum_t (DeepSeekMath, Eq. 6), or over all tokens of
+    the batch, so that long demonstrations count for more (usual elsewhere). For lengths 2 and 6 a token weighs 1/4 and 1/12, or
+    1/8 and 1/8. The loss that is charted and compared with `stop_loss` is this mean, in nats per token."""
+    batch_size: PositiveInt = 64
+    """Demonstrations per update."""
+    max_steps: PositiveInt = 2000
+    """Updates before the decay begins, at most."""
+    stop_loss: PositiveFloat | None = None
+    """Begin the decay once the smoothed loss (nats per token) is below this; None: at max_steps only."""
+    smoothing: float = Field(0.95, ge=0, lt=1)
+    """Weight of the past in the smoothed loss, an exponential mean without the bias of its start."""
+    decay_steps: NonNegativeInt = 0
+    """Further updates, over which the learning rate falls linearly to 0."""
+    length_pool: PositiveInt = 1
+    """Batches that are drawn together and sorted by length before they are cut, then used in random order. 1: every batch
+    is a plain random draw; more: less padding, batches of like length."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Tokens per forward pass, padding included. Has no influence on the gradient but its last bits."""
 
 
 @stage(version="2")
@@ -30,7 +70,7 @@ __all__ = ["supervised_finetuning"]
 def supervised_finetuning(
     policy: Checkpoint, demonstrations: Demonstrations, prompt: PromptConfig, config: SFTConfig
 ) -> Checkpoint:
-    """`policy` after imitating the demonstrations; without optimizer state, since what follows is another objective.
+    """Return `policy` after imitating the demonstrations; without optimizer state, since what follows is another objective.
 
     The learning rate is constant until the smoothed loss is below `stop_loss` (or `max_steps` are done), then falls linearly
     to 0 over `decay_steps`. The curve is kept in the checkpoint as sft_curve.json.
@@ -41,16 +81,20 @@ def supervised_finetuning(
     from stages.training.batching import Row
     from stages.training.engine import publish, resident_engine
     from stages.training.hardware import threads
+    from stages.training.loop import train
     from stages.training.optimizers import trained_values
 
-    encoded = encode_demonstrations(policy, load_tokenizer(policy), demonstrations.read(), prompt)
+    encoded = _encode(policy, load_tokenizer(policy), demonstrations.read(), prompt)
     rows = [Row(*ids) for ids in encoded]
     if len(rows) < config.batch_size:
         raise ValueError(f"{len(rows)} demonstrations are fewer than a batch of {config.batch_size}")
     with threads(config.training.threads):
         engine = resident_engine(policy, config.training.override({"optimizer_state": "none"}))
-        started, skipped = time.perf_counter(), engine.skipped
-        curve = _descend(engine, rows, config)
+        started, skipped, curve = time.perf_counter(), engine.skipped, Curve(config)
+        for step in train(engine, _steps(engine, rows, config, curve), lambda part: sft_loss(engine, part)):
+            curve.add(engine.total(step.loss))
+            done = len(curve.losses)
+            report("sft", done=done, total=curve.total, loss=curve.smoothed, learning_rate=step.learning_rate)
         seconds = time.perf_counter() - started
         described = {"ended_by": curve.ended_by, "loss": [round(loss, 6) for loss in curve.losses]}
         checkpoint = publish(engine, optimizer=False, files={"sft_curve.json": json.dumps(described) + "\n"})
@@ -70,13 +114,16 @@ def supervised_finetuning(
 
 
 class Curve:
-    """Losses so far, in nats per completion token, and their exponential mean."""
+    """Losses so far, in nats per completion token, their exponential mean, and what the batches held."""
 
-    def __init__(self, smoothing: float) -> None:
+    def __init__(self, config: SFTConfig) -> None:
         self.losses: list[float] = []
         self.tokens = self.places = 0
+        """Tokens of all batches with prompts, and these with their padding."""
+        self.total = config.max_steps + config.decay_steps
+        """Steps, as far as they are known."""
         self.ended_by: Literal["stop_loss", "max_steps"] = "max_steps"
-        self._smoothing = smoothing
+        self._smoothing = config.smoothing
         self._mean = self._weight = 0.0
 
     @property
@@ -84,17 +131,27 @@ class Curve:
         """Exponential mean of the losses; infinite before the first."""
         return self._mean / self._weight if self._weight else float("inf")
 
-    def add(self, loss: float, tokens: int, places: int) -> None:
-        """Take in one batch: its loss, its tokens with prompts, and these with their padding."""
+    def add(self, loss: float) -> None:
+        """Add the loss of one batch."""
         self.losses.append(loss)
-        self.tokens += tokens
-        self.places += places
         self._mean = self._smoothing * self._mean + (1 - self._smoothing) * loss
         self._weight = self._smoothing * self._weight + (1 - self._smoothing)
 
 
+def _steps(engine: Engine, rows: list[Row], config: SFTConfig, curve: Curve) -> Iterator[tuple[list[Part], float]]:
+    """This rank's micro-batches of each step, and the factor of its learning rate: full steps, then the decay."""
+    drawn = batches(rows, config)
+    for _ in range(config.max_steps):
+        yield parts_of(next(drawn), engine, config, curve), 1.0
+        if config.stop_loss is not None and curve.smoothed < config.stop_loss:
+            curve.ended_by, curve.total = "stop_loss", len(curve.losses) + config.decay_steps
+            break
+    for number in range(config.decay_steps):
+        yield parts_of(next(drawn), engine, config, curve), 1 - (number + 1) / (config.decay_steps + 1)
+
+
 def batches(rows: list[Row], config: SFTConfig) -> Iterator[list[Row]]:
-    """Batches without end: every epoch a new permutation, what does not fill a last batch is left out of it."""
+    """Yield batches without end: every epoch a new permutation, what does not fill a last batch is left out of it."""
     import numpy as np
 
     lengths = np.array([len(row.prompt_ids) + len(row.output_ids) for row in rows])
@@ -114,45 +171,27 @@ def batches(rows: list[Row], config: SFTConfig) -> Iterator[list[Row]]:
         epoch += 1
 
 
-def _descend(engine: Engine, rows: list[Row], config: SFTConfig) -> Curve:
-    curve = Curve(config.smoothing)
-    drawn = batches(rows, config)
-    total = config.max_steps + config.decay_steps
-    for _ in range(config.max_steps):
-        step = _update(engine, next(drawn), config, curve, factor=1.0)
-        report("sft", done=len(curve.losses), total=total, loss=curve.smoothed, learning_rate=step.learning_rate)
-        if config.stop_loss is not None and curve.smoothed < config.stop_loss:
-            curve.ended_by = "stop_loss"
-            break
-    total = len(curve.losses) + config.decay_steps
-    for number in range(config.decay_steps):
-        factor = 1 - (number + 1) / (config.decay_steps + 1)
-        step = _update(engine, next(drawn), config, curve, factor=factor)
-        report("sft", done=len(curve.losses), total=total, loss=curve.smoothed, learning_rate=step.learning_rate)
-    return curve
-
-
-def _update(engine: Engine, rows: list[Row], config: SFTConfig, curve: Curve, *, factor: float) -> StepReport:
-    """One optimizer step down the configured mean over the batch, whatever its micro-batches and ranks."""
+def parts_of(rows: list[Row], engine: Engine, config: SFTConfig, curve: Curve) -> list[Part]:
+    """Cut a batch into this rank's micro-batches, and add its tokens to the curve."""
     from stages.training.batching import micro_batches, own_share
+
+    whole = list(micro_batches(rows, config.micro_batch_tokens))
+    curve.tokens += sum(len(row.prompt_ids) + len(row.output_ids) for row in rows)
+    curve.places += sum(batch.attention_mask_BT.numel() for batch in whole)
+    passes = own_share(whole, rank=engine.rank, world_size=engine.world_size)
+    return [
+        (batch.to(engine.device), (share * _weights(batch, rows, config)).to(engine.device)) for batch, share in passes
+    ]
+
+
+def sft_loss(engine: Engine, part: Part) -> Tensor:
+    """Return the micro-batch's share of the mean negative log-likelihood, in nats (DeepSeekMath, Eq. 6)."""
     from stages.training.forward import completion_logprobs
 
-    batches = list(micro_batches(rows, config.micro_batch_tokens))
-    passes = own_share(batches, rank=engine.rank, world_size=engine.world_size)
-    losses = []
-    for number, (batch, share) in enumerate(passes):
-        weight_BO = share * _weights(batch, rows, config).to(engine.device)
-        with engine.autocast():
-            given = batch.to(engine.device)
-            logp_BO = completion_logprobs(engine.model, given, max_logits=engine.max_logits).logp_BO
-        loss = -(weight_BO.to(logp_BO.dtype) * logp_BO).sum()
-        engine.backward(loss, last=number == len(passes) - 1)
-        losses.append(loss.detach())
-    step = engine.step(factor=factor)
-    tokens = sum(len(row.prompt_ids) + len(row.output_ids) for row in rows)
-    places = sum(batch.attention_mask_BT.numel() for batch in batches)
-    curve.add(engine.total(sum(loss.item() for loss in losses)), tokens, places)
-    return step
+    batch, weight_BO = part
+    with engine.autocast():
+        logp_BO = completion_logprobs(engine.model, batch, max_logits=engine.max_logits).logp_BO
+    return -(weight_BO.to(logp_BO.dtype) * logp_BO).sum()
 
 
 def _weights(batch: Batch, rows: list[Row], config: SFTConfig) -> Tensor:
@@ -168,3 +207,80 @@ def _weights(batch: Batch, rows: list[Row], config: SFTConfig) -> Tensor:
             return token_mean_weights(mask_BO, once_B, tokens=sum(len(row.output_ids) for row in rows))
         case _ as unknown:
             assert_never(unknown)
+
+
+@stage(version="1")
+def demonstrated_outputs(
+    policy: Checkpoint, demonstrations: Demonstrations, prompt: PromptConfig, *, size: int, step: int, seed: int
+) -> Rollouts:
+    """q, o ~ P_sft(Q, O) (Table 10, SFT): the `size` demonstrations of step `step` (0, 1, ...), no two alike.
+
+    Steps walk through one shuffled order of the set after another, as batches of questions do. Ids are those that supervised
+    fine-tuning trains on, the end of sequence included. A question's demonstrations in the batch are its samples 0, 1, ...
+
+    No policy sampled these rows: they have no log-probabilities, temperature 1, and `seed` is the call's. `text` is what the
+    ids decode to, so that `text_ends` are places in it: the completion, after the tokenizer's normalisation of characters.
+
+    Args:
+        policy: its tokenizer and window; the weights have no influence.
+
+    Raises:
+        DataError: the set has fewer than `size` demonstrations.
+        ValueError: a demonstration longer than the model's window, by its question.
+    """
+    from stages.text import decode_outputs
+
+    table = demonstrations.read()
+    drawn = take_rows(table, sample_positions(table.num_rows, size=size, step=step, seed=seed))
+    tokenizer = load_tokenizer(policy)
+    rows = _encode(policy, tokenizer, drawn, prompt)
+    outputs = [completion for _, completion in rows]
+    decoded = decode_outputs(tokenizer, outputs)
+    question_ids = drawn.column("question_id").to_pylist()
+    tokens = sum(map(len, outputs))
+    record_metrics({"rollout/samples": size, "rollout/tokens": tokens, "rollout/length_mean": tokens / size})
+    return Rollouts.write(
+        {
+            "question_id": question_ids,
+            "sample": _numbered(question_ids),
+            "prompt_ids": [prompt_ids for prompt_ids, _ in rows],
+            "output_ids": outputs,
+            "logprobs": [None] * size,
+            "finish_reason": ["stop"] * size,
+            "text": decoded.texts,
+            "text_ends": decoded.ends,
+            "temperature": [1.0] * size,
+            "seed": [seed] * size,
+        }
+    )
+
+
+def _numbered(names: list[str]) -> list[int]:
+    """For each name how often it came before."""
+    seen: Counter[str] = Counter()
+    numbers = []
+    for name in names:
+        numbers.append(seen[name])
+        seen[name] += 1
+    return numbers
+
+
+def _encode(policy: Checkpoint, tokenizer: PreTrainedTokenizerFast, table: pa.Table, prompt: PromptConfig) -> list[Ids]:
+    """(prompt ids, completion ids with the end of sequence) of every row of a table of demonstrations.
+
+    Raises:
+        PromptError: a character that the tokenizer cannot express.
+        ValueError: a demonstration longer than the model's window, by its question.
+    """
+    questions = encode_prompts(tokenizer, table.column("question").to_pylist(), prompt)
+    completions = encode_completions(tokenizer, table.column("completion").to_pylist())
+    rows = list(zip(questions, completions, strict=True))
+    window = json.loads((policy.path / "config.json").read_text()).get("max_position_embeddings")
+    for question_id, (prompt_ids, completion_ids) in zip(table.column("question_id").to_pylist(), rows, strict=True):
+        length = len(prompt_ids) + len(completion_ids)
+        if window is not None and length > window:
+            raise ValueError(
+                f"demonstration of question {question_id!r}: expected at most {window} tokens (the model's window), found "
+                f"{length}; shorten or drop it, or take a model with a larger window"
+            )
+    return rows

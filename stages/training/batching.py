@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Row", "collate", "micro_batches", "own_share"]
+__all__ = ["Batch", "Row", "collate", "micro_batches", "own_share", "spread"]
 
 
 class Row(NamedTuple):
@@ -115,3 +115,8 @@ def collate(rows: Sequence[Row], indices: Sequence[int]) -> Batch:
         targets_N=torch.from_numpy(ids_BT.reshape(-1)[target_index_N]),
         rows=tuple(indices),
     )
+
+
+def spread(values_N: Tensor, mask_BO: Tensor) -> Tensor:
+    """Values of output tokens, row after row, in the layout [B, O] of their mask; 0 on padding."""
+    return values_N.new_zeros(mask_BO.shape).masked_scatter(mask_BO, values_N)

@@ -35,6 +35,8 @@ class StepReport(NamedTuple):
     """Rate of the first parameter group (Muon: of the matrices)."""
     skipped: bool
     """True when the gradient was not finite: parameters, moments and schedule are as before."""
+    loss: float = 0.0
+    """This rank's share of the loss before the step, where `stages.training.loop.train` made it."""
 
 
 class Engine(Protocol):

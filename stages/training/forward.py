@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stages.kernels.head import HeadScores
 from stages.kernels.logprobs import entropies, token_logprobs
-from stages.training.batching import Batch
+from stages.training.batching import Batch, spread
 from stages.training.head import chunked_scores, head_only_at, logit_transform, partitioned
 
 __all__ = ["CompletionLogprobs", "completion_logprobs"]
@@ -49,8 +49,8 @@ def completion_logprobs(
     if scores is None:
         scores = _in_full(model, batch, temperature, with_entropy)
     return CompletionLogprobs(
-        logp_BO=_spread(scores.logp_N, mask_BO),
-        entropy_BO=None if scores.entropy_N is None else _spread(scores.entropy_N, mask_BO),
+        logp_BO=spread(scores.logp_N, mask_BO),
+        entropy_BO=None if scores.entropy_N is None else spread(scores.entropy_N, mask_BO),
         mask_BO=mask_BO,
     )
 
@@ -84,7 +84,3 @@ def _in_chunks(
     return chunked_scores(
         model, batch, transform, temperature=temperature, max_logits=max_logits, with_entropy=with_entropy
     )
-
-
-def _spread(values_N: Tensor, mask_BO: Tensor) -> Tensor:
-    return values_N.new_zeros(mask_BO.shape).masked_scatter(mask_BO, values_N)

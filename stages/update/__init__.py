@@ -1,7 +1,7 @@
 """Policy update (Algorithm 1, line 10): mu passes over one exploration stage, maximising an objective of the paradigm."""
 
 from stages.update.config import MismatchLimits, NoCorrectionConfig, TruncatedCorrectionConfig, UpdateConfig
-from stages.update.mismatch import MismatchError, check_mismatch
+from stages.update.metrics import MismatchError, check_mismatch
 from stages.update.objectives import (
     CISPOConfig,
     DAPOConfig,

@@ -40,7 +40,7 @@ class MismatchLimits(Config):
     """How far the trainer may be from what the rollout engine recorded before a run stops; null: any distance.
 
     For outputs that are the policy's own, before the optimizer step that would learn from them. What the figures cover:
-    `stages/update/mismatch.py`; of several mini-batches, each step is held to those computed so far. Ours.
+    `stages/update/metrics.py`; of several mini-batches, each step is checked with those computed so far. Ours.
     """
 
     max_mean: PositiveFloat | None = None

@@ -18,7 +18,7 @@ from stages.update.objectives import method_of
 
 if TYPE_CHECKING:
     from stages.training.engine import Engine
-    from stages.update.minibatch import MiniBatch
+    from stages.update.loss import MiniBatch
     from stages.update.objectives import Method
 
 __all__ = ["update_policy"]
@@ -56,16 +56,16 @@ def update_policy(
     """
     from stages.training import threads
     from stages.training.engine import publish, resident_engine
+    from stages.training.loop import train
     from stages.training.memory import live_tensors_mib, peak_memory
     from stages.training.optimizers import trained_values
     from stages.training.temperature import sampling_temperature
-    from stages.update.ledger import Ledger
-    from stages.update.mismatch import MismatchGauge
-    from stages.update.steps import optimizer_step
+    from stages.update.loss import policy_loss
+    from stages.update.metrics import Mismatch, UpdateMetrics
 
     started = time.perf_counter()
     temperature = sampling_temperature(outputs, config.temperature)
-    method, ledger = method_of(config.objective), Ledger(mismatch=MismatchGauge(config.mismatch))
+    method, metrics = method_of(config.objective), UpdateMetrics(mismatch=Mismatch(config.mismatch))
     examples = _examples(outputs, advantages, reference, config, method)
     if not examples:
         warnings.warn("update_policy: every output of a step is masked out; the policy stays as it is", stacklevel=2)
@@ -73,16 +73,18 @@ def update_policy(
     with threads(config.training.threads), peak_memory() as peak:
         engine = resident_engine(policy, config.training)
         mini_batches = _mini_batches(hands, engine, policy, reference, temperature, config)
-        for number in range(config.mu * config.mini_batches):
-            optimizer_step(engine, mini_batches[number % config.mini_batches], method, config.correction, ledger)
-            report("update_policy", done=number + 1, total=config.mu * config.mini_batches)
-        ledger.add_up(engine)
+        steps = ((mini_batch.parts, 1.0) for _ in range(config.mu) for mini_batch in mini_batches)
+        loss = policy_loss(engine, temperature, method, config.correction, metrics.add)
+        for step in train(engine, steps, loss, before_step=lambda: metrics.mismatch.check(engine)):
+            metrics.stepped(step)
+            report("update_policy", done=metrics.steps, total=config.mu * config.mini_batches)
+        metrics.all_reduce(engine)
         parts = [part for mini_batch in mini_batches for part in mini_batch.parts]
         computed = int(engine.total(sum(len(part.batch.rows) for part in parts if part.counts)))
-        mismatch = ledger.mismatch.figures(engine)
+        mismatch = metrics.mismatch.figures(engine)
         checkpoint = publish(engine)
     seconds = time.perf_counter() - started
-    record_metrics(ledger.metrics(beta=method.beta, seconds=seconds, computed=computed) | mismatch)
+    record_metrics(metrics.metrics(beta=method.beta, seconds=seconds, computed=computed) | mismatch)
     record_metrics({"memory/update_mb": peak.mib, "memory/tensors_mb": live_tensors_mib()})
     record_metrics({"policy/trained_parameters": trained_values(engine.model)})
     return checkpoint
@@ -116,7 +118,7 @@ def _mini_batches(
     config: UpdateConfig,
 ) -> list[MiniBatch]:
     """Mini-batches with the log-probabilities of every policy that stays fixed while they are learned from."""
-    from stages.update.minibatch import MiniBatch
+    from stages.update.loss import MiniBatch
 
     method = method_of(config.objective)
     made = [MiniBatch.of(hand, engine, temperature, config, method) for hand in hands]

@@ -20,7 +20,7 @@ from stages.training.batching import Row, micro_batches
 from stages.training.forward import completion_logprobs
 from stages.update import UpdateConfig
 from stages.update.examples import Example
-from stages.update.minibatch import MicroBatch, MiniBatch
+from stages.update.loss import MicroBatch, MiniBatch, micro_batch_terms
 from stages.update.objectives import (
     CISPOConfig,
     DAPOConfig,
@@ -31,7 +31,6 @@ from stages.update.objectives import (
     PPOConfig,
     method_of,
 )
-from stages.update.steps import micro_batch_terms
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-bench" / "bin" / "python"

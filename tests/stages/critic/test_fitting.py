@@ -43,10 +43,10 @@ def fitted(ranks: int) -> tuple[torch.Tensor, float, list[int]]:
     for rank in range(ranks):
         model = load_model(critic, dtype=torch.float32)
         engine: Any = RankAlone(model, rank, ranks)
-        fit = Fit.of([examples], engine, micro_batch_tokens=12)
-        fit.step(engine)
+        fit = Fit([examples], engine, micro_batch_tokens=12)
+        list(fit.train(1))
         gradient = gradient + torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-        loss += fit.losses[0]
+        loss += fit.reports[0].loss
         passes.append(len(fit.mini_batches[0]))
     return gradient, loss, passes
 

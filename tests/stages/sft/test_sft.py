@@ -13,11 +13,13 @@ from pipeline.progress import listen
 from pipeline.store import Store
 from stages.models import Checkpoint, load_model, load_tokenizer
 from stages.sft import PolicyConfig, SFTConfig, create_policy, supervised_finetuning
-from stages.sft.stage import Curve, _update, batches
+from stages.sft.stage import Curve, batches, parts_of, sft_loss
 from stages.tables import Demonstrations
 from stages.text import PromptConfig, encode_prompt
 from stages.training import AdamWConfig, MuonConfig, TrainingConfig
 from stages.training.batching import Row
+from stages.training.engine import StepReport
+from stages.training.loop import train
 from tests.stages.training.tiny import tiny_model
 
 PROMPT = PromptConfig(suffix="\n")
@@ -67,8 +69,8 @@ class Accumulating:
     def backward(self, loss: Any, *, last: bool) -> None:
         loss.backward()
 
-    def step(self, *, factor: float) -> None:
-        """Nothing."""
+    def step(self, *, factor: float) -> StepReport:
+        return StepReport(0.0, 0.0, False)
 
     def total(self, value: float) -> float:
         return value
@@ -151,10 +153,10 @@ def test_tokens_of_demonstrations_of_2_and_6_weigh_what_the_mean_says(
     import torch
 
     rows = [Row([3], [4, 5]), Row([3, 6], [7, 8, 9, 10, 11, 12])]
-    engine = Accumulating()
+    engine: Any = Accumulating()
     config = how(aggregation=aggregation, micro_batch_tokens=micro_batch_tokens)
-    curve = Curve(0.5)
-    _update(engine, rows, config, curve, factor=1.0)
+    curve = Curve(config)
+    list(train(engine, [(parts_of(rows, engine, config, curve), 1.0)], lambda part: sft_loss(engine, part)))
     assert (curve.tokens, curve.places) == (3 + 8, 2 * 8 if micro_batch_tokens == 100 else 3 + 8)
     expected = tiny_model()
     for row, weight in zip(rows, weights, strict=True):
@@ -221,11 +223,11 @@ def test_a_length_pool_makes_batches_of_like_length() -> None:
 
 
 def test_the_smoothed_loss_has_no_bias_from_its_start() -> None:
-    curve = Curve(smoothing=0.5)
+    curve = Curve(SFTConfig(smoothing=0.5))
     assert curve.smoothed == float("inf")
-    curve.add(4.0, 1, 1)
+    curve.add(4.0)
     assert curve.smoothed == pytest.approx(4.0)
-    curve.add(1.0, 1, 1)
+    curve.add(1.0)
     assert curve.smoothed == pytest.approx((0.25 * 4 + 0.5 * 1) / 0.75)
 
 

@@ -78,34 +78,37 @@ def train(engine: Any) -> dict[str, Any]:
 def finetune(engine: Any) -> dict[str, float]:
     """One supervised update of all seven rows, of whose micro-batches each rank computes its share."""
     from stages.sft import SFTConfig
-    from stages.sft.stage import Curve, _update
+    from stages.sft.stage import Curve, parts_of, sft_loss
+    from stages.training.loop import train
     from tests.stages.training.tiny import random_rows
 
-    curve = Curve(smoothing=0.5)
-    report = _update(engine, random_rows(7), SFTConfig(micro_batch_tokens=MAX_TOKENS), curve, factor=1.0)
-    return {"loss": curve.losses[0], "norm": report.grad_norm}
+    settings = SFTConfig(micro_batch_tokens=MAX_TOKENS)
+    parts = parts_of(random_rows(7), engine, settings, Curve(settings))
+    (step,) = train(engine, [(parts, 1.0)], lambda part: sft_loss(engine, part))
+    return {"loss": engine.total(step.loss), "norm": step.grad_norm}
 
 
 def improve(engine: Any) -> dict[str, Any]:
     """Three GRPO updates on one exploration (mu = 3), of whose micro-batches each rank computes its share."""
     from stages.training.engine import publish
+    from stages.training.loop import optimizer_step
     from stages.update import GRPOConfig, UpdateConfig
-    from stages.update.ledger import Ledger
-    from stages.update.minibatch import MiniBatch
+    from stages.update.loss import MiniBatch, policy_loss
+    from stages.update.metrics import UpdateMetrics
     from stages.update.objectives import method_of
-    from stages.update.steps import optimizer_step
     from tests.stages.update.exact import policy_model
     from tests.stages.update.test_coefficients import examples
 
     config = UpdateConfig(objective=GRPOConfig(beta=0.5), mu=3, micro_batch_tokens=MAX_TOKENS)
-    method, ledger = method_of(config.objective), Ledger()
+    method, noted = method_of(config.objective), UpdateMetrics()
     mini_batch = MiniBatch.of(examples("tokens"), engine, 1.0, config, method)
     mini_batch.compare_with(policy_model(1).float(), engine)
     mini_batch.remember_policy(engine)
     for _ in range(config.mu):
-        optimizer_step(engine, mini_batch, method, config.correction, ledger)
-    ledger.add_up(engine)
-    metrics = ledger.metrics(beta=0.5, seconds=1.0, computed=0)
+        loss = policy_loss(engine, mini_batch.temperature, method, config.correction, noted.add)
+        noted.stepped(optimizer_step(engine, mini_batch.parts, loss))
+    noted.all_reduce(engine)
+    metrics = noted.metrics(beta=0.5, seconds=1.0, computed=0)
     shown = {name: metrics[f"policy/{name}"] for name in NAMES}
     return {"metrics": shown, "digest": publish(engine).digest}
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from stages.models import Checkpoint
 from stages.training.engine import StepReport
+from stages.training.loop import optimizer_step
 from stages.update.config import UpdateConfig
 from stages.update.examples import Example, pair_up
-from stages.update.ledger import Ledger
-from stages.update.minibatch import MiniBatch
+from stages.update.loss import MiniBatch, policy_loss
+from stages.update.metrics import UpdateMetrics
 from stages.update.objectives import method_of
-from stages.update.steps import optimizer_step
 from tests.stages.training.tiny import tiny_model
 
 T = TypeVar("T")
@@ -121,9 +121,9 @@ def trained_gradient(
     temperature: float = 1.0,
     max_logits: int | None = None,
     policy: Any = None,
-) -> tuple[Tensor, Ledger]:
+) -> tuple[Tensor, UpdateMetrics]:
     """The gradient of the loss that `update_policy` uses, negated: what it ascends; and what it noted."""
-    engine, ledger = ExactEngine(policy or policy_model(), max_logits), Ledger()
+    engine, noted = ExactEngine(policy or policy_model(), max_logits), UpdateMetrics()
     method = method_of(config.objective)
     ordered = pair_up(examples) if method.pairs else list(examples)
     mini_batch = MiniBatch.of(ordered, engine, temperature, config, method)
@@ -133,10 +133,11 @@ def trained_gradient(
         mini_batch.remember_policy(ExactEngine(old, max_logits))
     if config.old_logprobs == "rollout":
         mini_batch.trust_rollout()
-    optimizer_step(engine, mini_batch, method, config.correction, ledger)
+    loss = policy_loss(engine, mini_batch.temperature, method, config.correction, noted.add)
+    noted.stepped(optimizer_step(engine, mini_batch.parts, loss))
     assert engine.gradient is not None or not mini_batch.parts
     found = engine.gradient if engine.gradient is not None else torch.zeros_like(gradient_of(engine.model))
-    return -found, ledger
+    return -found, noted
 
 
 def logprobs(model: Any, example: Example, temperature: float = 1.0) -> Tensor:

@@ -182,8 +182,8 @@ def test_later_methods_have_the_advantage_under_their_own_mean(objective: Object
 def test_a_correction_multiplies_the_advantage_and_leaves_the_kl_term_alone() -> None:
     given, reference = examples("tokens", rollout=True), policy_model(1)
     config = update(GRPOConfig(beta=0.5), correction=TruncatedCorrectionConfig(level="token", cap=1.5))
-    found, ledger = trained_gradient(given, config, reference=reference)
-    assert ledger.sums["correction_mean"] > 0
+    found, noted = trained_gradient(given, config, reference=reference)
+    assert noted.sums["correction_mean"] > 0
 
     def gc(example: Example, logp: Tensor) -> Tensor:
         # The table keeps float32.
@@ -198,7 +198,7 @@ def test_a_correction_multiplies_the_advantage_and_leaves_the_kl_term_alone() ->
 
 def test_outputs_of_an_earlier_policy_are_weighed_by_the_ratio_to_it() -> None:
     given, earlier = examples("tokens"), policy_model(2)
-    found, ledger = trained_gradient(given, update(GRPOConfig(beta=0.0, eps=0.2)), old=earlier)
+    found, noted = trained_gradient(given, update(GRPOConfig(beta=0.0, eps=0.2)), old=earlier)
 
     def gc(example: Example, logp: Tensor) -> Tensor:
         with torch.no_grad():
@@ -207,5 +207,5 @@ def test_outputs_of_an_earlier_policy_are_weighed_by_the_ratio_to_it() -> None:
         active = ratio * advantage <= ratio.clamp(0.8, 1.2) * advantage
         return torch.where(active, ratio * advantage, 0.0)
 
-    assert 0 < ledger.sums["clip_fraction"] < 1
+    assert 0 < noted.sums["clip_fraction"] < 1
     assert relative(found, defined_gradient(given, gc)) < EXACT

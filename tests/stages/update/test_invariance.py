@@ -111,7 +111,7 @@ def test_logits_in_chunks_give_one_gradient_loss_and_entropy(name: str, temperat
     config = UpdateConfig(objective=objective, micro_batch_tokens=60)
 
     def step(max_logits: int | None) -> tuple[torch.Tensor, dict[str, float]]:
-        found, ledger = trained_gradient(
+        found, noted = trained_gradient(
             examples(kind),
             config,
             reference=policy_model(1),
@@ -119,7 +119,7 @@ def test_logits_in_chunks_give_one_gradient_loss_and_entropy(name: str, temperat
             temperature=temperature,
             max_logits=max_logits,
         )
-        return found, ledger.metrics(beta=0.5, seconds=1.0, computed=0)
+        return found, noted.metrics(beta=0.5, seconds=1.0, computed=0)
 
     whole, numbers = step(None)
     assert numbers["policy/entropy"] > 1.0

@@ -24,8 +24,8 @@ from stages.update import (
     check_mismatch,
     update_policy,
 )
-from stages.update.minibatch import MiniBatch
-from stages.update.mismatch import MismatchGauge
+from stages.update.loss import MiniBatch
+from stages.update.metrics import Mismatch
 from stages.update.objectives import method_of
 from tests.stages.update.exact import ExactEngine, in_lockstep, logprobs, policy_model
 from tests.stages.update.test_coefficients import examples
@@ -241,7 +241,7 @@ def test_every_rank_has_the_figures_of_all_outputs(world_size: int) -> None:
     config = UpdateConfig(micro_batch_tokens=16)
 
     def measure(engine: ExactEngine) -> dict[str, float]:
-        gauge, mini_batch = MismatchGauge(), MiniBatch.of(measured, engine, 1.0, config, method_of(config.objective))
+        gauge, mini_batch = Mismatch(), MiniBatch.of(measured, engine, 1.0, config, method_of(config.objective))
         for part, logp_BO in zip(mini_batch.parts, mini_batch.logprobs(engine.model, engine), strict=True):
             if part.recorded is not None:
                 gauge.add(logp_BO, part.batch.output_mask_BO, part.recorded.logp_RO, part.recorded.row_R)

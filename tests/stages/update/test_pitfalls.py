@@ -30,18 +30,18 @@ def k3_of(model: Any, reference: Any, example: Any) -> torch.Tensor:
 def test_advantages_that_add_up_to_zero_have_a_loss_of_zero_and_a_gradient_all_the_same() -> None:
     """A loss of 0 is no fault: at ratio 1 it is minus the mean advantage, and the group's mean is 0 by construction."""
     given = examples("outputs")  # 1.5, -0.5, 0.25, -1.25 in each group
-    found, ledger = trained_gradient(given, update(GRPOConfig(beta=0.0)))
-    assert ledger.sums["loss"] == pytest.approx(0.0, abs=1e-15)
+    found, noted = trained_gradient(given, update(GRPOConfig(beta=0.0)))
+    assert noted.sums["loss"] == pytest.approx(0.0, abs=1e-15)
     assert found.norm() > 0.1
 
 
 def test_the_loss_of_the_first_update_is_the_kl_term_minus_the_mean_advantage() -> None:
     given, reference = examples("tokens"), policy_model(1)
-    _, ledger = trained_gradient(given, update(GRPOConfig(beta=0.5)), reference=reference)
+    _, noted = trained_gradient(given, update(GRPOConfig(beta=0.5)), reference=reference)
     kl = torch.stack([k3_of(policy_model(), reference, example).mean() for example in given]).mean()
     advantage = sum(sum(example.advantage) / len(example.advantage) for example in given) / len(given)
-    assert ledger.sums["kl"] == pytest.approx(kl.item(), rel=1e-9)
-    assert ledger.sums["loss"] == pytest.approx(0.5 * kl.item() - advantage, rel=1e-9)
+    assert noted.sums["kl"] == pytest.approx(kl.item(), rel=1e-9)
+    assert noted.sums["loss"] == pytest.approx(0.5 * kl.item() - advantage, rel=1e-9)
 
 
 @pytest.mark.parametrize(("beta", "length"), [(0.5, 4), (2.0, 64), (0.0, 8)])
@@ -50,13 +50,13 @@ def test_the_policy_loss_is_the_loss_without_its_kl_term(aggregation: Any, beta:
     given = examples("tokens")
     divisor = length if aggregation == "constant" else None
     config = update(GRPOConfig(beta=beta, aggregation=aggregation, length=divisor))
-    _, ledger = trained_gradient(given, config, reference=policy_model(1))
+    _, noted = trained_gradient(given, config, reference=policy_model(1))
     tokens = sum(len(example.output_ids) for example in given)
     expected = 0.0  # at ratio 1 minus the advantages under the weights of the aggregation
     for example in given:
         own = {"token_mean": 1 / tokens, "sequence_mean": 1 / (len(given) * len(example.output_ids))}
         expected -= own.get(aggregation, 1 / (len(given) * length)) * sum(example.advantage)
-    metrics = ledger.metrics(beta=beta, seconds=1.0, computed=len(given))
+    metrics = noted.metrics(beta=beta, seconds=1.0, computed=len(given))
     assert metrics["policy/policy_loss"] == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
@@ -64,7 +64,7 @@ def test_the_policy_loss_is_the_loss_without_its_kl_term(aggregation: Any, beta:
 def test_kl_and_entropy_are_reported_under_the_mask_and_mean_of_the_loss(aggregation: Any) -> None:
     given, reference, policy = examples("tokens"), policy_model(1), policy_model()
     config = update(GRPOConfig(beta=0.5, aggregation=aggregation))
-    _, ledger = trained_gradient(given, config, reference=reference)
+    _, noted = trained_gradient(given, config, reference=reference)
     tokens = sum(len(example.output_ids) for example in given)
     kl = entropy = 0.0
     for example in given:
@@ -74,14 +74,14 @@ def test_kl_and_entropy_are_reported_under_the_mask_and_mean_of_the_loss(aggrega
             table = policy(input_ids=ids).logits[0, len(example.prompt_ids) - 1 : -1].log_softmax(-1)
         entropy += weight * -(table.exp() * table).sum().item()
         kl += weight * k3_of(policy, reference, example).sum().item()
-    assert ledger.sums["weight"] == pytest.approx(1.0)
-    assert ledger.sums["kl"] == pytest.approx(kl, rel=1e-9)
-    assert ledger.sums["entropy"] == pytest.approx(entropy, rel=1e-9)
+    assert noted.sums["weight"] == pytest.approx(1.0)
+    assert noted.sums["kl"] == pytest.approx(kl, rel=1e-9)
+    assert noted.sums["entropy"] == pytest.approx(entropy, rel=1e-9)
 
 
 def test_the_clip_fraction_counts_tokens_of_outputs_on_the_side_that_their_advantage_clips() -> None:
     given, earlier, policy = examples("tokens"), policy_model(2), policy_model()
-    _, ledger = trained_gradient(given, update(GRPOConfig(beta=0.0, eps=0.2)), old=earlier)
+    _, noted = trained_gradient(given, update(GRPOConfig(beta=0.0, eps=0.2)), old=earlier)
     fraction = either_side = 0.0
     for example in given:
         with torch.no_grad():
@@ -90,7 +90,7 @@ def test_the_clip_fraction_counts_tokens_of_outputs_on_the_side_that_their_advan
         clipped = ((ratio > 1.2) & (advantage > 0)) | ((ratio < 0.8) & (advantage < 0))
         fraction += clipped.double().mean().item() / len(given)
         either_side += ((ratio > 1.2) | (ratio < 0.8)).double().mean().item() / len(given)
-    assert ledger.sums["clip_fraction"] == pytest.approx(fraction, rel=1e-9)
+    assert noted.sums["clip_fraction"] == pytest.approx(fraction, rel=1e-9)
     assert 0 < fraction < either_side < 1
 
 
@@ -119,10 +119,10 @@ def test_a_masked_output_counts_in_no_denominator(store: Store, objective: Objec
 def test_right_outputs_are_averaged_over_all_outputs_and_wrong_ones_cost_no_forward() -> None:
     given = examples("correct")
     right = [example for example in given if example.advantage[0] == 1.0]
-    found, ledger = trained_gradient(given, update(RFTConfig()))
+    found, noted = trained_gradient(given, update(RFTConfig()))
     expected = defined_gradient(right, own, weight=lambda row: 1 / (len(given) * len(row.output_ids)))
     assert relative(found, expected) < 1e-9
-    assert ledger.tokens == sum(len(row.prompt_ids) + len(row.output_ids) for row in right)
+    assert noted.tokens == sum(len(row.prompt_ids) + len(row.output_ids) for row in right)
 
 
 def exact(**changes: Any) -> TrainingConfig:

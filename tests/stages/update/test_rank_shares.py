@@ -8,12 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stages.training.loop import optimizer_step
 from stages.update import UpdateConfig
 from stages.update.examples import pair_up
-from stages.update.ledger import Ledger
-from stages.update.minibatch import MiniBatch
+from stages.update.loss import MiniBatch, policy_loss
+from stages.update.metrics import UpdateMetrics
 from stages.update.objectives import method_of
-from stages.update.steps import optimizer_step
 from tests.stages.update.exact import ExactEngine, in_lockstep, logprobs, policy_model, relative
 from tests.stages.update.test_coefficients import examples
 from tests.stages.update.test_invariance import OBJECTIVES
@@ -26,16 +26,17 @@ def gradients(name: str, world_size: int) -> tuple[list[torch.Tensor], float]:
     given = pair_up(examples(kind)) if method.pairs else examples(kind)
     found, loss = [], 0.0
     for rank in range(world_size):
-        engine, ledger = ExactEngine(policy_model()), Ledger()
+        engine, noted = ExactEngine(policy_model()), UpdateMetrics()
         engine.rank, engine.world_size = rank, world_size
         mini_batch = MiniBatch.of(given, engine, 1.0, config, method)
         if method.needs_reference:
             mini_batch.compare_with(policy_model(1), engine)
         mini_batch.remember_policy(ExactEngine(policy_model(2)))
-        optimizer_step(engine, mini_batch, method, config.correction, ledger)
+        share = policy_loss(engine, mini_batch.temperature, method, config.correction, noted.add)
+        noted.stepped(optimizer_step(engine, mini_batch.parts, share))
         assert engine.gradient is not None
         found.append(engine.gradient)
-        loss += ledger.sums["loss"]
+        loss += noted.sums["loss"]
     return found, loss
 
 
@@ -56,12 +57,13 @@ def test_every_rank_has_the_extreme_ratios_and_the_padding_of_all_outputs(world_
     method = method_of(config.objective)
 
     def measure(engine: ExactEngine) -> dict[str, float]:
-        ledger, mini_batch = Ledger(), MiniBatch.of(given, engine, 1.0, config, method)
+        noted, mini_batch = UpdateMetrics(), MiniBatch.of(given, engine, 1.0, config, method)
         mini_batch.compare_with(policy_model(1), engine)
         mini_batch.remember_policy(ExactEngine(policy_model(2)))
-        optimizer_step(engine, mini_batch, method, config.correction, ledger)
-        ledger.add_up(engine)
-        metrics = ledger.metrics(beta=method.beta, seconds=1.0, computed=0)
+        share = policy_loss(engine, mini_batch.temperature, method, config.correction, noted.add)
+        noted.stepped(optimizer_step(engine, mini_batch.parts, share))
+        noted.all_reduce(engine)
+        metrics = noted.metrics(beta=method.beta, seconds=1.0, computed=0)
         return {name: metrics[f"policy/{name}"] for name in ("ratio_max", "ratio_min", "padding_share")}
 
     ratios = torch.cat([(logprobs(policy_model(), e) - logprobs(policy_model(2), e)).detach().exp() for e in given])

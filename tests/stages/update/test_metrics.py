@@ -1,4 +1,4 @@
-"""What the ledger says of hand-made micro-batches: ranges over output tokens alone, means over what was computed."""
+"""What the metrics say of hand-made micro-batches: ranges over output tokens alone, means over what was computed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 from stages.kernels.objective import Surrogate
 from stages.training.batching import Row, micro_batches
-from stages.update.ledger import Ledger
-from stages.update.minibatch import MicroBatch
-from stages.update.steps import Terms
+from stages.training.engine import StepReport
+from stages.update.loss import MicroBatch, Terms
+from stages.update.metrics import UpdateMetrics
 
 LENGTHS = (3, 1)
 """Tokens of the two outputs: the second has two places of padding."""
@@ -24,21 +24,21 @@ def noted(
     clipped: Tensor | None = None,
     correction: tuple[Tensor, Tensor] | None = None,
     counts: bool = True,
-) -> Ledger:
-    """A ledger of one micro-batch of two outputs and one step; all tensors [2, 3]. `correction`: kept and before its cap."""
+) -> UpdateMetrics:
+    """Metrics of one micro-batch of two outputs and one step; all tensors [2, 3]. `correction`: kept and before its cap."""
     weight_kept, weight_raw = correction or (None, None)
     (batch,) = micro_batches([Row((1, 2), (3,) * length) for length in LENGTHS], 100)
     zeros = torch.zeros(2, 3)
     surrogate = Surrogate(zeros, ratio, zeros.bool() if clipped is None else clipped)
-    ledger = Ledger()
+    kept = UpdateMetrics()
     part = MicroBatch(batch, zeros, weight.double(), counts=counts)
-    ledger.add(part, Terms(zeros, zeros, surrogate, kl, weight_kept, weight_raw), 2 * ratio, loss=0.5)
-    ledger.stepped(3.0, 0.1, skipped=False)
-    return ledger
+    kept.add(part, Terms(zeros, zeros, surrogate, kl, weight_kept, weight_raw), 2 * ratio, loss=0.5)
+    kept.stepped(StepReport(3.0, 0.1, skipped=False))
+    return kept
 
 
-def metrics(ledger: Ledger, beta: float = 0.0) -> dict[str, float]:
-    found = ledger.metrics(beta=beta, seconds=2.0, computed=2)
+def metrics(kept: UpdateMetrics, beta: float = 0.0) -> dict[str, float]:
+    found = kept.metrics(beta=beta, seconds=2.0, computed=2)
     return {name.removeprefix("policy/"): value for name, value in found.items()}
 
 
@@ -88,7 +88,7 @@ def test_two_steps_are_averaged_and_their_ranges_joined() -> None:
     second = noted(torch.full((2, 3), 0.5), WEIGHT)
     first.ratio_max, first.ratio_min = max(first.ratio_max, second.ratio_max), min(first.ratio_min, second.ratio_min)
     first.sums = {name: first.sums[name] + second.sums[name] for name in first.sums}
-    first.stepped(5.0, 0.2, skipped=True)
+    first.stepped(StepReport(5.0, 0.2, skipped=True))
     found = metrics(first)
     assert (found["ratio_mean"], found["ratio_max"], found["ratio_min"]) == (pytest.approx(1.25), 2.0, 0.5)
     assert (found["grad_norm"], found["learning_rate"], found["skipped_steps"]) == (4.0, 0.2, 1)
@@ -108,6 +108,6 @@ def test_tokens_and_padding_count_prompts_too() -> None:
 
 @pytest.mark.parametrize("norm", [float("inf"), float("nan")])
 def test_a_gradient_that_is_not_finite_counts_as_none_in_the_mean(norm: float) -> None:
-    ledger = noted(torch.ones(2, 3), WEIGHT)
-    ledger.stepped(norm, 0.1, skipped=True)
-    assert metrics(ledger)["grad_norm"] == 1.5
+    kept = noted(torch.ones(2, 3), WEIGHT)
+    kept.stepped(StepReport(norm, 0.1, skipped=True))
+    assert metrics(kept)["grad_norm"] == 1.5

@@ -1,27 +1,38 @@
-"""What one optimizer step learns from: micro-batches as tensors, with the weight of every token in the whole.
+"""The policy's loss: micro-batches as tensors, with the weight of every token in the whole, and the objective of each token.
 
-Legend: B rows of a micro-batch, O their longest output.
+    J = sum_{i,t} w_{i,t} ( c_{i,t} surrogate_{i,t} - beta D_{i,t} )
+
+w: the aggregation's weights; c: the correction for the rollout engine (1 without one); D: the KL estimator. Legend: B rows of a
+micro-batch, O their longest output.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, assert_never
+from typing import Any, Final, Self, assert_never
 
 import torch
 from torch import Tensor
 
+from stages.kernels import divergence
 from stages.kernels.aggregation import constant_weights, sequence_mean_weights, token_mean_weights
-from stages.training.batching import Batch, Row, micro_batches, own_share
+from stages.kernels.correction import sequence_truncated, token_truncated
+from stages.kernels.objective import Surrogate
+from stages.training.batching import Batch, Row, micro_batches, own_share, spread
 from stages.training.engine import Engine
 from stages.training.forward import completion_logprobs
-from stages.update.config import UpdateConfig
+from stages.update.config import NoCorrectionConfig, TruncatedCorrectionConfig, UpdateConfig
 from stages.update.examples import Example, drop_idle
-from stages.update.objectives.method import Method
+from stages.update.objectives.method import Method, Tokens
 
-__all__ = ["MicroBatch", "MiniBatch", "Recorded"]
+__all__ = ["Correction", "MicroBatch", "MiniBatch", "Recorded", "Terms", "micro_batch_terms", "policy_loss"]
+
+Correction = NoCorrectionConfig | TruncatedCorrectionConfig
+LARGEST_WEIGHT: Final = math.exp(20)
+"""What a weight before its cap is shown as at most."""
 
 
 @dataclass(frozen=True)
@@ -131,16 +142,14 @@ class MiniBatch:
 def _micro_batch(batch: Batch, computed: Sequence[Example], examples: Sequence[Example], method: Method) -> MicroBatch:
     members = [computed[row] for row in batch.rows]
     mask_BO = batch.output_mask_BO
-    advantage_BO = _spread([value for member in members for value in member.advantage], mask_BO)
-    rollout_BO = None
-    if all(member.rollout_logp is not None for member in members):
-        rollout_BO = _spread([value for member in members for value in member.rollout_logp or ()], mask_BO)
-    ref_BO = None
-    if all(member.ref_logp is not None for member in members):
-        ref_BO = _spread([value for member in members for value in member.ref_logp or ()], mask_BO)
-    weight_B = torch.tensor([member.weight for member in members])
-    weight_BO = _weights(mask_BO, weight_B, examples, method)
-    return MicroBatch(batch, advantage_BO, weight_BO, rollout_BO, ref_logp=ref_BO, recorded=_recorded(members, mask_BO))
+    return MicroBatch(
+        batch,
+        advantage=_per_token([member.advantage for member in members], mask_BO),
+        weight=_weights(mask_BO, torch.tensor([member.weight for member in members]), examples, method),
+        rollout_logp=_where_all([member.rollout_logp for member in members], mask_BO),
+        ref_logp=_where_all([member.ref_logp for member in members], mask_BO),
+        recorded=_recorded(members, mask_BO),
+    )
 
 
 def _recorded(members: Sequence[Example], mask_BO: Tensor) -> Recorded | None:
@@ -148,8 +157,18 @@ def _recorded(members: Sequence[Example], mask_BO: Tensor) -> Recorded | None:
     row_R = torch.tensor([row for row, member in enumerate(members) for _ in member.recorded], dtype=torch.long)
     if not len(row_R):
         return None
-    values = [value for member in members for output in member.recorded for value in output]
-    return Recorded(_spread(values, mask_BO[row_R]), row_R)
+    recorded = [output for member in members for output in member.recorded]
+    return Recorded(_per_token(recorded, mask_BO[row_R]), row_R)
+
+
+def _where_all(rows: Sequence[Sequence[float] | None], mask_BO: Tensor) -> Tensor | None:
+    """Per-token values in the layout of the mask; None unless every row has them."""
+    given = [row for row in rows if row is not None]
+    return _per_token(given, mask_BO) if len(given) == len(rows) else None
+
+
+def _per_token(rows: Sequence[Sequence[float]], mask_BO: Tensor) -> Tensor:
+    return spread(torch.tensor([value for row in rows for value in row], dtype=torch.float32), mask_BO)
 
 
 def _weights(mask_BO: Tensor, weight_B: Tensor, examples: Sequence[Example], method: Method) -> Tensor:
@@ -166,7 +185,88 @@ def _weights(mask_BO: Tensor, weight_B: Tensor, examples: Sequence[Example], met
             assert_never(unknown)
 
 
-def _spread(values: Sequence[float], mask_BO: Tensor) -> Tensor:
-    """Per-token values of row after row in the layout of `mask_BO`, 0 on padding."""
-    flat_N = torch.tensor(values, dtype=torch.float32)
-    return torch.zeros(mask_BO.shape, dtype=torch.float32).masked_scatter(mask_BO, flat_N)
+@dataclass(frozen=True)
+class Terms:
+    """The parts of J for each token of a micro-batch, [B, O]."""
+
+    objective_BO: Tensor
+    """c surrogate - beta D, with gradient."""
+    old_logp_BO: Tensor
+    """log pi_old."""
+    surrogate: Surrogate
+    kl_BO: Tensor | None
+    """D, detached; None without a reference."""
+    correction_BO: Tensor | None
+    """c; None without a correction."""
+    raw_correction_BO: Tensor | None
+    """c before its cap."""
+
+
+Account = Callable[[MicroBatch, Terms, Tensor | None, float], None]
+"""Takes a micro-batch, the terms of its objective, the entropy of its tokens [B, O] and its loss."""
+
+
+def policy_loss(
+    engine: Engine, temperature: float, method: Method, correction: Correction, account: Account
+) -> Callable[[MicroBatch], Tensor]:
+    """Return the loss of a micro-batch as a function: minus its share of J, which the trainer minimises."""
+
+    def loss(part: MicroBatch) -> Tensor:
+        with engine.autocast():
+            logp_BO, entropy_BO, _ = completion_logprobs(
+                engine.model, part.batch, temperature, with_entropy=True, max_logits=engine.max_logits
+            )
+        terms = micro_batch_terms(logp_BO, part, method, correction)
+        share = -(part.weight.to(logp_BO.dtype) * terms.objective_BO).sum()
+        account(part, terms, entropy_BO, float(share.detach()))
+        return share
+
+    return loss
+
+
+def micro_batch_terms(logp_BO: Tensor, part: MicroBatch, method: Method, correction: Correction) -> Terms:
+    """The objective of every token of a micro-batch, given log pi_theta."""
+    # Where nothing was computed before, pi_old = pi_theta: its own values, detached, make the ratio exactly 1.
+    old_logp_BO = logp_BO.detach() if part.old_logp is None else part.old_logp
+    mask_BO = part.batch.output_mask_BO
+    ref_logp_BO = logp_BO.detach() if part.ref_is_policy else part.ref_logp
+    surrogate = method.surrogate(Tokens(logp_BO, old_logp_BO, ref_logp_BO, part.advantage, mask_BO))
+    objective_BO = surrogate.value_BT
+    correction_BO, raw_BO = _correction(old_logp_BO, part.rollout_logp, mask_BO, correction)
+    if correction_BO is not None:
+        objective_BO = correction_BO * objective_BO
+    if method.beta == 0 or ref_logp_BO is None:
+        return Terms(objective_BO, old_logp_BO, surrogate, None, correction_BO, raw_BO)
+    kl_BO = _divergence(logp_BO, ref_logp_BO, old_logp_BO, method)
+    return Terms(objective_BO - method.beta * kl_BO, old_logp_BO, surrogate, kl_BO.detach(), correction_BO, raw_BO)
+
+
+def _divergence(logp_BO: Tensor, ref_logp_BO: Tensor, old_logp_BO: Tensor, method: Method) -> Tensor:
+    match method.divergence:
+        case "k1":
+            return divergence.k1(logp_BO, ref_logp_BO)
+        case "k2":
+            return divergence.k2(logp_BO, ref_logp_BO)
+        case "k3":
+            return divergence.k3(logp_BO, ref_logp_BO)
+        case "k3_unbiased":
+            return divergence.k3_unbiased(logp_BO, ref_logp_BO, old_logp_BO)
+        case _ as unknown:
+            assert_never(unknown)
+
+
+@torch.no_grad()
+def _correction(
+    old_logp_BO: Tensor, rollout_logp_BO: Tensor | None, mask_BO: Tensor, correction: Correction
+) -> tuple[Tensor | None, Tensor | None]:
+    """c at every token, and what it was before its cap; None without a correction."""
+    if isinstance(correction, NoCorrectionConfig):
+        return None, None
+    assert rollout_logp_BO is not None
+    largest = max(correction.cap, LARGEST_WEIGHT)  # a sum of metrics stays finite
+    if correction.level == "token":
+        raw_BO = token_truncated(old_logp_BO, rollout_logp_BO, cap=largest)
+    else:
+        normalised = correction.level == "sequence_mean"
+        raw_BO = sequence_truncated(old_logp_BO, rollout_logp_BO, mask_BO, cap=largest, normalised=normalised)
+    return raw_BO.clamp(max=correction.cap), raw_BO

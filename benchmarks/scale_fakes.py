@@ -23,8 +23,8 @@ from stages.update import UpdateConfig
 __all__ = ["create_policy", "rollout", "take_the_place_of_models", "update_policy"]
 
 _PLACES: Final = (
-    "flows.bootstrap:create_policy",
-    "flows.exploration:rollout",
+    "flows.algorithm.data:create_policy",
+    "flows.algorithm.sampling:rollout",
     "flows.iterative_rl:rollout",
     "flows.iterative_rl:update_policy",
 )

@@ -23,10 +23,10 @@ from rich.console import Console
 
 from benchmarks.scale_fakes import take_the_place_of_models
 from benchmarks.timing import Clock, cpu_seconds
-from flows.choice import Choice
 from flows.config import IterativeRLConfig
+from flows.config.recipes import arithmetic_smoke
+from flows.config.resolve import Choice
 from flows.places import Places
-from flows.recipes import arithmetic_smoke
 from flows.session import run_flow
 from pipeline.orchestration.engine import Engine
 from pipeline.progress import listen

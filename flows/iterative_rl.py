@@ -5,7 +5,7 @@ Every line is a stage call that asks the store first, so the same call resumes a
 and the step alone.
 
 The other methods of the paper's Table 10 are the same loop: their data source is whom line 7 samples from, their reward and
-gradient coefficient are lines 8 and 9, their objective is line 10 (`flows/methods.py` names the settings of each).
+gradient coefficient are lines 8 and 9, their objective is line 10 (`flows/config/methods.py` names the settings of each).
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 
-from flows.bootstrap import base_model, initial_policy, limit_data, prepare_data
+from flows.algorithm.data import limit_data, prepare_data
+from flows.algorithm.drift import measure_drift
+from flows.algorithm.models import base_model, initial_policy
+from flows.algorithm.preflight import preflight
+from flows.algorithm.rewards import first_reward_models, reward_outputs, train_on
+from flows.algorithm.sampling import explore, reference_evidence, token_evidence
 from flows.config import IterativeRLConfig
-from flows.drift import measure_drift
-from flows.exploration import explore, reference_evidence, token_evidence
 from flows.observer import observer
-from flows.preflight import preflight
-from flows.reward_models import first_reward_models, reward_outputs, train_on
 from pipeline.orchestration.engine import flow
 from stages.advantage import estimate_advantages
 from stages.critic import create_critic, update_critic

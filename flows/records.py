@@ -20,8 +20,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from flows.choice import Asked
 from flows.config import IterativeRLConfig
+from flows.config.resolve import Asked
 from flows.places import Places
 from flows.run_state import RunState
 from pipeline.orchestration.server_process import is_alive, start_of
@@ -79,7 +79,7 @@ class Attempt:
     recipe: str = ""
     """The recipe, or the complete file, that the overrides were made to."""
     overrides: list[dict[str, Any]] = field(default_factory=list)
-    """What was asked for, in its order (`flows/choice.py: AskedOverride`)."""
+    """What was asked for, in its order (`flows/config/resolve.py: AskedOverride`)."""
 
     @property
     def identity(self) -> tuple[str, int, float]:

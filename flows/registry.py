@@ -37,7 +37,7 @@ class Registrar:
         self._tracker = tracker
         arm = {"arm": tags.get("arm", config.name), "seed": str(config.seed)}
         self._tags = {"run": config.name, "experiment": config.experiment, **arm}
-        # A flow makes its data before anything else, in this order (`flows.bootstrap.prepare_data`).
+        # A flow makes its data before anything else, in this order (`flows.algorithm.data.prepare_data`).
         self._sets = ["train", "demonstrations", *config.data.evaluation]
         self._step = 0
         self._iteration = 0

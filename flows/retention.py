@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from flows.freeing import CONTINUES, OPTIMIZER_ONLY, Freed, Records, predecessor, step_tables
+from flows.storage.gc import CONTINUES, OPTIMIZER_ONLY, Freed, Records, predecessor, step_tables
 from pipeline.config import Config
 from pipeline.store import Store
 from pipeline.store.files import MissingArtifactError

@@ -15,9 +15,9 @@ from typing import Any
 
 from rich.console import Console
 
-from flows.choice import Choice
 from flows.completions import completion_rows
 from flows.config import IterativeRLConfig
+from flows.config.resolve import Choice
 from flows.display import displaying
 from flows.learning_curve import draw_learning_curve
 from flows.ledger import Ledger

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from flows.config import IterativeRLConfig
-from flows.freeing import Freed, Records, superseded
-from flows.inventory import Inventory
 from flows.places import Places
 from flows.records import RunRecord, read_records
-from flows.references import OtherRuns
 from flows.retention import KeepConfig, Retention
 from flows.run_state import RunState
+from flows.storage.gc import Freed, Records, superseded
+from flows.storage.references import OtherRuns
+from flows.storage.usage import Inventory
 from flows.wording import size
 from pipeline.progress import listen
 from pipeline.store import Store

@@ -94,7 +94,7 @@ class RunStarted(Event):
     recipe: str = ""
     """The recipe, or the complete file, that the overrides were made to."""
     overrides: list[dict[str, Any]] = field(default_factory=list)
-    """What was asked for, in its order (`flows/choice.py: AskedOverride`)."""
+    """What was asked for, in its order (`flows/config/resolve.py: AskedOverride`)."""
     params: dict[str, str] = field(default_factory=dict)
     """The configuration by dotted key, and `diff.*`: what differs from an experiment's baseline."""
     tags: dict[str, str] = field(default_factory=dict)

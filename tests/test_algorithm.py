@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from flows.config.recipes import arithmetic_smoke
 from flows.iterative_rl import iterative_rl
 from flows.observer import Observer, observing
-from flows.recipes import arithmetic_smoke
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
 from stages.tables import Questions

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from flows.choice import choose
+from flows.config.resolve import choose
 from pipeline.config import flatten
 from pipeline.store import Store
 from stages.tables import Rollouts

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from flows.config import IterativeRLConfig
-from flows.methods import METHODS, PAPER, method_settings
-from flows.recipes import arithmetic_smoke, deepseekmath_7b
+from flows.config.methods import METHODS, PAPER, method_settings
+from flows.config.recipes import arithmetic_smoke, deepseekmath_7b
 from stages.advantage import GAEConfig, GroupConfig
 from stages.rollout import RolloutConfig
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, TrainingConfig

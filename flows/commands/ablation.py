@@ -14,8 +14,9 @@ from cyclopts.validators import Number
 from rich.console import Console
 from rich.table import Table
 
-from flows.choice import Choice
 from flows.commands.options import ConfigFiles, Root, Settings, console, debugging
+from flows.config.methods import PAPER
+from flows.config.resolve import Choice
 from flows.experiments.ablation import conclude, earlier_settings, outcomes_of, track_experiment
 from flows.experiments.arms import PlannedExperiment, method_experiment, plan
 from flows.experiments.comparison import print_comparison
@@ -23,7 +24,6 @@ from flows.experiments.running import ChildConfig, run_in_turn, run_side_by_side
 from flows.experiments.screen import print_arms, print_changes, print_outcome
 from flows.experiments.studies import EXPERIMENTS, named_experiment
 from flows.experiments.workers import require_workers_pool, run_on_workers
-from flows.methods import PAPER
 from flows.places import Places
 from flows.session import run_flow
 from pipeline.config import ConfigError

@@ -9,8 +9,8 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.markup import escape
 
-from flows.choice import choose
 from flows.commands.options import ConfigFiles, Method, Root, Settings, console
+from flows.config.resolve import choose
 from flows.deploying import deployment
 from flows.deploying.deployment import POOL
 from flows.places import Places

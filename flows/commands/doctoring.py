@@ -67,7 +67,7 @@ def doctor(
                 "doctor: --bench measures the machine, whatever the recipe and the engine and never quickly; leave out the rest"
             )
         return _bench(Places.under(root), json=json)
-    from flows.choice import choose  # all configs, a second that a machine is examined without
+    from flows.config.resolve import choose  # all configs, a second that a machine is examined without
 
     chosen = choose(recipe, config or [], set_ or []).config if recipe else None
     subject = subject_of(Places.under(root), dict(os.environ), quick=quick, vllm_python=vllm_python, config=chosen)

@@ -16,7 +16,7 @@ from pipeline.config import ConfigError
 from pipeline.store import Store, use_store
 
 if TYPE_CHECKING:
-    from flows.export import Origin
+    from flows.export.checkpoint import Origin
 
 __all__ = ["export"]
 
@@ -57,7 +57,7 @@ def export(
     root
         Folder of the store.
     """
-    from flows.export import export_checkpoint, find_origin
+    from flows.export.checkpoint import export_checkpoint, find_origin
 
     if base is not None and not adapter:
         raise ConfigError("--base names the base of an adapter; export one with --adapter")
@@ -81,7 +81,7 @@ def export(
 
 
 def _export_adapter(store: Store, origin: Origin, folder: Path, base: str | None, force: bool) -> None:
-    from flows.export import export_adapter
+    from flows.export.checkpoint import export_adapter
     from stages.training.adapters import adapter_base
 
     checkpoint = origin.checkpoint

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from flows.choice import choose
 from flows.commands.options import ConfigFiles, Method, Settings
+from flows.config.resolve import choose
 from pipeline.config import ConfigError
 
 if TYPE_CHECKING:

@@ -63,7 +63,7 @@ def plan(
     root
         Folder of store, runs and databases.
     """
-    from flows.choice import choose
+    from flows.config.resolve import choose
     from flows.planning.plan import plan_of
     from flows.planning.request import Request, subject_of
     from flows.planning.view import as_json, print_plan

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from flows.choice import choose
 from flows.commands.options import ConfigFiles, Method, Settings
 from flows.config import IterativeRLConfig
+from flows.config.resolve import choose
 from stages.tables import Demonstrations
 
 __all__ = ["prompt"]
@@ -28,8 +28,8 @@ def prompt(
     method
         A method (`cohort methods`) instead of the recipe's.
     """
-    from flows.data_check import scratch_store
-    from flows.early_tokenizer import early_tokenizer
+    from flows.algorithm.data_check import scratch_store
+    from flows.algorithm.models import early_tokenizer
     from stages.text import encode_prompt, plain_of, prompt_text
 
     chosen = choose(recipe, config or [], set_ or [], method=method).config
@@ -46,7 +46,7 @@ def prompt(
 
 def _demonstrations(config: IterativeRLConfig) -> Demonstrations | None:
     """What a policy made from scratch makes its tokenizer from; of a policy of others, nothing is read."""
-    from flows.bootstrap import prepare_data
-    from flows.pretrained import PretrainedPolicy
+    from flows.algorithm.data import prepare_data
+    from flows.config import PretrainedPolicy
 
     return None if isinstance(config.policy, PretrainedPolicy) else prepare_data(config.data).demonstrations

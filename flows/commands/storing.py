@@ -16,12 +16,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.commands.options import Root, console
-from flows.freeing import Freed, Records, superseded
-from flows.inventory import Inventory
 from flows.looking.history import find_run
 from flows.places import Places
 from flows.records import IMPORTED, check_folder, read_records, write_json
-from flows.references import references, used_by
+from flows.storage.gc import Freed, Records, superseded
+from flows.storage.references import references, used_by
+from flows.storage.usage import Inventory
 from flows.wording import moment, quoted, size
 from pipeline.config import ConfigError
 from pipeline.store import Store

@@ -10,10 +10,10 @@ from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
 
-from flows.choice import Choice, choose, descriptions
 from flows.commands.options import ConfigFiles, Method, Root, Settings, console, debugging
 from flows.config import IterativeRLConfig
-from flows.methods import METHODS, method_settings
+from flows.config.methods import METHODS, method_settings
+from flows.config.resolve import Choice, choose, descriptions
 from flows.places import Places
 from flows.session import run_flow
 from flows.summary import print_summary
@@ -134,7 +134,7 @@ def check(
 
 
 def _check_data(recipe: str, config: IterativeRLConfig, out: Console) -> None:
-    from flows.data_check import examine_data
+    from flows.algorithm.data_check import examine_data
 
     found = examine_data(config)
     for note in found.notes:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
-from flows.choice import Asked, Choice, descriptions
 from flows.config import IterativeRLConfig
+from flows.config.resolve import Asked, Choice, descriptions
 from flows.deploying.schedule import cron_schedule
 from flows.deploying.versions import versions_environment
 from flows.places import Places

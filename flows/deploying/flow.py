@@ -22,8 +22,8 @@ from typing import Any, Final
 import prefect
 from prefect.exceptions import TerminationSignal
 
-from flows.choice import Asked, choice_of
 from flows.config import IterativeRLConfig
+from flows.config.resolve import Asked, choice_of
 from flows.deploying.versions import VERSIONS, check_versions
 from flows.places import Places
 from flows.records import read_record, run_folder, write_json

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flows.choice import Choice
+from flows.config.resolve import Choice
 from flows.summary import Summary
 from flows.wording import duration, number, percent
 from pipeline.config import flatten

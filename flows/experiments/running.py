@@ -21,8 +21,8 @@ from typing import Any, Final
 from rich.console import Console
 from rich.markup import escape
 
-from flows.choice import Asked
 from flows.config import IterativeRLConfig
+from flows.config.resolve import Asked
 from flows.experiments.arms import PlannedExperiment
 from flows.experiments.comparison import Arm
 from flows.experiments.results import experiment_folder

@@ -1,7 +1,8 @@
 """The paper's studies as experiments, in three sizes: the built-in world on a CPU, the same quicker, and the paper's own.
 
-Sources as in `flows/recipes.py`: "5.2.1" and the like are sections of DeepSeekMath, "ours" is our choice. Arms that name a
-`method` have its settings (`flows/methods.py`), to which their other overrides are added. The paper's sizes were not run here.
+Sources as in `flows/config/recipes`: "5.2.1" and the like are sections of DeepSeekMath, "ours" is our choice. Arms that name
+a `method` have its settings (`flows/config/methods.py`), to which their other overrides are added. The paper's sizes were not
+run here.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from flows.methods import PAPER
+from flows.config.methods import PAPER
 from pipeline.config import ConfigError
 from pipeline.experiment import Experiment
 

@@ -14,8 +14,8 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from flows.config import IterativeRLConfig, PretrainedPolicy
-from flows.methods import METHODS
-from flows.methods import PAPER as TABLE_10
+from flows.config.methods import METHODS
+from flows.config.methods import PAPER as TABLE_10
 
 __all__ = ["PAPER", "SILENT", "Choice", "Deviation", "PaperValue", "choices", "deviations"]
 

@@ -10,13 +10,13 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from flows.config.recipes import RECIPES
 from flows.looking.artifact_view import show_groups, show_metrics
 from flows.looking.difference_view import column, pairs_table, shortened_pair, titled
 from flows.looking.groups import groups_of
 from flows.looking.history import History, PlacedCall, placed_calls
 from flows.looking.run_curve import Curve, evaluations, measures
 from flows.looking.run_diff import config_changes
-from flows.recipes import RECIPES
 from flows.records import Attempt
 from flows.summary import mismatch_line, worst_mismatch
 from flows.wording import duration, moment, percent, quoted

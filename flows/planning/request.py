@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from flows.bootstrap import below
+from flows.algorithm.data import below
 from flows.config import ArithmeticData, FileData, IterativeRLConfig
 from flows.ledger import Ledger, read_ledger
 from flows.places import Places, nearest

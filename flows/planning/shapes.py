@@ -19,10 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from flows.config import IterativeRLConfig
+from flows.config import IterativeRLConfig, PretrainedPolicy
 from flows.ledger import Ledger
 from flows.places import Places
-from flows.pretrained import PretrainedPolicy
 from pipeline.config import ConfigError
 from stages.sft import PolicyConfig
 from stages.text import BPETokenizerConfig

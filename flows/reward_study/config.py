@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from flows.choice import read_overrides, read_values
 from flows.config import PretrainedPolicy
+from flows.config.resolve import read_overrides, read_values
 from pipeline.config import Config, ConfigError, flatten, parse_settings
 from stages.data import ColumnsConfig, Feature, QuestionFileConfig, SolutionFileConfig
 from stages.reward import AccuracyConfig, RewardConfig, beside_labels

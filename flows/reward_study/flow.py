@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from flows.bootstrap import below
-from flows.pretrained import PretrainedPolicy, pretrained_model
+from flows.algorithm.data import below
+from flows.algorithm.models import pretrained_model
+from flows.config import PretrainedPolicy
 from flows.reward_study.config import RewardModelStudyConfig
 from pipeline.orchestration.engine import flow
 from pipeline.progress import report

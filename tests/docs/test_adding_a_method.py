@@ -17,7 +17,7 @@ TRAIN = """
 import sys, tempfile
 import flows
 assert flows.__path__[0].startswith(sys.argv[1]), flows.__path__
-from flows.choice import choose
+from flows.config.resolve import choose
 from flows.cli import run_command
 from flows.iterative_rl import iterative_rl
 from pipeline.store import Store, use_store
@@ -60,7 +60,7 @@ def test_a_method_is_one_new_file_two_places_and_one_test() -> None:
     assert [(kind, path) for kind, path, _ in blocks()] == [
         ("python", "stages/update/objectives/topr.py"),
         *[("diff", "stages/update/objectives/__init__.py")] * 3,
-        ("diff", "flows/methods.py"),
+        ("diff", "flows/config/methods.py"),
         ("python", "tests/stages/update/test_topr.py"),
     ]
 

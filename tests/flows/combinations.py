@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 from flows.config import IterativeRLConfig, RewardModelPlan
-from flows.misfits import misfits
-from flows.recipes import arithmetic_smoke
+from flows.config.combinations import unsupported_combinations
+from flows.config.recipes import arithmetic_smoke
 from pipeline.config import Config, ConfigError
 from stages.advantage import AdvantageConfig
 from stages.critic import CriticConfig
@@ -118,7 +118,7 @@ class Space:
                     "critic": critics[update.mini_batches] if advantage.kind == "gae" else None,
                 }
                 config = base.model_copy(update=parts)
-                complaints = list(misfits(config))
+                complaints = list(unsupported_combinations(config))
                 assert all(re.match(r"[a-z_.]+[:=].{30}", complaint) for complaint in complaints), complaints
                 if not complaints:
                     yield config

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flows.config.recipes import arithmetic_smoke
 from flows.iterative_rl import iterative_rl
-from flows.recipes import arithmetic_smoke
 from pipeline.progress import listen
 from pipeline.residency import evict
 from pipeline.store import Store, use_store

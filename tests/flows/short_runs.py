@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from flows.config import IterativeRLConfig
+from flows.config.methods import method_settings
+from flows.config.recipes import arithmetic_smoke
 from flows.iterative_rl import iterative_rl
-from flows.methods import method_settings
 from flows.observer import Observer, observing
-from flows.recipes import arithmetic_smoke
 from pipeline.progress import listen
 from pipeline.store import Store, use_store
 

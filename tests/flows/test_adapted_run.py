@@ -10,10 +10,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from flows.cli import run_command
+from flows.config.recipes import arithmetic_smoke
 from flows.iterative_rl import iterative_rl
 from flows.observer import Observer, observing
 from flows.places import Places
-from flows.recipes import arithmetic_smoke
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
 from stages.models import Checkpoint

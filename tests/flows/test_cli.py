@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from flows.choice import choose
 from flows.cli import _explain, run_command
+from flows.config.recipes import RECIPES, arithmetic_smoke
+from flows.config.resolve import choose
 from flows.looking.groups import groups_of
 from flows.places import Places
-from flows.recipes import RECIPES, arithmetic_smoke
 from flows.records import Attempt, RunRecord, read_records, run_folder
 from flows.run_state import RunState
 from pipeline.config import ConfigError

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from flows.choice import choose
 from flows.cli import run_command
+from flows.config.resolve import choose
 from flows.doctor import CHECKS, devices, imports, places, servers, versions
 from flows.doctor.examination import Check, Finding, Subject, examine, redacted, subject_of
 from flows.doctor.versions import declared, unmet

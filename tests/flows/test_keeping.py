@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from flows.cli import run_command
-from flows.freeing import Records, needed_again, superseded
-from flows.inventory import Inventory
+from flows.config.recipes import arithmetic_smoke
 from flows.places import Places
-from flows.recipes import arithmetic_smoke
 from flows.records import RunRecord
 from flows.run_state import RunState
+from flows.storage.gc import Records, needed_again, superseded
+from flows.storage.usage import Inventory
 from pipeline.progress import listen
 from pipeline.store import Store
 from tests.flows.toy_training import STATE_BYTES, WEIGHT_BYTES, Toy, kept, train

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from flows.config.recipes import arithmetic_smoke
 from flows.ledger import Ledger
-from flows.recipes import arithmetic_smoke
 from flows.registry import Registrar, policies_of
 from flows.summary import Summary
 from pipeline.registry import TrackedModel

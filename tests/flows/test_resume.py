@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from flows.config import IterativeRLConfig
+from flows.config.recipes import arithmetic_smoke
 from flows.iterative_rl import iterative_rl
-from flows.recipes import arithmetic_smoke
 from pipeline.progress import listen
 from pipeline.residency import evict
 from pipeline.store import Store, use_store

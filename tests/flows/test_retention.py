@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from flows.config import IterativeRLConfig
+from flows.config.recipes import arithmetic_smoke
 from flows.places import Places
-from flows.recipes import arithmetic_smoke
 from flows.records import run_folder
 from flows.retention import KeepConfig
 from flows.upkeep import Forecast

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from flows.bootstrap import base_model, initial_policy, prepare_data
+from flows.algorithm.data import prepare_data
+from flows.algorithm.models import base_model, initial_policy
+from flows.algorithm.rewards import RewardModels, first_reward_models, train_on
 from flows.config import IterativeRLConfig
-from flows.reward_models import RewardModels, first_reward_models, train_on
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
 from tests.flows.short_runs import BASE, Run, copied

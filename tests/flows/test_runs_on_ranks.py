@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
+from flows.config.recipes import arithmetic_smoke
 from flows.iterative_rl import iterative_rl
-from flows.recipes import arithmetic_smoke
 from pipeline.config import parse_settings
 from pipeline.progress import listen
 from pipeline.store import Store, use_store

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from flows.choice import choose
 from flows.cli import run_command
+from flows.config.resolve import choose
 from flows.places import Places
 from flows.records import read_record, read_records, run_folder
 from pipeline.residency import evict

@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli import run_command
-from flows.freeing import Records, needed_again, superseded
+from flows.config.recipes import arithmetic_smoke
 from flows.places import Places
-from flows.recipes import arithmetic_smoke
 from flows.records import IMPORTED, RunRecord, read_records, unreadable_records
 from flows.run_state import RunState
+from flows.storage.gc import Records, needed_again, superseded
 from flows.wording import SafeConsole, code, markdown, quoted, visible
 from pipeline.store.files import write_sealed
 from tests.pipeline.calls import call

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from flows.config import IterativeRLConfig
-from flows.recipes import RECIPES
+from flows.config.recipes import RECIPES
 
 if TYPE_CHECKING:
     import torch

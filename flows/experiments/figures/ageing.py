@@ -1,4 +1,4 @@
-"""How reward models age over the iterations: their AUC against the rules on held-out outputs (`flows/drift.py`)."""
+"""How reward models age over the iterations: their AUC against the rules on held-out outputs (`flows/algorithm/drift.py`)."""
 
 from __future__ import annotations
 

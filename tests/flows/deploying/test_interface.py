@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.choice import Choice
 from flows.config import IterativeRLConfig
+from flows.config.resolve import Choice
 from flows.deploying.deployment import deploy, submit
 from pipeline.orchestration.server_process import password_of
 from stages.rollout import RolloutConfig

@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 from flows.config import IterativeRLConfig
+from flows.config.recipes import arithmetic_cpu, arithmetic_smoke
 from flows.deploying.deployment import places_passed_on
 from flows.deploying.form import form_schema, ready_for_form
 from flows.deploying.schedule import cron_schedule
 from flows.deploying.versions import VersionsError, check_versions, differing, versions_environment
-from flows.recipes import arithmetic_cpu, arithmetic_smoke
 from pipeline.config import ConfigError
 from pipeline.orchestration.flow_runs import names_living_process, process_name
 from pipeline.provenance import package_versions

@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.choice import Choice, choose
 from flows.config import IterativeRLConfig
+from flows.config.resolve import Choice, choose
 from flows.deploying.deployment import Deployed, cancel, deploy, ensure_pool, submit
 from flows.deploying.versions import VERSIONS
 from flows.iterative_rl import iterative_rl

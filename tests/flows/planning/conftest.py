@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flows.choice import choose
+from flows.config.resolve import choose
 from flows.places import Places
 from flows.planning.plan import Plan, plan_of
 from flows.planning.request import Request, subject_of

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flows.choice import choose
+from flows.config.resolve import choose
 from flows.places import Places
 from flows.planning.cached import calls_of, progress_of
 from flows.planning.machine import PRESETS

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from flows.choice import choose
+from flows.config.resolve import choose
 from flows.planning.machine import PRESETS
 from flows.planning.plan import changes_of, evaluations_of, remedy_for
 from tests.flows.planning.conftest import Planned, one

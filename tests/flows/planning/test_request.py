@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.choice import choose
+from flows.config.resolve import choose
 from flows.ledger import Ledger
 from flows.places import Places
 from flows.planning.machine import PRESETS

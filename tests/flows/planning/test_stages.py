@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.methods import method_settings
+from flows.config.methods import method_settings
 from flows.places import Places
 from flows.planning.plan import plan_of
 from flows.planning.request import Request, subject_of

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flows.pretrained import PretrainedPolicy, pretrained_model
+from flows.algorithm.models import pretrained_model
+from flows.config import PretrainedPolicy
 from pipeline.artifact import ArtifactError
 from pipeline.config import ConfigError
 from pipeline.store import Store

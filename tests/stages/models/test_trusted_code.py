@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from flows.pretrained import PretrainedPolicy, pretrained_model
+from flows.algorithm.models import pretrained_model
+from flows.config import PretrainedPolicy
 from pipeline.artifact import ArtifactError
 from pipeline.store import Store, use_store
 from pipeline.store.archive import read_archive, write_archive

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from flows.recipes import RECIPES
+from flows.config.recipes import RECIPES
 from pipeline.config import ConfigError
 from pipeline.progress import listen
 from pipeline.residency import _residents, evict, resident
@@ -280,7 +280,7 @@ def test_a_run_without_vllm_ends_before_anything_runs(tmp_path: Path) -> None:
 
     from rich.console import Console
 
-    from flows.choice import choose
+    from flows.config.resolve import choose
     from flows.places import Places
     from flows.session import run_flow
 

@@ -1,0 +1,1 @@
+"""What the lines of Algorithm 1 call."""

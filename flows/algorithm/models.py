@@ -1,0 +1,166 @@
+"""The models that Algorithm 1 starts from, and the policy's tokenizer before there is a policy."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from flows.algorithm.data import DataSets
+from flows.config import IterativeRLConfig, PretrainedPolicy
+from pipeline.config import ConfigError
+from stages.models import (
+    COMMIT,
+    REPOSITORY,
+    Checkpoint,
+    ExternalCheckpointConfig,
+    HubCheckpointConfig,
+    HubError,
+    code_of_commit,
+    fetch_checkpoint,
+    fetch_description,
+    import_checkpoint,
+    resolve_revision,
+    trust,
+)
+from stages.sft import create_policy, policy_texts, supervised_finetuning
+from stages.tables import Demonstrations
+from stages.text import build_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["EarlyTokenizer", "base_model", "early_tokenizer", "initial_policy", "pretrained_model"]
+
+_SUFFIXES: Final = (".json", ".txt", ".model", ".jinja")
+
+
+def base_model(config: IterativeRLConfig, data: DataSets) -> Checkpoint:
+    """A model of others, or one made from scratch."""
+    if isinstance(config.policy, PretrainedPolicy):
+        return pretrained_model(config.policy)
+    return create_policy(config.policy, data.demonstrations, config.prompt)
+
+
+def initial_policy(config: IterativeRLConfig, data: DataSets, base: Checkpoint) -> Checkpoint:
+    """pi_theta_init (Algorithm 1, line 1): the base model after supervised fine-tuning, where there is any."""
+    if config.sft is None:
+        return base
+    if data.demonstrations is None:
+        raise ValueError("sft: the data set has no solutions to imitate; set sft to null or name the solution column")
+    return supervised_finetuning(base, data.demonstrations, config.prompt, config.sft)
+
+
+def pretrained_model(config: PretrainedPolicy) -> Checkpoint:
+    """A model of others: a folder where there is one of that name, else of the hub, at one commit.
+
+    Raises:
+        ConfigError: a revision of a folder whose code is not asked for.
+        HubError, ArtifactError: it cannot be fetched or used, with what to do.
+    """
+    folder, revision = Path(config.path).expanduser(), config.revision
+    if folder.is_dir() or not re.fullmatch(REPOSITORY, config.path):
+        if revision is not None and not config.trust_remote_code:
+            raise ConfigError(
+                f"policy.revision: {config.path} is a folder, whose content decides; set policy.revision=null, or give a hub "
+                "model a path that is no folder here"
+            )
+        if revision is not None:
+            trust(revision)
+        return import_checkpoint(ExternalCheckpointConfig(path=folder, trusted_code=revision))
+    if revision is None or not re.fullmatch(COMMIT, revision):
+        revision = resolve_revision(config.path, revision or "main").commit
+    wanted = HubCheckpointConfig(repository=config.path, revision=revision, trust_remote_code=config.trust_remote_code)
+    checkpoint = fetch_checkpoint(wanted)
+    if config.trust_remote_code:
+        _trust_commit(config.path, revision)
+    return checkpoint
+
+
+def _trust_commit(repository: str, commit: str) -> None:
+    try:
+        trust(code_of_commit(repository, commit))
+    except HubError as error:  # whoever only looks at a run loads no model, and whoever does is refused
+        warnings.warn(
+            f"code of {repository} will not run, since it cannot be compared with its commit: {error}", stacklevel=3
+        )
+
+
+# The tokenizer before there is a policy, for `cohort check` and `cohort prompt`: no weights, no torch, no store.
+
+
+class EarlyTokenizer(NamedTuple):
+    """What the policy's will be."""
+
+    tokenizer: PreTrainedTokenizerFast
+    window: int | None
+    """Tokens that the model reads; None: not known before it is made, or without a limit."""
+
+
+def early_tokenizer(
+    config: IterativeRLConfig, demonstrations: Demonstrations | None, *, fetch: bool = False, exact: bool = False
+) -> EarlyTokenizer:
+    """The tokenizer that the policy of `config` has or will have.
+
+    Args:
+        demonstrations: what a policy made from scratch makes its tokenizer from.
+        fetch: download the tokenizer of a hub model that is not here.
+        exact: read it as the run will, which imports torch; otherwise as its tokenizer.json says, which nearly always is the
+            same (`stages/faithful_tokenizers.py`).
+
+    Raises:
+        ConfigError: there is none: no model here, no demonstrations, code of the model's own.
+        HubError: it cannot be fetched.
+    """
+    policy = config.policy
+    if not isinstance(policy, PretrainedPolicy):
+        if demonstrations is None:
+            raise ConfigError("policy: a tokenizer is made from demonstrations, and the data set has none")
+        made = build_tokenizer(list(policy_texts(demonstrations, config.prompt)), policy.tokenizer)
+        window = policy.settings.get("max_position_embeddings")
+        return EarlyTokenizer(made, window if isinstance(window, int) else None)
+    folder = _folder(policy, fetch=fetch)
+    described: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return EarlyTokenizer(_read(folder, exact=exact), described.get("max_position_embeddings"))
+
+
+def _folder(policy: PretrainedPolicy, *, fetch: bool) -> Path:
+    folder = Path(policy.path).expanduser()
+    if policy.trust_remote_code:
+        raise ConfigError(
+            "policy.trust_remote_code: code of the model's own may read its tokenizer, and runs in a run only"
+        )
+    if not folder.is_dir() and re.fullmatch(REPOSITORY, policy.path):
+        if fetch:
+            return fetch_description(policy.path, policy.revision or "main")
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(policy.path, "tokenizer.json", revision=policy.revision)
+        folder = Path(found).parent if isinstance(found, str) else folder
+    if not (folder / "config.json").is_file() or not (folder / "tokenizer.json").is_file():
+        raise ConfigError(f"policy.path: {policy.path} is no folder here with config.json and tokenizer.json")
+    return folder
+
+
+def _read(folder: Path, *, exact: bool) -> PreTrainedTokenizerFast:
+    """From a copy, as an import into the store makes one."""
+    from stages.text import settle_start, settle_tokenizer
+
+    with tempfile.TemporaryDirectory(prefix="cohort-tokenizer-") as scratch:
+        for file in folder.iterdir():
+            if file.suffix in _SUFFIXES and file.is_file():
+                shutil.copyfile(file, Path(scratch) / file.name)
+        if exact:
+            from transformers import AutoTokenizer
+
+            settle_tokenizer(Path(scratch))
+            return AutoTokenizer.from_pretrained(scratch, trust_remote_code=False, local_files_only=True)
+        from transformers import PreTrainedTokenizerFast
+
+        settle_start(Path(scratch))
+        read: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(scratch, local_files_only=True)
+        return read

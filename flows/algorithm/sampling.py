@@ -1,0 +1,81 @@
+"""Lines 5 to 7 of Algorithm 1: questions drawn, outputs sampled; or the other data sources of Table 10 in their place."""
+
+from __future__ import annotations
+
+from flows.algorithm.data import DataSets
+from flows.config import IterativeRLConfig
+from pipeline.config import ConfigError
+from stages.critic import estimate_values
+from stages.data import sample_batch
+from stages.logprobs import LogprobsConfig, compare_policies, score_reference
+from stages.models import Checkpoint
+from stages.reward import score
+from stages.rollout import rollout
+from stages.selection import keep_informative
+from stages.sft import demonstrated_outputs
+from stages.tables import Logprobs, Questions, ReferenceLogprobs, Rollouts, Values
+
+__all__ = ["explore", "reference_evidence", "token_evidence"]
+
+
+def explore(
+    config: IterativeRLConfig, data: DataSets, sampler: Checkpoint, step: int, seed: int
+) -> tuple[Questions | None, Rollouts]:
+    """The outputs to learn from at `step`, and the questions to score them with (None: demonstrations have no reward)."""
+    if config.data_source == "demonstrations":
+        return None, _demonstrate(config, data, sampler, step)
+    questions = sample_batch(data.train, size=config.questions_per_step, step=step, seed=config.seed)  # line 5
+    outputs = rollout(sampler, questions, config.prompt, config.rollout, seed=seed)  # line 7
+    if config.dynamic_sampling:
+        return data.train, _replace_agreeing_groups(config, data, sampler, seed, outputs)
+    return questions, outputs
+
+
+def token_evidence(
+    config: IterativeRLConfig, policy: Checkpoint, reference: Checkpoint, critic: Checkpoint | None, outputs: Rollouts
+) -> tuple[Values | None, Logprobs | None]:
+    """What advantages are made of beside rewards: a critic's values, and log-probabilities where KL is part of the reward."""
+    values = estimate_values(critic, outputs, config.critic) if critic and config.critic else None
+    if not getattr(config.advantage, "kl_in_reward", 0.0):
+        return values, None
+    return values, compare_policies(policy, reference, outputs, _like_update(config))
+
+
+def reference_evidence(
+    config: IterativeRLConfig, policy: Checkpoint, reference: Checkpoint, outputs: Rollouts
+) -> ReferenceLogprobs | None:
+    """log pi_ref of the outputs where a pass of its own computes it; None where the update does, or has no use for it.
+
+    At the first step of an iteration the reference is the policy, whose own log-probabilities serve.
+    """
+    if config.reference_pass == "inline" or not config.update.needs_reference or reference == policy:
+        return None
+    return score_reference(reference, outputs, _like_update(config))
+
+
+def _like_update(config: IterativeRLConfig) -> LogprobsConfig:
+    return LogprobsConfig(micro_batch_tokens=config.update.micro_batch_tokens, training=config.update.training)
+
+
+def _demonstrate(config: IterativeRLConfig, data: DataSets, policy: Checkpoint, step: int) -> Rollouts:
+    """As many demonstrations as there would be outputs."""
+    if data.demonstrations is None:
+        raise ConfigError("data_source: the data set has no solutions to imitate; name its solution column")
+    size = config.questions_per_step * config.rollout.G
+    return demonstrated_outputs(policy, data.demonstrations, config.prompt, size=size, step=step, seed=config.seed)
+
+
+def _replace_agreeing_groups(
+    config: IterativeRLConfig, data: DataSets, sampler: Checkpoint, seed: int, outputs: Rollouts
+) -> Rollouts:
+    """DAPO's dynamic sampling: draw further questions until enough groups have outputs of unequal reward."""
+    drawn, rewards = [outputs], [score(outputs, data.train, config.reward)]
+    for draw in range(config.dynamic_sampling):
+        kept = keep_informative(drawn, rewards, size=config.questions_per_step)
+        if kept.metrics["rollout/agreeing_groups"] == 0:
+            return kept
+        # The step's own seed: what is drawn depends on the step alone, not on how long the run is.
+        questions = sample_batch(data.train, size=config.questions_per_step, step=draw, seed=seed)
+        drawn.append(rollout(sampler, questions, config.prompt, config.rollout, seed=seed))
+        rewards.append(score(drawn[-1], data.train, config.reward))
+    return keep_informative(drawn, rewards, size=config.questions_per_step)

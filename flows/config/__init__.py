@@ -1,0 +1,42 @@
+"""The whole configuration of a run: what `cohort run` reads, overrides and hands to the flow."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import model_validator
+
+from flows.config.combinations import unsupported_combinations
+from flows.config.parts import (
+    ArithmeticData,
+    EvaluationPlan,
+    FileData,
+    PreflightConfig,
+    PretrainedPolicy,
+    RewardModelPlan,
+    RunSettings,
+)
+
+__all__ = [
+    "ArithmeticData",
+    "EvaluationPlan",
+    "FileData",
+    "IterativeRLConfig",
+    "PreflightConfig",
+    "PretrainedPolicy",
+    "RewardModelPlan",
+]
+
+
+class IterativeRLConfig(RunSettings):
+    """Algorithm 1: I iterations of M steps, from a policy made here or by others; GRPO, or another row of Table 10."""
+
+    @model_validator(mode="after")
+    def _only_supported_combinations(self) -> Self:
+        if complaints := list(unsupported_combinations(self)):
+            raise ValueError("\n    ".join(complaints))
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What makes it another run, as plain values: all but what stays on disk."""
+        return self.model_dump(mode="json", exclude={"keep"})

@@ -1,0 +1,36 @@
+"""Recipes: complete configs, each number with its source. A recipe is a function; `cohort recipes NAME` prints its YAML.
+
+Sources: "4.2" and the like are sections of DeepSeekMath; "ours" is our choice, measured in docs/lab.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flows.config import IterativeRLConfig
+from flows.config.recipes.arithmetic import arithmetic_cpu, arithmetic_learned_reward, arithmetic_smoke
+from flows.config.recipes.deepseekmath import deepseekmath_7b
+from flows.config.recipes.gsm8k import gsm8k_cpu, gsm8k_one_gpu
+
+__all__ = [
+    "RECIPES",
+    "arithmetic_cpu",
+    "arithmetic_learned_reward",
+    "arithmetic_smoke",
+    "deepseekmath_7b",
+    "gsm8k_cpu",
+    "gsm8k_one_gpu",
+]
+
+RECIPES: dict[str, Callable[[], IterativeRLConfig]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        arithmetic_cpu,
+        arithmetic_learned_reward,
+        arithmetic_smoke,
+        gsm8k_cpu,
+        gsm8k_one_gpu,
+        deepseekmath_7b,
+    )
+}
+"""Every recipe by name; the first line of its docstring describes it."""

@@ -1,0 +1,1 @@
+"""Checkpoints as plain folders with model cards."""

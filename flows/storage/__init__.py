@@ -1,0 +1,1 @@
+"""What lies in a store, who uses it, and what may go."""

@@ -1,0 +1,125 @@
+"""What lies in a store and how large it is: every file once, however many artifacts share it by hard link."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from flows.storage.gc import Freed
+from pipeline.store import Store, StoreError
+from pipeline.store.disk import folder_bytes
+from pipeline.store.objects import MANIFEST
+from stages.models import OPTIMIZER
+
+__all__ = ["Entry", "Inventory"]
+
+
+class _File(NamedTuple):
+    name: str
+    size: int
+    place: tuple[int, int] | tuple[str, str]
+    """Device and inode: what hard links have in common. Of a file that is in a remote store only: digest and name."""
+    links: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An artifact and what is there of its payload."""
+
+    digest: str
+    kind: str
+    """Its type, or `damaged`."""
+    written: float
+    """Seconds since the epoch."""
+    files: tuple[_File, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its payload, shared files included."""
+        return sum(file.size for file in self.files)
+
+
+class Inventory:
+    """The artifacts of a store at one moment."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.entries = {digest: _entry(store, digest) for digest in store.digests()}
+
+    def bytes_of(self, digests: Iterable[str]) -> int:
+        """Bytes that these artifacts take together."""
+        return sum({file.place: file.size for digest in digests for file in self._files(digest)}.values())
+
+    def by_kind(self) -> dict[str, tuple[int, int]]:
+        """Type -> how many artifacts, and their bytes; a checkpoint's optimizer state beside the rest of it."""
+        counts: Counter[str] = Counter()
+        sizes: Counter[str] = Counter()
+        seen: set[object] = set()
+        for entry in self.entries.values():
+            kinds = {file: _kind(entry, file) for file in entry.files}
+            counts.update({entry.kind, *kinds.values()})
+            for file, kind in kinds.items():
+                sizes[kind] += 0 if file.place in seen else file.size
+                seen.add(file.place)
+        return {kind: (counts[kind], sizes[kind]) for kind in sorted(counts, key=lambda kind: (-sizes[kind], kind))}
+
+    def bytes_freed(self, freed: Collection[Freed]) -> int:
+        """Bytes that freeing these gives back: a file that another artifact still has gives none."""
+        gone: dict[object, list[_File]] = {}
+        for part in freed:
+            for file in self._files(part.digest):
+                if part.files is None or file.name in part.files:
+                    gone.setdefault(file.place, []).append(file)
+        return sum(links[0].size for links in gone.values() if len(links) >= links[0].links)
+
+    def size_of(self, part: Freed) -> int:
+        """Bytes of its files, shared ones included."""
+        return sum(file.size for file in self._files(part.digest) if part.files is None or file.name in part.files)
+
+    def holds(self, part: Freed) -> bool:
+        """Whether there is anything to free."""
+        return any(part.files is None or file.name in part.files for file in self._files(part.digest))
+
+    def folder_bytes(self, name: str) -> int:
+        """Bytes of one of the store's own folders: `actions`, `quarantine`."""
+        return folder_bytes(self._store.root / name)
+
+    def _files(self, digest: str) -> tuple[_File, ...]:
+        entry = self.entries.get(digest)
+        return entry.files if entry else ()
+
+
+def _kind(entry: Entry, file: _File) -> str:
+    return f"{entry.kind}: optimizer state" if file.name == OPTIMIZER else entry.kind
+
+
+def _entry(store: Store, digest: str) -> Entry:
+    folder, written, files = store.folder(digest), 0.0, []
+    with contextlib.suppress(OSError):
+        written = (folder / MANIFEST).stat().st_mtime
+    try:
+        manifest = store.manifest(digest)
+    except StoreError:
+        return Entry(digest, "damaged", written, tuple(_found(folder)))
+    if not folder.exists():  # in the remote store, and not in its cache
+        freed = store.freed(digest)
+        there = (file for file in manifest["files"] if file["name"] not in freed)
+        files = [_File(file["name"], file["size"], (digest, file["name"]), 1) for file in there]
+    for name in (file["name"] for file in manifest["files"]):
+        with contextlib.suppress(FileNotFoundError):
+            files.append(_measured(folder, name))
+    return Entry(digest, str(manifest.get("type", "artifact")), written, tuple(files))
+
+
+def _found(folder: Path) -> list[_File]:
+    return [_measured(folder, path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file()]
+
+
+def _measured(folder: Path, name: str) -> _File:
+    state = os.stat(folder / name, follow_symlinks=False)
+    return _File(name, state.st_size, (state.st_dev, state.st_ino), state.st_nlink)

@@ -1,0 +1,192 @@
+"""Every method as a whole run: two steps of the smallest recipe, all from one supervised policy in one store."""
+
+from __future__ import annotations
+
+import pytest
+
+from flows.config.methods import METHODS
+from flows.looking.groups import groups_of
+from pipeline.residency import evict
+from pipeline.store import Store, use_store
+from stages.tables import Advantages, Rewards
+from tests.flows.short_runs import Run, copied, train
+
+
+@pytest.fixture(scope="module")
+def store(supervised: Run, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store that holds the supervised policy."""
+    return copied(supervised.store, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def other_store(supervised: Run, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Another store that holds it."""
+    return copied(supervised.store, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def runs(store: Store) -> dict[str, Run]:
+    """Every method, run one after the other in one process and store."""
+    return {method: train(store, method) for method in METHODS}
+
+
+def test_all_methods_start_from_the_one_supervised_policy(runs: dict[str, Run], supervised: Run) -> None:
+    assert supervised.executed["supervised_finetuning"] == 1
+    assert {run.supervised for run in runs.values()} == {supervised.digest}
+    for stage in ("supervised_finetuning", "create_policy", "arithmetic_demonstrations"):
+        assert sum(run.executed[stage] for run in runs.values()) == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_where_outputs_have_an_advantage_the_policy_changes(runs: dict[str, Run], method: str) -> None:
+    run = runs[method]
+    informative = [any(any(values) for values in part) for part in advantages(run)]
+    assert any(informative)
+    for step, expected in enumerate(informative, 1):
+        assert run.points[step]["policy/grad_norm"] > 0 or not expected
+    assert weights(run.store, run.digest) != weights(run.store, run.supervised)
+
+
+def test_no_two_methods_come_to_the_same_policy(runs: dict[str, Run]) -> None:
+    assert len({weights(run.store, run.digest) for run in runs.values()}) == len(METHODS)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=() if name == "ppo" else pytest.mark.slow) for name in METHODS],
+)
+def test_equal_seeds_give_equal_bits_also_when_resumed_after_the_first_step(
+    runs: dict[str, Run], other_store: Store, method: str
+) -> None:
+    first = train(other_store, method, steps=1)
+    evict()  # as a new process would begin
+    resumed = train(other_store, method)
+    assert resumed.digest == runs[method].digest
+    assert resumed.calls[: len(first.calls)] == first.calls
+    assert resumed.executed["update_policy"] == 1
+
+
+def test_another_seed_gives_another_policy_from_the_same_start(runs: dict[str, Run], store: Store) -> None:
+    other = train(store, "grpo", seed=1)
+    assert other.digest != runs["grpo"].digest
+    assert other.supervised == runs["grpo"].supervised
+
+
+# ------------------------------------------------------------------------------------- whose outputs
+
+
+@pytest.mark.parametrize("method", ["rft", "dpo"])
+def test_offline_methods_sample_from_the_initial_policy_at_every_step(runs: dict[str, Run], method: str) -> None:
+    run = runs[method]
+    assert run.given("rollout", "policy") == [run.supervised] * 2
+    assert run.given("update_policy", "policy") == [run.supervised, run.made("update_policy")[0]]
+
+
+def test_offline_methods_share_their_outputs(runs: dict[str, Run]) -> None:
+    assert runs["rft"].made("rollout") == runs["dpo"].made("rollout")
+    assert runs["dpo"].executed["rollout"] == 0
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("sft", "rft", "dpo")])
+def test_online_methods_sample_from_the_policy_as_it_is(runs: dict[str, Run], method: str) -> None:
+    run = runs[method]
+    assert list(dict.fromkeys(run.given("rollout", "policy"))) == [run.supervised, run.made("update_policy")[0]]
+
+
+def test_supervised_finetuning_as_a_method_samples_nothing_and_scores_nothing(runs: dict[str, Run]) -> None:
+    names = {name for name, _ in runs["sft"].calls}
+    assert "demonstrated_outputs" in names
+    assert names.isdisjoint({"rollout", "score", "sample_batch"})
+
+
+@pytest.mark.parametrize("method", ["sft", "grpo", "rft", "online_rft"])
+def test_every_step_has_as_many_outputs_whatever_the_method(runs: dict[str, Run], method: str) -> None:
+    points = runs[method].points
+    assert [points[step]["rollout/samples"] for step in (1, 2)] == [24, 24]
+
+
+# ------------------------------------------------------------------------------------- what they learn with
+
+
+def test_the_critic_of_a_step_is_that_of_the_step_before(runs: dict[str, Run]) -> None:
+    run = runs["ppo"]
+    assert run.given("create_critic", "policy") == [run.supervised]
+    (fresh,), fitted = run.made("create_critic"), run.made("update_critic")
+    assert run.given("update_critic", "critic") == [fresh, fitted[0]]
+    assert run.given("estimate_values", "critic") == [fresh, fitted[0]]
+    assert run.given("update_critic", "advantages") == run.made("estimate_advantages")
+    assert len({fresh, *fitted}) == 3
+
+
+def test_only_ppo_has_a_critic(runs: dict[str, Run]) -> None:
+    assert {method for method, run in runs.items() if run.of("create_critic")} == {"ppo"}
+
+
+def test_penalties_in_the_reward_compare_with_the_policy_that_the_iteration_began_with(runs: dict[str, Run]) -> None:
+    penalised = {method: run for method, run in runs.items() if run.of("compare_policies")}
+    assert set(penalised) == {"ppo", "rloo", "reinforce_plus_plus"}
+    for run in penalised.values():
+        assert run.given("compare_policies", "reference") == [run.supervised] * 2
+        assert run.given("compare_policies", "policy") == run.given("update_policy", "policy")
+
+
+def test_the_reference_is_the_policy_at_the_start_of_the_iteration(store: Store) -> None:
+    run = train(store, "grpo", iterations=2)
+    policies = run.made("update_policy")
+    assert run.given("update_policy", "reference") == [run.supervised] * 2 + [policies[1]] * 2
+
+
+def test_dynamic_sampling_leaves_groups_whose_rewards_differ(runs: dict[str, Run]) -> None:
+    run = runs["dapo"]
+    with use_store(run.store):
+        rewards = [Rewards(digest) for digest in run.made("score")]
+    learned_from = run.given("update_policy", "outputs")
+    kept = [table for table, given in zip(rewards, run.given("score", "outputs"), strict=True) if given in learned_from]
+    assert len(kept) >= 2
+    for table in kept:
+        with use_store(run.store):
+            found = groups(table)
+        assert len(found) == 6
+        assert all(len(values) == 4 and len(set(values)) > 1 for values in found.values())
+    assert [run.points[step]["rollout/agreeing_groups"] for step in (1, 2)] == [0, 0]
+    # Without it some groups agree, so that it had something to do.
+    assert runs["grpo"].points[1]["reward/frac_degenerate_groups"] > 0
+    assert run.points[1]["rollout/draws"] > 1
+
+
+def test_process_supervision_has_advantages_that_differ_within_an_output(runs: dict[str, Run]) -> None:
+    outcome, process = ([a for step in advantages(runs[name]) for a in step] for name in ("grpo", "grpo_process"))
+    assert all(len(set(values)) == 1 for values in outcome)
+    assert any(len(set(values)) > 1 for values in process)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_groups_of_every_method_can_be_shown(runs: dict[str, Run], method: str) -> None:
+    run = runs[method]
+    with use_store(run.store):
+        found = groups_of(run.store, run.made("estimate_advantages")[0])
+        assert found is not None
+        outputs = [output for group in found for output in group.outputs]
+    assert len(outputs) == 24
+    assert all((output.reward is None) == (method == "sft") for output in outputs)
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+def weights(store: Store, digest: str) -> bytes:
+    return (store.path(digest) / "model.safetensors").read_bytes()
+
+
+def groups(rewards: Rewards) -> dict[str, list[float | None]]:
+    found: dict[str, list[float | None]] = {}
+    for row in rewards.rows():
+        found.setdefault(row["question_id"], []).append(row["reward"])
+    return found
+
+
+def advantages(run: Run) -> list[list[list[float]]]:
+    """By step: those of every output that has any."""
+    with use_store(run.store):
+        tables = [Advantages(digest).rows() for digest in run.made("estimate_advantages")]
+    return [[row["advantage"] for row in rows if row["advantage"] is not None] for rows in tables]

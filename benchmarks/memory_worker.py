@@ -60,8 +60,8 @@ def main() -> None:
 
 
 def _clock() -> Any:
-    """`stages.training.memory` by its file: in the peers' environment Cohort is not installed."""
-    file = Path(__file__).parents[1] / "stages/training/memory.py"
+    """`stages.training.hardware` by its file: in the peers' environment Cohort is not installed."""
+    file = Path(__file__).parents[1] / "stages/training/hardware.py"
     spec = importlib.util.spec_from_file_location("memory_clock", file)
     assert spec is not None
     assert spec.loader is not None

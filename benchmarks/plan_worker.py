@@ -91,7 +91,7 @@ def main() -> None:
     os.dup2(2, 1)
     from pipeline.residency import evict
     from pipeline.store import Store, use_store
-    from stages.training.memory import peak_memory
+    from stages.training.hardware import peak_memory
 
     with use_store(Store(folder / "store")):
         for call in _calls(case.tiny(), folder / "tiny"):

@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.floor import floor_flops, gemm_gflops
 from benchmarks.workload import SHAPES, Workload, make_policy, make_questions
-from stages.epochs import sample_positions
+from stages.training.batching import sample_positions
 from stages.training.hardware import native_bf16
 
 _ARITHMETIC = ("generation", "reference", "update", "load weights")

@@ -14,9 +14,9 @@ from pipeline.config import Config
 from pipeline.progress import report
 from pipeline.stage import record_metrics, stage
 from stages.critic.examples import join
-from stages.epochs import deal
 from stages.models import WEIGHTS, Checkpoint, copy_description, model_weights, untrained_classifier, write_tensors
 from stages.tables import Advantages, Rollouts, Values
+from stages.training.batching import deal
 from stages.training.config import AdamWConfig, TrainingConfig
 from stages.training.ranks import on_ranks
 
@@ -82,8 +82,7 @@ def estimate_values(critic: Checkpoint, outputs: Rollouts, config: CriticConfig)
     from stages.critic.fitting import values_before
     from stages.training import threads
     from stages.training.batching import Batch, Row
-    from stages.training.engine import resident_engine
-    from stages.training.scoring import score_rows
+    from stages.training.loop import resident_engine, score_rows
 
     started = time.perf_counter()
     table = outputs.read().select(["question_id", "sample", "prompt_ids", "output_ids"]).to_pylist()
@@ -136,8 +135,8 @@ def update_critic(
     """
     from stages.critic.fitting import Fit
     from stages.training import threads
-    from stages.training.engine import publish, resident_engine
-    from stages.training.memory import live_tensors_mib, peak_memory
+    from stages.training.hardware import live_tensors_mib, peak_memory
+    from stages.training.loop import publish, resident_engine
 
     started = time.perf_counter()
     examples = join(outputs, advantages)

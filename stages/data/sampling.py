@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pipeline.artifact import take_rows
 from pipeline.stage import stage
-from stages.epochs import sample_positions
 from stages.tables import Questions
+from stages.training.batching import sample_positions
 
 __all__ = ["sample_batch"]
 

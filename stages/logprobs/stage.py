@@ -38,11 +38,8 @@ def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollout
 
     from stages.training import threads
     from stages.training.batching import Batch
-    from stages.training.engine import resident_engine
-    from stages.training.forward import completion_logprobs
-    from stages.training.reference import reference_model
-    from stages.training.scoring import score_rows
-    from stages.training.temperature import sampling_temperature
+    from stages.training.forward import completion_logprobs, sampling_temperature
+    from stages.training.loop import reference_model, resident_engine, score_rows
 
     started = time.perf_counter()
     temperature = sampling_temperature(outputs)

@@ -239,8 +239,8 @@ def train_reward_model(
     """
     from stages.reward_training.fitting import Fit
     from stages.training import threads
-    from stages.training.engine import publish, resident_engine
-    from stages.training.memory import live_tensors_mib, peak_memory
+    from stages.training.hardware import live_tensors_mib, peak_memory
+    from stages.training.loop import publish, resident_engine
 
     started = time.perf_counter()
     examples = read_examples(labels, model, config.objective)

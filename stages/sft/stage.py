@@ -14,10 +14,10 @@ from pipeline.artifact import take_rows
 from pipeline.config import Config
 from pipeline.progress import report
 from pipeline.stage import record_metrics, stage
-from stages.epochs import sample_positions
 from stages.models import Checkpoint, load_tokenizer
 from stages.tables import Demonstrations, Rollouts
 from stages.text import PromptConfig, encode_completions, encode_prompts
+from stages.training.batching import sample_positions
 from stages.training.config import MuonConfig, TrainingConfig
 from stages.training.ranks import on_ranks
 
@@ -79,9 +79,8 @@ def supervised_finetuning(
         ValueError: fewer demonstrations than one batch holds, or one longer than the model's window.
     """
     from stages.training.batching import Row
-    from stages.training.engine import publish, resident_engine
     from stages.training.hardware import threads
-    from stages.training.loop import train
+    from stages.training.loop import publish, resident_engine, train
     from stages.training.optimizers import trained_values
 
     encoded = _encode(policy, load_tokenizer(policy), demonstrations.read(), prompt)

@@ -24,23 +24,30 @@ import torch
 from torch import Tensor
 
 from stages.models import Checkpoint, model_weights, read_description
-from stages.training.activations import checkpoint_activations
 from stages.training.adapters import load_trainable
 from stages.training.config import DeepSpeedEngineConfig, TrainingConfig
-from stages.training.engine import StepReport, autocast, check_skipped
+from stages.training.engine import (
+    StepReport,
+    autocast,
+    check_skipped,
+    checkpoint_activations,
+    clip_gradients,
+    name_of_broken_gradient,
+)
+from stages.training.forward import logit_transform
 from stages.training.hardware import training_device
-from stages.training.head import logit_transform
 from stages.training.optimizers import (
+    TrainerState,
     build_optimizer,
+    learning_rate_factor,
     optimizer_state,
+    read_trainer_state,
     restore_optimizer_state,
     set_learning_rate,
     trainable,
+    write_checkpoint,
 )
 from stages.training.process_group import import_deepspeed, join_group, launched
-from stages.training.schedule import learning_rate_factor
-from stages.training.torch_engine import clip_gradients, name_of_broken_gradient
-from stages.training.trainer_state import TrainerState, read_trainer_state, write_checkpoint
 
 __all__ = ["DeepSpeedEngine"]
 

@@ -6,20 +6,31 @@ now, and everything it knows can be loaded again from there, bit for bit.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, assert_never
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
-from pipeline.residency import resident
-from stages.models import Checkpoint, architecture_of
-from stages.training.config import DeepSpeedEngineConfig, TorchEngineConfig, TrainingConfig
+from stages.models import Checkpoint
+from stages.training.config import TrainingConfig
 
-__all__ = ["Engine", "GradientError", "StepReport", "check_skipped", "largest", "publish", "resident_engine"]
+__all__ = [
+    "Engine",
+    "GradientError",
+    "StepReport",
+    "autocast",
+    "check_skipped",
+    "checkpoint_activations",
+    "clip_gradients",
+    "largest",
+    "name_of_broken_gradient",
+]
 
 
 class GradientError(ValueError):
@@ -100,40 +111,6 @@ class Engine(Protocol):
         ...
 
 
-def resident_engine(checkpoint: Checkpoint, config: TrainingConfig, slot: str = "trainer") -> Engine:
-    """The engine kept warm in `slot`, holding exactly `checkpoint`; it loads only when it holds something else."""
-    key = (json.dumps(config.key(), sort_keys=True), config.max_skipped_steps, architecture_of(checkpoint))
-    engine = resident(slot, key, lambda: _make_engine(checkpoint, config))
-    if engine.holds != checkpoint.digest or config.optimizer_state == "none":
-        engine.load(checkpoint)
-    return engine
-
-
-def publish(engine: Engine, *, optimizer: bool = True, files: Mapping[str, str] | None = None) -> Checkpoint:
-    """Publish what the engine has as a checkpoint, which it then holds; all ranks return what rank 0 wrote.
-
-    Args:
-        optimizer: with the optimizer's state.
-        files: further text files of the checkpoint, by name.
-    """
-
-    def fill(folder: Path) -> None:
-        engine.save(folder, optimizer=optimizer)
-        for name, text in (files or {}).items():
-            (folder / name).write_text(text)
-
-    if engine.rank == 0:
-        checkpoint = Checkpoint.write(fill)
-    else:
-        engine.save(Path(), optimizer=optimizer)  # takes part in gathering, writes nothing
-        checkpoint = Checkpoint("")
-    if engine.world_size > 1:
-        checkpoint = Checkpoint(_digest_of_rank_zero(checkpoint.digest, engine.device))
-    # Without its optimizer state the checkpoint is less than the engine: the next stage call must start from the artifact.
-    engine.holds = checkpoint.digest if optimizer else None
-    return checkpoint
-
-
 def check_skipped(engine: Engine, in_a_row: int, limit: int | None, losses: Sequence[Tensor], gradient: str) -> None:
     """Stop where more steps in a row were skipped than `limit`; all ranks call it together, with equal counts.
 
@@ -171,29 +148,55 @@ def largest(engine: Engine, value: float) -> float:
     return max(engine.total(value if rank == engine.rank else 0.0) for rank in range(engine.world_size))
 
 
-def _digest_of_rank_zero(digest: str, device: str) -> str:
-    """`digest` of rank 0 on every rank, sent as bytes: collectives of objects would unpickle what they receive."""
-    sent = torch.zeros(32, dtype=torch.uint8, device=device)
-    if digest:
-        sent.copy_(torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8))
-    torch.distributed.broadcast(sent, src=0)
-    return bytes(sent.tolist()).hex()
-
-
-def _make_engine(checkpoint: Checkpoint, config: TrainingConfig) -> Engine:
-    match config.engine:
-        case TorchEngineConfig():
-            from stages.training.torch_engine import TorchEngine
-
-            return TorchEngine(checkpoint, config)
-        case DeepSpeedEngineConfig():
-            from stages.training.deepspeed_engine import DeepSpeedEngine
-
-            return DeepSpeedEngine(checkpoint, config)
-        case _ as unknown:
-            assert_never(unknown)
-
-
 def autocast(device: str, config: TrainingConfig) -> AbstractContextManager[Any]:
     """bfloat16 matrix products with float32 parameters, or float32 throughout."""
     return torch.autocast(device, dtype=torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def name_of_broken_gradient(model: nn.Module) -> str:
+    """The first parameter whose gradient is not finite; empty where there is none."""
+    named = ((name, parameter.grad) for name, parameter in model.named_parameters())
+    return next((name for name, gradient in named if gradient is not None and not gradient.isfinite().all()), "")
+
+
+def clip_gradients(model: nn.Module, limit: float) -> float:
+    """Global L2 norm of the gradient, which is scaled down to `limit` where it is finite and larger (0: never)."""
+    parameters = list(model.parameters())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    value = norm.item()
+    if 0 < limit < value < math.inf:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return value
+
+
+def checkpoint_activations(model: nn.Module, *, reentrant: bool = False) -> None:
+    """Make every layer of `model` recompute its inside in backward.
+
+    transformers' own switch acts in training mode only, which would bring dropout with it: ratios must be exactly 1. Without
+    dropout nothing is random, so no state of random numbers is kept.
+
+    Args:
+        reentrant: backward of a layer is a graph of its own, made by the recomputation. ZeRO 3 needs it: its hooks gather
+            partitioned parameters for the graph they were set in, and recomputation releases them again.
+
+    Raises:
+        ValueError: an architecture whose layers transformers does not mark as ones that can be recomputed.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"training.activation_checkpointing: {type(model).__name__} has no layers that transformers can recompute; "
+            "set it to false"
+        )
+    for layer in layers:
+        module: Any = layer
+        module.forward = functools.partial(_recomputed, layer.forward, reentrant)
+
+
+def _recomputed(forward: Callable[..., Any], reentrant: bool, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    inside = functools.partial(forward, **kwargs)
+    return recompute(inside, *args, use_reentrant=reentrant, preserve_rng_state=False)

@@ -1,21 +1,33 @@
-"""Log-probabilities of the output tokens of a micro-batch under a model.
+"""Log-probabilities of the output tokens of a micro-batch under a model, and the model's output head.
 
-Shapes: B rows, T padded tokens, O longest output, N output tokens of the batch, H hidden size, V vocabulary.
+The head is applied to chosen positions only, or replaced by log-probabilities in chunks. What a model does to its head's output
+(soft-capping, scaling) is measured, not read off its config: a ramp takes the place of the logits, and what comes out of the
+model is compared with the ramp. Shapes: B rows, T padded tokens, O longest output, N output tokens of the batch, H hidden size,
+V vocabulary.
 """
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stages.kernels.head import HeadScores
+from stages.kernels.head import HeadScores, LogitTransform, head_logprobs
 from stages.kernels.logprobs import entropies, token_logprobs
+from stages.tables import Rollouts
 from stages.training.batching import Batch, spread
-from stages.training.head import chunked_scores, head_only_at, logit_transform, partitioned
 
-__all__ = ["CompletionLogprobs", "completion_logprobs"]
+__all__ = ["CompletionLogprobs", "completion_logprobs", "head_only_at", "logit_transform", "sampling_temperature"]
+
+_HIGHEST = 64.0
+"""Where the ramp ends: a power of two, so that a factor is read off its last value without rounding."""
+
+_measured: weakref.WeakKeyDictionary[nn.Module, LogitTransform | None] = weakref.WeakKeyDictionary()
 
 
 class CompletionLogprobs(NamedTuple):
@@ -30,7 +42,7 @@ class CompletionLogprobs(NamedTuple):
 
 
 def completion_logprobs(
-    model: torch.nn.Module,
+    model: nn.Module,
     batch: Batch,
     temperature: float = 1.0,
     *,
@@ -55,7 +67,7 @@ def completion_logprobs(
     )
 
 
-def _in_full(model: torch.nn.Module, batch: Batch, temperature: float, with_entropy: bool) -> HeadScores:
+def _in_full(model: nn.Module, batch: Batch, temperature: float, with_entropy: bool) -> HeadScores:
     with head_only_at(model, batch.target_index_N - 1):
         logits_NV = model(
             input_ids=batch.input_ids_BT,
@@ -68,7 +80,7 @@ def _in_full(model: torch.nn.Module, batch: Batch, temperature: float, with_entr
 
 
 def _in_chunks(
-    model: torch.nn.Module, batch: Batch, temperature: float, with_entropy: bool, max_logits: int | None
+    model: nn.Module, batch: Batch, temperature: float, with_entropy: bool, max_logits: int | None
 ) -> HeadScores | None:
     """None where the logits are few enough, or the model's head cannot be taken apart."""
     if max_logits is None:
@@ -84,3 +96,187 @@ def _in_chunks(
     return chunked_scores(
         model, batch, transform, temperature=temperature, max_logits=max_logits, with_entropy=with_entropy
     )
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The output head, also of a model that an engine wraps."""
+    inner: Any = getattr(model, "module", model)
+    head: nn.Module = inner.get_output_embeddings()
+    return head
+
+
+def partitioned(model: nn.Module) -> bool:
+    """Whether the head's weight is spread over ranks (ZeRO 3), which then take turns in gathering it."""
+    return hasattr(getattr(head_of(model), "weight", None), "ds_id")
+
+
+@contextlib.contextmanager
+def head_only_at(model: nn.Module, positions_N: Tensor) -> Iterator[None]:
+    """Inside the block the model's output head is applied to the flattened positions [N] only, as one row.
+
+    A hook on the head instead of calling trunk and head ourselves: whatever the model does after its head (scaling,
+    soft-capping) still happens, and an engine that wraps the model (DeepSpeed) still sees a forward of the whole.
+    """
+
+    def select(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden_BTH, *others = arguments
+        return (hidden_BTH.flatten(0, 1).index_select(0, positions_N).unsqueeze(0), *others)
+
+    handle = head_of(model).register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def chunked_scores(
+    model: nn.Module,
+    batch: Batch,
+    transform: LogitTransform,
+    *,
+    temperature: float,
+    max_logits: int,
+    with_entropy: bool,
+) -> HeadScores:
+    """Log-probabilities of the batch's targets without their logits: the head turns hidden states into them itself.
+
+    The head's parameters are used inside its own forward, where an engine that partitions them (ZeRO 3) has gathered them, and
+    its output is what gradients come back through, for which the engine gathers them again.
+
+    Raises:
+        RuntimeError: the model no longer does to its logits what was measured.
+    """
+    head: Any = head_of(model)
+    found: list[HeadScores] = []
+
+    def score(hidden_BTH: Tensor) -> Tensor:
+        hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, batch.target_index_N - 1)
+        scores = head_logprobs(
+            hidden_NH,
+            head.weight,
+            head.bias,
+            batch.targets_N,
+            temperature=temperature,
+            transform=transform,
+            max_logits=max_logits,
+            with_entropy=with_entropy,
+        )
+        found.append(scores)
+        return scores.logp_N
+
+    def keep(_: nn.Module, __: Any, logp_N: Tensor) -> Tensor:
+        found[-1] = found[-1]._replace(logp_N=logp_N)  # as the engine's own hooks left it
+        return ramp
+
+    ramp = _ramp(head)
+    with _replaced(head, score, keep):
+        seen = _forward(model, batch.input_ids_BT, batch.attention_mask_BT, batch.position_ids_BT)
+    if len(found) != 1 or not _agrees(transform, ramp, seen):
+        raise RuntimeError(
+            f"{type(model).__name__}: what the model does to its logits is no longer what was measured ({transform}); "
+            "set training.max_logits to null to compute logits in full"
+        )
+    return found[0]
+
+
+def logit_transform(model: nn.Module) -> LogitTransform | None:
+    """What the model does to the output of its head; None, with a warning, where chunks cannot follow it.
+
+    Measured once, by a forward of two tokens. Where parameters are partitioned every rank has to ask for it at the same time.
+    """
+    head = head_of(model)
+    if head not in _measured:
+        _measured[head] = _measure(model, head)
+        if _measured[head] is None:
+            warnings.warn(
+                f"{type(getattr(model, 'module', model)).__name__}: log-probabilities need all logits of a micro-batch at "
+                "once, since its output head is more than a linear layer or is followed by more than a factor or a soft cap; "
+                "keep micro_batch_tokens small",
+                stacklevel=2,
+            )
+    return _measured[head]
+
+
+@torch.no_grad()
+def _measure(model: nn.Module, head: nn.Module) -> LogitTransform | None:
+    # A subclass, a parametrisation or an adapter around it may compute anything.
+    if type(head) is not nn.Linear or "forward" in head.__dict__:
+        return None
+    ramp = _ramp(head)
+    ids = torch.zeros((1, 2), dtype=torch.long, device=ramp.device)
+    calls: list[int] = []
+
+    def follow(*_: Any) -> Tensor:
+        calls.append(1)
+        return ramp
+
+    with _replaced(head, None, follow):
+        seen = _forward(model, ids, torch.ones_like(ids), torch.arange(2, device=ramp.device).unsqueeze(0))
+    if len(calls) != 1 or seen.shape != ramp.shape:
+        return None
+    text = getattr(model, "module", model).config.get_text_config()  # type: ignore[union-attr, operator]
+    cap = getattr(text, "final_logit_softcapping", None)
+    candidates = [LogitTransform(), LogitTransform(scale=seen.flatten()[-1].item() / _HIGHEST)]
+    candidates += [LogitTransform(cap=float(cap))] if cap else []
+    return next((candidate for candidate in candidates if _agrees(candidate, ramp, seen)), None)
+
+
+def _agrees(transform: LogitTransform, ramp: Tensor, seen: Tensor) -> bool:
+    """Whether the model makes of the ramp what `transform` does."""
+    if seen.shape != ramp.shape:
+        return False
+    expected = transform.apply_(ramp.clone())
+    return torch.allclose(seen.to(expected.dtype), expected, rtol=8 * torch.finfo(ramp.dtype).eps, atol=0.0)
+
+
+def _ramp(head: Any) -> Tensor:
+    """Values from -64 to 64 in place of one position's logits: [1, 1, V]."""
+    dtype = torch.promote_types(head.weight.dtype, torch.float32)
+    return torch.linspace(-_HIGHEST, _HIGHEST, head.out_features, dtype=dtype, device=head.weight.device)[None, None]
+
+
+def _forward(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False).logits
+    return logits
+
+
+@contextlib.contextmanager
+def _replaced(
+    head: nn.Module, forward: Callable[[Tensor], Tensor] | None, hook: Callable[..., Tensor]
+) -> Iterator[None]:
+    """Inside the block the head computes `forward` (None: its own), and the model gets what `hook` returns.
+
+    The hook is the last one: it sees what an engine's hooks made of the output.
+    """
+    if forward is not None:
+        head.forward = forward
+    handle = head.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+        head.__dict__.pop("forward", None)
+
+
+def sampling_temperature(outputs: Rollouts, expected: float | None = None) -> float:
+    """The one temperature of `outputs`, which scales the logits of every policy that scores them.
+
+    Sampled at T and scored at 1, a policy has a ratio other than 1 to itself: logits 2, 1, 0 give the second token -1.41 at
+    T = 1 and -1.69 at T = 0.7, a ratio of 1.3 out of nothing.
+
+    Args:
+        expected: refuse any other.
+
+    Raises:
+        ValueError: several temperatures, 0, or another than expected.
+    """
+    import pyarrow.compute as pc
+
+    found: list[float] = pc.unique(outputs.read().column("temperature")).to_pylist()
+    if len(found) != 1:
+        raise ValueError(f"expected outputs of one temperature, found {sorted(found)}; sample them with one")
+    if found[0] == 0:
+        raise ValueError("greedy outputs come from no distribution; sample with temperature above 0")
+    if expected is not None and abs(found[0] - expected) > 1e-6 * expected:  # the table keeps float32
+        raise ValueError(f"expected outputs sampled at temperature {expected:g}, found {found[0]:g} in all of them")
+    return found[0]

@@ -1,9 +1,11 @@
-"""What this machine computes with: device, threads, and whether bfloat16 is native."""
+"""What this machine computes with: device, threads, bfloat16, and how much memory a block of work needs at its worst."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,7 +13,18 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["inference_dtype", "native_bf16", "threads", "training_device"]
+__all__ = [
+    "PeakMemory",
+    "inference_dtype",
+    "live_tensors_mib",
+    "native_bf16",
+    "peak_memory",
+    "threads",
+    "training_device",
+]
+
+_KIB_A_MIB = 1024
+_BYTES_A_MIB = 1 << 20
 
 
 @functools.cache
@@ -54,3 +67,80 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@dataclasses.dataclass
+class PeakMemory:
+    """The peak of a block, known once the block is over."""
+
+    mib: float = 0.0
+    """In MiB: on CUDA what tensors took on the device, on a CPU the resident memory of the whole process."""
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[PeakMemory]:
+    """The largest memory in use at any moment of the block, what was there before it included. Blocks do not nest.
+
+    CUDA: `torch.cuda.max_memory_allocated` of the current device, reset at the start. CPU: the process's high-water mark
+    (`VmHWM`), reset through /proc/self/clear_refs (proc(5)). Where the system refuses the reset or has no /proc, the mark is
+    `ru_maxrss`, the highest since the process began: never too low, but it does not fall again from block to block.
+    """
+    import torch
+
+    peak = PeakMemory()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    marked = not cuda and _reset_high_water_mark()
+    try:
+        yield peak
+    finally:
+        if cuda:
+            peak.mib = torch.cuda.max_memory_allocated() / _BYTES_A_MIB
+        else:
+            peak.mib = _high_water_mark() if marked else _peak_since_start()
+
+
+def live_tensors_mib() -> float:
+    """MiB of all tensors that Python code holds right now, shared storage once: weights, optimizer state, buffers of engines.
+
+    Between two steps that is what training keeps for good, exact to the byte, where the memory of a CPU process is mostly
+    libraries and what the allocator does not give back. Activations in flight are not among it.
+    """
+    import gc
+
+    import torch
+
+    sizes: dict[int, int] = {}
+    kinds = {torch.Tensor, *_subclasses(torch.Tensor)}  # of half a million objects none is asked for its bases
+    for held in gc.get_objects():
+        if type(held) in kinds and held.layout == torch.strided and held.device.type != "meta":
+            storage = held.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values()) / _BYTES_A_MIB
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    derived: list[type] = type.__subclasses__(kind)
+    for each in derived:
+        yield each
+        yield from _subclasses(each)
+
+
+def _reset_high_water_mark() -> bool:
+    """Whether the system let us."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _high_water_mark() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (kib,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return int(kib) / _KIB_A_MIB
+
+
+def _peak_since_start() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _KIB_A_MIB

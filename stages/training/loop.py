@@ -1,4 +1,4 @@
-"""The optimizer loop of every stage that trains: micro-batches, gradient accumulation, clipping, optimizer step.
+"""What every stage that trains does: an engine for a checkpoint, optimizer steps, a published checkpoint.
 
 Supervised fine-tuning, critic, reward models and the policy update differ in what a micro-batch is and in its loss. The loss of
 a micro-batch is divided by the count of the whole mini-batch, over all micro-batches and ranks, so that gradients add up.
@@ -6,16 +6,63 @@ a micro-batch is divided by the count of the whole mini-batch, over all micro-ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar, assert_never
 
+import torch
 from torch import Tensor
 
+from pipeline.orchestration.interruption import check
+from pipeline.residency import resident
+from stages.models import Checkpoint, architecture_of
+from stages.training.adapters import load_trainable
+from stages.training.batching import Batch, Row, micro_batches, own_share
+from stages.training.config import DeepSpeedEngineConfig, TorchEngineConfig, TrainingConfig
 from stages.training.engine import Engine, StepReport
 
-__all__ = ["optimizer_step", "train"]
+__all__ = ["optimizer_step", "publish", "reference_model", "resident_engine", "score_rows", "train"]
 
 Part = TypeVar("Part")
+
+
+def resident_engine(checkpoint: Checkpoint, config: TrainingConfig, slot: str = "trainer") -> Engine:
+    """The engine kept warm in `slot`, holding exactly `checkpoint`; it loads only when it holds something else."""
+    key = (json.dumps(config.key(), sort_keys=True), config.max_skipped_steps, architecture_of(checkpoint))
+    engine = resident(slot, key, lambda: _make_engine(checkpoint, config))
+    if engine.holds != checkpoint.digest or config.optimizer_state == "none":
+        engine.load(checkpoint)
+    return engine
+
+
+def _make_engine(checkpoint: Checkpoint, config: TrainingConfig) -> Engine:
+    match config.engine:
+        case TorchEngineConfig():
+            from stages.training.torch_engine import TorchEngine
+
+            return TorchEngine(checkpoint, config)
+        case DeepSpeedEngineConfig():
+            from stages.training.deepspeed_engine import DeepSpeedEngine
+
+            return DeepSpeedEngine(checkpoint, config)
+        case _ as unknown:
+            assert_never(unknown)
+
+
+def reference_model(reference: Checkpoint, like: Engine, config: TrainingConfig) -> torch.nn.Module:
+    """pi_ref, frozen and kept warm for as long as it is the reference; its parameters have the dtype of the engine's.
+
+    An adapted policy is computed as the engine computes its own (W x + s B A x): not as the base under a disabled adapter,
+    which is the policy before any training, and not from the merged weights, whose rounding would be a KL above 0.
+    """
+    dtype = next(like.model.parameters()).dtype
+
+    def load() -> torch.nn.Module:
+        model: torch.nn.Module = load_trainable(reference, config, dtype)[0]
+        return model.to(like.device).requires_grad_(False)
+
+    return resident("reference", (reference.digest, dtype, like.device, config.attention, config.adapter), load)
 
 
 def train(
@@ -66,3 +113,93 @@ def optimizer_step(
         before_step()
     report = engine.step(factor=factor)
     return report._replace(loss=sum(share.item() for share in losses))
+
+
+def publish(engine: Engine, *, optimizer: bool = True, files: Mapping[str, str] | None = None) -> Checkpoint:
+    """Publish what the engine has as a checkpoint, which it then holds; all ranks return what rank 0 wrote.
+
+    Args:
+        optimizer: with the optimizer's state.
+        files: further text files of the checkpoint, by name.
+    """
+
+    def fill(folder: Path) -> None:
+        engine.save(folder, optimizer=optimizer)
+        for name, text in (files or {}).items():
+            (folder / name).write_text(text)
+
+    if engine.rank == 0:
+        checkpoint = Checkpoint.write(fill)
+    else:
+        engine.save(Path(), optimizer=optimizer)  # takes part in gathering, writes nothing
+        checkpoint = Checkpoint("")
+    if engine.world_size > 1:
+        checkpoint = Checkpoint(_digest_of_rank_zero(checkpoint.digest, engine.device))
+    # Without its optimizer state the checkpoint is less than the engine: the next stage call must start from the artifact.
+    engine.holds = checkpoint.digest if optimizer else None
+    return checkpoint
+
+
+def _digest_of_rank_zero(digest: str, device: str) -> str:
+    """`digest` of rank 0 on every rank, sent as bytes: collectives of objects would unpickle what they receive."""
+    sent = torch.zeros(32, dtype=torch.uint8, device=device)
+    if digest:
+        sent.copy_(torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8))
+    torch.distributed.broadcast(sent, src=0)
+    return bytes(sent.tolist()).hex()
+
+
+@torch.no_grad()
+def score_rows(
+    rows: Sequence[Row], max_tokens: int, score: Callable[[Batch], Tensor], engine: Engine | None = None
+) -> list[list[float]]:
+    """The values of `score` for each row, one per output token, in the order of `rows`.
+
+    Of several ranks, which call it together, each computes a share of the micro-batches, and all get all values.
+
+    Args:
+        rows: equal ones (a sampled group holds many) are computed once.
+        max_tokens: padded tokens of a micro-batch.
+        score: values of a micro-batch in the layout [B, O] of its output mask.
+        engine: whose ranks share the work; None: those of this process's group, where it is in one.
+    """
+    places: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    for index, row in enumerate(rows):
+        places.setdefault((tuple(row.prompt_ids), tuple(row.output_ids)), []).append(index)
+    distinct = [Row(*ids) for ids in places]
+    place = _place() if engine is None else (engine.rank, engine.world_size)
+    scored = _score_distinct(distinct, max_tokens, score, *place)
+    found: list[list[float]] = [[] for _ in rows]
+    for row, equal, values in zip(distinct, places.values(), scored, strict=True):
+        for index in equal:
+            found[index] = values[: len(row.output_ids)]
+    return found
+
+
+def _score_distinct(
+    rows: Sequence[Row], max_tokens: int, score: Callable[[Batch], Tensor], rank: int, world_size: int
+) -> list[list[float]]:
+    """Values by row, padded to the longest output."""
+    if not rows:
+        return []
+    longest = max(len(row.output_ids) for row in rows)
+    table: Tensor | None = None
+    for batch, factor in own_share(list(micro_batches(rows, max_tokens)), rank=rank, world_size=world_size):
+        check()
+        values_BO = score(batch)
+        table = values_BO.new_zeros(len(rows), longest) if table is None else table
+        if factor:
+            table[list(batch.rows), : values_BO.shape[1]] = values_BO
+    assert table is not None
+    if world_size > 1:
+        torch.distributed.all_reduce(table)  # of each row one rank's values and the others' zeros: nothing is rounded
+    listed: list[list[float]] = table.tolist()
+    return listed
+
+
+def _place() -> tuple[int, int]:
+    """This process's rank and how many there are."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1

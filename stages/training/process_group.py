@@ -1,19 +1,26 @@
-"""The process group that DeepSpeed trains in, and the environment that it reads: alone, or as one rank of several."""
+"""The process group that DeepSpeed trains in: with one process only, or as one rank of several.
+
+Of several, `pipeline/workers` runs this file: `make_handler` joins the group, then carries out the bodies of stages.
+"""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import datetime
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
-from stages.training.ranks import RANK_VARIABLES
+from pipeline.workers.rpc import perform
+from stages.training.hardware import training_device
+from stages.training.ranks import RANK_VARIABLES, RENDEZVOUS, body_called, select_interface
 
-__all__ = ["import_deepspeed", "join_group", "launched"]
+__all__ = ["import_deepspeed", "join_group", "launched", "make_handler"]
 
 
 def import_deepspeed(device: str) -> None:
@@ -71,3 +78,26 @@ def launched() -> Iterator[None]:
         del os.environ["RANK"], os.environ["WORLD_SIZE"]
         # ZeRO 3 reads LOCAL_RANK again in every forward; it stays.
         os.environ.update({name: value for name, value in before.items() if name not in os.environ})
+
+
+def make_handler() -> Callable[[dict[str, Any], Callable[[str, dict[str, Any]], None]], Any]:
+    """Join the group; the handler of orders, each of which names a stage's body."""
+    select_interface()
+    rank = int(os.environ["RANK"])
+    torch.distributed.init_process_group(
+        "nccl" if training_device() == "cuda" else "gloo",
+        init_method=f"file://{os.environ[RENDEZVOUS]}",
+        rank=rank,
+        world_size=int(os.environ["WORLD_SIZE"]),
+        # What hangs is ended by the launcher's deadline, which knows what is progress.
+        timeout=datetime.timedelta(days=7),
+    )
+
+    def handle(order: dict[str, Any], report: Callable[[str, dict[str, Any]], None]) -> Any:
+        return perform(order, body_called(order["function"]), report if rank == 0 else _keep_to_oneself)
+
+    return handle
+
+
+def _keep_to_oneself(topic: str, values: dict[str, Any]) -> None:
+    """Every rank makes the same progress; the first one's is shown."""

@@ -8,7 +8,7 @@ Each rank is a process in a session of its own, so that its exit code is known a
 of torchrun have sessions too, but are its children, and a killed torchrun leaves them behind. The rendezvous is a file: there
 is no port that could be taken, or that others could reach.
 
-Several hosts (`hosts.py`) are told apart by how a rank is started; the file then lies beside the store, which all hosts see.
+Several hosts differ in how a rank is started; the file then lies in the store's folder, which all hosts see.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ import atexit
 import functools
 import importlib
 import inspect
+import ipaddress
 import os
 import re
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
+
+import psutil
 
 from pipeline.artifact import Artifact, ArtifactError
 from pipeline.config import ConfigError
@@ -32,10 +36,19 @@ from pipeline.residency import evict, resident
 from pipeline.store import DamagedArtifactError, MissingArtifactError, PrunedArtifactError, StoreError, current_store
 from pipeline.workers.group import Group, RefusedError, WorkerError
 from pipeline.workers.rpc import accept, order_of
-from stages.training.config import DeepSpeedEngineConfig
-from stages.training.hosts import environments_of, interface_of, starts_of
+from stages.training.config import DeepSpeedEngineConfig, HostConfig
 
-__all__ = ["RANK_VARIABLES", "RENDEZVOUS", "body_called", "environments", "on_ranks"]
+__all__ = [
+    "ADDRESS",
+    "RANK_VARIABLES",
+    "RENDEZVOUS",
+    "body_called",
+    "environments",
+    "environments_of",
+    "interface_of",
+    "on_ranks",
+    "select_interface",
+]
 
 P = ParamSpec("P")
 A = TypeVar("A", bound=Artifact)
@@ -55,6 +68,8 @@ RANK_VARIABLES: Final = (
 """Prefixes of variables by which a surrounding launcher would make a process a rank of something else."""
 RENDEZVOUS: Final = "COHORT_RENDEZVOUS"
 """Variable with the file through which the ranks find one another."""
+ADDRESS: Final = "COHORT_RANK_ADDRESS"
+"""Variable with the address of the host that a rank is on, where there are several."""
 LOOPBACK: Final = "127.0.0.1"
 _SLOT: Final = "ranks"
 _SAME: Final[dict[str, type[Exception]]] = {
@@ -130,7 +145,7 @@ class Ranks:
         try:
             self.group = Group(
                 "training",
-                Path(__file__).with_name("rank.py"),
+                Path(__file__).with_name("process_group.py"),
                 python=Path(sys.executable),
                 environments=[environment | rendezvous for environment in given],
                 logs=self._folder,
@@ -232,3 +247,57 @@ def _ordered(order: Mapping[str, Any], engine: DeepSpeedEngineConfig) -> dict[st
         raise WorkerError(f"training: the ranks ended with different artifacts: {sorted(digests)}", rank=0)
     reply: dict[str, Any] = replies[0]
     return reply
+
+
+def environments_of(
+    hosts: Sequence[HostConfig], shared: dict[str, str], inherited: dict[str, str], *, cuda: bool
+) -> list[dict[str, str]]:
+    """The environment of each rank, by rank: of the first host's that of the flow, of the others' only what it is told.
+
+    Args:
+        shared: what all ranks are told.
+        inherited: the flow's own environment.
+        cuda: train on CUDA devices, of which a host's ranks take the first.
+    """
+    told: list[dict[str, str]] = []
+    for number, host in enumerate(hosts):
+        for local in range(host.ranks):
+            place = {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": str(local)} if cuda else {"LOCAL_RANK": str(local)}
+            own = {"RANK": str(len(told)), "LOCAL_WORLD_SIZE": str(host.ranks), ADDRESS: str(host.address)}
+            told.append((inherited if number == 0 else {}) | shared | place | own)
+    return told
+
+
+def starts_of(hosts: Sequence[HostConfig]) -> list[str | None]:
+    """Of each rank what starts it, by rank."""
+    return [host.start for host in hosts for _ in range(host.ranks)]
+
+
+def select_interface() -> None:
+    """Let gloo and nccl of this process talk over the interface that has its host's address, where there is one to keep to.
+
+    Raises:
+        ConfigError: as `interface_of`.
+    """
+    if address := os.environ.get(ADDRESS):
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface_of(address)
+
+
+def interface_of(address: str) -> str:
+    """The network interface of this host that has an IP address; all of 127.0.0.0/8 is the loopback interface's.
+
+    Raises:
+        ConfigError: none has it.
+    """
+    wanted = ipaddress.ip_address(address)
+    for name, places in psutil.net_if_addrs().items():
+        for place in places:
+            if place.family not in (socket.AF_INET, socket.AF_INET6):
+                continue
+            found = ipaddress.ip_address(place.address.partition("%")[0])
+            if found == wanted or (wanted.is_loopback and found.is_loopback and wanted.version == found.version):
+                return name
+    raise ConfigError(
+        f"training.engine.hosts: {address} is no address of {socket.gethostname()}, where it was to be found; name one that "
+        "`ip address` lists there"
+    )

@@ -12,14 +12,27 @@ from torch import Tensor
 
 from pipeline.orchestration.interruption import check
 from stages.models import Checkpoint, model_weights, read_description
-from stages.training.activations import checkpoint_activations
 from stages.training.adapters import load_trainable, reload_trainable
 from stages.training.config import TrainingConfig
-from stages.training.engine import StepReport, autocast, check_skipped
+from stages.training.engine import (
+    StepReport,
+    autocast,
+    check_skipped,
+    checkpoint_activations,
+    clip_gradients,
+    name_of_broken_gradient,
+)
 from stages.training.hardware import training_device
-from stages.training.optimizers import build_optimizer, optimizer_state, restore_optimizer_state, set_learning_rate
-from stages.training.schedule import learning_rate_factor
-from stages.training.trainer_state import TrainerState, read_trainer_state, write_checkpoint
+from stages.training.optimizers import (
+    TrainerState,
+    build_optimizer,
+    learning_rate_factor,
+    optimizer_state,
+    read_trainer_state,
+    restore_optimizer_state,
+    set_learning_rate,
+    write_checkpoint,
+)
 
 __all__ = ["TorchEngine"]
 
@@ -124,19 +137,3 @@ def _refuse_ranks() -> None:
             f"training.engine torch: expected one process, found rank {distributed.get_rank()} of "
             f"{distributed.get_world_size()}; plain torch trains on one device, set training.engine.kind to deepspeed"
         )
-
-
-def name_of_broken_gradient(model: torch.nn.Module) -> str:
-    """The first parameter whose gradient is not finite; empty where there is none."""
-    named = ((name, parameter.grad) for name, parameter in model.named_parameters())
-    return next((name for name, gradient in named if gradient is not None and not gradient.isfinite().all()), "")
-
-
-def clip_gradients(model: torch.nn.Module, limit: float) -> float:
-    """Global L2 norm of the gradient, which is scaled down to `limit` where it is finite and larger (0: never)."""
-    parameters = list(model.parameters())
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    value = norm.item()
-    if 0 < limit < value < math.inf:
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return value

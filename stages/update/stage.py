@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from pipeline.progress import report
 from pipeline.stage import record_metrics, stage
-from stages.epochs import deal
 from stages.models import Checkpoint
 from stages.tables import Advantages, ReferenceLogprobs, Rollouts
+from stages.training.batching import deal
 from stages.training.ranks import on_ranks
 from stages.update.config import UpdateConfig
 from stages.update.examples import Example, join, merge_equal, pair_up
@@ -55,11 +55,10 @@ def update_policy(
     the step counts among `policy/skipped_steps`.
     """
     from stages.training import threads
-    from stages.training.engine import publish, resident_engine
-    from stages.training.loop import train
-    from stages.training.memory import live_tensors_mib, peak_memory
+    from stages.training.forward import sampling_temperature
+    from stages.training.hardware import live_tensors_mib, peak_memory
+    from stages.training.loop import publish, resident_engine, train
     from stages.training.optimizers import trained_values
-    from stages.training.temperature import sampling_temperature
     from stages.update.loss import policy_loss
     from stages.update.metrics import Mismatch, UpdateMetrics
 
@@ -144,7 +143,7 @@ def _compare(
     single: bool,
 ) -> None:
     """Give a mini-batch log pi_ref; where the reference is the policy that has not stepped yet, from the policy itself."""
-    from stages.training.reference import reference_model
+    from stages.training.loop import reference_model
 
     if reference.digest != policy.digest:
         mini_batch.compare_with(reference_model(reference, engine, config.training), engine)

@@ -17,8 +17,8 @@ from torch import Tensor
 from flows.config import IterativeRLConfig
 from pipeline.store import Store
 from stages.advantage import AdvantageConfig, estimate_advantages
-from stages.epochs import deal
 from stages.tables import Advantages, Logprobs, Rewards, Rollouts, Values
+from stages.training.batching import deal
 from stages.update import UpdateConfig
 from stages.update.examples import Example, join
 from tests.flows import formulas

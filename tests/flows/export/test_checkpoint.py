@@ -261,7 +261,7 @@ def test_the_folder_of_an_adapter_is_what_its_card_says_and_peft_loads_it(
 
     from stages.training import AdamWConfig, LoRAConfig, TrainingConfig
     from stages.training.batching import Row
-    from stages.training.engine import publish, resident_engine
+    from stages.training.loop import publish, resident_engine
     from tests.stages.training.tiny import update
 
     how = TrainingConfig(optimizer=AdamWConfig(learning_rate=1e-2), precision="fp32", adapter=LoRAConfig(r=2))

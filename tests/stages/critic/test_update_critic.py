@@ -12,11 +12,11 @@ import torch
 from pipeline.residency import evict
 from pipeline.store import Store
 from stages.critic import CriticConfig, create_critic, estimate_values, update_critic
-from stages.epochs import deal
 from stages.kernels.gae import gae
 from stages.models import Checkpoint, load_model, load_optimizer_state, load_trainer_state
 from stages.tables import Advantages, Rollouts
 from stages.training import DeepSpeedEngineConfig
+from stages.training.batching import deal
 from stages.update.examples import join
 from tests.stages.critic.worlds import exact, exploration, outspoken_critic, rollout_row, tables, tiny_critic
 from tests.stages.training.tiny import tiny_checkpoint
@@ -270,7 +270,7 @@ def test_under_deepspeed_values_and_gradient_are_those_of_torch(store: Store, st
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_under_deepspeed_policy_and_critic_are_trained_side_by_side(store: Store, stage: int) -> None:
-    from stages.training.engine import publish, resident_engine
+    from stages.training.loop import publish, resident_engine
     from tests.stages.training.tiny import random_rows, update
 
     outputs, advantages = tables()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pipeline.store import Store
 from stages.data import ArithmeticConfig, DataError, arithmetic_questions, sample_batch
-from stages.epochs import sample_positions
+from stages.training.batching import sample_positions
 
 
 @settings(max_examples=150)

@@ -15,7 +15,7 @@ from stages.logprobs import LogprobsConfig, compare_policies
 from stages.models import WEIGHTS, Checkpoint, copy_description, load_model, write_tensors
 from stages.tables import Rollouts
 from stages.training import AdamWConfig, TrainingConfig
-from stages.training.engine import publish, resident_engine
+from stages.training.loop import publish, resident_engine
 from tests.stages.training.tiny import random_rows, tiny_checkpoint, update
 
 

@@ -59,7 +59,7 @@ def accumulate_share(engine: Any, split: tuple[int, int], *, weight: float = 1.0
 
 def train(engine: Any) -> dict[str, Any]:
     """Three updates, then one that only rank 1 makes NaN."""
-    from stages.training.engine import publish
+    from stages.training.loop import publish
 
     found: dict[str, Any] = {"place": [engine.rank, engine.world_size], "total": engine.total(engine.rank + 0.25)}
     found["updates"] = []
@@ -90,8 +90,7 @@ def finetune(engine: Any) -> dict[str, float]:
 
 def improve(engine: Any) -> dict[str, Any]:
     """Three GRPO updates on one exploration (mu = 3), of whose micro-batches each rank computes its share."""
-    from stages.training.engine import publish
-    from stages.training.loop import optimizer_step
+    from stages.training.loop import optimizer_step, publish
     from stages.update import GRPOConfig, UpdateConfig
     from stages.update.loss import MiniBatch, policy_loss
     from stages.update.metrics import UpdateMetrics

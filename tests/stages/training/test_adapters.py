@@ -18,10 +18,10 @@ from stages.models import Checkpoint, load_model
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, LoRAConfig, TrainingConfig
 from stages.training.adapters import adapter_base, write_adapter
 from stages.training.batching import collate
-from stages.training.engine import Engine, publish, resident_engine
+from stages.training.engine import Engine
 from stages.training.forward import completion_logprobs
+from stages.training.loop import publish, reference_model, resident_engine
 from stages.training.optimizers import trainable, trained_values
-from stages.training.reference import reference_model
 from stages.training.torch_engine import TorchEngine
 from tests.stages.training.tiny import accumulate, random_rows, tiny_checkpoint, tiny_model, update
 

@@ -19,8 +19,9 @@ from stages.models import Checkpoint, load_optimizer_state, load_trainer_state
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, MuonConfig, TrainingConfig
 from stages.training.batching import collate
 from stages.training.deepspeed_engine import DeepSpeedEngine
-from stages.training.engine import Engine, GradientError, publish
+from stages.training.engine import Engine, GradientError
 from stages.training.forward import completion_logprobs
+from stages.training.loop import publish
 from stages.training.torch_engine import TorchEngine
 from tests.stages.training.tiny import random_rows, tiny_checkpoint, update
 

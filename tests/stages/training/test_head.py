@@ -10,8 +10,7 @@ import torch
 
 from stages.kernels.head import LogitTransform
 from stages.training.batching import collate
-from stages.training.forward import CompletionLogprobs, completion_logprobs
-from stages.training.head import logit_transform
+from stages.training.forward import CompletionLogprobs, completion_logprobs, logit_transform
 from tests.stages.training.tiny import VOCABULARY, random_rows, tiny_model
 
 ROWS = random_rows(7)

@@ -29,7 +29,7 @@ from stages.sft import SFTConfig, supervised_finetuning
 from stages.tables import Rollouts
 from stages.text import PromptConfig
 from stages.training import DeepSpeedEngineConfig, LoRAConfig, TorchEngineConfig
-from stages.training.hosts import ADDRESS
+from stages.training.ranks import ADDRESS
 from stages.update import GRPOConfig, UpdateConfig, update_policy
 from tests.stages.critic.worlds import outspoken_critic
 from tests.stages.critic.worlds import tables as returns
@@ -153,7 +153,7 @@ def test_policy_updates_on_two_hosts_are_those_of_one_rank(shared: Store, tmp_pa
     with use_store(Store(tmp_path / "store")):
         found = updated([on_two_ranks(2, hosts=hosts, deadline=600.0)] * 2)
         assert apart(found, updated([ALONE] * 2)) < 1e-5
-        started = [p for p in psutil.Process().children(recursive=True) if "rank.py" in " ".join(p.cmdline())]
+        started = [p for p in psutil.Process().children(recursive=True) if "process_group.py" in " ".join(p.cmdline())]
         assert {p.environ().get(ADDRESS) for p in started} == {None, "127.0.0.1", "127.0.0.2"}
         assert list(tmp_path.glob("store/.ranks-*/rendezvous"))
         evict()
@@ -314,7 +314,7 @@ def test_what_is_wrong_with_the_data_is_said_as_by_one_rank(shared: Store) -> No
 
 
 def test_an_engine_for_several_ranks_is_refused_outside_of_their_group(shared: Store) -> None:
-    from stages.training.engine import resident_engine
+    from stages.training.loop import resident_engine
 
     with pytest.raises(ValueError, match=r"training.engine.ranks: expected 1, .* found 2"):
         resident_engine(tiny_policy(), training(on_two_ranks()))

@@ -11,7 +11,8 @@ import torch
 from pipeline.store import Store
 from stages.models import OPTIMIZER, WEIGHTS, Checkpoint, load_optimizer_state, load_trainer_state
 from stages.training import AdamWConfig, MuonConfig, TrainingConfig
-from stages.training.engine import GradientError, check_skipped, publish, resident_engine
+from stages.training.engine import GradientError, check_skipped
+from stages.training.loop import publish, resident_engine
 from stages.training.torch_engine import TorchEngine
 from tests.stages.training.tiny import accumulate, random_rows, tiny_checkpoint, update
 from tests.stages.update.exact import Rank, in_lockstep

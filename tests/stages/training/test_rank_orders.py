@@ -8,8 +8,7 @@ import pytest
 
 from pipeline.config import ConfigError
 from stages.training import DeepSpeedEngineConfig
-from stages.training.hosts import environments_of, interface_of, starts_of
-from stages.training.ranks import RANK_VARIABLES, body_called, environments
+from stages.training.ranks import RANK_VARIABLES, body_called, environments, environments_of, interface_of, starts_of
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from pipeline.store import Store, use_store
 from stages.models import Checkpoint
-from stages.training.engine import publish
+from stages.training.loop import publish
 from stages.training.torch_engine import TorchEngine
 from tests.stages.training import rank_process
 from tests.stages.training.rank_process import RANKS, SPLITS, STAGES, config

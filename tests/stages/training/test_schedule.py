@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config import ConfigError
 from stages.training import TrainingConfig
-from stages.training.schedule import learning_rate_factor
+from stages.training.optimizers import learning_rate_factor
 
 
 def test_warm_up_rises_to_the_full_rate_in_as_many_updates_as_it_has() -> None:

@@ -13,8 +13,8 @@ from pipeline.store import Store
 from stages.models import load_tokenizer
 from stages.training import AdamWConfig, LoRAConfig, MuonConfig, TrainingConfig
 from stages.training.batching import collate
-from stages.training.engine import publish, resident_engine
 from stages.training.forward import completion_logprobs
+from stages.training.loop import publish, resident_engine
 from stages.training.torch_engine import TorchEngine
 from tests.stages.training.tiny import accumulate, random_rows, tiny_checkpoint, update
 

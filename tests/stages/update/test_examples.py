@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pipeline.store import Store
-from stages.epochs import deal
 from stages.tables import Advantages, Rollouts
+from stages.training.batching import deal
 from stages.update.examples import Example, drop_idle, join, merge_equal, pair_up
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages.training.memory import peak_memory
+from stages.training.hardware import peak_memory
 
 
 def touch(mib: int) -> None:

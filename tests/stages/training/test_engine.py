@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.training.activations import checkpoint_activations
 from stages.training.batching import collate
+from stages.training.engine import checkpoint_activations
 from stages.training.forward import completion_logprobs
 from tests.stages.training.tiny import random_rows, tiny_model
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stages.training.batching import Batch, Row
-from stages.training.scoring import score_rows
+from stages.training.loop import score_rows
 
 ROWS = [Row([1, 2], [5, 6, 7]), Row([1, 2], [8]), Row([1, 2], [5, 6, 7]), Row([3], [8])]
 

@@ -33,9 +33,9 @@ def main() -> None:
             watch.wrote("update_policy", store.folder(digest))
 
         print(f"disk watched: {_microseconds(watched):.1f} microseconds a stage call")
-        with store.leases.open("bench"):
+        with store.pins.open("bench"):
             names = iter(f"{number:064x}" for number in range(_CALLS * _ROUNDS))
-            print(f"lease taken: {_microseconds(lambda: store.hold(next(names))):.1f} microseconds a new artifact")
+            print(f"lease taken: {_microseconds(lambda: store.pin(next(names))):.1f} microseconds a new artifact")
         early, late = _steps(Path(folder) / "steps")
         print(f"freeing: {1e3 * early:.2f} ms a step early, {1e3 * late:.2f} ms late, {late / early:.2f} times as much")
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from flows.records import write_json
-from pipeline.provenance import Seconds
+from pipeline.store.actions import Seconds
 
 __all__ = ["Call", "EvaluationCalls", "Ledger", "read_ledger"]
 

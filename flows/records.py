@@ -25,8 +25,8 @@ from flows.config.resolve import Asked
 from flows.places import Places
 from flows.run_state import RunState
 from pipeline.orchestration.server_process import is_alive, start_of
-from pipeline.provenance import LONGEST, Digest, Label, complaint
 from pipeline.store import StoreError, canonical_json, sha256_of
+from pipeline.store.actions import LONGEST, Digest, Label, complaint
 from pipeline.store.files import is_digest
 from pipeline.store.locks import locked
 

@@ -17,7 +17,7 @@ from flows.storage.gc import CONTINUES, OPTIMIZER_ONLY, Freed, Records, predeces
 from pipeline.config import Config
 from pipeline.store import Store
 from pipeline.store.files import MissingArtifactError
-from pipeline.store.pins import LeasedArtifactError
+from pipeline.store.pins import PinnedArtifactError
 
 __all__ = ["KeepConfig", "Retention"]
 
@@ -133,10 +133,10 @@ class Retention:
             if freed.digest in spared:
                 continue
             if freed.files is None:
-                self._store.leases.give_back(freed.digest)
+                self._store.pins.remove(freed.digest)
             try:
                 self.freed += self._store.prune(freed.digest, freed.files)
-            except LeasedArtifactError:
+            except PinnedArtifactError:
                 self._due.append(freed)
             except MissingArtifactError:
                 pass  # somebody removed it altogether

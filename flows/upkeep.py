@@ -18,7 +18,8 @@ from flows.storage.usage import Inventory
 from flows.wording import size
 from pipeline.progress import listen
 from pipeline.store import Store
-from pipeline.store.disk import DiskWatch, watching_disk
+from pipeline.store.context import watching_disk
+from pipeline.store.disk import DiskWatch
 
 __all__ = ["Forecast", "upkeep", "watching", "ways_to_free"]
 
@@ -33,7 +34,7 @@ def upkeep(
     """Hold the run's lease, watch the disk, and free what the configuration does not keep, inside the block."""
     others = OtherRuns(places, record.folder.name)
     retention = Retention(store, config.keep, iteration_steps=config.steps, spared=others.digests)
-    with store.leases.open(record.folder.name), watching(store, config.keep, places) as watch:
+    with store.pins.open(record.folder.name), watching(store, config.keep, places) as watch:
         forecast = Forecast(watch, retention, config.keep, steps=state.steps)
         with listen(retention.take), listen(forecast.take):
             try:
@@ -54,7 +55,7 @@ def ways_to_free(store: Store, places: Places) -> str:
     """The commands that would free space, and how much each."""
     inventory, records = Inventory(store), Records(store.actions())
     final = {run.policy for run in read_records(places)}
-    held = set[str]().union(*(lease.digests for lease in store.leases.live()))
+    held = set[str]().union(*(lease.digests for lease in store.pins.live()))
     offers = []
     for option, count in _SUGGESTED.items():
         counts: dict[str, int | None] = {**dict.fromkeys(_SUGGESTED), option: count}

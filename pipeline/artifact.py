@@ -17,8 +17,8 @@ import numpy
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.provenance import current_provenance
 from pipeline.store import current_store
+from pipeline.store.context import current_provenance
 
 __all__ = ["BATCH_ROWS", "BATCH_SIZE", "Artifact", "ArtifactError", "Folder", "Rows", "Table", "take_rows"]
 

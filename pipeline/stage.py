@@ -22,9 +22,8 @@ from pipeline.config import Config
 from pipeline.orchestration.engine import run_as_task
 from pipeline.orchestration.interruption import check
 from pipeline.progress import report
-from pipeline.provenance import Call, calling, record_metrics
 from pipeline.store import Store, canonical_json, current_store, sha256_of
-from pipeline.store.disk import current_watch
+from pipeline.store.context import Call, current_watch, record_metrics, running
 
 __all__ = ["record_metrics", "stage"]
 
@@ -124,24 +123,24 @@ def _describe(stage_name: str, parameter: str, value: Any) -> Any:
 
 def _execute(store: Store, key: str, call: Call, kind: type[A], work: Callable[[], A]) -> A:
     report("stage", name=call.stage, outcome="started", key=key)
-    token = calling.set(call)
     started, watch = time.perf_counter(), current_watch()
     try:
-        if watch is not None:
-            watch.before(call.stage, store.manifest)
-        result = work()
-        if not isinstance(result, kind):
-            raise TypeError(f"stage {call.stage} is annotated to return {kind.__name__}; it returned {result!r:.100}")
-        seconds = time.perf_counter() - started
-        about = {"result": result.digest, "type": kind.__name__, "seconds": seconds}
-        store.hold(result.digest)  # another process may have published it
-        store.record(key, {**about, **call.provenance()})
-        if watch is not None:
-            watch.wrote(call.stage, store.folder(result.digest))
+        with running(call):
+            if watch is not None:
+                watch.before(call.stage, store.manifest)
+            result = work()
+            if not isinstance(result, kind):
+                raise TypeError(
+                    f"stage {call.stage} is annotated to return {kind.__name__}; it returned {result!r:.100}"
+                )
+            seconds = time.perf_counter() - started
+            about = {"result": result.digest, "type": kind.__name__, "seconds": seconds}
+            store.pin(result.digest)  # another process may have published it
+            store.record(key, {**about, **call.provenance()})
+            if watch is not None:
+                watch.wrote(call.stage, store.folder(result.digest))
     except BaseException as error:
         report("stage", name=call.stage, outcome="failed", key=key, error=f"{type(error).__name__}: {error}")
         raise
-    finally:
-        calling.reset(token)
     report("stage", name=call.stage, outcome="executed", seconds=seconds, key=key, digest=result.digest)
     return dataclasses.replace(result, action=key)

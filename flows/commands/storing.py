@@ -25,7 +25,7 @@ from flows.storage.usage import Inventory
 from flows.wording import moment, quoted, size
 from pipeline.config import ConfigError
 from pipeline.store import Store
-from pipeline.store.pins import Lease, LeasedArtifactError
+from pipeline.store.pins import PinnedArtifactError, RunPins
 
 __all__ = ["du", "export_archive", "import_archive", "prune"]
 
@@ -117,7 +117,7 @@ def prune(
         chosen |= dict.fromkeys(_unreferenced(places, store, inventory))
     if not dry_run:
         for part in list(chosen)[: len(digests)]:
-            store.leases.refuse(part.digest)  # what is asked for by name is not left out silently
+            store.pins.require_unpinned(part.digest)  # what is asked for by name is not left out silently
     _free(store, inventory, [part for part in chosen if inventory.holds(part)], out, dry_run=dry_run)
     if unreferenced and not dry_run:
         shutil.rmtree(store.root / "quarantine", ignore_errors=True)
@@ -197,21 +197,21 @@ def import_archive(file: Path, *, root: Root = None) -> None:
 
 def _free(store: Store, inventory: Inventory, parts: list[Freed], out: Console, *, dry_run: bool) -> None:
     """Free what no live run holds, naming each, and say what is held."""
-    leases = store.leases.live()
-    held = {lease.run: [part for part in parts if part.digest in lease.digests] for lease in leases}
+    live = store.pins.live()
+    held = {pins.run: [part for part in parts if part.digest in pins.digests] for pins in live}
     kept = {part for several in held.values() for part in several}
     free = [part for part in parts if part not in kept]
     count = inventory.bytes_freed(free)
     for number, part in enumerate(free):
         if not dry_run:
-            with contextlib.suppress(LeasedArtifactError):  # a run took it this instant
+            with contextlib.suppress(PinnedArtifactError):  # a run took it this instant
                 store.prune(part.digest, part.files)
         if number < _LISTED:
             _name(inventory, part, out)
     if len(free) > _LISTED:
         out.print(f"... and {len(free) - _LISTED:,} more")
-    for lease in leases:
-        _say_held(lease, inventory, held[lease.run], out)
+    for pins in live:
+        _say_held(pins, inventory, held[pins.run], out)
     out.print(f"{len(free)} artifacts, {size(count)} {'would be freed' if dry_run else 'freed'}")
 
 
@@ -221,17 +221,17 @@ def _name(inventory: Inventory, part: Freed, out: Console) -> None:
     out.print(f"{part.digest[:12]}  {what:<26}  {moment(entry.written)}  {size(inventory.size_of(part))}")
 
 
-def _say_held(lease: Lease, inventory: Inventory, parts: Iterable[Freed], out: Console) -> None:
+def _say_held(pins: RunPins, inventory: Inventory, parts: Iterable[Freed], out: Console) -> None:
     digests = {part.digest for part in parts}
     if digests:
-        text = f"{len(digests):,} artifacts ({size(inventory.bytes_of(digests))}) stay: the run {lease} may need them"
+        text = f"{len(digests):,} artifacts ({size(inventory.bytes_of(digests))}) stay: the run {pins} may need them"
         out.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)
 
 
 def _unreferenced(places: Places, store: Store, inventory: Inventory) -> list[Freed]:
     """What no run used, as far as it is known: not what is younger than a run that lives, which may be about to say so."""
     used = {digest for digests in references(places, store).values() for digest in digests}
-    young = min((lease.started for lease in store.leases.live()), default=float("inf"))
+    young = min((pins.started for pins in store.pins.live()), default=float("inf"))
     return [
         Freed(digest) for digest, entry in inventory.entries.items() if digest not in used and entry.written < young
     ]

@@ -25,7 +25,7 @@ from pipeline.config import ConfigError
 from pipeline.database import without_password
 from pipeline.orchestration.flow_runs import RESTARTS
 from pipeline.orchestration.server import ServerError, configured_url, ensure_server
-from pipeline.provenance import package_versions
+from pipeline.store.context import package_versions
 
 __all__ = [
     "DEPLOYED_PLACES",

@@ -32,7 +32,7 @@ from flows.summary import print_summary
 from flows.wording import SafeConsole
 from pipeline.orchestration.flow_runs import names_living_process, owner_tag
 from pipeline.progress import failsafe
-from pipeline.provenance import package_versions
+from pipeline.store.context import package_versions
 
 __all__ = ["ASKED", "DIFFERENCE", "TAGS", "WORKER", "train"]
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Final
 
-from pipeline.provenance import package_versions
+from pipeline.store.context import package_versions
 
 __all__ = ["REQUIRED", "VERSIONS", "VersionsError", "check_versions", "differing", "versions_environment"]
 

@@ -20,10 +20,10 @@ from flows.doctor.probe import importing_ours, probing
 from flows.places import nearest
 from flows.wording import size
 from pipeline.config import ConfigError
-from pipeline.provenance import Call
-from pipeline.remote.store import Upstream
+from pipeline.remote.store import RemoteStore
 from pipeline.store import Store
 from pipeline.store.actions import read_call
+from pipeline.store.context import Call
 from pipeline.store.files import StoreError
 from pipeline.store.locks import try_lock
 
@@ -97,7 +97,7 @@ def shared(url: str) -> Finding:
     """Write to, list and delete from the store that several machines share, and compare the clocks."""
     try:
         began = time.perf_counter()
-        upstream = Upstream(url, patience=_PATIENCE)
+        upstream = RemoteStore(url, patience=_PATIENCE)
         skew, identity = upstream.probe(), upstream.identity(create=False)
         seconds = time.perf_counter() - began
     except (StoreError, ConfigError) as error:

@@ -62,7 +62,7 @@ def run_study(
                 places.root, experiment=config.experiment, run_name=config.name, run_key=file.stem, config=parameters
             ) as tracker,
             use_store(places.open_store()) as store,
-            store.leases.open(file.stem),
+            store.pins.open(file.stem),
             orchestration(engine, places, warm=not file.exists()),
         ):
             study = reward_model_study(config)

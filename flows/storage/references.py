@@ -15,16 +15,16 @@ __all__ = ["OtherRuns", "references", "used_by"]
 
 def used_by(folder: Path, store: Store) -> set[str]:
     """Digests of what a run used: as its record and ledger say, or what is left of the lease of one that was killed."""
-    return _used_by(folder, store.leases.remains())
+    return _used_by(folder, store.pins.remains())
 
 
 def references(places: Places, store: Store) -> dict[str, set[str]]:
     """Run or study -> digests of what it used, those that live included."""
-    remains = store.leases.remains()
+    remains = store.pins.remains()
     found = {folder.name: _used_by(folder, remains) for folder in sorted(places.runs.glob("*/"))}
     for file in sorted(places.runs.glob(f"*.{ARTIFACTS}")):
         found[file.name.removesuffix(f".{ARTIFACTS}")] = read_digests(file)
-    for lease in store.leases.live():
+    for lease in store.pins.live():
         found.setdefault(lease.run, set()).update(lease.digests)
     return {name: used for name, used in found.items() if used}
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import http.client
 import logging
 import math
@@ -40,6 +39,7 @@ from pipeline.orchestration.server_process import (
     recorded,
     spawn,
 )
+from pipeline.store.locks import lock_file
 
 __all__ = [
     "ServerError",
@@ -307,7 +307,7 @@ def _locked(home: Path) -> Iterator[None]:
     try:
         home.mkdir(parents=True, exist_ok=True)
         with open(home / "server.lock", "w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            lock_file(handle)
             yield
     except OSError as error:
         raise ServerError(

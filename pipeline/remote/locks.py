@@ -1,16 +1,23 @@
-"""Locks between machines that share a remote store, which a dead holder keeps for a minute at most.
+"""Locks and pins of machines that share a remote store; a dead holder keeps them for a minute at most.
 
-Who wants a key writes an entry of its own, `locks/KEY/UNIQUE`, and then lists the folder. It holds the key when it sees no
-other live entry; else it removes its entry and tries again later. Of two who write, the later sees the other, so they never
-both hold. That wants a store whose listing shows what was written before (S3, GCS, Azure and file systems do), and no
-conditional requests, which not all of them have. Names are never used twice, so that anybody may remove a dead entry.
+**Locks.** A process that wants a key writes an entry of its own, `locks/KEY/UNIQUE`, and then lists the folder. It holds the
+key when it sees no other live entry; else it removes its entry and tries again later. Of two that write, the later sees the
+other: they never both hold. This needs a store whose listing shows what was written before (S3, GCS, Azure and file systems
+do), and no conditional requests, which not all of them have. Names are never used twice, so that any process may remove a dead
+entry.
 
 The holder renews its entry; an entry is dead when it was not renewed for `seconds` by the *server's* clock. A holder that slept
 longer than that (a closed laptop) may find another at its work: both write the same content under the same name.
+
+**Pins.** A process writes `pins/PROCESS/DIGEST` before it looks whether an object is there that it may fetch later. A process
+that frees an object writes its note before it looks for pins, and takes the note back if there is one. Of the two, the later
+sees the earlier. `pins/PROCESS/alive` is renewed while the process lives; without it the pins are void. A process removes its
+own when it ends; once it has lived for some time, it removes those of killed ones.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -20,14 +27,14 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from pipeline.progress import report
-from pipeline.remote.bucket import Bucket
+from pipeline.remote.bucket import Bucket, Entry
 from pipeline.store.files import StoreError
 
-__all__ = ["LEASE_SECONDS", "RemoteLocks", "ServerClock"]
+__all__ = ["LEASE_SECONDS", "RemoteLocks", "RemotePins", "ServerClock"]
 
 LEASE_SECONDS: Final = 60.0
 """Ours: short beside a stage that is worth a lock, long beside a renewal that is throttled."""
@@ -37,17 +44,20 @@ _CALIBRATED: Final = 300.0
 _MOST_SKEW: Final = 300.0
 """Seconds. Ours: S3 refuses requests at 900; dates in records of several machines are compared before that."""
 _POLL: Final = (0.5, 1.5)
+_PINS: Final = "pins"
+_AT_EXIT: Final = 3.0
+"""Seconds that a process takes at most, when it ends, to remove its pins; the rest is void and left to others."""
 
 
 class ServerClock:
-    """The time by the clock of the server that keeps the files, whatever that of this host says."""
+    """The clock of the server that keeps the files."""
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
         self._offset, self._until = 0.0, 0.0
 
     def now(self) -> float:
-        """Seconds since the epoch, late by up to a second and one request: nothing is found dead too early.
+        """Return seconds since the epoch, late by up to a second and one request: nothing is found dead too early.
 
         Raises:
             StoreError: the clock of this host is off by more than five minutes.
@@ -57,7 +67,7 @@ class ServerClock:
         return time.monotonic() + self._offset
 
     def measured(self) -> float:
-        """How many seconds this host's clock is ahead of the server's, measured now; raises as `now`."""
+        """Measure how many seconds this host's clock is ahead of the server's; raise as `now`."""
         name = uuid.uuid4().hex
         before, here = time.monotonic(), time.time()
         self._bucket.write(f"clock/{name}", b"")
@@ -80,7 +90,7 @@ class RemoteLocks:
     """The locks of one store."""
 
     def __init__(self, bucket: Bucket, clock: ServerClock, *, seconds: float = LEASE_SECONDS) -> None:
-        """Take where entries lie, and after how many seconds without renewal one is dead."""
+        """Take the bucket, its clock, and after how many seconds without renewal an entry is dead."""
         self._bucket, self._clock, self._seconds = bucket, clock, seconds
 
     @contextlib.contextmanager
@@ -100,14 +110,14 @@ class RemoteLocks:
         if self._live(key):
             return False
         self._bucket.write(f"locks/{key}/{name}", _about())
-        # Not only "no other": who slept since writing may have been taken for dead, and its entry removed.
+        # Not only "no other": a process that slept since writing may have been taken for dead, and its entry removed.
         if self._live(key) == [name]:
             return True
         self._bucket.remove([f"locks/{key}/{name}"])
         return False
 
     def _live(self, key: str) -> list[str]:
-        """The live entries of a key; dead ones are removed on the way."""
+        """Return the live entries of a key; dead ones are removed on the way."""
         entries = self._bucket.entries(f"locks/{key}")
         if not entries:
             return []
@@ -122,7 +132,7 @@ class RemoteLocks:
                 about = json.loads(data)
                 return f"{about['host']}, pid {about['pid']}, since {about['since']}"
             return name
-        return "nobody any more"
+        return "a process that ended"
 
     @contextlib.contextmanager
     def _renewed(self, name: str) -> Iterator[None]:
@@ -132,22 +142,22 @@ class RemoteLocks:
         try:
             yield
         finally:
-            if os.getpid() == owner:  # a forked child holds nothing
+            if os.getpid() == owner:  # a forked child does not hold the lock
                 done.set()
                 thread.join()
                 with contextlib.suppress(StoreError):  # it dies by itself
                     self._bucket.remove([name])
 
     def _renew(self, name: str, done: threading.Event) -> None:
-        renewed, told, about = time.monotonic(), False, _about()
+        renewed, warned, about = time.monotonic(), False, _about()
         while not done.wait(self._seconds / 4):
             late = time.monotonic() - renewed > self._seconds
-            if late and not told:
-                told = True
+            if late and not warned:
+                warned = True
                 text = "a lock could not be renewed; another machine may repeat this stage"
                 warnings.warn(f"{self._bucket.url}: {text}", stacklevel=2)
             with contextlib.suppress(StoreError):
-                # Past its time the entry may be another's to remove: it must not rise again.
+                # An entry that is late may have been removed: it must not be written again.
                 if late and not self._is_there(name):
                     return
                 self._bucket.write(name, about, patience=0.0)
@@ -156,6 +166,72 @@ class RemoteLocks:
     def _is_there(self, name: str) -> bool:
         folder, _, last = name.rpartition("/")
         return last in self._bucket.entries(folder)
+
+
+class RemotePins:
+    """The pins of this process, and those of others."""
+
+    def __init__(self, bucket: Bucket, clock: ServerClock, *, seconds: float) -> None:
+        """Take the bucket, its clock, and after how many seconds without renewal a process is dead."""
+        self._bucket, self._clock, self._seconds = bucket, clock, seconds
+        self._name, self._pid, self._guard = "", 0, threading.Lock()
+
+    def add(self, digest: str) -> None:
+        """Pin an object until this process ends."""
+        with self._guard:
+            if self._pid != os.getpid():  # the first, or after a fork
+                self._name, self._pid = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}", os.getpid()
+                self._renew(self._name, patience=None)
+                threading.Thread(target=self._live, args=(self._name,), name="cohort-pins", daemon=True).start()
+                atexit.register(self.end)
+        self._bucket.write(f"{_PINS}/{self._name}/{digest}", b"")
+
+    def of(self, digest: str) -> list[str]:
+        """Return the other live processes that pin an object; pins of dead ones are removed on the way."""
+        entries = self._bucket.entries(_PINS)
+        if not entries:
+            return []
+        alive = self._sweep(entries)
+        holders = {name.split("/")[0] for name in entries if name.endswith(f"/{digest}")}
+        return sorted(holders & alive - {self._name})
+
+    def end(self) -> None:
+        """Remove all pins; called when the process ends."""
+        if self._pid != os.getpid():  # a forked child has no pins of its parent's
+            return
+        name, self._name, self._pid = self._name, "", 0
+        deadline, patience = time.monotonic() + _AT_EXIT, self._bucket.patience
+        self._bucket.patience = 0.0  # a server that does not answer must not delay the end
+        with contextlib.ExitStack() as after, contextlib.suppress(StoreError):
+            after.callback(setattr, self._bucket, "patience", patience)
+            self._bucket.remove([f"{_PINS}/{name}/alive"])  # first: without it the rest is void
+            for pinned in self._bucket.entries(f"{_PINS}/{name}"):
+                if time.monotonic() > deadline:
+                    return
+                self._bucket.remove([f"{_PINS}/{name}/{pinned}"])
+
+    def _sweep(self, entries: Mapping[str, Entry]) -> set[str]:
+        """Return the processes that live; pins of others are removed."""
+        now = self._clock.now()
+        alive = {
+            name.removesuffix("/alive")
+            for name, entry in entries.items()
+            if name.endswith("/alive") and now - entry.modified <= self._seconds
+        }
+        self._bucket.remove(f"{_PINS}/{name}" for name in entries if name.split("/")[0] not in alive)
+        return alive
+
+    def _live(self, name: str) -> None:
+        wait, swept = threading.Event(), False
+        while not wait.wait(self._seconds / 4) and name == self._name:
+            with contextlib.suppress(StoreError):
+                self._renew(name, patience=0.0)
+                if not swept:
+                    self._sweep(self._bucket.entries(_PINS))
+                    swept = True
+
+    def _renew(self, name: str, *, patience: float | None) -> None:
+        self._bucket.write(f"{_PINS}/{name}/alive", b"", patience=patience)
 
 
 def _about() -> bytes:

@@ -1,7 +1,7 @@
 """A store behind a URL that several machines share: the same layout as a local one, so that a copy of it *is* one.
 
 `objects/ab/DIGEST/` (payload, then `manifest.json` last), `actions/ab/KEY.json` (last of all), `store.json` (which store it
-is), `locks/` and `leases/`. Object stores have no rename, so an object without a manifest does not exist, whatever else of it
+is), `locks/` and `pins/`. Object stores have no rename, so an object without a manifest does not exist, whatever else of it
 is there. What was uploaded is compared in size with a listing before its manifest follows; what is downloaded is hashed.
 """
 
@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.remote.bucket import PATIENCE, Bucket, Entry
-from pipeline.remote.holds import RemoteHolds
-from pipeline.remote.locks import LEASE_SECONDS, RemoteLocks, ServerClock
+from pipeline.remote.locks import LEASE_SECONDS, RemoteLocks, RemotePins, ServerClock
 from pipeline.store.files import DamagedArtifactError, MissingArtifactError, StoreError, is_digest, measure
 from pipeline.store.objects import MANIFEST, PRUNED, freed_files, read_manifest
-from pipeline.store.pins import LeasedArtifactError
+from pipeline.store.pins import PinnedArtifactError
 
-__all__ = ["Upstream"]
+__all__ = ["RemoteStore"]
 
 _IDENTITY: Final = "store.json"
 _ATTEMPTS: Final = 3
@@ -30,8 +29,8 @@ _ATTEMPTS: Final = 3
 _IDENTIFIER: Final = re.compile(r"[0-9a-f]{32}")
 
 
-class Upstream:
-    """The remote side of a store; nothing is asked of it before the first call."""
+class RemoteStore:
+    """The remote side of a store; it receives no request before the first call."""
 
     def __init__(self, url: str, *, patience: float = PATIENCE, lease_seconds: float = LEASE_SECONDS) -> None:
         """Take a URL without credentials, seconds for which a request is repeated, and seconds of a lock without renewal.
@@ -42,16 +41,16 @@ class Upstream:
         self._bucket = Bucket(url, patience=patience)
         self._clock = ServerClock(self._bucket)
         self._locks = RemoteLocks(self._bucket, self._clock, seconds=lease_seconds)
-        self._holds = RemoteHolds(self._bucket, self._clock, seconds=lease_seconds)
+        self._pins = RemotePins(self._bucket, self._clock, seconds=lease_seconds)
         self.url = self._bucket.url
 
     # -------------------------------------------------------------------------------------------- which store
 
     def identity(self, *, create: bool = True) -> str | None:
-        """The name that this store got when it was first used.
+        """Return the name that this store got when it was first used.
 
         Args:
-            create: give it one if it has none; without, None says so.
+            create: give it one if it has none, instead of returning None.
         """
         found = self._identity()
         if found is not None or not create:
@@ -77,7 +76,7 @@ class Upstream:
     # -------------------------------------------------------------------------------------------- objects
 
     def push(self, folder: Path) -> None:
-        """Upload a sealed object, named by its folder, unless it is there: payload, a look at what arrived, manifest.
+        """Upload a sealed object, named by its folder, unless it is there: payload, then, once all sizes fit, the manifest.
 
         Raises:
             StoreError: files arrive in another size again and again; the object is not visible then.
@@ -85,7 +84,7 @@ class Upstream:
         expected = _payload(folder)
         there = self._entries(folder.name)
         outdated = PRUNED in there and not (folder / PRUNED).exists()  # made again since it was pruned
-        if MANIFEST in there and not _misfits(expected, there) and not outdated:
+        if MANIFEST in there and not _incomplete(expected, there) and not outdated:
             return
         self._upload(folder, expected, there)
         if outdated:
@@ -96,13 +95,13 @@ class Upstream:
 
     def _upload(self, folder: Path, expected: Mapping[str, int], there: Mapping[str, Entry]) -> None:
         for _ in range(_ATTEMPTS):
-            wanting = _misfits(expected, there)
+            wanting = _incomplete(expected, there)
             if not wanting:
                 return
             for name in wanting:
                 self._bucket.upload(folder / name, _object(folder.name, name))
             there = self._entries(folder.name)
-        found = {name: there[name].size if name in there else None for name in _misfits(expected, there)}
+        found = {name: there[name].size if name in there else None for name in _incomplete(expected, there)}
         if found:
             raise StoreError(
                 f"{self.url}: {len(found)} files of {folder.name[:12]} do not arrive whole: expected bytes "
@@ -110,7 +109,7 @@ class Upstream:
             )
 
     def manifest(self, digest: str, into: Path) -> None:
-        """Fetch manifest and, if any, the note of what was freed into a folder named by the digest.
+        """Fetch the manifest and, if any, the note of pruned files into a folder named by the digest.
 
         Raises:
             MissingArtifactError: there is no such object.
@@ -124,7 +123,7 @@ class Upstream:
             with contextlib.suppress(FileNotFoundError):  # withdrawn meanwhile
                 self._bucket.download(_object(digest, name), into / name)
                 (into / name).chmod(0o444)
-        if wrong := _misfits(_payload(into), there):
+        if wrong := _incomplete(_payload(into), there):
             place = f"{self.url}/{_object(digest, wrong[0])}"
             raise DamagedArtifactError(f"{place} is missing or of another size; the next run recomputes it")
 
@@ -158,36 +157,36 @@ class Upstream:
         self._bucket.remove(_object(digest, name) for name in names)
 
     def prune(self, folder: Path) -> int:
-        """Free upstream what the note in an object's local folder says, the note first; returns the bytes freed.
+        """Free what the note of pruned files in an object's local folder names, the note first; return the bytes freed.
 
         Raises:
-            LeasedArtifactError: a live process on another machine has yet to fetch it; nothing was freed upstream.
+            PinnedArtifactError: a live process on another machine has yet to fetch it; nothing was freed here.
         """
-        freed = freed_files(folder, read_manifest(folder)["files"])
+        freed = freed_files(folder)
         there = self._entries(folder.name)
         if MANIFEST not in there:
             return 0
         note = _object(folder.name, PRUNED)
         before = self._bucket.read(note) if PRUNED in there else None
         self._bucket.write(note, (folder / PRUNED).read_bytes())
-        if holders := self._holds.of(folder.name):
+        if holders := self._pins.of(folder.name):
             self._bucket.remove([note]) if before is None else self._bucket.write(note, before)
-            raise _leased(folder.name, holders)
+            raise _pinned(folder.name, holders)
         gone = [name for name in freed if name in there]
         self._bucket.remove(_object(folder.name, name) for name in gone)
         return sum(there[name].size for name in gone)
 
-    def hold(self, digest: str) -> None:
-        """Let nobody on another machine free an object while this process lives; before it is looked for, not after."""
-        self._holds.take(digest)
+    def pin(self, digest: str) -> None:
+        """Keep other machines from freeing an object while this process lives; call it before looking for the object."""
+        self._pins.add(digest)
 
-    def refuse(self, digest: str) -> None:
-        """Raise LeasedArtifactError where a live process on another machine holds an object."""
-        if holders := self._holds.of(digest):
-            raise _leased(digest, holders)
+    def require_unpinned(self, digest: str) -> None:
+        """Raise PinnedArtifactError where a live process on another machine needs an object."""
+        if holders := self._pins.of(digest):
+            raise _pinned(digest, holders)
 
     def digests(self) -> list[str]:
-        """Digests of all objects, pruned ones included."""
+        """Return the digests of all objects, pruned ones included."""
         found = (name.split("/") for name in self._bucket.entries("objects"))
         return sorted(parts[1] for parts in found if len(parts) == 3 and parts[2] == MANIFEST and is_digest(parts[1]))
 
@@ -201,14 +200,14 @@ class Upstream:
         self._bucket.write(_action(key), sealed)
 
     def record(self, key: str) -> bytes | None:
-        """The sealed record of a call; None if there is none."""
+        """Return the sealed record of a call; None if there is none."""
         try:
             return self._bucket.read(_action(key))
         except FileNotFoundError:
             return None
 
     def records(self, keys: list[str]) -> dict[str, bytes]:
-        """Many sealed records at once; those that are gone are left out."""
+        """Return many sealed records at once; those that are gone are left out."""
         found = self._bucket.read_all(_action(key) for key in keys)
         return {Path(name).stem: data for name, data in found.items()}
 
@@ -217,39 +216,18 @@ class Upstream:
         self._bucket.remove(_action(key) for key in keys)
 
     def keys(self) -> list[str]:
-        """The calls that have a record."""
+        """Return the keys that have a record."""
         stems = (Path(name).stem for name in self._bucket.entries("actions") if name.endswith(".json"))
         return [stem for stem in stems if is_digest(stem)]
 
-    # -------------------------------------------------------------------------------------------- locks, marks
+    # -------------------------------------------------------------------------------------------- locks, clock
 
     def lock(self, key: str) -> contextlib.AbstractContextManager[None]:
         """Hold a key among all machines that share the store."""
         return self._locks.held(key)
 
-    def mark(self, name: str, body: Mapping[str, Any]) -> None:
-        """Write or renew a small note that all machines see, such as the lease of a live run."""
-        self._bucket.write(f"leases/{name}", json.dumps(body).encode())
-
-    def unmark(self, name: str) -> None:
-        """Remove a note, if it is there."""
-        self._bucket.remove([f"leases/{name}"])
-
-    def marks(self) -> dict[str, tuple[dict[str, Any], float]]:
-        """Name -> body and age in seconds (since `mark` last wrote it, by the server's clock, to within two seconds)."""
-        entries = self._bucket.entries("leases")
-        if not entries:
-            return {}
-        bodies, now = self._bucket.read_all(f"leases/{name}" for name in entries), self._clock.now()
-        found = {name: bodies.get(f"leases/{name}") for name in entries}
-        return {
-            name: (json.loads(body), max(0.0, now - entries[name].modified))
-            for name, body in found.items()
-            if body is not None
-        }
-
     def probe(self) -> float:
-        """Write, list and delete below the URL; returns how many seconds this host's clock is ahead.
+        """Write, list and delete below the URL; return how many seconds this host's clock is ahead.
 
         Raises:
             StoreError: says what is wrong and what to do.
@@ -266,18 +244,18 @@ def _action(key: str) -> str:
 
 
 def _payload(folder: Path) -> dict[str, int]:
-    """Name -> size of the files that an object should have; without those that were freed."""
+    """Return name -> size of the files that an object should have; without those that were freed."""
     files = read_manifest(folder)["files"]
     freed = freed_files(folder, files)
     return {file["name"]: file["size"] for file in files if file["name"] not in freed}
 
 
-def _leased(digest: str, holders: list[str]) -> LeasedArtifactError:
-    return LeasedArtifactError(
+def _pinned(digest: str, holders: list[str]) -> PinnedArtifactError:
+    return PinnedArtifactError(
         f"artifact {digest[:12]} is in use by {', '.join(holders)}, which may need it; free it when that has ended"
     )
 
 
-def _misfits(expected: Mapping[str, int], there: Mapping[str, Entry]) -> list[str]:
-    """The files that are not there in their size."""
+def _incomplete(expected: Mapping[str, int], there: Mapping[str, Entry]) -> list[str]:
+    """Return the files that are not there in their size."""
     return [name for name, size in expected.items() if name not in there or there[name].size != size]

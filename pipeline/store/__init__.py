@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.store.current import current_store, use_store
+    from pipeline.store.context import current_store, use_store
     from pipeline.store.files import (
         DamagedArtifactError,
         MissingArtifactError,
@@ -32,7 +32,7 @@ __all__ = [
     "use_store",
 ]
 
-_MODULES = {"Store": "store", "current_store": "current", "use_store": "current"}
+_MODULES = {"Store": "store", "current_store": "context", "use_store": "context"}
 
 
 def __getattr__(name: str) -> Any:

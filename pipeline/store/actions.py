@@ -1,20 +1,19 @@
-"""The records of stage calls in a local folder: key of a call -> the digest of its result, its metrics and its provenance."""
+"""Records of stage calls: key of a call -> the digest of its result, its metrics and its provenance."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.provenance import CallRecord, complaint
-from pipeline.store.drafts import draft_folder
 from pipeline.store.files import (
     DamagedArtifactError,
     MissingArtifactError,
+    draft_folder,
     fsync,
     is_digest,
     named_errors,
@@ -22,11 +21,96 @@ from pipeline.store.files import (
     write_sealed,
 )
 
-__all__ = ["Actions", "read_call"]
+__all__ = [
+    "LONGEST",
+    "Actions",
+    "CallRecord",
+    "Digest",
+    "Label",
+    "Moment",
+    "RecordedCall",
+    "Seconds",
+    "complaint",
+    "read_call",
+]
+
+LONGEST: Final = 1e10
+"""Seconds. Three centuries: no run takes longer, and a calendar has a date for it."""
+
+
+def _digest(value: str) -> str:
+    if not is_digest(value):
+        raise ValueError("expected 64 hexadecimal digits")
+    return value
+
+
+def _printable(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("expected text without control characters")
+    return value
+
+
+def _arguments(value: Any) -> Any:
+    """Check recorded arguments: an artifact is named by a digest, never by a path."""
+    match value:
+        case {"artifact": name} if len(value) == 1:
+            _digest(name)
+        case dict():
+            for part in value.values():
+                _arguments(part)
+        case list():
+            for part in value:
+                _arguments(part)
+    return value
+
+
+# Files that others may have written are checked where they are read, and nowhere after that.
+Digest = Annotated[str, AfterValidator(_digest)]
+Label = Annotated[str, Field(max_length=300), AfterValidator(_printable)]
+Moment = Annotated[float, Field(ge=0, le=LONGEST, allow_inf_nan=False)]
+"""Seconds since the epoch."""
+Seconds = Annotated[float, Field(ge=0, le=LONGEST, allow_inf_nan=False)]
+_Arguments = Annotated[dict[str, Any], AfterValidator(_arguments)]
+_Metrics = dict[Label, Annotated[float, Field(allow_inf_nan=False)]]
+
+
+class RecordedCall(BaseModel):
+    """The call that made an artifact, as its manifest has it: every field is optional."""
+
+    model_config = ConfigDict(strict=True)
+
+    stage: Label = ""
+    version: Label = ""
+    arguments: _Arguments = {}
+    metrics: _Metrics = {}
+    created: Moment = 0.0
+    packages: dict[Label, Label] = {}
+
+
+class CallRecord(RecordedCall):
+    """The record of a stage call; metrics and packages are optional."""
+
+    key: Digest
+    result: Digest
+    stage: Label
+    version: Label
+    type: Label
+    arguments: _Arguments
+    seconds: Seconds
+    created: Moment
+    imported: Label = ""
+    """The archive that brought the record; empty: a process that shares this store made it."""
+
+
+def complaint(error: ValidationError) -> str:
+    """Return the first error as one line: `result: expected 64 hexadecimal digits`."""
+    first = error.errors(include_url=False)[0]
+    place = "".join(letter if letter.isprintable() else "?" for letter in ".".join(map(str, first["loc"])))
+    return f"{place[:100] or 'record'}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def read_call(path: Path) -> dict[str, Any]:
-    """The record in a sealed file that is named by its key; every name in it is a digest, every number finite.
+    """Return the record in a sealed file named by its key; every name in it is a digest, every number finite.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -44,17 +128,13 @@ def read_call(path: Path) -> dict[str, Any]:
 
 
 class Actions:
-    """Sealed JSON files, one for each stage call, under `actions/` of a store's root."""
+    """The records under `actions/` of a store's root: sealed JSON files, one for each stage call."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def path(self, key: str) -> Path:
-        """Where the record of a call lies, or would.
-
-        Raises:
-            MissingArtifactError: what is given is no key, and so no part of a path.
-        """
+        """Return where the record of a call lies, or would; raise MissingArtifactError for a text that is no key."""
         if not is_digest(key):
             raise MissingArtifactError(f"{key!r:.80} is no key of a call: expected 64 hexadecimal digits")
         return self._root / "actions" / key[:2] / f"{key}.json"
@@ -66,7 +146,7 @@ class Actions:
             self._place(draft / "record", key)
 
     def put(self, key: str, sealed: bytes) -> None:
-        """Write a record that was sealed elsewhere; whether it is sound shows when it is read."""
+        """Write a record that was sealed elsewhere; it is checked when it is read."""
         with named_errors(self._root), draft_folder(self._root) as draft:
             (draft / "record").write_bytes(sealed)
             (draft / "record").chmod(0o444)
@@ -80,7 +160,7 @@ class Actions:
         fsync(path.parent)
 
     def read(self, key: str) -> dict[str, Any]:
-        """A record.
+        """Return a record.
 
         Raises:
             MissingArtifactError: there is none, or it was forgotten.
@@ -94,14 +174,14 @@ class Actions:
                 raise MissingArtifactError(f"no record of the call {key[:12]} in {self._root}; run it again") from None
 
     def sign(self, key: str, digest: str) -> None:
-        """Note, outside of the records, that a call was carried out in this folder."""
+        """Note, outside of the records, that a call was executed in this folder."""
         with named_errors(self._root), draft_folder(self._root) as draft:
             (draft / key).write_text(digest, encoding="ascii")
             (self._root / "own").mkdir(exist_ok=True)
             os.replace(draft / key, self._root / "own" / key)
 
     def signed(self, key: str) -> str | None:
-        """What a call came to that was carried out in this folder; None where that is not known."""
+        """Return the result of a call that was executed in this folder; None where no such call is known."""
         with contextlib.suppress(OSError, ValueError):
             return (self._root / "own" / key).read_text(encoding="ascii")
         return None
@@ -112,13 +192,13 @@ class Actions:
             self.path(key).unlink(missing_ok=True)
 
     def keys(self) -> list[str]:
-        """The calls that have a record, readable or not, in no order."""
+        """Return the keys that have a record, readable or not, in no order."""
         return [path.stem for path in (self._root / "actions").glob("*/*.json") if is_digest(path.stem)]
 
-    def all(self) -> Iterator[dict[str, Any]]:
-        """The readable records, oldest first."""
+    def all(self) -> list[dict[str, Any]]:
+        """Return the readable records, oldest first."""
         records = []
         for key in self.keys():
             with contextlib.suppress(DamagedArtifactError, MissingArtifactError):
                 records.append(self.read(key))
-        yield from sorted(records, key=lambda record: float(record["created"]))
+        return sorted(records, key=lambda record: float(record["created"]))

@@ -26,11 +26,11 @@ from typing import Any, Final
 from pipeline.progress import report
 from pipeline.store.actions import read_call
 from pipeline.store.disk import free_bytes
-from pipeline.store.drafts import draft_folder
 from pipeline.store.files import (
     DamagedArtifactError,
     PrunedArtifactError,
     StoreError,
+    draft_folder,
     fsync,
     is_plain_name,
     measure,

@@ -1,7 +1,7 @@
-"""The disk, watched: what a stage will write is held against what is free before it starts, not when the disk is full.
+"""Check free disk space before a stage starts, not when the disk is full.
 
-The estimate is what the same stage wrote the last times: in this process, or in the run that is being continued, whose results
-it looked up. A stage that nothing is known of starts. Free is what the file system says (`statvfs`); quotas it does not know.
+The estimate for a stage is what it wrote the last times: in this process, or in the run that is being continued, whose results
+it looked up. A stage without an estimate starts. Free is what the file system says (`statvfs`), which does not know quotas.
 """
 
 from __future__ import annotations
@@ -9,32 +9,31 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from pipeline.store.files import StoreError
 
-__all__ = ["DiskFullError", "DiskWatch", "current_watch", "folder_bytes", "free_bytes", "watching_disk"]
+__all__ = ["DiskFullError", "DiskWatch", "folder_bytes", "free_bytes"]
 
 _LAST: Final = 3
 """Executions of a stage whose largest is the estimate: outputs and their tables differ in length from step to step."""
 
 
 class DiskFullError(StoreError):
-    """Too little is free for what a stage is about to write; it has not started."""
+    """Too little space is free for what a stage is about to write; it has not started."""
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that this user may still write on the file system of `folder`."""
+    """Return how many bytes this user may still write on the file system of `folder`."""
     state = os.statvfs(folder)
     return state.f_bavail * state.f_frsize
 
 
 def folder_bytes(folder: Path | str) -> int:
-    """Bytes of the files in a folder, hidden and nested ones too; a file that another folder has as well takes none."""
+    """Return the bytes of the files in a folder, hidden and nested ones too; hard-linked files count as 0."""
     total = 0
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
@@ -48,31 +47,31 @@ def folder_bytes(folder: Path | str) -> int:
 
 @dataclass
 class DiskWatch:
-    """What stages wrote, and so will write again."""
+    """The bytes that stages wrote, and so will write again."""
 
     folder: Path
     """A folder on the file system of the store."""
     margin: int
-    """Bytes that shall stay free beyond the estimate."""
+    """Bytes that stay free beyond the estimate."""
     advice: Callable[[], str] = str
-    """What could be done about a full disk; asked only then."""
+    """How to free space; called only when the disk is full."""
     free: Callable[[Path], int] = free_bytes
     """Bytes free on the file system of a folder."""
     written: int = 0
-    """Bytes that stages wrote while this watched."""
+    """Bytes that stages wrote in all."""
     _sizes: dict[str, deque[int]] = field(default_factory=dict)
     _found: dict[str, str] = field(default_factory=dict)
-    """Stage -> digest that it was looked up to have made."""
+    """Stage -> digest of its last result that was in the store."""
 
     def found(self, stage: str, digest: str) -> None:
         """Note that the result of a stage was in the store."""
         self._found[stage] = digest
 
     def estimate(self, stage: str, manifest: Callable[[str], Mapping[str, Any]]) -> int:
-        """Bytes that a stage will write; 0 where nothing is known of it.
+        """Return the bytes that a stage will write; 0 where nothing is known of it.
 
         Args:
-            manifest: the manifest of a digest, pruned or not.
+            manifest: returns the manifest of a digest, pruned or not.
         """
         if stage not in self._sizes and stage in self._found:
             files = manifest(self._found[stage])["files"]
@@ -100,24 +99,6 @@ class DiskWatch:
         count = folder_bytes(folder)
         self.written += count
         self._sizes.setdefault(stage, deque(maxlen=_LAST)).append(count)
-
-
-_watch: ContextVar[DiskWatch | None] = ContextVar("cohort_disk_watch", default=None)
-
-
-def current_watch() -> DiskWatch | None:
-    """What watches the disk here; None: nothing does."""
-    return _watch.get()
-
-
-@contextlib.contextmanager
-def watching_disk(watch: DiskWatch) -> Iterator[DiskWatch]:
-    """Let stages that run inside the block ask `watch` before they start."""
-    token = _watch.set(watch)
-    try:
-        yield watch
-    finally:
-        _watch.reset(token)
 
 
 def _text(count: float) -> str:

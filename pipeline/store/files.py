@@ -1,4 +1,8 @@
-"""Bytes on disk that can be trusted: JSON with a hash of itself, measured and fsynced files, errors that name the store."""
+"""Files of a store: JSON sealed with its own hash, measured and fsynced files, drafts, and errors that name the store.
+
+A draft is a folder in which an object or record is written before one rename makes it visible. It belongs to the process that
+holds its lock. A draft whose lock is free may be removed: its owner is dead, on this host or another.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,33 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
+
+from pipeline.store.locks import locked, try_lock
 
 __all__ = [
     "DamagedArtifactError",
     "MissingArtifactError",
     "PrunedArtifactError",
+    "Signature",
     "StoreError",
     "canonical_json",
+    "draft_folder",
+    "fsync",
+    "is_digest",
+    "is_plain_name",
+    "measure",
+    "named_errors",
+    "parse_sealed",
+    "read_sealed",
     "sha256_of",
+    "signature",
+    "sweep",
+    "write_sealed",
 ]
 
 _LINE_BREAK: Final = re.compile("\n *")  # in a string it is escaped
@@ -42,31 +62,32 @@ class PrunedArtifactError(StoreError):
 
 
 def canonical_json(value: Any) -> str:
-    """One text per value: sorted keys, no spaces, no NaN."""
+    """Return the one text of a value: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def sha256_of(text: str) -> str:
-    """Hexadecimal sha256 of a text in UTF-8."""
+    """Return the hexadecimal sha256 of a text in UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
     """Write a new read-only JSON file that ends in its own hash, and fsync it."""
+    seal = sha256_of(canonical_json(value))
+    text = json.dumps({**value, "seal": seal}, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     with open(path, "x", encoding="utf-8") as handle:
-        handle.write(_sealed_text(value))
+        handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
     path.chmod(0o444)
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """The value in a sealed file.
+    """Return the value in a sealed file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        DamagedArtifactError: any of its bytes differs from what `write_sealed` wrote, line breaks and indentation apart: these
-            a parser ignores.
+        DamagedArtifactError: a byte differs from what `write_sealed` wrote, other than line breaks and indentation.
     """
     try:
         return parse_sealed(path.read_bytes())
@@ -75,7 +96,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def parse_sealed(content: bytes) -> dict[str, Any]:
-    """The value in the bytes of a sealed file; raises ValueError where they differ from what `write_sealed` writes."""
+    """Return the value in the bytes of a sealed file; raise ValueError where `write_sealed` writes other bytes."""
     try:
         text = content.decode("utf-8")
         value = json.loads(text)
@@ -90,21 +111,16 @@ def parse_sealed(content: bytes) -> dict[str, Any]:
     return sealed
 
 
-def _sealed_text(value: Mapping[str, Any]) -> str:
-    seal = sha256_of(canonical_json(value))
-    return json.dumps({**value, "seal": seal}, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-
-
 def measure(path: Path) -> dict[str, Any]:
-    """Size and sha256 of a file, as manifests hold them."""
+    """Return size and sha256 of a file, as in a manifest."""
     with open(path, "rb") as handle:
         return {"size": os.fstat(handle.fileno()).st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
 
 
 def signature(folder: Path) -> Signature:
-    """What changes when anything in a folder does, without reading it: name, size, mtime and inode of every entry."""
+    """Return name, size, mtime and inode of every entry of a folder: any change to the folder changes this."""
     entries = []
-    with contextlib.suppress(FileNotFoundError):  # removed meanwhile: then the signature differs, as it must
+    with contextlib.suppress(FileNotFoundError):  # an entry removed meanwhile makes the signature differ, as it must
         for path in folder.rglob("*"):
             state = path.lstat()
             entries.append((path.relative_to(folder).as_posix(), state.st_size, state.st_mtime_ns, state.st_ino))
@@ -112,14 +128,14 @@ def signature(folder: Path) -> Signature:
 
 
 def is_digest(value: object) -> bool:
-    """Whether a value can be the name of an artifact or the key of a call: 64 hexadecimal digits in lower case."""
+    """Return whether a value is an artifact's digest or a call's key: 64 hexadecimal digits in lower case."""
     return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
 def is_plain_name(value: object) -> bool:
-    """Whether a value can name a file inside a folder: relative, with `/` alone, without `.`, `..` and invisible characters.
+    """Return whether a value can name a file inside a folder: relative, `/` only, no `.`, `..` or invisible characters.
 
-    Whoever reads a name that others wrote asks this before the name becomes a path.
+    Check every name that others wrote before it becomes a path.
     """
     if not isinstance(value, str) or not value.isprintable() or "\\" in value:
         return False
@@ -137,7 +153,7 @@ def fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def named_errors(root: Path) -> Iterator[None]:
-    """Turn a bare OSError of the file system into one that names the store and says what to do."""
+    """Turn an OSError of the file system into a StoreError that names the store and says what to do."""
     try:
         yield
     except StoreError:
@@ -145,5 +161,25 @@ def named_errors(root: Path) -> Iterator[None]:
     except OSError as error:
         raise StoreError(
             f"the store {root} cannot be used: {error.strerror or error} ({error.filename or root}). "
-            "Nothing half-written is visible; free space or mend permissions, then run the same command again"
+            "Nothing half-written is visible; free space or fix permissions, then run the same command again"
         ) from error
+
+
+@contextlib.contextmanager
+def draft_folder(root: Path) -> Iterator[Path]:
+    """Make an empty folder on the store's file system, removed after the block unless it was renamed."""
+    draft = root / "drafts" / uuid.uuid4().hex
+    with contextlib.ExitStack() as cleanup:
+        with named_errors(root):
+            cleanup.enter_context(locked(root / "locks" / draft.name))
+            draft.mkdir(parents=True)
+        cleanup.callback(shutil.rmtree, draft, ignore_errors=True)
+        yield draft
+
+
+def sweep(root: Path) -> None:
+    """Remove drafts and lock files that dead processes left."""
+    for name in {path.name for folder in ("drafts", "locks") for path in (root / folder).iterdir()}:
+        with try_lock(root / "locks" / name) as abandoned:
+            if abandoned:
+                shutil.rmtree(root / "drafts" / name, ignore_errors=True)

@@ -1,7 +1,10 @@
-"""Locks between processes that a dead holder cannot keep: `flock` on a file that exists only while it is held.
+"""Locks between processes that a dead holder cannot keep: `flock`, which the kernel frees when its holder dies.
 
-Not lock-by-existence: the kernel frees a lock when its holder dies, however it dies. Works between threads, processes and,
-where the file system supports `flock`, hosts.
+They work between threads, processes and, where the file system supports `flock`, hosts. No other module calls `flock`.
+
+* `locked`, `try_lock`: a lock whose file exists only while it is held;
+* `lock_file`: a lock on a file that is kept, for as long as it is open;
+* `is_locked`: whether a live process holds either.
 """
 
 from __future__ import annotations
@@ -9,28 +12,31 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import IO, Any, Final
 
 from pipeline.config import ConfigError
 from pipeline.progress import report
 
-__all__ = ["locked", "private_folder", "read_note", "try_lock", "write_note"]
+__all__ = ["is_locked", "lock_file", "locked", "private_folder", "read_note", "try_lock", "write_note"]
 
 _PLAIN: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-"""No link is followed, wherever it leads, and no pipe is waited for: where others may write, both may lie in wait."""
+"""Follow no link and wait for no pipe: where others may write, they may have put either."""
 _NOTE_BYTES: Final = 4096
+_POLL: Final = 0.02
 
 _held: set[int] = set()
 
 
 def private_folder(path: Path) -> Path:
-    """A folder of this user's alone, made where there is none.
+    """Return a folder that only this user may write into, made where there is none.
 
-    For places below the system's temporary folder, where anybody may have put something of that name before.
+    For places below the system's temporary folder, where any user may have put something of that name.
 
     Raises:
         ConfigError: it is a link, or somebody else's, or others may write into it.
@@ -47,10 +53,10 @@ def private_folder(path: Path) -> Path:
 
 
 def write_note(path: Path, text: str) -> None:
-    """Write into the file of a lock that is held: a plain file of this user under one name, and nothing that a link leads to.
+    """Write a note into the file of a lock that is held.
 
     Raises:
-        OSError: it is not.
+        OSError: it is no plain file of this user under one name, or a link.
     """
     handle = os.open(path, os.O_WRONLY | _PLAIN)
     try:
@@ -64,7 +70,7 @@ def write_note(path: Path, text: str) -> None:
 
 
 def read_note(path: Path) -> str:
-    """What `write_note` left in the file of a lock; raises OSError or ValueError where that is no text."""
+    """Return what `write_note` left in the file of a lock; raise OSError or ValueError where that is no text."""
     handle = os.open(path, os.O_RDONLY | _PLAIN)
     try:
         _require_plain(handle, path)
@@ -88,12 +94,40 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def try_lock(path: Path) -> Iterator[bool]:
-    """Hold the lock if nobody else does; yields whether it is held."""
+    """Hold the lock if no other process does; yields whether it is held."""
     handle = _acquire(path, wait=False)
     try:
         yield handle is not None
     finally:
         _release(path, handle)
+
+
+def lock_file(file: IO[Any], *, seconds: float = math.inf) -> bool:
+    """Lock an open file until it is closed everywhere; return whether it was free within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if seconds < math.inf else 0))
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL)
+
+
+def is_locked(path: Path) -> bool | None:
+    """Return whether a live process holds the lock of a file; None where there is no such file."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        # Shared, so that two processes that look do not take one another for the holder.
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def _acquire(path: Path, *, wait: bool) -> int | None:

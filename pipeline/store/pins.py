@@ -1,17 +1,16 @@
-"""Leases: which objects a live run may still need, so that nobody else frees them.
+"""Pins: the objects that a live run may still need, which no other process may free.
 
-A run has one file under `leases/`: a first line that says who it is, then a line for each digest that it takes (`+`) or gives
-back (`-`). The file is locked with `flock` for as long as the process lives, so a lease is void the instant its run is dead,
-however it died; what is left of the file then only tells what the run had come to.
+A run has one file under `pins/`: a first line that names the run, then a line for each digest that it pins (`+`) or unpins
+(`-`). The file is locked for as long as the process lives. Pins are void the instant their run is dead, however it died; the
+file that it leaves says what the run had come to.
 
-A digest is taken under its lock before anybody looks whether the object is there, and freed under the same lock after a look
-at the leases: either the run finds the object already freed, or who frees it finds the lease.
+A digest is pinned under its lock before anything looks whether the object is there, and freed under the same lock after a look
+at all pins. Either the run finds the object freed already, or the process that frees it finds the pin.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -21,26 +20,23 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 
-from pipeline.provenance import Label, Moment
+from pipeline.store.actions import Label, Moment
 from pipeline.store.files import StoreError, is_digest, named_errors
-from pipeline.store.locks import locked
+from pipeline.store.locks import is_locked, locked
 
-__all__ = ["Lease", "LeasedArtifactError", "Leases"]
-
-_FOLDER: Final = "leases"
+__all__ = ["PinnedArtifactError", "Pins", "RunPins"]
 
 
-class LeasedArtifactError(StoreError):
+class PinnedArtifactError(StoreError):
     """A live run may still need the object; nothing was freed."""
 
 
 @dataclass
-class Lease:
-    """What one file says."""
+class RunPins:
+    """The content of one file."""
 
     run: str
     host: str
@@ -59,75 +55,70 @@ class _Reading:
     """How far a file was read; it only grows."""
 
     offset: int = 0
-    lease: Lease | None = None
+    pins: RunPins | None = None
 
 
-class _About(BaseModel):
-    """The first line of a file."""
-
+class _FirstLine(BaseModel):
     run: Label
     host: Label
     pid: int
     started: Moment
 
 
-_ABOUT: Final = TypeAdapter(_About)
-
-
-class Leases:
-    """The leases of one store, and the own one, once it is open."""
+class Pins:
+    """The pins of all runs in one store, and the own ones while they are open."""
 
     def __init__(self, root: Path) -> None:
-        self._root, self._folder = root, root / _FOLDER
+        self._root, self._folder = root, root / "pins"
         self._own: int | None = None
         self._own_name = ""
-        self._held: set[str] = set()
+        self._pinned: set[str] = set()
         self._readings: dict[str, _Reading] = {}
 
-    # -------------------------------------------------------------------------------------------- the own lease
+    # -------------------------------------------------------------------------------------------- the own pins
 
     @contextlib.contextmanager
     def open(self, run: str) -> Iterator[None]:
-        """Hold a lease inside the block, for everything that is taken meanwhile.
-
-        What an earlier process of the same run left behind is dropped: whatever it had come to is taken again.
+        """Keep a file of pins inside the block. Pins that a dead process of the same run left are dropped.
 
         Args:
-            run: name of the run, for whoever is refused something.
+            run: name of the run, for the errors of other processes.
         """
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as stack:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._own_name = f"{run}.{uuid.uuid4().hex[:8]}"
-                held.enter_context(locked(self._folder / self._own_name))
+                stack.enter_context(locked(self._folder / self._own_name))
                 self._own = os.open(self._folder / self._own_name, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
             except OSError as error:
                 # A store that cannot be written may still be read to the end.
                 warnings.warn(
-                    f"no lease on {self._root}, another process may free what this run reads: {error}", stacklevel=3
+                    f"no pins in {self._root}, another process may free what this run reads: {error}", stacklevel=3
                 )
                 yield
                 return
-            held.callback(self._close)
+            stack.callback(self._close)
             about = {"run": run, "host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
             os.write(self._own, f"{json.dumps(about)}\n".encode())
-            self._drop_remains(run)
+            for path, pins in self._read(alive=False):
+                if pins.run == run:
+                    path.unlink(missing_ok=True)
             yield
 
-    def take(self, digest: str) -> None:
-        """Add an object to the own lease; the caller holds the lock of the digest. Without an open lease: nothing."""
+    def add(self, digest: str) -> None:
+        """Pin an object, if the own pins are open; the caller holds the lock of the digest."""
         self._note("+", digest)
-        self._held.add(digest)
+        self._pinned.add(digest)
 
-    def give_back(self, digest: str) -> None:
-        """Say that this run needs an object no longer."""
-        if digest in self._held:
-            self._held.discard(digest)
+    def remove(self, digest: str) -> None:
+        """Unpin an object that this run needs no longer."""
+        if digest in self._pinned:
+            self._pinned.discard(digest)
             self._note("-", digest)
 
     def lacks(self, digest: str) -> bool:
-        """Whether the own lease is open and does not have this object yet."""
-        return self._own is not None and digest not in self._held
+        """Return whether the own pins are open and do not have this object yet."""
+        return self._own is not None and digest not in self._pinned
 
     def _note(self, sign: str, digest: str) -> None:
         if self._own is not None:
@@ -138,39 +129,33 @@ class Leases:
         if self._own is not None:
             os.close(self._own)
         self._own = None
-        self._held.clear()
-
-    def _drop_remains(self, run: str) -> None:
-        for path, lease in self._read(alive=False):
-            if lease.run == run:
-                path.unlink(missing_ok=True)
+        self._pinned.clear()
 
     # -------------------------------------------------------------------------------------------- those of others
 
-    def refuse(self, digest: str) -> None:
-        """Raise where another live run needs an object; the caller holds the lock of the digest.
+    def require_unpinned(self, digest: str) -> None:
+        """Raise PinnedArtifactError, with run, host and process, where another live run needs an object.
 
-        Raises:
-            LeasedArtifactError: names the run, its host and its process.
+        The caller holds the lock of the digest.
         """
-        for lease in self.live():
-            if digest in lease.digests:
-                raise LeasedArtifactError(
-                    f"artifact {digest[:12]} is in use by the run {lease}, which may need it; free it when that has ended"
+        for pins in self.live():
+            if digest in pins.digests:
+                raise PinnedArtifactError(
+                    f"artifact {digest[:12]} is in use by the run {pins}, which may need it; free it when that has ended"
                 )
 
-    def live(self) -> list[Lease]:
-        """The leases of other runs that live now."""
-        return [lease for _, lease in self._read(alive=True)]
+    def live(self) -> list[RunPins]:
+        """Return the pins of other runs that live now."""
+        return [pins for _, pins in self._read(alive=True)]
 
     def remains(self) -> dict[str, set[str]]:
-        """Run -> digests, of runs that were killed and did not go on since; nothing of it is protected."""
+        """Return run -> digests of runs that were killed and not resumed since; they are not protected."""
         found: dict[str, set[str]] = {}
-        for _, lease in self._read(alive=False):
-            found.setdefault(lease.run, set()).update(lease.digests)
+        for _, pins in self._read(alive=False):
+            found.setdefault(pins.run, set()).update(pins.digests)
         return found
 
-    def _read(self, *, alive: bool) -> Iterator[tuple[Path, Lease]]:
+    def _read(self, *, alive: bool) -> Iterator[tuple[Path, RunPins]]:
         if not self._folder.is_dir():
             return
         names = sorted(entry.name for entry in os.scandir(self._folder))
@@ -178,20 +163,20 @@ class Leases:
             del self._readings[gone]
         for name in names:
             path = self._folder / name
-            if name == self._own_name or _is_locked(path) is not alive:
+            if name == self._own_name or is_locked(path) is not alive:
                 continue
             try:
-                lease = self._read_on(path)
+                pins = self._read_on(path)
             except StoreError as error:
                 if alive:  # what it protects is not known, so nothing may be freed
                     raise
                 warnings.warn(f"left out: {error}", stacklevel=4)
                 continue
-            if lease is not None:
-                yield path, lease
+            if pins is not None:
+                yield path, pins
 
-    def _read_on(self, path: Path) -> Lease | None:
-        """What the file says, from where it was read to before; None where not even its first line is whole."""
+    def _read_on(self, path: Path) -> RunPins | None:
+        """Return the content of a file, read on from the last offset; None where its first line is not whole."""
         reading = self._readings.setdefault(path.name, _Reading())
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as handle:
             handle.seek(reading.offset)
@@ -200,31 +185,15 @@ class Leases:
                     break
                 reading.offset += len(line)
                 _take_line(reading, line.decode(errors="replace").rstrip("\n"), path)
-        return reading.lease
+        return reading.pins
 
 
 def _take_line(reading: _Reading, line: str, path: Path) -> None:
-    if reading.lease is None:
+    if reading.pins is None:
         try:
-            about = _ABOUT.validate_json(line, strict=True)
-            reading.lease = Lease(about.run, about.host, about.pid, about.started)
+            first = _FirstLine.model_validate_json(line, strict=True)
         except ValueError:
-            raise StoreError(f"{path} is no lease; remove it when no run is using the store") from None
+            raise StoreError(f"{path} is no file of pins; remove it when no run is using the store") from None
+        reading.pins = RunPins(**first.model_dump())
     elif is_digest(line[1:]):
-        (reading.lease.digests.add if line[0] == "+" else reading.lease.digests.discard)(line[1:])
-
-
-def _is_locked(path: Path) -> bool | None:
-    """Whether somebody holds the lock of a file; None where the file is gone."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        # Shared, so that two who look do not take one another for the holder.
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
+        (reading.pins.digests.add if line[0] == "+" else reading.pins.digests.discard)(line[1:])

@@ -20,9 +20,9 @@ from typing import Any, Final
 from pipeline.artifact import Artifact
 from pipeline.config import Config
 from pipeline.progress import listen
-from pipeline.provenance import Call, calling, record_metrics
 from pipeline.stage import describe
 from pipeline.store import Store, current_store, use_store
+from pipeline.store.context import Call, current_call, record_metrics, running
 
 __all__ = ["accept", "order_of", "perform"]
 
@@ -35,7 +35,7 @@ def order_of(name: str, function: Callable[..., Any], arguments: Mapping[str, An
     Raises:
         TypeError: an argument that is not of the class its parameter is annotated with.
     """
-    kinds, call = _kinds(function), calling.get()
+    kinds, call = _kinds(function), current_call()
     return {
         "function": name,
         "store": str(current_store().root),
@@ -64,13 +64,9 @@ def perform(
     store = _store(order["store"])
     store.trusted = set(order["trusted"])  # what this order's configuration pins, and none before it
     call = Call(**(order["call"] or {"stage": order["function"], "version": "", "arguments": {}}))
-    token = calling.set(call)
-    try:
-        with use_store(store), listen(report), warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("default")
-            result = function(**arguments)
-    finally:
-        calling.reset(token)
+    with running(call), use_store(store), listen(report), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        result = function(**arguments)
     ours = [str(warning.message) for warning in caught if warning.filename.startswith(_OURS)]
     return {"digest": result.digest, "metrics": call.metrics, "warnings": list(dict.fromkeys(ours))}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.artifact import ArtifactError
-from pipeline.store.current import current_store
+from pipeline.store.context import current_store
 from pipeline.store.files import measure
 
 __all__ = ["code_digest", "code_files", "copy_code", "may_run_code", "read_object", "require_known", "trust"]

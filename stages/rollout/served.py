@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from pipeline.provenance import record_package
+from pipeline.store.context import record_package
 from stages.models import Checkpoint
 from stages.rollout.config import VLLMServerConfig
 from stages.rollout.generator import Output, Progress, Prompt, Sampling, check_window

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from pipeline.provenance import record_package
 from pipeline.residency import evict, resident
+from pipeline.store.context import record_package
 from pipeline.workers.group import Group, RefusedError, WorkerError
 from stages.models import WEIGHT_INDEX, Checkpoint, architecture_of, may_run_code, weight_files
 from stages.rollout.config import VLLMBackendConfig

@@ -88,7 +88,7 @@ def test_offline_outputs_of_the_initial_policy_stay_for_the_arms_to_come(store: 
 def test_what_another_live_run_holds_stays_until_that_has_ended(store: Store) -> None:
     other = Store(store.root)
     first = train(store, steps=3)
-    with other.leases.open("other"), use_store(other):
+    with other.pins.open("other"), use_store(other):
         held = Checkpoint(first.policies[0])
         assert held.path
         run = train(Store(store.root), KeepConfig(checkpoints=1), steps=4)

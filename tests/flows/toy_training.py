@@ -130,7 +130,7 @@ def train(
     run = Toy()
     run.retention = Retention(store, keep, iteration_steps=steps, spared=lambda: spared)
     with (
-        store.leases.open(lease),
+        store.pins.open(lease),
         use_store(store),
         listen(run.take),
         listen(run.ledger.take),

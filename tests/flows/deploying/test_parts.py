@@ -19,7 +19,7 @@ from flows.deploying.schedule import cron_schedule
 from flows.deploying.versions import VersionsError, check_versions, differing, versions_environment
 from pipeline.config import ConfigError
 from pipeline.orchestration.flow_runs import names_living_process, process_name
-from pipeline.provenance import package_versions
+from pipeline.store.context import package_versions
 from stages.rollout import RolloutConfig
 
 REPOSITORY = Path(__file__).parents[3]

@@ -25,9 +25,9 @@ from flows.places import Places
 from flows.records import run_folder
 from pipeline.config import ConfigError
 from pipeline.orchestration.server import ServerError
-from pipeline.provenance import package_versions
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
+from pipeline.store.context import package_versions
 from tests.flows.deploying.project import Project, flow_run_processes, listened_on, until
 from tests.flows.short_runs import BASE
 

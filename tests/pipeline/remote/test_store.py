@@ -15,14 +15,14 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.remote.bucket import Bucket, checked_url, is_url
-from pipeline.remote.cache import Mirror
+from pipeline.remote.cache import RemoteCache
 from pipeline.remote.errors import complaint, passes
-from pipeline.remote.eviction import evict, mapped_digests
+from pipeline.remote.folder import evict, mapped_digests
 from pipeline.remote.locks import RemoteLocks, ServerClock
-from pipeline.remote.store import Upstream
+from pipeline.remote.store import RemoteStore
 from pipeline.store import DamagedArtifactError, MissingArtifactError, PrunedArtifactError, Store, StoreError
 from pipeline.store.files import write_sealed
-from pipeline.store.pins import LeasedArtifactError
+from pipeline.store.pins import PinnedArtifactError
 from tests.pipeline.calls import call
 
 KEY, OTHER = "a" * 64, "b" * 64
@@ -126,19 +126,19 @@ def test_pruning_and_forgetting_reach_the_remote_store(tmp_path: Path, url: str)
 def test_what_a_live_run_on_another_machine_has_looked_up_is_not_freed(tmp_path: Path, url: str) -> None:
     digest = commit(Store(tmp_path / "a", url))
     away = Store(tmp_path / "b", url)
-    with away.leases.open("run"):
+    with away.pins.open("run"):
         assert away.find(KEY) is not None
-        with pytest.raises(LeasedArtifactError, match=f"{digest[:12]} is in use by .*-{os.getpid()}-"):
+        with pytest.raises(PinnedArtifactError, match=f"{digest[:12]} is in use by .*-{os.getpid()}-"):
             Store(tmp_path / "c", url).prune(digest)
-        outline = away._mirror.about(digest)  # a note without the look before it: as if the run had come in between
+        outline = away._cache.manifest(digest)  # a note without the look before it: as if the run had come in between
         write_sealed(outline / "pruned.json", {"digest": digest, "files": ["a.txt"], "pruned": 1.0})
-        with pytest.raises(LeasedArtifactError):
-            Upstream(url).prune(outline)
+        with pytest.raises(PinnedArtifactError):
+            RemoteStore(url).prune(outline)
         assert not list((tmp_path / "remote").rglob("pruned.json"))
-    for alive in (tmp_path / "remote" / "holds").rglob("alive"):
+    for alive in (tmp_path / "remote" / "pins").rglob("alive"):
         os.utime(alive, (0, 1000))  # as if its process had died
     assert Store(tmp_path / "c", url).prune(digest) == 1
-    assert not [path for path in (tmp_path / "remote" / "holds").rglob("*") if path.is_file()]
+    assert not [path for path in (tmp_path / "remote" / "pins").rglob("*") if path.is_file()]
 
 
 def test_an_object_damaged_here_is_fetched_again_and_one_damaged_there_is_computed_again(
@@ -175,7 +175,7 @@ def test_a_record_altered_there_is_a_miss(tmp_path: Path, url: str) -> None:
 
 
 def test_what_could_not_be_uploaded_is_owed_and_uploaded_by_the_next_process(tmp_path: Path, url: str) -> None:
-    store = Store(tmp_path / "a", Upstream(url, patience=0.0))
+    store = Store(tmp_path / "a", RemoteStore(url, patience=0.0))
     assert store.find(OTHER) is None
     (tmp_path / "remote").rename(tmp_path / "away")
     (tmp_path / "remote").write_text("a file where the folder was")
@@ -241,21 +241,6 @@ def test_of_two_that_wrote_their_entries_neither_takes_the_lock(url: str) -> Non
     assert list(bucket.entries(f"locks/{KEY}")) == ["mine"]
 
 
-def test_marks_tell_their_age_by_the_servers_clock(tmp_path: Path, url: str) -> None:
-    upstream = Upstream(url)
-    upstream.mark("run.1", {"digests": ["x"]})
-    place = tmp_path / "remote" / "leases" / "run.1"
-    os.utime(place, (0, place.stat().st_mtime - 100))
-    ((body, age),) = upstream.marks().values()
-    assert body == {"digests": ["x"]}
-    assert age == pytest.approx(100, abs=2)
-    upstream.mark("run.1", {"digests": []})
-    assert upstream.marks()["run.1"] == ({"digests": []}, pytest.approx(0, abs=2))
-    upstream.unmark("run.1")
-    upstream.unmark("run.1")
-    assert upstream.marks() == {}
-
-
 # ---------------------------------------------------------------- the cache's size
 
 
@@ -273,20 +258,20 @@ def test_the_least_recently_used_go_first_and_come_back_when_they_are_wanted(tmp
 
 def test_what_is_owed_in_use_or_newly_used_is_not_evicted(tmp_path: Path, url: str) -> None:
     store = Store(tmp_path / "a", url)
-    owed, handed, new, old = [commit(store, str(n) * 64, str(n)) for n in range(4)]
-    mirror = Mirror(store.root, url, limit=0.0, grace=100.0)
-    mirror.owe("object", owed)
-    with mirror.lock(KEY):
-        mirror.handed(handed, store.folder(handed))
-        for digest in (owed, handed, old):
+    owed, used, new, old = [commit(store, str(n) * 64, str(n)) for n in range(4)]
+    cache = RemoteCache(store.root, url, limit=0.0, grace=100.0)
+    cache.owe("object", owed)
+    with cache.lock(KEY):
+        cache.used(used, store.folder(used))
+        for digest in (owed, used, old):
             os.utime(store.folder(digest), (0, 1000))
-        mirror._grown = None
-        mirror.evict()
-        assert [store.folder(digest).exists() for digest in (owed, handed, new, old)] == [True, True, True, False]
-    os.utime(store.folder(handed), (0, 1000))
-    mirror._grown = None
-    mirror.evict()
-    assert not store.folder(handed).exists()
+        cache._grown = None
+        cache.evict()
+        assert [store.folder(digest).exists() for digest in (owed, used, new, old)] == [True, True, True, False]
+    os.utime(store.folder(used), (0, 1000))
+    cache._grown = None
+    cache.evict()
+    assert not store.folder(used).exists()
 
 
 def test_an_object_that_is_mapped_into_memory_is_known(tmp_path: Path) -> None:
@@ -317,29 +302,29 @@ def test_what_the_next_attempt_cannot_change_is_not_repeated() -> None:
     assert "after 4 attempts" in complaint(ConnectionResetError("reset"), "s3://b", 4)
 
 
-def test_what_a_process_held_is_gone_when_it_ends(tmp_path: Path, url: str) -> None:
+def test_the_pins_of_a_process_are_gone_when_it_ends(tmp_path: Path, url: str) -> None:
     commit(Store(tmp_path / "a", url))
     code = (
-        "import sys\nfrom pipeline.remote.store import Upstream\n"
-        f"upstream = Upstream({url!r})\nfor digit in '012': upstream.hold(digit * 64)\n"
-        "import pathlib\nprint(len(list(pathlib.Path(sys.argv[1]).rglob('holds/*/*'))))"
+        "import sys\nfrom pipeline.remote.store import RemoteStore\n"
+        f"remote = RemoteStore({url!r})\nfor digit in '012': remote.pin(digit * 64)\n"
+        "import pathlib\nprint(len(list(pathlib.Path(sys.argv[1]).rglob('pins/*/*'))))"
     )
     said = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
     assert said.stdout == "4\n"
-    assert not [path for path in (tmp_path / "remote" / "holds").rglob("*") if path.is_file()]
+    assert not [path for path in (tmp_path / "remote" / "pins").rglob("*") if path.is_file()]
 
 
-def test_a_process_that_lives_removes_what_killed_ones_held(tmp_path: Path, url: str) -> None:
-    dead = tmp_path / "remote" / "holds" / "killed-1-0"
+def test_a_live_process_removes_the_pins_of_killed_ones(tmp_path: Path, url: str) -> None:
+    dead = tmp_path / "remote" / "pins" / "killed-1-0"
     dead.mkdir(parents=True)
     for name in ("alive", "d" * 64):
         (dead / name).touch()
         os.utime(dead / name, (1.0, 1.0))
-    upstream = Upstream(url, lease_seconds=4.0)
-    upstream.hold(KEY)
+    remote = RemoteStore(url, lease_seconds=4.0)
+    remote.pin(KEY)
     deadline = time.monotonic() + 30
     while (found := [path for path in dead.iterdir() if path.is_file()]) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert found == []
-    assert upstream._holds.of(OTHER) == []
-    assert list((tmp_path / "remote" / "holds").glob(f"*/{KEY}"))
+    assert remote._pins.of(OTHER) == []
+    assert list((tmp_path / "remote" / "pins").glob(f"*/{KEY}"))

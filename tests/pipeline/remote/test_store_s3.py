@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.progress import listen
-from pipeline.remote.store import Upstream
+from pipeline.remote.store import RemoteStore
 from pipeline.store import DamagedArtifactError, Store, StoreError
 from tests.pipeline.calls import call
 from tests.pipeline.s3 import Cloud, Fault, serving, use
@@ -54,7 +54,7 @@ def commit(store: Store, key: str = KEY) -> str:
 
 
 def opened(folder: Path, url: str, *, patience: float = 5.0, lease_seconds: float = 60.0) -> Store:
-    return Store(folder, Upstream(url, patience=patience, lease_seconds=lease_seconds))
+    return Store(folder, RemoteStore(url, patience=patience, lease_seconds=lease_seconds))
 
 
 def names(url: str) -> list[str]:
@@ -283,12 +283,12 @@ def test_a_server_that_is_not_there_is_given_up_after_the_patience(
 def test_the_clock_of_this_host_is_compared_with_the_servers(
     cloud: Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    upstream = Upstream(cloud.url())
-    assert abs(upstream.probe()) < 60.0
+    remote = RemoteStore(cloud.url())
+    assert abs(remote.probe()) < 60.0
     real = time.time
     monkeypatch.setattr("pipeline.remote.locks.time.time", lambda: real() - 400)
     with pytest.raises(StoreError, match=r"clock of this host is (3[5-9]|4[0-4])\d s behind the server's"):
-        upstream.probe()
+        remote.probe()
 
 
 # ---------------------------------------------------------------- damage
@@ -331,7 +331,7 @@ def test_a_flipped_bit_upstream_is_found_at_download_removed_and_mended_by_compu
     opened(tmp_path / "c", url).path(digest)
 
 
-def test_a_damaged_cache_is_mended_from_upstream(cloud: Cloud, tmp_path: Path) -> None:
+def test_a_damaged_cache_is_fetched_again(cloud: Cloud, tmp_path: Path) -> None:
     url = cloud.url()
     store = opened(tmp_path / "a", url)
     digest = commit(store)

@@ -224,7 +224,7 @@ def test_a_plain_name_stays_in_its_folder_and_can_be_seen(name: object, plain: b
     assert is_plain_name(name) is plain
 
 
-# ------------------------------------------------------------------------------------------------ leases, cursors
+# ------------------------------------------------------------------------------------------------ pins, cursors
 
 
 @pytest.mark.parametrize(
@@ -240,20 +240,20 @@ def test_a_plain_name_stays_in_its_folder_and_can_be_seen(name: object, plain: b
         "\udc80",
     ],
 )
-def test_a_lease_of_another_shape_is_left_out_once_its_run_is_dead(store: Store, digest: str, line: str) -> None:
-    (store.root / "leases").mkdir()
-    (store.root / "leases" / "bad.1").write_bytes(f"{line}\n+{digest}\n".encode("utf-8", "surrogateescape"))
-    with pytest.warns(UserWarning, match=r"left out: .*bad\.1 is no lease"):
-        assert store.leases.remains() == {}
-    with locked(store.root / "leases" / "bad.1"), pytest.raises(StoreError, match="is no lease"):
-        store.leases.refuse(digest)  # of a run that lives nobody knows what it needs
+def test_a_file_of_pins_of_another_shape_is_left_out_once_its_run_is_dead(store: Store, digest: str, line: str) -> None:
+    (store.root / "pins").mkdir()
+    (store.root / "pins" / "bad.1").write_bytes(f"{line}\n+{digest}\n".encode("utf-8", "surrogateescape"))
+    with pytest.warns(UserWarning, match=r"left out: .*bad\.1 is no file of pins"):
+        assert store.pins.remains() == {}
+    with locked(store.root / "pins" / "bad.1"), pytest.raises(StoreError, match="is no file of pins"):
+        store.pins.require_unpinned(digest)  # of a run that lives nobody knows what it needs
 
 
-def test_a_lease_holds_digests_and_nothing_else(store: Store, digest: str) -> None:
-    (store.root / "leases").mkdir()
+def test_pins_are_digests_and_nothing_else(store: Store, digest: str) -> None:
+    (store.root / "pins").mkdir()
     about = json.dumps({"run": "r", "host": "h", "pid": 1, "started": 1.0})
-    (store.root / "leases" / "r.1").write_text(f"{about}\n+../../victim\n+{digest}\n\n-\n+{'A' * 64}\n")
-    assert store.leases.remains() == {"r": {digest}}
+    (store.root / "pins" / "r.1").write_text(f"{about}\n+../../victim\n+{digest}\n\n-\n+{'A' * 64}\n")
+    assert store.pins.remains() == {"r": {digest}}
 
 
 @pytest.mark.parametrize(

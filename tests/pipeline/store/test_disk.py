@@ -10,7 +10,8 @@ import pytest
 from pipeline.artifact import Folder
 from pipeline.stage import stage
 from pipeline.store import Store, use_store
-from pipeline.store.disk import DiskFullError, DiskWatch, folder_bytes, free_bytes, watching_disk
+from pipeline.store.context import watching_disk
+from pipeline.store.disk import DiskFullError, DiskWatch, folder_bytes, free_bytes
 
 STARTED: list[int] = []
 

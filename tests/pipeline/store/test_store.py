@@ -23,8 +23,7 @@ from pipeline.store import (
     current_store,
     use_store,
 )
-from pipeline.store.drafts import draft_folder
-from pipeline.store.files import read_sealed, write_sealed
+from pipeline.store.files import draft_folder, read_sealed, write_sealed
 from tests.pipeline.calls import call
 
 FORK = multiprocessing.get_context("fork")
@@ -191,7 +190,7 @@ def test_a_file_deleted_after_it_was_verified_is_noticed_in_the_same_process(sto
 def test_hashes_are_computed_once_for_unchanged_files(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = publish(store)
     fresh, verified = Store(store.root), []
-    monkeypatch.setattr("pipeline.store.shelf.verify_folder", lambda folder: verified.append(folder.name))
+    monkeypatch.setattr("pipeline.store.objects.verify_folder", lambda folder: verified.append(folder.name))
     for _ in range(3):
         fresh.path(digest)
         fresh.find("c" * 64)

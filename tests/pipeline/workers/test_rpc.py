@@ -12,9 +12,9 @@ import pytest
 from pipeline.artifact import Table
 from pipeline.config import Config
 from pipeline.progress import listen, report
-from pipeline.provenance import record_metrics
 from pipeline.stage import stage
 from pipeline.store import Store, current_store
+from pipeline.store.context import record_metrics
 from pipeline.workers.rpc import accept, order_of, perform
 
 

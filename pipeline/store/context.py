@@ -1,0 +1,160 @@
+"""The context of the code of a stage: the store that it uses, what watches the disk, and the call in progress."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any, Final
+
+from pipeline.store.disk import DiskWatch
+from pipeline.store.files import StoreError
+from pipeline.store.store import Store
+
+__all__ = [
+    "Call",
+    "current_call",
+    "current_provenance",
+    "current_store",
+    "current_watch",
+    "package_versions",
+    "record_metrics",
+    "record_package",
+    "running",
+    "use_store",
+    "watching_disk",
+]
+
+_METRIC_NAME: Final = re.compile(r"[A-Za-z0-9_\-. :/]+")
+"""What MLflow accepts."""
+_PACKAGES: Final = ("torch", "transformers", "deepspeed", "vllm", "pyarrow", "numpy", "math-verify", "cohort-rl")
+"""The packages that decide numbers."""
+
+
+@dataclasses.dataclass
+class Call:
+    """A call of a stage: its identity and what it recorded so far."""
+
+    stage: str
+    version: str
+    arguments: dict[str, Any]
+    started: float = dataclasses.field(default_factory=time.time)
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    packages: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def provenance(self) -> dict[str, Any]:
+        """Return plain JSON for manifests and action records."""
+        return {
+            "stage": self.stage,
+            "version": self.version,
+            "arguments": self.arguments,
+            "metrics": dict(self.metrics),
+            "created": self.started,
+            "packages": package_versions() | self.packages,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Context:
+    store: Store | None = None
+    watch: DiskWatch | None = None
+    call: Call | None = None
+
+
+_context: ContextVar[_Context] = ContextVar("cohort_context", default=_Context())  # noqa: B039 (it is frozen)
+
+
+@contextlib.contextmanager
+def _changed(**parts: Any) -> Iterator[None]:
+    token = _context.set(dataclasses.replace(_context.get(), **parts))
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def current_store() -> Store:
+    """Return the store that stages use here; raise StoreError where none was chosen."""
+    store = _context.get().store
+    if store is None:
+        raise StoreError("no store is open; wrap the call in `with use_store(Store(folder)):`")
+    return store
+
+
+@contextlib.contextmanager
+def use_store(store: Store) -> Iterator[Store]:
+    """Make `store` the one that stages use inside the block."""
+    with _changed(store=store):
+        yield store
+
+
+def current_watch() -> DiskWatch | None:
+    """Return what watches the disk here."""
+    return _context.get().watch
+
+
+@contextlib.contextmanager
+def watching_disk(watch: DiskWatch) -> Iterator[DiskWatch]:
+    """Let stages that run inside the block ask `watch` before they start."""
+    with _changed(watch=watch):
+        yield watch
+
+
+def current_call() -> Call | None:
+    """Return the stage call in progress; None outside of one."""
+    return _context.get().call
+
+
+def running(call: Call | None) -> contextlib.AbstractContextManager[None]:
+    """Make `call` the call in progress inside the block."""
+    return _changed(call=call)
+
+
+def current_provenance() -> dict[str, Any] | None:
+    """Return the provenance of the stage call in progress; None outside of one."""
+    call = current_call()
+    return call.provenance() if call else None
+
+
+def record_metrics(metrics: Mapping[str, float | int | bool | None]) -> None:
+    """Keep numbers with the artifact that the running stage makes; a cached call draws the same curves from them.
+
+    None means "not measured" and is left out. A value that is not finite is left out and counted in `nonfinite_metrics`,
+    since MLflow stores infinity as a number. Outside a stage this does nothing.
+
+    Raises:
+        ValueError: a name with characters other than letters, digits, `_-. :/`.
+    """
+    call = current_call()
+    for name, value in metrics.items():
+        if not _METRIC_NAME.fullmatch(name):
+            raise ValueError(f"metric name {name!r}: expected letters, digits and _-. :/ only")
+        if call is None or value is None:
+            continue
+        if math.isfinite(value):
+            call.metrics[name] = float(value)
+        else:
+            call.metrics["nonfinite_metrics"] = call.metrics.get("nonfinite_metrics", 0.0) + 1.0
+
+
+def record_package(name: str, version: str) -> None:
+    """Keep the version of a package that made the running stage's result in another process. Outside a stage: nothing."""
+    call = current_call()
+    if call is not None:
+        call.packages[name] = version
+
+
+@functools.cache
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that decide numbers, of those that are installed."""
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions

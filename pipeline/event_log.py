@@ -27,7 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline import events
 from pipeline.database import without_password
 from pipeline.events import LONGEST_TEXT, Event, StageDone
-from pipeline.provenance import complaint
+from pipeline.store.actions import complaint
 from pipeline.store.locks import try_lock
 
 __all__ = ["LOG", "EventLog", "parse_events", "read_events"]

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field
 
 from pipeline.orchestration.interruption import check
 from pipeline.progress import failsafe
-from pipeline.provenance import Digest, Label, Moment, Seconds
+from pipeline.store.actions import Digest, Label, Moment, Seconds
 
 __all__ = [
     "LONGEST_TEXT",

@@ -52,7 +52,7 @@ def _as_strict_as_asked(call: Callable[P, Rewards]) -> Callable[P, Rewards]:
 
 
 @_as_strict_as_asked
-@stage(version="7")
+@stage(version="8")
 def score(outputs: Rollouts, questions: Questions, config: RewardConfig) -> Rewards:
     """Score every output o_i of every question by rules and functions, as a whole and, with a component `steps`, line by line.
 

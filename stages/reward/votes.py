@@ -22,7 +22,7 @@ _MOST_OF_A_QUESTION: Final = 16
 """Deadlines missed after which all answers of a question that are left stand for themselves."""
 
 
-@stage(version="2")
+@stage(version="3")
 def count_votes(rewards: Rewards, config: RewardConfig) -> Votes:
     """Count the votes of every question's samples, for Maj@K (DeepSeekMath, Fig. 7).
 

@@ -59,12 +59,13 @@ class Grade:
 
 
 def read_gold(answer: str) -> str:
-    r"""The gold answer proper: the content of its `\boxed{}` or after its `####`, else all of it.
+    r"""The gold answer proper: the content of its `\boxed{}`, what follows its `####` or its "final answer is", else all of it.
 
     Raises:
         GoldError: where nothing is left.
     """
-    gold = find_answer(answer, _GOLD_CONVENTIONS) or answer.strip()
+    conventions = (*_GOLD_CONVENTIONS, "phrase") if "final answer is" in answer.lower() else _GOLD_CONVENTIONS
+    gold = find_answer(answer, conventions) or answer.strip()
     if not gold:
         raise GoldError("the gold answer is empty")
     return gold

@@ -61,6 +61,14 @@ _NUMERAL: Final = "|".join(sorted(INTEGER_WORDS, key=len, reverse=True))
 _NUMERAL_WORDS: Final = re.compile(
     rf"(?:a\s+(?=dozen))?(?:{_NUMERAL})(?:(?:[\s-]+|\s+and\s+)(?:{_NUMERAL}))*(?![\w-])", re.IGNORECASE
 )
+_TRUTH: Final = {"yes": True, "true": True, "no": False, "false": False}
+_TIME: Final = re.compile(
+    r"(?P<hour>[01]?\d|2[0-3]):(?P<minute>[0-5]\d)(?::(?P<second>[0-5]\d))?(?:\s*(?P<half>[ap])\.?\s?m\.?)?",
+    re.IGNORECASE | re.ASCII,
+)
+_HALF_A_DAY: Final = 12 * 3600
+_ALL_DOUBLED: Final = re.compile(r"(?:[^\\]|(?:\\\\)+)*")
+_WORD_AND_NUMBER: Final = re.compile(r"[A-Za-z]{4,}\d*", re.ASCII)
 _CHINESE_PERCENT: Final = re.compile(r"百分之(.+)")
 
 
@@ -90,15 +98,38 @@ def compare_exactly(gold: str, answer: str) -> bool | None:
         if expected.unit and stated.unit and expected.unit != stated.unit:
             return False
         return any(_same(x, y, expected.decimal or stated.decimal) for x, y in _readings(expected, stated))
-    spelling = normalise_text(answer)
+    spelling, wanted = normalise_text(answer), normalise_text(gold)
     if spelling == "nan":
         return False
-    if normalise_text(gold) == spelling != "":
+    if wanted == spelling != "":
         return True
+    if wanted in _TRUTH and spelling in _TRUTH:
+        return _TRUTH[wanted] == _TRUTH[spelling]
+    if (times := _same_time(gold, answer)) is not None:
+        return times
     letters = _letters(answer)
     if letters and (expected is not None or _letters(gold) not in ("", letters)):
         return False
     return None
+
+
+def _same_time(gold: str, answer: str) -> bool | None:
+    """Whether two times of day are one: `20:34`, `20:34:00`, `8:34 p.m.`; None where one is no time, or both may be ratios."""
+    times = [_TIME.fullmatch(undressed(text)) if ":" in text else None for text in (gold, answer)]
+    if None in times:
+        return None
+    seconds = [
+        (int(time["hour"]) % (12 if time["half"] else 24) + 12 * (time["half"] in ("p", "P"))) * 3600
+        + int(time["minute"]) * 60
+        + int(time["second"] or 0)
+        for time in times
+        if time
+    ]
+    if seconds[0] == seconds[1]:
+        return True
+    # 8:34 may be meant for 8:34 p.m., and 2:10 for the ratio 1:05.
+    decided = any(time["half"] for time in times if time) and (seconds[0] - seconds[1]) % _HALF_A_DAY
+    return False if decided or all(time["half"] for time in times if time) else None
 
 
 def _letters(answer: str) -> str:
@@ -128,7 +159,7 @@ def normalise_text(answer: str) -> str:
     text = _BEHIND_COMMAND.sub(r"\1{}", text)
     text = re.sub(r"(?<!\d) +| +(?!\d)", "", text).replace("{}", " ").strip().removesuffix(".")
     text = text[1:-1] if re.fullmatch(r"\{[^{}]*\}", text) else text
-    return text.lower() if len(text) > 1 and text.isalpha() else text
+    return text.lower() if (len(text) > 1 and text.isalpha()) or _WORD_AND_NUMBER.fullmatch(text) else text
 
 
 @functools.lru_cache(maxsize=2**14)  # the gold answer again and again, and most answers more than once
@@ -157,7 +188,12 @@ def read_number(answer: str) -> Number | None:
 
 def undressed(answer: str) -> str:
     r"""An answer without the marks around it: `\(`, `\text{}`, `**`, backticks, quotes, `The answer is`, a full stop."""
-    text = _THOUSANDS.sub(",", to_latin(_SPECIAL_TOKEN.sub("", answer)))
+    answer = _SPECIAL_TOKEN.sub("", answer)
+    if _DOUBLED.search(answer) and _ALL_DOUBLED.fullmatch(
+        answer
+    ):  # escaped once too often, line ends of a matrix included
+        answer = answer.replace(r"\\", "\\")
+    text = _THOUSANDS.sub(",", to_latin(answer))
     text = (
         text.replace(r"\"", '"').replace(r"\%", "%").replace(r"\$", "$\N{WORD JOINER}")
     )  # a dollar that delimits nothing

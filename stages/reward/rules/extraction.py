@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Final, Literal, assert_never
+from typing import Final, Literal, TypeVar, assert_never
 
 from stages.reward.rules.exact import read_number
 from stages.reward.rules.statement import retracts, without_words
@@ -23,6 +23,7 @@ __all__ = [
 
 Convention = Literal["boxed", "tags", "hashes", "line", "phrase", "number"]
 Mark = Literal["last", "first"]
+T = TypeVar("T")
 
 LAST_CHARACTERS: Final = 4096
 _LONGEST_WHOLE: Final = 512
@@ -60,10 +61,17 @@ _BARE_BOX: Final = re.compile(
     r"[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?\\?%?|\\(?:text|mathrm|mathbf)\s?\{[^{}]*\}|\\[dt]?frac\s*(?:\{[^{}]*\}\s*\{[^{}]*\}|\d\s*\d)|(?<![A-Za-z])[A-Za-z](?![A-Za-z])"
 )
 _BRACE: Final = re.compile(r"\\[{}]|[{}]")  # an escaped brace is text
-# Nothing but separators, or one word and "and": "\\boxed{1} papers and \\boxed{2} bins".
+# Nothing but separators and labels of parts, one word and "and" (`\boxed{1} papers and \boxed{2} bins`), or which part of the
+# question the box was for (`\boxed{1} for part (a) and \boxed{2}`).
 _BETWEEN_BOXES: Final = re.compile(
-    r"(?:[\s,;$.]|and|or|和|\\text|\\quad|\\qquad|[{}]|\\\(|\\\)){0,24}|\$?\s+[a-z]{2,20}\s+and\s+\$?"
+    r"(?:[\s,;$.]|and|or|和|\\text|\\quad|\\qquad|[{}]|\\\(|\\\)|\([a-h]\)){0,24}|\$?\s+[a-z]{2,20}\s+and\s+\$?"
+    r"|\$?\s*(?:\\text\s?\{)?\s*(?:for|in|of|from)(?: (?:[a-z]{1,9}|\([a-z]{1,3}\))){1,4},? and\s*\}?\s*\$?"
 )
+_NAMED: Final = re.compile(r"(\\?[A-Za-z]+(?:_(?:\{\w{1,9}\}|\w))?)\s{0,4}=\s{0,4}\$?$")
+"""The quantity whose value the box behind it holds: `y_1 = \\boxed{3}`."""
+_LONGEST_NAME: Final = 32
+# The closing brace escaped by mistake: `\boxed{185\}`.
+_ESCAPED_BOX: Final = re.compile(r"\\boxed\s?\{((?:[^{}\n\\]|\{[^{}\n]{0,200}\}|\\(?!\})){1,512})\\\}")
 _ONE_FORMULA: Final = re.compile(r"\$\$?[^$]+\$\$?|\\\([^$]+\\\)|\\\[[^$]+\\\]", re.DOTALL)
 _PURE: Final = re.compile(r"[-+$]{0,2}(?:[\d.(\[√∛½¼¾]|\\(?!boxed|fbox))[^=#]*")
 _PROSE: Final = re.compile(r"(?<![\\A-Za-z])(?!sqrt|frac|sin|cos|tan|log|ln|exp|pi)[A-Za-z]{2,}")
@@ -159,18 +167,31 @@ def _finder(convention: Convention) -> Callable[[str, Mark], str | None]:
 
 
 def _boxed(text: str, mark: Mark) -> str | None:
-    r"""One `\boxed{}`; several with nothing but "and" or commas between them are one answer of several parts."""
+    r"""One `\boxed{}`; several with nothing but "and" or commas between them are one answer of several parts.
+
+    Parts that are all named keep their names: `x = \boxed{1}` and `y = \boxed{2}` state `x=1, y=2`.
+    """
     boxes = boxed_answers(text)
     if not boxes:
+        return last[1] if (last := _at(list(_ESCAPED_BOX.finditer(text)), mark)) else None
+    groups: list[list[tuple[str | None, str]]] = []
+    behind = 0
+    for start, end, content in boxes:
+        name = _NAMED.search(text[max(behind, start - _LONGEST_NAME) : start])
+        between = text[behind : start - (len(name[0]) if name else 0)]
+        if not groups or len(between) > _LONGEST_WHOLE or not _BETWEEN_BOXES.fullmatch(between):
+            groups.append([])
+        groups[-1].append((name[1] if name else None, content))
+        behind = end
+    parts = _at(groups, mark) or []
+    named = len(parts) > 1 and all(name for name, _ in parts)
+    return ", ".join(f"{name}={content}" if named else content for name, content in parts)
+
+
+def _at(found: Sequence[T], mark: Mark) -> T | None:
+    if not found:
         return None
-    groups = [[boxes[0]]]
-    for box in boxes[1:]:
-        between = text[groups[-1][-1][1] : box[0]]
-        if len(between) <= _LONGEST_WHOLE and _BETWEEN_BOXES.fullmatch(between):
-            groups[-1].append(box)
-        else:
-            groups.append([box])
-    return ", ".join(content for _, _, content in (groups[0] if mark == "first" else groups[-1]))
+    return found[0] if mark == "first" else found[-1]
 
 
 def _closed_by_phrase(text: str) -> bool:

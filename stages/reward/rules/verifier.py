@@ -7,6 +7,7 @@ deadline. Model text reaches math-verify's grammar, never `sympify` or `eval`.
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Any, Final, Literal
 
@@ -19,6 +20,16 @@ Verdict = Literal["equal", "different", "no_answer", "no_gold"]
 _FINE: Final = 120
 """Digits with which numbers are compared that are too small for math-verify's fifteenth decimal place."""
 _SMALL: Final = 1e-6
+_FUNCTION: Final = re.compile(r"\s*[A-Za-z]\s*\(\s*x\s*\)\s*=")
+_ORDINATE: Final = re.compile(r"\s*y\s*=")
+_VECTOR: Final = re.compile(
+    r"\\begin\s?\{(?:[pbB]?(?:small)?matrix|array)\}\s*(?:\{[lcr|]+\})?((?:(?!\\begin).)*)\\end\s?\{\w+\}", re.DOTALL
+)
+_BRACKETED: Final = re.compile(r"(?:\(|\[|\\langle)(.*)(?:\)|\]|\\rangle)", re.DOTALL)
+_POINTS: Final = 24
+"""Points at which formulas in variables are compared."""
+_MOST_VARIABLES: Final = 4
+_TOLERANCE: Final = 1e-25
 _ROUNDING: Final = 0.05
 """Largest relative distance of a value from what is said to be approximately equal to it."""
 
@@ -37,6 +48,8 @@ def compare_symbolically(gold: str, answer: str | None, searched: str | None = N
     expected, stated = as_formula(gold), None if answer is None else as_formula(answer)
     if stated is None and searched:
         return _search(gold, searched)
+    if expected is not None and stated is not None:
+        expected, stated = _as_vectors(*_as_functions(expected, stated))
     if expected is None or not _parse(_named_apart(expected, stated)):
         return "no_gold"
     if stated is None:
@@ -62,6 +75,30 @@ def _search(gold: str, text: str) -> Verdict:
     if not found:
         return "no_answer"
     return "equal" if verify(golds, found, timeout_seconds=None) else "different"
+
+
+def _as_functions(gold: str, answer: str) -> tuple[str, str]:
+    """Both formulas with one name for the dependent quantity: `y = 2x + 3` describes the function `f(x) = 2x + 3`."""
+    if (function := _FUNCTION.match(gold)) and _ORDINATE.match(answer):
+        return gold, _ORDINATE.sub(function[0], answer)
+    if (function := _FUNCTION.match(answer)) and _ORDINATE.match(gold):
+        return _ORDINATE.sub(function[0], gold), answer
+    return gold, answer
+
+
+def _as_vectors(gold: str, answer: str) -> tuple[str, str]:
+    """Both formulas as matrices, where one is a matrix of one row or column and the other a tuple of as many entries."""
+    for vector, other in ((gold, answer), (answer, gold)):
+        column = _VECTOR.fullmatch(vector.strip())
+        if column is None or "\\begin" in other or "=" in other:
+            continue
+        separator = r"\\" if r"\\" in column[1] else "&"
+        entries = [entry.strip() for entry in column[1].strip().removesuffix(separator).split(separator)]
+        given = parts(_BRACKETED.sub(r"\1", other.replace(r"\left", "").replace(r"\right", "").strip()))
+        if len(entries) == len(given) > 1 and not any("&" in entry or r"\\" in entry for entry in entries):
+            matrices = [rf"\begin{{pmatrix}}{separator.join(side)}\end{{pmatrix}}" for side in (entries, given)]
+            return (matrices[0], matrices[1]) if vector is gold else (matrices[1], matrices[0])
+    return gold, answer
 
 
 def _named_apart(gold: str, answer: str | None) -> str:
@@ -146,16 +183,81 @@ def _equal(gold: list[Any], answer: list[Any]) -> bool:
     from math_verify import verify
 
     if not verify(gold, answer, timeout_seconds=None):
-        return False
+        return _equal_values(gold[0], answer[0])
     if not any(map(_is_small, (*gold, *answer))):
         return True
     exact = [[_without_floats(each) for each in side] for side in (gold, answer)]
     return bool(verify(*exact, numeric_precision=_FINE, float_rounding=_FINE, timeout_seconds=None))
 
 
+def _equal_values(gold: Any, answer: Any) -> bool:
+    """Whether formulas that sympy does not prove equal have equal values.
+
+    `i` is the imaginary unit where the gold has no other variable. Formulas in variables are compared at `_POINTS` points, to
+    30 digits. Both must be real at the same points, and at a quarter of them: the root of x^2 is not x.
+    """
+    from sympy import Expr, I  # type: ignore[import-untyped]
+
+    if not (isinstance(gold, Expr) and isinstance(answer, Expr)):
+        return False
+    gold, answer = (_plain(_without_floats(side)) for side in (gold, answer))
+    if not gold.free_symbols >= answer.free_symbols:
+        return False
+    names = sorted(gold.free_symbols, key=str)
+    if [str(name) for name in names] == ["i"]:
+        return bool((gold - answer).subs(names[0], I).expand().is_zero)
+    if not 0 < len(names) <= _MOST_VARIABLES or set(names) != answer.free_symbols or not _is_elementary(gold, answer):
+        return False
+    compared = 0
+    for place in range(_POINTS):
+        point = {name: _coordinate(place, axis) for axis, name in enumerate(names)}
+        values = [_real_value(side, point) for side in (gold, answer)]
+        if values == [None, None]:
+            continue
+        if None in values or abs(values[0] - values[1]) > _TOLERANCE * max(abs(values[0]), abs(values[1])):
+            return False
+        compared += 1
+    return compared >= _POINTS // 4
+
+
+def _plain(formula: Any) -> Any:
+    """The formula in symbols without assumptions: the parser calls an `i` real in one formula and not in another."""
+    from sympy import Symbol
+
+    return formula.xreplace({symbol: Symbol(symbol.name) for symbol in formula.free_symbols})
+
+
+def _is_elementary(*formulas: Any) -> bool:
+    """Whether formulas are made of powers, exponentials, logarithms and trigonometric functions alone."""
+    from sympy import Abs, Add, Mul, Pow, exp, log, preorder_traversal
+    from sympy.functions.elementary.trigonometric import (  # type: ignore[import-untyped]
+        InverseTrigonometricFunction,
+        TrigonometricFunction,
+    )
+
+    known = (Add, Mul, Pow, exp, log, Abs, TrigonometricFunction, InverseTrigonometricFunction)
+    return all(part.is_Atom or isinstance(part, known) for each in formulas for part in preorder_traversal(each))
+
+
+def _coordinate(place: int, axis: int) -> Any:
+    """The value of a variable at a point: fractions of both signs between 0 and 5, unlike any that a formula has."""
+    from sympy import Rational
+
+    size = (7919 * (place + 1) * (axis + 2) ** 2 + 104_729 * axis) % 9973 + 1
+    return Rational(size if (place >> axis) % 2 == 0 else -size, 1999)
+
+
+def _real_value(formula: Any, point: dict[Any, Any]) -> Any:
+    """The value of a formula at a point; None where it is not a real number."""
+    real, imaginary = formula.evalf(30, subs=point).as_real_imag()
+    if not (real.is_Float or real.is_Integer or real.is_Rational) or abs(imaginary) > _TOLERANCE * abs(real):
+        return None
+    return real
+
+
 def _is_small(expression: Any) -> bool:
     """Whether a number in it is so near zero that another one would count as equal."""
-    from sympy import preorder_traversal  # type: ignore[import-untyped]
+    from sympy import preorder_traversal
 
     return any(
         (getattr(part, "is_number", False) and not part.is_Atom and 0 < abs(complex(part.evalf(15))) < _SMALL)

@@ -60,3 +60,12 @@ def start_a_program(how: str) -> int:
 def signal_its_group(number: int) -> None:
     os.killpg(os.getpgrp(), number)
     time.sleep(600)
+
+
+def math_verify_accepts(gold: str, prediction: str, is_text: bool) -> bool:
+    """What math-verify itself says, with all of its defaults but the alarms that a worker cannot have."""
+    from math_verify import parse, verify
+
+    stated = prediction if is_text else f"\\boxed{{{prediction}}}"
+    formula = gold if is_text or "$" in gold else f"${gold}$"
+    return verify(parse(formula, parsing_timeout=None), parse(stated, parsing_timeout=None), timeout_seconds=None)

@@ -13,6 +13,7 @@ import pytest
 from stages.reward import AccuracyConfig
 from stages.reward.pool import KillablePool
 from stages.reward.rules.accuracy import VERIFIER_MODULES, Grade, Verifier, grade_answers
+from tests.stages.reward.tasks import math_verify_accepts
 
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 DEADLINE_S = 3.0
@@ -59,12 +60,11 @@ def disagreements(rows: list[dict[str, Any]], pool: KillablePool) -> list[str]:
     return [row["id"] for row, grade in zip(rows, found, strict=True) if (grade.status == "ok") != row["expected"]]
 
 
-POLICY = {
+OF_THEIR_SETTINGS = {
     "gc-0127": "their test rounds to 2 places; 0.33 is not 1/3",
     "gc-0133": "their test rounds to 4 places; 2.6667 is not 8/3",
     "gc-0179": "their set of an inequality, a setting; the pair stands there with both verdicts",
     "gc-0244": "their equality of f(x) and f(y), a setting; the pair stands there with both verdicts",
-    "gc-0254": "suspect by its own note: 1 - 1/e is not 1 + 1/e",
     "gc-0259": "their test rounds to 4 places; 0.3333 is not 1/3",
     "gc-0286": "their French setting: prose whose last number is not the answer",
     "gc-0302": "hendrycks/math compares strings; math-verify's lists have no order",
@@ -72,37 +72,23 @@ POLICY = {
     "gc-0318": "MARIO rounds; 1.414 is not the root of 2",
     "gc-0326": "MARIO rounds; 1.732 is not the root of 3",
     "gc-0327": "MARIO rounds; 125.663 is not 40 pi",
-    "gc-0333": "MARIO reads i as the imaginary unit in every formula",
-    "gc-0346": "MARIO knows times of day",
-    "gc-0347": "MARIO knows times of day",
     "gc-0348": "MARIO lets a unit change the value: 10cm is not 10",
-    "gc-0352": "MARIO's own simplification; math-verify does not prove it",
-    "gc-0359": "MARIO's matrix without brackets, its backslashes doubled twice",
-    "gc-0360": "MARIO's matrix equals a list",
     "gc-0361": "MARIO rounds within a system of equations",
-    "gc-0366": "suspect by its own note: equal within floating point only",
-    "gc-0371": "MARIO lets f(x) = 2x + 3 equal y = 2x + 3; math-verify does not",
+    "gc-0366": "suspect by its own note: the lower bound is not 1, and equal within floating point only",
     "gc-0405": "dart-math's free percent: 3.04 equals 0.0304",
     "gc-0406": "dart-math's free percent: 3.04 equals 0.0304",
     "gc-0420": "dart-math's setting for sets: (1, 2) equals (2, 1)",
-    "gc-0429": "symeval's array equals a list",
-    "gc-0431": "symeval lets no equal false",
-    "gc-0566": "NeMo-RL wants its tags; here a phrase is a place as well",
-    "gc-0568": "NeMo-RL compares letters and digits only, whatever their case",
-    "gc-0569": "NeMo-RL compares letters and digits only, whatever their case",
+    "gc-0569": "NeMo-RL compares letters and digits only; a sign is no noise in a formula",
 }
-"""Sources that grade by another policy than math-verify's defaults."""
+"""Cases for which math-verify, with its defaults, has our verdict: their source has other settings or another policy."""
 OURS = {
     "gc-0032": "an equation whose sides differ, 1/2 = 10/9, is not 10/9",
-    "gc-0056": "the gold answer is a whole text, without box or marks",
-    "gc-0104": "the gold answer is an equation whose sides differ, 1 = 0",
-    "gc-0184": "two boxes in a gold answer with a stray backslash before each",
-    "gc-0229": "two boxes with a sentence between them; the last one counts",
-    "gc-0239": "two boxes with a sentence between them; the last one counts",
-    "gc-0383": "the backslash at the end opens the box that this test puts around it",
-    "gc-0384": "the backslash at the end opens the box that this test puts around it",
+    "gc-0104": "the gold answer is an equation whose sides differ, 1 = 0, with a command that LaTeX does not have",
+    "gc-0184": "two boxes in a gold answer with a stray backslash before each and six plus signs between them",
+    "gc-0254": "suspect by its own note: 1 - 1/e is not 1 + 1/e",
+    "gc-0566": "NeMo-RL wants its tags; math-verify reads no formula without dollars, and here a phrase is a place as well",
 }
-"""Where math-verify's policy is not followed."""
+"""Cases for which math-verify, with its defaults, has the verdict of the source, and we have not."""
 
 
 @pytest.mark.slow
@@ -110,10 +96,17 @@ def test_98_percent_of_462_graders_cases_agree_by_the_policy_of_math_verify(data
     rows = rows_of(data_dir / "grader_cases.jsonl")
     assert len(rows) == 462
     found = disagreements(rows, pool)
-    assert found == sorted(POLICY | OURS)
+    assert found == sorted(OF_THEIR_SETTINGS | OURS)
+    disputed = [row for row in rows if row["id"] in found]
+    tasks = [(row["gold"], row["prediction"], row["kind"] == "text") for row in disputed]
+    verdicts = pool.run(math_verify_accepts, tasks, deadline_s=20.0)
+    assert {row["id"] for row, outcome in zip(disputed, verdicts, strict=True) if outcome.value == row["expected"]} == {
+        *OURS
+    }
     assert 1 - len(OURS) / len(rows) >= 0.98
     own = {row["id"] for row in rows if "Math-Verify" in row["source"] or "lighteval" in row["source"]}
     assert len(own) == 306
+    assert (len(rows) - len(found), len(own - set(found))) == (439, 296)
     assert 1 - len(own & set(OURS)) / len(own) >= 0.98
 
 

@@ -15,7 +15,7 @@ from pipeline.config import ConfigError
 
 if TYPE_CHECKING:
     from stages.reward import AccuracyConfig, RewardConfig
-    from stages.reward.judge import Judged
+    from stages.reward.composition import ComponentScore
 
 __all__ = ["grade"]
 
@@ -128,20 +128,21 @@ def _row(line: str, number: int, place: str) -> _Row:
     return _Row(number, values, gold, output, None if expected is None else bool(expected))
 
 
-def _judged(rows: list[_Row], component: AccuracyConfig, reward: RewardConfig) -> list[Judged]:
-    from stages.reward.judge import Output, judge
+def _judged(rows: list[_Row], component: AccuracyConfig, reward: RewardConfig) -> list[ComponentScore]:
+    from stages.reward.components import score_component
+    from stages.reward.composition import Output
 
-    found: list[Judged] = []
+    found: list[ComponentScore] = []
     for start in range(0, len(rows), _CHUNK_ROWS):
         outputs = [
             Output(str(row.number), 0, "", row.gold, None, row.output, (), (), "stop")
             for row in rows[start : start + _CHUNK_ROWS]
         ]
-        found += judge(outputs, component, reward)
+        found += score_component(outputs, component, reward)
     return found
 
 
-def _write(out: Path, rows: list[_Row], judged: list[Judged]) -> None:
+def _write(out: Path, rows: list[_Row], judged: list[ComponentScore]) -> None:
     lines = [
         json.dumps(row.values | {"status": verdict.status, "read_as": verdict.extracted}, ensure_ascii=False)
         for row, verdict in zip(rows, judged, strict=True)
@@ -149,7 +150,7 @@ def _write(out: Path, rows: list[_Row], judged: list[Judged]) -> None:
     out.write_bytes(("\n".join(lines) + "\n").encode("utf-8", "replace"))
 
 
-def _report(rows: list[_Row], judged: list[Judged], show: int) -> int:
+def _report(rows: list[_Row], judged: list[ComponentScore], show: int) -> int:
     counts = Counter(verdict.status for verdict in judged)
     print(f"{len(rows)} rows")
     for status, count in counts.most_common():

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from flows.config.parts import RunSettings
 from stages.advantage import GroupConfig
-from stages.reward import OverlongConfig, beside_labels
+from stages.reward import OverlongConfig, unlearned_components
 from stages.training import DeepSpeedEngineConfig, TrainingConfig
 from stages.update import GRPOConfig
 
@@ -195,7 +195,7 @@ def _of_reward_models(config: RunSettings) -> Iterator[str]:
             f"reward_model: advantage.kind {config.advantage.kind} learns from the rules' verdicts or from no reward, and the "
             "models' scores would have no effect; set reward_model=null"
         )
-    beside = beside_labels(reward)
+    beside = unlearned_components(reward)
     for component in (part for part in reward.components if part not in beside):
         usual = type(component).model_fields["weight"].default
         if component.weight != usual:

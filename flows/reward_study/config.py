@@ -13,7 +13,7 @@ from flows.config import PretrainedPolicy
 from flows.config.resolve import read_overrides, read_values
 from pipeline.config import Config, ConfigError, flatten, parse_settings
 from stages.data import ColumnsConfig, Feature, QuestionFileConfig, SolutionFileConfig
-from stages.reward import AccuracyConfig, RewardConfig, beside_labels
+from stages.reward import AccuracyConfig, RewardConfig, unlearned_components
 from stages.reward_model import GaugeConfig, ScoringConfig
 from stages.reward_training import RewardTrainingConfig
 from stages.sft import PolicyConfig, SFTConfig
@@ -99,7 +99,7 @@ class RewardModelStudyConfig(Config):
             complaints.append("sft: imitates right solutions; name a file of them (demonstrations), or set sft to null")
         if empty := [name for name, features in self.shortcuts.items() if not features]:
             complaints.append(f"shortcuts: {empty[0]!r} has no feature")
-        if beside := beside_labels(self.reward):
+        if beside := unlearned_components(self.reward):
             complaints.append(f"reward.components: {beside[0].name!r} says nothing of the label; leave it out")
         if complaints:
             raise ValueError("\n    ".join(complaints))

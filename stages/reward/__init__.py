@@ -1,6 +1,6 @@
 """Rewards (Algorithm 1, line 8): one row per output, with a status and the scores of its parts."""
 
-from stages.reward.composition import answer_component, beside_labels, beside_steps, labels_only
+from stages.reward.composition import answer_component, labels_only, outcome_components, unlearned_components
 from stages.reward.config import (
     AccuracyConfig,
     FormatConfig,
@@ -11,8 +11,9 @@ from stages.reward.config import (
     StepsConfig,
     ThinkingConfig,
 )
-from stages.reward.stage import STATUSES, combine_rewards, score
+from stages.reward.stage import combine_rewards, score
 from stages.reward.votes import count_votes
+from stages.reward_metrics import STATUSES
 
 __all__ = [
     "STATUSES",
@@ -25,10 +26,10 @@ __all__ = [
     "StepsConfig",
     "ThinkingConfig",
     "answer_component",
-    "beside_labels",
-    "beside_steps",
     "combine_rewards",
     "count_votes",
     "labels_only",
+    "outcome_components",
     "score",
+    "unlearned_components",
 ]

@@ -1,20 +1,75 @@
-"""One reward from the scores of its components, with a declared meaning for a score that is missing."""
+"""One reward from the scores of its components, with a declared meaning for a score that is missing; and their metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from array import array
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
-from stages.reward.config import (
-    AccuracyConfig,
-    ComponentConfig,
-    Missing,
-    OverlongConfig,
-    RewardConfig,
-    StepsConfig,
-)
+from stages.reward.config import AccuracyConfig, ComponentConfig, Missing, OverlongConfig, RewardConfig, StepsConfig
+from stages.reward_metrics import STATUSES, RewardMetric, status_metric
 
-__all__ = ["Part", "answer_component", "beside_labels", "beside_steps", "compose", "compose_steps", "labels_only"]
+__all__ = [
+    "STATUSES",
+    "ComponentScore",
+    "Output",
+    "Part",
+    "StepLabels",
+    "Tally",
+    "answer_component",
+    "compose",
+    "compose_steps",
+    "labels_only",
+    "outcome_components",
+    "unlearned_components",
+]
+
+
+@dataclass(frozen=True)
+class StepLabels:
+    """The K steps of one output."""
+
+    rewards: list[float]
+    """r^index(j): 1.0 or 0.0."""
+    ends: list[int]
+    """index(j): the token that ends step j."""
+    answer_right: bool | None
+    """Whether the answer line states the true answer; None where there is none."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a component sees of a row."""
+
+    question_id: str
+    sample: int
+    question: str
+    gold: str
+    solution: str | None
+    text: str
+    output_ids: Sequence[int]
+    text_ends: Sequence[int]
+    """One per token."""
+    finish_reason: str
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the length limit cut it."""
+        return self.finish_reason == "length"
+
+
+@dataclass(frozen=True)
+class ComponentScore:
+    """One component's result for one output; `status` and `extracted` only from components that read the answer."""
+
+    score: float | None
+    status: str | None = None
+    extracted: str | None = None
+    screened: bool = False
+    steps: StepLabels | None = None
 
 
 @dataclass(frozen=True)
@@ -70,17 +125,70 @@ def answer_component(config: RewardConfig) -> ComponentConfig:
 
 def labels_only(config: RewardConfig) -> RewardConfig:
     """The rules that a reward model learns from and is measured by: right answers, right steps, and no form or length."""
-    beside = beside_labels(config)
+    beside = unlearned_components(config)
     kept = tuple(component for component in config.components if component not in beside)
     return config.model_copy(update={"components": kept}) if beside else config
 
 
-def beside_labels(config: RewardConfig) -> tuple[ComponentConfig, ...]:
+def unlearned_components(config: RewardConfig) -> tuple[ComponentConfig, ...]:
     """The components that add to a model's score: all but those that its labels come from, which the score stands for."""
     own = answer_component(config)
     return tuple(part for part in config.components if part != own and not isinstance(part, StepsConfig))
 
 
-def beside_steps(config: RewardConfig) -> tuple[ComponentConfig, ...]:
+def outcome_components(config: RewardConfig) -> tuple[ComponentConfig, ...]:
     """The components that add to the last step's reward under process supervision: all but the answer's verdict and steps."""
     return tuple(part for part in config.components if not isinstance(part, AccuracyConfig | StepsConfig))
+
+
+_FAULTS: Final = ("timeout", "error")
+"""Statuses of a component that could not be asked."""
+
+
+class Tally:
+    """Counts, and of each mean all its numbers (8 bytes each): their sum is exact, whatever their order."""
+
+    def __init__(self, components: Sequence[str], functions: Sequence[str] = ()) -> None:
+        self._statuses: Counter[str] = Counter()
+        self._rewards = array("d")
+        self._scores = {name: array("d") for name in components}
+        self._step_rewards: dict[str, array[float]] = {}
+        self._failed = dict.fromkeys(functions, 0)
+        self._screened = self._faults = 0
+
+    def take(
+        self, rewards: Sequence[float | None], statuses: Sequence[str], columns: Mapping[str, Sequence[ComponentScore]]
+    ) -> None:
+        """Count some outputs: their rewards, statuses, and what each component says of each."""
+        self._statuses.update(statuses)
+        self._rewards.extend(reward for reward in rewards if reward is not None)
+        for name, column in columns.items():
+            self._scores[name].extend(result.score for result in column if result.score is not None)
+            for result in column:
+                if result.steps:
+                    self._step_rewards.setdefault(name, array("d")).extend(result.steps.rewards)
+                self._screened += result.screened
+                self._faults += result.status in _FAULTS
+            if name in self._failed:
+                self._failed[name] += sum(result.status in _FAULTS for result in column)
+
+    def metrics(self) -> dict[str, float]:
+        """Means over what has a number, a component's over its step rewards where it has any; shares of all outputs.
+
+        `reward/failed`, where there are functions: the share that one of them failed on, the largest.
+        """
+        outputs = self._statuses.total()
+        rows = max(outputs, 1)
+        means = {f"reward/{name}": self._step_rewards.get(name, scores) for name, scores in self._scores.items()}
+        # No number is better than NaN: a chart shows the gap.
+        known = {name: values for name, values in ({RewardMetric.MEAN: self._rewards} | means).items() if values}
+        return (
+            {name: math.fsum(values) / len(values) for name, values in known.items()}
+            | {status_metric(status): self._statuses[status] / rows for status in STATUSES}
+            | {
+                RewardMetric.MISSING: (outputs - len(self._rewards)) / rows,
+                RewardMetric.SCREENED: self._screened / rows,
+                RewardMetric.FAULTS: self._faults / rows,
+            }
+            | ({RewardMetric.FAILED: max(self._failed.values()) / rows} if self._failed else {})
+        )

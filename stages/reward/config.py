@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.config import UNKEYED, Config
-from stages.reward.functions.source import find_source
+from stages.reward.function_worker import find_source
 from stages.reward.rules.accuracy import Verifier
 from stages.reward.rules.extraction import Convention, Mark
-from stages.reward.rules.form import Form
+from stages.reward.rules.format import Form
 from stages.reward_metrics import RESERVED
 
 __all__ = [
@@ -249,7 +249,7 @@ class RewardConfig(Config):
     truncated: Literal["as_unparseable", "as_is", "no_reward"] = "as_unparseable"
     """Outputs cut at the length limit (`finish_reason: length`); the paper is silent. `as_unparseable`: every component
     that reads text scores 0, status `truncated`; their length is punished and their lines keep their labels, the broken one
-    is judged as it stands. `as_is`: scored like any other text. `no_reward`: null, out of the group's statistics and out of
+    is result as it stands. `as_is`: scored like any other text. `no_reward`: null, out of the group's statistics and out of
     the loss, no step rewards either."""
     reads: Literal["all", "last_characters"] = "all"
     """What accuracy and format (but for `pattern`) read of an output. `all`: as graders elsewhere do; the cost is linear in the

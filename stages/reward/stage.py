@@ -10,21 +10,31 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec
 
 from pipeline.stage import record_metrics, stage
 from stages.keys import repeated_key
-from stages.reward.composition import Part, answer_component, beside_labels, beside_steps, compose, compose_steps
+from stages.reward.components import score_component
+from stages.reward.composition import (
+    ComponentScore,
+    Output,
+    Part,
+    Tally,
+    answer_component,
+    compose,
+    compose_steps,
+    outcome_components,
+    unlearned_components,
+)
 from stages.reward.config import ComponentConfig, FormatConfig, FunctionConfig, RewardConfig
-from stages.reward.judge import Judged, Output, RewardFunctionError, judge
+from stages.reward.functions import RewardFunctionError
 from stages.reward.rules.accuracy import GoldError, read_gold
-from stages.reward.tally import STATUSES, Tally
 from stages.reward_metrics import RewardMetric
 from stages.tables import Questions, Rewards, Rollouts
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["CHUNK_ROWS", "STATUSES", "combine_rewards", "score"]
+__all__ = ["CHUNK_ROWS", "combine_rewards", "score"]
 
 CHUNK_ROWS: Final = 4096
-"""Outputs that are judged at a time; no verdict depends on which are together. Rewards by functions, and by patterns that may
+"""Outputs that are result at a time; no verdict depends on which are together. Rewards by functions, and by patterns that may
 need processes, see all at once."""
 
 _KEY: Final = ("question_id", "sample")
@@ -58,7 +68,7 @@ def score(outputs: Rollouts, questions: Questions, config: RewardConfig) -> Rewa
 
     The status is that of the first component that reads the answer, else of the first; one that only scores says `ok` above 0.
     Process supervision: rewards of steps are their labels, and at the last one besides what is known of the output as a whole
-    other than its answer (`beside_steps`, `compose_steps`).
+    other than its answer (`outcome_components`, `compose_steps`).
 
     Metrics: `reward/mean`, `reward/<component>` (means over rows that have a score; of `steps` over all steps),
     `reward/status_<status>`, `reward/screened`, `reward/missing` (shares of all rows), `reward/faults` (components that timed
@@ -73,11 +83,11 @@ def score(outputs: Rollouts, questions: Questions, config: RewardConfig) -> Rewa
     """
     table = outputs.read([*_KEY, "finish_reason", "text", "text_ends", "output_ids"])
     asked = _questions_of(table, questions)
-    size = table.num_rows if _judges_together(config) else CHUNK_ROWS
+    size = table.num_rows if _scores_together(config) else CHUNK_ROWS
     return Rewards.write(_parts((_read(chunk, asked) for chunk in _chunks(table, size)), config))
 
 
-def _judges_together(config: RewardConfig) -> bool:
+def _scores_together(config: RewardConfig) -> bool:
     """Whether a component has a pool of processes with its patience for the whole batch, or wants to see all of it."""
     return any(
         isinstance(part, FunctionConfig) or (isinstance(part, FormatConfig) and part.form == "pattern")
@@ -93,13 +103,13 @@ def _chunks(table: pa.Table, size: int) -> Iterator[pa.Table]:
 def _parts(chunks: Iterable[list[Output]], config: RewardConfig) -> Iterator[dict[str, Any]]:
     """The table, a chunk at a time; the metrics at its end."""
     tally = _tally([], config.components)
-    whole = beside_steps(config)
+    whole = outcome_components(config)
     for rows in chunks:
-        columns = {component.name: judge(rows, component, config) for component in config.components}
+        columns = {component.name: score_component(rows, component, config) for component in config.components}
         rewards = [_reward({name: column[i] for name, column in columns.items()}, config) for i in range(len(rows))]
         _require_finite(rewards, rows)
         shown = columns[answer_component(config).name]
-        statuses = [judged.status or ("ok" if judged.score else "wrong") for judged in shown]
+        statuses = [result.status or ("ok" if result.score else "wrong") for result in shown]
         # At most one component cuts outputs into steps.
         steps = [
             next((column[i].steps for column in columns.values() if column[i].steps), None) for i in range(len(rows))
@@ -110,7 +120,7 @@ def _parts(chunks: Iterable[list[Output]], config: RewardConfig) -> Iterator[dic
             "sample": [row.sample for row in rows],
             "reward": rewards,
             "status": statuses,
-            "extracted": [judged.extracted for judged in shown],
+            "extracted": [result.extracted for result in shown],
             "components": [[(name, column[i].score) for name, column in columns.items()] for i in range(len(rows))],
             **_steps(
                 [(each.rewards, each.ends) if each else None for each in steps],
@@ -136,8 +146,8 @@ def _tally(scored: Sequence[str], components: Sequence[ComponentConfig]) -> Tall
     return Tally([*scored, *(component.name for component in components)], functions)
 
 
-def _part(judged: Judged, component: ComponentConfig) -> Part:
-    return Part(judged.score, component.weight, component.missing)
+def _part(result: ComponentScore, component: ComponentConfig) -> Part:
+    return Part(result.score, component.weight, component.missing)
 
 
 def _steps(
@@ -160,8 +170,9 @@ def combine_rewards(
 
         r = w s_model + sum_k w_k s_k
 
-    The sum is over all components but those whose verdicts the model has learned to give (`beside_labels`): form, language,
-    length, functions. Missing scores count as in `score`. Process supervision: `compose_steps` of the process model's scores.
+    The sum is over all components but those whose verdicts the model has learned to give (`unlearned_components`): form,
+    language, length, functions. Missing scores count as in `score`. Process supervision: `compose_steps` of the process
+    model's scores.
 
     A truncated output's model score is, by `config.truncated`: `as_is` what the model says; `no_reward` null, and all of the
     row with it; `as_unparseable` that of an answer nobody can read: 0 where scores are probabilities (`bounded`), else the
@@ -179,16 +190,16 @@ def combine_rewards(
     `reward/faults`, `reward/screened` as in `score`.
 
     Raises:
-        ValueError: an output without a score. As `score`, for the components that are judged here.
+        ValueError: an output without a score. As `score`, for the components that are result here.
     """
     table = outputs.read([*_KEY, "finish_reason", "text", "text_ends", "output_ids"])
     asked = _questions_of(table, questions)
-    size = table.num_rows if _judges_together(config) else CHUNK_ROWS
+    size = table.num_rows if _scores_together(config) else CHUNK_ROWS
     by_key = {(row["question_id"], row["sample"]): row for row in scores.rows()}
     lowest: dict[str, float] = {}
     for (question_id, _), row in by_key.items():
         lowest[question_id] = min(row["reward"], lowest.get(question_id, math.inf))
-    parts = beside_labels(config)
+    parts = unlearned_components(config)
     tally = _tally(["model"], parts)
 
     def combined() -> Iterator[dict[str, Any]]:
@@ -219,13 +230,15 @@ def _combined(
     tally: Tally,
 ) -> dict[str, Any]:
     """Some rows of the table; `floor` is what the model's score of a truncated output counts as under `as_unparseable`."""
-    columns = {part.name: judge(rows, part, config) for part in parts}
+    columns = {part.name: score_component(rows, part, config) for part in parts}
     whole = [[_part(columns[part.name][i], part) for part in parts] for i in range(len(rows))]
     counted = {"no_reward": [None] * len(rows), "as_is": [score["reward"] for score in found], "as_unparseable": floor}
     model = [counted[config.truncated if row.truncated else "as_is"][i] for i, row in enumerate(rows)]
     rewards = [compose([Part(score, weight, "no_reward"), *whole[i]]) for i, score in enumerate(model)]
     _require_finite(rewards, rows)
-    tally.take(rewards, [score["status"] for score in found], {"model": [Judged(score) for score in model], **columns})
+    tally.take(
+        rewards, [score["status"] for score in found], {"model": [ComponentScore(score) for score in model], **columns}
+    )
     said = [dict(score["components"]) for score in found]
     steps = [
         None if model[i] is None or score["step_rewards"] is None else (score["step_rewards"], score["step_ends"])
@@ -292,7 +305,7 @@ def _questions_of(outputs: pa.Table, questions: Questions) -> Mapping[str, Mappi
     return asked
 
 
-def _reward(judged: Mapping[str, Judged], config: RewardConfig) -> float | None:
-    if all(part.status == "truncated" and part.score is None for part in judged.values()):
+def _reward(result: Mapping[str, ComponentScore], config: RewardConfig) -> float | None:
+    if all(part.status == "truncated" and part.score is None for part in result.values()):
         return None  # whatever the components declare: the row was taken out as a whole
-    return compose([_part(judged[c.name], c) for c in config.components])
+    return compose([_part(result[c.name], c) for c in config.components])

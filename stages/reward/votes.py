@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from pipeline.stage import record_metrics, stage
 from stages.reward.config import AccuracyConfig, RewardConfig
-from stages.reward.judge import verifier_pool
+from stages.reward.functions import verifier_pool
 from stages.reward.rules.accuracy import grade_answers
 from stages.tables import Rewards, Votes
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stages.reward import AccuracyConfig, FormatConfig, LanguageConfig, RewardConfig, StepsConfig
-from stages.reward.tally import Tally
+from stages.reward.composition import Tally
 from stages.reward_metrics import RESERVED, STATUSES
 
 REPOSITORY = Path(__file__).parents[2]

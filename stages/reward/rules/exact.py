@@ -12,8 +12,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
 
-from stages.reward.rules.numerals import CHINESE_NUMERALS, INTEGER_WORDS, chinese_number, english_number
-from stages.reward.rules.script import CURRENCIES, to_latin
+from stages.reward.rules.numerals import (
+    CHINESE_NUMERALS,
+    CURRENCIES,
+    INTEGER_WORDS,
+    chinese_number,
+    english_number,
+    to_latin,
+)
 from stages.reward.rules.units import read_unit
 
 __all__ = ["Number", "canonical", "compare_exactly", "normalise_text", "read_number", "undressed"]

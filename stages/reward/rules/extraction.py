@@ -7,25 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Final, Literal, TypeVar, assert_never
 
 from stages.reward.rules.exact import read_number
-from stages.reward.rules.statement import retracts, without_words
+from stages.reward.rules.prose import LAST_CHARACTERS, retracts, valid, without_words
 
-__all__ = [
-    "LAST_CHARACTERS",
-    "Convention",
-    "Mark",
-    "boxed_answers",
-    "find_answer",
-    "last_lines",
-    "outside_thinking",
-    "tail",
-    "words_apart",
-]
+__all__ = ["Convention", "Mark", "boxed_answers", "find_answer"]
 
 Convention = Literal["boxed", "tags", "hashes", "line", "phrase", "number"]
 Mark = Literal["last", "first"]
 T = TypeVar("T")
 
-LAST_CHARACTERS: Final = 4096
 _LONGEST_WHOLE: Final = 512
 _NEXT_WORDS: Final = 40
 """Characters of the next sentence in which it would take the answer back."""
@@ -75,7 +64,6 @@ _ESCAPED_BOX: Final = re.compile(r"\\boxed\s?\{((?:[^{}\n\\]|\{[^{}\n]{0,200}\}|
 _ONE_FORMULA: Final = re.compile(r"\$\$?[^$]+\$\$?|\\\([^$]+\\\)|\\\[[^$]+\\\]", re.DOTALL)
 _PURE: Final = re.compile(r"[-+$]{0,2}(?:[\d.(\[√∛½¼¾]|\\(?!boxed|fbox))[^=#]*")
 _PROSE: Final = re.compile(r"(?<![\\A-Za-z])(?!sqrt|frac|sin|cos|tan|log|ln|exp|pi)[A-Za-z]{2,}")
-_CHINESE_BORDER: Final = re.compile(r"(?<=[一-鿿])(?=[\w$\\-])|(?<=[\w%$}])(?=[一-鿿])", re.ASCII)
 
 
 def find_answer(text: str, conventions: Sequence[Convention], mark: Mark = "last") -> str | None:
@@ -90,39 +78,8 @@ def find_answer(text: str, conventions: Sequence[Convention], mark: Mark = "last
     for convention in conventions:
         answer = _finder(convention)(text, mark)
         if answer is not None and answer.strip():
-            return _valid(answer.strip())
+            return valid(answer.strip())
     return None
-
-
-def outside_thinking(text: str, tags: tuple[str, str], *, opened: bool) -> str:
-    """What stands behind the thinking; nothing where it never ends.
-
-    Args:
-        text: the output.
-        tags: what opens the thinking and what closes it.
-        opened: whether the prompt has opened it, so that an output without either tag is all thinking.
-    """
-    opening, closing = tags
-    _, closed, behind = text.rpartition(closing)
-    if not closed:
-        return "" if opened else text.partition(opening)[0]
-    return behind.partition(opening)[0]
-
-
-def tail(text: str) -> str:
-    """The last 4 KiB of an output, as valid Unicode (a lone surrogate cannot be stored)."""
-    return _valid(text[-LAST_CHARACTERS:])
-
-
-def last_lines(text: str) -> str:
-    """The whole lines within `tail(text)`: a search must not begin inside an expression that was cut."""
-    ending = tail(text)
-    return ending if len(text) <= LAST_CHARACTERS else ending.partition("\n")[2].strip()
-
-
-def words_apart(text: str) -> str:
-    """Spaces between Chinese characters and what they touch: searches that look for borders of words find none in 共有99颗."""
-    return _CHINESE_BORDER.sub(" ", text)
 
 
 def boxed_answers(text: str) -> list[tuple[int, int, str]]:
@@ -142,10 +99,6 @@ def boxed_answers(text: str) -> list[tuple[int, int, str]]:
         elif bare := _BARE_BOX.match(text, match.end()):
             found.append((match.start(), bare.end(), bare[0]))
     return found
-
-
-def _valid(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _finder(convention: Convention) -> Callable[[str, Mark], str | None]:

@@ -11,8 +11,8 @@ import re
 from typing import Final
 
 from stages.reward.rules.exact import undressed
-from stages.reward.rules.units import read_unit
-from stages.reward.rules.vocabulary import MATHEMATICAL, is_word, split
+from stages.reward.rules.numerals import split
+from stages.reward.rules.units import MATHEMATICAL, is_word, read_unit
 
 __all__ = ["as_formula", "is_name", "parts", "sides"]
 

@@ -20,7 +20,7 @@ from stages.reward import (
 )
 from stages.reward.composition import Part, compose_steps
 from stages.tables import Advantages, Questions, Rewards
-from tests.stages.reward.test_steps import rollouts
+from tests.stages.reward.test_components import rollouts
 
 pytestmark = pytest.mark.usefixtures("store")
 

@@ -6,9 +6,10 @@ import time
 
 import pytest
 
-from stages.reward.rules.extraction import Convention, find_answer, last_lines, tail, words_apart
-from stages.reward.rules.form import Form, has_form
-from stages.reward.rules.screen import objection
+from stages.reward.rules.accuracy import complexity_objection
+from stages.reward.rules.extraction import Convention, find_answer
+from stages.reward.rules.format import Form, has_form
+from stages.reward.rules.prose import last_lines, tail, words_apart
 
 ALL: tuple[Convention, ...] = ("boxed", "tags", "hashes", "line", "phrase", "number")
 
@@ -142,7 +143,7 @@ def test_a_form_holds_only_where_the_output_ends_in_it(text: str, form: Form, ex
     [r"2^{1000}", r"\binom{2010}{1005}", "3^{2005}-1", "100!", r"2^{2^{10}}", r"e^{i\pi}", "(x+1)^{10}", "2^6 3^5 5^4"],
 )
 def test_answers_of_real_problems_pass_the_screen(answer: str) -> None:
-    assert objection(answer, "1") is None
+    assert complexity_objection(answer, "1") is None
 
 
 @pytest.mark.parametrize(
@@ -163,8 +164,8 @@ def test_answers_of_real_problems_pass_the_screen(answer: str) -> None:
     ],
 )
 def test_bombs_do_not_pass_the_screen(answer: str) -> None:
-    assert objection(answer, "42") is not None
+    assert complexity_objection(answer, "42") is not None
 
 
 def test_an_operator_that_the_gold_has_is_allowed() -> None:
-    assert objection(r"\sum_{k=0}^{n} F_k", r"\sum_{j=0}^{n} F_j") is None
+    assert complexity_objection(r"\sum_{k=0}^{n} F_k", r"\sum_{j=0}^{n} F_j") is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stages.reward.rules.formula import as_formula, is_name, parts, sides
-from stages.reward.rules.script import to_latin
+from stages.reward.rules.numerals import to_latin
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ import pytest
 from pipeline.config import ConfigError
 from pipeline.store import Store
 from stages.reward import AccuracyConfig, FunctionConfig, RewardConfig, score
-from stages.reward.functions.source import find_source
-from stages.reward.judge import RewardFunctionError
+from stages.reward.function_worker import find_source
+from stages.reward.functions import RewardFunctionError
 from stages.tables import Questions, Rewards, Rollouts
 
 pytestmark = [pytest.mark.usefixtures("store"), pytest.mark.filterwarnings("ignore:component 'function'")]

@@ -10,7 +10,7 @@ import pytest
 from pipeline.residency import resident
 from stages.reward import AccuracyConfig, FormatConfig, RewardConfig, score
 from stages.reward.pool import KillablePool
-from stages.reward.rules.form import is_quick, match_pattern
+from stages.reward.rules.format import is_quick, match_pattern
 from stages.tables import Questions, Rewards, Rollouts
 
 pytestmark = [pytest.mark.usefixtures("store"), pytest.mark.filterwarnings("ignore:component 'format'")]

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from stages.reward import limits
+from stages.reward import pool as pool_module
 from stages.reward.pool import _OUT_OF_TIME, KillablePool, Outcome
 from stages.reward.rules.accuracy import VerifierLostError, grade_answers
 from tests.stages.reward.tasks import double, misbehave, signal_its_group, start_a_program
@@ -204,11 +204,11 @@ def test_a_limit_that_the_system_refuses_is_named_and_the_worker_goes_on(
         raise error
 
     noted: list[str] = []
-    monkeypatch.setattr(limits, "_not_enforced", noted)
+    monkeypatch.setattr(pool_module, "_not_enforced", noted)
     monkeypatch.setattr(resource, "setrlimit", refuse)
-    limits._limit(resource.RLIMIT_AS, 2**30, "memory of 1024 MiB")
-    assert limits.unenforced() == [f"memory of 1024 MiB ({type(error).__name__}: {error})"]
-    assert limits.run_limited(double, (4,), 1.0) == Outcome(8)
+    pool_module._limit(resource.RLIMIT_AS, 2**30, "memory of 1024 MiB")
+    assert pool_module.unenforced() == [f"memory of 1024 MiB ({type(error).__name__}: {error})"]
+    assert pool_module.run_limited(double, (4,), 1.0) == Outcome(8)
 
 
 # ------------------------------------------------------------------------------------- tasks that are lost

@@ -210,7 +210,7 @@ def test_a_reward_of_nothing_or_of_unclear_parts_is_refused(changes: dict[str, A
 
 
 def test_a_score_that_is_no_number_is_refused_with_its_component_and_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.reward.judge.has_form", lambda text, *_: math.nan if text == "x" else 1.0)
+    monkeypatch.setattr("stages.reward.components.has_form", lambda text, *_: math.nan if text == "x" else 1.0)
     config = RewardConfig(components=(AccuracyConfig(verifier="exact"), FormatConfig()))
     with pytest.raises(ValueError, match=r"component 'format' scored \('a', 1\) with nan"):
         score(rollouts(("a", 0, "#### 17"), ("a", 1, "x")), questions(a="17"), config)

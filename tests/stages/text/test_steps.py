@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stages.reward.rules.steps import label_steps
+from stages.reward.components import label_steps
 from stages.text import BPETokenizerConfig, CharacterTokenizerConfig, build_tokenizer, decode_outputs, step_ends
 
 TEXTS = [

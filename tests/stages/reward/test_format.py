@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.reward import LanguageConfig
-from stages.reward.rules.language import compression, foreign_share, is_coherent, longest_run
+from stages.reward.rules.format import compression, foreign_share, is_coherent, longest_run
 
 ENGLISH = "Natalia sold clips to 48 of her friends in April, and then she sold half as many in May. How many in all?"
 CHINESE = "米米摘了32个桃，淘淘比米米多8个，他们一共摘了多少个桃？"

@@ -1,18 +1,72 @@
-r"""The answer within what is stated: `72, in total, so ...` states 72. Words behind an answer explain it or take it back.
+r"""Words around an answer: `72, in total, so ...` states 72, and a choice is settled on by its label. Pure string work.
 
 Words are cut off only where what stands before them is mathematics and they neither join another value to it nor deny it.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Final
 
 from stages.reward.rules.exact import read_number
-from stages.reward.rules.units import introduces
-from stages.reward.rules.vocabulary import MATHEMATICAL, NUMBER_WORDS, RETRACTING, is_word, split
+from stages.reward.rules.numerals import split
+from stages.reward.rules.units import MATHEMATICAL, NUMBER_WORDS, RETRACTING, introduces, is_word
 
-__all__ = ["doubts", "retracts", "without_words"]
+__all__ = [
+    "LAST_CHARACTERS",
+    "choice_label",
+    "doubts",
+    "find_choice",
+    "last_lines",
+    "outside_thinking",
+    "retracts",
+    "tail",
+    "valid",
+    "without_words",
+    "words_apart",
+]
+
+LAST_CHARACTERS: Final = 4096
+
+
+_CHINESE_BORDER: Final = re.compile(r"(?<=[一-鿿])(?=[\w$\\-])|(?<=[\w%$}])(?=[一-鿿])", re.ASCII)
+
+
+def outside_thinking(text: str, tags: tuple[str, str], *, opened: bool) -> str:
+    """What stands behind the thinking; nothing where it never ends.
+
+    Args:
+        text: the output.
+        tags: what opens the thinking and what closes it.
+        opened: whether the prompt has opened it, so that an output without either tag is all thinking.
+    """
+    opening, closing = tags
+    _, closed, behind = text.rpartition(closing)
+    if not closed:
+        return "" if opened else text.partition(opening)[0]
+    return behind.partition(opening)[0]
+
+
+def tail(text: str) -> str:
+    """The last 4 KiB of an output, as valid Unicode (a lone surrogate cannot be stored)."""
+    return valid(text[-LAST_CHARACTERS:])
+
+
+def last_lines(text: str) -> str:
+    """The whole lines within `tail(text)`: a search must not begin inside an expression that was cut."""
+    ending = tail(text)
+    return ending if len(text) <= LAST_CHARACTERS else ending.partition("\n")[2].strip()
+
+
+def words_apart(text: str) -> str:
+    """Spaces between Chinese characters and what they touch: searches that look for borders of words find none in 共有99颗."""
+    return _CHINESE_BORDER.sub(" ", text)
+
+
+def valid(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
+
 
 _UNFINISHED: Final = re.compile(
     r"(?<![A-Za-z])(?:and|or|not|than|to|by|of|plus|minus|times|[-+*/=^<>])$", re.IGNORECASE
@@ -140,3 +194,70 @@ def _open_brackets(head: str) -> bool:
     head = head.replace(r"\left", "").replace(r"\right", "")
     opened = sum(map(head.count, "([{（")) - sum(map(head.count, ")]}）"))
     return opened > 0 or (head.replace(r"\$", "").count("$") % 2 == 1 and not re.match(r"\s*-?\$\s?\d", head))
+
+
+_WRAPPING: Final = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s?\{([^{}]*)\}|[$*]")
+_BARE: Final = re.compile(r"[(\[{]?([A-J])[)\]}]?[.。]?")
+_LABELLED: Final = re.compile(r"(?:[(\[]([A-J])[)\]]|([A-J])[).:])\s+\S.*")
+_EXPLAINED: Final = re.compile(
+    r"[(\[]?([A-J])[)\]]?(?:,\s+(?!or\b|and\b)[a-z]|,?\s+(?:because|since|as|so|which|due to)\b).*", re.DOTALL
+)
+_LOWER_CASE: Final = re.compile(r"[(\[{]?([a-j])[)\]}]?[.。]?")
+# "C Cecile": a label without a mark, so that only an output that is a label and nothing else is compared with it.
+_UNMARKED: Final = re.compile(r"([A-HJ])\s+[A-Z]\w+.*")
+_OPENING: Final = re.compile(r"[(\[]?([A-J])[)\]]?(?:[.):,。，、：]|[一-鿿]|$)")
+_DENIED: Final = re.compile(
+    r"(?:\bnot|n't(?:\s+be)?|\bnor|\bneither|\bnon|\bpas|不是|不选|非)\s*[(\[]?[A-J]\b[)\]]?"
+    r"(?:\s*(?:,|or|nor|and|或|和)\s*[(\[]?[A-J]\b[)\]]?)*"
+)
+# "I" is a word and "A" may be an article: neither is a label before a word in lower case, the first only in parentheses.
+_LONE: Final = re.compile(r"\(([A-J])\)|(?<![A-Za-z0-9'’_\\])(?:A(?!\s+[a-z])|[B-HJ])(?![A-Za-z0-9_'’])")
+_OPENING_LENGTH: Final = 4096
+_FORMULA: Final = re.compile(r"[=+\-*/^_\\{}<>\d]")
+
+
+@functools.lru_cache(maxsize=2**12)  # asked for every output of a question
+def choice_label(gold: str) -> tuple[str, bool] | None:
+    """The label of the right option, and whether the gold marks it as one (`C`, `(C) Cecile`, `C. Cecile`) or not (`C Cecile`).
+
+    None where the gold answer is not that of a multiple-choice question.
+    """
+    lines = [_WRAPPING.sub(r"\1", line).strip() for line in gold.split("\n")]
+    if len(lines) == 1 and (bare := _BARE.fullmatch(lines[0])):
+        return bare[1], True
+    for line in lines:
+        if marked := _LABELLED.fullmatch(line):
+            return marked[1] or marked[2], True
+        if unmarked := _UNMARKED.fullmatch(line):
+            return unmarked[1], False
+    return None
+
+
+def find_choice(text: str, answer: str | None, *, marked: bool, search: bool) -> str | None:
+    """The label that an output settles on, or None.
+
+    Args:
+        text: the output.
+        answer: what its conventions say is the answer, where they find one.
+        marked: whether the gold marks its label; otherwise only a label and nothing else counts.
+        search: whether a label that stands anywhere in the text counts, if it is the only one that is not denied.
+    """
+    stated = _WRAPPING.sub(r"\1", text[:_OPENING_LENGTH] if answer is None else answer).strip()
+    if bare := _BARE.fullmatch(stated):
+        return bare[1]
+    if lower := _LOWER_CASE.fullmatch(stated):
+        return lower[1].upper()
+    if not marked:
+        return None
+    opening = _EXPLAINED.fullmatch(stated) or (_OPENING.match(stated) if answer is None else None)
+    if labelled := _LABELLED.fullmatch(stated) or opening:
+        return labelled[labelled.lastindex or 1]
+    if answer is not None and not _FORMULA.search(stated):
+        return _only_label(stated)
+    return _only_label(last_lines(text)) if answer is None and search else None
+
+
+def _only_label(prose: str) -> str | None:
+    """The one label that the words leave standing: "It's not A, therefore B" leaves B, "A or B" none."""
+    labels = {found[0].strip("()") for found in _LONE.finditer(_DENIED.sub(" ", prose))}
+    return labels.pop() if len(labels) == 1 else None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from stages.reward.judge import Judged
-from stages.reward.rules.steps import StepLabels
-from stages.reward.tally import Tally
+from stages.reward.composition import ComponentScore, StepLabels, Tally
 
-RIGHT, WRONG, SILENT = Judged(1.0, "ok"), Judged(0.0, "wrong", screened=True), Judged(None, "timeout")
+RIGHT, WRONG, SILENT = (
+    ComponentScore(1.0, "ok"),
+    ComponentScore(0.0, "wrong", screened=True),
+    ComponentScore(None, "timeout"),
+)
 
 
 def test_means_are_of_what_has_a_number_and_shares_of_all_outputs() -> None:
@@ -20,11 +22,13 @@ def test_means_are_of_what_has_a_number_and_shares_of_all_outputs() -> None:
 
 
 def test_a_component_that_cuts_into_steps_has_the_mean_of_all_its_steps() -> None:
-    def cut(*rewards: float) -> Judged:
-        return Judged(sum(rewards) / len(rewards), "ok", steps=StepLabels(list(rewards), [*range(len(rewards))], True))
+    def cut(*rewards: float) -> ComponentScore:
+        return ComponentScore(
+            sum(rewards) / len(rewards), "ok", steps=StepLabels(list(rewards), [*range(len(rewards))], True)
+        )
 
     tally = Tally(["steps"])
-    tally.take([1.0], ["ok"], {"steps": [Judged(None, "truncated")]})  # a chunk without any steps
+    tally.take([1.0], ["ok"], {"steps": [ComponentScore(None, "truncated")]})  # a chunk without any steps
     tally.take([1.0, 0.0], ["ok", "ok"], {"steps": [cut(1.0, 1.0, 0.0), cut(0.0)]})
     assert tally.metrics()["reward/steps"] == 2 / 4
 
@@ -35,7 +39,7 @@ def test_the_sum_of_a_mean_is_exact_whatever_the_chunks() -> None:
         tally = Tally(["x"])
         for start in range(0, 4, size):
             part = numbers[start : start + size]
-            tally.take(part, ["ok"] * len(part), {"x": [Judged(number) for number in part]})
+            tally.take(part, ["ok"] * len(part), {"x": [ComponentScore(number) for number in part]})
         assert tally.metrics()["reward/mean"] == 0.5
 
 

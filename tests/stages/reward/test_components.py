@@ -8,8 +8,8 @@ import pytest
 
 from stages.identity import DataError
 from stages.reward import AccuracyConfig, OverlongConfig, RewardConfig, StepsConfig, score
-from stages.reward.rules.length import overlong_score
-from stages.reward.rules.steps import label_steps
+from stages.reward.components import label_steps
+from stages.reward.rules.format import overlong_score
 from stages.tables import Questions, Rewards, Rollouts
 from stages.text import BPETokenizerConfig, CharacterTokenizerConfig, build_tokenizer, decode_outputs
 

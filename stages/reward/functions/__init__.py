@@ -1,1 +1,0 @@
-"""Reward functions of the user: found by name, called in worker processes, never imported here."""

@@ -2,7 +2,7 @@
 
     python -m benchmarks.scale_worker FOLDER STEPS inline|prefect
 
-All of `cohort run` is real: store, stages, display, record, ledger, journal, the projector and MLflow's database, summary, and
+All of `cohort run` is real: store, stages, display, record, ledger, journal, the sender and MLflow's database, summary, and
 on request Prefect with its server. A line a step: seconds by part; every `PROBE` steps also what the process holds.
 """
 

@@ -10,9 +10,9 @@ from flows.config import IterativeRLConfig
 from flows.ledger import Ledger
 from flows.summary import Summary
 from pipeline.artifact import Artifact
-from pipeline.registry import TrackedModel
 from pipeline.store import StoreError, current_store
 from pipeline.tracking import Tracker
+from pipeline.tracking.registry import TrackedModel
 from stages.models import Checkpoint, reward_kind
 
 __all__ = ["POLICY", "REWARD_MODEL", "Registrar", "policies_of"]

@@ -29,9 +29,9 @@ from flows.run_state import RunState
 from flows.summary import Summary, summarise, summary_markdown
 from flows.upkeep import upkeep
 from pipeline.config import ConfigError, flatten
-from pipeline.database import without_password
 from pipeline.orchestration.engine import Engine, joining, running_deployment, use_engine
 from pipeline.orchestration.interruption import check, interruptible, is_interruption, shielded
+from pipeline.passwords import without_password
 from pipeline.progress import failsafe, listen, report
 from pipeline.store import PrunedArtifactError, StoreError, use_store
 from pipeline.tracking import Tracker, track

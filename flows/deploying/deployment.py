@@ -22,9 +22,9 @@ from flows.deploying.schedule import cron_schedule
 from flows.deploying.versions import versions_environment
 from flows.places import Places
 from pipeline.config import ConfigError
-from pipeline.database import without_password
 from pipeline.orchestration.flow_runs import RESTARTS
 from pipeline.orchestration.server import ServerError, configured_url, ensure_server
+from pipeline.passwords import without_password
 from pipeline.store.context import package_versions
 
 __all__ = [

@@ -14,9 +14,9 @@ from typing import Final
 
 from flows.doctor.examination import Finding, Severity, Subject
 from flows.wording import size
-from pipeline.mlflow_run import local_database, tracking_uri
 from pipeline.orchestration.server import server_status
 from pipeline.orchestration.server_process import own_processes, recorded
+from pipeline.tracking.database import local_database, tracking_uri
 
 __all__ = ["loopback", "mlflow", "prefect", "prefect_database", "proxies", "status_of"]
 

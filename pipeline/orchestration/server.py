@@ -28,7 +28,6 @@ from typing import Any, Final
 
 import psutil
 
-from pipeline.database import without_password
 from pipeline.orchestration.guarded_server import ALIVE
 from pipeline.orchestration.server_process import (
     ServerProcess,
@@ -39,6 +38,7 @@ from pipeline.orchestration.server_process import (
     recorded,
     spawn,
 )
+from pipeline.passwords import without_password
 from pipeline.store.locks import lock_file
 
 __all__ = [

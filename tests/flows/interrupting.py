@@ -61,7 +61,7 @@ def trial(root: Path, number: int, delay: float) -> dict[str, Any]:
 
 def main(folder: Path, trials: int, seed: int) -> None:
     """Print one JSON object with one entry per trial."""
-    tracking.start_projector = lambda home: None
+    tracking.start_sender = lambda home: None
     for name in ("cold", "warm"):
         began = time.monotonic()
         assert (

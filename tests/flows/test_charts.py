@@ -11,9 +11,9 @@ from flows.charts import charted
 from flows.cli import run_command
 from flows.places import Places
 from flows.records import read_records as read_runs
-from pipeline.journal import Record, read_records
 from pipeline.residency import evict
 from pipeline.store import Store
+from pipeline.tracking.journal import Record, read_records
 
 TINY = ["iterations=2", "steps=1", "sft.max_steps=2", "sft.decay_steps=1", "evaluation.every=0", "evaluation.samples=4"]
 AT_MOST = 60
@@ -25,7 +25,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifacts")
     settings = [part for setting in TINY for part in ("--set", setting)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.tracking.start_projector", lambda home: None)
+        patch.setattr("pipeline.tracking.start_sender", lambda home: None)
         patch.setattr("pipeline.tracking.CLOSE_SECONDS", 0.0)
         assert run_command(["run", "arithmetic_smoke", *settings, "--engine", "inline", "--root", str(folder)]) == 0
     evict()

@@ -21,8 +21,8 @@ from flows.cli import run_command
 from flows.places import Places
 from flows.records import read_records
 from pipeline import tracking
-from pipeline.journal import Journal
 from pipeline.progress import listen
+from pipeline.tracking.journal import Journal
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -71,7 +71,7 @@ def test_a_run_that_is_interrupted_anyhow_is_recorded_as_interrupted(
     way: Callable[[int], None], number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COHORT_DEBUG", "0")
-    monkeypatch.setattr(tracking, "start_projector", lambda home: None)
+    monkeypatch.setattr(tracking, "start_sender", lambda home: None)
     began: list[str] = []
 
     def during_training(topic: str, values: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ import pytest
 
 from flows.places import Places
 from flows.records import read_records
-from pipeline.mlflow_run import connect
 from pipeline.orchestration.server import stop_server
+from pipeline.tracking.database import connect
 from tests.pipeline.postgres import PASSWORD, Postgres, gives_away, postgres
 
 ROOT = Path(__file__).parents[2]

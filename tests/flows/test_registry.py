@@ -12,9 +12,9 @@ from flows.config.recipes import arithmetic_smoke
 from flows.ledger import Ledger
 from flows.registry import Registrar, policies_of
 from flows.summary import Summary
-from pipeline.registry import TrackedModel
 from pipeline.store import Store
 from pipeline.tracking import Tracker
+from pipeline.tracking.registry import TrackedModel
 from tests.flows.experiments.figures.made_up import curves, experiment
 from tests.pipeline.calls import call
 

@@ -34,7 +34,7 @@ def run(root: Path, *arguments: str) -> list[str]:
 def _mlflow_is_left_alone() -> Iterator[None]:
     """Journals are written, and sent to MLflow by none of the forty runs: each would start a process for it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.tracking.start_projector", lambda home: None)
+        patch.setattr("pipeline.tracking.start_sender", lambda home: None)
         patch.setattr("pipeline.tracking.CLOSE_SECONDS", 0.0)
         yield
 

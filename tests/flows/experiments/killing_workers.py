@@ -106,7 +106,7 @@ def disturb(planned: PlannedExperiment, places: Places, kills: int, calls: int, 
 
 def main(file: Path, folder: Path, kills: int) -> None:
     """Print one JSON object: final policies undisturbed and disturbed, calls, and who was killed."""
-    tracking.start_projector = lambda home: None  # MLflow is no part of this
+    tracking.start_sender = lambda home: None  # MLflow is no part of this
     planned = plan(Experiment.from_yaml(file.read_text(encoding="utf-8")))
     golden, disturbed = Places(folder / "golden"), Places(folder / "disturbed")
     work(planned, golden)

@@ -23,9 +23,9 @@ from flows.ledger import Ledger, read_ledger
 from flows.places import Places
 from flows.records import read_records
 from pipeline.experiment import Experiment
-from pipeline.journal import read_records as read_journal
 from pipeline.residency import evict
 from pipeline.store import Store
+from pipeline.tracking.journal import read_records as read_journal
 
 ROOT = Path(__file__).parents[3]
 TINY: dict[str, Any] = {

@@ -28,10 +28,10 @@ from flows.experiments.workers import _Board, _Submitted
 from flows.places import Places
 from flows.records import read_records
 from pipeline.experiment import Experiment
-from pipeline.journal import read_records as read_journal
 from pipeline.orchestration.server import stop_server
 from pipeline.residency import evict
 from pipeline.store import Store
+from pipeline.tracking.journal import read_records as read_journal
 from tests.flows.experiments.shared_prefix import MARK, TINY, marked
 
 ROOT = Path(__file__).parents[3]
@@ -117,7 +117,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     deadline = time.monotonic() + 60
     while (
         marked(place.mark) and time.monotonic() < deadline
-    ):  # projectors, and runs without their worker, end by themselves
+    ):  # senders, and runs without their worker, end by themselves
         time.sleep(0.2)
     left = [(process.pid, process.cmdline()) for process in marked(place.mark)]
     for pid, _ in left:
@@ -129,7 +129,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """The experiment, run in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.tracking.start_projector", lambda home: None)
+        patch.setattr("pipeline.tracking.start_sender", lambda home: None)
         patch.setattr("pipeline.tracking.CLOSE_SECONDS", 0.0)
         place = Machine(tmp_path_factory.mktemp("golden"))
         assert run_command(["ablate", str(place.file), "--engine", "inline", "--root", str(place.root)]) == 0

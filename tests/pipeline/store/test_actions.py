@@ -13,11 +13,11 @@ import pytest
 
 from pipeline.artifact import ArtifactError
 from pipeline.diff import read_rows
-from pipeline.journal import Sent
 from pipeline.store import DamagedArtifactError, MissingArtifactError, Store, StoreError
 from pipeline.store.files import is_plain_name, sha256_of, write_sealed
 from pipeline.store.locks import locked
 from pipeline.store.objects import digest_of
+from pipeline.tracking.journal import Sent
 from pipeline.weights import stored_tensors
 from tests.pipeline.calls import call
 

@@ -21,9 +21,9 @@ from flows.experiments.figures import Figure
 from flows.experiments.report import write_report
 from flows.experiments.results import ExperimentResult, read_experiment, write_experiment
 from flows.places import Places
-from pipeline.journal import read_records
 from pipeline.residency import evict
 from pipeline.store import Store, StoreError, use_store
+from pipeline.tracking.journal import read_records
 from stages.tables import Rollouts
 from tests.flows.experiments.report.pages import Element, parse
 

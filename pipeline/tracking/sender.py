@@ -1,16 +1,16 @@
-"""The projector: a process beside training that carries journals into MLflow's database.
+"""The process that sends journals to MLflow's database while training runs.
 
 MLflow costs seconds to import and 10-35 ms a step; in a process of its own it takes neither the interpreter lock nor the
 memory of training, and no failure of a tracking server reaches training. It serves every journal of a project, ends when no
 run lives and all is sent (or cannot be sent), and marks runs whose process died as KILLED.
 
-    python -m pipeline.projector <folder of the store>
+    python -m pipeline.tracking <folder of the store>
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import dataclasses
 import hashlib
 import os
 import subprocess
@@ -19,19 +19,20 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.database import unspoken, without_password
-from pipeline.journal import Record, Sent, is_live, journals, read_records
-from pipeline.mlflow_run import MlflowRun, adopt, artifact_folder, connect, local_database, tracking_uri
+from pipeline.passwords import unspoken, without_password
 from pipeline.store.locks import locked
+from pipeline.tracking.database import adopt, artifact_folder, connect, local_database, tracking_uri
+from pipeline.tracking.journal import Record, Sent, is_live, journals, read_records
+from pipeline.tracking.run import MlflowRun
 
-__all__ = ["Projector", "folder_of", "start_projector"]
+__all__ = ["Sender", "folder_of", "start_sender"]
 
 POLL_SECONDS: Final = 0.3
 BATCH_SECONDS: Final = 5.0
 """Points of a living run are gathered for so long: a batch of ten steps costs a quarter of ten batches."""
 RETRY_SECONDS: Final = 10.0
 LINGER_SECONDS: Final = 5.0
-"""The next arm of an experiment finds the projector still warm."""
+"""The next arm of an experiment finds the process still warm."""
 TRIES: Final = 3
 """After so many failures in a row a run that has ended is left to `cohort mlflow sync`."""
 
@@ -44,12 +45,12 @@ def folder_of(home: Path) -> Path:
     return home / "tracking"
 
 
-def start_projector(home: Path) -> None:
-    """Start a projector in a session of its own, so that Ctrl-C reaches training only; one at work is enough."""
-    command = [sys.executable, "-m", "pipeline.projector", str(home)]
+def start_sender(home: Path) -> None:
+    """Start the sending process in a session of its own, so that Ctrl-C reaches training only; one is enough."""
+    command = [sys.executable, "-m", "pipeline.tracking", str(home)]
     environment = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri(home)}  # not an argument: those are for all to see
     place = Path(__file__).parents[1]  # `-m` finds this package there, installed or not
-    with open(folder_of(home) / "projector.log", "ab") as log:
+    with open(folder_of(home) / "sync.log", "ab") as log:
         child = subprocess.Popen(
             command,
             cwd=place,
@@ -62,7 +63,7 @@ def start_projector(home: Path) -> None:
     _children[:] = [*(other for other in _children if other.poll() is None), child]
 
 
-class Projector:
+class Sender:
     """Sends the journals of one project to one tracking URI; connects when there is something to send."""
 
     def __init__(self, home: Path, uri: str) -> None:
@@ -99,9 +100,9 @@ class Projector:
     def project(self, journal: Path) -> str:
         """Send what one journal holds beyond what was sent; returns the error, which its state keeps too, or nothing.
 
-        One process at a time: `sync` beside a projector would send the same records, and make the same versions, once more.
+        One process at a time: two would send the same records, and make the same versions of models, twice.
         """
-        with locked(folder_of(self.home) / f"sending-{_place_of(self.uri)}.lock"):
+        with locked(folder_of(self.home) / f"sending-{place_of(self.uri)}.lock"):
             return self._project(journal)
 
     def _project(self, journal: Path) -> str:
@@ -171,7 +172,7 @@ class Projector:
     def _is_pending(self, journal: Path, live: bool) -> bool:
         sent = Sent.read(journal)
         if sent.uri != self._place:
-            return False  # another projector's; only `sync` moves old runs to another server
+            return False  # of another sending process; only `sync` moves old runs to another server
         died = sent.status == "RUNNING" and not live
         return died or not self._is_target(sent) or journal.stat().st_size > sent.offset
 
@@ -194,25 +195,32 @@ def _status(records: list[Record], status: str, live: bool) -> str:
     return "KILLED" if status in ("", "RUNNING") else status
 
 
-def _place_of(uri: str) -> str:
+def place_of(uri: str) -> str:
     """A tracking URI as part of a file name."""
     return hashlib.sha256(without_password(uri).encode()).hexdigest()[:8]
 
 
-def main(home: Path) -> None:
-    """Be the project's projector, or its successor, or nobody when both are there."""
-    os.nice(5)  # training goes first
-    folder, uri = folder_of(home), tracking_uri(home)
-    name = f"projector-{_place_of(uri)}"  # one for each place that is sent to
-    with open(folder / f"{name}.lock", "w") as working:
-        with open(folder / f"{name}.next.lock", "w") as waiting:
-            try:
-                fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return  # the one that waits already will see every journal that is there now
-            fcntl.flock(working, fcntl.LOCK_EX)
-        Projector(home, uri).follow()
+@dataclasses.dataclass(frozen=True)
+class SyncReport:
+    """What `sync` did."""
+
+    sent: int
+    """Runs that MLflow now has completely."""
+    living: int
+    """Runs left alone because their process sends them itself."""
+    errors: dict[str, str]
+    """Error by journal."""
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def sync(home: Path, *, rebuild: bool = False) -> SyncReport:
+    """Send every journal to the tracking URI in force; with `rebuild`, delete the runs there first."""
+    home = home.resolve()
+    sender = Sender(home, tracking_uri(home))
+    found = list(journals(folder_of(home)))
+    idle = [journal for journal in found if not is_live(journal)]
+    if rebuild:  # all, before any is sent: runs name the run they stand under
+        for journal in idle:
+            sender.delete(journal)
+    errors = {str(journal): sender.project(journal) for journal in idle}
+    failed = {journal: error for journal, error in errors.items() if error}
+    return SyncReport(len(idle) - len(failed), len(found) - len(idle), failed)

@@ -12,10 +12,10 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.database import is_database, unspoken, without_password
-from pipeline.journal import Sent
-from pipeline.mlflow_run import artifact_folder, connect
+from pipeline.passwords import unspoken, without_password
 from pipeline.tracking import Tracker, sync, track
+from pipeline.tracking.database import artifact_folder, connect, is_database
+from pipeline.tracking.journal import Sent
 from tests.pipeline.postgres import PASSWORD, Postgres, gives_away, postgres
 
 
@@ -117,7 +117,7 @@ def test_files_of_an_experiment_lie_beside_the_store_unless_a_server_has_its_own
 
 @pytest.mark.scale
 def test_two_runs_that_find_an_empty_database_together_are_there_with_all_points(database: str, tmp_path: Path) -> None:
-    """Each has a home of its own, as on two hosts: two projectors make the tables at the same time."""
+    """Each has a home of its own, as on two hosts: two senders make the tables at the same time."""
     with tracked(tmp_path / "a", "one") as first, tracked(tmp_path / "b", "two") as second:
         for number in range(1, 6):
             steps(first, number)
@@ -182,8 +182,8 @@ def test_no_process_carries_the_password_among_its_arguments(database: str, tmp_
         steps(tracker, 1)
         await_sent(tmp_path, "run")
         ours = [process.info for process in psutil.process_iter(["cmdline", "uids"]) if process.info["cmdline"]]
-        projectors = [info for info in ours if str(tmp_path) in info["cmdline"]]
-        assert projectors
+        senders = [info for info in ours if str(tmp_path) in info["cmdline"]]
+        assert senders
         assert [info for info in ours if PASSWORD in " ".join(info["cmdline"])] == []
     assert os.environ["MLFLOW_TRACKING_URI"] == database
 

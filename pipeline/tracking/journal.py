@@ -1,6 +1,6 @@
 """Journals: what tracked runs recorded, one file of JSON lines a run, from which any MLflow database can be rebuilt.
 
-The training process only appends (microseconds); a process of its own (`pipeline.projector`) follows the file and projects
+The training process only appends (microseconds); a process of its own (`pipeline/tracking/sender.py`) reads the file and sends
 it. The writer holds a lock on the file as long as it lives, so that a killed run is known as killed, whatever became of its
 process id. Beside `<run_key>.jsonl` lies `<run_key>.sent.json`: how far it was projected, where to, and the last error.
 
@@ -11,9 +11,7 @@ started: what tracks training never stops it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -23,6 +21,8 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final, Self
+
+from pipeline.store.locks import is_locked, lock_file
 
 __all__ = ["Journal", "JournalBusyError", "Record", "Sent", "is_live", "journals", "read_records"]
 
@@ -104,7 +104,9 @@ class Journal:
         self._latest: dict[str, str] = {}  # hash of the last record of each named thing
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: IO[bytes] = open(path, "ab")  # noqa: SIM115  (held, with its lock, until close)
-        _lock(self._file, path)
+        if not lock_file(self._file, seconds=_LOCK_SECONDS):
+            self._file.close()
+            raise JournalBusyError(f"another living process records this run ({path})")
         self._cut_torn_line()
         records, damaged = _parsed(path.read_bytes().split(b"\n")[:-1])
         for record in records:
@@ -201,25 +203,8 @@ def journals(folder: Path) -> Iterator[Path]:
 
 
 def is_live(path: Path) -> bool:
-    """Whether a living process holds the journal."""
-    with open(path, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def _lock(file: IO[bytes], path: Path) -> None:
-    deadline = time.monotonic() + _LOCK_SECONDS
-    while True:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        if time.monotonic() > deadline:
-            file.close()
-            raise JournalBusyError(f"another living process records this run ({path})")
-        time.sleep(0.02)
+    """Return whether a live process writes the journal."""
+    return bool(is_locked(path))
 
 
 def _name(record: Mapping[str, Any]) -> str:

@@ -11,7 +11,6 @@ keeps the points, a warning says so once, and the next run or `sync` sends them.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
@@ -24,13 +23,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.config import flatten
-from pipeline.database import without_password
-from pipeline.journal import Journal, JournalBusyError, Record, Sent, is_live, journals, read_records
-from pipeline.mlflow_run import tracking_uri
 from pipeline.orchestration.interruption import is_interruption
+from pipeline.passwords import without_password
 from pipeline.progress import failsafe
-from pipeline.projector import Projector, folder_of, start_projector
-from pipeline.registry import TrackedModel, alias_of
+from pipeline.tracking.database import tracking_uri
+from pipeline.tracking.journal import Journal, JournalBusyError, Record, Sent, read_records
+from pipeline.tracking.registry import TrackedModel, alias_of
+from pipeline.tracking.sender import SyncReport, folder_of, start_sender, sync
 
 __all__ = ["SyncReport", "Tracker", "sync", "track", "tracked_models", "tracking_uri"]
 
@@ -111,7 +110,7 @@ class Tracker:
         try:
             wrote = self._journal.append(record)
             if wrote and not self._wrote:
-                start_projector(self._home)
+                start_sender(self._home)
             self._wrote |= wrote
             self._points |= wrote and record["kind"] == "step"
         except OSError as error:
@@ -179,32 +178,6 @@ def tracked_models(home: Path, experiment: str, run_key: str) -> list[TrackedMod
     return [TrackedModel(part["model"], part["digest"], part["step"], part["tags"]) for part in found.values()]
 
 
-@dataclasses.dataclass(frozen=True)
-class SyncReport:
-    """What `sync` did."""
-
-    sent: int
-    """Runs that MLflow now has completely."""
-    living: int
-    """Runs left alone because their process sends them itself."""
-    errors: dict[str, str]
-    """Error by journal."""
-
-
-def sync(home: Path, *, rebuild: bool = False) -> SyncReport:
-    """Send every journal to the tracking URI in force; with `rebuild`, delete the runs there first."""
-    home = home.resolve()
-    projector = Projector(home, tracking_uri(home))
-    found = list(journals(folder_of(home)))
-    idle = [journal for journal in found if not is_live(journal)]
-    if rebuild:  # all, before any is sent: runs name the run they stand under
-        for journal in idle:
-            projector.delete(journal)
-    errors = {str(journal): projector.project(journal) for journal in idle}
-    failed = {journal: error for journal, error in errors.items() if error}
-    return SyncReport(len(idle) - len(failed), len(found) - len(idle), failed)
-
-
 def _open(path: Path, params: Mapping[str, str]) -> Journal | None:
     try:
         journal = Journal(path)
@@ -223,7 +196,7 @@ def _open(path: Path, params: Mapping[str, str]) -> Journal | None:
 
 def _await_delivery(home: Path, journal: Path) -> None:
     """Wait until the last points are in MLflow; say once where they are when it does not take them."""
-    start_projector(home)  # the first may have been killed since
+    start_sender(home)  # the first may have been killed since
     closed, deadline = time.time(), time.monotonic() + CLOSE_SECONDS
     size = journal.stat().st_size
     while time.monotonic() < deadline:

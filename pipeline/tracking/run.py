@@ -8,20 +8,14 @@ the note that it was sent.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
-import sqlite3
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
-from pipeline.database import is_database, making_tables, with_driver
-from pipeline.journal import Record
-from pipeline.registry import Registry, source_of
+from pipeline.tracking.journal import Record
+from pipeline.tracking.registry import Registry, source_of
 
-__all__ = ["MlflowRun", "adopt", "artifact_folder", "connect", "local_database", "tracking_uri"]
+__all__ = ["MlflowRun"]
 
 _METRICS_A_BATCH: Final = 1000  # MLflow's limits for one request
 _PARAMS_A_BATCH: Final = 100
@@ -29,104 +23,6 @@ _PARAM_LENGTH: Final = 6000
 _TAG_LENGTH: Final = 8000
 _DATASET_DIGEST_LENGTH: Final = 36
 _RUN_KEY: Final = "cohort.run_key"
-
-_QUIET: Final = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "GIT_PYTHON_REFRESH": "quiet",
-    # A dead tracking server is noticed at once and a hung one in a minute; MLflow's defaults try for many minutes.
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "PGCONNECT_TIMEOUT": "10",  # a PostgreSQL that does not answer; without it a connection waits for minutes
-}
-"""What the user has set wins."""
-
-
-def tracking_uri(home: Path) -> str:
-    """Where runs are tracked: MLFLOW_TRACKING_URI when the user set it, else the project's own sqlite database."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
-    database = local_database(uri)
-    return uri if database is None else f"sqlite:///{database.resolve()}"
-
-
-def local_database(uri: str) -> Path | None:
-    """The file of a sqlite database; None for a server."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
-def artifact_folder(uri: str, home: Path) -> str | None:
-    """Where a new experiment keeps its tables and figures; None: where MLflow's server says.
-
-    A database keeps none: they lie beside the store, or where MLFLOW_DEFAULT_ARTIFACT_ROOT says (`s3://...`).
-    """
-    if local_database(uri) is None and not is_database(uri):
-        return None
-    return os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or (home / "mlruns").resolve().as_uri()
-
-
-def connect(uri: str) -> Any:
-    """An MLflow client for `uri`; a local database, and the tables of another, are made first. Imports mlflow (seconds).
-
-    Raises:
-        Exception: whatever the database says to being reached.
-    """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    from mlflow.tracking import MlflowClient
-
-    database = local_database(uri)
-    if database is not None:
-        _create(database, MlflowClient)
-    uri = with_driver(uri)
-    if is_database(uri):
-        with making_tables(uri):
-            MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
-    return MlflowClient(tracking_uri=uri)
-
-
-def _create(database: Path, client: Any) -> None:
-    """Create the tables in a draft and rename it: a kill half-way leaves no half database."""
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with open(database.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if database.exists():
-            return
-        for leftover in database.parent.glob(f"{database.stem}.*.draft"):
-            leftover.unlink()
-        # A name of its own: MLflow keeps one store per URI for the life of a process, deleted file or not.
-        draft = database.with_suffix(f".{uuid.uuid4().hex}.draft")
-        client(tracking_uri=f"sqlite:///{draft}").search_experiments(max_results=1)
-        os.replace(draft, database)
-
-
-def adopt(database: Path, home: Path) -> int:
-    """Let the runs of a database that was copied, or moved, with its project keep their artifacts here; how many did.
-
-    MLflow stores absolute places: those of a copy would be the original's, to read and to write.
-    """
-    if os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or database != home / "mlflow.db" or not database.exists():
-        return 0
-    here, count = (home / "mlruns").resolve().as_uri(), 0
-    with contextlib.closing(sqlite3.connect(database, timeout=30.0)) as connection, connection:
-        found = connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
-        for (there,) in found:
-            if there == here or not str(there).startswith("file:") or not str(there).endswith("/mlruns"):
-                continue
-            inside = (f"{there}/", len(there) + 1)
-            runs = connection.execute("SELECT run_uuid FROM runs WHERE substr(artifact_uri, 1, ?2) = ?1", inside)
-            if not any((home / "mlruns" / run).is_dir() for (run,) in runs.fetchall()):
-                continue  # a place of its own, not the folder that came along
-            connection.execute(
-                "UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", (here, there)
-            )
-            for table, column in (("runs", "artifact_uri"), ("logged_models", "artifact_location")):
-                moved = connection.execute(
-                    f"UPDATE {table} SET {column} = ?3 || substr({column}, ?2) WHERE substr({column}, 1, ?2) = ?1",
-                    (*inside, here),
-                )
-                count += moved.rowcount if table == "runs" else 0
-    return count
-
 
 _MODEL_TRAINING: Final = {"mlflow.experimentKind": "custom_model_development"}
 """What MLflow's UI opens an experiment as: runs and charts, not traces and prompts."""

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from pipeline.journal import Record
+from pipeline.tracking.journal import Record
 
 __all__ = ["Registry", "TrackedModel", "alias_of", "source_of"]
 

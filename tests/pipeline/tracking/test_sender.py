@@ -1,4 +1,4 @@
-"""MLflow as a projection, against a real sqlite database and real projector processes."""
+"""MLflow as a projection, against a real sqlite database and real sending processes."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from typing import Any
 
 import pytest
 
-from pipeline.journal import Journal, Sent, is_live, read_records
-from pipeline.mlflow_run import adopt, connect, tracking_uri
-from pipeline.projector import Projector
-from pipeline.registry import TrackedModel
 from pipeline.tracking import Tracker, sync, track, tracked_models
+from pipeline.tracking.database import adopt, connect, tracking_uri
+from pipeline.tracking.journal import Journal, Sent, is_live, read_records
+from pipeline.tracking.registry import TrackedModel
+from pipeline.tracking.sender import Sender
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONFIG = {"rollout": {"G": 8, "stops": [1, 2]}, "lr": 3e-4, "name": "demo"}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One database and, by a run that lives as long as the module, one projector: each costs seconds to start."""
+    """One database and, by a run that lives as long as the module, one sending process: each costs seconds to start."""
     folder = tmp_path_factory.mktemp("artifacts")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -167,9 +167,9 @@ def test_a_rebuilt_run_has_its_model_once_with_the_alias_that_a_person_gave(home
     client = connect(tracking_uri(home))
     client.set_registered_model_alias("policy", "champion", old.version)
     journal = home / "tracking" / "study" / "rebuilt.jsonl"
-    projector = Projector(home, tracking_uri(home))
-    projector.delete(journal)
-    assert projector.project(journal) == ""
+    sender = Sender(home, tracking_uri(home))
+    sender.delete(journal)
+    assert sender.project(journal) == ""
     (version,) = versions(home, "de")
     assert version.version != old.version
     assert version.aliases == ["champion"]
@@ -182,7 +182,7 @@ def test_data_sets_are_inputs_of_a_run_once_by_digest(home: Path) -> None:
     run_of(home, "data")
     journal = home / "tracking" / "study" / "data.jsonl"
     journal.with_suffix(".sent.json").unlink()
-    assert Projector(home, tracking_uri(home)).project(journal) == ""
+    assert Sender(home, tracking_uri(home)).project(journal) == ""
     run = connect(tracking_uri(home)).get_run(run_of(home, "data").info.run_id)
     (held_out,) = run.inputs.dataset_inputs
     assert (held_out.dataset.name, held_out.dataset.digest) == ("in_domain", "ef" * 18)
@@ -219,7 +219,7 @@ def test_points_sent_but_not_noted_as_sent_are_not_sent_twice(home: Path) -> Non
     assert points(home, "forgotten", "policy/kl") == [(1, 0.5), (2, 0.5)]
 
 
-def test_a_fully_repeated_run_writes_nothing_and_starts_no_projector(home: Path) -> None:
+def test_a_fully_repeated_run_writes_nothing_and_starts_no_process(home: Path) -> None:
     for repetition in range(2):
         with tracked(home, "cached") as tracker:
             steps(tracker, 1, 2)

@@ -1,0 +1,30 @@
+"""Texts without the passwords of the URLs in them, for logs, records and error messages."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+__all__ = ["unspoken", "without_password"]
+
+_SECRETS: Final = "passw(?:or)?d|pwd|secret|token|api_?key|access_?key|signature|credential"
+_PASSWORDS: Final = (
+    re.compile(r"([A-Za-z][\w+.-]*://[^:/@\s]*:)(\S+)(?=@)"),
+    re.compile(r"(https?://)([^:/@?#\s]+)(?=@)"),
+    re.compile(rf"(?i)([?&;][\w-]*(?:{_SECRETS})[\w-]*=)([^&;\s]+)"),
+)
+"""Where a URL may have one: before the host (of HTTP a token alone), and among the options."""
+
+
+def without_password(text: str) -> str:
+    """A URI, or a text with some in it, as it may be stored and printed. One with another password is the same place."""
+    for place in _PASSWORDS:
+        text = place.sub(r"\1***", text)
+    return text
+
+
+def unspoken(text: str, uri: str) -> str:
+    """A text, an error for instance, without the password that the URI has."""
+    for found in (place.search(uri) for place in _PASSWORDS):
+        text = text.replace(found[2], "***") if found else text
+    return text

@@ -1,7 +1,8 @@
-"""`cohort diff` and `replay`: what differs between two runs or artifacts, and between a stage call and its repetition."""
+"""`cohort diff`, `replay` and `report`: two runs or artifacts, a stage call and its repetition, the arms of an experiment."""
 
 from __future__ import annotations
 
+import difflib
 import shlex
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from pipeline.config import ConfigError
 from pipeline.progress import listen
 from pipeline.store import use_store
 
-__all__ = ["diff", "replay"]
+__all__ = ["diff", "replay", "report"]
 
 Limit = Annotated[int, Parameter(name=["--limit", "-n"], validator=Number(gte=1))]
 
@@ -128,3 +129,36 @@ def _step(per_iteration: int, step: int | None, iteration: int | None) -> int:
     if step is not None and not 1 <= step <= per_iteration:
         raise ConfigError(f"--step {step}: an iteration of this run has the steps 1 to {per_iteration}")
     return (iteration - 1) * per_iteration + (per_iteration if step is None else step)
+
+
+def report(experiment: str, *, root: Root = None) -> None:
+    """Write the report of an experiment from what its runs left; nothing is computed.
+
+    `cohort ablate` and `cohort compare` write it at their end. Again after arms were pruned, moved or continued one by one.
+
+    Parameters
+    ----------
+    experiment
+        Name of the experiment: that of its folder under runs/.
+    root
+        As for `cohort run`.
+    """
+    from flows.experiments.results import experiment_folder, read_experiment
+
+    places = Places.under(root)
+    result = read_experiment(experiment_folder(places, experiment))
+    if result is None:
+        raise ConfigError(f"{experiment}: {_advice(places, experiment)}")
+    from flows.experiments.figures import draw_figures
+    from flows.experiments.report import write_report
+
+    figures = draw_figures(result, places, experiment_folder(places, experiment) / "figures")
+    console().print(f"report  [cyan]{write_report(result, places, figures)}[/]", soft_wrap=True)
+
+
+def _advice(places: Places, name: str) -> str:
+    known = sorted(file.parent.name for file in places.runs.glob("*/experiment.json"))
+    if not known:
+        return f"no experiment was run in {places.root}; `cohort ablate` runs one, --root names another place"
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"no experiment of that name; did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""`cohort run`, `recipes`, `methods`, `check`: choose a configuration and train."""
+"""`cohort run`, `recipes`, `methods`, `check`, `prompt`: choose a configuration and train."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from flows.summary import print_summary
 from flows.wording import number
 from pipeline.config import ConfigError
 from pipeline.progress import failsafe
+from stages.tables import Demonstrations
 
-__all__ = ["check", "methods", "recipes", "run"]
+__all__ = ["check", "methods", "prompt", "recipes", "run"]
 
 
 def run(
@@ -133,6 +134,40 @@ def check(
         print_faithfulness(choice.config, out)
 
 
+def prompt(
+    recipe: str, *, question: str, config: ConfigFiles = None, set_: Settings = None, method: Method = None
+) -> None:
+    """Print the prompt that a question becomes: its exact text, escaped, with special tokens by name, and its token ids.
+
+    Parameters
+    ----------
+    recipe
+        Name of a recipe or a YAML file.
+    question
+        Text of the question.
+    config
+        YAML file of overrides.
+    set_
+        `key=value`, for example `--set prompt.instruction="Think step by step."`.
+    method
+        A method (`cohort methods`) instead of the recipe's.
+    """
+    from flows.algorithm.data_check import scratch_store
+    from flows.algorithm.models import early_tokenizer
+    from stages.text import encode_prompt, plain_of, prompt_text
+
+    chosen = choose(recipe, config or [], set_ or [], method=method).config
+    with scratch_store():
+        tokenizer = early_tokenizer(chosen, _demonstrations(chosen), fetch=True, exact=True).tokenizer
+    text, ids = prompt_text(tokenizer, question, chosen.prompt), encode_prompt(tokenizer, question, chosen.prompt)
+    special = plain_of(tokenizer).added
+    print(f"text\n  {text!r}\n\nids\n  {ids}\n")
+    for token in ids:
+        mark = "  special" if token in special else ""
+        print(f"{token:>8}  {tokenizer.decode([token], skip_special_tokens=False)!r}{mark}")
+    print(f"\n{len(ids)} tokens, {sum(token in special for token in ids)} of them special")
+
+
 def _check_data(recipe: str, config: IterativeRLConfig, out: Console) -> None:
     from flows.algorithm.data_check import examine_data
 
@@ -169,3 +204,11 @@ def _differences(choice: Choice, differences: dict[str, tuple[Any, Any]]) -> Tab
     for key, (was, now) in differences.items():
         table.add_row(key, escape(number(was)), escape(number(now)))
     return table
+
+
+def _demonstrations(config: IterativeRLConfig) -> Demonstrations | None:
+    """Return what a policy made from scratch makes its tokenizer from; for a pretrained policy nothing is read."""
+    from flows.algorithm.data import prepare_data
+    from flows.config import PretrainedPolicy
+
+    return None if isinstance(config.policy, PretrainedPolicy) else prepare_data(config.data).demonstrations

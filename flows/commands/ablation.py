@@ -14,16 +14,24 @@ from cyclopts.validators import Number
 from rich.console import Console
 from rich.table import Table
 
-from flows.commands.options import ConfigFiles, Root, Settings, console, debugging
-from flows.config.methods import PAPER
 from flows.config.resolve import Choice
-from flows.experiments.ablation import conclude, earlier_settings, outcomes_of, track_experiment
+from flows.commands.options import ConfigFiles, Root, Settings, console, debugging
+from flows.experiments.ablation import (
+    conclude,
+    earlier_settings,
+    outcomes_of,
+    print_arms,
+    print_changes,
+    print_outcome,
+    track_experiment,
+)
 from flows.experiments.arms import PlannedExperiment, method_experiment, plan
-from flows.experiments.comparison import print_comparison
+from flows.experiments.results import collect
 from flows.experiments.running import ChildConfig, run_in_turn, run_side_by_side
-from flows.experiments.screen import print_arms, print_changes, print_outcome
 from flows.experiments.studies import EXPERIMENTS, named_experiment
+from flows.experiments.tables import print_comparison
 from flows.experiments.workers import require_workers_pool, run_on_workers
+from flows.config.methods import PAPER
 from flows.places import Places
 from flows.session import run_flow
 from pipeline.config import ConfigError
@@ -254,8 +262,9 @@ def _conduct(
             errors = run_side_by_side(planned, places, limit=parallel, engine=engine, console=out, command=command)
         out.print()
         # First: a folder that cannot be written must not hide it.
-        failsafe("the tables of the experiment")(print_comparison)(outcomes_of(planned, places), out)
-        result = conclude(planned, places, command, tracker)
+        result = collect(planned, places, command)
+        failsafe("the tables of the experiment")(print_comparison)(outcomes_of(planned, result), out)
+        conclude(planned, result, places, tracker)
     failsafe("the counts of the experiment")(print_outcome)(
         planned, places, result.sharing, out, since=started, because=bool(changed)
     )

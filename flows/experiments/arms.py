@@ -1,4 +1,4 @@
-"""Experiments as runs: every arm with every seed as a configuration, checked before any runs, and what tells arms apart."""
+"""Experiments as runs: every arm with every seed as a configuration, checked before any runs, and how arms differ."""
 
 from __future__ import annotations
 
@@ -8,19 +8,36 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from flows.config import IterativeRLConfig
-from flows.config.methods import check_method, without_method
 from flows.config.resolve import Choice, choice_of, choose, read_overrides
-from flows.experiments.comparison import Arm, Changes
+from flows.config import IterativeRLConfig
 from flows.learning_curve import COLOURS
+from flows.config.methods import check_method, without_method
 from pipeline.config import Config, ConfigError, Override, flatten, parse_settings
 from pipeline.experiment import Experiment, Trial, fitted_name, selected, trials
 from pipeline.store import canonical_json, sha256_of
 
-__all__ = ["PlannedExperiment", "method_experiment", "plan"]
+__all__ = ["Arm", "Changes", "PlannedExperiment", "method_experiment", "plan"]
 
+Changes = Mapping[str, tuple[Any, Any]]
+"""Dotted key -> what it was, what it is."""
 _NOT_SETTINGS: Final = ("name", "experiment", "seed")
-"""Fields that tell runs apart and are no part of what an arm is."""
+"""Fields that distinguish runs and are no part of what an arm is."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm of an experiment with one seed: a run."""
+
+    name: str
+    seed: int
+    choice: Choice
+    also: tuple[str, ...] = ()
+    """Further names of the arm: arms that came to the same configuration."""
+
+    @property
+    def label(self) -> str:
+        """All its names."""
+        return " = ".join([self.name, *self.also])
 
 
 @dataclass(frozen=True)
@@ -29,7 +46,7 @@ class PlannedExperiment:
 
     experiment: Experiment
     arms: tuple[Arm, ...]
-    """Every arm with every seed, seed by seed. What a choice is held against is the recipe."""
+    """Every arm with every seed, seed by seed. Each choice is compared with the recipe."""
     chosen: tuple[Arm, ...]
     """Those of them that are to run."""
 
@@ -39,13 +56,13 @@ class PlannedExperiment:
         return list(dict.fromkeys(arm.name for arm in self.arms))
 
     def against_baseline(self, arm: Arm) -> Choice:
-        """The arm's configuration, compared with that of the baseline with the same seed."""
+        """Compare the arm's configuration with that of the baseline with the same seed."""
         baseline = self.experiment.baseline
         (other,) = (one for one in self.arms if one.seed == arm.seed and baseline in (one.name, *one.also))
         return replace(arm.choice, base=other.choice.config)
 
     def differences(self, arm: Arm) -> Changes:
-        """What the arm sets otherwise than the baseline; of a section of another kind what is not that kind's default."""
+        """Return what the arm sets otherwise than the baseline; in a section of another kind what is not its default."""
         choice = self.against_baseline(arm)
         known = flatten(choice.base.model_dump(mode="json"))
         return {
@@ -54,8 +71,12 @@ class PlannedExperiment:
             if key not in _NOT_SETTINGS and (key in known or not _is_default(choice.config, key))
         }
 
+    def settings(self, arm: Arm) -> dict[str, Any]:
+        """Return what the arm sets otherwise than the baseline: MLflow's parameters `diff.*`."""
+        return {key: now for key, (_, now) in self.differences(arm).items()}
+
     def tags(self, arm: Arm) -> dict[str, str]:
-        """What MLflow is told of a run beside its configuration: arm, seed, colour, and the run it belongs to."""
+        """Return a run's tags in MLflow: arm, seed, colour, and the run it belongs to."""
         return {
             "arm": arm.name,
             "seed": str(arm.seed),
@@ -72,7 +93,7 @@ def plan(
     only: Sequence[str] = (),
     own_names: bool = True,
 ) -> PlannedExperiment:
-    """Every arm with every seed as a run; all are checked before any runs.
+    """Plan every arm with every seed as a run; all are checked before any runs.
 
     Args:
         files, settings: overrides for every arm, after its own.
@@ -105,7 +126,7 @@ def plan(
 
 
 def _refuse_methods_twice(experiment: Experiment, later: Sequence[Override]) -> None:
-    """A method for every arm would take their own methods away."""
+    """Refuse a method for every arm, which would take their own methods away."""
     named = [arm for arm in experiment.arms if any(change.key == "method" for change in experiment.changes(arm))]
     for change in later:
         if named and change.key == "method":
@@ -124,7 +145,7 @@ def _refuse_seeds(later: Sequence[Override]) -> None:
 
 
 def _arm(trial: Trial[IterativeRLConfig], choice: Choice) -> Arm:
-    """The run of a trial: named after its arm and seed, which come after all that was asked for."""
+    """Make the run of a trial, named after its arm and seed, which come after all that was asked for."""
     config = trial.config.override({"name": fitted_name(f"{trial.config.name}-{trial.arm}-s{trial.seed}")})
     return Arm(trial.arm, trial.seed, choice_of(config, choice.asked, "the experiment", choice.base), trial.also)
 
@@ -132,7 +153,7 @@ def _arm(trial: Trial[IterativeRLConfig], choice: Choice) -> Arm:
 def method_experiment(
     recipe: str, methods: Sequence[str], seeds: int, *, files: Sequence[Path] = (), settings: Sequence[str] = ()
 ) -> PlannedExperiment:
-    """The experiment whose arms are methods, from one supervised policy, with seeds counted up from the recipe's.
+    """Plan the experiment whose arms are methods, from one supervised policy, with seeds counted up from the recipe's.
 
     Each arm is what `cohort run RECIPE --method METHOD` with the same files and settings would train.
 
@@ -156,7 +177,7 @@ def method_experiment(
 
 
 def _is_default(config: Config, key: str) -> bool:
-    """Whether a dotted key has the value that its own part of the config begins with; never of a kind."""
+    """Return whether a dotted key has the value that its own part of the config begins with; never for a kind."""
     *parents, name = key.split(".")
     part: Any = config
     for parent in parents:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from flows.experiments.arms import Arm, PlannedExperiment
 from flows.ledger import Ledger, read_ledger
 from flows.places import Places
-from flows.records import write_json
+from flows.records import RunRecord, read_record, run_folder, write_json
 from flows.summary import Summary
 from pipeline.config import Config
 from pipeline.experiment import Experiment
@@ -26,10 +28,11 @@ __all__ = [
     "ExperimentResult",
     "RunResult",
     "Sharing",
+    "collect",
     "experiment_folder",
+    "is_finished",
     "read_experiment",
     "read_summary",
-    "sharing_of",
     "write_experiment",
 ]
 
@@ -45,6 +48,11 @@ class ArmResult(Config):
     "Further names: arms that came to the same configuration."
     differences: dict[str, tuple[Any, Any]]
     "Dotted key -> value in the baseline arm, value here. None: not there in the baseline; `...`: a section there."
+
+    @property
+    def label(self) -> str:
+        """All its names."""
+        return " = ".join([self.name, *self.also])
 
 
 class RunResult(Config):
@@ -76,11 +84,11 @@ class RunResult(Config):
     "What training took: see `flows.summary.training_cost`."
 
     def summary(self, places: Places) -> Summary | None:
-        """Everything of the run; `curve` has its metrics by step."""
+        """Read everything of the run; `curve` has its metrics by step."""
         return read_summary(places.runs / self.folder)
 
     def ledger(self, places: Places) -> Ledger | None:
-        """The artifacts of its steps and evaluations."""
+        """Read the artifacts of its steps and evaluations."""
         return read_ledger(places.runs / self.folder)
 
 
@@ -120,14 +128,25 @@ class ExperimentResult(Config):
     sharing: Sharing
     "What the runs have in common."
 
+    @property
+    def held_out_sets(self) -> list[str]:
+        """The held-out sets that any run was evaluated on."""
+        return list(dict.fromkeys(name for run in self.runs for name in run.final))
+
+    def finished(self, arm: str) -> list[RunResult]:
+        """Return the runs of an arm that finished."""
+        return [run for run in self.runs if (run.arm, run.status) == (arm, "finished")]
+
     def finals(self, arm: str, held_out: str, metric: str) -> list[float]:
-        """A metric of the final policies of an arm on a held-out set, one for each seed that finished and has it."""
+        """Return a metric of the final policies of an arm on a held-out set, one for each seed that finished and has it."""
         found = [run.final.get(held_out, {}).get(metric) for run in self.runs if run.arm == arm]
         return [value for value in found if value is not None]
 
     def best_run(self) -> RunResult | None:
-        """Of the arm with the highest mean accuracy over its seeds, the run with the highest: on the first held-out set, of
-        samples where there are any, else greedy; of equal ones the first. None before every run of an arm finished.
+        """Return the run with the highest accuracy of the arm with the highest mean over its seeds.
+
+        On the first held-out set, of samples where there are any, else greedy; of equal ones the first. None before every run
+        of an arm finished.
 
         The highest mean says nothing of whether the arms are separated: the captions of the figures do.
         """
@@ -137,17 +156,15 @@ class ExperimentResult(Config):
             return None
         metric = "accuracy" if "accuracy" in ended[0].final[held_out] else "greedy_accuracy"
         accuracies = {arm.name: self.finals(arm.name, held_out, metric) for arm in self.arms}
-        whole = {name: found for name, found in accuracies.items() if found and len(found) == self._seeds(name)}
+        seeds = Counter(run.arm for run in self.runs)
+        whole = {name: found for name, found in accuracies.items() if found and len(found) == seeds[name]}
         if not whole:
             return None
         arm = max(whole, key=lambda name: statistics.fmean(whole[name]))
         return max((run for run in ended if run.arm == arm), key=lambda run: run.final[held_out][metric])
 
-    def _seeds(self, arm: str) -> int:
-        return sum(run.arm == arm for run in self.runs)
-
     def rows(self) -> Iterator[dict[str, Any]]:
-        """A row for each run: names, status, and accuracies by held-out set before, at best and at the end."""
+        """Yield a row for each run: names, status, and accuracies by held-out set before, at best and at the end."""
         for run in self.runs:
             row: dict[str, Any] = {"arm": run.arm, "seed": run.seed, "run": run.name, "status": run.status}
             for name, final in run.final.items():
@@ -158,7 +175,7 @@ class ExperimentResult(Config):
 
 
 def experiment_folder(places: Places, name: str) -> Path:
-    """Where an experiment's results lie: experiment.json, tables.md, the logs of runs in processes of their own."""
+    """Return where an experiment's results lie: experiment.json, tables.md, the logs of runs in processes of their own."""
     return places.runs / name
 
 
@@ -185,14 +202,14 @@ def write_experiment(places: Places, result: ExperimentResult) -> Path:
 
 
 def read_experiment(folder: Path) -> ExperimentResult | None:
-    """The results in an experiment's folder; None where there are none, or none that can be read."""
+    """Read the results in an experiment's folder; None where there are none, or none that can be read."""
     with contextlib.suppress(OSError, ValueError):
         return ExperimentResult.parse(json.loads((folder / _FILE).read_text(encoding="utf-8")), source=str(folder))
     return None
 
 
 def read_summary(folder: Path) -> Summary | None:
-    """The summary in a run's folder; None where there is none."""
+    """Read the summary in a run's folder; None where there is none."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         values = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         values["best"] = {name: (step, accuracy) for name, (step, accuracy) in values["best"].items()}
@@ -201,8 +218,8 @@ def read_summary(folder: Path) -> Summary | None:
     return None
 
 
-def sharing_of(ledgers: Sequence[Ledger]) -> Sharing:
-    """What the runs with these ledgers have in common."""
+def _sharing_of(ledgers: Sequence[Ledger]) -> Sharing:
+    """Count what the runs with these ledgers have in common."""
     distinct = {key: call.seconds for ledger in ledgers for key, call in ledger.calls.items()}
     return Sharing(
         runs=len(ledgers),
@@ -211,3 +228,58 @@ def sharing_of(ledgers: Sequence[Ledger]) -> Sharing:
         seconds_apart=sum(call.seconds for ledger in ledgers for call in ledger.calls.values()),
         seconds_together=sum(distinct.values()),
     )
+
+
+# ------------------------------------------------------------------------------------------------ from the runs' folders
+
+
+def is_finished(places: Places, arm: Arm) -> bool:
+    """Return whether the run ended well, now or earlier."""
+    record = read_record(run_folder(places, arm.choice.config))
+    return record is not None and record.finished
+
+
+def collect(planned: PlannedExperiment, places: Places, command: str) -> ExperimentResult:
+    """Read what is there by now of every run of the experiment, in the order of the planned arms."""
+    runs = tuple(_run_result(places, arm) for arm in planned.arms)
+    ledgers = [run.ledger(places) for run in runs if run.status == "finished"]
+    first = {arm.name: arm for arm in reversed(planned.arms)}
+    return ExperimentResult(
+        experiment=planned.experiment,
+        tracked_in=planned.arms[0].choice.config.experiment,
+        command=command,
+        arms=tuple(
+            ArmResult(name=name, also=first[name].also, differences=dict(planned.differences(first[name])))
+            for name in planned.names
+        ),
+        runs=runs,
+        sharing=_sharing_of([ledger for ledger in ledgers if ledger]),
+    )
+
+
+def _run_result(places: Places, arm: Arm) -> RunResult:
+    folder = run_folder(places, arm.choice.config)
+    record = read_record(folder)
+    status = _status(record)
+    done = read_summary(folder) if status == "finished" else None
+    return RunResult(
+        arm=arm.name,
+        seed=arm.seed,
+        name=arm.choice.config.name,
+        folder=folder.name,
+        status=status if done or status != "finished" else "failed",
+        error=record.attempts[-1].error if record else "",
+        steps=record.steps if record else 0,
+        policy=done.policy if done else "",
+        before=done.before if done else {},
+        final=done.after if done else {},
+        best=done.best if done else {},
+        cost=done.cost if done else {},
+    )
+
+
+def _status(record: RunRecord | None) -> Any:
+    """Return that of the run's last attempt; a run that once finished stays finished, since its results are all there."""
+    if record is None:
+        return "not run"
+    return "finished" if record.finished else record.attempts[-1].outcome()

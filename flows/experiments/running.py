@@ -21,11 +21,10 @@ from typing import Any, Final
 from rich.console import Console
 from rich.markup import escape
 
-from flows.config import IterativeRLConfig
 from flows.config.resolve import Asked
-from flows.experiments.arms import PlannedExperiment
-from flows.experiments.comparison import Arm
-from flows.experiments.results import experiment_folder
+from flows.config import IterativeRLConfig
+from flows.experiments.arms import Arm, PlannedExperiment
+from flows.experiments.results import experiment_folder, is_finished
 from flows.places import Places
 from flows.records import read_record, run_folder
 from flows.session import InterruptedRunError, run_flow
@@ -34,7 +33,7 @@ from pipeline.orchestration.engine import Engine
 from pipeline.orchestration.interruption import interruptible
 from pipeline.residency import evict
 
-__all__ = ["ChildConfig", "is_finished", "progress_of", "run_in_turn", "run_side_by_side", "settings_of"]
+__all__ = ["ChildConfig", "progress_of", "run_in_turn", "run_side_by_side"]
 
 _POLL: Final = 0.1
 _PROGRESS_SECONDS: Final = 30.0
@@ -63,12 +62,6 @@ class ChildConfig(Config):
     "Folder of store, runs and databases."
     command: str
     "What continues the experiment."
-
-
-def is_finished(places: Places, arm: Arm) -> bool:
-    """Whether the run ended well, now or earlier."""
-    record = read_record(run_folder(places, arm.choice.config))
-    return record is not None and record.finished
 
 
 def progress_of(places: Places, arm: Arm) -> str:
@@ -102,7 +95,7 @@ def run_in_turn(
                 command=command,
                 debug=debug,
                 tags=planned.tags(arm),
-                difference=settings_of(planned, arm),
+                difference=planned.settings(arm),
             )
         except InterruptedRunError:
             raise
@@ -178,7 +171,7 @@ def _start(planned: PlannedExperiment, arm: Arm, places: Places, engine: Engine,
         baseline=choice.base,
         asked=choice.asked,
         tags=planned.tags(arm),
-        difference=settings_of(planned, arm),
+        difference=planned.settings(arm),
         engine=_engine(arm, places, engine),
         root=places.root,
         command=command,
@@ -231,13 +224,8 @@ def _engine(arm: Arm, places: Places, engine: Engine) -> Engine:
     return "inline" if is_finished(places, arm) else engine
 
 
-def settings_of(planned: PlannedExperiment, arm: Arm) -> dict[str, Any]:
-    """What the arm sets otherwise than the baseline: MLflow's parameters `diff.*`."""
-    return {key: now for key, (_, now) in planned.differences(arm).items()}
-
-
 def _announce(planned: PlannedExperiment, arm: Arm, place: str, console: Console) -> None:
-    config, sets = arm.choice.config, [f"{key}={now}" for key, now in settings_of(planned, arm).items()]
+    config, sets = arm.choice.config, [f"{key}={now}" for key, now in planned.settings(arm).items()]
     plan = f"{config.iterations} x {config.steps} steps, {config.questions_per_step} questions x {config.rollout.G} outputs"
     console.print(f"\n[bold]arm {escape(arm.label)}, seed {arm.seed}[/] ({place})  {plan}", soft_wrap=True)
     if sets:

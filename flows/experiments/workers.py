@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from flows.deploying.deployment import cancel, deploy, state_of, submit
-from flows.experiments.arms import PlannedExperiment
-from flows.experiments.comparison import Arm
+from flows.experiments.arms import Arm, PlannedExperiment
 from flows.experiments.pool import crash_lost, require_pool, serving
-from flows.experiments.running import is_finished, progress_of, run_in_turn, settings_of
+from flows.experiments.results import is_finished
+from flows.experiments.running import progress_of, run_in_turn
 from flows.places import Places
 from flows.session import InterruptedRunError
 from pipeline.experiment import fitted_name
@@ -101,7 +101,7 @@ class _Board:
             self.deployment,
             arm.choice.config,
             tags=self.planned.tags(arm),
-            difference=settings_of(self.planned, arm),
+            difference=self.planned.settings(arm),
             asked=arm.choice.asked,
         )
 

@@ -6,7 +6,6 @@ for figure in draw_figures(read_experiment(folder), places, folder / "figures"):
 
 from __future__ import annotations
 
-from flows.experiments.figures.drawing import draw_figures
-from flows.experiments.figures.figure import Figure
+from flows.experiments.figures.drawing import Figure, draw_figures
 
 __all__ = ["Figure", "draw_figures"]

@@ -7,23 +7,22 @@ questions. The samples are those of the evaluations, found through the runs' led
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from flows.experiments.figures.claims import bounds_are, change, listed, raises_majority_not_pass, words
-from flows.experiments.figures.figure import Sketch
 from flows.experiments.figures.numbers import Estimate, Study, Trained, measured
-from flows.experiments.figures.style import Look, draw_line, grid, legend_below
-from flows.experiments.figures.votes import Tally, differences, tallies
+from flows.experiments.figures.sketches import Look, Sketch, draw_line, grid, legend_below
 from flows.learning_curve import COLOURS
-from pipeline.store import Store
-from stages.kernels.voting import Interval, bootstrap_interval
+from pipeline.store import Store, StoreError, use_store
+from stages.kernels.voting import Interval, bootstrap_interval, maj_at_k, pass_at_k, wilson_interval
+from stages.tables import Votes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["sketch_candidates"]
+__all__ = ["Tally", "change_interval", "sketch_candidates", "tallies"]
 
 _FEWEST: Final = 3
 """Different K that make a curve."""
@@ -48,9 +47,9 @@ class _Panel:
 
 
 def sketch_candidates(study: Study, store: Store) -> Sketch | None:
-    """A column per held-out set, a row per arm; None where Pass@K was estimated at fewer than three K."""
+    """Draw a column per held-out set, a row per arm; None where Pass@K was estimated at fewer than three K."""
     found = [_panel(study, arm, held_out, store) for arm in study.arms for held_out in study.sets]
-    panels = [panel for panel in found if len(panel.ks) >= _FEWEST]
+    panels = [panel for panel in found if panel]
     if not panels:
         return None
     arms, sets = (
@@ -63,16 +62,16 @@ def sketch_candidates(study: Study, store: Store) -> Sketch | None:
         axes[place].set_visible(False)
     legend_below(canvas, axes[panels[0].arm, words(panels[0].set)])
     title = f"{study.result.experiment.name}: Maj@K and Pass@K, before and after (layout of the paper's Fig. 7)"
-    return Sketch("candidates", title, _caption(study, panels), canvas)
+    return Sketch("candidates", title, " ".join(_about(study, panels)), canvas)
 
 
-def _panel(study: Study, arm: str, held_out: str, store: Store) -> _Panel:
+def _panel(study: Study, arm: str, held_out: str, store: Store) -> _Panel | None:
     runs = study.arms[arm]
     times = {time: [getattr(one.run, time)[held_out] for one in runs] for time in ("before", "final")}
     every = [metrics for values in times.values() for metrics in values]
     ks = _ks(every, "pass")
     if len(ks) < _FEWEST:
-        return _Panel(arm, held_out, [], {}, {})
+        return None
     # Maj@K is undefined where the votes of a question are not known.
     kinds = [kind for kind in _KINDS if _ks(every, kind) == ks]
     lines = {
@@ -80,38 +79,19 @@ def _panel(study: Study, arm: str, held_out: str, store: Store) -> _Panel:
         for kind in kinds
         for time, values in zip(_LINES, times.values(), strict=True)
     }
-    pairs = [_tallies(one, held_out, store) for one in runs]
+    pairs = [_before_and_after(one, held_out, store) for one in runs]
     changes: dict[tuple[str, int], list[Interval]] = {}
     for kind, k in ((kind, k) for kind in kinds for k in ks):
-        found = [_change(pair, kind, k) for pair in pairs if pair]
-        changes[kind, k] = [one for one in found if one] if len(found) == len(runs) and all(found) else []
+        found = [one for pair in pairs if pair and (one := _change(*pair, kind, k))]
+        changes[kind, k] = found if len(found) == len(runs) else []
     return _Panel(arm, held_out, ks, lines, changes)
 
 
 def _ks(every: Sequence[Mapping[str, float]], kind: str) -> list[int]:
-    """The K that all of them were estimated at."""
+    """Return the K that all of them were estimated at."""
     name = re.compile(rf"{kind}_at_(\d+)")
     found = [{int(at[1]) for key in metrics if (at := name.fullmatch(key))} for metrics in every]
     return sorted(set.intersection(*found))
-
-
-def _tallies(one: Trained, held_out: str, store: Store) -> tuple[dict[str, Tally], dict[str, Tally]] | None:
-    """By question, before the first step and after the last."""
-    calls = [call for call in (one.ledger.evaluations if one.ledger else ()) if call.set == held_out]
-    sampled = {call.step: call.artifacts.get("count_votes") for call in calls if call.mode == "sampled"}
-    before, after = (
-        tallies(store, sampled[step]) if sampled else None
-        for step in (min(sampled, default=0), max(sampled, default=0))
-    )
-    return (before, after) if before and after else None
-
-
-def _change(pair: tuple[Mapping[str, Tally], Mapping[str, Tally]], kind: str, k: int) -> Interval | None:
-    found = differences(*pair, kind, k)
-    return None if found is None else bootstrap_interval(found, resamples=_RESAMPLES, seed=0)
-
-
-# ------------------------------------------------------------------------------------------------ drawing, saying
 
 
 def _draw(axes: Axes, panel: _Panel) -> None:
@@ -126,20 +106,91 @@ def _draw(axes: Axes, panel: _Panel) -> None:
     axes.set_ylabel("accuracy")
 
 
-def _caption(study: Study, panels: list[_Panel]) -> str:
+def _about(study: Study, panels: Sequence[_Panel]) -> Iterator[str]:
     every = [point for panel in panels for points in panel.lines.values() for point in points.values()]
-    sentences = [f"Lines: mean of {study.seeds}. Bands: {bounds_are(every)}."]
+    yield f"Lines: mean of {study.seeds}. Bands: {bounds_are(every)}."
     if any(intervals for panel in panels for intervals in panel.changes.values()):
-        sentences.append("Changes: one for each seed, with the 95 % interval of a paired bootstrap over questions.")
+        yield "Changes: one for each seed, with the 95 % interval of a paired bootstrap over questions."
     for panel in panels:
-        k = panel.ks[-1]
+        k, place = panel.ks[-1], words(panel.set).capitalize()
         if ("maj", "before") not in panel.lines:
-            sentences.append(f"{words(panel.set).capitalize()}: {panel.arm} has no Maj@K, since {_UNDEFINED}.")
+            yield f"{place}: {panel.arm} has no Maj@K, since {_UNDEFINED}."
             continue
         majority, passed = (panel.changes.get((kind, k), []) for kind in _KINDS)
         said = raises_majority_not_pass(panel.arm, k, majority, passed, panel.lines["pass", "before"][k])
-        sentences.append(f"{words(panel.set).capitalize()}: {said}")
+        yield f"{place}: {said}"
         raised = [str(k) for k in panel.ks if change(panel.changes.get(("pass", k), [])) == "raised"]
         if raised:
-            sentences.append(f"Pass@K is raised at K = {listed(raised)}.")
-    return " ".join(sentences)
+            yield f"Pass@K is raised at K = {listed(raised)}."
+
+
+# ------------------------------------------------------------------------------------------------ changes by question
+
+
+@dataclass(frozen=True)
+class Tally:
+    """The samples of a question, as `count_votes` counted them."""
+
+    samples: int
+    correct: int
+    wrong: tuple[int, ...] | None
+    """How many samples gave each distinct wrong answer; None where that is not known."""
+
+    def at(self, kind: str, k: int) -> float | None:
+        """Return `maj` or `pass` at K, as `stages.evaluation` estimates it; None where Maj@K is undefined."""
+        if kind == "pass":
+            return pass_at_k(self.samples, self.correct, k)
+        return None if self.wrong is None else maj_at_k(self.samples, self.correct, self.wrong, k)
+
+
+def tallies(store: Store, digest: str | None) -> dict[str, Tally] | None:
+    """Read tallies by question from a table of votes; None where its payload is not in the store."""
+    if digest is None:
+        return None
+    try:
+        with use_store(store):
+            rows = Votes(digest).rows()
+    except StoreError:
+        return None
+    return {
+        row["question_id"]: Tally(row["samples"], row["correct"], None if row["wrong"] is None else tuple(row["wrong"]))
+        for row in rows
+    }
+
+
+def change_interval(difference_Q: Sequence[float]) -> Interval:
+    """Return the mean of one difference per question, each in [-1, 1], with its 95 % interval over questions.
+
+    The percentile bootstrap. Where all Q questions have the same difference d it has no width, which would claim certainty from
+    a few questions. The share of questions with another difference is then at most u = z^2 / (Q + z^2) (Wilson), so that the
+    mean lies between d - u (1 + d) and d + u (1 - d).
+    """
+    found = bootstrap_interval(difference_Q, resamples=_RESAMPLES, seed=0)
+    if min(difference_Q) < max(difference_Q):
+        return found
+    d, unseen = difference_Q[0], wilson_interval(0.0, len(difference_Q)).high
+    return Interval(d, d - unseen * (1 + d), d + unseen * (1 - d))
+
+
+def _before_and_after(one: Trained, held_out: str, store: Store) -> tuple[dict[str, Tally], dict[str, Tally]] | None:
+    """Read tallies before the first step and after the last."""
+    calls = [call for call in (one.ledger.evaluations if one.ledger else ()) if call.set == held_out]
+    sampled = {call.step: call.artifacts.get("count_votes") for call in calls if call.mode == "sampled"}
+    if not sampled:
+        return None
+    before, after = tallies(store, sampled[min(sampled)]), tallies(store, sampled[max(sampled)])
+    return (before, after) if before and after else None
+
+
+def _change(before: Mapping[str, Tally], after: Mapping[str, Tally], kind: str, k: int) -> Interval | None:
+    """Return the change of Maj@K or Pass@K; None where it is undefined for a question.
+
+    Raises:
+        ValueError: the two are not of the same questions.
+    """
+    if before.keys() != after.keys():
+        example = min(before.keys() ^ after.keys())
+        raise ValueError(f"before and after are not of the same questions, for example {example!r} is in one of them")
+    pairs = [(before[name].at(kind, k), after[name].at(kind, k)) for name in before]
+    found = [new - old for old, new in pairs if old is not None and new is not None]
+    return change_interval(found) if len(found) == len(pairs) else None

@@ -1,7 +1,7 @@
 """What may be said under a figure: each claim is a check on estimates that returns the sentence which holds.
 
-Two estimates are told apart where the 95 % interval of their difference excludes 0: over seeds (Welch) from three on; with
-fewer where their intervals over questions do not meet, which is stricter. What is not separated here is not thereby equal.
+Two estimates are separated where the 95 % interval of their difference excludes 0: over seeds (Welch) from three on; with
+fewer where their intervals over questions do not overlap, which is stricter. What is not separated here is not thereby equal.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ __all__ = [
     "brackets",
     "change",
     "compare",
+    "compared_with",
     "difference",
-    "held_against",
     "in_order",
     "intervals_are",
     "is_above",
@@ -36,18 +36,12 @@ __all__ = [
 MARGIN: Final = 0.02
 """A change whose interval ends below it is none that matters. Ours."""
 
-_STUDENT: Final = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-)
-"""Quantiles for 1, 2, 3, ... degrees of freedom."""
-
 Verdict = Literal["supported", "reversed", "not separated", "no bounds"]
 Change = Literal["raised", "not raised", "lowered", "not settled"]
 
 
 def difference(value: Estimate, other: Estimate) -> Interval | None:
-    """The first less the second, with a 95 % interval; None where one of them has no bounds.
+    """Return the first less the second, with a 95 % interval; None where one of them has no bounds.
 
     Over seeds, both with n >= 3: d -+ t sqrt(s1^2 / n1 + s2^2 / n2), t with Welch's degrees of freedom, rounded down. Else from
     the lower bound of one less the upper of the other to the reverse.
@@ -61,13 +55,15 @@ def difference(value: Estimate, other: Estimate) -> Interval | None:
     total = sum(part for part, _ in parts)
     if total == 0.0:
         return Interval(estimate, estimate, estimate)
+    from scipy.special import stdtrit  # quantiles of Student's t
+
     freedom = int(total**2 / sum(part**2 / free for part, free in parts))
-    reach = _student(freedom) * math.sqrt(total)
+    reach = float(stdtrit(freedom, 0.975)) * math.sqrt(total)
     return Interval(estimate, estimate - reach, estimate + reach)
 
 
 def compare(upper: Estimate, lower: Estimate) -> Verdict:
-    """Whether the first is above the second: the interval of the difference lies above 0."""
+    """Return whether the first is above the second: the interval of the difference lies above 0."""
     found = difference(upper, lower)
     if found is None:
         return "no bounds"
@@ -77,7 +73,7 @@ def compare(upper: Estimate, lower: Estimate) -> Verdict:
 
 
 def is_above(name: str, value: Estimate, other: str, than: Estimate) -> str:
-    """The claim that one arm is above another, or what was found in its place."""
+    """Claim that one arm is above another, or say what was found in its place."""
     found = difference(value, than)
     numbers = f"({_signed(found)})" if found else f"({value.mean - than.mean:+.3f})"
     match compare(value, than):
@@ -91,28 +87,33 @@ def is_above(name: str, value: Estimate, other: str, than: Estimate) -> str:
             return f"{name} against {other} has no interval and nothing is concluded {numbers}"
 
 
-def held_against(values: Mapping[str, Estimate], other: str, than: Estimate) -> str:
-    """Several arms held against one thing: which are above it, which below, which not separated from it."""
+def compared_with(values: Mapping[str, Estimate], other: str, than: Estimate) -> str:
+    """Say which of several arms are above one thing, which below, which not separated from it."""
     phrases: dict[Verdict, str] = {
         "supported": f"above {other}",
         "reversed": f"below {other}",
         "not separated": f"not separated from {other}",
-        "no bounds": f"without an interval to hold against {other}",
+        "no bounds": f"without an interval to compare with {other}",
     }
     found = {name: compare(value, than) for name, value in values.items()}
     parts = []
     for verdict, phrase in phrases.items():
-        names = [name for name in found if found[name] == verdict]
-        if names:
+        if names := [name for name in found if found[name] == verdict]:
             parts.append(f"{listed(names)} {'is' if len(names) == 1 else 'are'} {phrase}")
     return "; ".join(parts)
+
+
+def in_order(values: Mapping[str, Estimate]) -> Iterator[str]:
+    """Compare each arm with the one before it."""
+    for other, name in pairwise(values):
+        yield is_above(name, values[name], other, values[other])
 
 
 # ------------------------------------------------------------------------------------------------ before against after
 
 
 def change(intervals: Sequence[Interval]) -> Change:
-    """What became of a quantity, from the interval of its change with each seed; all seeds must agree.
+    """Return what became of a quantity, from the interval of its change with each seed; all seeds must agree.
 
     raised: every interval lies above 0. lowered: every one below. not raised: every one ends below `MARGIN`.
     """
@@ -128,7 +129,7 @@ def change(intervals: Sequence[Interval]) -> Change:
 def raises_majority_not_pass(
     name: str, k: int, majority: Sequence[Interval], passed: Sequence[Interval], passed_before: Estimate
 ) -> str:
-    """The claim of the paper's Fig. 7, that RL raises Maj@K and not Pass@K, at one K; or what was found in its place.
+    """Claim with the paper's Fig. 7 that RL raises Maj@K and not Pass@K, at one K; or say what was found in its place.
 
     Args:
         majority, passed: the changes from before to after with each seed.
@@ -136,7 +137,6 @@ def raises_majority_not_pass(
     """
     if not majority or not passed:
         return f"{name}: the samples are not in the store, so the changes have no intervals and nothing is concluded."
-    numbers = f"change of Maj@{k} {_changes(majority)}, of Pass@{k} {_changes(passed)}"
     no_room = max(passed_before.values) > 1 - MARGIN
     match change(majority), change(passed):
         case one, "not raised" | "not settled" if no_room:
@@ -151,65 +151,52 @@ def raises_majority_not_pass(
             text = f"{name} raises Maj@{k}; {_said(f'Pass@{k}', 'not settled')}"
         case one, other:
             text = f"{name}: {_said(f'Maj@{k}', one)}, {_said(f'Pass@{k}', other)}"
-    return f"{text} ({numbers})."
+    of_maj, of_pass = (", ".join(map(_signed, intervals)) for intervals in (majority, passed))
+    return f"{text} (change of Maj@{k} {of_maj}, of Pass@{k} {of_pass})."
 
 
 def _said(what: str, became: Change) -> str:
     return f"whether {what} is raised is not settled" if became == "not settled" else f"{what} is {became}"
 
 
-def _changes(intervals: Sequence[Interval]) -> str:
-    return ", ".join(map(_signed, intervals))
-
-
 # ------------------------------------------------------------------------------------------------ words
 
 
 def bounds_are(estimates: Sequence[Estimate]) -> str:
-    """What the bounds in a figure are."""
+    """Say what the bounds in a figure are."""
     kinds: dict[Bounds, str] = {
         "seeds": "lowest to highest seed",
         "questions": "95 % intervals over questions (bootstrap)",
         "none": "none: too few seeds, and no interval was recorded",
     }
-    found = {one.over for one in estimates}
-    return "; where seeds are fewer, ".join(text for kind, text in kinds.items() if kind in found)
-
-
-def words(name: str) -> str:
-    """`in_domain` as words."""
-    return name.replace("_", " ")
-
-
-def listed(names: Sequence[str]) -> str:
-    """`a, b and c`."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
-
-
-def in_order(values: Mapping[str, Estimate]) -> Iterator[str]:
-    """Each arm held against the one before it."""
-    names = list(values)
-    for other, name in pairwise(names):
-        yield is_above(name, values[name], other, values[other])
+    return _kinds(kinds, estimates)
 
 
 def intervals_are(estimates: Sequence[Estimate]) -> str:
-    """What the intervals of differences between such estimates are; empty where there are none."""
-    kinds: dict[Bounds, str] = {"seeds": "95 % over seeds (Welch)", "questions": "the bounds of both taken together"}
+    """Say what the intervals of differences between such estimates are; empty where there are none."""
+    return _kinds({"seeds": "95 % over seeds (Welch)", "questions": "the bounds of both taken together"}, estimates)
+
+
+def _kinds(kinds: Mapping[Bounds, str], estimates: Sequence[Estimate]) -> str:
     found = {one.over for one in estimates}
     return "; where seeds are fewer, ".join(text for kind, text in kinds.items() if kind in found)
 
 
 def brackets(estimates: Sequence[Estimate]) -> str:
-    """How to read the figures of `is_above`; empty where they have no intervals."""
+    """Say how to read the numbers of `is_above`; empty where they have no intervals."""
     intervals = intervals_are(estimates)
     return f"In brackets: difference [interval: {intervals}]." if intervals else ""
 
 
+def words(name: str) -> str:
+    """Write `in_domain` as words."""
+    return name.replace("_", " ")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Write `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
 def _signed(interval: Interval) -> str:
     return f"{interval.estimate:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
-
-
-def _student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t; above the table that of its last row, which is a little too wide."""
-    return _STUDENT[min(freedom, len(_STUDENT)) - 1]

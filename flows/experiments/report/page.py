@@ -1,23 +1,29 @@
 """The report as a page: sections from results, put into the template, written in one piece.
 
-What models wrote stands in the page as text: every value is escaped, and the page forbids scripts and other files itself.
+What models wrote is in the page as text: every value is escaped, and the page forbids scripts and other files itself.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from flows.experiments.report.accuracies import accuracy_tables, findings, reward_model_table
-from flows.experiments.report.answers import chosen_seed, side_by_side
-from flows.experiments.report.cells import Grid, setting_pair
-from flows.experiments.report.descent import descent
-from flows.experiments.report.paper import deviation_tables
+from flows.config import IterativeRLConfig
+from flows.experiments.report.arms import chosen_seed, descent, side_by_side
 from flows.experiments.results import ExperimentResult, RunResult, experiment_folder
+from flows.experiments.tables import (
+    Grid,
+    accuracy_tables,
+    findings,
+    reward_model_table,
+    setting,
+    setting_pair,
+)
+from flows.looking.faithful import deviations
 from flows.places import Places
 from flows.wording import duration, number
 from pipeline.store import StoreError
@@ -31,8 +37,7 @@ _TEMPLATE: Final = "report.html.j2"
 _FILE: Final = "report.html"
 
 
-@dataclass(frozen=True)
-class _Picture:
+class _Picture(NamedTuple):
     """A figure in the page."""
 
     title: str
@@ -57,14 +62,14 @@ def write_report(result: ExperimentResult, places: Places, figures: Sequence[Fig
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise StoreError(
-            f"{file} cannot be written ({error.strerror or error}): free space or mend permissions, then "
+            f"{file} cannot be written ({error.strerror or error}): free space or correct permissions, then "
             f"`cohort report {result.experiment.name}`; results and runs are kept"
         ) from None
     return file
 
 
 def report_file(places: Places, name: str) -> Path:
-    """Where the report of an experiment lies."""
+    """Return where the report of an experiment lies."""
     return experiment_folder(places, name) / _FILE
 
 
@@ -96,13 +101,13 @@ def _sections(result: ExperimentResult, places: Places, figures: Sequence[Figure
         "seed": chosen_seed(result),
         "comparisons": side_by_side(result, places),
         "descent": descent(result, places),
-        "deviations": list(deviation_tables(result, places)),
+        "deviations": list(_deviations(result, places)),
         "reward_models": reward_model_table(result, places),
     }
 
 
 def _picture(figure: Figure) -> _Picture:
-    """As an image, which runs nothing, whatever is in the file."""
+    """Embed a figure as an image, which runs nothing, whatever is in the file."""
     for file, kind in ((figure.svg, "svg+xml"), (figure.png, "png")):
         try:
             content = base64.b64encode(file.read_bytes()).decode()
@@ -113,23 +118,16 @@ def _picture(figure: Figure) -> _Picture:
 
 
 def _differences(result: ExperimentResult) -> Grid:
-    """A row for each setting in which any arm differs from the baseline, a column for each arm."""
-    changed = {key: was for arm in result.arms for key, (was, _) in arm.differences.items()}
+    """Make a row for each setting in which any arm differs from the baseline, a column for each arm."""
     rows = []
-    for key, was in changed.items():
-        cells = [key]
-        for arm in result.arms:
-            shown = setting_pair(was, arm.differences[key][1])[1] if key in arm.differences else ""
-            cells.append(shown or _baseline_value(result, key))
-        rows.append(cells)
-    headings = ["setting", *(" = ".join([arm.name, *arm.also]) for arm in result.arms)]
-    return Grid(f"Settings that are not those of {result.experiment.baseline}", headings, rows, numbers=False)
-
-
-def _baseline_value(result: ExperimentResult, key: str) -> str:
-    """What the baseline has, as it stands beside the first arm that has something else."""
-    was, now = next(arm.differences[key] for arm in result.arms if key in arm.differences)
-    return setting_pair(was, now)[0] if was is not None else "-"
+    for key in dict.fromkeys(key for arm in result.arms for key in arm.differences):
+        was, now = next(arm.differences[key] for arm in result.arms if key in arm.differences)
+        # The baseline's value, written as next to the first arm that has something else.
+        baseline = "-" if was is None else setting_pair(was, now)[0]
+        here = (setting_pair(*arm.differences[key])[1] if key in arm.differences else "" for arm in result.arms)
+        rows.append([key, *(shown or baseline for shown in here)])
+    title = f"Settings that are not those of {result.experiment.baseline}"
+    return Grid(title, ["setting", *(arm.label for arm in result.arms)], rows, numbers=False)
 
 
 def _runs(result: ExperimentResult) -> Grid:
@@ -137,9 +135,8 @@ def _runs(result: ExperimentResult) -> Grid:
         [run.name, str(run.seed), run.status, number(run.steps), run.policy[:12] or "-", run.folder]
         for run in result.runs
     ]
-    return Grid(
-        "Every arm with every seed", ["run", "seed", "status", "steps", "final policy", "folder"], rows, numbers=False
-    )
+    headings = ["run", "seed", "status", "steps", "final policy", "folder"]
+    return Grid("Every arm with every seed", headings, rows, numbers=False)
 
 
 def _unfinished(run: RunResult) -> str:
@@ -148,7 +145,7 @@ def _unfinished(run: RunResult) -> str:
 
 
 def _sharing(result: ExperimentResult) -> Iterator[tuple[str, str]]:
-    """What the runs that finished ask for apart, what was executed for all of them, and what that saves."""
+    """Yield what the runs that finished ask for apart, what was executed for all of them, and what that saves."""
     sharing = result.sharing
     yield "runs that finished", number(sharing.runs)
     yield "stage calls asked for", number(sharing.asked)
@@ -157,3 +154,32 @@ def _sharing(result: ExperimentResult) -> Iterator[tuple[str, str]]:
     yield "time apart", duration(sharing.seconds_apart)
     yield "time together", f"{duration(sharing.seconds_together)} ({sharing.ratio:.2f} of it)"
     yield "saved", duration(sharing.seconds_apart - sharing.seconds_together)
+
+
+def _deviations(result: ExperimentResult, places: Places) -> Iterator[Grid]:
+    """Make tables of what is not as in the paper: in all arms, then in some, with the arms."""
+    configs = _arm_configs(result, places)
+    found: dict[tuple[str, ...], list[str]] = {}
+    for arm, config in configs.items():
+        for part in deviations(config):
+            found.setdefault((part.key, part.paper, part.where, setting(part.here)), []).append(arm)
+    headings = ["field", "paper", "section", "here"]
+    everywhere = [list(row) for row, arms in found.items() if len(arms) == len(configs)]
+    some = [[*row, ", ".join(arms)] for row, arms in sorted(found.items()) if len(arms) < len(configs)]
+    missing = [arm.name for arm in result.arms if arm.name not in configs]
+    notes = [f"not looked at, since no run of it is there: {', '.join(missing)}"] if missing else []
+    if everywhere or notes:
+        yield Grid("In every arm", headings, everywhere, notes, numbers=False)
+    if some:
+        yield Grid("In some arms", [*headings, "arms"], some, numbers=False)
+
+
+def _arm_configs(result: ExperimentResult, places: Places) -> dict[str, IterativeRLConfig]:
+    """Read the configuration of every arm with the first of its seeds that ran; arms that never ran are left out."""
+    configs: dict[str, IterativeRLConfig] = {}
+    for run in result.runs:
+        file = places.runs / run.folder / "config.yaml"
+        if run.arm not in configs:
+            with contextlib.suppress(OSError, ValueError):
+                configs[run.arm] = IterativeRLConfig.from_yaml(file.read_text(encoding="utf-8"), source=str(file))
+    return configs

@@ -58,7 +58,9 @@ def scores(found: Rewards) -> list[float]:
     return [each["reward"] for each in found.rows()]
 
 
-def test_the_fit_is_the_minimum_of_the_penalised_loss(store: Store) -> None:
+def test_the_fit_is_the_minimum_of_the_penalised_loss_and_that_of_scikit_learn(store: Store) -> None:
+    from sklearn.linear_model import LogisticRegression
+
     learned = noisy(300, seed=1)
     found = shortcut_scores(learned, learned, ("tokens",))
     length = np.array([len(each["output_ids"]) for each in learned[1].rows()], dtype=float)
@@ -73,6 +75,8 @@ def test_the_fit_is_the_minimum_of_the_penalised_loss(store: Store) -> None:
     least = loss(weight, bias)
     assert all(loss(weight + dw, bias + db) > least for dw in (-1e-3, 0, 1e-3) for db in (-1e-3, 0, 1e-3) if dw or db)
     assert weight < 0  # longer is worse, as it was drawn
+    other = LogisticRegression(C=1.0, solver="newton-cholesky", tol=1e-12).fit(x[:, None], sign)
+    assert (weight, bias) == pytest.approx((other.coef_[0, 0], other.intercept_[0]), rel=1e-9)
 
 
 def test_the_direction_is_learned_on_one_part_and_can_be_wrong_on_the_other(store: Store) -> None:

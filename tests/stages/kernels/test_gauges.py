@@ -24,12 +24,15 @@ def test_auc_counts_pairs_in_order_and_half_of_equal_ones() -> None:
     assert auc(SCORES, RIGHT) == pytest.approx((3 + 1.5) / 6)
 
 
-def test_auc_is_that_of_counting_all_pairs() -> None:
+def test_auc_is_that_of_counting_all_pairs_and_of_scikit_learn() -> None:
+    from sklearn.metrics import roc_auc_score
+
     rng = random.Random(0)
     for _ in range(50):
         score = [rng.randrange(6) / 5 for _ in range(20)]
         right = [rng.random() < 0.4 for _ in range(18)] + [True, False]
-        assert auc(score, right) == pytest.approx(auc_by_counting(score, right))
+        assert auc(score, right) == pytest.approx(auc_by_counting(score, right), rel=1e-12)
+        assert auc(score, right) == pytest.approx(roc_auc_score(right, score), rel=1e-12)
 
 
 @pytest.mark.parametrize("right", [[True, True], [False, False], []])

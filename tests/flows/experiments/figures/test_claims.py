@@ -8,8 +8,8 @@ from flows.experiments.figures.claims import (
     bounds_are,
     change,
     compare,
+    compared_with,
     difference,
-    held_against,
     in_order,
     is_above,
     listed,
@@ -34,18 +34,20 @@ def test_an_arm_is_above_another_only_where_the_interval_of_the_difference_exclu
 
 
 def test_the_difference_of_two_arms_with_three_seeds_is_welchs() -> None:
-    # Variances 1e-4 each: standard error sqrt(2e-4 / 3) = 0.0081650; 4 degrees of freedom: t = 2.776.
+    # Variances 1e-4 each: standard error sqrt(2e-4 / 3) = 0.0081650; 4 degrees of freedom: t = 2.7764451.
     found = difference(HIGH, LOW)
     assert found is not None
     assert found.estimate == pytest.approx(0.30)
-    assert (found.low, found.high) == pytest.approx((0.30 - 2.776 * 0.0081650, 0.30 + 2.776 * 0.0081650), abs=1e-6)
+    assert (found.low, found.high) == pytest.approx(
+        (0.30 - 2.7764451 * (2e-4 / 3) ** 0.5, 0.30 + 2.7764451 * (2e-4 / 3) ** 0.5), abs=1e-9
+    )
 
 
 def test_unequal_variances_lower_the_degrees_of_freedom() -> None:
-    # All variance is in one arm, 4e-4 / 3 of 3 seeds: 2 degrees of freedom, t = 4.303.
+    # All variance is in one arm, 4e-4 / 3 of 3 seeds: 2 degrees of freedom, t = 0.95 sqrt(2 / (1 - 0.95^2)).
     found = difference(estimate([0.80, 0.82, 0.84]), estimate([0.5, 0.5, 0.5]))
     assert found is not None
-    assert found.high - found.estimate == pytest.approx(4.303 * (4e-4 / 3) ** 0.5, abs=1e-6)
+    assert found.high - found.estimate == pytest.approx(0.95 * (2 / 0.0975) ** 0.5 * (4e-4 / 3) ** 0.5, rel=1e-12)
 
 
 def test_seeds_that_do_not_overlap_are_not_enough_where_they_nearly_touch() -> None:
@@ -81,11 +83,11 @@ def test_a_claim_names_the_direction_and_the_interval() -> None:
 
 def test_arms_are_grouped_by_what_became_of_them() -> None:
     values = {"a": HIGH, "b": LOW, "c": HIGH, "d": estimate([0.1, 0.11, 0.12])}
-    said = held_against(values, "the rest", LOW)
+    said = compared_with(values, "the rest", LOW)
     assert said == "a and c are above the rest; d is below the rest; b is not separated from the rest"
 
 
-def test_each_arm_is_held_against_the_one_before_it() -> None:
+def test_each_arm_is_compared_with_the_one_before_it() -> None:
     said = list(in_order({"a": LOW, "b": HIGH, "c": HIGH}))
     assert [sentence.split(" (")[0] for sentence in said] == ["b is above a", "c and b are not separated"]
 

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from flows.cli import run_command
-from flows.config.methods import METHODS, PAPER
 from flows.config.resolve import choose
+from flows.cli import run_command
 from flows.experiments.ablation import tables_file
-from flows.experiments.arms import method_experiment
-from flows.experiments.comparison import Arm, Outcome, comparison_markdown, print_comparison
+from flows.experiments.arms import Arm, method_experiment
+from flows.experiments.results import RunResult
+from flows.experiments.tables import Outcome, comparison_markdown, print_comparison
+from flows.config.methods import METHODS, PAPER
 from flows.places import Places
 from flows.records import read_records
 from flows.run_state import RunState
@@ -48,7 +49,10 @@ def outcome(arm: Arm, before: float, after: float, cost: float = 1.0) -> Outcome
         },
     }
     state = RunState(steps=1, clock=lambda: 0.0)
-    return Outcome(arm, summarise(arm.choice.config, points, state, Checkpoint("ab" * 32), {}))
+    done = summarise(arm.choice.config, points, state, Checkpoint("ab" * 32), {})
+    of_run = {"arm": arm.name, "seed": arm.seed, "name": arm.choice.config.name, "folder": "run", "error": ""}
+    figures = {"before": done.before, "final": done.after, "best": done.best, "cost": done.cost}
+    return Outcome(arm, RunResult.parse({**of_run, "status": "finished", "steps": 1, "policy": done.policy, **figures}))
 
 
 def arms_of(recipe: str, methods: Sequence[str], seeds: int, **changes: Any) -> tuple[Arm, ...]:
@@ -154,7 +158,7 @@ def test_another_set_of_arms_has_another_file(tmp_path: Path) -> None:
         method_experiment("arithmetic_smoke", ["grpo"], 2),
         method_experiment("arithmetic_smoke", ["grpo"], 1, settings=["steps=3"]),
     ]
-    assert len({tables_file(places, planned) for planned in sets}) == 3
+    assert len({tables_file(places, planned.experiment.name) for planned in sets}) == 3
 
 
 # ------------------------------------------------------------------------------------- the command

@@ -88,10 +88,10 @@ def page(root: Path, *figures: Figure) -> Element:
 
 
 def figure(folder: Path, svg: str = "<svg xmlns='http://www.w3.org/2000/svg'/>") -> Figure:
-    files = {suffix: folder / f"fig.{suffix}" for suffix in ("png", "svg")}
-    files["png"].write_bytes(PIXEL)
-    files["svg"].write_text(svg)
-    return Figure("fig", "Accuracy", 'usual & wide are "not" separated', files["png"], files["svg"])
+    made = Figure("fig", "Accuracy", 'usual & wide are "not" separated', folder)
+    made.png.write_bytes(PIXEL)
+    made.svg.write_text(svg)
+    return made
 
 
 def completions(body: Element) -> list[Element]:

@@ -14,8 +14,9 @@ from cyclopts.validators import Number
 from rich.console import Console
 from rich.table import Table
 
-from flows.config.resolve import Choice
 from flows.commands.options import ConfigFiles, Root, Settings, console, debugging
+from flows.config.methods import PAPER
+from flows.config.resolve import Choice
 from flows.experiments.ablation import (
     conclude,
     earlier_settings,
@@ -31,7 +32,6 @@ from flows.experiments.running import ChildConfig, run_in_turn, run_side_by_side
 from flows.experiments.studies import EXPERIMENTS, named_experiment
 from flows.experiments.tables import print_comparison
 from flows.experiments.workers import require_workers_pool, run_on_workers
-from flows.config.methods import PAPER
 from flows.places import Places
 from flows.session import run_flow
 from pipeline.config import ConfigError

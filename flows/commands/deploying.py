@@ -11,8 +11,8 @@ from rich.markup import escape
 
 from flows.commands.options import ConfigFiles, Method, Root, Settings, console
 from flows.config.resolve import choose
-from flows.deploying import deployment
-from flows.deploying.deployment import POOL
+from flows.deploying.deployment import deploy as make_deployment
+from flows.deploying.pool import POOL, submit
 from flows.places import Places
 
 __all__ = ["deploy", "worker"]
@@ -65,7 +65,7 @@ def deploy(
         Folder of store, runs and databases, told to the workers.
     """
     choice, places, out = choose(recipe, config or [], set_ or [], method=method), Places.under(root), console()
-    made = deployment.deploy(
+    made = make_deployment(
         choice,
         places,
         name=choice.config.name.replace("_", "-") if name is None else name,
@@ -79,7 +79,7 @@ def deploy(
     out.print(f"  page    {made.url}", soft_wrap=True)
     out.print(f"  worker  cohort worker --pool {shlex.quote(made.pool)}{escape(places.option())}", soft_wrap=True)
     if now:
-        out.print(f"  run     {deployment.submit(made.name, choice.config)}")
+        out.print(f"  run     {submit(made.name, choice.config)}")
     else:
         out.print(f"  run     prefect deployment run {made.name}, or the button Run on its page", soft_wrap=True)
 

@@ -13,8 +13,7 @@ from rich.syntax import Syntax
 from flows.commands.options import ConfigFiles, Root, Settings, console, debugging
 from flows.places import Places
 from flows.reward_study.config import choose_study
-from flows.reward_study.report import print_study
-from flows.reward_study.run import run_study
+from flows.reward_study.run import print_study, run_study
 from flows.wording import number
 
 __all__ = ["reward_model"]

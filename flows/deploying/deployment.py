@@ -1,48 +1,38 @@
-"""A recipe as a deployment of the flow `train`: made, run, asked for its state, cancelled.
-
-Everything here talks to the Prefect server of this process: the configured one, or the project's own after `ensure_server`
-(`deploy` sees to that).
-"""
+"""A recipe as a deployment of the flow `train`, with its schedule and the form of Prefect's user interface."""
 
 from __future__ import annotations
 
-import contextlib
-import json
+import asyncio
+import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping
+import zoneinfo
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
-from flows.config import IterativeRLConfig
-from flows.config.resolve import Asked, Choice, descriptions
-from flows.deploying.schedule import cron_schedule
-from flows.deploying.versions import versions_environment
+from flows.config.resolve import Choice, descriptions
+from flows.deploying.pool import ASKED, POOL, connected, ensure_pool, versions_environment
 from flows.places import Places
 from pipeline.config import ConfigError
 from pipeline.orchestration.flow_runs import RESTARTS
-from pipeline.orchestration.server import ServerError, configured_url, ensure_server
+from pipeline.orchestration.server import ensure_server
 from pipeline.passwords import without_password
 from pipeline.store.context import package_versions
 
 __all__ = [
     "DEPLOYED_PLACES",
     "ENTRYPOINT",
-    "POOL",
     "Deployed",
-    "cancel",
+    "cron_schedule",
     "deploy",
-    "ensure_pool",
+    "form_schema",
     "places_passed_on",
-    "state_of",
-    "submit",
+    "ready_for_form",
 ]
 
-POOL: Final = "cohort-local"
-"""The work pool that workers serve, and deployments go to, when none is named."""
-_TYPE: Final = "process"
 ENTRYPOINT: Final = "flows.deploying.flow.train"
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _PASSED_ON: Final = ("COHORT_STORE", "MLFLOW_TRACKING_URI")
@@ -81,7 +71,7 @@ def deploy(
         schedule: cron expression of five fields; None takes away a schedule that was there.
         restarts: how often a run whose process died is started again by a worker.
         require_versions: refuse workers with other package versions than this process.
-        env: on top of what every run is told: root, store, versions.
+        env: on top of what every run gets: root, store, versions.
 
     Raises:
         ConfigError: the name, the schedule, or a pool of another type.
@@ -91,21 +81,22 @@ def deploy(
         raise ConfigError(f"--name {name!r}: expected a lower-case letter or digit, then at most 63 of a-z 0-9 . _ -")
     if schedule is None and timezone is not None:
         raise ConfigError(f"--timezone {timezone}: says what the hours of --schedule mean; give one, or leave it out")
-    schedules = [] if schedule is None else [{"schedule": cron_schedule(schedule, timezone), "active": True}]
+    cron = None if schedule is None else cron_schedule(schedule, timezone)
     ensure_server(places.prefect)
     ensure_pool(pool)
-    from flows.deploying.flow import ASKED, train
-    from flows.deploying.form import form_schema
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+
+    from flows.deploying.flow import train
 
     environment = {"COHORT_ROOT": str(places.root), RESTARTS: str(restarts), ASKED: choice.asked.model_dump_json()}
     environment |= places_passed_on(os.environ)
     environment |= versions_environment(required=require_versions) | dict(env or {})
-    with _client() as client:
+    with connected() as client:
         made = client.create_deployment(
             client.create_flow(train),
             name,
             version=package_versions().get("cohort-rl"),
-            schedules=_schedules(schedules),
+            schedules=[] if cron is None else [DeploymentScheduleCreate(schedule=cron, active=True)],
             parameters={"config": choice.config.model_dump(mode="json")},
             description=_description(choice, require_versions=require_versions),
             work_pool_name=pool,
@@ -120,124 +111,9 @@ def deploy(
 
 
 def places_passed_on(environment: Mapping[str, str]) -> dict[str, str]:
-    """Of the deployer's environment, the places that its runs are told; one with a password is the worker's affair."""
+    """Return the places of the deployer's environment that its runs use; one with a password is the worker's affair."""
     named = {key: environment[key] for key in _PASSED_ON if environment.get(key)}
     return {key: place for key, place in named.items() if without_password(place) == place}
-
-
-def ensure_pool(pool: str) -> None:
-    """Make the work pool, of type process, unless it is there.
-
-    Raises:
-        ConfigError: it is there and of another type.
-        ServerError: no server answers.
-    """
-    from prefect.client.schemas.actions import WorkPoolCreate
-    from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
-    from prefect.workers.process import ProcessWorker
-
-    wanted = WorkPoolCreate(name=pool, type=_TYPE, base_job_template=ProcessWorker.get_default_base_job_template())
-    with _client() as client:
-        try:
-            found = client.read_work_pool(pool)
-        except ObjectNotFound:
-            with contextlib.suppress(ObjectAlreadyExists):  # another process made it in between
-                client.create_work_pool(wanted)
-            return
-    if found.type != _TYPE:
-        raise ConfigError(
-            f"--pool {pool}: expected a work pool of type {_TYPE}, found {found.type}; choose another name, or deploy to "
-            "this one with `prefect deploy` and prefect.yaml"
-        )
-
-
-def submit(
-    deployed_name: str,
-    config: IterativeRLConfig,
-    *,
-    tags: Mapping[str, str] | None = None,
-    env: Mapping[str, str] | None = None,
-    difference: Mapping[str, Any] | None = None,
-    asked: Asked | None = None,
-) -> UUID:
-    """A new flow run of a deployment, for any worker of its pool; returns its id.
-
-    Args:
-        tags: what MLflow is told beside the configuration; Prefect shows them as `name:value`.
-        env: on top of the deployment's.
-        difference: what differs from an experiment's baseline, by dotted key, for MLflow.
-        asked: what the configuration was made from; by default what the deployment was made from.
-
-    Raises:
-        ConfigError: no such deployment.
-        ServerError: no server answers.
-    """
-    from flows.deploying.flow import ASKED, DIFFERENCE, TAGS
-
-    environment = dict(env or {})
-    environment |= {TAGS: json.dumps(dict(tags))} if tags else {}
-    environment |= {DIFFERENCE: json.dumps(dict(difference))} if difference else {}
-    environment |= {ASKED: asked.model_dump_json()} if asked else {}
-    with _client() as client:
-        run = client.create_flow_run_from_deployment(
-            _deployment(client, deployed_name).id,
-            parameters={"config": config.model_dump(mode="json")},
-            name=config.name,
-            tags=[f"{name}:{value}" for name, value in (tags or {}).items()],
-            job_variables={"env": environment} if environment else None,
-        )
-    return UUID(str(run.id))
-
-
-def state_of(run_id: UUID) -> tuple[str, str]:
-    """Type of the state of a flow run ("SCHEDULED", "RUNNING", "COMPLETED", "CRASHED", "FAILED" ...), and its message."""
-    with _client() as client:
-        state = client.read_flow_run(run_id).state
-    return (state.type.value, state.message or "") if state else ("SCHEDULED", "")
-
-
-def cancel(run_id: UUID) -> None:
-    """Ask for a flow run to be cancelled; its worker ends the process. A run that has ended stays as it is."""
-    from prefect.states import Cancelling
-
-    with _client() as client:
-        client.set_flow_run_state(run_id, Cancelling())
-
-
-@contextlib.contextmanager
-def _client() -> Iterator[Any]:
-    """Prefect's client.
-
-    Raises:
-        ServerError: no server is configured, or it does not answer.
-    """
-    import httpx
-    from prefect.client.orchestration import get_client
-
-    url = os.environ.get("PREFECT_API_URL") or configured_url()
-    if url is None:
-        raise ServerError("no Prefect server is known; `cohort server up` starts one, or set PREFECT_API_URL")
-    try:
-        with get_client(sync_client=True) as client:
-            yield client
-    except httpx.TransportError as error:
-        text = f"the Prefect server {url} does not answer ({error}); start it (`cohort server up`) or correct PREFECT_API_URL"
-        raise ServerError(without_password(text)) from error
-
-
-def _deployment(client: Any, name: str) -> Any:
-    from prefect.exceptions import ObjectNotFound
-
-    try:
-        return client.read_deployment_by_name(name)
-    except ObjectNotFound:
-        raise ConfigError(f"{name}: no such deployment; `cohort deploy RECIPE` makes one") from None
-
-
-def _schedules(schedules: list[dict[str, Any]]) -> list[Any]:
-    from prefect.client.schemas.actions import DeploymentScheduleCreate
-
-    return [DeploymentScheduleCreate(**schedule) for schedule in schedules]
 
 
 def _ui() -> str:
@@ -247,7 +123,7 @@ def _ui() -> str:
 
 
 def _description(choice: Choice, *, require_versions: bool) -> str:
-    """Markdown for the deployment's page: the recipe, what differs from it, and the packages of the deployer."""
+    """Write Markdown for the deployment's page: the recipe, what differs from it, and the packages of the deployer."""
     config, lines = choice.config, [descriptions().get(choice.config.name, choice.config.name), ""]
     lines += [
         f"{config.iterations} x {config.steps} steps, {config.questions_per_step} questions x {config.rollout.G} outputs",
@@ -261,3 +137,113 @@ def _description(choice: Choice, *, require_versions: bool) -> str:
     lines += [f"Packages of the deployer ({rule}):", ""]
     lines += [f"* {name} {version}" for name, version in package_versions().items()]
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ schedule
+
+_FIELDS: Final = {
+    "minute": "0 to 59",
+    "hour": "0 to 23",
+    "day of the month": "1 to 31",
+    "month": "1 to 12 or jan to dec",
+    "day of the week": "0 to 6 or sun to sat",
+}
+_EXAMPLE: Final = "for example '30 6 * * mon-fri' (06:30 on working days) or '0 */4 * * *' (every four hours)"
+
+
+def cron_schedule(text: str, timezone: str | None = None) -> Any:
+    """Return Prefect's schedule for a cron expression of five fields, in `timezone` (UTC by default).
+
+    Raises:
+        ConfigError: names each field that cannot be read, or the time zone; or the schedule never fires.
+    """
+    from prefect.client.schemas.schedules import CronSchedule
+
+    parts = text.split()
+    if text.startswith("@"):
+        parts = ["*"] * len(_FIELDS)  # a name such as @daily stands for all of them
+    if len(parts) != len(_FIELDS):
+        raise ConfigError(
+            f"--schedule {text!r}: expected {len(_FIELDS)} fields ({', '.join(_FIELDS)}), found {len(parts)}; {_EXAMPLE}"
+        )
+    wrong = [
+        f"{name}: {part!r} is not {allowed}, *, a range or a list"
+        for place, (part, (name, allowed)) in enumerate(zip(parts, _FIELDS.items(), strict=True))
+        if not _reads(" ".join(part if field == place else "*" for field in range(len(_FIELDS))))
+    ]
+    # Prefect reads a range from a number to itself as every number.
+    wrong += [
+        f"{name}: {part!r} is a range of one; write {found[1]}"
+        for part, name in zip(parts, _FIELDS, strict=True)
+        if (found := re.search(r"\b(\w+)-\1\b", part))
+    ]
+    if wrong or not _reads(text):
+        raise ConfigError("\n  ".join([f"--schedule {text!r} cannot be read; {_EXAMPLE}", *wrong]))
+    try:
+        if timezone == "":  # Prefect would take UTC
+            raise ValueError
+        schedule = CronSchedule(cron=text, timezone="UTC" if timezone is None else timezone)
+    except ValueError:
+        raise ConfigError(f"--timezone {timezone!r}: {_nearest(str(timezone))}") from None
+    if not _fires(schedule):
+        raise ConfigError(f"--schedule {text!r} never fires: no day of any year has this date; {_EXAMPLE}")
+    return schedule
+
+
+def _nearest(timezone: str) -> str:
+    zones = {zone.casefold(): zone for zone in zoneinfo.available_timezones()}
+    near = difflib.get_close_matches(timezone.casefold(), zones, n=1)
+    return f"did you mean {zones[near[0]]!r}?" if near else "expected a name such as Europe/Berlin or UTC"
+
+
+def _fires(schedule: Any) -> bool:
+    """Return whether the server, which makes the runs, finds a next date."""
+    from prefect.server.schemas.schedules import CronSchedule
+
+    try:
+        return bool(asyncio.run(CronSchedule(cron=schedule.cron, timezone=schedule.timezone).get_dates(n=1)))
+    except ValueError:
+        return False
+
+
+def _reads(text: str) -> bool:
+    from prefect.client.schemas.schedules import CronSchedule
+
+    try:
+        CronSchedule(cron=text, timezone="UTC")
+    except ValueError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ form
+
+
+def form_schema(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the OpenAPI schema of a flow's parameters, as Prefect makes it, made ready for the form."""
+    from prefect.utilities.callables import parameter_schema
+
+    return ready_for_form(parameter_schema(function).model_dump_for_openapi())
+
+
+def ready_for_form(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema in which unions are choices.
+
+    Prefect's form shows sections for `anyOf`, and a box of JSON for the `oneOf` that pydantic writes. The `kind`s exclude one
+    another either way.
+    """
+    made: dict[str, Any] = _any_of(schema)
+    return made
+
+
+def _any_of(part: Any) -> Any:
+    if isinstance(part, list):
+        return [_any_of(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    kept = {name: _any_of(value) for name, value in part.items() if name != "discriminator" or "oneOf" not in part}
+    if "oneOf" in kept:
+        kept["anyOf"] = kept.pop("oneOf")
+    if "anyOf" in kept:  # a union or nothing is one choice, not a choice within a choice
+        kept["anyOf"] = [option for inner in kept["anyOf"] for option in inner.get("anyOf", [inner])]
+    return kept

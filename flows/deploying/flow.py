@@ -24,7 +24,7 @@ from prefect.exceptions import TerminationSignal
 
 from flows.config import IterativeRLConfig
 from flows.config.resolve import Asked, choice_of
-from flows.deploying.versions import VERSIONS, check_versions
+from flows.deploying.pool import ASKED, DIFFERENCE, TAGS, VERSIONS, check_versions
 from flows.places import Places
 from flows.records import read_record, run_folder, write_json
 from flows.session import InterruptedRunError, run_flow
@@ -34,22 +34,16 @@ from pipeline.orchestration.flow_runs import names_living_process, owner_tag
 from pipeline.progress import failsafe
 from pipeline.store.context import package_versions
 
-__all__ = ["ASKED", "DIFFERENCE", "TAGS", "WORKER", "train"]
+__all__ = ["WORKER", "train"]
 
 WORKER: Final = "COHORT_WORKER"
 """In the environment of what a worker of ours started: the worker's process, without which its runs end."""
-TAGS: Final = "COHORT_RUN_TAGS"
-"""In the environment of one run: what MLflow is told beside the configuration, as JSON."""
-DIFFERENCE: Final = "COHORT_RUN_DIFFERENCE"
-"""In the environment of one run: what differs from an experiment's baseline, as JSON."""
-ASKED: Final = "COHORT_RUN_ASKED"
-"""In the environment of runs: recipe and overrides that their configuration was made from, as JSON."""
 _WATCH_SECONDS: Final = 0.5
 _WIDTH: Final = 140
 
 
 def _run_name() -> str:
-    """What the user interface calls a run: the name in its configuration."""
+    """Return the name of a run in the user interface: that of its configuration."""
     config = prefect.runtime.flow_run.parameters.get("config")
     name = config.get("name") if isinstance(config, dict) else getattr(config, "name", None)
     return str(name or "train")
@@ -119,7 +113,7 @@ def note_flow_run(places: Places, config: IterativeRLConfig, differences: list[s
 
 @contextlib.contextmanager
 def ending_with_worker() -> Iterator[None]:
-    """Stop this process when its worker is gone: then another worker continues the run, and nobody watches this one.
+    """Stop this process when its worker is gone: then another worker continues the run, and none watches this one.
 
     For workers of ours (`cohort worker`) only, which name themselves in the environment.
     """
@@ -128,7 +122,7 @@ def ending_with_worker() -> Iterator[None]:
     def watch() -> None:
         while not done.wait(_WATCH_SECONDS):
             if names_living_process(worker) is False:
-                _write_to_nobody()
+                _close_streams()
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
@@ -141,12 +135,12 @@ def ending_with_worker() -> Iterator[None]:
         watcher.join(timeout=5.0)
 
 
-def _write_to_nobody() -> None:
+def _close_streams() -> None:
     """Point standard output and error away from the pipe that the worker read."""
-    nobody = os.open(os.devnull, os.O_WRONLY)
+    null = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
-        os.dup2(nobody, stream)
-    os.close(nobody)
+        os.dup2(null, stream)
+    os.close(null)
 
 
 def _sign() -> None:
@@ -169,7 +163,7 @@ def _of_environment(name: str) -> dict[str, Any]:
 
 
 def _tags(differences: list[str]) -> dict[str, str]:
-    """What MLflow is told of the flow run."""
+    """Return tags of the flow run for MLflow."""
     tags = {
         "prefect.flow_run_id": str(prefect.runtime.flow_run.id),
         "prefect.deployment": str(prefect.runtime.deployment.name or ""),

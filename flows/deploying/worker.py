@@ -22,8 +22,8 @@ from typing import Any, Final
 
 import psutil
 
-from flows.deploying.deployment import DEPLOYED_PLACES, ENTRYPOINT, ensure_pool
-from flows.deploying.versions import REQUIRED, VERSIONS
+from flows.deploying.deployment import DEPLOYED_PLACES, ENTRYPOINT
+from flows.deploying.pool import ASKED, DIFFERENCE, REQUIRED, TAGS, VERSIONS, ensure_pool
 from flows.places import Places
 from pipeline.config import ConfigError
 from pipeline.orchestration.flow_runs import RESTARTS, mark_crashed, process_name, restart_crashed
@@ -33,7 +33,7 @@ from pipeline.passwords import without_password
 __all__ = ["job_configuration", "work"]
 
 _PULL_STEP: Final = "prefect.deployments.steps.set_working_directory"
-_OF_A_RUN: Final = ("COHORT_RUN_TAGS", "COHORT_RUN_DIFFERENCE", "COHORT_RUN_ASKED")
+_OF_A_RUN: Final = (TAGS, DIFFERENCE, ASKED)
 """Variables that a flow run may bring: what `flows/deploying/flow.py` only writes down."""
 _OF_A_DEPLOYMENT: Final = (*DEPLOYED_PLACES, RESTARTS, VERSIONS, REQUIRED, *_OF_A_RUN)
 """Variables that a deployment may bring; a place that this host's environment names is this host's."""

@@ -21,8 +21,8 @@ from typing import Any, Final
 from rich.console import Console
 from rich.markup import escape
 
-from flows.config.resolve import Asked
 from flows.config import IterativeRLConfig
+from flows.config.resolve import Asked
 from flows.experiments.arms import Arm, PlannedExperiment
 from flows.experiments.results import experiment_folder, is_finished
 from flows.places import Places

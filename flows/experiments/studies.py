@@ -102,157 +102,121 @@ SCALES: Final = {"": _CPU, "quick": _SMALL, "paper": _PAPER}
 """By the option that chooses it, which is added to the experiment's name."""
 
 
-def fig5(scale: Scale) -> Experiment:
-    """RFT, Online RFT, GRPO with outcome and with process supervision."""
+def _study(
+    scale: Scale,
+    name: str,
+    asks: str,
+    arms: dict[str, dict[str, Any]],
+    common: dict[str, Any],
+    *,
+    learned: bool = False,
+) -> Experiment:
+    """Make a study whose baseline is its first arm; `learned`: with learned rewards."""
     return Experiment(
-        name="fig5",
-        asks="Fig. 5: is online better than offline, a graded coefficient better than a rule, and process supervision best?",
-        base=scale.base,
-        common=scale.methods,
-        arms={
-            "rft": {"method": "rft"},  # 5.2.1
-            "online_rft": {"method": "online_rft"},  # 5.2.1
-            "grpo_os": {"method": "grpo"},  # 5.2.1; ours: rules reward, where the paper has a model
-            "grpo_ps": {"method": "grpo_process"},  # 5.2.1; ours: rules label the steps, exactly
-        },
-        baseline="rft",
+        name=name,
+        asks=asks,
+        base=scale.learned_base if learned else scale.base,
+        common=common,
+        arms=arms,
+        baseline=next(iter(arms)),
         seeds=scale.seeds,
     )
+
+
+def fig5(scale: Scale) -> Experiment:
+    """RFT, Online RFT, GRPO with outcome and with process supervision."""
+    asks = (
+        "Fig. 5: is online better than offline, a graded coefficient better than a rule, and process supervision best?"
+    )
+    arms = {
+        "rft": {"method": "rft"},  # 5.2.1
+        "online_rft": {"method": "online_rft"},  # 5.2.1
+        "grpo_os": {"method": "grpo"},  # 5.2.1; ours: rules reward, where the paper has a model
+        "grpo_ps": {"method": "grpo_process"},  # 5.2.1; ours: rules label the steps, exactly
+    }
+    return _study(scale, "fig5", asks, arms, scale.methods)
 
 
 def fig6(scale: Scale) -> Experiment:
     """Iterative RL: each iteration goes on from the one before, with a new reference and a retrained reward model."""
     steps = scale.iteration
-    return Experiment(
-        name="fig6",
-        asks="Fig. 6: what does each further iteration, with a new reference and a retrained reward model, add?",
-        base=scale.learned_base,
-        common=scale.learned,
-        arms={
-            # 5.2.1: Iteration-0, -1 and -2. A longer arm continues the shorter ones, whose steps it shares.
-            "iteration_0": {"iterations": 1, "steps": steps},
-            "iteration_1": {"iterations": 2, "steps": steps},
-            "iteration_2": {"iterations": 3, "steps": steps},
-            # Ours: as many steps without a second iteration, to tell what the iterations do from what the steps do.
-            "one_long": {"iterations": 1, "steps": 3 * steps},
-        },
-        baseline="iteration_0",
-        seeds=scale.seeds,
-    )
+    asks = "Fig. 6: what does each further iteration, with a new reference and a retrained reward model, add?"
+    arms = {
+        # 5.2.1: Iteration-0, -1 and -2. A longer arm continues the shorter ones, whose steps it shares.
+        "iteration_0": {"iterations": 1, "steps": steps},
+        "iteration_1": {"iterations": 2, "steps": steps},
+        "iteration_2": {"iterations": 3, "steps": steps},
+        # Ours: as many steps without a second iteration, to separate what iterations do from what steps do.
+        "one_long": {"iterations": 1, "steps": 3 * steps},
+    }
+    return _study(scale, "fig6", asks, arms, scale.learned, learned=True)
 
 
 def fig7(scale: Scale) -> Experiment:
     """Maj@K and Pass@K before and after RL, from 64 samples of each policy."""
-    return Experiment(
-        name="fig7",
-        asks="Fig. 7: does RL raise Maj@K, and Pass@K as well?",
-        base=scale.base,
-        common=scale.whole
-        | {
-            "evaluation.every": 0,  # 5.2.2: the policy before RL against that after it
-            "evaluation.samples": 64,  # Fig. 7
-            "evaluation.temperature": 0.7,  # Fig. 7
-            "evaluation.estimates.ks": [1, 4, 8, 16, 32, 64],  # Fig. 7
-        }
-        | scale.candidates,
-        arms={"grpo": {"method": "grpo"}},  # 5.2.2
-        baseline="grpo",
-        seeds=scale.seeds,
-    )
+    evaluation = {
+        "evaluation.every": 0,  # 5.2.2: the policy before RL against that after it
+        "evaluation.samples": 64,  # Fig. 7
+        "evaluation.temperature": 0.7,  # Fig. 7
+        "evaluation.estimates.ks": [1, 4, 8, 16, 32, 64],  # Fig. 7
+    }
+    arms = {"grpo": {"method": "grpo"}}  # 5.2.2
+    common = scale.whole | evaluation | scale.candidates
+    return _study(scale, "fig7", "Fig. 7: does RL raise Maj@K, and Pass@K as well?", arms, common)
 
 
 def online_vs_offline(scale: Scale) -> Experiment:
     """RFT against Online RFT, and GRPO on the policy's own outputs against GRPO on frozen ones."""
-    return Experiment(
-        name="online_vs_offline",
-        asks="What is learned from: the initial policy's outputs for ever, or those of the policy as it is?",
-        base=scale.base,
-        common=scale.methods,
-        arms={
-            "rft": {"method": "rft"},  # 5.2.1
-            "online_rft": {"method": "online_rft"},  # 5.2.1
-            # Ours: the same question asked of GRPO. Its ratio is to the policy that sampled, whose log-probabilities the
-            # rollout has recorded.
-            "grpo_offline": {"method": "grpo", "data_source": "initial_policy", "update.old_logprobs": "rollout"},
-            "grpo": {"method": "grpo"},
-        },
-        baseline="rft",
-        seeds=scale.seeds,
-    )
+    asks = "What is learned from: the initial policy's outputs for ever, or those of the policy as it is?"
+    arms = {
+        "rft": {"method": "rft"},  # 5.2.1
+        "online_rft": {"method": "online_rft"},  # 5.2.1
+        # Ours: the same question asked of GRPO. Its ratio is to the policy that sampled, whose log-probabilities the
+        # rollout has recorded.
+        "grpo_offline": {"method": "grpo", "data_source": "initial_policy", "update.old_logprobs": "rollout"},
+        "grpo": {"method": "grpo"},
+    }
+    return _study(scale, "online_vs_offline", asks, arms, scale.methods)
 
 
 def outcome_vs_process(scale: Scale) -> Experiment:
     """GRPO with one reward for an output against one for each of its steps."""
-    return Experiment(
-        name="outcome_vs_process",
-        asks="Does a reward for every step teach more than one for the answer (4.1.2 against 4.1.3)?",
-        base=scale.base,
-        common=scale.methods,
-        arms={"outcome": {"method": "grpo"}, "process": {"method": "grpo_process"}},
-        baseline="outcome",
-        seeds=scale.seeds,
-    )
+    asks = "Does a reward for every step teach more than one for the answer (4.1.2 against 4.1.3)?"
+    arms = {"outcome": {"method": "grpo"}, "process": {"method": "grpo_process"}}
+    return _study(scale, "outcome_vs_process", asks, arms, scale.methods)
 
 
 def single_vs_iterative(scale: Scale) -> Experiment:
     """Equally many steps in one, two or three iterations, with learned rewards."""
     total = 3 * scale.iteration
+    asks = "Are equally many steps worth more with a new reference and reward model on the way (4.1.4)?"
     arms = {f"iterations_{count}": {"iterations": count, "steps": total // count} for count in (1, 2, 3)}
-    return Experiment(
-        name="single_vs_iterative",
-        asks="Are equally many steps worth more with a new reference and reward model on the way (4.1.4)?",
-        base=scale.learned_base,
-        common=scale.learned,
-        arms=arms,
-        baseline="iterations_1",
-        seeds=scale.seeds,
-    )
+    return _study(scale, "single_vs_iterative", asks, arms, scale.learned, learned=True)
 
 
 def methods(scale: Scale) -> Experiment:
     """The six rows of Table 10."""
-    return Experiment(
-        name="methods",
-        asks="Table 10: what do the six methods make of one supervised policy with equally many outputs?",
-        base=scale.base,
-        common=scale.methods,
-        arms={method: {"method": method} for method in PAPER},
-        baseline="sft",
-        seeds=scale.seeds,
-    )
+    asks = "Table 10: what do the six methods make of one supervised policy with equally many outputs?"
+    return _study(scale, "methods", asks, {method: {"method": method} for method in PAPER}, scale.methods)
 
 
 def in_and_out_of_domain(scale: Scale) -> Experiment:
     """RL on chains of three to five numbers; what becomes of shorter and of longer ones."""
-    return Experiment(
-        name="in_and_out_of_domain",
-        asks="Table 5: does RL on some questions raise the accuracy on kinds of questions that it never saw?",
-        base=scale.base,
-        common=scale.whole | scale.kinds,
-        arms={"sft": {"method": "sft"}, "grpo": {"method": "grpo"}},  # ours: sft learns on from as many demonstrations
-        baseline="sft",
-        seeds=scale.seeds,
-    )
+    asks = "Table 5: does RL on some questions raise the accuracy on kinds of questions that it never saw?"
+    arms = {"sft": {"method": "sft"}, "grpo": {"method": "grpo"}}  # ours: sft learns on from as many demonstrations
+    return _study(scale, "in_and_out_of_domain", asks, arms, scale.whole | scale.kinds)
 
 
-EXPERIMENTS: Final[dict[str, Callable[[Scale], Experiment]]] = {
-    make.__name__: make
-    for make in (
-        fig5,
-        fig6,
-        fig7,
-        methods,
-        online_vs_offline,
-        outcome_vs_process,
-        single_vs_iterative,
-        in_and_out_of_domain,
-    )
-}
+_STUDIES: Final = (
+    *(fig5, fig6, fig7, methods),
+    *(online_vs_offline, outcome_vs_process, single_vs_iterative, in_and_out_of_domain),
+)
+EXPERIMENTS: Final[dict[str, Callable[[Scale], Experiment]]] = {make.__name__: make for make in _STUDIES}
 """Every study by name."""
 
 
 def named_experiment(name: str, *, scale: str = "") -> Experiment:
-    """A study of the paper by its name, or the experiment in a YAML file.
+    """Return a study of the paper by its name, or the experiment in a YAML file.
 
     Args:
         scale: a key of `SCALES`. It is added to the name, so that another size has results of its own.

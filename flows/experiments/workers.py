@@ -19,9 +19,9 @@ from uuid import UUID
 from rich.console import Console
 from rich.markup import escape
 
-from flows.deploying.deployment import cancel, deploy, state_of, submit
+from flows.deploying.deployment import deploy
+from flows.deploying.pool import cancel, crash_lost, require_pool, serving, state_of, submit
 from flows.experiments.arms import Arm, PlannedExperiment
-from flows.experiments.pool import crash_lost, require_pool, serving
 from flows.experiments.results import is_finished
 from flows.experiments.running import progress_of, run_in_turn
 from flows.places import Places

@@ -24,7 +24,7 @@ __all__ = ["STUDIES", "RewardModelStudyConfig", "StudyChoice", "choose_study", "
 
 
 class RewardModelStudyConfig(Config):
-    """An outcome reward model learned from labelled solutions, held against baselines on questions it has not seen."""
+    """An outcome reward model learned from labelled solutions, compared with baselines on questions it has not seen."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     "Name of the study: MLflow's run name and that of its report."

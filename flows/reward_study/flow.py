@@ -1,4 +1,4 @@
-"""A reward model on text of others: learned from labelled solutions, held against baselines on questions it has not seen.
+"""A reward model on text of others: learned from labelled solutions, compared with baselines on questions it has not seen.
 
 The same stages as in Algorithm 1, but that nobody samples: solutions of a file stand in the place of a policy's outputs, and
 the rules label them. Reward model and baselines learn from the same rows and are measured on the same others.
@@ -161,7 +161,7 @@ def _disagreement(config: RewardModelStudyConfig, sides: Sequence[_Side]) -> flo
         text = f"the rules contradict {len(found)} of {labelled} labels of the file, {'; '.join(found[:_SHOWN])}"
         if len(found) > config.max_disagreement * labelled:
             raise DataError(
-                f"{text}: mend the columns or the rules (solutions, reward), or allow for it (max_disagreement, "
+                f"{text}: correct the columns or the rules (solutions, reward), or allow for it (max_disagreement, "
                 f"{config.max_disagreement:g} of all)"
             )
         warnings.warn(f"{text}; the rules' verdict counts", stacklevel=2)

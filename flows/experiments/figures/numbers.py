@@ -95,7 +95,7 @@ class Study:
 
     @property
     def baseline(self) -> str | None:
-        """The arm that others are held against, if it has finished runs."""
+        """The arm that others are compared with, if it has finished runs."""
         wanted = self.result.experiment.baseline
         names = (arm.name for arm in self.result.arms if wanted in (arm.name, *arm.also))
         return next((name for name in names if name in self.arms), None)

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from flows.config import IterativeRLConfig
-from flows.deploying.deployment import state_of
+from flows.deploying.pool import state_of
 from flows.places import Places
 from flows.records import RunRecord, read_record, run_folder
 from pipeline.orchestration.server import ensure_server, stop_server

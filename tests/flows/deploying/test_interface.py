@@ -10,7 +10,8 @@ import pytest
 
 from flows.config import IterativeRLConfig
 from flows.config.resolve import Choice
-from flows.deploying.deployment import deploy, submit
+from flows.deploying.deployment import deploy
+from flows.deploying.pool import submit
 from pipeline.orchestration.server_process import password_of
 from stages.rollout import RolloutConfig
 from tests.flows.browser import Browser, chromium

@@ -18,8 +18,8 @@ import pytest
 
 from flows.config import IterativeRLConfig
 from flows.config.resolve import Choice, choose
-from flows.deploying.deployment import Deployed, cancel, deploy, ensure_pool, submit
-from flows.deploying.versions import VERSIONS
+from flows.deploying.deployment import Deployed, deploy
+from flows.deploying.pool import VERSIONS, cancel, ensure_pool, submit
 from flows.iterative_rl import iterative_rl
 from flows.places import Places
 from flows.records import run_folder

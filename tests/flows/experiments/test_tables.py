@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from flows.config.resolve import choose
 from flows.cli import run_command
+from flows.config.methods import METHODS, PAPER
+from flows.config.resolve import choose
 from flows.experiments.ablation import tables_file
 from flows.experiments.arms import Arm, method_experiment
 from flows.experiments.results import RunResult
 from flows.experiments.tables import Outcome, comparison_markdown, print_comparison
-from flows.config.methods import METHODS, PAPER
 from flows.places import Places
 from flows.records import read_records
 from flows.run_state import RunState

@@ -329,7 +329,7 @@ def await_pool(machine: Machine) -> None:
 
 PROBE = (
     "import sys; from pathlib import Path; from pipeline.orchestration.server import ensure_server"
-    "; from flows.experiments.pool import *\n"
+    "; from flows.deploying.pool import *\n"
     "ensure_server(Path(sys.argv[1]) / 'prefect')\n"
     "try: require_pool(sys.argv[2])\n"
     "except Exception: sys.exit(1)\n"

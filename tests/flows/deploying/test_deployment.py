@@ -1,4 +1,4 @@
-"""What deployments are made of, without a server: the form's schema, schedules, versions, names of processes."""
+"""What deployments are made of, without a server: the form's schema, schedules, places."""
 
 from __future__ import annotations
 
@@ -7,19 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
 from flows.config import IterativeRLConfig
 from flows.config.recipes import arithmetic_cpu, arithmetic_smoke
-from flows.deploying.deployment import places_passed_on
-from flows.deploying.form import form_schema, ready_for_form
-from flows.deploying.schedule import cron_schedule
-from flows.deploying.versions import VersionsError, check_versions, differing, versions_environment
+from flows.deploying.deployment import cron_schedule, form_schema, places_passed_on, ready_for_form
 from pipeline.config import ConfigError
-from pipeline.orchestration.flow_runs import names_living_process, process_name
-from pipeline.store.context import package_versions
 from stages.rollout import RolloutConfig
 
 REPOSITORY = Path(__file__).parents[3]
@@ -112,33 +106,6 @@ def test_a_schedule_that_never_fires_is_refused(text: str) -> None:
 @pytest.mark.parametrize("text", ["0 0 29 2 *", "0 0 31 * *", "0 0 31 1,2 *", "0 0 L 2 *", "30 2 * * sun", "@yearly"])
 def test_a_schedule_that_fires_seldom_is_taken(text: str) -> None:
     assert cron_schedule(text, "Europe/Berlin").cron == text
-
-
-def test_versions_differ_by_package_and_what_only_the_worker_has_does_not_count() -> None:
-    expected, found = (
-        {"torch": "2.13.0", "numpy": "2.3", "vllm": "0.32"},
-        {"torch": "2.12.1", "numpy": "2.3", "peft": "1"},
-    )
-    assert differing(expected, found) == ["torch: expected 2.13.0, found 2.12.1", "vllm: expected 0.32, found none"]
-
-
-def test_other_versions_are_told_and_refused_only_when_the_deployment_asks_for_it() -> None:
-    found = package_versions() | {"torch": "0.1"}
-    differences = [f"torch: expected {package_versions()['torch']}, found 0.1"]
-    assert check_versions(versions_environment(required=False), found) == differences
-    with pytest.raises(VersionsError, match=r"(?s)--require-versions.*torch: expected .*, found 0\.1"):
-        check_versions(versions_environment(required=True), found)
-    assert check_versions(versions_environment(required=True), package_versions()) == []
-    assert check_versions({}, found) == [], "a deployment of prefect.yaml names none"
-
-
-def test_a_process_is_known_by_host_pid_and_start_time_and_not_by_a_pid_used_again() -> None:
-    host, pid, start = process_name().rsplit(":", 2)
-    assert names_living_process(process_name()) is True
-    assert names_living_process(f"{host}:{pid}:1{start}") is False
-    assert names_living_process(f"another-host:{pid}:{start}") is None
-    assert names_living_process("ProcessWorker 1b2c") is None
-    assert int(pid) == psutil.Process().pid
 
 
 @pytest.mark.scale

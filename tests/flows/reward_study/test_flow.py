@@ -15,7 +15,7 @@ from rich.console import Console
 from flows.cli import run_command
 from flows.reward_study.config import RewardModelStudyConfig, choose_study
 from flows.reward_study.flow import Gauge, Study, reward_model_study
-from flows.reward_study.report import print_study, study_markdown, verdicts
+from flows.reward_study.run import print_study, study_markdown, verdicts
 from pipeline.config import ConfigError
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
@@ -219,8 +219,8 @@ def study(*intervals: tuple[float, float]) -> Study:
     [
         (((0.55, 0.6), (0.51, 0.7)), "above", "above"),
         (((0.3, 0.45),), "below", "above"),
-        (((0.45, 0.6),), "not told apart", "above"),
-        (((0.55, 0.6), (0.45, 0.6)), "not told apart (above in 1, below in 0 of 2 seeds)", "above"),
+        (((0.45, 0.6),), "not separated", "above"),
+        (((0.55, 0.6), (0.45, 0.6)), "not separated (above in 1, below in 0 of 2 seeds)", "above"),
         (((-0.2, -0.1),), "below", "below"),
     ],
 )

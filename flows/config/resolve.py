@@ -1,7 +1,7 @@
 """Which configuration a command means: a recipe or a YAML file, and changes of it in the order in which they were asked for.
 
 The order is: what a YAML file says of its recipe, `--method`, an experiment's `common` and an arm's own overrides, `--config`
-files, `--set`. Later ones win (`pipeline/config.py` says what a change does). Nested mappings of a file or an arm are changes
+files, `--set`. Later ones win (`pipeline/config/` says what a change does). Nested mappings of a file or an arm are changes
 of their parts; a mapping in `--set` is a whole section. A `method` is one change, and comes first in the mapping that has it.
 """
 

@@ -1,27 +1,61 @@
-"""What differs between two tables: columns, rows by key, values.
+"""Differences of two tables and of two checkpoints.
 
-Works on Arrow columns, not on Python rows: two tables of a hundred thousand outputs of a thousand tokens take seconds.
+Tables are compared as Arrow columns, not as Python rows: two tables of a hundred thousand outputs of a thousand tokens take
+seconds. Weights are safetensors files (8 bytes of length, a JSON header of names, types, shapes and places, then the values),
+memory-mapped and compared piece by piece, so that files larger than memory can be. `safe_open` has no bfloat16 without torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final
 
 import numpy
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import BaseModel, Field, TypeAdapter
 
 from pipeline.artifact import ArtifactError
 from pipeline.store import Store
 
-__all__ = ["ChangedRow", "ColumnChange", "TableDifference", "compare_tables", "read_rows", "schema_changes"]
+__all__ = [
+    "ChangedRow",
+    "ColumnChange",
+    "StoredTensor",
+    "TableDifference",
+    "TensorDifference",
+    "compare_tables",
+    "compare_weights",
+    "read_rows",
+    "schema_changes",
+    "stored_tensors",
+]
 
 Key = tuple[Any, ...]
 Mask = npt.NDArray[numpy.bool_]
 Rows = npt.NDArray[numpy.int64]
+
+_PIECE: Final = 1 << 22
+"""Values compared at a time."""
+_TYPES: Final[Mapping[str, str]] = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",  # the upper half of a float32
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "<i1",
+    "U8": "<u1",
+    "BOOL": "<u1",
+}
+
+
+# ------------------------------------------------------------------------------------------------ tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +70,7 @@ class ColumnChange:
 
 @dataclasses.dataclass(frozen=True)
 class ChangedRow:
-    """A row that both tables have, with the columns that differ: before, after."""
+    """A row of both tables, with the columns that differ: before, after."""
 
     key: Key
     values: dict[str, tuple[Any, Any]]
@@ -62,7 +96,7 @@ class TableDifference:
     _keys: list[Key] = dataclasses.field(repr=False)
 
     def first(self, limit: int) -> Iterator[ChangedRow]:
-        """The first `limit` rows that changed."""
+        """Return the first `limit` rows that changed."""
         anywhere = numpy.logical_or.reduce(list(self._masks.values())) if self._masks else numpy.zeros(0, bool)
         for row in numpy.flatnonzero(anywhere)[:limit].tolist():
             names = [name for name, mask in self._masks.items() if mask[row]]
@@ -71,7 +105,7 @@ class TableDifference:
 
 
 def read_rows(store: Store, digest: str) -> pa.Table | None:
-    """The rows of any table in the store, whatever schema it was written with; None: the artifact is no table.
+    """Return the rows of any table in the store, whatever its schema; None: the artifact is no table.
 
     Raises:
         StoreError: the payload is missing, damaged or pruned.
@@ -89,7 +123,7 @@ def read_rows(store: Store, digest: str) -> pa.Table | None:
 
 
 def schema_changes(before: pa.Schema, after: pa.Schema) -> dict[str, tuple[str, str]]:
-    """Column -> its type before and after, where they differ; `-` where there is no such column."""
+    """Return column -> its type before and after, where they differ; `-` where there is no such column."""
     old, new = ({field.name: _type(field) for field in schema} for schema in (before, after))
     names = dict.fromkeys([*old, *new])
     return {name: (old.get(name, "-"), new.get(name, "-")) for name in names if old.get(name) != new.get(name)}
@@ -129,7 +163,7 @@ def _type(field: pa.Field) -> str:
 
 
 def _places(table: pa.Table, key: Sequence[str]) -> dict[Key, int]:
-    """Row number by key; the second row of a key has a 1 behind it, and so on."""
+    """Return row number by key; a 1 follows the key of its second row, and so on."""
     if not key:
         return {(row,): row for row in range(table.num_rows)}
     places: dict[Key, int] = {}
@@ -146,7 +180,7 @@ def _aligned(table: pa.Table, rows: list[int]) -> pa.Table:
 
 
 def _compare(before: pa.Array, after: pa.Array) -> tuple[Mask, float | None]:
-    """Which of the values differ, and by how much at most; NaN equals NaN, null equals null."""
+    """Return which values differ, and by how much at most; NaN equals NaN, null equals null."""
     if before.equals(after):
         return numpy.zeros(len(before), bool), None
     if pa.types.is_list(before.type):
@@ -193,3 +227,107 @@ def _largest(before: pa.Array, after: pa.Array) -> float | None:
     distances = numpy.abs(new - old)
     finite = distances[numpy.isfinite(distances)]  # null and NaN have no distance
     return float(finite.max()) if finite.size else None
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """The place of a tensor in a file."""
+
+    file: Path
+    kind: str
+    """Type, as the format names it: `F32`, `BF16`, ..."""
+    shape: tuple[int, ...]
+    offset: int
+    """Of its first byte in the file."""
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    def pieces(self) -> Iterator[npt.NDArray[numpy.float64]]:
+        """Return the values in order, some millions at a time.
+
+        Raises:
+            ValueError: a type that numpy cannot hold (the 8-bit floats).
+        """
+        if self.kind not in _TYPES:
+            raise ValueError(f"{self.file}: tensors of type {self.kind} cannot be compared; known: {', '.join(_TYPES)}")
+        if not self.size:
+            return
+        values = numpy.memmap(self.file, _TYPES[self.kind], "r", self.offset, (self.size,))
+        for start in range(0, self.size, _PIECE):
+            piece = values[start : start + _PIECE]
+            if self.kind == "BF16":
+                piece = (piece.astype(numpy.uint32) << 16).view(numpy.float32)
+            yield piece.astype(numpy.float64)
+
+
+class _Tensor(BaseModel):
+    """A tensor in the header of a file."""
+
+    dtype: str
+    shape: list[Annotated[int, Field(ge=0)]]
+    data_offsets: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+
+
+_HEADER: Final = TypeAdapter(dict[str, _Tensor | dict[str, str]])  # the latter is `__metadata__`
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorDifference:
+    """Two tensors of one name and shape."""
+
+    name: str
+    shape: tuple[int, ...]
+    largest: float
+    """Largest absolute difference; infinite where one of them is not finite and the other is not the same."""
+    changed: int
+    """Values that differ."""
+    squares: float
+    """Sum of squared differences."""
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a model folder (`model*.safetensors`, all shards) by name.
+
+    Raises:
+        ValueError: a file that is not in the format.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        with file.open("rb") as stream:
+            length, size = int.from_bytes(stream.read(8), "little"), file.stat().st_size
+            text = stream.read(length) if 8 + length <= size else b""  # a made-up length reads nothing
+        try:
+            header = _HEADER.validate_json(text, strict=True)
+        except ValueError:
+            raise ValueError(f"{file}: no safetensors file; its header cannot be read") from None
+        for name, about in header.items():
+            if isinstance(about, _Tensor):
+                found[name] = StoredTensor(file, about.dtype, tuple(about.shape), 8 + length + about.data_offsets[0])
+    return found
+
+
+def compare_weights(
+    before: Mapping[str, StoredTensor], after: Mapping[str, StoredTensor]
+) -> Iterator[TensorDifference]:
+    """Return the tensors of equal name and shape, equal ones included, in the order of `before`."""
+    for name, old in before.items():
+        new = after.get(name)
+        if new is not None and new.shape == old.shape:
+            yield _compare_tensor(name, old, new)
+
+
+def _compare_tensor(name: str, old: StoredTensor, new: StoredTensor) -> TensorDifference:
+    largest, changed, squares = 0.0, 0, 0.0
+    for left, right in zip(old.pieces(), new.pieces(), strict=True):
+        unequal = (left != right) & ~(numpy.isnan(left) & numpy.isnan(right))
+        if unequal.any():
+            distances = numpy.nan_to_num(numpy.abs(right[unequal] - left[unequal]), nan=numpy.inf)
+            largest, changed = max(largest, float(distances.max())), changed + int(unequal.sum())
+            squares += float(numpy.square(distances).sum())
+    return TensorDifference(name, old.shape, largest, changed, squares)

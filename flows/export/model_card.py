@@ -17,9 +17,9 @@ from flows.looking.history import History
 from flows.looking.run_curve import evaluations, measures
 from flows.wording import percent
 from pipeline.config import flatten
+from pipeline.diff import stored_tensors
 from pipeline.lineage import ancestry
 from pipeline.store import Store
-from pipeline.weights import stored_tensors
 from stages.data import QuestionFileConfig
 from stages.models import code_files
 

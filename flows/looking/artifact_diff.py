@@ -16,9 +16,16 @@ from flows.looking.difference_view import column, essential, pairs_table, shorte
 from flows.wording import number, size
 from pipeline import lineage
 from pipeline.config import flatten
-from pipeline.diff import TableDifference, compare_tables, read_rows, schema_changes
+from pipeline.diff import (
+    TableDifference,
+    TensorDifference,
+    compare_tables,
+    compare_weights,
+    read_rows,
+    schema_changes,
+    stored_tensors,
+)
 from pipeline.store import PrunedArtifactError, Store
-from pipeline.weights import TensorDifference, compare_weights, stored_tensors
 
 __all__ = ["print_artifact_difference"]
 

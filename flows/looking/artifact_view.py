@@ -15,9 +15,8 @@ from rich.text import Text
 from flows.looking.groups import Group, groups_of
 from flows.wording import duration, moment, number, quoted, size
 from pipeline.config import ConfigError, flatten
-from pipeline.diff import read_rows
+from pipeline.diff import read_rows, stored_tensors
 from pipeline.store import Store
-from pipeline.weights import stored_tensors
 
 __all__ = ["show_artifact", "show_groups", "show_metrics"]
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final, Literal
 
+from pipeline.diff import StoredTensor, stored_tensors
 from pipeline.progress import report
-from pipeline.weights import StoredTensor, stored_tensors
 from stages.models.checkpoint import Checkpoint
 from stages.models.folders import WEIGHT_INDEX, WEIGHTS, copy_description
 from stages.models.trusted_code import code_files

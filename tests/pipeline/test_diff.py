@@ -13,9 +13,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.artifact import ArtifactError, Folder
-from pipeline.diff import compare_tables, read_rows, schema_changes
+from pipeline.diff import compare_tables, compare_weights, read_rows, schema_changes, stored_tensors
 from pipeline.store import Store, use_store
-from pipeline.weights import compare_weights, stored_tensors
 from stages.tables import Evaluation
 
 

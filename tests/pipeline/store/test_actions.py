@@ -12,13 +12,12 @@ import pyarrow as pa
 import pytest
 
 from pipeline.artifact import ArtifactError
-from pipeline.diff import read_rows
+from pipeline.diff import read_rows, stored_tensors
 from pipeline.store import DamagedArtifactError, MissingArtifactError, Store, StoreError
 from pipeline.store.files import is_plain_name, sha256_of, write_sealed
 from pipeline.store.locks import locked
 from pipeline.store.objects import digest_of
 from pipeline.tracking.journal import Sent
-from pipeline.weights import stored_tensors
 from tests.pipeline.calls import call
 
 KEY, SOUND = "a" * 64, "b" * 64

@@ -60,7 +60,7 @@ class Artifact:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What the stage recorded about itself with `record_metrics`; the same numbers when it was cached."""
+        """Return what the stage recorded with `record_metrics`; the same numbers when it was cached."""
         store = current_store()
         source = store.action(self.action) if self.action else store.manifest(self.digest).get("provenance") or {}
         return dict(source.get("metrics", {}))
@@ -80,7 +80,7 @@ class Folder(Artifact):
 
     @property
     def path(self) -> Path:
-        """The verified folder; its files are read-only."""
+        """Return the verified folder; its files are read-only."""
         return current_store().path(self.digest)
 
 
@@ -115,7 +115,7 @@ class Table(Artifact):
         return cls(current_store().publish(fill, about=about, schema=str(cls.schema)))
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """The rows, memory-mapped; the file's hash was verified before it was parsed.
+        """Return the rows, memory-mapped; the file's hash was verified before it was parsed.
 
         Args:
             columns: those to read, in this order; all by default.
@@ -132,13 +132,13 @@ class Table(Artifact):
         return self._fitting(table, columns or self.schema.names)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows as dictionaries."""
+        """Return the rows as dictionaries."""
         rows: list[dict[str, Any]] = self.read().to_pylist()
         return rows
 
     @classmethod
     def conform(cls, rows: Rows) -> pa.Table:
-        """`rows` as an Arrow table of exactly this schema, or an ArtifactError."""
+        """Return `rows` as an Arrow table of exactly this schema; raise ArtifactError where they do not fit."""
         cls._check_columns(_column_names(rows, cls))
         return cls._fitting(rows if isinstance(rows, pa.Table) else cls._build(rows), cls.schema.names)
 
@@ -149,7 +149,7 @@ class Table(Artifact):
 
     @classmethod
     def _fitting(cls, table: pa.Table, columns: Sequence[str]) -> pa.Table:
-        """`columns` of `table`, if they have their types, and values where they must."""
+        """Return `columns` of `table`, if they have their types, and values where they must."""
         table, fields = table.select(list(columns)), [cls.schema.field(column) for column in columns]
         for field in fields:
             column = table.column(field.name)
@@ -162,7 +162,7 @@ class Table(Artifact):
 
     @classmethod
     def _batches(cls, parts: Iterator[Rows]) -> Iterator[pa.Table]:
-        """Canonical tables of `BATCH_ROWS` rows, the last of what is left; one, if only an empty one."""
+        """Return canonical tables of `BATCH_ROWS` rows, the last with the rest; at least one, which may be empty."""
         held, written, before = cls.conform([]), 0, 0
         for part in parts:
             try:
@@ -185,7 +185,7 @@ class Table(Artifact):
             try:
                 arrays.append(_column(values, field.type))
             except _NOT_OF_TYPE as error:
-                where = f"{cls.__name__}.{field.name}: {_first_misfit(values, field.type)}"
+                where = f"{cls.__name__}.{field.name}: {_first_wrong(values, field.type)}"
                 raise ArtifactError(f"{where}; expected {field.type}: {error}") from None
         if len({len(array) for array in arrays}) > 1:
             lengths = dict(zip(cls.schema.names, map(len, arrays), strict=True))
@@ -195,14 +195,14 @@ class Table(Artifact):
 
 
 def take_rows(table: pa.Table, rows: Sequence[int] | NDArray[numpy.int64]) -> pa.Table:
-    """`table.take(rows)`, also of a column with more text than one array holds, where Arrow fails with an offset overflow."""
+    """Return `table.take(rows)`, also for a column with more text than one array holds, where Arrow overflows."""
     if table.nbytes <= BATCH_SIZE:
         return table.take(rows)
     return pa.concat_tables([table.slice(0, 0), *(table.slice(row, 1) for row in rows)])
 
 
 def _batch_rows(table: pa.Table) -> int:
-    """Rows of the first record batch: `BATCH_ROWS`, or as many as keep every column within `BATCH_SIZE`.
+    """Return the rows of the first record batch: `BATCH_ROWS`, or as many as keep every column within `BATCH_SIZE`.
 
     A function of the rows alone, however they lie in chunks.
     """
@@ -226,15 +226,15 @@ def _batch_rows(table: pa.Table) -> int:
 
 
 def _canonical(table: pa.Table) -> pa.Table:
-    """Equal tables with equal bytes, and so with one digest: a single chunk, no slice of larger buffers, zeros under nulls.
+    """Return equal tables with equal bytes, and so one digest: a single chunk, no slice of larger buffers, zeros under nulls.
 
-    Only `take` rebuilds every buffer, nested ones included; `combine_chunks` leaves what stands under nulls.
+    Only `take` rebuilds every buffer, nested ones included; `combine_chunks` leaves the values under nulls.
     """
     return table.combine_chunks().take(numpy.arange(table.num_rows))
 
 
 def _column(values: Any, kind: pa.DataType) -> pa.Array:
-    """`values` as an array of type `kind`; pyarrow alone would silently cut 1.5 to the integer 1."""
+    """Return `values` as an array of type `kind`; pyarrow alone would silently cut 1.5 to the integer 1."""
     array = pa.array(values, type=kind)
     if pa.types.is_integer(_innermost(kind)) and pa.types.is_floating(_innermost(pa.array(values).type)):
         raise pa.ArrowTypeError("a number that is not an integer")
@@ -245,8 +245,8 @@ def _innermost(kind: pa.DataType) -> pa.DataType:
     return _innermost(kind.value_type) if pa.types.is_list(kind) else kind
 
 
-def _first_misfit(values: Any, kind: pa.DataType) -> str:
-    """Which row cannot have type `kind`."""
+def _first_wrong(values: Any, kind: pa.DataType) -> str:
+    """Return which row cannot have type `kind`."""
     for row, value in enumerate(values):
         try:
             _column([value], kind)
@@ -276,5 +276,5 @@ def _column_complaint(table: str, found: list[str], expected: list[str]) -> str:
         near = difflib.get_close_matches(name, expected, n=1)
         parts.append(f"unexpected {name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
     parts += [f"missing {name!r}" for name in sorted(set(expected) - set(found))]
-    parts += [f"{name!r} stands {found.count(name)} times" for name in sorted(set(found)) if found.count(name) > 1]
+    parts += [f"{name!r} occurs {found.count(name)} times" for name in sorted(set(found)) if found.count(name) > 1]
     return f"{table}: wrong columns: {', '.join(parts)}; expected {expected}"

@@ -28,7 +28,7 @@ __all__ = [
 Record = dict[str, Any]
 
 ABSENT: Final = "(absent)"
-"""Stands in a `Change` for a part that one of two calls does not have."""
+"""The value in a `Change` of a part that one of two calls does not have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Ancestor:
 
     @property
     def label(self) -> str:
-        """One line for people."""
+        """Return one line for people."""
         made = f"{self.stage}, {self.seconds:.1f} s" if self.stage else "not made by a stage"
         return f"{self.kind} {self.digest[:12]} ({made})"
 
@@ -91,7 +91,7 @@ class Explanation:
 
 
 def ancestry(store: Store, digest: str, *, key: str | None = None) -> dict[str, Ancestor]:
-    """Every artifact that `digest` was made from, itself first, nearest first.
+    """Return every artifact that `digest` was made from, itself first, nearest first.
 
     Args:
         key: the call that is meant, where several calls gave equal content (an update without a gradient returns the policy
@@ -110,7 +110,7 @@ def ancestry(store: Store, digest: str, *, key: str | None = None) -> dict[str, 
 
 
 def mermaid(ancestors: Mapping[str, Ancestor]) -> str:
-    """The graph as Mermaid text, from origins to result; GitHub and MLflow notes draw it."""
+    """Return the graph as Mermaid text, from origins to result; GitHub and MLflow notes draw it."""
     names = {digest: f"a{number}" for number, digest in enumerate(ancestors)}
     lines = ["flowchart LR"]
     for digest, ancestor in ancestors.items():
@@ -123,12 +123,12 @@ def mermaid(ancestors: Mapping[str, Ancestor]) -> str:
 
 
 def _word(text: str) -> str:
-    """Text of a record without what Mermaid, or the HTML that it becomes, would read as anything else than text."""
+    """Return text of a record that Mermaid, and the HTML made of it, reads as nothing but text."""
     return re.sub(r"[^\w .\[\]-]", "_", text)
 
 
 def tree(ancestors: Mapping[str, Ancestor], *, depth: int | None = None) -> str:
-    """The graph as indented text, result first; what was shown above is not repeated.
+    """Return the graph as indented text, result first; what was shown above is not repeated.
 
     Args:
         depth: generations to show; None shows all.
@@ -169,7 +169,7 @@ def explain(store: Store, record: Record) -> Explanation:
 
 
 def compare_calls(makers: Mapping[str, Record], before: Record, after: Record) -> Explanation:
-    """What differs between two calls of one stage, and what of that was not itself computed.
+    """Return what differs between two calls of one stage, and which of the differences were not computed.
 
     Args:
         makers: `producers` of the calls in which causes are looked for.
@@ -178,7 +178,7 @@ def compare_calls(makers: Mapping[str, Record], before: Record, after: Record) -
 
 
 def producers(records: Iterable[Record]) -> dict[str, Record]:
-    """The call to name as the origin of each artifact: the earliest one that was not given the artifact itself.
+    """Return the origin of each artifact: the earliest call that was not given the artifact itself.
 
     Args:
         records: calls, oldest first, as `store.actions()` has them.
@@ -204,7 +204,7 @@ def _ancestor(store: Store, digest: str, record: Record | None) -> Ancestor:
 
 
 def inputs(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Parameter and digest of every artifact among the recorded arguments of a call."""
+    """Return parameter and digest of every artifact among the recorded arguments of a call."""
     for part, value in _parts(arguments):
         if isinstance(value, _Digest):
             yield part, value.digest
@@ -219,7 +219,7 @@ class _Digest:
 
 
 def _parts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The arguments of a call as dotted names and plain values; an artifact is a `_Digest`."""
+    """Return the arguments of a call as dotted names and plain values; an artifact is a `_Digest`."""
     match value:
         case {"artifact": str(digest), **rest} if not rest:
             yield name, _Digest(digest)
@@ -268,7 +268,7 @@ def _causes(made_by: Mapping[str, Record], before: Record, after: Record) -> Ite
 
 
 def _makers(made_by: Mapping[str, Record], old: Any, new: Any) -> tuple[Record, Record] | None:
-    """The two calls of one stage that made two artifacts; None where there is nothing to compare."""
+    """Return the two calls of one stage that made two artifacts; None where there is nothing to compare."""
     if not (isinstance(old, _Digest) and isinstance(new, _Digest)):
         return None
     makers = made_by.get(old.digest), made_by.get(new.digest)

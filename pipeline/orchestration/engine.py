@@ -21,12 +21,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Engine = Literal["inline", "prefect"]
 
-_engine: ContextVar[Engine] = ContextVar("cohort_engine", default="inline")
-_joining: ContextVar[bool] = ContextVar("cohort_joining", default=False)
+_engine: ContextVar[Engine | Literal["joined"]] = ContextVar("cohort_engine", default="inline")
+"""`joined`: on Prefect, as part of the flow run that is there."""
 
 
 @contextlib.contextmanager
-def use_engine(engine: Engine) -> Iterator[None]:
+def use_engine(engine: Engine | Literal["joined"]) -> Iterator[None]:
     """Run the flows called inside the block on `engine`."""
     token = _engine.set(engine)
     try:
@@ -36,22 +36,16 @@ def use_engine(engine: Engine) -> Iterator[None]:
 
 
 def running_deployment() -> bool:
-    """Whether this is called inside a flow run that a worker of Prefect's started."""
+    """Return whether this is called inside a flow run that a Prefect worker started."""
     if "prefect.context" not in sys.modules:
         return False
     context = sys.modules["prefect.context"].FlowRunContext.get()
     return bool(context and context.flow_run and context.flow_run.deployment_id)
 
 
-@contextlib.contextmanager
-def joining() -> Iterator[None]:
+def joining() -> contextlib.AbstractContextManager[None]:
     """Run flows on the Prefect engine as part of the flow run that is there, which then shows their tasks as its own."""
-    token = _joining.set(True)
-    try:
-        with use_engine("prefect"):
-            yield
-    finally:
-        _joining.reset(token)
+    return use_engine("joined")
 
 
 def flow(function: Callable[P, R]) -> Callable[P, R]:
@@ -70,7 +64,7 @@ def flow(function: Callable[P, R]) -> Callable[P, R]:
             with interruptible(), TagsContext(current_tags=set()):
                 return function(*args, **kwargs)
 
-        if _joining.get():
+        if _engine.get() == "joined":
             return body(*args, **kwargs)
         run: Callable[P, R] = prefect.flow(
             body, name=function.__name__.replace("_", "-"), validate_parameters=False, persist_result=False
@@ -81,7 +75,7 @@ def flow(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def run_as_task(name: str, look_up: Callable[[], R | None], compute: Callable[[], R]) -> R:
-    """What a stage call does: `look_up()`, else `compute()`; on the Prefect engine as a task, a hit being named `Cached`."""
+    """Return `look_up()`, else `compute()`; on the Prefect engine as a task, in which a hit is a state named `Cached`."""
     if _engine.get() == "inline":
         found = look_up()
         return compute() if found is None else found

@@ -1,8 +1,8 @@
-"""Files under an fsspec URL (`s3://`, `gs://`, `file://`): requests are repeated while that helps, and say why where it cannot.
+"""Files under an fsspec URL (`s3://`, `gs://`, `file://`), with retries and errors that say what to do.
 
-Repeated: dropped connections, time-outs, throttling, errors of the server. Not repeated: what the next attempt cannot change
-(credentials, permissions, a bucket that is not there, a clock that is off). The libraries' own repetition is off, so that one
-place decides. Nothing here asks with HEAD, whose answers have no body and so no reason.
+Dropped connections, time-outs, throttling and errors of the server are retried. Credentials, permissions, a missing bucket and
+a clock that is off are not. The libraries' own retries are off, so that one place decides. No request is a HEAD, whose answers
+have no body and so no reason.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from pipeline.store.files import StoreError
 __all__ = ["Bucket", "Entry", "checked_url", "is_url"]
 
 PATIENCE: Final = 60.0
-"""Seconds for which one request is repeated. Ours: throttling and a restarted gateway pass in less."""
+"""Seconds for which one request is retried. Ours: throttling and a restarted gateway pass in less."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
 _EXTRAS: Final = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
-"""Scheme -> the package of its file system; others are known to fsspec itself, which says what they want."""
+"""Scheme -> the package of its file system; fsspec itself knows the others, and says what they need."""
 _OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "s3fs": {"config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}},
     "file": {"auto_mkdir": True},
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Entry:
-    """What a listing says of a file."""
+    """A file in a listing."""
 
     size: int
     modified: float
@@ -51,10 +51,10 @@ class Entry:
 
 
 class Bucket:
-    """The files below one URL; names are relative to it. Nothing is imported or asked before the first request."""
+    """The files below one URL; names are relative to it. Nothing is imported before the first request."""
 
     def __init__(self, url: str, *, patience: float = PATIENCE) -> None:
-        """Take a URL and how many seconds to repeat a request; raises ConfigError as `checked_url` does."""
+        """Take a URL and for how many seconds to retry a request; raise ConfigError as `checked_url` does."""
         self.url = checked_url(url)
         self.patience = patience
         self.scheme = urlsplit(self.url).scheme
@@ -63,7 +63,7 @@ class Bucket:
         self._opened: tuple[int, Any, str] | None = None
 
     def read(self, name: str) -> bytes:
-        """The content of a file.
+        """Return the content of a file.
 
         Raises:
             FileNotFoundError: there is no such file, in a bucket that is there.
@@ -73,7 +73,7 @@ class Bucket:
         return data
 
     def read_all(self, names: Iterable[str]) -> dict[str, bytes]:
-        """The contents of many small files, asked for together; those that are gone are left out."""
+        """Return the contents of many small files, requested together; missing ones are left out."""
         found: dict[str, bytes] = {}
         names = list(names)
         for start in range(0, len(names), 500):
@@ -88,9 +88,9 @@ class Bucket:
             if self.scheme != "file":  # one request, which counts as a whole
                 fs.pipe_file(path, data)
                 return
-            beside = f"{path}.{uuid.uuid4().hex[:8]}.part"
-            fs.pipe_file(beside, data)
-            os.replace(beside, path)
+            draft = f"{path}.{uuid.uuid4().hex[:8]}.part"
+            fs.pipe_file(draft, data)
+            os.replace(draft, path)
 
         self._ask(put, name, patience)
 
@@ -103,13 +103,13 @@ class Bucket:
         self._ask(lambda fs, path: fs.get_file(path, str(local)), name)
 
     def entries(self, folder: str) -> dict[str, Entry]:
-        """The files below a folder, by their names in it; none where there is no such folder."""
+        """Return the files below a folder, by their names in it; none where there is no such folder."""
         if self._package == "s3fs":  # with a prefix it does not ask for a file of the folder's name
             return self._ask(lambda fs, root: _listed(fs, root, folder, prefix=f"{folder}/"), "")
         return self._ask(lambda fs, root: _listed(fs, root, folder), "")
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove files; those that are gone already are no matter."""
+        """Remove files, if they are there."""
         for name in names:
             try:
                 self._ask(lambda fs, path: fs.rm_file(path), name)
@@ -136,7 +136,7 @@ class Bucket:
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _open(self) -> tuple[Any, str]:
-        """The file system and the path of the root in it; another one after a fork, which these libraries do not survive."""
+        """Return the file system and the root's path in it; a new one after a fork, which these libraries do not survive."""
         if self._opened is None or self._opened[0] != os.getpid():
             import fsspec
 
@@ -149,12 +149,12 @@ class Bucket:
 
 
 def is_url(text: str) -> bool:
-    """Whether a text means a place behind a scheme, and not a local folder (`s3:/bucket` is what a path makes of a URL)."""
+    """Return whether a text is a URL, and not a local folder (`s3:/bucket` is what a path makes of a URL)."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text) is not None
 
 
 def checked_url(url: str) -> str:
-    """The URL of a store, without what may not be kept: it stands in messages and files.
+    """Return the URL of a store, which messages and files may contain.
 
     Raises:
         ConfigError: no URL, credentials in it, an unknown scheme, or one whose package is not installed.
@@ -213,7 +213,7 @@ def _listed(fs: Any, root: str, folder: str, **how: str) -> dict[str, Entry]:
 
 
 def _modified(info: Mapping[str, Any]) -> float:
-    """When a file was written, whatever its file system calls that."""
+    """Return when a file was written, whatever its file system calls that."""
     for name in ("LastModified", "last_modified", "mtime", "updated", "created"):
         match info.get(name):
             case datetime() as moment:

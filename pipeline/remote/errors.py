@@ -1,4 +1,4 @@
-"""What an error of an object store means: whether the next attempt may succeed, and what its user can do."""
+"""Errors of object stores: whether a retry may succeed, and what the user can do."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ _SAFE: Final = "Nothing is lost: what was computed lies in the local cache and i
 
 
 def is_missing(error: BaseException) -> bool:
-    """Whether a file is not there, in a bucket that is."""
+    """Return whether a file is not there, in a bucket that is."""
     return isinstance(error, FileNotFoundError) and _code(error) not in _NO_BUCKET
 
 
 def passes(error: BaseException) -> bool:
-    """Whether the same request may succeed a little later."""
+    """Return whether the same request may succeed a little later."""
     code = _code(error)
     if code:
         return code in _PASSING
@@ -67,7 +67,7 @@ def passes(error: BaseException) -> bool:
 
 
 def complaint(error: BaseException, url: str, attempts: int) -> str:
-    """What to tell the user: found and what to do. Never what the server was sent, which may hold credentials."""
+    """Return what was found and what to do, without anything that the server was sent: it may hold credentials."""
     code = _code(error)
     if code in _EXPIRED:
         return f"{url}: the credentials have expired ({code}); renew them and run the same command again. {_SAFE}"
@@ -80,7 +80,7 @@ def complaint(error: BaseException, url: str, attempts: int) -> str:
             f"set-ntp true`) and run the same command again. {_SAFE}"
         )
     if code in _NO_BUCKET:
-        return f"{url}: there is no such bucket ({code}); create it, or mend COHORT_STORE. {_SAFE}"
+        return f"{url}: there is no such bucket ({code}); create it, or correct COHORT_STORE. {_SAFE}"
     if code in _DENIED or isinstance(error, PermissionError):
         return (
             f"{url}: access is denied ({code or 'permission'}); the store needs to read, write, list and delete below this "
@@ -94,7 +94,7 @@ def complaint(error: BaseException, url: str, attempts: int) -> str:
 
 
 def _plain(error: BaseException) -> str:
-    """The error's text without the queries of URLs, which may be signed."""
+    """Return the error's text without the queries of URLs, which may be signed."""
     return re.sub(r"\?[^\s\"']*", "", str(error))[:300]
 
 
@@ -111,7 +111,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _response(error: BaseException) -> dict[str, Any]:
-    """The server's answer as botocore keeps it, empty where there is none."""
+    """Return the server's answer as botocore keeps it, empty where there is none."""
     for one in _causes(error):
         response = getattr(one, "response", None)
         if isinstance(response, dict):
@@ -120,7 +120,7 @@ def _response(error: BaseException) -> dict[str, Any]:
 
 
 def _code(error: BaseException) -> str:
-    """The server's name for the error, or its HTTP status; empty where the server said nothing."""
+    """Return the server's name for the error, or its HTTP status; empty where there is neither."""
     named = str(_response(error).get("Error", {}).get("Code", ""))
     if named:
         return named
@@ -131,7 +131,7 @@ def _code(error: BaseException) -> str:
 
 
 def _skew(error: BaseException) -> str:
-    """By how much: from the date of the server's answer."""
+    """Return by how much the clock is off, from the date of the server's answer."""
     date = _response(error).get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
     if not date:
         return ""

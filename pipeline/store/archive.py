@@ -1,12 +1,12 @@
-"""A part of a store as one file, to be carried to another store: a plain tar of sealed objects, records of calls, and folders.
+"""Export and import of a part of a store as one file: a plain tar of sealed objects, records of calls, and run folders.
 
     objects/DIGEST/...     the payload as far as it is there, `manifest.json`, and the note of what was freed
     actions/KEY.json       sealed records of calls
     runs/NAME/...          the folders of runs
     index.json             last: every member's size, and the hash of those that do not carry their own
 
-Nothing is placed before the whole file was read and verified, and records of calls come after the objects they name: a file
-that was cut off or altered leaves nothing behind.
+The whole file is read and verified before anything is placed, and records of calls follow the objects they name: a file that
+was cut off or altered changes nothing.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _NAME: Final = re.compile(
 
 @dataclass
 class Imported:
-    """What an archive held and what of it was new."""
+    """The content of an archive, and what of it was new."""
 
     objects: int = 0
     new_objects: int = 0
@@ -60,14 +60,14 @@ class Imported:
     new_records: int = 0
     runs: tuple[str, ...] = ()
     stages: Counter[str] = field(default_factory=Counter)
-    """Stage -> how many of the new records are of its calls: what a run here would take for done."""
+    """Stage -> number of new records of its calls, which are hits from now on."""
 
 
 # ------------------------------------------------------------------------------------------------ writing
 
 
 def write_archive(file: Path, store: Store, digests: Iterable[str], keys: Iterable[str], runs: Iterable[Path]) -> int:
-    """Write objects, records of calls and run folders into a new file, which appears when it is whole; returns its bytes.
+    """Write objects, records of calls and run folders into a new file, which appears when it is whole; return its bytes.
 
     Raises:
         StoreError: an object or record is missing or damaged, or the file cannot be written.
@@ -89,7 +89,7 @@ def write_archive(file: Path, store: Store, digests: Iterable[str], keys: Iterab
 
 
 class _Members:
-    """Adds files to a tar, and remembers what the index says of them."""
+    """Adds files to a tar and to its index."""
 
     def __init__(self, tar: tarfile.TarFile) -> None:
         self._tar, self.index = tar, dict[str, dict[str, Any]]()
@@ -121,7 +121,7 @@ def _fill(members: _Members, store: Store, digests: list[str], keys: list[str], 
 
 
 def _files_of(store: Store, digest: str) -> Iterator[tuple[Path, str]]:
-    """What there is of an object, verified."""
+    """Return the files of an object that are there, verified."""
     with contextlib.suppress(PrunedArtifactError):
         store.path(digest)
     files, freed = store.manifest(digest)["files"], store.freed(digest)
@@ -138,7 +138,7 @@ def _files_of(store: Store, digest: str) -> Iterator[tuple[Path, str]]:
 def read_archive(
     file: Path, store: Store, runs: Path, *, check: Callable[[Path], object] = lambda folder: None
 ) -> Imported:
-    """Take the content of an archive into a store, and its run folders into `runs`; what is here already stays as it is.
+    """Import an archive into a store, and its run folders into `runs`; what is here already stays as it is.
 
     Args:
         check: raises ValueError where a run's folder holds what no run writes.
@@ -172,7 +172,7 @@ def read_archive(
 
 @contextlib.contextmanager
 def _readable(file: Path) -> Iterator[tarfile.TarFile]:
-    """The archive, open, with errors that name it."""
+    """Open an archive, with errors that name it."""
     try:
         if not file.is_file():  # a pipe would be waited for
             raise StoreError(f"{file} is no file; name one that `cohort store export` wrote")
@@ -191,7 +191,7 @@ def _look_through(file: Path, size: int) -> None:
     with _readable(file) as tar:
         for member in tar:
             _require_exported(file, member, sizes)
-            # Of a plain member all bytes are in the file: more would be a size that somebody made up.
+            # All bytes of a plain member are in the file: a larger size is forged.
             if member.offset_data + member.size > size:
                 raise StoreError(f"{file.name} ends inside {member.name}: it was cut off or altered; copy it again")
             sizes[member.name] = member.size
@@ -209,7 +209,7 @@ def _look_through(file: Path, size: int) -> None:
 
 
 def _require_exported(file: Path, member: tarfile.TarInfo, seen: Collection[str]) -> None:
-    """Refuse what `write_archive` does not write: links, devices, pipes, files with holes, other names, a name twice."""
+    """Refuse what `write_archive` does not write: links, devices, pipes, sparse files, other names, a name twice."""
     known = is_plain_name(member.name) and (_NAME.fullmatch(member.name) or member.name == _INDEX)
     if not known or not member.isreg() or member.issparse():
         raise StoreError(f"{file.name} holds {member.name!r:.200}, which no `cohort store export` writes; refused")
@@ -218,7 +218,7 @@ def _require_exported(file: Path, member: tarfile.TarInfo, seen: Collection[str]
 
 
 def _read_index(file: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> dict[str, Any]:
-    """Name -> size and, where it has no hash of its own, sha256 of every member."""
+    """Return name -> size and, where it has no hash of its own, sha256 of every member."""
     content = tar.extractfile(member)
     assert content is not None
     try:
@@ -253,7 +253,7 @@ def _verify_object(file: Path, folder: Path) -> None:
         if path.is_dir():
             continue
         if path.relative_to(folder).as_posix() not in known:  # hidden files, which a store leaves to the system
-            raise StoreError(f"an artifact in {file.name} holds {path.name}, which is none of it; refused")
+            raise StoreError(f"an artifact in {file.name} holds {path.name}, which is not part of it; refused")
         path.chmod(0o444)
         fsync(path)
 
@@ -304,7 +304,7 @@ def _place(
 
 
 def _label(file: Path) -> str:
-    """The archive's name, fit for a record."""
+    """Return the archive's name, fit for a record."""
     return "".join(letter if letter.isprintable() else "?" for letter in file.name)
 
 

@@ -156,7 +156,7 @@ def update_critic(
         metrics = fit.metrics(idle=config.mu * config.mini_batches - steps)
         checkpoint = publish(engine)
     seconds = time.perf_counter() - started
-    # Under ZeRO 3 a parameter between its uses is an empty stand-in that knows its size.
+    # Under ZeRO 3 a parameter between its uses is an empty placeholder that knows its size.
     parameters = sum(getattr(each, "ds_numel", each.numel()) for each in engine.model.parameters())
     held = {"critic/parameters": parameters, "memory/critic_mb": peak.mib, "memory/tensors_mb": live_tensors_mib()}
     record_metrics({**metrics, **held, "time/critic": seconds})

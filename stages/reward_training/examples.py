@@ -82,7 +82,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Unit:
-    """Examples that must stand in one micro-batch, and the pairs to compare among them, numbered within the unit."""
+    """Examples that must share one micro-batch, and the pairs to compare among them, numbered within the unit."""
 
     examples: tuple[Example, ...]
     pairs: tuple[Pair, ...] = ()

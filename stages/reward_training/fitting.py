@@ -148,7 +148,7 @@ def _part(batch: Batch, factor: float, examples: Sequence[Example], shares: Mapp
 
 
 def _micro_batches(units: Sequence[Unit], max_tokens: int) -> list[Batch]:
-    """Units as micro-batches of at most `max_tokens` tokens, padding included, longest first; a longer unit stands alone."""
+    """Units as micro-batches of at most `max_tokens` tokens, padding included, longest first; a longer unit is one batch."""
     rows = [Row(example.prompt_ids, example.output_ids) for unit in units for example in unit.examples]
     borders = itertools.accumulate((len(unit.examples) for unit in units), initial=0)
     members = [range(start, end) for start, end in itertools.pairwise(borders)]

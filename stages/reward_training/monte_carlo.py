@@ -52,7 +52,7 @@ def _verdicts(rewards: Rewards, samples: int) -> dict[_Key, list[float]]:
     """For each prefix of a question 1 or 0 for every continuation that has a verdict.
 
     Raises:
-        ValueError: a prefix has not all its continuations, or a model judged them.
+        ValueError: a prefix has not all its continuations, or a model rewarded them.
     """
     table = rewards.read().select(["question_id", "sample", "reward", "status", "scorer"])
     counts: dict[_Key, int] = {}
@@ -65,9 +65,9 @@ def _verdicts(rewards: Rewards, samples: int) -> dict[_Key, list[float]]:
             )
         prefix = (row["question_id"], row["sample"] // samples)
         counts[prefix] = counts.get(prefix, 0) + 1
-        judged = found.setdefault(prefix, [])
+        known = found.setdefault(prefix, [])
         if row["reward"] is not None and row["status"] in VERDICTS:
-            judged.append(float(row["status"] == "ok"))
+            known.append(float(row["status"] == "ok"))
     for prefix, count in counts.items():
         if count != samples:
             raise ValueError(

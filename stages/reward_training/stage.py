@@ -67,7 +67,7 @@ class ReplayConfig(Config):
     """4.1.4: 10 %."""
     share_of: Literal["training_set", "old_pool"] = "training_set"
     """What it is a share of; the paper leaves it open. `training_set`: of the mixture, n = share / (1 - share) * fresh rows, so
-    that old and new stand in one proportion at every iteration. `old_pool`: of the history, n = share * its rows, which grows
+    that old and new have one proportion at every iteration. `old_pool`: of the history, n = share * its rows, which grows
     from iteration to iteration."""
 
     @model_validator(mode="after")
@@ -83,7 +83,7 @@ class RewardTrainingConfig(Config):
     """How a reward model is trained. The paper gives the learning rate and no more."""
 
     objective: RewardObjectiveConfig = PointwiseConfig()
-    """What is minimised. The paper's source, Math-Shepherd, fits labels one by one; so do we unless told otherwise."""
+    """What is minimised. The paper's source, Math-Shepherd, fits labels one by one; so do we by default."""
     epochs: int = Field(1, ge=1)
     """Passes over the questions. Ours: one, since reward models overfit soon (Ouyang et al. 2022, C.2)."""
     questions_per_update: int = Field(32, ge=1)
@@ -224,7 +224,7 @@ def train_reward_model(
 
     Args:
         model: from create_reward_model or from an earlier training.
-        labels: outputs with the verdict of the rules; of fresh outputs alone or mixed with history.
+        labels: outputs with the verdict of the rules; of fresh outputs only or mixed with history.
         config: objective, passes, batching, engine.
         seed: draws the order of the questions.
 

@@ -21,7 +21,7 @@ class PolicyConfig(Config):
     """A causal language model with random weights."""
 
     kind: Literal["scratch"] = "scratch"
-    """Discriminator beside policies that others trained."""
+    """Discriminator: a policy made here, not one that others trained."""
     architecture: str = "qwen2"
     """Model type as transformers names it: qwen2, llama, ..."""
     settings: dict[str, bool | int | float | str | None] = Field(

@@ -10,7 +10,7 @@ A checkpoint of an adapted policy is a policy like any other, complete by itself
   Every checkpoint of an adapter has the same file: a hard link where the file system has them.
 
 The folder's name keeps the files from loaders that would add the adapter to weights that hold it already (transformers does so
-where `adapter_config.json` lies beside the weights).
+where `adapter_config.json` is in the folder of the weights).
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def adapter_base(checkpoint: Checkpoint) -> str | None:
 
 
 def write_adapter(checkpoint: Checkpoint, folder: Path, *, base: str | None = None) -> None:
-    """Write the adapter alone, as `PeftModel.from_pretrained(base_model, folder)` reads it.
+    """Write only the adapter, as `PeftModel.from_pretrained(base_model, folder)` reads it.
 
     Args:
         folder: an existing folder.

@@ -133,12 +133,12 @@ class Batch:
 def micro_batches(rows: Sequence[Row], max_tokens: int, *, together: int = 1) -> Iterator[Batch]:
     """`rows` as micro-batches of at most `max_tokens` tokens, padding included, longest rows first.
 
-    Rows of like length stand together, so little is padded; the longest come first, so that what does not fit into memory
+    Rows of like length share a batch, so little is padded; the longest come first, so that what does not fit into memory
     fails at once. A unit longer than the budget makes a batch of its own. The order of equal lengths is the order given.
 
     Args:
         together: rows k * together .. (k + 1) * together - 1 form a unit, placed by its longest row: in every micro-batch the
-            rows of a unit stand side by side, in their order (2 for preference pairs).
+            rows of a unit follow one another, in their order (2 for preference pairs).
 
     Raises:
         ValueError: a row without prompt or without output, by its index; rows that do not divide into units.

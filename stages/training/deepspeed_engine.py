@@ -1,4 +1,4 @@
-"""DeepSpeed behind the Engine protocol: alone in a group of its own, or one rank of the group that this process is in.
+"""DeepSpeed behind the Engine protocol: the only rank of a group of its own, or one of the group that this process is in.
 
 Precision: parameters stay float32 and `torch_autocast` casts inside matrix products, instead of DeepSpeed's `bf16` mode. The
 module's parameters then *are* the masters: what is saved is exactly what is forwarded, gradients accumulate in float32 under
@@ -16,26 +16,23 @@ so `backward` multiplies by the number of ranks. Norms are taken after that redu
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stages.models import Checkpoint, model_weights, read_description
+from stages.models import Checkpoint, model_weights
 from stages.training.adapters import load_trainable
 from stages.training.config import DeepSpeedEngineConfig, TrainingConfig
 from stages.training.engine import (
+    CheckpointedEngine,
     StepReport,
-    autocast,
-    check_skipped,
     checkpoint_activations,
     clip_gradients,
     name_of_broken_gradient,
 )
 from stages.training.forward import logit_transform
-from stages.training.hardware import training_device
 from stages.training.optimizers import (
     TrainerState,
     build_optimizer,
@@ -45,39 +42,29 @@ from stages.training.optimizers import (
     restore_optimizer_state,
     set_learning_rate,
     trainable,
-    write_checkpoint,
 )
 from stages.training.process_group import import_deepspeed, join_group, launched
 
 __all__ = ["DeepSpeedEngine"]
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(CheckpointedEngine):
     """See `stages.training.engine.Engine`."""
 
     def __init__(self, checkpoint: Checkpoint, config: TrainingConfig) -> None:
         assert isinstance(config.engine, DeepSpeedEngineConfig)
-        self._config = config
+        super().__init__(config)
         self._stage = config.engine.zero_stage
-        self.device = training_device()
-        self.max_logits = config.max_logits
         import_deepspeed(self.device)
         join_group(self.device)
-        self.rank: int = torch.distributed.get_rank()
-        self.world_size: int = torch.distributed.get_world_size()
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         if self.world_size != config.engine.ranks:
             raise ValueError(
                 f"training.engine.ranks: expected {self.world_size}, the processes of the group that trains here, found "
                 f"{config.engine.ranks}; what trains on ranks is called through a stage that is marked `@on_ranks`"
             )
-        self.holds: str | None = None
-        self.model: Any = None
-        self._in_a_row, self._broken = 0, ""
+        self.model = None
         self.load(checkpoint)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Context for forward passes of this and of other models; DeepSpeed's own forward opens the same again."""
-        return autocast(self.device, self._config)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of a loss; summed over the ranks by the last micro-batch."""
@@ -91,14 +78,9 @@ class DeepSpeedEngine:
         """Clip, schedule, update."""
         self._change()
         rate = set_learning_rate(self.model.optimizer, factor * learning_rate_factor(self._updates, self._config))
-        norm, skipped = self._step_alone() if self._stage == 0 else self._step_zero()
-        self._updates += not skipped
+        norm, skipped, gradient = self._step_replicated() if self._stage == 0 else self._step_partitioned()
         self._moment_updates += not skipped
-        self.skipped += skipped
-        self._in_a_row = self._in_a_row + 1 if skipped else 0
-        check_skipped(self, self._in_a_row, self._config.max_skipped_steps, self._losses, self._broken)
-        self._losses.clear()
-        return StepReport(grad_norm=norm, learning_rate=rate, skipped=skipped)
+        return self._stepped(norm, rate, skipped=skipped, gradient=gradient)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Make a new DeepSpeed engine from the checkpoint."""
@@ -110,30 +92,19 @@ class DeepSpeedEngine:
             if self._adapter is not None and self._stage == 3:
                 model.enable_input_require_grads()  # a reentrant layer has no gradient inside where its input has none
         self._names = {id(tensor): name for name, tensor in model.named_parameters()}
-        self._description = read_description(checkpoint.path)
         self.model = self._initialize(model)
-        self._updates, self.skipped, self._in_a_row = state.updates, state.skipped, state.skipped_in_a_row
-        self._losses: list[Tensor] = []
-        self._broken = ""
         self._restore(state)
         self._measure_head()
-        self._previous, self.holds = checkpoint, checkpoint.digest
+        self._hold(checkpoint, state)
 
     def save(self, folder: Path, *, optimizer: bool = True) -> None:
         """Write a complete checkpoint, gathered from all partitions; on a rank other than 0 only take part in that."""
-        moments = self._optimizer_state() if optimizer and self._config.optimizer_state != "none" else {}
-        state = TrainerState(self._updates, self.skipped, moments, self._in_a_row) if optimizer else None
+        moments: dict[str, Tensor] | None = {} if optimizer else None
+        if optimizer and self._config.optimizer_state != "none":
+            moments = self._optimizer_state()
         weights = self._weights()
         if self.rank == 0:
-            write_checkpoint(
-                folder,
-                description=self._description,
-                weights=weights,
-                state=state,
-                config=self._config,
-                adapter=self._adapter,
-                previous=self._previous,
-            )
+            self._write(folder, weights, moments)
 
     def total(self, value: float) -> float:
         """Sum of a number over the ranks."""
@@ -150,25 +121,20 @@ class DeepSpeedEngine:
 
     # -------------------------------------------------------------------------------------------- stepping
 
-    def _change(self) -> None:
-        """Note that the engine is about to differ from the checkpoint that it holds, and which that was."""
-        if self.holds is not None:
-            self._previous, self.holds = Checkpoint(self.holds), None
-
-    def _step_alone(self) -> tuple[float, bool]:
+    def _step_replicated(self) -> tuple[float, bool, str]:
         """Under stage 0 DeepSpeed neither reports the norm nor looks for NaN."""
         norm = clip_gradients(self.model.module, self._config.max_grad_norm)
         if math.isfinite(norm):
             self.model.step()
-            return norm, False
-        self._broken = name_of_broken_gradient(self.model.module)
+            return norm, False, ""
+        gradient = name_of_broken_gradient(self.model.module)
         self.model.zero_grad()
-        return norm, True
+        return norm, True, gradient
 
-    def _step_zero(self) -> tuple[float, bool]:
+    def _step_partitioned(self) -> tuple[float, bool, str]:
         """The ZeRO optimizers clip, and skip a step whose norm is not finite."""
         self.model.step()
-        return float(self.model.get_global_grad_norm()), bool(self.model.optimizer.overflow)
+        return float(self.model.get_global_grad_norm()), bool(self.model.optimizer.overflow), ""
 
     # -------------------------------------------------------------------------------------------- building
 
@@ -189,7 +155,7 @@ class DeepSpeedEngine:
             logit_transform(self.model)
 
     def _settings(self) -> dict[str, Any]:
-        # Stage 0 clips in `_step_alone`; a limit that DeepSpeed knows as well would clip twice.
+        # Stage 0 clips in `_step_replicated`; a limit that DeepSpeed knows as well would clip twice.
         clipping = self._config.max_grad_norm if self._stage else 0.0
         return {
             "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: batches are made by the caller
@@ -305,6 +271,6 @@ def _gathered(parameter: Any) -> Tensor:
 
 
 def _full_shape(parameter: Any) -> torch.Size:
-    """Shape of the whole parameter; under ZeRO 3 the tensor itself is an empty stand-in."""
+    """Shape of the whole parameter; under ZeRO 3 the tensor itself is an empty placeholder."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,10 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from stages.models import Checkpoint
+from stages.models import Checkpoint, read_description
+from stages.training.adapters import Adapter
 from stages.training.config import TrainingConfig
+from stages.training.hardware import training_device
+from stages.training.optimizers import TrainerState, write_checkpoint
 
 __all__ = [
+    "CheckpointedEngine",
     "Engine",
     "GradientError",
     "StepReport",
@@ -51,7 +55,7 @@ class StepReport(NamedTuple):
 
 
 class Engine(Protocol):
-    """Runs forward, backward and step of one model, alone or as one rank of several with a share of the rows each.
+    """Runs forward, backward and step of one model, as the only process or as one of several ranks that share the rows.
 
     Ranks act in lockstep: every rank makes equally many forward passes with `backward`, and every rank calls `step`, `load`,
     `save` and `total`, in the same order. A rank that has fewer micro-batches than another (or none) forwards any batch and
@@ -71,7 +75,7 @@ class Engine(Protocol):
     rank: int
     """Which of the ranks this process is; rank 0 writes files."""
     world_size: int
-    """How many ranks there are; 1 where a process trains alone."""
+    """How many ranks there are; 1 where one process trains."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Context for forward passes, with and without gradient."""
@@ -102,7 +106,7 @@ class Engine(Protocol):
     def save(self, folder: Path, *, optimizer: bool = True) -> None:
         """Write a complete checkpoint: description, float32 masters and (unless left out) the optimizer's state.
 
-        Every rank takes part in gathering what is partitioned; rank 0 alone writes.
+        Every rank takes part in gathering what is partitioned; only rank 0 writes.
         """
         ...
 
@@ -111,7 +115,71 @@ class Engine(Protocol):
         ...
 
 
-def check_skipped(engine: Engine, in_a_row: int, limit: int | None, losses: Sequence[Tensor], gradient: str) -> None:
+class CheckpointedEngine:
+    """What the engines share: counters, the checkpoint they hold, and what is written of them."""
+
+    model: Any
+    rank = 0
+    world_size = 1
+    _adapter: Adapter | None
+    _description: Mapping[str, bytes]
+    _previous: Checkpoint
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self._config = config
+        self.device = training_device()
+        self.max_logits = config.max_logits
+        self.holds: str | None = None
+        self.skipped = self._updates = self._in_a_row = 0
+        self._losses: list[Tensor] = []
+        """Of this rank's micro-batches since the last step."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return a context for forward passes of this and of other models."""
+        return autocast(self.device, self._config)
+
+    def total(self, value: float) -> float:
+        """Return the value itself: there is one rank."""
+        return value
+
+    def _change(self) -> None:
+        """Note that the engine is about to differ from the checkpoint that it holds, and which that was."""
+        if self.holds is not None:
+            self._previous, self.holds = Checkpoint(self.holds), None
+
+    def _hold(self, checkpoint: Checkpoint, state: TrainerState) -> None:
+        """Take over the counters of a checkpoint whose weights and moments the engine has now."""
+        self._description = read_description(checkpoint.path)
+        self._updates, self.skipped, self._in_a_row = state.updates, state.skipped, state.skipped_in_a_row
+        self._losses = []
+        self._previous, self.holds = checkpoint, checkpoint.digest
+
+    def _stepped(self, norm: float, rate: float, *, skipped: bool, gradient: str) -> StepReport:
+        """Count a step; stop where too many were skipped, as `check_skipped`."""
+        self._updates += not skipped
+        self.skipped += skipped
+        self._in_a_row = self._in_a_row + 1 if skipped else 0
+        check_skipped(self, self._in_a_row, self._config.max_skipped_steps, self._losses, gradient)
+        self._losses.clear()
+        return StepReport(grad_norm=norm, learning_rate=rate, skipped=skipped)
+
+    def _write(self, folder: Path, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor] | None) -> None:
+        """Write a complete checkpoint; without counters and moments where `moments` is None."""
+        state = None if moments is None else TrainerState(self._updates, self.skipped, moments, self._in_a_row)
+        write_checkpoint(
+            folder,
+            description=self._description,
+            weights=weights,
+            state=state,
+            config=self._config,
+            adapter=self._adapter,
+            previous=self._previous,
+        )
+
+
+def check_skipped(
+    engine: Engine | CheckpointedEngine, in_a_row: int, limit: int | None, losses: Sequence[Tensor], gradient: str
+) -> None:
     """Stop where more steps in a row were skipped than `limit`; all ranks call it together, with equal counts.
 
     Args:
@@ -144,7 +212,7 @@ def check_skipped(engine: Engine, in_a_row: int, limit: int | None, losses: Sequ
 
 
 def largest(engine: Engine, value: float) -> float:
-    """The largest of the ranks' values, by sums alone: in each of as many rounds as there are ranks, one rank says its own."""
+    """Return the largest of the ranks' values, by sums: one round for each rank, to which only that rank contributes."""
     return max(engine.total(value if rank == engine.rank else 0.0) for rank in range(engine.world_size))
 
 

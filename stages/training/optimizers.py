@@ -96,7 +96,7 @@ def restore_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, 
         name, slot = key.rsplit("/", 1)
         if name not in parameters:
             raise ValueError(f"optimizer state {key!r} belongs to no parameter of the model")
-        # Fused AdamW keeps its step count beside the parameter.
+        # Fused AdamW keeps its step count on the device of the parameter.
         optimizer.state[parameters[name]][slot] = tensor.to(parameters[name].device, copy=True)
 
 
@@ -207,7 +207,7 @@ def learning_rate_factor(updates: int, config: TrainingConfig) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class TrainerState:
-    """Where training stands."""
+    """Counters and moments of a training."""
 
     updates: int = 0
     """Optimizer updates applied; the schedule counts these."""
@@ -273,7 +273,7 @@ def write_checkpoint(
     adapter: Adapter | None,
     previous: Checkpoint | None,
 ) -> None:
-    """Write weights, adapter, and `state` unless it is None, beside the files that describe the model.
+    """Write weights, adapter, and `state` unless it is None, and the files that describe the model.
 
     Args:
         description: the files that describe the model, by name (`read_description`); kept in memory, since the checkpoint

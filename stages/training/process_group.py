@@ -94,10 +94,10 @@ def make_handler() -> Callable[[dict[str, Any], Callable[[str, dict[str, Any]], 
     )
 
     def handle(order: dict[str, Any], report: Callable[[str, dict[str, Any]], None]) -> Any:
-        return perform(order, body_called(order["function"]), report if rank == 0 else _keep_to_oneself)
+        return perform(order, body_called(order["function"]), report if rank == 0 else _silent)
 
     return handle
 
 
-def _keep_to_oneself(topic: str, values: dict[str, Any]) -> None:
+def _silent(topic: str, values: dict[str, Any]) -> None:
     """Every rank makes the same progress; the first one's is shown."""

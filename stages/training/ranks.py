@@ -87,7 +87,7 @@ _bodies: dict[str, Callable[..., Artifact]] = {}
 def on_ranks(function: Callable[P, A]) -> Callable[P, A]:
     """Let the body of a stage run on the ranks that its parameter `config` asks for; with one, in this process.
 
-    Stands under `@stage`. On several ranks the body is called by each with the same arguments: it trains through
+    Goes under `@stage`. On several ranks the body is called by each with the same arguments: it trains through
     `resident_engine` and `publish`, which know their rank.
     """
     name = f"{function.__module__}:{function.__name__}"
@@ -109,7 +109,7 @@ def on_ranks(function: Callable[P, A]) -> Callable[P, A]:
 
 
 def body_called(name: str) -> Callable[..., Artifact]:
-    """The body behind a name, "module:function": one of our stages that runs on ranks, and nothing else.
+    """Return the body behind a name, "module:function": of a stage that runs on ranks, and nothing else.
 
     Raises:
         ValueError: something else.
@@ -129,7 +129,7 @@ class Ranks:
         from stages.training.hardware import training_device
 
         for slot in ("trainer", "reference", "reward_trainer", "critic"):
-            evict(slot)  # models that this process trained, on one rank, would stay in memory beside those of the ranks
+            evict(slot)  # models that this process trained, on one rank, would stay in memory with those of the ranks
         cuda = training_device() == "cuda"
         if engine.hosts:
             shared = _shared(engine.ranks, engine.hosts[0].ranks, cuda=cuda)
@@ -137,11 +137,11 @@ class Ranks:
         else:
             given = environments(engine.ranks, devices=_visible_devices() if cuda else None)
         self._folder = Path(tempfile.mkdtemp(prefix="cohort-ranks-"))
-        # Logs are this host's; where the ranks meet, all hosts see.
-        self._meeting = (
+        # Logs are this host's; all hosts see the folder of the rendezvous.
+        self._rendezvous = (
             Path(tempfile.mkdtemp(prefix=".ranks-", dir=current_store().root)) if engine.hosts else self._folder
         )
-        rendezvous = {RENDEZVOUS: str(self._meeting / "rendezvous")}
+        rendezvous = {RENDEZVOUS: str(self._rendezvous / "rendezvous")}
         try:
             self.group = Group(
                 "training",
@@ -154,7 +154,7 @@ class Ranks:
                 starts=starts_of(engine.hosts) or None,
             )
         except BaseException:
-            self._forget_meeting()
+            self._remove_rendezvous()
             raise
         atexit.register(self.close)
 
@@ -162,17 +162,17 @@ class Ranks:
         """End the ranks. The logs go with them, unless they failed: errors name the file."""
         atexit.unregister(self.close)
         self.group.close()
-        self._forget_meeting()
+        self._remove_rendezvous()
         if not self.group.failed:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _forget_meeting(self) -> None:
-        if self._meeting != self._folder:
-            shutil.rmtree(self._meeting, ignore_errors=True)
+    def _remove_rendezvous(self) -> None:
+        if self._rendezvous != self._folder:
+            shutil.rmtree(self._rendezvous, ignore_errors=True)
 
 
 def environments(count: int, *, devices: Sequence[str] | None) -> list[dict[str, str]]:
-    """The environment of each rank: this process's, without what another launcher put there.
+    """Return the environment of each rank: this process's, without the variables of another launcher.
 
     Args:
         devices: the CUDA devices that may be used; None: train on the CPU.
@@ -196,7 +196,7 @@ def _inherited() -> dict[str, str]:
 
 
 def _shared(count: int, here: int, *, cuda: bool) -> dict[str, str]:
-    """What all ranks are told; `here` of them share this host's cores."""
+    """Return the variables that all ranks get; `here` of them share this host's cores."""
     packages = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return ({} if cuda else {"DS_ACCELERATOR": "cpu"}) | {
         "PYTHONPATH": os.pathsep.join(packages),
@@ -224,7 +224,7 @@ def _cores() -> int:
 
 
 def _ordered(order: Mapping[str, Any], engine: DeepSpeedEngineConfig) -> dict[str, Any]:
-    """The reply of rank 0, once all ranks have replied.
+    """Return the reply of rank 0, once all ranks have replied.
 
     Raises:
         WorkerError: a rank died, hung or failed; the group is gone.
@@ -252,29 +252,29 @@ def _ordered(order: Mapping[str, Any], engine: DeepSpeedEngineConfig) -> dict[st
 def environments_of(
     hosts: Sequence[HostConfig], shared: dict[str, str], inherited: dict[str, str], *, cuda: bool
 ) -> list[dict[str, str]]:
-    """The environment of each rank, by rank: of the first host's that of the flow, of the others' only what it is told.
+    """Return the environment of each rank, by rank: on the first host the flow's with its own, on the others its own only.
 
     Args:
-        shared: what all ranks are told.
+        shared: variables that all ranks get.
         inherited: the flow's own environment.
         cuda: train on CUDA devices, of which a host's ranks take the first.
     """
-    told: list[dict[str, str]] = []
+    made: list[dict[str, str]] = []
     for number, host in enumerate(hosts):
         for local in range(host.ranks):
             place = {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": str(local)} if cuda else {"LOCAL_RANK": str(local)}
-            own = {"RANK": str(len(told)), "LOCAL_WORLD_SIZE": str(host.ranks), ADDRESS: str(host.address)}
-            told.append((inherited if number == 0 else {}) | shared | place | own)
-    return told
+            own = {"RANK": str(len(made)), "LOCAL_WORLD_SIZE": str(host.ranks), ADDRESS: str(host.address)}
+            made.append((inherited if number == 0 else {}) | shared | place | own)
+    return made
 
 
 def starts_of(hosts: Sequence[HostConfig]) -> list[str | None]:
-    """Of each rank what starts it, by rank."""
+    """Return the command that starts each rank, by rank; None: a process of this host."""
     return [host.start for host in hosts for _ in range(host.ranks)]
 
 
 def select_interface() -> None:
-    """Let gloo and nccl of this process talk over the interface that has its host's address, where there is one to keep to.
+    """Make gloo and nccl of this process use the interface with its host's address, where ADDRESS names one.
 
     Raises:
         ConfigError: as `interface_of`.
@@ -284,7 +284,7 @@ def select_interface() -> None:
 
 
 def interface_of(address: str) -> str:
-    """The network interface of this host that has an IP address; all of 127.0.0.0/8 is the loopback interface's.
+    """Return the network interface of this host that has an IP address; the loopback interface has all of 127.0.0.0/8.
 
     Raises:
         ConfigError: none has it.

@@ -39,8 +39,8 @@ def update_policy(
 
     Args:
         policy: pi_theta before the update; pi_old, the policy that sampled `outputs`, unless `old_logprobs` says otherwise.
-        reference: pi_ref, or its log-probabilities of `outputs` (`score_reference`), for which no model is loaded beside the
-            policy. Nor is one where the objective has no use for it, or pi_ref is `policy`, whose own log-probabilities serve.
+        reference: pi_ref, or its log-probabilities of `outputs` (`score_reference`), for which no second model is
+            loaded. Nor is one where the objective has no use for it, or pi_ref is `policy`, whose own log-probabilities serve.
         outputs: o_i with their ids; the temperature they were sampled at scales the logits of all policies.
         advantages: A-hat_{i,t}, joined by key; rows without advantages take no part and do not count in 1/G.
         config: objective, passes, batching, engine.

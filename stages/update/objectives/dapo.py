@@ -15,7 +15,7 @@ __all__ = ["DAPOConfig", "dapo"]
 class DAPOConfig(Config):
     """DAPO (its Eq. 8): clip-higher, token-level mean, no KL term.
 
-    Its other two parts stand elsewhere: dynamic sampling in the flow (`dynamic_sampling`), overlong shaping among the rewards
+    Its other two parts are elsewhere: dynamic sampling in the flow (`dynamic_sampling`), overlong shaping among the rewards
     (component `overlong`).
     """
 

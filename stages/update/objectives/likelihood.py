@@ -33,7 +33,7 @@ class SFTObjectiveConfig(Config):
 class RFTConfig(Config):
     """Rejection sampling fine-tuning (DeepSeekMath, Eq. 8-10): the right ones among outputs of the initial policy.
 
-    The mean is over all sampled outputs, right and wrong, as in Eq. 8; a mean over the right ones alone would be another
+    The mean is over all sampled outputs, right and wrong, as in Eq. 8; a mean over the right ones only would be another
     learning rate, growing where few are right.
     """
 

@@ -45,7 +45,7 @@ def rank_processes(launcher: psutil.Process | None = None) -> dict[int, psutil.P
     """The ranks that a process (None: this one) has started and that live, by rank."""
     found = {}
     for process in (launcher or psutil.Process()).children():
-        if process.status() != psutil.STATUS_ZOMBIE and any("worker.py" in part for part in process.cmdline()):
+        if process.status() != psutil.STATUS_ZOMBIE and any("workers/process.py" in part for part in process.cmdline()):
             found[int(process.environ()["RANK"])] = process
     return found
 

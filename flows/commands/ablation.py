@@ -178,16 +178,16 @@ def child(file: Path) -> None:
     file
         YAML of `flows/experiments/running.py: ChildConfig`.
     """
-    told = ChildConfig.from_yaml(file.read_text(encoding="utf-8"), source=str(file))
+    needed = ChildConfig.from_yaml(file.read_text(encoding="utf-8"), source=str(file))
     run_flow(
-        Choice(told.config, told.baseline, told.asked),
-        Places(told.root),
-        engine=told.engine,
+        Choice(needed.config, needed.baseline, needed.asked),
+        Places(needed.root),
+        engine=needed.engine,
         console=console(),
-        command=told.command,
+        command=needed.command,
         debug=debugging(),
-        tags=told.tags,
-        difference=told.difference,
+        tags=needed.tags,
+        difference=needed.difference,
     )
 
 

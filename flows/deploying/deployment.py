@@ -89,8 +89,7 @@ def deploy(
     from flows.deploying.flow import train
 
     environment = {"COHORT_ROOT": str(places.root), RESTARTS: str(restarts), ASKED: choice.asked.model_dump_json()}
-    environment |= places_passed_on(os.environ)
-    environment |= versions_environment(required=require_versions) | dict(env or {})
+    environment |= places_passed_on(os.environ) | versions_environment(required=require_versions) | dict(env or {})
     with connected() as client:
         made = client.create_deployment(
             client.create_flow(train),
@@ -223,25 +222,23 @@ def form_schema(function: Callable[..., Any]) -> dict[str, Any]:
     """Return the OpenAPI schema of a flow's parameters, as Prefect makes it, made ready for the form."""
     from prefect.utilities.callables import parameter_schema
 
-    return ready_for_form(parameter_schema(function).model_dump_for_openapi())
+    schema: dict[str, Any] = ready_for_form(parameter_schema(function).model_dump_for_openapi())
+    return schema
 
 
-def ready_for_form(schema: dict[str, Any]) -> dict[str, Any]:
+def ready_for_form(part: Any) -> Any:
     """Return a schema in which unions are choices.
 
     Prefect's form shows sections for `anyOf`, and a box of JSON for the `oneOf` that pydantic writes. The `kind`s exclude one
     another either way.
     """
-    made: dict[str, Any] = _any_of(schema)
-    return made
-
-
-def _any_of(part: Any) -> Any:
     if isinstance(part, list):
-        return [_any_of(item) for item in part]
+        return [ready_for_form(item) for item in part]
     if not isinstance(part, dict):
         return part
-    kept = {name: _any_of(value) for name, value in part.items() if name != "discriminator" or "oneOf" not in part}
+    kept = {
+        name: ready_for_form(value) for name, value in part.items() if name != "discriminator" or "oneOf" not in part
+    }
     if "oneOf" in kept:
         kept["anyOf"] = kept.pop("oneOf")
     if "anyOf" in kept:  # a union or nothing is one choice, not a choice within a choice

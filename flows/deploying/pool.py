@@ -168,7 +168,6 @@ def submit(
     config: IterativeRLConfig,
     *,
     tags: Mapping[str, str] | None = None,
-    env: Mapping[str, str] | None = None,
     difference: Mapping[str, Any] | None = None,
     asked: Asked | None = None,
 ) -> UUID:
@@ -176,7 +175,6 @@ def submit(
 
     Args:
         tags: of the run in MLflow; Prefect shows them as `name:value`.
-        env: on top of the deployment's.
         difference: what differs from an experiment's baseline, by dotted key, for MLflow.
         asked: what the configuration was made from; by default what the deployment was made from.
 
@@ -186,8 +184,7 @@ def submit(
     """
     from prefect.exceptions import ObjectNotFound
 
-    environment = dict(env or {})
-    environment |= {TAGS: json.dumps(dict(tags))} if tags else {}
+    environment = {TAGS: json.dumps(dict(tags))} if tags else {}
     environment |= {DIFFERENCE: json.dumps(dict(difference))} if difference else {}
     environment |= {ASKED: asked.model_dump_json()} if asked else {}
     with connected() as client:

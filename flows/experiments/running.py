@@ -1,7 +1,7 @@
 """The runs of an experiment, in turn in this process or side by side in processes of their own.
 
-A run that fails is told and the others go on; an interruption stops all. Side by side is safe, since a stage that several runs
-ask for is computed by one of them while the others wait (`pipeline/store/locks.py`); the lock of a killed process is
+A run that fails is reported and the others go on; an interruption stops all. A stage that several
+runs ask for is computed by one of them while the others wait (`pipeline/store/locks.py`); the lock of a killed process is
 free at once.
 """
 
@@ -37,14 +37,14 @@ __all__ = ["ChildConfig", "progress_of", "run_in_turn", "run_side_by_side"]
 
 _POLL: Final = 0.1
 _PROGRESS_SECONDS: Final = 30.0
-"""How often it is told where the runs stand."""
+"""How often the progress of the runs is printed."""
 _GRACE: Final = 30.0
 """Seconds that a run has to note that it was interrupted, before it is killed."""
 _ROOT: Final = Path(__file__).parents[2]
 
 
 class ChildConfig(Config):
-    """What a process that runs one arm with one seed is told (`cohort child FILE`)."""
+    """Everything that a process needs to run one arm with one seed (`cohort child FILE`)."""
 
     config: IterativeRLConfig
     "The run."
@@ -64,12 +64,8 @@ class ChildConfig(Config):
     "What continues the experiment."
 
 
-def progress_of(places: Places, arm: Arm) -> str:
-    """How far a run is, by its record: `fig6-one-s0 step 3/40`."""
-    return _progress(arm.choice.config.name, run_folder(places, arm.choice.config))
-
-
-def _progress(name: str, folder: Path) -> str:
+def progress_of(name: str, folder: Path) -> str:
+    """Say how far a run is, by the record in its folder: `fig6-one-s0 step 3/40`."""
     record = read_record(folder)
     return f"{name} {f'step {record.steps}/{record.total_steps}' if record else 'starting'}"
 
@@ -114,12 +110,12 @@ def run_side_by_side(
     """Run every chosen arm in a process of its own, `limit` at a time; returns the errors by name of the run.
 
     Raises:
-        InterruptedRunError: stopped from outside; the processes were told and have ended.
+        InterruptedRunError: stopped from outside; the processes were interrupted and have ended.
     """
     errors: dict[str, str] = {}
     waiting = list(planned.chosen)
     children: list[_Child] = []
-    told = time.monotonic()
+    printed = time.monotonic()
     with interruptible(), _ending(children, command):
         while waiting or children:
             while waiting and len(children) < limit:
@@ -129,16 +125,15 @@ def run_side_by_side(
             for child in [child for child in children if child.process.poll() is not None]:
                 children.remove(child)
                 _signal(child, signal.SIGKILL)  # workers that a killed run leaves behind
-                error = child.error()
-                if error:
+                line = f"finished {child.name}"
+                if error := child.error():
                     errors[child.name] = error
-                console.print(
-                    f"[red]failed[/]   {child.name}  {escape(error)}" if error else f"finished {child.name}",
-                    soft_wrap=True,
-                )
-            if children and time.monotonic() - told > _PROGRESS_SECONDS:
-                told = time.monotonic()
-                console.print(", ".join(child.progress() for child in children), style="dim", soft_wrap=True)
+                    line = f"[red]failed[/]   {child.name}  {escape(error)}"
+                console.print(line, soft_wrap=True)
+            if children and time.monotonic() - printed > _PROGRESS_SECONDS:
+                printed = time.monotonic()
+                progress = ", ".join(progress_of(child.name, child.folder) for child in children)
+                console.print(progress, style="dim", soft_wrap=True)
     return errors
 
 
@@ -150,7 +145,7 @@ class _Child:
     process: subprocess.Popen[bytes]
 
     def error(self) -> str:
-        """Why it ended without a result; empty where it did not."""
+        """Say why it ended without a result; empty where it did not."""
         code = self.process.returncode
         if code == 0:
             return ""
@@ -160,13 +155,10 @@ class _Child:
         said = record.attempts[-1].error if record and record.attempts[-1].pid == self.process.pid else ""
         return said or f"ended with exit code {code}; its log: {self.log}"
 
-    def progress(self) -> str:
-        return _progress(self.name, self.folder)
-
 
 def _start(planned: PlannedExperiment, arm: Arm, places: Places, engine: Engine, command: str) -> _Child:
     choice = planned.against_baseline(arm)
-    told = ChildConfig(
+    needed = ChildConfig(
         config=choice.config,
         baseline=choice.base,
         asked=choice.asked,
@@ -179,7 +171,7 @@ def _start(planned: PlannedExperiment, arm: Arm, places: Places, engine: Engine,
     folder = experiment_folder(places, planned.experiment.name) / "children"
     folder.mkdir(parents=True, exist_ok=True)
     file, log = folder / f"{choice.config.name}.yaml", folder / f"{choice.config.name}.log"
-    file.write_text(told.to_yaml(), encoding="utf-8")
+    file.write_text(needed.to_yaml(), encoding="utf-8")
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with open(log, "wb") as output:
         # A session of its own: Ctrl-C reaches this process only, which tells each child once.
@@ -196,7 +188,7 @@ def _start(planned: PlannedExperiment, arm: Arm, places: Places, engine: Engine,
 
 @contextlib.contextmanager
 def _ending(children: Sequence[_Child], command: str) -> Iterator[None]:
-    """However the block ends, no child lives on: each is interrupted, and killed where that does not help."""
+    """Let no child outlive the block: each is interrupted, and killed where that does not help."""
     try:
         yield
     except KeyboardInterrupt:
@@ -213,14 +205,14 @@ def _ending(children: Sequence[_Child], command: str) -> Iterator[None]:
 
 
 def _signal(child: _Child, number: int) -> None:
-    """To the child and to the workers it has."""
+    """Signal the child and the workers it has."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.process.pid, number)
 
 
 def _engine(arm: Arm, places: Places, engine: Engine) -> Engine:
-    """A run that finished before is only read again: thousands of reused stages would keep a Prefect server busy for minutes
-    (45 ms of its time each) with what it has been told already."""
+    """Read a run that finished before inline: thousands of reused stages would keep a Prefect server busy for minutes, with
+    45 ms of its time each."""
     return "inline" if is_finished(places, arm) else engine
 
 

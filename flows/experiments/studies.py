@@ -60,7 +60,7 @@ class Scale:
     """Of every arm."""
 
 
-_SHORTER: Final = {"shortest": 2, "longest": 2}  # ours: beside 3-5 numbers, where RL trains, and 6; SFT saw 2 to 6
+_SHORTER: Final = {"shortest": 2, "longest": 2}  # ours: next to 3-5 numbers, where RL trains, and 6; SFT saw 2 to 6
 _CPU: Final = Scale(
     base="arithmetic_cpu",
     learned_base="arithmetic_learned_reward",

@@ -177,7 +177,7 @@ def _settings_markdown(arms: Sequence[Arm]) -> list[str]:
 
 
 def _settings(arms: Sequence[Arm]) -> tuple[Changes, dict[str, Changes]]:
-    """Return what differs from the recipe in all arms, and in those of each one besides (of a critic: from the policy too)."""
+    """Return what differs from the recipe in all arms, and in those of each one on top (of a critic: from the policy too)."""
     changes: dict[str, Changes] = {}
     for arm in arms:
         policy = flatten({"critic": arm.choice.config.update.model_dump(mode="json")})

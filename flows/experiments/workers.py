@@ -13,7 +13,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
 from rich.console import Console
@@ -25,6 +25,7 @@ from flows.experiments.arms import Arm, PlannedExperiment
 from flows.experiments.results import is_finished
 from flows.experiments.running import progress_of, run_in_turn
 from flows.places import Places
+from flows.records import run_folder
 from flows.session import InterruptedRunError
 from pipeline.experiment import fitted_name
 from pipeline.orchestration.flow_runs import mark_crashed
@@ -48,7 +49,7 @@ _ENDED: Final = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
 
 @dataclass
 class _Submitted:
-    """A run, and where its latest submission stands."""
+    """A run, and the state of its latest submission."""
 
     arm: Arm
     id: UUID
@@ -73,8 +74,8 @@ class _Board:
     deployment: str = ""
     out: list[_Submitted] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)
-    lonely: bool = False
-    """Whether no worker serves the pool, as was said."""
+    unserved: bool = False
+    """Whether no worker serves the pool, as was printed."""
 
     def say(self, word: str, run: _Submitted, more: str = "") -> None:
         """One line about a run."""
@@ -85,9 +86,8 @@ class _Board:
         made = deploy(
             self.planned.against_baseline(self.planned.chosen[0]),
             self.places,
-            name=fitted_name(
-                f"ablate-{self.planned.experiment.name}"
-            ),  # not one of `cohort deploy`, which may have a schedule
+            # Not one of `cohort deploy`, which may have a schedule.
+            name=fitted_name(f"ablate-{self.planned.experiment.name}"),
             pool=self.pool,
             restarts=0,  # this process submits again what died; two who do would run it twice
             require_versions=require_versions,
@@ -106,7 +106,7 @@ class _Board:
         )
 
     def look(self) -> None:
-        """Ask where every run stands, say what changed, and submit again what died."""
+        """Ask for the state of every run, say what changed, and submit again what died."""
         for run in list(self.out):
             state, run.message = state_of(run.id)
             changed, run.state = state != run.state, state
@@ -121,7 +121,8 @@ class _Board:
 
     def _ended(self, run: _Submitted) -> None:
         error = "" if run.state == "COMPLETED" else f"{run.state.lower()}: {run.message or 'no reason given'}"
-        if not error and not _arrived(self.places, run.arm):
+        # It can be read here where its record is, or where both name one store by URL.
+        if not error and not is_finished(self.places, run.arm) and not os.environ.get("COHORT_STORE"):
             error = (
                 f"its worker finished it under another root than {self.places.root}, and stored it where this process does "
                 "not read: give both one folder (--root), or one store (COHORT_STORE)"
@@ -174,10 +175,10 @@ def run_on_workers(
 
 
 def _await(board: _Board) -> None:
-    """Until no run is out."""
+    """Wait until no run is out."""
     import httpx  # what Prefect's client speaks
 
-    told = swept = answered = time.monotonic()
+    printed = swept = answered = time.monotonic()
     while board.out:
         time.sleep(_POLL)
         now = time.monotonic()
@@ -190,42 +191,33 @@ def _await(board: _Board) -> None:
         except (ServerError, httpx.HTTPError):  # workers go on without it, and so does what is here
             if now - answered > _SERVER_SECONDS:
                 raise
-        if now - told > _PROGRESS_SECONDS:
-            told = now
+        if now - printed > _PROGRESS_SECONDS:
+            printed = now
             silent = "the Prefect server does not answer: " if answered < now else ""
             progress = ", ".join(_progress(board, run) for run in board.out)
             board.console.print(f"{silent}{progress}", style="dim", soft_wrap=True)
 
 
 def _sweep(board: _Board) -> None:
-    """Mark what is dead, and call for workers, once, where runs wait and none serves the pool."""
+    """Mark what is dead, and ask for workers, once, where runs wait and none serves the pool."""
     mark_crashed()
     crash_lost(board.pool, [run.id for run in board.out if run.state == "RUNNING"])
     waiting = sum(run.state == "SCHEDULED" for run in board.out)
-    lonely = bool(waiting) and not serving(board.pool)
-    if lonely and not board.lonely:
-        _call_for_workers(board, waiting)
-    board.lonely = lonely
-
-
-def _call_for_workers(board: _Board, waiting: int) -> None:
-    board.console.print(
-        f"[yellow]no worker serves the pool {board.pool}[/], and {waiting} runs wait. Start one, here or on a host that "
-        f"shares {board.places.root}:\n"
-        f"  cohort worker --pool {shlex.quote(board.pool)}{escape(board.places.option())}",
-        soft_wrap=True,
-    )
+    unserved = bool(waiting) and not serving(board.pool)
+    if unserved and not board.unserved:
+        board.console.print(
+            f"[yellow]no worker serves the pool {board.pool}[/], and {waiting} runs wait. Start one, here or on a host that "
+            f"shares {board.places.root}:\n"
+            f"  cohort worker --pool {shlex.quote(board.pool)}{escape(board.places.option())}",
+            soft_wrap=True,
+        )
+    board.unserved = unserved
 
 
 def _progress(board: _Board, run: _Submitted) -> str:
     if run.state != "RUNNING":
         return f"{run.name} {run.state.lower()}"
-    return progress_of(board.places, run.arm)
-
-
-def _arrived(places: Places, arm: Arm) -> bool:
-    """Whether what a worker finished can be read here: its record is here, or the store is one that both name by URL."""
-    return is_finished(places, arm) or bool(os.environ.get("COHORT_STORE"))
+    return progress_of(run.name, run_folder(board.places, run.arm.choice.config))
 
 
 def _read(
@@ -241,14 +233,13 @@ def _read(
 
 @contextlib.contextmanager
 def _cancelling(board: _Board, command: str) -> Iterator[None]:
-    """Whatever ends the block before the runs ended: they are cancelled, and workers end their processes."""
+    """Cancel the runs that the block leaves behind; workers end their processes."""
     try:
         yield
-    except KeyboardInterrupt:
+    except BaseException as error:
         _cancel(board)
-        raise InterruptedRunError(command) from None
-    except BaseException:
-        _cancel(board)
+        if isinstance(error, KeyboardInterrupt):
+            raise InterruptedRunError(command) from None
         raise
 
 
@@ -256,17 +247,12 @@ def _cancel(board: _Board) -> None:
     if not board.out:
         return
     board.console.print(f"cancelling {len(board.out)} runs ...", style="dim")
+    from prefect.exceptions import PrefectException
+
     with contextlib.suppress(ServerError, KeyboardInterrupt):  # a second Ctrl-C: do not wait for the workers
         for run in board.out:
-            with _whatever_it_says():
+            with contextlib.suppress(PrefectException):  # one that cannot be cancelled does not keep the others going
                 cancel(run.id)
         deadline = time.monotonic() + _GRACE
         while time.monotonic() < deadline and any(state_of(run.id)[0] not in _ENDED for run in board.out):
             time.sleep(_POLL)
-
-
-def _whatever_it_says() -> Any:
-    """One run that cannot be cancelled does not keep the others going."""
-    from prefect.exceptions import PrefectException
-
-    return contextlib.suppress(PrefectException)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from flows.planning.plan import Change, Plan, Settings, changes_of, remedy_for, space_saved
 from flows.planning.request import Subject
+from flows.planning.work import StagePlan
 from flows.wording import duration, number, size
 
 __all__ = ["FORMAT", "as_json", "print_plan"]
@@ -78,25 +79,26 @@ def as_json(plan: Plan, subject: Subject) -> str:
         "kept": plan.kept,
         "free": subject.free,
         "step_disk": step_disk,
-        "stages": [
-            {
-                "name": stage.name,
-                "when": stage.when,
-                "calls": plan.counts[stage.when],
-                "memory": dict(stage.memory),
-                "held": stage.held,
-                "peak": stage.peak,
-                "tokens": stage.work.tokens,
-                "flops": stage.work.flops,
-                "seconds": stage.seconds,
-                "disk": stage.disk,
-            }
-            for stage in plan.stages
-        ],
+        "stages": [_stage(stage, plan.counts[stage.when]) for stage in plan.stages],
         "calls": {"found": progress.found, "total": progress.total, "steps": progress.steps, "note": progress.note},
         "assumptions": _assumptions(plan, subject),
     }
     return json.dumps(about, indent=2, ensure_ascii=False)
+
+
+def _stage(stage: StagePlan, calls: float) -> dict[str, Any]:
+    return {
+        "name": stage.name,
+        "when": stage.when,
+        "calls": calls,
+        "memory": stage.memory,
+        "held": stage.held,
+        "peak": stage.peak,
+        "tokens": stage.work.tokens,
+        "flops": stage.work.flops,
+        "seconds": stage.seconds,
+        "disk": stage.disk,
+    }
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:

@@ -54,7 +54,7 @@ class RewardModelStudyConfig(Config):
     answer_line: str = "#### {answer}"
     "Last line of a demonstration."
     prompt: PromptConfig = PromptConfig()
-    "What stands around a question."
+    "Text around a question."
     max_tokens: PositiveInt | None = None
     "Longer solutions, question included, are left out on both sides and counted; null: none is, and the window must hold all."
     policy: Annotated[PolicyConfig | PretrainedPolicy, Field(discriminator="kind")]
@@ -99,8 +99,8 @@ class RewardModelStudyConfig(Config):
             complaints.append("sft: imitates right solutions; name a file of them (demonstrations), or set sft to null")
         if empty := [name for name, features in self.shortcuts.items() if not features]:
             complaints.append(f"shortcuts: {empty[0]!r} has no feature")
-        if beside := unlearned_components(self.reward):
-            complaints.append(f"reward.components: {beside[0].name!r} says nothing of the label; leave it out")
+        if unlearned := unlearned_components(self.reward):
+            complaints.append(f"reward.components: {unlearned[0].name!r} says nothing of the label; leave it out")
         if complaints:
             raise ValueError("\n    ".join(complaints))
         return self
@@ -117,7 +117,7 @@ def gsm8k_solutions() -> RewardModelStudyConfig:
                 path="gsm8k_example_model_solutions.jsonl",
                 columns=ColumnsConfig(answer=None, solution="ground_truth"),
                 answer_marker="A:",
-                remove_calculator_marks=True,  # ours: a third of the tokens, which repeat what stands beside them
+                remove_calculator_marks=True,  # ours: a third of the tokens, which repeat what is next to them
             ),
             authors=("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification"),
             label="is_correct",

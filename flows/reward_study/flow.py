@@ -1,6 +1,6 @@
 """A reward model on text of others: learned from labelled solutions, compared with baselines on questions it has not seen.
 
-The same stages as in Algorithm 1, but that nobody samples: solutions of a file stand in the place of a policy's outputs, and
+The same stages as in Algorithm 1, but none that samples: solutions of a file take the place of a policy's outputs, and
 the rules label them. Reward model and baselines learn from the same rows and are measured on the same others.
 """
 

@@ -1,4 +1,4 @@
-"""The numbers of an experiment that figures draw and captions speak of: estimates with bounds, by arm, held-out set and step.
+"""The numbers that figures draw and captions compare: estimates with bounds, by arm, held-out set and step.
 
 Bounds: from three seeds on the lowest and the highest seed; with fewer the 95 % intervals over questions that evaluations
 record, from the lowest bound to the highest. Where there are neither, there are no bounds and nothing is concluded.
@@ -43,14 +43,11 @@ class Estimate:
 
 
 def estimate(values: Sequence[float], intervals: Sequence[tuple[float, float]] = ()) -> Estimate:
-    """The estimate from one value per seed and, where there are any, as many intervals over questions."""
-    if len(values) >= _SEEDS:
-        return Estimate(tuple(values), min(values), max(values), "seeds")
-    if len(intervals) == len(values):
-        return Estimate(
-            tuple(values), min(low for low, _ in intervals), max(high for _, high in intervals), "questions"
-        )
-    return Estimate(tuple(values), min(values), max(values), "none")
+    """Return the estimate from one value per seed and, where there are any, as many intervals over questions."""
+    if len(values) < _SEEDS and len(intervals) == len(values):
+        lows, highs = zip(*intervals, strict=True)
+        return Estimate(tuple(values), min(lows), max(highs), "questions")
+    return Estimate(tuple(values), min(values), max(values), "seeds" if len(values) >= _SEEDS else "none")
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Study:
         return [name for name in (runs[0].final if runs else ()) if all(name in run.final for run in runs)]
 
     def measure(self, held_out: str) -> str:
-        """Accuracy of samples where every run has it, else greedy."""
+        """Return the metric: accuracy of samples where every run has it, else greedy."""
         return "accuracy" if all("accuracy" in one.run.final[held_out] for one in self._runs) else "greedy_accuracy"
 
     @property
@@ -101,28 +98,28 @@ class Study:
         return next((name for name in names if name in self.arms), None)
 
     def steps(self, arm: str, held_out: str) -> list[int]:
-        """After which steps every finished run of the arm was evaluated."""
+        """Return the steps after which every finished run of the arm was evaluated."""
         key = f"eval/{held_out}/{self.measure(held_out)}"
         evaluated = [{step for step, metrics in one.curve.items() if key in metrics} for one in self.arms[arm]]
         return sorted(set.intersection(*evaluated))
 
     def at(self, arm: str, held_out: str, step: int) -> Estimate:
-        """Accuracy of an arm after a step."""
+        """Return the accuracy of an arm after a step."""
         return measured([one.curve[step] for one in self.arms[arm]], f"eval/{held_out}/{self.measure(held_out)}")
 
     def final(self, arm: str, held_out: str) -> Estimate:
-        """Accuracy of the final policies of an arm."""
+        """Return the accuracy of the final policies of an arm."""
         return measured([one.run.final[held_out] for one in self.arms[arm]], self.measure(held_out))
 
     def before(self, held_out: str) -> Estimate | None:
-        """Accuracy before RL, where the arms with the same seed begin with the same figure; else None."""
+        """Return the accuracy before RL, where the arms with the same seed begin with the same figure; else None."""
         key = self.measure(held_out)
         by_seed = {one.run.seed: one.run.before.get(held_out, {}) for one in self._runs}
         same = all(one.run.before.get(held_out, {}).get(key) == by_seed[one.run.seed].get(key) for one in self._runs)
         return measured(list(by_seed.values()), key) if same and all(key in one for one in by_seed.values()) else None
 
     def continued(self, arm: str) -> str | None:
-        """The longest other arm whose final policies this arm went through, seed by seed: it continues that arm."""
+        """Return the longest other arm whose final policies this arm went through, seed by seed: it continues that arm."""
         mine = {one.run.seed: one.policies for one in self.arms[arm]}
         length = {name: max(one.run.steps for one in runs) for name, runs in self.arms.items()}
         found = [
@@ -140,7 +137,7 @@ class Study:
 
 
 def read_study(result: ExperimentResult, places: Places) -> Study:
-    """The finished runs of an experiment, with the curves in their folders."""
+    """Read the finished runs of an experiment, with the curves in their folders."""
     arms: dict[str, list[Trained]] = {arm.name: [] for arm in result.arms}
     for run in result.runs:
         summary = run.summary(places) if run.status == "finished" else None
@@ -150,7 +147,7 @@ def read_study(result: ExperimentResult, places: Places) -> Study:
 
 
 def measured(metrics: Sequence[Metrics], key: str) -> Estimate:
-    """The estimate from what the evaluations of several seeds recorded under `key`, with its bounds where they have some."""
+    """Return the estimate from what the evaluations of several seeds recorded under `key`, with bounds where they have some."""
     ends = (f"{key}_ci_low", f"{key}_ci_high")
     known = [one for one in metrics if all(end in one for end in ends)]
     return estimate([one[key] for one in metrics], [(one[ends[0]], one[ends[1]]) for one in known])

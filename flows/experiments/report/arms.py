@@ -6,9 +6,8 @@ Which questions are shown is a rule, not a choice: it is printed above each tabl
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final, Literal, NamedTuple
 
 from flows.completions import groups_made, last_evaluation
 from flows.experiments.results import ExperimentResult, RunResult
@@ -23,7 +22,7 @@ __all__ = ["Cell", "Comparison", "Descent", "Mark", "Question", "chosen_seed", "
 _FIRST: Final = 2
 """Held-out questions that are shown whatever was answered."""
 _DIFFERENT: Final = 4
-"""Held-out questions on which arms were judged differently."""
+"""Held-out questions on which arms got different verdicts."""
 _GROUPS: Final = 2
 """Groups of the last step."""
 _OUTPUTS: Final = 6
@@ -31,10 +30,11 @@ _OUTPUTS: Final = 6
 
 Key = tuple[str, str]
 """Id and text of a question: arms with other data may have other questions under one id."""
+Ledgers = Mapping[str, Ledger | None]
+"""Arm -> ledger of its run; None: it did not finish, or has none."""
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """What one arm has for one question."""
 
     outputs: list[tuple[int, Output]]
@@ -45,8 +45,7 @@ class Cell:
     """Why there are none."""
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A question and what every arm has for it, in the order of the arms."""
 
     question_id: str
@@ -55,8 +54,7 @@ class Question:
     cells: list[Cell]
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """Questions of one place in training, side by side."""
 
     title: str
@@ -67,8 +65,7 @@ class Comparison:
     """Arm -> why it has nothing to show."""
 
 
-@dataclass(frozen=True)
-class _Side:
+class _Side(NamedTuple):
     """The groups of one arm, or why there are none."""
 
     groups: dict[Key, Group]
@@ -76,72 +73,56 @@ class _Side:
 
 
 def chosen_seed(result: ExperimentResult) -> int:
-    """The first seed with which most arms finished."""
-    return max(result.experiment.seeds, key=lambda seed: sum(run.status == "finished" for run in _of(result, seed)))
+    """Return the first seed with which most arms finished."""
+    finished = Counter(run.seed for run in result.runs if run.status == "finished")
+    return max(result.experiment.seeds, key=lambda seed: finished[seed])
+
+
+def _chosen(result: ExperimentResult, places: Places) -> tuple[list[RunResult], Ledgers]:
+    """Return the runs with the chosen seed, and the ledgers of those that finished."""
+    seed = chosen_seed(result)
+    runs = [run for run in result.runs if run.seed == seed]
+    return runs, {run.arm: run.ledger(places) if run.status == "finished" else None for run in runs}
+
+
+# ------------------------------------------------------------------------------------------------ answers
 
 
 def side_by_side(result: ExperimentResult, places: Places) -> list[Comparison]:
-    """Answers of every arm with one seed (`chosen_seed`) to held-out questions, and groups of the last step."""
-    runs = {run.arm: run for run in _of(result, chosen_seed(result))}
-    ledgers = {arm: run.ledger(places) for arm, run in runs.items() if run.status == "finished"}
-    store = places.open_store()
+    """Compare answers of every arm to held-out questions, and groups of the last step."""
+    (runs, ledgers), store = _chosen(result, places), places.open_store()
     return [_held_out(store, runs, ledgers), _learned_from(store, runs, ledgers)]
 
 
-def _held_out(store: Store, runs: Mapping[str, RunResult], ledgers: Mapping[str, Ledger | None]) -> Comparison:
-    sides = {}
-    where = ""
-    for arm, run in runs.items():
-        ledger = ledgers.get(arm)
-        evaluation = last_evaluation(ledger) if ledger else None
-        sides[arm] = _side(store, run, ledger, evaluation.artifacts if evaluation else {})
-        if evaluation:
-            where = f"{evaluation.set}, {'greedy' if evaluation.mode == 'greedy' else 'first sample'}"
-    shared = _shared(sides)
-    different = [key for key in shared if len({_first(side, key).status for side in sides.values() if side.groups}) > 1]
+def _held_out(store: Store, runs: Sequence[RunResult], ledgers: Ledgers) -> Comparison:
+    evaluations = {arm: last_evaluation(ledger) if ledger else None for arm, ledger in ledgers.items()}
+    artifacts = {arm: evaluation.artifacts for arm, evaluation in evaluations.items() if evaluation}
+    sides = {run.arm: _side(store, run, ledgers[run.arm], artifacts.get(run.arm, {})) for run in runs}
+    where = "none"
+    for last in filter(None, evaluations.values()):
+        where = f"{last.set}, {'greedy' if last.mode == 'greedy' else 'first sample'}"
+    shared, filled = _shared(sides)
+    different = [key for key in shared if len({groups[key].outputs[0].status for groups in filled}) > 1]
     chosen = list(dict.fromkeys([*shared[:_FIRST], *different[:_DIFFERENT]]))
     rule = (
         f"The first {_FIRST} questions of the set, then the first {_DIFFERENT} on which the verdicts of arms differ "
         f"({len(different)} of {len(shared)} questions)."
     )
-    return _comparison(f"Held-out questions after training ({where or 'none'})", rule, chosen, sides, 1)
+    return _comparison(f"Held-out questions after training ({where})", rule, chosen, sides, 1)
 
 
-def _learned_from(store: Store, runs: Mapping[str, RunResult], ledgers: Mapping[str, Ledger | None]) -> Comparison:
+def _learned_from(store: Store, runs: Sequence[RunResult], ledgers: Ledgers) -> Comparison:
     step = min((max(ledger.steps, default=0) for ledger in ledgers.values() if ledger), default=0)
-    sides = {}
-    for arm, run in runs.items():
-        ledger = ledgers.get(arm)
-        sides[arm] = _side(store, run, ledger, ledger.steps.get(step, {}) if ledger else {})
-    shared = _shared(sides)
-    mixed = [key for key in shared if any(_is_mixed(side.groups[key]) for side in sides.values() if side.groups)]
+    steps = {arm: ledger.steps.get(step, {}) for arm, ledger in ledgers.items() if ledger}
+    sides = {run.arm: _side(store, run, ledgers[run.arm], steps.get(run.arm, {})) for run in runs}
+    shared, filled = _shared(sides)
+    mixed = [key for key in shared if any(len({o.reward for o in groups[key].outputs}) > 1 for groups in filled)]
     chosen = list(dict.fromkeys([*mixed, *shared]))[:_GROUPS]
     rule = (
         f"The first {_GROUPS} questions of the step's batch on which outputs of an arm were rewarded differently, or else the "
         "first. An advantage is that of the output's first token; equal outputs stand once, with their count."
     )
     return _comparison(f"What step {step} learned from", rule, chosen, sides, _OUTPUTS)
-
-
-def _comparison(title: str, rule: str, chosen: Sequence[Key], sides: Mapping[str, _Side], count: int) -> Comparison:
-    questions = []
-    for key in chosen:
-        group = next(side.groups[key] for side in sides.values() if side.groups)
-        cells = [_cell(side, key, count) for side in sides.values()]
-        questions.append(Question(group.question_id, group.question, group.answer, cells))
-    notes = {arm: side.note for arm, side in sides.items() if side.note}
-    if not chosen and not notes:
-        notes = {"all arms": "no question that every arm was asked"}
-    return Comparison(title, rule, questions, notes)
-
-
-def _cell(side: _Side, key: Key, count: int) -> Cell:
-    if not side.groups:
-        return Cell([], 0, side.note)
-    group = side.groups[key]
-    merged = group.merged() if count > 1 else [(1, group.outputs[0])]
-    shown = merged[:count]
-    return Cell(shown, 0 if count == 1 else len(group.outputs) - sum(number for number, _ in shown), "")
 
 
 def _side(store: Store, run: RunResult, ledger: Ledger | None, artifacts: Mapping[str, str]) -> _Side:
@@ -160,22 +141,32 @@ def _side(store: Store, run: RunResult, ledger: Ledger | None, artifacts: Mappin
     return _Side({(group.question_id, group.question): group for group in groups})
 
 
-def _shared(sides: Mapping[str, _Side]) -> list[Key]:
-    """Questions that all arms with any were asked, in the order of the first."""
+def _shared(sides: Mapping[str, _Side]) -> tuple[list[Key], list[dict[Key, Group]]]:
+    """Return the questions that all arms with any were asked, in the order of the first, and the groups of these arms."""
     filled = [side.groups for side in sides.values() if side.groups]
-    return [key for key in filled[0] if all(key in groups for groups in filled)] if filled else []
+    return [key for key in filled[0] if all(key in groups for groups in filled)] if filled else [], filled
 
 
-def _first(side: _Side, key: Key) -> Output:
-    return side.groups[key].outputs[0]
+def _comparison(title: str, rule: str, chosen: Sequence[Key], sides: Mapping[str, _Side], count: int) -> Comparison:
+    questions = []
+    for key in chosen:
+        group = next(side.groups[key] for side in sides.values() if side.groups)
+        cells = [_cell(side, key, count) for side in sides.values()]
+        questions.append(Question(group.question_id, group.question, group.answer, cells))
+    notes = {arm: side.note for arm, side in sides.items() if side.note}
+    if not chosen and not notes:
+        notes = {"all arms": "no question that every arm was asked"}
+    return Comparison(title, rule, questions, notes)
 
 
-def _is_mixed(group: Group) -> bool:
-    return len({output.reward for output in group.outputs}) > 1
-
-
-def _of(result: ExperimentResult, seed: int) -> list[RunResult]:
-    return [run for run in result.runs if run.seed == seed]
+def _cell(side: _Side, key: Key, count: int) -> Cell:
+    if not side.groups:
+        return Cell([], 0, side.note)
+    group = side.groups[key]
+    if count == 1:
+        return Cell([(1, group.outputs[0])], 0, "")
+    shown = group.merged()[:count]
+    return Cell(shown, len(group.outputs) - sum(number for number, _ in shown), "")
 
 
 # ------------------------------------------------------------------------------------------------ lineage
@@ -198,8 +189,7 @@ _GRAPH: Final = 400
 """Artifacts of the largest graph that is written out."""
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """One artifact in the picture."""
 
     letter: str
@@ -208,8 +198,7 @@ class Mark:
     """With the final policies of all other arms, of some, or of none."""
 
 
-@dataclass(frozen=True)
-class Descent:
+class Descent(NamedTuple):
     """The picture: rows from the origins to the last step, a cell of marks for each arm."""
 
     arms: list[str]
@@ -224,26 +213,26 @@ class Descent:
 
 
 def descent(result: ExperimentResult, places: Places) -> Descent:
-    """The ancestry of the final policy of every arm that finished with one seed (`chosen_seed`)."""
-    store, seed = places.open_store(), chosen_seed(result)
+    """Trace what the final policy of every arm that finished was made from, and mark what they have in common."""
+    (runs, ledgers), store = _chosen(result, places), places.open_store()
     found: dict[str, dict[str, Ancestor]] = {}
-    ledgers: dict[str, Ledger] = {}
+    steps: dict[str, dict[int, list[str]]] = {}
     notes = []
-    for run in (run for run in result.runs if run.seed == seed):
-        ledger = run.ledger(places)
-        if run.status != "finished" or ledger is None:
+    for run in runs:
+        if (ledger := ledgers[run.arm]) is None:
             notes.append(f"{run.arm}: {run.status if run.status != 'finished' else 'no ledger'}; no lineage of it")
             continue
+        # The call that the run got its policy from last.
+        maker = next((key for key, call in reversed(ledger.calls.items()) if call.digest == run.policy), None)
         try:
-            found[run.arm] = ancestry(store, run.policy, key=_maker(ledger, run.policy))
-            ledgers[run.arm] = ledger
+            found[run.arm] = ancestry(store, run.policy, key=maker)
+            steps[run.arm] = _by_step(ledger, found[run.arm])
         except StoreError as error:
             notes.append(f"{run.arm}: no lineage of it: {error}")
-    counts = Counter(digest for ancestors in found.values() for digest in ancestors)
     kinds = {ancestor.kind for ancestors in found.values() for ancestor in ancestors.values()}
     return Descent(
         arms=list(found),
-        rows=_rows(found, ledgers, counts),
+        rows=list(_rows(found, steps)),
         policies=[(arm, next(iter(ancestors)), len(ancestors) - 1) for arm, ancestors in found.items()],
         graphs=[(arm, _graph(ancestors)) for arm, ancestors in found.items()],
         legend={_letter(kind): kind for kind in [*_LETTERS, *sorted(kinds - _LETTERS.keys())] if kind in kinds},
@@ -251,45 +240,36 @@ def descent(result: ExperimentResult, places: Places) -> Descent:
     )
 
 
-def _maker(ledger: Ledger, digest: str) -> str | None:
-    """Key of the call that the run got its policy from last."""
-    return next((key for key, call in reversed(ledger.calls.items()) if call.digest == digest), None)
-
-
-def _rows(
-    found: Mapping[str, dict[str, Ancestor]], ledgers: Mapping[str, Ledger], counts: Mapping[str, int]
-) -> list[tuple[str, list[list[Mark]]]]:
-    steps = {arm: _by_step(ledger, found[arm]) for arm, ledger in ledgers.items()}
-    last = max((max(part, default=0) for part in steps.values()), default=0)
-    rows: list[tuple[str, list[list[Mark]]]] = []
-    for step in range(last + 1):
-        if _ENDS < step <= last - _ENDS:
-            if step == _ENDS + 1:
-                rows.append((f"{last - 2 * _ENDS} steps more", [[] for _ in found]))
-            continue
-        cells = [_marks([found[arm][one] for one in steps[arm].get(step, [])], counts, len(found)) for arm in found]
-        rows.append((f"step {step}" if step else "before", cells))
-    return rows if found else []
-
-
-def _by_step(ledger: Ledger, ancestors: dict[str, Ancestor]) -> dict[int, list[str]]:
-    """Step -> ancestors that were made in it, in order; under 0 those that no step has, origins first."""
+def _by_step(ledger: Ledger, ancestors: Mapping[str, Ancestor]) -> dict[int, list[str]]:
+    """Return step -> ancestors that were made in it, in order; under 0 those that no step has, origins first."""
     steps: dict[int, list[str]] = {}
     placed: set[str] = set()
     for step, made in sorted(ledger.steps.items()):
         steps[step] = [digest for digest in made.values() if digest in ancestors and digest not in placed]
         placed |= set(steps[step])
-    steps[0] = [digest for digest in reversed(ancestors) if digest not in placed]
+    steps[0] = [digest for digest in reversed(list(ancestors)) if digest not in placed]
     return steps
 
 
-def _marks(ancestors: Iterable[Ancestor], counts: Mapping[str, int], arms: int) -> list[Mark]:
-    marks = []
-    for ancestor in ancestors:
-        count = counts[ancestor.digest]
-        shared: Literal["all", "some", "own"] = "own" if count == 1 else "all" if count == arms else "some"
-        marks.append(Mark(_letter(ancestor.kind), ancestor.label, shared))
-    return marks
+def _rows(
+    found: Mapping[str, Mapping[str, Ancestor]], steps: Mapping[str, Mapping[int, list[str]]]
+) -> Iterator[tuple[str, list[list[Mark]]]]:
+    counts = Counter(digest for ancestors in found.values() for digest in ancestors)
+    last = max((max(part, default=0) for part in steps.values()), default=0)
+    for step in range(last + 1 if found else 0):
+        if _ENDS < step <= last - _ENDS:
+            if step == _ENDS + 1:
+                yield f"{last - 2 * _ENDS} steps more", [[] for _ in found]
+            continue
+        cells = []
+        for arm, ancestors in found.items():
+            made = [ancestors[digest] for digest in steps[arm].get(step, [])]
+            cells.append([Mark(_letter(one.kind), one.label, _sharing(counts[one.digest], len(found))) for one in made])
+        yield f"step {step}" if step else "before", cells
+
+
+def _sharing(count: int, arms: int) -> Literal["all", "some", "own"]:
+    return "own" if count == 1 else "all" if count == arms else "some"
 
 
 def _letter(kind: str) -> str:

@@ -157,7 +157,7 @@ def _sharing(result: ExperimentResult) -> Iterator[tuple[str, str]]:
 
 
 def _deviations(result: ExperimentResult, places: Places) -> Iterator[Grid]:
-    """Make tables of what is not as in the paper: in all arms, then in some, with the arms."""
+    """Make tables of what deviates from the paper: in all arms, then in some, with the arms."""
     configs = _arm_configs(result, places)
     found: dict[tuple[str, ...], list[str]] = {}
     for arm, config in configs.items():

@@ -1,46 +1,116 @@
-"""The tables of an exploration, joined by (question_id, sample) and checked, as arrays.
+"""The tables of an exploration, in chunks of whole questions, joined by (question_id, sample) and checked, as arrays.
 
-What is sound is found so for whole columns at once; only what is not is looked at row by row, to be named.
+Memory is bounded however many outputs there are: of all rows only keys and lengths are held. Everything else is read from
+mapped files, a chunk at a time. A question is never cut, so no value depends on the chunks.
 
-Shapes: N outputs in the order of `Rollouts`, M tokens of all outputs one after another, Q questions.
+Shapes: N outputs in the order of `Rollouts`, M tokens of all outputs one after another, Q questions, S steps.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Final
 
-from stages.advantage.checks import Key, check_groups, check_rewards, check_same_rows, check_steps
-from stages.keys import repeated_key, same_keys, slots
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
-    from numpy.typing import NDArray
+from stages.join import KEY, Ragged, align, group_rows, key_at, per_token, require_unique, same_keys
+from stages.tables import Logprobs, Rewards, Rollouts, Values
 
-    Floats = NDArray[np.float64]
+__all__ = [
+    "CHUNK_TOKENS",
+    "Exploration",
+    "Outputs",
+    "Scored",
+    "read_exploration",
+    "read_k1",
+    "read_outputs",
+    "read_rewards",
+    "read_values",
+]
+
+CHUNK_TOKENS: Final = 2**21
+"""Output tokens of a chunk, up to those of one question more: 16 MiB for each array of a float64 a token."""
+_ROW: Final = 16
+"""What a row counts in addition to its tokens."""
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Steps:
-    """Process supervision of one output: r^index(j) and index(j) of its steps."""
+class Exploration:
+    """Outputs, and the tables that other stages made from them, where there are any."""
 
-    rewards: Sequence[float]
-    ends: Sequence[int]
+    outputs: pa.Table
+    rewards: pa.Table | None
+    values: pa.Table | None
+    logprobs: pa.Table | None
+
+    def chunks(self, chunk_tokens: int = CHUNK_TOKENS) -> Iterator[Exploration]:
+        """Yield some whole questions at a time, in their order.
+
+        All at once where a question's outputs lie apart or are of another number than the next one's, and where tables are not
+        in the same order: those are joined by key.
+        """
+        cuts = self._cuts(chunk_tokens)
+        if len(cuts) == 2:
+            yield self
+            return
+        for start, stop in itertools.pairwise(cuts):
+            parts = (None if table is None else table.slice(start, stop - start) for table in self._tables)
+            yield Exploration(*parts)
+
+    @property
+    def _tables(self) -> tuple[pa.Table | None, ...]:
+        return (self.outputs, self.rewards, self.values, self.logprobs)
+
+    def _cuts(self, chunk_tokens: int) -> list[int]:
+        """The rows at which chunks begin, and the number of rows."""
+        import pyarrow.compute as pc
+
+        rows = self.outputs.num_rows
+        cost = np.cumsum(pc.list_value_length(self.outputs["output_ids"]).to_numpy().astype(np.int64) + _ROW)
+        if rows < 2 or cost[-1] <= chunk_tokens:
+            return [0, rows]
+        names, group_N = group_rows(self.outputs["question_id"])
+        stops = np.append(np.flatnonzero(np.diff(group_N)) + 1, rows)
+        even = len(set(np.diff(stops, prepend=0).tolist())) == 1
+        joined = all(same_keys(self.outputs, table) for table in self._tables if table is not None)
+        if not (even and len(names) == len(stops) and joined):
+            return [0, rows]
+        full = np.diff((cost[stops - 1] - 1) // chunk_tokens) > 0
+        return [0, *stops[:-1][full].tolist(), rows]
+
+
+def read_exploration(
+    outputs: Rollouts, rewards: Rewards | None, values: Values | None, logprobs: Logprobs | None
+) -> Exploration:
+    """Read the columns that advantages are made of."""
+    scores = ("reward", "status", "step_rewards", "step_ends", "scorer")
+    return Exploration(
+        outputs.read([*KEY, "output_ids", "finish_reason"]),
+        None if rewards is None else rewards.read([*KEY, *scores]),
+        None if values is None else values.read([*KEY, "value"]),
+        None if logprobs is None else logprobs.read([*KEY, "policy", "reference"]),
+    )
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What the rewards say of the outputs."""
+    """The rewards of the outputs."""
 
     reward_N: Floats
     """NaN where there is none."""
     right_N: NDArray[np.bool_]
     """Whether the status is `ok`."""
-    steps: Sequence[Steps | None]
-    """None where the output was scored as a whole."""
+    step_rewards: Ragged
+    """Process supervision: r^index(j) of each output's steps; null where the output was scored as a whole."""
+    step_ends: Ragged
+    """index(j) of the same steps."""
 
 
 @dataclass(frozen=True)
@@ -59,84 +129,147 @@ class Outputs:
     cut_N: NDArray[np.bool_]
     """Whether it was cut at the length limit."""
 
-    @functools.cached_property
-    def keys(self) -> list[Key]:
-        """(question_id, sample) of each, for whoever has to name one."""
-        return _keys(self.table)
-
     @property
     def output_of_token(self) -> NDArray[np.int64]:
-        """For each token the output it belongs to."""
-        import numpy as np
-
+        """For each token the output it belongs to (M)."""
         return np.repeat(np.arange(len(self.length_N)), self.length_N)
 
     def per_output(self, values_M: Floats) -> list[Floats]:
-        """Values of all tokens, one array per output."""
-        import numpy as np
-
+        """Split values of all tokens into one array per output."""
         return np.split(values_M, np.cumsum(self.length_N)[:-1])
 
     def require_groups(self, need: str) -> None:
-        """Refuse questions without samples 0 .. G-1 for one G >= 2, as `check_groups` does."""
-        import numpy as np
+        """Refuse questions without samples 0 .. G-1 for one G >= 2; `need` says what for.
 
+        A row that is not to count keeps its slot with a null reward; a row that is gone would change its group unseen.
+
+        Raises:
+            ValueError: names the first such question.
+        """
         size_Q = np.bincount(self.group_N)
-        G = size_Q[0]  # samples are unique: G of them between 0 and G-1 are all
-        if G < 2 or (size_Q != G).any() or self.sample_N.min() < 0 or self.sample_N.max() >= G:
-            check_groups(self.keys, need)
+        G = size_Q[0]
+        least_Q, most_Q = np.zeros_like(size_Q), np.zeros_like(size_Q)
+        np.minimum.at(least_Q, self.group_N, self.sample_N)
+        np.maximum.at(most_Q, self.group_N, self.sample_N)
+        # Samples are unique: as many as the largest one says are all of them.
+        gap_Q = (least_Q < 0) | (most_Q >= size_Q)
+        fault_Q = (size_Q < 2) | gap_Q | (size_Q != G)
+        if not fault_Q.any():
+            return
+        group = int(np.argmax(fault_Q))
+        question = f"question {self.names[group]!r}"
+        if size_Q[group] == 1:
+            raise ValueError(
+                f"{question} has one output; {need} needs G >= 2 outputs per question (with one there is nothing to compare "
+                "it with)"
+            )
+        if gap_Q[group]:
+            highest = max(int(most_Q[group]), int(size_Q[group]) - 1)
+            gap = sorted(set(range(highest + 1)) - set(self.sample_N[self.group_N == group].tolist()))
+            raise ValueError(
+                f"{question}: expected samples 0 .. {highest}, {gap[:5]} missing; a row that shall not count keeps its place "
+                "with a null reward"
+            )
+        raise ValueError(
+            f"{question} has {size_Q[group]} outputs, question {self.names[0]!r} has {G}; {need} needs the same G for every "
+            "question: rows are missing"
+        )
 
 
 def read_outputs(table: pa.Table) -> Outputs:
-    """Keys, groups and lengths.
+    """Return keys, groups and lengths.
 
     Raises:
-        ValueError: no outputs, or a row twice.
+        ValueError: no outputs, or a key that occurs more than once.
     """
-    import numpy as np
     import pyarrow.compute as pc
 
     if not table.num_rows:
         raise ValueError("there are no outputs to estimate advantages of")
-    if repeated_key(table):
-        raise ValueError("outputs hold a (question_id, sample) more than once")
-    names, group_N = slots(table["question_id"])
+    require_unique(table, "outputs")
+    names, group_N = group_rows(table["question_id"])
     sample_N = table["sample"].to_numpy().astype(np.int64)
     length_N = pc.list_value_length(table["output_ids"]).to_numpy().astype(np.int64)
     return Outputs(table, names, group_N, sample_N, length_N, pc.equal(table["finish_reason"], "length").to_numpy())
 
 
 def read_rewards(table: pa.Table, outputs: Outputs) -> Scored:
-    """The rewards in the order of `outputs`.
+    """Return the rewards in the order of `outputs`.
 
     Raises:
-        ValueError: rows that are missing, surplus or repeated; a NaN or infinite reward; steps that do not fit their output; a
+        ValueError: rows that are missing, extra or repeated; a NaN or infinite reward; steps that do not fit their output; a
             question whose outputs were scored by two reward models.
     """
     import pyarrow.compute as pc
 
-    table = _in_order(table, outputs, "rewards")
-    scorers = table["scorer"].filter(table["reward"].is_valid())
-    finite = pc.all(pc.is_finite(table["reward"]), min_count=0).as_py()
-    if not finite or pc.count_distinct(scorers, mode="all").as_py() > 1:
-        check_rewards(outputs.keys, table.select(["reward", "scorer"]).to_pylist())
-    return Scored(
-        table["reward"].to_numpy(),
-        pc.equal(table["status"], "ok").to_numpy(),
-        _steps(table.select(["step_rewards", "step_ends"]), outputs),
-    )
+    table = align(outputs.table, table, "rewards")
+    _check_rewards(table, outputs)
+    steps = Ragged.of(table["step_rewards"]), Ragged.of(table["step_ends"])
+    _check_steps(*steps, outputs)
+    return Scored(table["reward"].to_numpy(), pc.equal(table["status"], "ok").to_numpy(), *steps)
 
 
-def _steps(table: pa.Table, outputs: Outputs) -> list[Steps | None]:
-    if table["step_rewards"].null_count == table["step_ends"].null_count == table.num_rows:
-        return [None] * table.num_rows
-    rows = table.to_pylist()
-    check_steps(outputs.keys, rows, outputs.length_N.tolist())
-    return [None if row["step_rewards"] is None else Steps(row["step_rewards"], row["step_ends"]) for row in rows]
+def _check_rewards(table: pa.Table, outputs: Outputs) -> None:
+    """Refuse a reward that is not a number, and rewards by two models in one group."""
+    import pyarrow.compute as pc
+
+    reward_N, is_there_N = table["reward"].to_numpy(), table["reward"].is_valid().to_numpy()
+    bad = np.flatnonzero(is_there_N & ~np.isfinite(reward_N))
+    if len(bad):
+        raise ValueError(
+            f"the reward of {key_at(table, bad[0])} is {reward_N[bad[0]]}; expected a finite number, or null for a missing one"
+        )
+    scorers, scorer_N = group_rows(pc.fill_null(table["scorer"], "rules"))
+    if len(scorers) < 2:
+        return
+    rows = np.flatnonzero(is_there_N)
+    _, first, group = np.unique(outputs.group_N[rows], return_index=True, return_inverse=True)
+    other = np.flatnonzero(scorer_N[rows] != scorer_N[rows[first[group]]])
+    if len(other):
+        row, before = rows[other[0]], rows[first[group[other[0]]]]
+        raise ValueError(
+            f"question {outputs.names[outputs.group_N[row]]!r}: {key_at(table, before)} was scored by "
+            f"{scorers[scorer_N[before]]}, {key_at(table, row)} by {scorers[scorer_N[row]]}; outputs of a question are "
+            "compared by one scorer only: score them all anew"
+        )
+
+
+def _check_steps(rewards: Ragged, ends: Ragged, outputs: Outputs) -> None:
+    """Refuse step rewards that do not fit the tokens of their output."""
+    fault_N = (rewards.null != ends.null) | (rewards.lengths != ends.lengths)
+    fault_N |= ~rewards.null & (rewards.lengths == 0) & (outputs.length_N > 0)
+    fault_N[rewards.row_of_value[~np.isfinite(rewards.values)]] = True
+    row_S = ends.row_of_value
+    inside_S = (ends.values >= 0) & (ends.values < outputs.length_N[row_S])
+    fault_N[row_S[~inside_S]] = True
+    fault_N[row_S[1:][(np.diff(ends.values) < 0) & (np.diff(row_S) == 0)]] = True
+    if fault_N.any():
+        row = int(np.argmax(fault_N))
+        fault = _step_fault(rewards, ends, row, int(outputs.length_N[row]))
+        raise ValueError(f"steps of {key_at(outputs.table, row)}: {fault}")
+
+
+def _step_fault(rewards: Ragged, ends: Ragged, row: int, length: int) -> str:
+    """What is wrong with the steps of an output."""
+    if rewards.null[row] != ends.null[row]:
+        only = "step_rewards" if ends.null[row] else "step_ends"
+        return f"expected step_rewards and step_ends together or neither, found {only} alone"
+    if rewards.lengths[row] != ends.lengths[row]:
+        return f"expected one end for each step, found {rewards.lengths[row]} step_rewards and {ends.lengths[row]} step_ends"
+    before = 0
+    for step, (reward, end) in enumerate(zip(rewards[row], ends[row], strict=True)):
+        if not math.isfinite(reward):
+            return f"the reward of step {step} is {reward}; expected a finite number"
+        if not 0 <= end < length:
+            return f"step {step} ends at token {end}; the output has the tokens 0 .. {length - 1}"
+        if end < before:
+            return f"step {step} ends at token {end}, before the previous step ({before})"
+        before = end
+    return "there are none; an output in which no step is found counts as one step"
 
 
 def read_k1(logprobs: pa.Table | None, outputs: Outputs, beta: float) -> Floats | None:
-    """k1 = log pi - log pi_ref of every token (M); None where beta is 0 and nobody needs it.
+    """Return k1 = log pi - log pi_ref of every token (M); None where beta is 0 and it is not needed.
 
     Raises:
         ValueError: beta above 0 without the table; rows or lengths that differ from the outputs; values that are not finite.
@@ -148,55 +281,21 @@ def read_k1(logprobs: pa.Table | None, outputs: Outputs, beta: float) -> Floats 
             f"kl_in_reward = {beta} needs the log-probabilities of policy and reference; pass `logprobs` "
             "(made by compare_policies), or set kl_in_reward to 0"
         )
-    table = _in_order(logprobs, outputs, "logprobs")
-    return _tokens(table, "policy", outputs, "logprobs") - _tokens(table, "reference", outputs, "logprobs")
+    table = align(outputs.table, logprobs, "logprobs")
+    policy, reference = (
+        per_token(table, column, outputs.length_N, f"log-probabilities under the {column}").values.astype(np.float64)
+        for column in ("policy", "reference")
+    )
+    return policy - reference
 
 
 def read_values(values: pa.Table | None, outputs: Outputs) -> Floats:
-    """V(q, o_<t) before every token (M).
+    """Return V(q, o_<t) before every token (M).
 
     Raises:
         ValueError: no table; rows or lengths that differ from the outputs; values that are not finite.
     """
     if values is None:
         raise ValueError("advantage kind gae needs a critic's values; pass `values` (made by estimate_values)")
-    return _tokens(_in_order(values, outputs, "values"), "value", outputs, "values")
-
-
-def _tokens(table: pa.Table, column: str, outputs: Outputs, name: str) -> Floats:
-    """A column of one number per output token, all outputs one after another in the order of `outputs`."""
-    import numpy as np
-    import pyarrow.compute as pc
-
-    lists = table[column].combine_chunks()
-    count_N = pc.list_value_length(lists).to_numpy()
-    wrong = np.flatnonzero(count_N != outputs.length_N)
-    if len(wrong):
-        row = wrong[0]
-        raise ValueError(
-            f"{name} of {outputs.keys[row]}: expected one {column} for each of {outputs.length_N[row]} tokens, found "
-            f"{count_N[row]}"
-        )
-    values_M: Floats = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
-    bad = np.flatnonzero(~np.isfinite(values_M))
-    if len(bad):
-        row = outputs.output_of_token[bad[0]]
-        token = bad[0] - outputs.length_N[:row].sum()
-        raise ValueError(
-            f"{name} of {outputs.keys[row]}: {column} at token {token} is {values_M[bad[0]]}; expected a finite number"
-        )
-    return values_M
-
-
-def _in_order(table: pa.Table, outputs: Outputs, name: str) -> pa.Table:
-    """The rows of `table` in the order of `outputs`."""
-    if same_keys(table, outputs.table):
-        return table
-    found = _keys(table)
-    check_same_rows(outputs.keys, found, name)
-    places = {key: place for place, key in enumerate(found)}
-    return table.take([places[key] for key in outputs.keys])
-
-
-def _keys(table: pa.Table) -> list[Key]:
-    return list(zip(table["question_id"].to_pylist(), table["sample"].to_pylist(), strict=True))
+    table = align(outputs.table, values, "values")
+    return per_token(table, "value", outputs.length_N, "values").values.astype(np.float64)

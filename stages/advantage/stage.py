@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import Any, assert_never
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipeline.stage import record_metrics, stage
-from stages.advantage.batch import batch_advantages
-from stages.advantage.chunks import Exploration, read_exploration
 from stages.advantage.config import (
     AdvantageConfig,
     BatchConfig,
@@ -17,18 +19,18 @@ from stages.advantage.config import (
     OneConfig,
     PairsConfig,
 )
-from stages.advantage.critic import critic_advantages
-from stages.advantage.estimate import Estimate, answer_shares
+from stages.advantage.estimates import (
+    Estimate,
+    batch_advantages,
+    critic_advantages,
+    one_everywhere,
+    one_where_right,
+    pair_advantages,
+)
 from stages.advantage.group import group_advantages, require_steps
-from stages.advantage.inputs import Outputs, Scored, read_outputs, read_rewards
-from stages.advantage.pairs import pair_advantages
+from stages.advantage.inputs import Exploration, Outputs, Scored, read_exploration, read_outputs, read_rewards
 from stages.reward_metrics import RewardMetric
 from stages.tables import Advantages, Logprobs, Rewards, Rollouts, Values
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
-    from numpy.typing import NDArray
 
 __all__ = ["advantages_of", "estimate_advantages"]
 
@@ -60,7 +62,7 @@ def estimate_advantages(
 
     Raises:
         ValueError: rows of one table that another lacks, incomplete groups, numbers that are not finite, rewards of two models
-            in one group, steps outside their output, or a table that `config` needs and nobody gave; names the rows.
+            in one group, steps outside their output, or a table that `config` needs and was not given; names the rows.
     """
     tables = read_exploration(outputs, rewards, values, logprobs)
     if isinstance(config, GroupConfig):
@@ -74,32 +76,30 @@ def _compares_all(config: AdvantageConfig) -> bool:
 
 
 def advantages_of(chunks: Iterable[Exploration], config: AdvantageConfig) -> Iterator[pa.Table]:
-    """The table, a chunk at a time; the metrics at its end."""
-    import numpy as np
-
+    """Yield the table, a chunk at a time; record the metrics at its end."""
     means: dict[str, list[NDArray[Any]]] = {}
     pairs = 0
     for chunk in chunks:
         outputs = read_outputs(chunk.outputs)
         scored = None if chunk.rewards is None else read_rewards(chunk.rewards, outputs)
         estimate = _estimate(outputs, scored, chunk, config)
-        answers = {} if scored is None else answer_shares(outputs, scored)
+        answers = {} if scored is None else _answer_shares(outputs, scored)
         for name, values in (answers | estimate.means | {RewardMetric.MASKED: estimate.masked_N}).items():
             means.setdefault(name, []).append(values)
         yield _table(outputs, estimate, pairs)
-        pairs += max((pair + 1 for pair in estimate.pair_N or () if pair is not None), default=0)
+        pairs += 0 if estimate.pair_N is None else int(estimate.pair_N.max()) + 1
     metrics = {name: float(np.concatenate(values).mean()) for name, values in means.items()}
     record_metrics(metrics | ({RewardMetric.PAIRS: pairs} if isinstance(config, PairsConfig) else {}))
 
 
 def _estimate(outputs: Outputs, scored: Scored | None, chunk: Exploration, config: AdvantageConfig) -> Estimate:
     if isinstance(config, OneConfig):
-        return _everywhere_one(outputs)
+        return one_everywhere(outputs)
     if scored is None:
         raise ValueError(f"advantage kind {config.kind} is made from rewards; pass `rewards` (made by score)")
     match config:
         case CorrectConfig():
-            return _one_where_right(outputs, scored)
+            return one_where_right(outputs, scored)
         case GroupConfig():
             return group_advantages(outputs, scored, chunk.logprobs, config)
         case BatchConfig():
@@ -112,38 +112,27 @@ def _estimate(outputs: Outputs, scored: Scored | None, chunk: Exploration, confi
             assert_never(config)
 
 
-def _everywhere_one(outputs: Outputs) -> Estimate:
-    import numpy as np
-
-    return Estimate(np.ones(outputs.length_N.sum()), np.zeros(len(outputs.length_N), dtype=bool))
-
-
-def _one_where_right(outputs: Outputs, scored: Scored) -> Estimate:
-    import numpy as np
-
-    return Estimate(np.repeat(scored.right_N.astype(np.float64), outputs.length_N), np.isnan(scored.reward_N))
+def _answer_shares(outputs: Outputs, scored: Scored) -> dict[str, NDArray[Any]]:
+    """Whether all outputs of a question are right, and whether none is."""
+    right_Q = np.bincount(outputs.group_N, weights=scored.right_N) / np.bincount(outputs.group_N)
+    return {RewardMetric.ALL_CORRECT: right_Q == 1, RewardMetric.ALL_WRONG: right_Q == 0}
 
 
 def _table(outputs: Outputs, estimate: Estimate, pairs: int) -> pa.Table:
     """The rows of `outputs`, with `pairs` preferences numbered before theirs."""
-    import pyarrow as pa
-
-    numbers = None if estimate.pair_N is None else [n if n is None else n + pairs for n in estimate.pair_N]
+    pair_N = np.full(len(outputs.length_N), -1) if estimate.pair_N is None else estimate.pair_N
     columns = {
         "question_id": outputs.table["question_id"],
         "sample": outputs.table["sample"],
         "advantage": _column(outputs, estimate.advantage_M, estimate.masked_N),
         "returns": _column(outputs, estimate.return_M, estimate.masked_N),
-        "pair": pa.nulls(len(outputs.length_N), pa.int32()) if numbers is None else pa.array(numbers, pa.int32()),
+        "pair": pa.array(pair_N + pairs, pa.int32(), mask=pair_N < 0),
     }
     return pa.table(columns)
 
 
 def _column(outputs: Outputs, values_M: NDArray[np.float64] | None, masked_N: NDArray[np.bool_]) -> pa.Array:
     """The values of each row's tokens as an Arrow list column, null for a masked row."""
-    import numpy as np
-    import pyarrow as pa
-
     if values_M is None:
         return pa.nulls(len(outputs.length_N), pa.list_(pa.float32()))
     offsets = np.concatenate([[0], np.cumsum(np.where(masked_N, 0, outputs.length_N))]).astype(np.int32)

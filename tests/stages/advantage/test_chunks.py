@@ -16,7 +16,7 @@ from stages.advantage import (
     PairsConfig,
     estimate_advantages,
 )
-from stages.advantage.chunks import Exploration, read_exploration
+from stages.advantage.inputs import Exploration, read_exploration
 from stages.advantage.stage import advantages_of
 from stages.tables import Advantages
 from tests.stages.advantage.tables import Row, group, logprobs_of, outputs_of, rewards_of, row, values_of

@@ -271,7 +271,7 @@ class RunSettings(Config):
     "The policy update."
     reference_pass: Literal["inline", "stage"] = "inline"
     """Where pi_ref scores the outputs. `inline`: in the update, loaded beside the policy. `stage`: before it, in a cached pass
-    that loads and frees the reference. The same values up to their last bits (`stages/logprobs/reference.py`)."""
+    that loads and frees the reference. The same values up to their last bits (`stages/logprobs/stage.py`)."""
     evaluation: EvaluationPlan = EvaluationPlan()
     "Held-out evaluation."
     preflight: PreflightConfig = PreflightConfig()

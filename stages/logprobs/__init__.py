@@ -1,7 +1,5 @@
-"""Log-probabilities of the outputs under fixed policies: for KL in a reward (DeepSeekMath, Eq. 2), or beside an update."""
+"""Log-probabilities of outputs under fixed policies."""
 
-from stages.logprobs.config import LogprobsConfig
-from stages.logprobs.reference import score_reference
-from stages.logprobs.stage import compare_policies
+from stages.logprobs.stage import LogprobsConfig, compare_policies, score_reference
 
 __all__ = ["LogprobsConfig", "compare_policies", "score_reference"]

@@ -1,26 +1,44 @@
-"""Scoring outputs under two policies as a stage: outputs in, log-probabilities out."""
+"""Log-probabilities of the outputs under fixed policies: of policy and reference for a KL in the reward (DeepSeekMath, Eq. 2),
+or of the reference alone, ahead of an update."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config import Config
 from pipeline.stage import record_metrics, stage
-from stages.logprobs.config import LogprobsConfig
-from stages.logprobs.rows import refuse_nonfinite, rows_of
+from stages.join import KEY, Ragged, key_at
 from stages.models import Checkpoint
-from stages.tables import Logprobs, Rollouts
+from stages.tables import Logprobs, ReferenceLogprobs, Rollouts
+from stages.training.config import TrainingConfig
 from stages.training.ranks import on_ranks
 
-__all__ = ["compare_policies"]
+if TYPE_CHECKING:
+    from stages.training.batching import Row
+
+__all__ = ["LogprobsConfig", "compare_policies", "score_reference"]
+
+
+class LogprobsConfig(Config):
+    """How outputs are scored under policy and reference, or the reference alone."""
+
+    micro_batch_tokens: int = Field(16384, ge=1)
+    """Padded tokens per forward; bounds memory and changes no result but in its last bits."""
+    training: TrainingConfig = TrainingConfig()
+    """The policy update's own: with equal settings the policy is scored by the engine that trains it, loaded once."""
 
 
 @stage(version="1")
 @on_ranks
 def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollouts, config: LogprobsConfig) -> Logprobs:
-    """log pi(o_t | q, o_<t) of every output token under pi_theta and pi_ref, in the order of `outputs`.
+    """Compute log pi(o_t | q, o_<t) of every output token under pi_theta and pi_ref, in the order of `outputs`.
 
     Their difference is the penalty in PPO's reward, -beta log(pi_theta / pi_ref) (DeepSeekMath, Eq. 2). Both are computed in
     the same micro-batches and the same precision, so that equal policies differ by exactly 0.
@@ -43,7 +61,7 @@ def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollout
 
     started = time.perf_counter()
     temperature = sampling_temperature(outputs)
-    keys, rows = rows_of(outputs)
+    keys, rows = _rows_of(outputs)
     with threads(config.training.threads):
         engine = resident_engine(policy, config.training)
 
@@ -56,17 +74,90 @@ def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollout
             return score_rows(rows, config.micro_batch_tokens, score, engine)
 
         current, frozen = under(engine.model), under(reference_model(reference, engine, config.training))
-    compared = [
-        key | {"policy": logp, "reference": ref_logp} for key, logp, ref_logp in zip(keys, current, frozen, strict=True)
-    ]
-    refuse_nonfinite(compared, "policy", "reference")
-    record_metrics({"policy/kl_k1": _mean_k1(compared), "time/logprobs": time.perf_counter() - started})
+    compared = _with_logprobs(keys, policy=current, reference=frozen)
+    record_metrics({"policy/kl_k1": _mean_k1(current, frozen), "time/logprobs": time.perf_counter() - started})
     return Logprobs.write(compared)
 
 
-def _mean_k1(compared: Sequence[dict[str, Any]]) -> float:
+@stage(version="1")
+@on_ranks
+def score_reference(reference: Checkpoint, outputs: Rollouts, config: LogprobsConfig) -> ReferenceLogprobs:
+    """Compute log pi_ref(o_t | q, o_<t) of every output token, in the order of `outputs`, for `update_policy` to compare with.
+
+    The model is loaded for the pass and freed after it. Where the update computes all outputs in one mini-batch, with equal
+    `micro_batch_tokens`, its micro-batches are these, and the values are bit for bit those it would compute itself. Where it
+    leaves outputs out (masked by a null advantage, unpaired) or deals them to several mini-batches, rows stand beside other
+    rows, which may change their last bits (of 1e-7 in float32; k3 is quadratic in them). At the first step of an iteration the
+    reference is the policy: `update_policy` then takes the policy's own values, and KL is exactly 0.
+
+    Args:
+        reference: pi_ref.
+        outputs: o_i with their ids; the temperature they were sampled at scales the logits.
+        config: batching, precision, adapter.
+
+    Raises:
+        ValueError: outputs of several temperatures or greedy ones, or a log-probability that is not finite, by its row.
+    """
+    import torch
+    from torch import Tensor
+
+    from stages.training import threads
+    from stages.training.adapters import load_trainable
+    from stages.training.batching import Batch
+    from stages.training.engine import autocast
+    from stages.training.forward import completion_logprobs
+    from stages.training.hardware import training_device
+    from stages.training.memory import peak_memory
+    from stages.training.scoring import score_rows
+    from stages.training.temperature import sampling_temperature
+
+    started, device, training = time.perf_counter(), training_device(), config.training
+    temperature = sampling_temperature(outputs)
+    keys, rows = _rows_of(outputs)
+    with threads(training.threads), peak_memory() as peak:
+        model = load_trainable(reference, training, torch.float32)[0].to(device).requires_grad_(False)
+
+        def score(batch: Batch) -> Tensor:
+            with autocast(device, training):
+                return completion_logprobs(model, batch.to(device), temperature, max_logits=training.max_logits).logp_BO
+
+        found = score_rows(rows, config.micro_batch_tokens, score)
+    scored = _with_logprobs(keys, reference=found)
+    record_metrics({"time/reference": time.perf_counter() - started, "memory/reference_mb": peak.mib})
+    return ReferenceLogprobs.write(scored)
+
+
+def _rows_of(outputs: Rollouts) -> tuple[pa.Table, list[Row]]:
+    """The keys of the outputs, and their ids, in their order."""
+    from stages.training.batching import Row
+
+    table = outputs.read([*KEY, "prompt_ids", "output_ids"])
+    ids = zip(Ragged.of(table["prompt_ids"]), Ragged.of(table["output_ids"]), strict=True)
+    return table.select(list(KEY)), [Row(prompt.tolist(), output.tolist()) for prompt, output in ids]
+
+
+def _with_logprobs(keys: pa.Table, **columns: Sequence[Sequence[float]]) -> pa.Table:
+    """Append a column for each policy.
+
+    Raises:
+        ValueError: a log-probability is not finite; names row and policy.
+    """
+    table = keys
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values, pa.list_(pa.float32())))
+        found = Ragged.of(table[name])
+        bad = found.row_of_value[~np.isfinite(found.values)]
+        if len(bad):
+            raise ValueError(
+                f"output {key_at(keys, bad[0])}: a log-probability under the {name} is not finite; does the {name} have NaN "
+                "weights, or was a token sampled that it cannot say?"
+            )
+    return table
+
+
+def _mean_k1(policy: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]) -> float:
     """k1 = log pi_theta - log pi_ref, in nats: mean over outputs of the mean over tokens."""
     return fmean(
-        fmean(logp - ref_logp for logp, ref_logp in zip(row["policy"], row["reference"], strict=True))
-        for row in compared
+        fmean(logp - ref_logp for logp, ref_logp in zip(*pair, strict=True))
+        for pair in zip(policy, reference, strict=True)
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from stages.evaluation import EvaluationConfig, evaluate
+from stages.join import JoinError
 from stages.reward import AccuracyConfig, RewardConfig, count_votes
 from stages.tables import Evaluation, Rewards, Rollouts
 
@@ -120,8 +121,9 @@ def test_a_k_is_held_against_the_question_with_the_fewest_samples() -> None:
 def test_rewards_of_other_outputs_are_refused() -> None:
     outputs, _ = tables(ROWS)
     _, rewards = tables(ROWS[:-1])
-    with pytest.raises(ValueError, match=r"not of the same rows, for example \('b', 7\)"):
+    with pytest.raises(JoinError) as refused:
         evaluate(outputs, rewards, count_votes(rewards, EXACT), EvaluationConfig())
+    assert (refused.value.table, refused.value.missing) == ("rewards", ("b", 7))
 
 
 def test_votes_of_other_rewards_are_refused() -> None:

@@ -1,34 +1,60 @@
-"""How far a reward model's scores can be trusted: held against the verdicts of the rules on the same outputs."""
+"""How far a reward model's scores can be trusted: compared with the verdicts of the rules on the same outputs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import Field
+
+from pipeline.config import Config
 from pipeline.stage import record_metrics, stage
-from stages.reward_model.config import GaugeConfig, GaugeLimits, ScoringConfig
+from stages.join import KEY, Ragged, align, key_at
+from stages.kernels import gauges as kernels
+from stages.kernels.voting import Interval
+from stages.reward_model.stage import ScoringConfig
 from stages.tables import VERDICTS, RewardGauges, Rewards, Rollouts
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+__all__ = ["GaugeConfig", "GaugeLimits", "RewardModelError", "check_gauges", "measure_reward_model"]
 
-    from stages.kernels.voting import Interval
 
-__all__ = ["RewardModelError", "check_gauges", "measure_reward_model"]
+class GaugeConfig(Config):
+    """How gauges are estimated."""
+
+    resamples: int = Field(1000, ge=100)
+    """Resamples of the questions for 95 % intervals."""
+    seed: int = 0
+    """Seed of the resampling; it decides the third digit of the bounds."""
+    bins: int = Field(10, ge=2)
+    """Bins of equal width for the calibration error."""
+
+
+class GaugeLimits(Config):
+    """Limits at which a run stops because its rewards no longer agree with the rules; null: never."""
+
+    min_auc: float | None = Field(None, ge=0, le=1)
+    """Least AUC of the reward model on the current policy's outputs. Ours; 0.5 is chance."""
+    min_correlation: float | None = Field(None, ge=-1, le=1)
+    """Least Pearson correlation of model reward and rule reward. Ours. It falls when the policy learns to please the model
+    instead of being right (reward hacking)."""
+    max_length_bias: float | None = Field(None, ge=0, le=2)
+    """Most that the rank correlation of score and length may lie away from that of rule reward and length. Ours."""
 
 
 class RewardModelError(ValueError):
-    """A reward model whose scores have left the limits that the config sets."""
+    """A gauge of a reward model has passed the limits that the config sets."""
 
 
 @stage(version="1")
 def measure_reward_model(
     scores: Rewards, rules: Rewards, outputs: Rollouts, scoring: ScoringConfig, config: GaugeConfig
 ) -> RewardGauges:
-    """Gauges of a reward model on outputs whose rule rewards are known; on outputs it was not trained on, its quality.
+    """Measure a reward model on outputs whose rule rewards are known; on outputs it was not trained on, its quality.
 
     Rows with a verdict (right: status `ok`) and a rule reward count; gauges that are undefined are null (all outputs right,
     say). Each is a metric `rm/<gauge>` too, its interval `rm/<gauge>_low` and `_high`:
@@ -77,7 +103,7 @@ def check_gauges(gauges: RewardGauges, limits: GaugeLimits) -> None:
         wrong.append(f"length_bias {bias:+.3f} is beyond max_length_bias={most}")
     if wrong:
         raise RewardModelError(
-            f"the reward model's scores no longer stand for being right: {'; '.join(wrong)}. Train it on the current policy's "
+            f"the reward model's scores no longer agree with the rules: {'; '.join(wrong)}. Train it on the current policy's "
             "outputs (reward_training, iterations), lower the learning rate or raise the KL coefficient; or change the limit"
         )
 
@@ -114,73 +140,78 @@ class _Joined:
 
 
 def _join(scores: Rewards, rules: Rewards, outputs: Rollouts) -> _Joined:
-    import numpy as np
     import pyarrow.compute as pc
 
-    by_key = {(row["question_id"], row["sample"]): row for row in rules.rows()}
-    table = outputs.read()
-    tokens = pc.list_value_length(table["output_ids"]).to_pylist()
-    keys = zip(table["question_id"].to_pylist(), table["sample"].to_pylist(), strict=True)
-    lengths = dict(zip(keys, tokens, strict=True))
-    rows, steps = [], []
-    for scored in scores.rows():
-        key = (scored["question_id"], scored["sample"])
-        if key not in by_key or key not in lengths:
-            raise ValueError(
-                f"score of {key} has no {'output' if key in by_key else 'rule reward'}; join equal rollouts"
-            )
-        rule = by_key[key]
-        if rule["status"] not in VERDICTS or rule["reward"] is None or scored["reward"] is None:
-            continue
-        rows.append((scored["reward"], rule["reward"], rule["status"], lengths[key], key[0]))
-        steps += _steps(key, scored, rule)
+    steps = ("step_rewards", "step_ends")
+    scored = scores.read([*KEY, "reward", *steps])
+    rule = align(scored, rules.read([*KEY, "reward", "status", *steps]), "rule rewards", to="scores", extra=True)
+    sampled = align(scored, outputs.read([*KEY, "output_ids"]), "outputs", to="scores", extra=True)
+    length = pc.list_value_length(sampled["output_ids"])
+    has_verdict = pc.is_in(rule["status"], pa.array(VERDICTS))
+    counts = pc.and_(has_verdict, pc.and_(rule["reward"].is_valid(), scored["reward"].is_valid()))
+    scored, rule, length = scored.filter(counts), rule.filter(counts), length.filter(counts)
+    step_score_S, step_label_S = _steps(scored, rule)
     return _Joined(
-        score_N=np.array([row[0] for row in rows], dtype=np.float64),
-        rule_N=np.array([row[1] for row in rows], dtype=np.float64),
-        right_N=np.array([row[2] == "ok" for row in rows], dtype=bool),
-        cut_N=np.array([row[2] == "truncated" for row in rows], dtype=bool),
-        length_N=np.array([row[3] for row in rows], dtype=np.float64),
-        question_N=[row[4] for row in rows],
-        step_score_S=np.array([score for score, _ in steps], dtype=np.float64),
-        step_right_S=np.array([label > 0.5 for _, label in steps], dtype=bool),
+        score_N=scored["reward"].to_numpy(),
+        rule_N=rule["reward"].to_numpy(),
+        right_N=pc.equal(rule["status"], "ok").to_numpy(),
+        cut_N=pc.equal(rule["status"], "truncated").to_numpy(),
+        length_N=length.to_numpy().astype(np.float64),
+        question_N=scored["question_id"].to_pylist(),
+        step_score_S=step_score_S,
+        step_right_S=step_label_S > 0.5,
     )
 
 
-def _steps(key: tuple[str, int], scored: Mapping[str, Any], rule: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """Score and label of each step, where both have them."""
-    if scored["step_ends"] is None or rule["step_ends"] is None:
-        return []
-    if scored["step_ends"] != rule["step_ends"]:
+def _steps(scored: pa.Table, rule: pa.Table) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Scores and labels of all steps of the rows in which both have them.
+
+    Raises:
+        ValueError: the two have steps that end at different tokens; names the row.
+    """
+    import pyarrow.compute as pc
+
+    both = pc.and_(scored["step_ends"].is_valid(), rule["step_ends"].is_valid())
+    scored, rule = scored.filter(both), rule.filter(both)
+    ends, rule_ends = Ragged.of(scored["step_ends"]), Ragged.of(rule["step_ends"])
+    for row in range(len(ends)):
+        if not np.array_equal(ends[row], rule_ends[row]):
+            raise ValueError(
+                f"output {key_at(scored, row)}: the model's steps end at {ends[row].tolist()}, the rules' at "
+                f"{rule_ends[row].tolist()}; both must cut outputs alike"
+            )
+    score, label = Ragged.of(scored["step_rewards"]), Ragged.of(rule["step_rewards"])
+    wrong = np.flatnonzero((score.lengths != ends.lengths) | (label.lengths != ends.lengths))
+    if len(wrong):
+        row = wrong[0]
         raise ValueError(
-            f"output {key}: the model's steps end at {scored['step_ends']}, the rules' at {rule['step_ends']}; both must cut "
-            "outputs alike"
+            f"output {key_at(scored, row)}: expected one score and one label for each of {ends.lengths[row]} steps, found "
+            f"{score.lengths[row]} and {label.lengths[row]}"
         )
-    return list(zip(scored["step_rewards"], rule["step_rewards"], strict=True))
+    return score.values, label.values
 
 
 def _measure(joined: _Joined, scoring: ScoringConfig, config: GaugeConfig) -> dict[str, _Measure]:
-    from stages.kernels import gauges
-
     score, right, count = joined.score_N, joined.right_N, len(joined.score_N)
-    interval = gauges.auc_interval(score, right, joined.question_N, resamples=config.resamples, seed=config.seed)
-    score_length, rule_length = (gauges.spearman(each, joined.length_N) for each in (score, joined.rule_N))
+    interval = kernels.auc_interval(score, right, joined.question_N, resamples=config.resamples, seed=config.seed)
+    score_length, rule_length = (kernels.spearman(each, joined.length_N) for each in (score, joined.rule_N))
     values = {
-        "pair_accuracy": gauges.pair_accuracy(score, right, joined.question_N),
+        "pair_accuracy": kernels.pair_accuracy(score, right, joined.question_N),
         "accuracy": _accuracy(score, right, scoring),
-        "ece": gauges.calibration_error(_probability(score, scoring), right, bins=config.bins),
-        "pearson": gauges.pearson(score, joined.rule_N),
-        "spearman": gauges.spearman(score, joined.rule_N),
+        "ece": kernels.calibration_error(_probability(score, scoring), right, bins=config.bins),
+        "pearson": kernels.pearson(score, joined.rule_N),
+        "spearman": kernels.spearman(score, joined.rule_N),
         "score_length": score_length,
         "rule_length": rule_length,
         "length_bias": None if score_length is None or rule_length is None else score_length - rule_length,
-        "length_auc": gauges.auc(joined.length_N, right),
-        "cut_auc": gauges.auc(~joined.cut_N, right),
+        "length_auc": kernels.auc(joined.length_N, right),
+        "cut_auc": kernels.auc(~joined.cut_N, right),
         "score_mean": float(score.mean()) if count else None,
         "rule_mean": float(joined.rule_N.mean()) if count else None,
     }
     step_values = {
         "step_accuracy": _accuracy(joined.step_score_S, joined.step_right_S, scoring),
-        "step_auc": gauges.auc(joined.step_score_S, joined.step_right_S),
+        "step_auc": kernels.auc(joined.step_score_S, joined.step_right_S),
     }
     return {
         "auc": _Measure.of(interval, count),
@@ -195,8 +226,6 @@ def _accuracy(score: NDArray[np.float64], right: NDArray[np.bool_], scoring: Sco
 
 
 def _probability(score: NDArray[np.float64], scoring: ScoringConfig) -> NDArray[np.float64]:
-    import numpy as np
-
     if scoring.scale == "sigmoid":
         return score
     # tanh neither overflows nor leaves [-1, 1].

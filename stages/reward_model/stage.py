@@ -7,19 +7,48 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any, assert_never
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, assert_never
 
+import pyarrow as pa
+from pydantic import Field, PositiveInt
+
+from pipeline.config import Config
+from pipeline.orchestration.interruption import check
+from pipeline.residency import resident
 from pipeline.stage import record_metrics, stage
-from stages.models import Checkpoint, RewardKind, check_lengths, reward_kind, same_vocabulary
+from stages.join import KEY, align, key_at
+from stages.models import Checkpoint, RewardKind, check_lengths, load_model, reward_kind, same_vocabulary
 from stages.reward_metrics import RewardMetric, status_metric
-from stages.reward_model.config import ScoringConfig
 from stages.tables import Rewards, Rollouts
 from stages.text import step_ends
 
-__all__ = ["score_outputs"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ScoringConfig", "score_outputs"]
 
 UNJUDGED = "unjudged"
 """Status where no rule has looked at the output."""
+
+
+class ScoringConfig(Config):
+    """How a reward model's scores become rewards."""
+
+    scale: Literal["logit", "sigmoid"] = "logit"
+    """`logit`: the model's output as it is; `sigmoid`: squeezed into 0..1, a probability where the model was trained pointwise
+    (Math-Shepherd's scale). The paper is silent. A group's normalisation removes level and scale, not this curvature; rewards
+    that are mixed with rules belong on `sigmoid`."""
+    process_score: Literal["min", "mean", "last"] = "min"
+    """The score of an output that only a process model has scored, from those of its steps. `min`: Math-Shepherd's (3.4)."""
+    micro_batch_tokens: int = Field(16384, ge=1)
+    """Padded tokens per forward; bounds memory and changes no result but in its last bits."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Precision of the trunk's matrix products; parameters and the head are float32 in both. On a CPU without bfloat16
+    instructions fp32 is far faster (`training.native_bf16`)."""
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = "eager"
+    """Attention implementation."""
+    threads: PositiveInt | None = None
+    """Torch threads on a CPU (None: torch's default)."""
 
 
 @stage(version="1")
@@ -30,7 +59,7 @@ def score_outputs(
     config: ScoringConfig,
     rules: Rewards | None = None,
 ) -> Rewards:
-    """r_phi of every output, in the order of `outputs` (Algorithm 1, line 8).
+    """Compute r_phi of every output, in the order of `outputs` (Algorithm 1, line 8).
 
     An outcome model gives the `reward`; a process model gives `step_rewards`, and the reward where it is alone
     (`process_score`). Steps are lines (`step_ends`). Models read the very ids that were sampled, at the tokens named,
@@ -54,8 +83,8 @@ def score_outputs(
     started = time.perf_counter()
     chosen = _by_kind(models, policy)
     columns = ["question_id", "sample", "prompt_ids", "output_ids", "text", "text_ends"]
-    rows = outputs.read().select(columns).to_pylist()
-    verdicts = _verdicts(rows, rules)
+    table = outputs.read(columns)
+    rows, verdicts = table.to_pylist(), _verdicts(table, rules)
     scored = {kind: _scores(rows, model, kind, config) for kind, model in chosen.items()}
     rewards = [
         _reward(row, verdict, {kind: scores[place] for kind, scores in scored.items()}, config)
@@ -79,40 +108,85 @@ def _by_kind(models: Sequence[Checkpoint], policy: Checkpoint) -> dict[RewardKin
     return dict(sorted(zip(kinds, models, strict=True)))  # outcome before process
 
 
-def _verdicts(rows: Sequence[Mapping[str, Any]], rules: Rewards | None) -> list[Mapping[str, Any]]:
-    """What the rules say of each row."""
+def _verdicts(outputs: pa.Table, rules: Rewards | None) -> list[Mapping[str, Any]]:
+    """Status, extracted answer and reward of each output by the rules."""
     if rules is None:
-        return [{"status": UNJUDGED, "extracted": None, "reward": None}] * len(rows)
-    by_key = {(row["question_id"], row["sample"]): row for row in rules.rows()}
-    for row in rows:
-        key = (row["question_id"], row["sample"])
-        if key not in by_key:
-            raise ValueError(f"output {key} has no reward by rules; were they given for other rollouts?")
-        if by_key[key]["scorer"] is not None:
-            raise ValueError(f"output {key}: expected the reward of rules, found one by a model; score by rules first")
-    return [by_key[(row["question_id"], row["sample"])] for row in rows]
+        return [{"status": UNJUDGED, "extracted": None, "reward": None}] * outputs.num_rows
+    found = align(
+        outputs, rules.read([*KEY, "status", "extracted", "reward", "scorer"]), "rewards by rules", extra=True
+    )
+    for row in found["scorer"].is_valid().to_numpy().nonzero()[0]:
+        raise ValueError(
+            f"output {key_at(found, row)}: expected the reward of rules, found one by a model; score by rules first"
+        )
+    verdicts: list[Mapping[str, Any]] = found.select(["status", "extracted", "reward"]).to_pylist()
+    return verdicts
 
 
 def _scores(
     rows: Sequence[dict[str, Any]], model: Checkpoint, kind: RewardKind, config: ScoringConfig
 ) -> list[tuple[list[int], list[float]]]:
     """Where each row was read, and its scores there on the scale asked for."""
-    from stages.reward_model.scoring import Input, scores_of
     from stages.training import threads
 
     check_lengths(model, rows)
     places = [_places(row, kind) for row in rows]
     inputs = [
-        Input(tuple(row["prompt_ids"]), tuple(row["output_ids"]), tuple(read))
+        _Input(tuple(row["prompt_ids"]), tuple(row["output_ids"]), tuple(read))
         for row, read in zip(rows, places, strict=True)
     ]
     with threads(config.threads):
-        logits = scores_of(model, inputs, config)
+        logits = _scores_of(model, inputs, config)
     for row, found in zip(rows, logits, strict=True):
         if not all(map(math.isfinite, found)):
             key = (row["question_id"], row["sample"])
             raise ValueError(f"reward {model}: a score of output {key} is not finite; continue from an earlier model")
     return [(read, [_scaled(logit, config) for logit in found]) for read, found in zip(places, logits, strict=True)]
+
+
+class _Input(NamedTuple):
+    """An output and where its scores are read; equal ones are scored once."""
+
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    places: tuple[int, ...]
+    """Indices into `output_ids`."""
+
+
+def _scores_of(checkpoint: Checkpoint, inputs: Sequence[_Input], config: ScoringConfig) -> list[list[float]]:
+    """The model's logits at the places of each input, in batches of like length; the model stays resident."""
+    import torch
+
+    from stages.training.batching import Row, micro_batches
+    from stages.training.hardware import training_device
+    from stages.training.scores import places_in, scores_at
+
+    device = training_device()
+    model = _resident(checkpoint, config, device)
+    distinct = list(dict.fromkeys(inputs))
+    found: dict[_Input, list[float]] = {}
+    rows = [Row(each.prompt_ids, each.output_ids) for each in distinct]
+    for batch in micro_batches(rows, config.micro_batch_tokens):
+        check()
+        members = [distinct[row] for row in batch.rows]
+        positions_N = places_in(batch, [each.places for each in members]).to(device)
+        with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+            scores = iter(scores_at(model, batch.to(device), positions_N).tolist())
+        found |= {each: [next(scores) for _ in each.places] for each in members}
+    return [found[each] for each in inputs]
+
+
+def _resident(checkpoint: Checkpoint, config: ScoringConfig, device: str) -> torch.nn.Module:
+    """The model, frozen; one of each kind stays in memory."""
+
+    import torch
+
+    def load() -> torch.nn.Module:
+        model: torch.nn.Module = load_model(checkpoint, dtype=torch.float32, attention=config.attention)
+        return model.to(device).requires_grad_(False)
+
+    slot = {"outcome": "reward_model", "process": "process_reward_model"}[reward_kind(checkpoint)]
+    return resident(slot, (checkpoint.digest, device, config.attention), load)
 
 
 def _places(row: Mapping[str, Any], kind: RewardKind) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.store import Store
+from stages.join import JoinError
 from stages.reward_model import (
     GaugeConfig,
     GaugeLimits,
@@ -158,8 +159,9 @@ def test_where_all_are_right_what_compares_is_undefined(store: Store) -> None:
 
 def test_scores_of_other_rollouts_are_refused(store: Store) -> None:
     rules = Rewards.write(rewards([row[3] for row in ROWS]).rows()[:-1])
-    with pytest.raises(ValueError, match=r"score of \('b', 2\) has no rule reward"):
+    with pytest.raises(JoinError) as refused:
         measured(rules=rules)
+    assert (refused.value.table, refused.value.missing) == ("rule rewards", ("b", 2))
 
 
 def test_limits_stop_a_run_with_gauge_value_and_limit(store: Store) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from pipeline.residency import evict
 from pipeline.store import Store
+from stages.join import JoinError
 from stages.models import Checkpoint, copy_description, load_model, save
 from stages.reward_model import ScoringConfig, score_outputs
 from stages.tables import Rewards, Rollouts
@@ -137,16 +138,16 @@ def test_a_warm_model_and_a_cold_one_score_alike(store: Store) -> None:
 
 
 def test_equal_outputs_score_equally_and_cost_one_forward(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    import stages.reward_model.scoring as scoring
+    from stages.training import batching
 
     batched: list[int] = []
-    real = scoring.micro_batches
+    real = batching.micro_batches
 
     def counting(rows: Any, max_tokens: int) -> Any:
         batched.append(len(rows))
         return real(rows, max_tokens)
 
-    monkeypatch.setattr(scoring, "micro_batches", counting)
+    monkeypatch.setattr(batching, "micro_batches", counting)
     base = tiny_checkpoint()
     rows = label_rows(base)
     rows += [{**row, "sample": row["sample"] + 10} for row in rows]
@@ -220,8 +221,9 @@ def test_models_that_do_not_fit_together_are_refused(store: Store) -> None:
 def test_rules_of_other_rollouts_or_by_a_model_are_refused(store: Store) -> None:
     base = tiny_checkpoint()
     rows, model = label_rows(base), outspoken("outcome", base)
-    with pytest.raises(ValueError, match=r"output \('q3', 3\) has no reward by rules"):
+    with pytest.raises(JoinError) as refused:
         score_outputs(outputs_of(rows), base, [model], fp32(), rules_of(rows[:-1]))
+    assert (refused.value.table, refused.value.missing) == ("rewards by rules", ("q3", 3))
     with pytest.raises(ValueError, match="expected the reward of rules, found one by a model"):
         score_outputs(outputs_of(rows), base, [model], fp32(), rules_of(rows, scorer=model.digest))
 

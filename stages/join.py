@@ -150,7 +150,7 @@ def group_rows(column: pa.ChunkedArray) -> tuple[list[Any], Places]:
     return dictionary.to_pylist(), place_N
 
 
-def key_at(table: pa.Table, row: int, by: Sequence[str] = KEY) -> Any:
+def key_at(table: pa.Table, row: int | np.integer[Any], by: Sequence[str] = KEY) -> Any:
     """Return the key of a row as Python values, for an error that names it: ('q1', 3), or 'q1' for one column."""
     key = tuple(table[column][int(row)].as_py() for column in by)
     return key if len(key) > 1 else key[0]

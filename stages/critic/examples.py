@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
+
+from stages.join import KEY, Ragged, align, key_at, per_token
 from stages.tables import Advantages, Rollouts
 
 __all__ = ["Example", "join"]
@@ -33,28 +34,18 @@ def join(outputs: Rollouts, advantages: Advantages) -> list[Example]:
         ValueError: an output without a row of advantages or without returns, returns of another number than tokens or not
             finite.
     """
-    by_key = {(row["question_id"], row["sample"]): row for row in advantages.rows()}
-    weights: dict[Example, float] = {}
-    for row in outputs.read().select(["question_id", "sample", "prompt_ids", "output_ids"]).to_pylist():
-        key = (row["question_id"], row["sample"])
-        if key not in by_key:
-            raise ValueError(f"output {key} has no advantages; were they estimated from other rollouts?")
-        if by_key[key]["advantage"] is None:
-            continue
-        returns = _checked(key, by_key[key]["returns"], len(row["output_ids"]))
-        example = Example(row["question_id"], tuple(row["prompt_ids"]), tuple(row["output_ids"]), returns)
-        weights[example] = weights.get(example, 0.0) + 1.0
-    return [dataclasses.replace(example, weight=weight) for example, weight in weights.items()]
-
-
-def _checked(key: tuple[str, int], returns: Sequence[Any] | None, tokens: int) -> tuple[float, ...]:
-    if returns is None:
+    table = outputs.read([*KEY, "prompt_ids", "output_ids"])
+    found = align(table, advantages.read([*KEY, "advantage", "returns"]), "advantages")
+    kept = found["advantage"].is_valid()
+    table, found = table.filter(kept), found.filter(kept)
+    absent = np.flatnonzero(found["returns"].is_null())
+    if len(absent):
+        key = key_at(found, absent[0])
         raise ValueError(
             f"output {key} has no returns to fit a critic to; estimate advantages with advantage.kind = gae"
         )
-    if len(returns) != tokens:
-        raise ValueError(f"output {key}: expected {tokens} returns, one for each token, found {len(returns)}")
-    for token, value in enumerate(returns):
-        if value is None or not math.isfinite(value):
-            raise ValueError(f"output {key}: the return before token {token} is {value}; expected a finite number")
-    return tuple(returns)
+    output = Ragged.of(table["output_ids"])
+    columns = (Ragged.of(table["prompt_ids"]), output, per_token(found, "returns", output.lengths, "returns"))
+    rows = zip(*([tuple(values.tolist()) for values in column] for column in columns), strict=True)
+    examples = (Example(name, *row) for name, row in zip(table["question_id"].to_pylist(), rows, strict=True))
+    return [dataclasses.replace(example, weight=float(count)) for example, count in Counter(examples).items()]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipeline.stage import record_metrics, stage
+from stages.join import KEY, Ragged, align, key_at
 from stages.models import Checkpoint, vocabulary_of
 from stages.tables import VERDICTS, RewardLabels, Rewards, Rollouts
 
@@ -14,7 +16,7 @@ __all__ = ["label_outputs"]
 
 @stage(version="1")
 def label_outputs(outputs: Rollouts, rewards: Rewards, policy: Checkpoint) -> RewardLabels:
-    """The verdict of the rules on each output, in the order of `outputs`: 1 where the status is `ok`, else 0.
+    """Label each output with the verdict of the rules, in the order of `outputs`: 1 where the status is `ok`, else 0.
 
     Left out is what the rules have no verdict on: time-outs, errors, rows without a reward. Step labels are the rules' step
     rewards, where they have them. The scored token is the last one of the output.
@@ -30,50 +32,56 @@ def label_outputs(outputs: Rollouts, rewards: Rewards, policy: Checkpoint) -> Re
         ValueError: by row: an output without a reward or without tokens, rewards of a model, step labels that do not fit their
             output.
     """
-    by_key = {(row["question_id"], row["sample"]): row for row in rewards.rows()}
-    vocabulary = vocabulary_of(policy)
-    table = outputs.read().select(["question_id", "sample", "prompt_ids", "output_ids"]).to_pylist()
-    labelled = []
-    for row in table:
-        verdict = _verdict(row, by_key)
-        if verdict["reward"] is None or verdict["status"] not in VERDICTS:
-            continue
-        labels = {
-            "scored_index": len(row["output_ids"]) - 1,
-            "label": float(verdict["status"] == "ok"),
-            "step_ends": verdict["step_ends"],
-            "step_labels": verdict["step_rewards"],
-        }
-        labelled.append({**row, **labels, "origin": policy.digest, "vocabulary": vocabulary})
-    record_metrics(_metrics(labelled, len(table)))
+    import pyarrow.compute as pc
+
+    table = outputs.read([*KEY, "prompt_ids", "output_ids"])
+    verdicts = align(table, rewards.read([*KEY, "reward", "status", "scorer", "step_rewards", "step_ends"]), "rewards")
+    length_N = pc.list_value_length(table["output_ids"]).to_numpy().astype(np.int64)
+    _check_verdicts(verdicts, length_N)
+    kept = pc.and_(verdicts["reward"].is_valid(), pc.is_in(verdicts["status"], pa.array(VERDICTS)))
+    labelled, verdicts = table.filter(kept), verdicts.filter(kept)
+    columns = {
+        "scored_index": pa.array(length_N[kept.to_numpy()] - 1, pa.int32()),
+        "label": pc.equal(verdicts["status"], "ok").cast(pa.float64()),
+        "step_ends": verdicts["step_ends"],
+        "step_labels": verdicts["step_rewards"],
+        "origin": pa.array([policy.digest] * labelled.num_rows, pa.string()),
+        "vocabulary": pa.array([vocabulary_of(policy)] * labelled.num_rows, pa.string()),
+    }
+    for name, column in columns.items():
+        labelled = labelled.append_column(name, column)
+    record_metrics(_metrics(labelled, table.num_rows))
     return RewardLabels.write(labelled)
 
 
-def _verdict(row: Mapping[str, Any], by_key: Mapping[tuple[str, int], Mapping[str, Any]]) -> Mapping[str, Any]:
-    key = (row["question_id"], row["sample"])
-    if key not in by_key:
-        raise ValueError(f"output {key} has no reward; were the rewards given for other rollouts?")
-    if not row["output_ids"]:
-        raise ValueError(f"output {key} has no tokens; there is none to read its score at")
-    found = by_key[key]
-    if found["scorer"] is not None:
+def _check_verdicts(verdicts: pa.Table, length_N: NDArray[np.int64]) -> None:
+    """Refuse outputs without tokens, rewards by a model, and steps that do not fit their output; names the row."""
+    for row in np.flatnonzero(length_N == 0):
+        raise ValueError(f"output {key_at(verdicts, row)} has no tokens; there is none to read its score at")
+    for row in np.flatnonzero(verdicts["scorer"].is_valid()):
         raise ValueError(
-            f"output {key} was rewarded by a model ({found['scorer'][:12]}); labels are the rules' (DeepSeekMath, 5.2.1)"
+            f"output {key_at(verdicts, row)} was rewarded by a model ({verdicts['scorer'][int(row)].as_py()[:12]}); labels are "
+            "the rules' (DeepSeekMath, 5.2.1)"
         )
-    ends, labels = found["step_ends"], found["step_rewards"]
-    if (ends is None) != (labels is None) or (ends is not None and len(ends) != len(labels)):
-        raise ValueError(f"output {key}: expected one step reward for each step end, found {labels} and {ends}")
-    if ends and not 0 <= min(ends) <= max(ends) < len(row["output_ids"]):
-        raise ValueError(f"output {key} has {len(row['output_ids'])} tokens, its steps end at {ends}")
-    return found
+    ends, labels = Ragged.of(verdicts["step_ends"]), Ragged.of(verdicts["step_rewards"])
+    for row in np.flatnonzero((ends.null != labels.null) | (ends.lengths != labels.lengths)):
+        found = [verdicts[name][int(row)].as_py() for name in ("step_rewards", "step_ends")]
+        raise ValueError(
+            f"output {key_at(verdicts, row)}: expected one step reward for each step end, found {found[0]} and {found[1]}"
+        )
+    inside = (ends.values >= 0) & (ends.values < length_N[ends.row_of_value])
+    for row in ends.row_of_value[~inside]:
+        raise ValueError(
+            f"output {key_at(verdicts, row)} has {length_N[row]} tokens, its steps end at {ends[row].tolist()}"
+        )
 
 
-def _metrics(labelled: list[dict[str, Any]], outputs: int) -> dict[str, float | None]:
-    right = sum(row["label"] for row in labelled)
-    steps = [label for row in labelled for label in row["step_labels"] or []]
+def _metrics(labelled: pa.Table, outputs: int) -> dict[str, float | None]:
+    rows, right = labelled.num_rows, float(labelled["label"].to_numpy().sum())
+    steps = Ragged.of(labelled["step_labels"]).values.tolist()
     return {
-        "rm/labelled": len(labelled),
-        "rm/left_out": 1 - len(labelled) / outputs if outputs else None,
-        "rm/right_share": right / len(labelled) if labelled else None,
+        "rm/labelled": rows,
+        "rm/left_out": 1 - rows / outputs if outputs else None,
+        "rm/right_share": right / rows if rows else None,
         "rm/right_steps_share": sum(steps) / len(steps) if steps else None,
     }

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from stages.join import KEY, Ragged, align, per_token
 from stages.tables import Advantages, ReferenceLogprobs, Rollouts
 
 __all__ = ["Example", "drop_idle", "join", "merge_equal", "pair_up"]
 
-Key = tuple[str, int]
-
 _RECORDS: Final = "rollout log-probabilities"
+_REFERENCE: Final = "reference log-probabilities"
 
 
 @dataclass(frozen=True)
@@ -58,25 +59,36 @@ def join(
         ValueError: names the row: an output without advantages or advantages without an output, another number of them than
             tokens, or one that is not finite (log-probabilities too, where they are read).
     """
-    by_key = _by_key(advantages.rows())
     read = with_logprobs or with_records
-    columns = ["question_id", "sample", "prompt_ids", "output_ids", *(["logprobs"] if read else [])]
-    rows = _by_key(outputs.read().select(columns).to_pylist())
-    _check_same_rows(rows, by_key)
-    frozen = None if reference is None else {key: row["reference"] for key, row in _by_key(reference.rows()).items()}
-    joined = []
-    for key, row in rows.items():
-        if by_key[key]["advantage"] is None:
-            continue
-        example = _example(key, row, by_key[key], with_logprobs)
-        if with_records and row["logprobs"] is not None:
-            recorded = example.rollout_logp or _per_token(key, _RECORDS, row["logprobs"], row["output_ids"])
-            example = dataclasses.replace(example, recorded=(recorded,))
-        if frozen is not None:
-            ref_logp = _per_token(key, "reference log-probabilities", frozen.get(key), row["output_ids"])
-            example = dataclasses.replace(example, ref_logp=ref_logp)
-        joined.append(example)
-    return joined
+    table = outputs.read([*KEY, "prompt_ids", "output_ids", *(["logprobs"] if read else [])])
+    found = align(table, advantages.read([*KEY, "advantage", "pair"]), "advantages")
+    kept = found["advantage"].is_valid()
+    table, found = table.filter(kept), found.filter(kept)
+    output = Ragged.of(table["output_ids"])
+    columns: dict[str, Iterable[Any]] = {
+        "question_id": table["question_id"].to_pylist(),
+        "prompt_ids": _tuples(Ragged.of(table["prompt_ids"])),
+        "output_ids": _tuples(output),
+        "advantage": _tuples(per_token(found, "advantage", output.lengths, "advantages")),
+        "weight": itertools.repeat(1.0, len(output)),
+        "pair": found["pair"].to_pylist(),
+    }
+    if read:
+        logprobs = per_token(table, "logprobs", output.lengths, _RECORDS, masked=not with_logprobs)
+        rows = _tuples(logprobs)
+        if with_logprobs:
+            columns["rollout_logp"] = rows
+        if with_records:
+            columns["recorded"] = [() if null else (row,) for row, null in zip(rows, logprobs.null, strict=True)]
+    if reference is not None:
+        frozen = align(table, reference.read(), _REFERENCE, extra=True)
+        columns["ref_logp"] = _tuples(per_token(frozen, "reference", output.lengths, _REFERENCE))
+    return [Example(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
+
+
+def _tuples(column: Ragged) -> list[tuple[Any, ...]]:
+    """The values of each row, so that equal rows can be found."""
+    return [tuple(values.tolist()) for values in column]
 
 
 def merge_equal(examples: Sequence[Example]) -> list[Example]:
@@ -122,34 +134,3 @@ def pair_up(examples: Sequence[Example]) -> list[Example]:
 def drop_idle(examples: Sequence[Example]) -> list[Example]:
     """Examples with an advantage other than 0: without a KL term the others have no gradient, so they cost nothing."""
     return [example for example in examples if any(example.advantage)]
-
-
-def _by_key(rows: Sequence[Mapping[str, Any]]) -> dict[Key, Mapping[str, Any]]:
-    return {(row["question_id"], row["sample"]): row for row in rows}
-
-
-def _check_same_rows(rows: Mapping[Key, Any], by_key: Mapping[Key, Any]) -> None:
-    bare = [key for key in rows if key not in by_key]
-    if bare:
-        raise ValueError(f"output {bare[0]} has no advantages; were they estimated from other rollouts?")
-    strange = [key for key in by_key if key not in rows]
-    if strange:
-        raise ValueError(f"advantages of {strange[0]} belong to no output; were they estimated from other rollouts?")
-
-
-def _example(key: Key, row: Mapping[str, Any], found: Mapping[str, Any], with_logprobs: bool) -> Example:
-    advantage = _per_token(key, "advantages", found["advantage"], row["output_ids"])
-    logprobs = _per_token(key, _RECORDS, row["logprobs"], row["output_ids"]) if with_logprobs else None
-    ids = tuple(row["prompt_ids"]), tuple(row["output_ids"])
-    return Example(key[0], *ids, advantage, 1.0, logprobs, found["pair"])
-
-
-def _per_token(key: Key, name: str, values: Sequence[float] | None, output_ids: Sequence[int]) -> tuple[float, ...]:
-    if values is None:
-        raise ValueError(f"output {key} has no {name}; nothing recorded them when it was made")
-    if len(values) != len(output_ids):
-        raise ValueError(f"output {key}: expected {len(output_ids)} {name}, found {len(values)}")
-    for token, value in enumerate(values):
-        if not math.isfinite(value):
-            raise ValueError(f"output {key}: {name} must be finite, found {value} at token {token}")
-    return tuple(values)

@@ -12,6 +12,7 @@ import torch
 from pipeline.residency import evict
 from pipeline.store import Store
 from stages.critic import CriticConfig, create_critic, estimate_values, update_critic
+from stages.join import JoinError
 from stages.kernels.gae import gae
 from stages.models import Checkpoint, load_model, load_optimizer_state, load_trainer_state
 from stages.tables import Advantages, Rollouts
@@ -206,8 +207,8 @@ def refused(changes: dict[str, Any]) -> Advantages:
     [
         (None, r"output \('q0', 1\) has no returns to fit a critic to; .* advantage.kind = gae"),
         ([1.0] * 9, r"output \('q0', 1\): expected \d returns, one for each token, found 9"),
-        ([math.nan], r"output \('q0', 1\): the return before token 0 is nan"),
-        ([math.inf], r"output \('q0', 1\): the return before token 0 is inf"),
+        ([math.nan], r"output \('q0', 1\): returns .* nan at token 0"),
+        ([math.inf], r"output \('q0', 1\): returns .* inf at token 0"),
     ],
 )
 def test_returns_that_cannot_be_fitted_are_refused_by_row(
@@ -223,8 +224,9 @@ def test_returns_that_cannot_be_fitted_are_refused_by_row(
 def test_advantages_of_other_rollouts_are_refused_by_key(store: Store) -> None:
     _, advantages = tables()
     other = Rollouts.write([rollout_row("elsewhere", 0, [5], [6])])
-    with pytest.raises(ValueError, match=r"\('elsewhere', 0\) has no advantages"):
+    with pytest.raises(JoinError) as refused:
         update_critic(tiny_critic(), other, advantages, exact(), seed=0)
+    assert (refused.value.table, refused.value.missing) == ("advantages", ("elsewhere", 0))
 
 
 def test_a_step_whose_every_output_is_masked_leaves_the_critic_as_it_is_and_says_so(store: Store) -> None:

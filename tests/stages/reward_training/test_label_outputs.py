@@ -75,7 +75,7 @@ def test_rules_without_steps_make_labels_without_steps(store: Store) -> None:
     [
         (
             {"question_id": "elsewhere"},
-            r"output \('q0', 1\) has no reward; were the rewards given for other rollouts\?",
+            r"rewards do not match outputs: .* without a row, first \('q0', 1\)",
         ),
         ({"scorer": "a" * 64}, r"output \('q0', 1\) was rewarded by a model \(aaaaaaaaaaaa\); labels are the rules'"),
         ({"step_ends": [0], "step_rewards": [1.0, 0.0]}, r"output \('q0', 1\): expected one step reward for each"),

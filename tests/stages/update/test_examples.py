@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.store import Store
+from stages.join import JoinError
 from stages.tables import Advantages, Rollouts
 from stages.training.batching import deal
 from stages.update.examples import Example, drop_idle, join, merge_equal, pair_up
@@ -56,12 +57,13 @@ def test_a_masked_row_takes_no_part(store: Store) -> None:
 
 
 def test_advantages_of_other_rollouts_are_refused_by_key(store: Store) -> None:
-    with pytest.raises(ValueError, match=r"\('a', 1\) has no advantages"):
+    with pytest.raises(JoinError) as refused:
         join(outputs_of(("a", 1, [5])), advantages_of(("a", 0, [1.0])))
+    assert (refused.value.table, refused.value.missing) == ("advantages", ("a", 1))
 
 
 def test_advantages_of_another_length_are_refused(store: Store) -> None:
-    with pytest.raises(ValueError, match="expected 2 advantages, found 1"):
+    with pytest.raises(ValueError, match=r"\('a', 0\).*expected 2 advantages.* found 1"):
         join(outputs_of(("a", 0, [5, 6])), advantages_of(("a", 0, [1.0])))
 
 
@@ -122,8 +124,9 @@ def test_more_mini_batches_than_questions_leave_the_last_ones_empty() -> None:
 
 
 def test_advantages_without_an_output_are_refused_by_key(store: Store) -> None:
-    with pytest.raises(ValueError, match=r"advantages of \('a', 1\) belong to no output"):
+    with pytest.raises(JoinError) as refused:
         join(outputs_of(("a", 0, [5])), advantages_of(("a", 0, [1.0]), ("a", 1, [1.0])))
+    assert (refused.value.missing, refused.value.extra) == (None, ("a", 1))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -5,13 +5,18 @@ Given any table of a step (rollouts, rewards or advantages), the others are foun
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from pipeline.artifact import Table
 from pipeline.store import Store
 from pipeline.store.files import StoreError
+from stages.join import KEY, align, group_rows
 from stages.tables import Advantages, Demonstrations, Questions, Rewards, Rollouts
 
 __all__ = ["Group", "Output", "groups_of"]
@@ -96,31 +101,54 @@ def _tables(kind: str, digest: str, calls: Sequence[Record]) -> _Tables | None:
 
 
 def _groups(tables: _Tables, calls: Sequence[Record]) -> Iterator[Group]:
+    import pyarrow.compute as pc
+
     made = next((call for call in reversed(calls) if call["result"] == tables.outputs), None)
     beside = [call for call in calls if _artifact(call, "outputs") == tables.outputs]
     # Outputs that were selected or demonstrated were not made from questions: take those they were scored with, or shown in.
     questions = next((found for call in [made, *beside] if (found := _artifact(call, "questions"))), None)
-    asked = _read(Questions, questions) or _read(Demonstrations, _artifact(made, "demonstrations"))
-    by_id = {row["question_id"]: row for row in asked}
-    rewards, advantages = _by_key(_read(Rewards, tables.rewards)), _by_key(_read(Advantages, tables.advantages))
-    groups: dict[str, list[Output]] = {}
-    for row in Rollouts(tables.outputs).rows():
-        key = (row["question_id"], row["sample"])
-        reward, advantage = rewards.get(key, {}), advantages.get(key, {}).get("advantage")
-        groups.setdefault(row["question_id"], []).append(
-            Output(
-                text=row["text"],
-                tokens=len(row["output_ids"]),
-                finish_reason=row["finish_reason"],
-                reward=reward.get("reward"),
-                status=reward.get("status", ""),
-                extracted=reward.get("extracted"),
-                advantage=advantage[0] if advantage else None,
-            )
-        )
-    for name, members in groups.items():
-        about = by_id.get(name, {"question": "(the questions are not in the store)"})
-        yield Group(name, about["question"], about.get("answer", ""), members)
+    outputs = Rollouts(tables.outputs).read([*KEY, "text", "output_ids", "finish_reason"])
+    joined = pa.table(
+        {
+            "text": outputs["text"],
+            "tokens": pc.list_value_length(outputs["output_ids"]),
+            "finish_reason": outputs["finish_reason"],
+            **_columns(outputs, Rewards, tables.rewards, "reward", "status", "extracted"),
+            **_columns(outputs, Advantages, tables.advantages, "advantage"),
+        }
+    )
+    names, group_N = group_rows(outputs["question_id"])
+    about = _about(names, _read(Questions, questions), _read(Demonstrations, _artifact(made, "demonstrations")))
+    places = np.split(np.argsort(group_N, kind="stable"), np.cumsum(np.bincount(group_N))[:-1])
+    for name, asked, rows in zip(names, about, places, strict=False):
+        yield Group(name, *asked, [_output(row) for row in joined.take(rows).to_pylist()])
+
+
+def _columns(outputs: pa.Table, kind: type[Table], digest: str | None, *names: str) -> dict[str, pa.ChunkedArray]:
+    """Columns of a table in the order of the outputs; null where the table has no row, or is gone."""
+    found = align(outputs, _read(kind, digest).select([*KEY, *names]), kind.__name__, extra=True, missing=True)
+    return {name: found[name] for name in names}
+
+
+def _output(row: Record) -> Output:
+    advantage = row["advantage"]
+    return Output(**row | {"status": row["status"] or "", "advantage": advantage[0] if advantage else None})
+
+
+def _about(names: Sequence[str], questions: pa.Table, demonstrations: pa.Table) -> list[tuple[str, str]]:
+    """Text and gold answer of each question, as far as they are known."""
+    table = questions if questions.num_rows else demonstrations
+    known, known_N = group_rows(table["question_id"])
+    last_Q = np.zeros(len(known), dtype=np.int64)
+    last_Q[known_N] = np.arange(len(known_N))  # a question may have several demonstrations
+    wanted = pa.table({"question_id": pa.array(names, pa.string())})
+    found = align(wanted, table.take(last_Q), "questions", by=["question_id"], extra=True, missing=True).to_pylist()
+    return [
+        ("(the questions are not in the store)", "")
+        if row["question"] is None
+        else (row["question"], row.get("answer", ""))
+        for row in found
+    ]
 
 
 def _artifact(call: Mapping[str, Any] | None, parameter: str) -> str | None:
@@ -129,14 +157,9 @@ def _artifact(call: Mapping[str, Any] | None, parameter: str) -> str | None:
     return given.get("artifact") if isinstance(given, Mapping) else None
 
 
-def _read(table: type[Table], digest: str | None) -> list[dict[str, Any]]:
-    if digest is None:
-        return []
-    try:
-        return table(digest).rows()
-    except StoreError:
-        return []
-
-
-def _by_key(rows: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
-    return {(row["question_id"], row["sample"]): row for row in rows}
+def _read(table: type[Table], digest: str | None) -> pa.Table:
+    """The table; without rows where there is none, or its payload is gone."""
+    if digest is not None:
+        with contextlib.suppress(StoreError):
+            return table(digest).read()
+    return table.schema.empty_table()

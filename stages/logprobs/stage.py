@@ -105,11 +105,9 @@ def score_reference(reference: Checkpoint, outputs: Rollouts, config: LogprobsCo
     from stages.training.adapters import load_trainable
     from stages.training.batching import Batch
     from stages.training.engine import autocast
-    from stages.training.forward import completion_logprobs
-    from stages.training.hardware import training_device
-    from stages.training.memory import peak_memory
-    from stages.training.scoring import score_rows
-    from stages.training.temperature import sampling_temperature
+    from stages.training.forward import completion_logprobs, sampling_temperature
+    from stages.training.hardware import peak_memory, training_device
+    from stages.training.loop import score_rows
 
     started, device, training = time.perf_counter(), training_device(), config.training
     temperature = sampling_temperature(outputs)

@@ -157,12 +157,12 @@ def test_values_of_other_outputs_are_refused_by_row(store: Store) -> None:
     policy, rows, config = tiny_checkpoint(), output_rows(), update_config()
     scored = score_reference(policy, Rollouts.write(rows), pass_config(config)).rows()
     outputs = Rollouts.write(rows)
-    with pytest.raises(ValueError, match=r"output \('q2', 0\) has no reference log-probabilities"):
+    with pytest.raises(ValueError, match=r"reference log-probabilities .* without a row, first \('q2', 0\)"):
         update_policy(policy, ReferenceLogprobs.write(scored[:-1]), outputs, advantages(), config, seed=0)
     scored[1]["reference"] = [*scored[1]["reference"], -1.0]
     length = len(rows[1]["output_ids"])
     with pytest.raises(
-        ValueError, match=rf"\('q0', 1\): expected {length} reference log-probabilities, found {length + 1}"
+        ValueError, match=rf"\('q0', 1\): expected {length} reference log-probabilities, .* found {length + 1}"
     ):
         update_policy(policy, ReferenceLogprobs.write(scored), outputs, advantages(), config, seed=0)
 

@@ -20,7 +20,8 @@ from typing import TextIO
 from benchmarks.timing import Clock, Device, cpu_seconds
 from benchmarks.workload import REWARD_PATTERN, Workload
 from flows.iterative_rl import step_seed
-from flows.observer import Observer, observer, observing
+from flows.runs.points import Points, step_done
+from pipeline.events import recording
 from pipeline.orchestration.engine import flow, use_engine
 from pipeline.store import Store, use_store
 from stages.advantage import GroupConfig, estimate_advantages
@@ -44,7 +45,7 @@ _WATCHED = {
         f"pipeline.store.store:Store.{name}" for name in ("publish", "find", "record", "path", "manifest", "action")
     ],
     "tables": ["pipeline.artifact:Table.read", "pipeline.artifact:Table.write"],
-    "tracking": ["flows.observer:Observer.step"],
+    "tracking": ["flows.runs.points:Points.take"],
 }
 """What is timed, by phase. The rest of a stage's body is booked under its name, the rest of the step under `flow`."""
 
@@ -66,7 +67,7 @@ def main() -> None:
 def _surroundings(engine: str, root: Path) -> Iterator[None]:
     """Plain calls without tracking, or all that `cohort run` has: Prefect's server, MLflow's run."""
     if engine == "inline":
-        with observing(Observer()):
+        with recording(Points().take):
             yield
         return
     from pipeline.orchestration.server import ensure_server, keep_server, stop_server
@@ -77,7 +78,7 @@ def _surroundings(engine: str, root: Path) -> Iterator[None]:
         with (
             keep_server(root / "prefect"),
             track(root, experiment="benchmark", run_name="step", run_key="step", config={}) as tracker,
-            observing(Observer(log=tracker)),
+            recording(Points(log=tracker).take),
             use_engine("prefect"),
         ):
             yield
@@ -132,7 +133,7 @@ def one_step(policy: Checkpoint, reference: Checkpoint, batch: Questions, config
     rewards = score(outputs, batch, reward)
     advantages = estimate_advantages(rewards, outputs, GroupConfig())
     policy = update_policy(policy, reference, outputs, advantages, update, seed=seed)
-    observer().step(step + 1, 0, outputs, rewards, advantages, policy)
+    step_done(step + 1, 0, policy, outputs, rewards, advantages)
     return policy
 
 

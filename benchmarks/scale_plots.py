@@ -7,13 +7,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
-from flows.learning_curve import COLOURS
+from flows.runs.curve import COLOURS
 
 __all__ = ["plot_rollouts", "plot_steps"]
 
 _WINDOW: Final = 50
 """Steps whose median is a point."""
-_PARTS: Final = ("Prefect", "store", "tables", "stages", "MLflow", "ledger, record", "display", "observer")
+_PARTS: Final = ("Prefect", "store", "tables", "stages", "MLflow", "log", "ledger, record", "display", "points")
 
 Line = Mapping[str, Any]
 

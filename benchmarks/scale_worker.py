@@ -27,9 +27,9 @@ from flows.config import IterativeRLConfig
 from flows.config.recipes import arithmetic_smoke
 from flows.config.resolve import Choice
 from flows.places import Places
-from flows.session import run_flow
+from flows.runs.session import run_flow
+from pipeline.events import Event, StepDone, recording
 from pipeline.orchestration.engine import Engine
-from pipeline.progress import listen
 
 __all__ = ["IO", "scale_config"]
 
@@ -47,9 +47,10 @@ _WATCHED: Final = {
     ],
     "tables": ["pipeline.artifact:Table.read", "pipeline.artifact:Table.write"],
     "MLflow": [f"pipeline.tracking:Tracker.{name}" for name in ("log_step", "_close")],
-    "ledger, record": ["flows.ledger:Ledger.take", "flows.records:RunRecord.note", "flows.records:RunRecord.end"],
-    "display": ["flows.display:Display.take"],
-    "observer": ["flows.observer:Observer.step", "flows.observer:Observer.evaluation"],
+    "log": ["pipeline.event_log:EventLog.take"],
+    "ledger, record": ["flows.runs.ledger:Ledger.take", "flows.runs.record:RunRecord.end"],
+    "display": ["flows.runs.display:Display.take"],
+    "points": ["flows.runs.points:Points.take"],
     "Prefect": ["pipeline.stage:run_as_task"],
 }
 """What is timed, by part; a stage's body is booked under `stages`, the rest of a step under `flow`."""
@@ -75,29 +76,29 @@ def scale_config(steps: int) -> IterativeRLConfig:
 
 
 class Probe:
-    """Notes each step as it ends; `take` is a listener of `pipeline.progress`."""
+    """Notes each step as it ends; `take` is a fold."""
 
     def __init__(self, root: Path, clock: Clock, out: TextIO) -> None:
         self._root, self._clock, self._out = root, clock, out
         self._process = psutil.Process()
         self._started, self._cpu, self._io = time.perf_counter(), cpu_seconds(), self._process.io_counters()
 
-    def take(self, topic: str, values: dict[str, Any]) -> None:
-        """Note one report."""
-        if topic != "step":
+    def take(self, event: Event) -> None:
+        """Note one event."""
+        if not isinstance(event, StepDone):
             return
         seconds, cpu = time.perf_counter() - self._started, cpu_seconds() - self._cpu
         parts, io = self._clock.take(), self._process.io_counters()
-        line = {"step": values["step"], "seconds": seconds, "cpu_seconds": cpu, "parts": parts}
+        line = {"step": event.step, "seconds": seconds, "cpu_seconds": cpu, "parts": parts}
         line |= {name: getattr(io, name) - getattr(self._io, name) for name in IO}
-        if values["step"] % PROBE == 0 or values["step"] == 1:
+        if event.step % PROBE == 0 or event.step == 1:
             line |= self._held()
         self._out.write(json.dumps(line) + "\n")
         self._started, self._cpu, self._io = time.perf_counter(), cpu_seconds(), self._process.io_counters()
 
     def _held(self) -> dict[str, float]:
         journal = sum(path.stat().st_size for path in self._root.glob("tracking/*/*.jsonl"))
-        records = sum(path.stat().st_size for path in self._root.glob("runs/*/*.json"))
+        records = sum(path.stat().st_size for path in self._root.glob("runs/*/*.json*"))
         return {
             "rss_mib": self._process.memory_info().rss / 2**20,
             "handles": self._process.num_fds(),
@@ -113,7 +114,7 @@ def main() -> None:
     os.dup2(2, 1)
     take_the_place_of_models()
     places, config = Places(root), scale_config(steps)
-    with listen(Probe(root, watch(), out).take), _servers(engine, places) as server:
+    with recording(Probe(root, watch(), out).take), _servers(engine, places) as server:
         begun, cpu = time.perf_counter(), cpu_seconds()
         summary = run_flow(
             Choice(config, config),

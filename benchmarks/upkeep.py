@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from flows.retention import KeepConfig, Retention
+from flows.runs.retention import KeepConfig, Retention
+from pipeline.events import Event, StepDone
 from pipeline.store import Store
 from pipeline.store.disk import DiskWatch
 from tests.flows.toy_training import train
@@ -55,10 +56,10 @@ def _steps(root: Path) -> tuple[float, float]:
     seconds: list[float] = []
     plain = Retention.take
 
-    def timed(self: Retention, topic: str, values: dict[str, object]) -> None:
+    def timed(self: Retention, event: Event) -> None:
         started = time.perf_counter()
-        plain(self, topic, values)
-        if topic == "step":
+        plain(self, event)
+        if isinstance(event, StepDone):
             seconds.append(time.perf_counter() - started)
 
     Retention.take = timed  # type: ignore[assignment]

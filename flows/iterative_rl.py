@@ -21,7 +21,7 @@ from flows.algorithm.preflight import preflight
 from flows.algorithm.rewards import first_reward_models, reward_outputs, train_on
 from flows.algorithm.sampling import explore, reference_evidence, token_evidence
 from flows.config import IterativeRLConfig
-from flows.observer import observer
+from flows.runs.points import evaluation_done, step_done
 from pipeline.orchestration.engine import flow
 from stages.advantage import estimate_advantages
 from stages.critic import create_critic, update_critic
@@ -64,7 +64,7 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
                 check_mismatch(policy.metrics, config.update.mismatch)
             if critic and config.critic:
                 critic = update_critic(critic, outputs, advantages, config.critic, seed=seed)
-            observer().step(step + 1, iteration, policy, outputs, rewards, gauges, advantages, scored, critic)
+            step_done(step + 1, iteration, policy, outputs, rewards, gauges, advantages, scored, critic)
             if config.evaluation.is_due(step + 1, last):
                 evaluate_policy(config, policy, data.evaluation, step=step + 1)
         asked = reward_models
@@ -83,7 +83,7 @@ def evaluate_policy(config: IterativeRLConfig, policy: Checkpoint, sets: dict[st
             outputs = rollout(policy, questions, config.prompt, sampling, seed=config.seed)
             rewards = score(outputs, questions, config.reward)
             votes = count_votes(rewards, config.reward)
-            observer().evaluation(step, name, mode, evaluate(outputs, rewards, votes, estimates))
+            evaluation_done(step, name, mode, evaluate(outputs, rewards, votes, estimates))
 
 
 @contextlib.contextmanager

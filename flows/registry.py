@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from flows.config import IterativeRLConfig
-from flows.ledger import Ledger
-from flows.summary import Summary
+from flows.runs.ledger import Ledger
+from flows.runs.summary import Summary
 from pipeline.artifact import Artifact
+from pipeline.events import DriftDone, Event, StageDone, StepDone
 from pipeline.store import StoreError, current_store
 from pipeline.tracking import Tracker
 from pipeline.tracking.registry import TrackedModel
@@ -31,7 +32,7 @@ _AGEING: Final = ("new_model_new_policy", "new_model_old_policy", "old_model_old
 
 
 class Registrar:
-    """Tells a tracker of data sets and reward models as they come to be; `take` is a listener of `pipeline.progress`."""
+    """Tells a tracker of data sets and reward models as they come to be; `take` is a fold."""
 
     def __init__(self, tracker: Tracker, config: IterativeRLConfig, tags: Mapping[str, str]) -> None:
         self._tracker = tracker
@@ -44,17 +45,17 @@ class Registrar:
         self._trained: list[TrackedModel] = []
         """Reward models whose measure on held-out outputs is still to come."""
 
-    def take(self, topic: str, values: Mapping[str, Any]) -> None:
-        """Note one report."""
-        match topic:
-            case "stage" if values["outcome"] in ("executed", "cached"):
-                self._take_stage(values["name"], values["digest"], values["key"])
-            case "step":
+    def take(self, event: Event) -> None:
+        """Note one event."""
+        match event:
+            case StageDone():
+                self._take_stage(event.stage, event.result, event.key)
+            case StepDone():
                 self.flush()
-                self._step, self._iteration = values["step"], values["iteration"] + 1
-            case "drift":
-                aucs = (values["metrics"].get(f"rm/held_out_auc/{which}") for which in _AGEING)
-                self.flush(next((auc for auc in aucs if auc is not None), None))
+                self._step, self._iteration = event.step, event.iteration + 1
+            case DriftDone():
+                keys = [event.made[which] for which in _AGEING if which in event.made]
+                self.flush(current_store().action(keys[0])["metrics"].get("rm/auc") if keys else None)
 
     def flush(self, held_out_auc: float | None = None) -> None:
         """Register the reward models that were trained last, with their AUC on held-out outputs where it is known."""

@@ -30,7 +30,7 @@ from pipeline.passwords import without_password
 from pipeline.store.actions import complaint
 from pipeline.store.locks import try_lock
 
-__all__ = ["LOG", "EventLog", "parse_events", "read_events"]
+__all__ = ["LOG", "EventLog", "LogReader", "parse_events", "read_events"]
 
 LOG: Final = "events.jsonl"
 _PREFIX: Final = re.compile(rb'\{"type":"([A-Za-z]{1,30})",')
@@ -140,22 +140,56 @@ class EventLog:
             self._known[slot] = event.number, hash(event.content())
 
 
+class LogReader:
+    """Reads a log from where it was read before."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._size, self._lines = file, 0, 0
+        self.damaged: list[int] = []
+        """Numbers of lines, from 1, that are no events."""
+
+    def new(self, kinds: Collection[type[Event]] = ()) -> list[Event]:
+        """Return the events that were appended since, of these kinds (all by default), in their order.
+
+        A torn last line is left for the next time. A log that became shorter is read from its beginning.
+
+        Raises:
+            OSError: there is no such file.
+        """
+        with open(self._file, "rb") as log:
+            if os.fstat(log.fileno()).st_size < self._size:
+                self._size = self._lines = 0
+            log.seek(self._size)
+            content = log.read()
+        found = []
+        for number, event in _scan(content, {kind.__name__.encode() for kind in kinds}):
+            if isinstance(event, Event):
+                found.append(event)
+            else:
+                self.damaged.append(self._lines + number)
+        self._size += content.rfind(b"\n") + 1
+        self._lines += content.count(b"\n")
+        return found
+
+    def warn(self) -> None:
+        """Warn of the lines that cannot be read, where there are any."""
+        if self.damaged:
+            more = f" and {len(self.damaged) - 1} more" if len(self.damaged) > 1 else ""
+            warnings.warn(
+                f"{self._file}: line {self.damaged[0]}{more} cannot be read and is left out; the results are not touched",
+                stacklevel=3,
+            )
+
+
 def read_events(file: Path, after: int = 0, kinds: Collection[type[Event]] = ()) -> list[Event]:
     """Return the events of a log whose number is above `after`, of these kinds (all by default), in their order.
 
     Raises:
         OSError: there is no such file.
     """
-    names = {kind.__name__.encode() for kind in kinds}
-    found, damaged = [], []
-    for number, event in _scan(file.read_bytes(), names):
-        if not isinstance(event, Event):
-            damaged.append(number)
-        elif event.number > after:
-            found.append(event)
-    if damaged:
-        lines = f"line {damaged[0]}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else "")
-        warnings.warn(f"{file}: {lines} cannot be read and is left out; the results are not touched", stacklevel=2)
+    reader = LogReader(file)
+    found = [event for event in reader.new(kinds) if event.number > after]
+    reader.warn()
     return found
 
 

@@ -19,9 +19,9 @@ from typing import Any, ParamSpec, TypeVar
 
 from pipeline.artifact import Artifact
 from pipeline.config import Config
+from pipeline.events import StageDone, StageFailed, StageStarted, emit
 from pipeline.orchestration.engine import run_as_task
 from pipeline.orchestration.interruption import check
-from pipeline.progress import report
 from pipeline.store import Store, canonical_json, current_store, sha256_of
 from pipeline.store.context import Call, current_watch, record_metrics, running
 
@@ -62,9 +62,7 @@ def stage(*, version: str, own: Callable[..., bool] | None = None) -> Callable[[
                     return None
                 if (watch := current_watch()) is not None:
                     watch.found(name, record["result"])
-                report(
-                    "stage", name=name, outcome="cached", seconds=record["seconds"], key=key, digest=record["result"]
-                )
+                emit(StageDone(name, key, record["result"], record["seconds"], cached=True))
                 return kind()(record["result"], key)
 
             def compute() -> A:
@@ -122,7 +120,7 @@ def _describe(stage_name: str, parameter: str, value: Any) -> Any:
 
 
 def _execute(store: Store, key: str, call: Call, kind: type[A], work: Callable[[], A]) -> A:
-    report("stage", name=call.stage, outcome="started", key=key)
+    emit(StageStarted(call.stage, key))
     started, watch = time.perf_counter(), current_watch()
     try:
         with running(call):
@@ -140,7 +138,7 @@ def _execute(store: Store, key: str, call: Call, kind: type[A], work: Callable[[
             if watch is not None:
                 watch.wrote(call.stage, store.folder(result.digest))
     except BaseException as error:
-        report("stage", name=call.stage, outcome="failed", key=key, error=f"{type(error).__name__}: {error}")
+        emit(StageFailed(call.stage, key, f"{type(error).__name__}: {error}"))
         raise
-    report("stage", name=call.stage, outcome="executed", seconds=seconds, key=key, digest=result.digest)
+    emit(StageDone(call.stage, key, result.digest, seconds, cached=False))
     return dataclasses.replace(result, action=key)

@@ -8,7 +8,8 @@ import pytest
 
 from flows.config.recipes import arithmetic_smoke
 from flows.iterative_rl import iterative_rl
-from flows.observer import Observer, observing
+from flows.runs.points import Points
+from pipeline.events import recording
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
 from stages.tables import Questions
@@ -24,15 +25,15 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    store, seen = Store(tmp_path_factory.mktemp("run")), Observer()
-    with use_store(store), observing(seen):
+    store, seen = Store(tmp_path_factory.mktemp("run")), Points()
+    with use_store(store), recording(seen.take):
         final = iterative_rl(arithmetic_smoke()).digest
     calls: dict[str, list[dict[str, Any]]] = {}
     for action in store.actions():
         inputs = {name: value.get("artifact") for name, value in action["arguments"].items() if isinstance(value, dict)}
         calls.setdefault(action["stage"], []).append({**inputs, "result": action["result"]})
     evict()
-    return Run(store, final, seen.points, calls)
+    return Run(store, final, seen.by_step, calls)
 
 
 def updates(run: Run) -> list[dict[str, Any]]:

@@ -14,7 +14,8 @@ from typing import Final
 from flows.algorithm.data import DataSets
 from flows.algorithm.rewards import RewardModels
 from flows.config import IterativeRLConfig, RewardModelPlan
-from flows.observer import observer
+from flows.runs.points import calls_of
+from pipeline.events import DriftDone, emit
 from stages.data import sample_batch
 from stages.models import Checkpoint
 from stages.reward import labels_only, score
@@ -24,8 +25,6 @@ from stages.tables import Questions, RewardGauges
 
 __all__ = ["measure_drift"]
 
-_GAUGES: Final = ("auc", "accuracy", "step_accuracy")
-"""The gauges that are followed from model to model; all others are in the tables."""
 _POLICIES: Final = ("old_policy", "new_policy")
 _MODELS: Final = ("old_model", "new_model")
 
@@ -38,7 +37,7 @@ def measure_drift(
     *,
     step: int,
 ) -> None:
-    """Tell the observer, as metrics of `step`, how the reward models do on held-out outputs of both policies.
+    """Measure, as of `step`, how the reward models do on held-out outputs of both policies.
 
     Args:
         models: those that the iteration was rewarded by, and those trained on after it; the same where they were not.
@@ -51,20 +50,15 @@ def measure_drift(
     if plan is None or not plan.held_out_questions or not data.evaluation:
         return
     questions = _questions(plan, data, config.seed)
-    metrics: dict[str, float] = {}
+    measured: dict[str, RewardGauges] = {}
     for which, policy in dict(zip(_POLICIES, policies, strict=True)).items():
         if which == "new_policy" and policy == policies[0]:
             continue
         for state, held in dict(zip(_MODELS, models, strict=True)).items():
             if state == "new_model" and held.models == models[0].models:
                 continue
-            measured = _gauges(config, plan, held, policy, questions).metrics
-            metrics |= {
-                f"rm/held_out_{gauge}/{state}_{which}": measured[f"rm/{gauge}"]
-                for gauge in _GAUGES
-                if f"rm/{gauge}" in measured
-            }
-    observer().drift(step, metrics)
+            measured[f"{state}_{which}"] = _gauges(config, plan, held, policy, questions)
+    emit(DriftDone(step, calls_of(measured)))
 
 
 def _questions(plan: RewardModelPlan, data: DataSets, seed: int) -> Questions:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final, assert_never
 
 from flows.config import IterativeRLConfig, PreflightConfig
-from flows.observer import observer
+from pipeline.events import PreflightDone, emit
 from pipeline.store import PrunedArtifactError
 from stages.advantage import (
     AdvantageConfig,
@@ -93,7 +93,7 @@ def preflight(config: IterativeRLConfig, outputs: Rollouts, rewards: Rewards | N
     except PrunedArtifactError:
         return  # it was examined when it was new, and what still is to be computed from it says that it is gone
     found = examine(rows, config.advantage)
-    observer().preflight(found.metrics(), str(found))
+    emit(PreflightDone(0, str(found), found.metrics()))
     complaints = [*_unread(config, found, rows, outputs), *_silent(config, found, rows)]
     if complaints:
         raise NoSignalError(

@@ -33,7 +33,7 @@ from flows.experiments.studies import EXPERIMENTS, named_experiment
 from flows.experiments.tables import print_comparison
 from flows.experiments.workers import require_workers_pool, run_on_workers
 from flows.places import Places
-from flows.session import run_flow
+from flows.runs.session import run_flow
 from pipeline.config import ConfigError
 from pipeline.orchestration.engine import Engine
 from pipeline.progress import failsafe

@@ -15,7 +15,7 @@ from flows.looking.history import find_run, history_of
 from flows.places import Places
 from flows.wording import duration
 from pipeline.config import ConfigError
-from pipeline.progress import listen
+from pipeline.events import StageDone, recording
 from pipeline.store import use_store
 
 __all__ = ["diff", "replay", "report"]
@@ -100,18 +100,17 @@ def replay(
         raise ConfigError(
             f"--run: no run is named {run}; `cohort runs --root {shlex.quote(str(places.root))}` lists them"
         )
-    outcomes: list[dict[str, object]] = []
+    done: list[StageDone] = []
     with (
         use_store(places.open_store()) as store,
-        listen(lambda topic, values: outcomes.append({"topic": topic, **values})),
+        recording(lambda event: done.append(event) if isinstance(event, StageDone) else None),
     ):
         history = history_of(places, store, record)
         call = choose_call(history, stage, _step(history.config.steps, step, iteration), evaluation)
         prepared = prepare_replay(store, history, call, set_ or [])
         result = prepared.run()
-        last = next(part for part in reversed(outcomes) if part["topic"] == "stage" and part["outcome"] != "started")
-        took = duration(float(str(last["seconds"])))
-        how = f"computed in {took}" if last["outcome"] == "executed" else f"found in the store; it took {took}"
+        took = duration(done[-1].seconds)
+        how = f"found in the store; it took {took}" if done[-1].cached else f"computed in {took}"
         where = f"step {call.step}" + (f", {evaluation}" if evaluation else "")
         out.print(f"[bold]{stage}[/] of {record.folder.name}, {where}: {how}", soft_wrap=True)
         calls = (prepared.recorded, store.action(result.action or ""))

@@ -13,8 +13,8 @@ from rich.markup import escape
 from flows.commands.options import Root, console
 from flows.config.resolve import choose
 from flows.places import Places
-from flows.records import IMPORTED, RunRecord, read_artifacts, read_records, unreadable_records
-from flows.session import run_flow
+from flows.runs.record import IMPORTED, RunRecord, read_artifacts, read_records, unreadable_records
+from flows.runs.session import run_flow
 from flows.storage.gc import Freed, Records, needed_again
 from flows.wording import quoted
 from pipeline.store import DamagedArtifactError, MissingArtifactError, PrunedArtifactError, Store, StoreError

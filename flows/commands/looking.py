@@ -14,7 +14,7 @@ from flows.commands.options import Root, console
 from flows.looking.artifact_view import show_artifact
 from flows.looking.history import find_run, history_of
 from flows.places import Places
-from flows.records import RunRecord, read_records, unreadable_records
+from flows.runs.record import RunRecord, read_records, unreadable_records
 from flows.wording import duration, moment, percent, quoted, visible
 from pipeline import lineage as ancestry
 from pipeline.config import ConfigError

@@ -15,8 +15,8 @@ from flows.config import IterativeRLConfig
 from flows.config.methods import METHODS, method_settings
 from flows.config.resolve import Choice, choose, descriptions
 from flows.places import Places
-from flows.session import run_flow
-from flows.summary import print_summary
+from flows.runs.session import run_flow
+from flows.runs.summary import print_summary
 from flows.wording import number
 from pipeline.config import ConfigError
 from pipeline.progress import failsafe

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from flows.retention import KeepConfig
+from flows.runs.retention import KeepConfig
 from pipeline.config import Config
 from stages.advantage import AdvantageConfig, GroupConfig
 from stages.critic import CriticConfig

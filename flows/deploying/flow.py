@@ -26,9 +26,9 @@ from flows.config import IterativeRLConfig
 from flows.config.resolve import Asked, choice_of
 from flows.deploying.pool import ASKED, DIFFERENCE, TAGS, VERSIONS, check_versions
 from flows.places import Places
-from flows.records import read_record, run_folder, write_json
-from flows.session import InterruptedRunError, run_flow
-from flows.summary import print_summary
+from flows.runs.record import read_record, run_folder, write_json
+from flows.runs.session import InterruptedRunError, run_flow
+from flows.runs.summary import print_summary
 from flows.wording import SafeConsole
 from pipeline.orchestration.flow_runs import names_living_process, owner_tag
 from pipeline.progress import failsafe

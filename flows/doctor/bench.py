@@ -25,7 +25,7 @@ from flows.places import Places, nearest
 from flows.planning.machine import DEVICE_FILE, DeviceProfile
 from flows.planning.shapes import ModelShape
 from flows.planning.work import Work, decoding_work, seconds_of, training_work
-from flows.records import write_json
+from flows.runs.record import write_json
 from stages.training import TrainingConfig, native_bf16
 
 __all__ = ["bench", "calibrated"]

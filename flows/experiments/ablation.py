@@ -23,8 +23,8 @@ from flows.experiments.report import report_file, write_report
 from flows.experiments.results import ExperimentResult, Sharing, experiment_folder, is_finished, write_experiment
 from flows.experiments.tables import Outcome, comparison_markdown
 from flows.places import Places
-from flows.records import read_record, run_folder
-from flows.session import InterruptedRunError
+from flows.runs.record import read_record, run_folder
+from flows.runs.session import InterruptedRunError
 from flows.wording import duration, number
 from pipeline.config import flatten
 from pipeline.lineage import explain

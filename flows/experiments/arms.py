@@ -11,7 +11,7 @@ from typing import Any, Final
 from flows.config import IterativeRLConfig
 from flows.config.methods import check_method, without_method
 from flows.config.resolve import Choice, choice_of, choose, read_overrides
-from flows.learning_curve import COLOURS
+from flows.runs.curve import COLOURS
 from pipeline.config import Config, ConfigError, Override, flatten, parse_settings
 from pipeline.experiment import Experiment, Trial, fitted_name, selected, trials
 from pipeline.store import canonical_json, sha256_of

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from flows.experiments.arms import Arm, PlannedExperiment
-from flows.ledger import Ledger, read_ledger
 from flows.places import Places
-from flows.records import RunRecord, read_record, run_folder, write_json
-from flows.summary import Summary
+from flows.runs.ledger import Ledger, read_ledger
+from flows.runs.record import RunRecord, read_record, run_folder, write_json
+from flows.runs.summary import Summary
 from pipeline.config import Config
 from pipeline.experiment import Experiment
 from pipeline.store import StoreError, canonical_json, sha256_of
@@ -81,7 +81,7 @@ class RunResult(Config):
     best: dict[str, tuple[int, float]]
     "Held-out set -> step and accuracy of the best evaluation (of samples where there are any, else greedy)."
     cost: dict[str, float]
-    "What training took: see `flows.summary.training_cost`."
+    "What training took: see `flows.runs.summary.training_cost`."
 
     def summary(self, places: Places) -> Summary | None:
         """Read everything of the run; `curve` has its metrics by step."""

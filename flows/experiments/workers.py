@@ -25,8 +25,8 @@ from flows.experiments.arms import Arm, PlannedExperiment
 from flows.experiments.results import is_finished
 from flows.experiments.running import progress_of, run_in_turn
 from flows.places import Places
-from flows.records import run_folder
-from flows.session import InterruptedRunError
+from flows.runs.record import run_folder
+from flows.runs.session import InterruptedRunError
 from pipeline.experiment import fitted_name
 from pipeline.orchestration.flow_runs import mark_crashed
 from pipeline.orchestration.interruption import interruptible

@@ -1,26 +1,22 @@
-"""What a run did, call by call: from its ledger, or, where it has none yet, by asking the store what the flow would find.
-
-A run keeps a ledger when it ends well (`flows/ledger.py`). For one that is running or was stopped the flow itself is called on
-a store that only finds and never computes: it passes through every call that is recorded and ends at the first that is not.
-Calls of an earlier version of Cohort, whose keys nobody computes any more, are followed back from the final policy.
-"""
+"""What a run did, call by call: its ledger and its curves, folds of its log."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from pydantic import TypeAdapter
 
 from flows.config import IterativeRLConfig
-from flows.ledger import Call, Ledger, read_ledger
-from flows.observer import Observer, observing
 from flows.places import Places
-from flows.records import RunRecord, read_artifacts, read_records
-from pipeline.progress import listen
-from pipeline.store import MissingArtifactError, Store, use_store
+from flows.runs.ledger import Call, Ledger, read_ledger
+from flows.runs.points import Points as MeasuredPoints
+from flows.runs.record import RunRecord, read_records
+from pipeline.event_log import LOG, read_events
+from pipeline.store import Store, StoreError
 
 __all__ = ["BESIDE", "History", "PlacedCall", "find_run", "history_of", "placed_calls"]
 
@@ -42,7 +38,7 @@ class History:
     points: Points
     """Step -> evaluations, rewards and what else its summary keeps."""
     note: str
-    """Why the ledger may not hold all of the run; empty where it does."""
+    """Why the ledger may not have all of the run; empty where it has."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +55,6 @@ class PlacedCall:
     digest: str
 
 
-class _Recorded(Store):
-    """A store in which nothing is computed, nor verified: a call that is not recorded is an error."""
-
-    def find(self, key: str, *, own: bool = False) -> dict[str, Any] | None:
-        return self.action(key)
-
-
 def find_run(places: Places, what: str) -> RunRecord | None:
     """The run of a folder's name, or the latest of a configuration's name."""
     return next((run for run in reversed(list(read_records(places))) if what in (run.folder.name, run.name)), None)
@@ -79,16 +68,9 @@ def history_of(places: Places, store: Store, record: RunRecord) -> History:
     """
     file = record.folder / "config.yaml"
     config = IterativeRLConfig.from_yaml(file.read_text(encoding="utf-8"), source=str(file))
-    points = _summarised(record)
-    ledger = read_ledger(record.folder)
-    if ledger is not None:
-        return History(record, config, ledger, points, "")
-    ledger, found, missing = _walk(places, config)
-    if len(ledger.steps) < record.steps and record.policy:
-        ledger = _followed_back(store, record)
-        note = "made by an earlier version: calls are those that its final policy leads to"
-        return History(record, config, ledger, points, note)
-    return History(record, config, ledger, points or found, missing)
+    ledger = read_ledger(record.folder, complete=False) or Ledger()
+    note = "" if record.finished else f"it has not ended well: its calls are known up to step {len(ledger.steps)}"
+    return History(record, config, ledger, _summarised(record) or _measured(store, record), note)
 
 
 def placed_calls(ledger: Ledger) -> list[PlacedCall]:
@@ -126,63 +108,16 @@ def _summarised(record: RunRecord) -> Points:
     return {}
 
 
-def _walk(places: Places, config: IterativeRLConfig) -> tuple[Ledger, Points, str]:
-    """The calls that the flow finds in the store, the metrics they recorded, and why it found no more."""
-    from flows.iterative_rl import iterative_rl
+def _measured(store: Store, record: RunRecord) -> Points:
+    """The metrics of calls that are recorded, of a run without a summary; those of calls that were forgotten are left out."""
 
-    ledger, observer, note = Ledger(), Observer(), ""
-    try:
-        with use_store(_Recorded(places.store)), listen(ledger.take), observing(observer):
-            iterative_rl(config)
-    except MissingArtifactError:
-        note = f"after step {len(ledger.steps)} there is no call that a run would reuse now"
-    except (ValueError, OSError) as error:  # a file of questions that is gone, outputs without a signal
-        note = f"ends after step {len(ledger.steps)}: {str(error).splitlines()[0]}"
-    return ledger, observer.points, note
+    def find(key: str) -> Mapping[str, Any]:
+        with contextlib.suppress(StoreError):
+            return store.action(key)
+        return {}
 
-
-def _followed_back(store: Store, record: RunRecord) -> Ledger:
-    """Steps and calls of a finished run, from the updates that its final policy is the last of."""
-    known = read_artifacts(record.folder)
-    order = {digest: place for place, digest in enumerate(known)}
-    # Calls of several runs may have come to equal content: those of this run's time win (they stand last), else the earliest.
-    calls = [call for call in store.actions() if call["result"] in known]
-    calls.sort(key=lambda call: (_is_of(record, call), -call["created"]))
-    updates = {call["result"]: call for call in calls if call["stage"] == "update_policy"}
-    chain: list[dict[str, Any]] = []
-    policy = record.policy
-    while policy in updates and all(_given(updates[policy], name) for name in ("policy", "outputs", "advantages")):
-        chain.append(updates.pop(policy))  # popped: an update without a gradient returns the policy it was given
-        policy = _given(chain[-1], "policy") or ""
-    around = [_around(calls, update) for update in reversed(chain)]
-    chosen = {(call["stage"], call["result"]): call for part in [calls, *around] for call in part}
-    ledger = Ledger()
-    for call in sorted(chosen.values(), key=lambda call: order[call["result"]]):
-        ledger.calls[call["key"]] = Call(call["stage"], call["result"], call["seconds"])
-    for step, part in enumerate(around, 1):
-        ledger.steps[step] = {call["stage"]: call["result"] for call in part}
-    return ledger
-
-
-def _is_of(record: RunRecord, call: dict[str, Any]) -> bool:
-    """Whether a call was computed while the run was running."""
-    return any(0 <= call["created"] - attempt.started <= attempt.seconds for attempt in record.attempts)
-
-
-def _around(calls: list[dict[str, Any]], update: dict[str, Any]) -> list[dict[str, Any]]:
-    """The calls that an update's outputs and advantages came from, and those that took the same outputs."""
-    outputs, advantages = _given(update, "outputs"), _given(update, "advantages")
-    made = [call for call in calls if call["result"] == outputs]
-    questions = [call["arguments"]["questions"] for call in made if "questions" in call["arguments"]]
-    asked = [call for call in calls if {"artifact": call["result"]} in questions]
-    estimated = [call for call in calls if call["result"] == advantages and _given(call, "outputs") == outputs]
-    taken = [call for call in calls if _given(call, "outputs") == outputs and call["type"] != "Advantages"]
-    rest = [call for call in taken if call["stage"] != "update_policy"]
-    return [*asked, *made, *rest, *estimated, update]
-
-
-def _given(call: dict[str, Any], name: str) -> str | None:
-    """Digest of the artifact that a call was given; None where it was given none, or is no call of ours."""
-    given = call["arguments"].get(name)
-    digest = given.get("artifact") if isinstance(given, dict) else None
-    return digest if isinstance(digest, str) else None
+    points = MeasuredPoints(find)
+    for event in read_events(record.folder / LOG):
+        with contextlib.suppress(KeyError):
+            points.take(event)
+    return points.by_step

@@ -17,8 +17,8 @@ from flows.looking.groups import groups_of
 from flows.looking.history import History, PlacedCall, placed_calls
 from flows.looking.run_curve import Curve, evaluations, measures
 from flows.looking.run_diff import config_changes
-from flows.records import Attempt
-from flows.summary import mismatch_line, worst_mismatch
+from flows.runs.record import Attempt
+from flows.runs.summary import mismatch_line, worst_mismatch
 from flows.wording import duration, moment, percent, quoted
 from pipeline.store import MissingArtifactError, Store
 

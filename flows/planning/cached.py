@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from flows.config import ArithmeticData, FileData, IterativeRLConfig
-from flows.ledger import Ledger
-from flows.observer import Observer, observing
 from flows.planning.plan import evaluations_of
-from pipeline.progress import listen
+from flows.runs.ledger import Ledger
+from pipeline.events import recording
 from pipeline.store import MissingArtifactError, Store, use_store
 from stages.reward_training import MonteCarloConfig
 
@@ -46,7 +45,7 @@ def progress_of(config: IterativeRLConfig, store: Store) -> Progress:
 
     ledger, note, ended = Ledger(), "", False
     try:
-        with use_store(cast(Store, _OnlyFinds(store))), listen(ledger.take), observing(Observer()):
+        with use_store(cast(Store, _OnlyFinds(store))), recording(ledger.take):
             iterative_rl(config)
         ended = True
     except MissingArtifactError:

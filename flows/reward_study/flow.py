@@ -15,8 +15,9 @@ from flows.algorithm.data import below
 from flows.algorithm.models import pretrained_model
 from flows.config import PretrainedPolicy
 from flows.reward_study.config import RewardModelStudyConfig
+from flows.runs.points import calls_of
+from pipeline.events import StepDone, emit
 from pipeline.orchestration.engine import flow
-from pipeline.progress import report
 from stages.data import (
     DataError,
     demonstrations_from_solutions,
@@ -118,7 +119,7 @@ def reward_model_study(config: RewardModelStudyConfig) -> Study:
         found = _measure(config, scores, other, shortcuts)
         study.models[seed] = _gauges(gauges) | _gauges(found)
         study.training[seed], study.trained[seed] = dict(model.metrics), model
-        report("step", step=seed - config.seed + 1, iteration=0, metrics={**gauges.metrics, **found.metrics})
+        emit(StepDone(seed - config.seed + 1, 0, calls_of({"gauges": gauges, "shortcuts": found})))
     return study
 
 

@@ -11,14 +11,14 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from flows.display import displaying
 from flows.experiments.tables import Grid, markdown_rows
 from flows.places import Places
-from flows.records import ARTIFACTS, write_json
 from flows.reward_study.config import StudyChoice
 from flows.reward_study.flow import Gauge, Study, reward_model_study
-from flows.run_state import RunState
-from flows.session import InterruptedRunError, orchestration, starting_server
+from flows.runs.display import displaying
+from flows.runs.record import ARTIFACTS, write_json
+from flows.runs.session import InterruptedRunError, orchestration, starting_server
+from flows.runs.state import RunState
 from flows.wording import percent
 from pipeline.orchestration.engine import Engine
 from pipeline.orchestration.interruption import interruptible, is_interruption

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from pathlib import Path
 
-from flows.ledger import read_ledger
 from flows.places import Places
-from flows.records import ARTIFACTS, read_artifacts, read_digests
+from flows.runs.record import ARTIFACTS, read_artifacts, read_digests
+from pipeline.event_log import LOG, LogReader
+from pipeline.events import StageDone
 from pipeline.store import Store
 
 __all__ = ["OtherRuns", "references", "used_by"]
 
 
 def used_by(folder: Path, store: Store) -> set[str]:
-    """Digests of what a run used: as its record and ledger say, or what is left of the lease of one that was killed."""
+    """Digests of what a run used: as its log says, or what is left of the lease of one that was killed."""
     return _used_by(folder, store.pins.remains())
 
 
@@ -30,29 +31,31 @@ def references(places: Places, store: Store) -> dict[str, set[str]]:
 
 
 def _used_by(folder: Path, remains: Mapping[str, set[str]]) -> set[str]:
-    ledger = read_ledger(folder)
-    called = {call.digest for call in ledger.calls.values()} if ledger else set()
-    return {*read_artifacts(folder), *called, *remains.get(folder.name, ())}
+    return {*read_artifacts(folder), *remains.get(folder.name, ())}
 
 
 class OtherRuns:
-    """What other runs than one have recorded as used, read again only where a record changed."""
+    """What other runs than one have used, and studies; of their logs only what was appended since is read.
 
-    def __init__(self, places: Places, own: str) -> None:
-        self._runs, self._own = places.runs, own
-        self._known: dict[Path, tuple[int, frozenset[str]]] = {}
-        self._all: frozenset[str] = frozenset()
+    Runs that live are left out: their leases say what they need, and what they give back.
+    """
+
+    def __init__(self, places: Places, own: str, store: Store) -> None:
+        self._runs, self._own, self._store = places.runs, own, store
+        self._logs: dict[Path, LogReader] = {}
+        self._studies: dict[Path, int] = {}
+        self._all: set[str] = set()
 
     def digests(self) -> Set[str]:
         """All of them."""
-        changed = False
-        for file in [*self._runs.glob(f"*/{ARTIFACTS}"), *self._runs.glob(f"*.{ARTIFACTS}")]:
-            if file.parent.name == self._own:
-                continue
+        apart = {self._own, *(lease.run for lease in self._store.pins.live())}
+        for file in self._runs.glob(f"*/{LOG}"):
+            if file.parent.name not in apart:
+                events = self._logs.setdefault(file, LogReader(file)).new(kinds=(StageDone,))
+                self._all.update(event.result for event in events if isinstance(event, StageDone))
+        for file in self._runs.glob(f"*.{ARTIFACTS}"):
             written = file.stat().st_mtime_ns
-            if self._known.get(file, (0, frozenset()))[0] != written:
-                self._known[file] = (written, frozenset(read_digests(file)))
-                changed = True
-        if changed:
-            self._all = frozenset[str]().union(*(digests for _, digests in self._known.values()))
+            if self._studies.get(file) != written:
+                self._studies[file] = written
+                self._all |= read_digests(file)
         return self._all

@@ -17,7 +17,7 @@ from typing import Any
 
 from flows.cli import run_command
 from flows.places import Places
-from flows.records import read_records
+from flows.runs.record import read_records
 from pipeline import tracking
 
 SIGNALS = (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

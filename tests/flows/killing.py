@@ -18,7 +18,7 @@ from typing import Any
 
 from flows.config.recipes import arithmetic_smoke
 from flows.iterative_rl import iterative_rl
-from pipeline.progress import listen
+from pipeline.events import Event, StageDone, recording
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
 
@@ -27,11 +27,11 @@ def run(root: Path) -> dict[str, Any]:
     """Run the recipe in `root`: its final digest and how many stages were executed."""
     executed: list[str] = []
 
-    def note(topic: str, values: dict[str, Any]) -> None:
-        if topic == "stage" and values["outcome"] == "executed":
-            executed.append(values["name"])
+    def note(event: Event) -> None:
+        if isinstance(event, StageDone) and not event.cached:
+            executed.append(event.stage)
 
-    with use_store(Store(root)), listen(note):
+    with use_store(Store(root)), recording(note):
         digest = iterative_rl(arithmetic_smoke()).digest
     evict()
     return {"digest": digest, "executed": len(executed)}

@@ -16,8 +16,8 @@ from flows.config import IterativeRLConfig
 from flows.config.methods import method_settings
 from flows.config.recipes import arithmetic_smoke
 from flows.iterative_rl import iterative_rl
-from flows.observer import Observer, observing
-from pipeline.progress import listen
+from flows.runs.points import Points
+from pipeline.events import Event, StageDone, recording
 from pipeline.store import Store, use_store
 
 SHORT = {"shortest": 2, "longest": 2}
@@ -46,10 +46,10 @@ class Run:
     executed: Counter[str] = field(default_factory=Counter)
     points: dict[int, dict[str, float]] = field(default_factory=dict)
 
-    def take(self, topic: str, values: dict[str, Any]) -> None:
-        if topic == "stage" and values["outcome"] in ("executed", "cached"):
-            self.calls.append((values["name"], values["key"]))
-            self.executed[values["name"]] += values["outcome"] == "executed"
+    def take(self, event: Event) -> None:
+        if isinstance(event, StageDone):
+            self.calls.append((event.stage, event.key))
+            self.executed[event.stage] += not event.cached
 
     def of(self, stage: str) -> list[dict[str, Any]]:
         """The records of a stage's calls, in order."""
@@ -74,7 +74,9 @@ def train(store: Store, method: str, *, run: Run | None = None, **changes: Any) 
     """Train as a method does; `run` is filled in place, also where the training fails."""
     config: IterativeRLConfig = BASE.override(method_settings(method, BASE) | {"steps": 2} | changes)
     run = run or Run(store)
-    with use_store(store), listen(run.take), observing(Observer(points=run.points)):
+    points = Points()
+    points.by_step = run.points
+    with use_store(store), recording(run.take, points.take):
         run.digest = iterative_rl(config).digest
     return run
 

@@ -12,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 from flows.cli import run_command
 from flows.config.recipes import arithmetic_smoke
 from flows.iterative_rl import iterative_rl
-from flows.observer import Observer, observing
 from flows.places import Places
+from flows.runs.points import Points
+from pipeline.events import recording
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
 from stages.models import Checkpoint
@@ -24,8 +25,8 @@ SETTINGS = {"update.training.adapter.r": 2, "update.training.optimizer.learning_
 
 @pytest.mark.slow
 def test_a_run_with_adapters_that_is_resumed_ends_in_the_same_policy(tmp_path: Path) -> None:
-    config, seen = arithmetic_smoke().override(SETTINGS), Observer()
-    with use_store(Store(tmp_path / "uninterrupted")) as store, observing(seen):
+    config, seen = arithmetic_smoke().override(SETTINGS), Points()
+    with use_store(Store(tmp_path / "uninterrupted")) as store, recording(seen.take):
         final = iterative_rl(config)
         made = len(list(store.actions()))
         evict()
@@ -33,7 +34,7 @@ def test_a_run_with_adapters_that_is_resumed_ends_in_the_same_policy(tmp_path: P
         assert len(list(store.actions())) == made  # nothing was computed again
         starts = [call["result"] for call in store.actions() if call["stage"] == "supervised_finetuning"]
         assert [adapter_base(final)] == starts
-    kl = [seen.points[step]["policy/kl"] for step in (1, 2, 3, 4)]
+    kl = [seen.by_step[step]["policy/kl"] for step in (1, 2, 3, 4)]
     assert (kl[0], kl[2]) == (0.0, 0.0)
     assert min(kl[1], kl[3]) > 0
     with use_store(Store(tmp_path / "resumed")):

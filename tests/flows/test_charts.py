@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from flows.charts import charted
 from flows.cli import run_command
 from flows.places import Places
-from flows.records import read_records as read_runs
+from flows.runs.charts import charted
+from flows.runs.record import read_records as read_runs
 from pipeline.residency import evict
 from pipeline.store import Store
 from pipeline.tracking.journal import Record, read_records

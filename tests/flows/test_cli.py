@@ -20,8 +20,8 @@ from flows.config.recipes import RECIPES, arithmetic_smoke
 from flows.config.resolve import choose
 from flows.looking.groups import groups_of
 from flows.places import Places
-from flows.records import Attempt, RunRecord, read_records, run_folder
-from flows.run_state import RunState
+from flows.runs.record import Attempt, RunRecord, read_records, run_folder
+from flows.runs.state import RunState
 from pipeline.config import ConfigError
 from pipeline.residency import evict
 from pipeline.store import Store, StoreError, use_store
@@ -303,7 +303,7 @@ def test_a_damaged_record_does_not_hide_the_others(tmp_path: Path) -> None:
     places = Places(tmp_path)
     RunRecord.begin(places, arithmetic_smoke(), command="cohort run x", engine="inline")
     (places.runs / "damaged").mkdir()
-    (places.runs / "damaged" / "record.json").write_text("{")
+    (places.runs / "damaged" / "events.jsonl").write_text("{")
     assert [record.name for record in read_records(places)] == ["arithmetic_smoke"]
 
 

@@ -11,10 +11,20 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from flows.display import Display, displaying
-from flows.run_state import RunState, StageTotals
+from flows.runs.display import Display, displaying
+from flows.runs.points import Points
+from flows.runs.state import RunState, StageTotals
 from flows.wording import accuracies, duration, number
-from pipeline.progress import report
+from pipeline.events import (
+    EvaluationDone,
+    Event,
+    PreflightDone,
+    StageDone,
+    StageFailed,
+    StageStarted,
+    StepDone,
+    emit,
+)
 
 
 @dataclass
@@ -25,32 +35,63 @@ class Clock:
         return self.now
 
 
+METRICS: dict[str, dict[str, Any]] = {}
+"""Key of a call -> its record."""
+
+
+def key_of(metrics: dict[str, float]) -> str:
+    key = f"{len(METRICS):064x}"
+    METRICS[key] = {"metrics": metrics}
+    return key
+
+
+def state_of(steps: int, **values: Any) -> RunState:
+    return RunState(steps=steps, points=Points(METRICS.__getitem__), **values)
+
+
 def plain(steps: int = 4) -> tuple[Display, Clock, io.StringIO]:
     clock, text = Clock(), io.StringIO()
-    display = Display(RunState(steps=steps, clock=clock), Console(file=text, width=120, force_terminal=False))
+    display = Display(state_of(steps, clock=clock), Console(file=text, width=120, force_terminal=False))
     return display, clock, text
 
 
-def tell(display: Display, topic: str, values: dict[str, Any]) -> None:
-    """Report to the state, then to what shows it."""
-    display.state.take(topic, values)
-    display.take(topic, values)
+def tell(display: Display, *events: Event) -> None:
+    """Give events to the state, then to what shows it."""
+    for event in events:
+        display.state.take(event)
+        display.take(event)
 
 
-def executed(name: str, seconds: float) -> dict[str, Any]:
-    return {"name": name, "outcome": "executed", "seconds": seconds, "key": "k", "digest": f"digest of {name}"}
+def tell_progress(display: Display, topic: str, values: dict[str, Any]) -> None:
+    display.state.note(topic, values)
+    display.note(topic, values)
+
+
+def executed(name: str, seconds: float) -> StageDone:
+    return StageDone(name, "a" * 64, f"digest of {name}", seconds, cached=False)
+
+
+def step_of(done: int, iteration: int, metrics: dict[str, float]) -> StepDone:
+    return StepDone(done, iteration, {"policy": key_of(metrics)})
+
+
+def evaluation(step: int, name: str, mode: str, metrics: dict[str, float]) -> EvaluationDone:
+    return EvaluationDone(step, name, mode, {"evaluation": key_of(metrics)})
 
 
 def step(display: Display, done: int, reward: float = 0.5) -> None:
-    tell(display, "step", {"step": done, "iteration": 0, "metrics": {"reward/mean": reward}})
+    tell(display, step_of(done, 0, {"reward/mean": reward}))
 
 
 def test_a_run_counts_computed_and_reused_calls_with_their_seconds() -> None:
-    state = RunState(steps=1, clock=Clock())
-    state.take("stage", {"name": "score", "outcome": "started", "key": "a"})
-    state.take("stage", executed("score", 2.0))
-    state.take("stage", {"name": "score", "outcome": "cached", "seconds": 3.0, "key": "b", "digest": "d"})
-    state.take("stage", {"name": "score", "outcome": "failed", "key": "c", "error": "ValueError: no"})
+    state = state_of(1, clock=Clock())
+    for event in (
+        StageStarted("score", "a"),
+        executed("score", 2.0),
+        StageDone("score", "b", "d", 3.0, cached=True),
+        StageFailed("score", "c", "ValueError: no"),
+    ):
+        state.take(event)
     assert state.stages == {"score": StageTotals(executed=1, cached=1, failed=1, seconds=2.0, saved=3.0)}
     assert (state.executed, state.cached, state.stages["score"].calls) == (1, 1, 3)
     assert state.artifacts == {"digest of score": "score", "d": "score"}
@@ -58,20 +99,20 @@ def test_a_run_counts_computed_and_reused_calls_with_their_seconds() -> None:
 
 def test_the_forecast_is_the_mean_of_steps_that_computed_times_what_is_left() -> None:
     clock = Clock()
-    state = RunState(steps=10, clock=clock)
+    state = state_of(10, clock=clock)
     for done, seconds in enumerate((50.0, 2.0, 4.0), start=1):  # the first also started engines
         clock.now += seconds
-        state.take("stage", executed("update_policy", 1.0))
-        state.take("step", {"step": done, "iteration": 0, "metrics": {}})
+        state.take(executed("update_policy", 1.0))
+        state.take(step_of(done, 0, {}))
     assert state.seconds_left() == pytest.approx(7 * 3.0)
     clock.now += 1.0
     assert state.seconds_left() == pytest.approx(7 * 3.0 - 1.0)
 
 
 def test_there_is_no_forecast_from_reused_steps() -> None:
-    state = RunState(steps=3, clock=Clock())
+    state = state_of(3, clock=Clock())
     for done in (1, 2):
-        state.take("step", {"step": done, "iteration": 0, "metrics": {}})
+        state.take(step_of(done, 0, {}))
     assert state.seconds_left() is None
 
 
@@ -79,7 +120,7 @@ def test_plain_output_has_one_line_per_computed_step() -> None:
     display, clock, text = plain()
     for done in (1, 2):
         clock.now += 2.0
-        tell(display, "stage", executed("update_policy", 1.0))
+        tell(display, executed("update_policy", 1.0))
         step(display, done, reward=done / 4)
     assert text.getvalue().splitlines() == [
         "00:00:02  step   1/4  reward 0.250  2.0 s",
@@ -89,12 +130,12 @@ def test_plain_output_has_one_line_per_computed_step() -> None:
 
 def test_a_line_says_which_of_several_iterations_it_is_and_how_many_outputs_were_right() -> None:
     text = io.StringIO()
-    state = RunState(steps=4, iterations=2, clock=Clock())
+    state = state_of(4, iterations=2, clock=Clock())
     display = Display(state, Console(file=text, width=120, force_terminal=False))
     for done, right in ((2, 0.25), (3, 0.5)):
-        tell(display, "stage", executed("update_policy", 1.0))
+        tell(display, executed("update_policy", 1.0))
         metrics = {"reward/mean": 0.5, "reward/status_ok": right}
-        tell(display, "step", {"step": done, "iteration": (done - 1) // 2, "metrics": metrics})
+        tell(display, step_of(done, (done - 1) // 2, metrics))
     first, second = text.getvalue().splitlines()
     assert "step   2/4, iteration 1/2  reward 0.500  accuracy 0.250" in first
     assert "step   3/4, iteration 2/2  reward 0.500  0.0 s" in second, "accuracy is left out where it is the reward"
@@ -103,8 +144,8 @@ def test_a_line_says_which_of_several_iterations_it_is_and_how_many_outputs_were
 def test_a_step_without_rewards_or_kl_tells_what_it_has() -> None:
     display, clock, text = plain()
     clock.now += 2.0
-    tell(display, "stage", executed("update_policy", 1.0))
-    tell(display, "step", {"step": 1, "iteration": 0, "metrics": {"policy/entropy": 3.25}})
+    tell(display, executed("update_policy", 1.0))
+    tell(display, step_of(1, 0, {"policy/entropy": 3.25}))
     assert text.getvalue() == "00:00:02  step   1/4  entropy 3.250  2.0 s\n"
     display.console.print(display)
     assert "step 1/4" in text.getvalue()
@@ -120,10 +161,10 @@ def test_reused_steps_are_one_line() -> None:
 
 def test_a_long_stage_says_every_five_seconds_where_it_stands() -> None:
     display, clock, text = plain()
-    tell(display, "stage", {"name": "supervised_finetuning", "outcome": "started", "key": "k"})
+    tell(display, StageStarted("supervised_finetuning", "k"))
     for done in range(1, 13):
         clock.now += 1.0
-        tell(display, "sft", {"done": done, "total": 600, "loss": 1.25})
+        tell_progress(display, "sft", {"done": done, "total": 600, "loss": 1.25})
     assert text.getvalue().splitlines() == [
         "00:00:05  supervised_finetuning 5/600  loss 1.25",
         "00:00:10  supervised_finetuning 10/600  loss 1.25",
@@ -133,17 +174,16 @@ def test_a_long_stage_says_every_five_seconds_where_it_stands() -> None:
 def test_an_evaluation_is_shown_with_its_interval() -> None:
     display, _, text = plain()
     metrics = {"accuracy": 0.5, "accuracy_ci_low": 0.4, "accuracy_ci_high": 0.6, "pass_at_8": 0.9, "pass_at_1": 0.5}
-    tell(display, "evaluation", {"step": 10, "set": "held_out", "mode": "sampled", "metrics": metrics})
+    tell(display, evaluation(10, "held_out", "sampled", metrics))
     assert text.getvalue() == "00:00:00  step  10  held_out: sampled 0.500 [0.400, 0.600] pass@8 0.900 maj@8 -\n"
 
 
 def test_greedy_and_sampled_accuracy_of_a_set_share_a_line() -> None:
     display, _, text = plain()
     for name in ("in_domain", "out_of_domain"):
-        greedy = {"step": 0, "set": name, "mode": "greedy", "metrics": {"greedy_accuracy": 0.5}}
-        tell(display, "evaluation", greedy)
+        tell(display, evaluation(0, name, "greedy", {"accuracy": 0.5}))
         if name == "in_domain":
-            tell(display, "evaluation", greedy | {"mode": "sampled", "metrics": {"accuracy": 0.25}})
+            tell(display, evaluation(0, name, "sampled", {"accuracy": 0.25}))
     display.close()
     assert text.getvalue().splitlines() == [
         "00:00:00  step   0  in_domain: greedy 0.500  sampled 0.250",
@@ -170,23 +210,23 @@ def test_what_was_warned_of_is_kept_for_the_summary_once() -> None:
 
 def test_the_first_outputs_have_a_line_that_stays() -> None:
     display, _, text = plain()
-    tell(display, "preflight", {"text": "1 truncated, 0 unparseable of 8"})
+    tell(display, PreflightDone(0, "1 truncated, 0 unparseable of 8", {}))
     assert text.getvalue() == "00:00:00  first outputs: 1 truncated, 0 unparseable of 8\n"
 
 
-def test_reports_made_inside_the_block_arrive() -> None:
+def test_events_emitted_inside_the_block_arrive() -> None:
     state = RunState(steps=1)
     with displaying(state, Console(file=io.StringIO(), force_terminal=False)):
-        report("stage", **executed("score", 1.5))
-    report("stage", **executed("score", 1.5))
+        emit(executed("score", 1.5))
+    emit(executed("score", 1.5))
     assert state.stages["score"].executed == 1
 
 
 def test_a_terminal_shows_the_bar_of_the_computing_stage() -> None:
     console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None)
     display = Display(RunState(steps=4), console)
-    tell(display, "stage", {"name": "rollout", "outcome": "started", "key": "k"})
-    tell(display, "rollout", {"done": 3, "total": 8, "tokens": 90, "tokens_per_s": 1234.5})
+    tell(display, StageStarted("rollout", "k"))
+    tell_progress(display, "rollout", {"done": 3, "total": 8, "tokens": 90, "tokens_per_s": 1234.5})
     with console.capture() as captured:
         console.print(display)
     assert "step 0/4" in captured.get()
@@ -195,10 +235,9 @@ def test_a_terminal_shows_the_bar_of_the_computing_stage() -> None:
 
 def test_a_terminal_shows_the_last_accuracy_on_each_held_out_set() -> None:
     console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None)
-    display = Display(RunState(steps=4, clock=Clock()), console)
+    display = Display(state_of(4, clock=Clock()), console)
     for mode, accuracy in (("greedy", 0.9), ("sampled", 0.7)):
-        values = {"step": 2, "set": "in_domain", "mode": mode, "metrics": {"accuracy": accuracy}}
-        tell(display, "evaluation", values)
+        tell(display, evaluation(2, "in_domain", mode, {"accuracy": accuracy}))
     with console.capture() as captured:
         console.print(display)
     assert "in_domain 0.700" in captured.get()

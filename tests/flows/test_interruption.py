@@ -19,7 +19,7 @@ import pytest
 
 from flows.cli import run_command
 from flows.places import Places
-from flows.records import read_records
+from flows.runs.record import read_records
 from pipeline import tracking
 from pipeline.progress import listen
 from pipeline.tracking.journal import Journal

@@ -9,11 +9,11 @@ import pytest
 from flows.cli import run_command
 from flows.config.recipes import arithmetic_smoke
 from flows.places import Places
-from flows.records import RunRecord
-from flows.run_state import RunState
+from flows.runs.record import RunRecord
+from flows.runs.state import RunState
 from flows.storage.gc import Records, needed_again, superseded
 from flows.storage.usage import Inventory
-from pipeline.progress import listen
+from pipeline.events import recording
 from pipeline.store import Store
 from tests.flows.toy_training import STATE_BYTES, WEIGHT_BYTES, Toy, kept, train
 
@@ -28,9 +28,8 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> tuple[Places, Toy]:
 def recorded(places: Places, name: str, **options: int) -> Toy:
     config = arithmetic_smoke().override({"name": name})
     record, state = RunRecord.begin(places, config, command="", engine="inline"), RunState(steps=5)
-    with listen(state.take):
+    with recording(record.log.take, state.take):
         run = train(places.open_store(), **{"steps": 5, "every": 3, **options})
-    run.ledger.write(record.folder)
     record.policy = run.policy
     record.end("finished", state)
     return run

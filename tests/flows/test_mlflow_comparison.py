@@ -23,7 +23,7 @@ import yaml
 
 from flows.cli import run_command
 from flows.experiments.results import ExperimentResult, read_experiment
-from flows.learning_curve import COLOURS
+from flows.runs.curve import COLOURS
 from pipeline.residency import evict
 from tests.flows.browser import Browser, chromium
 

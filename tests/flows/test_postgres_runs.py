@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from flows.places import Places
-from flows.records import read_records
+from flows.runs.record import read_records
 from pipeline.orchestration.server import stop_server
 from pipeline.tracking.database import connect
 from tests.pipeline.postgres import PASSWORD, Postgres, gives_away, postgres

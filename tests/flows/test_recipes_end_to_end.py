@@ -13,8 +13,8 @@ import pytest
 
 from flows.config import IterativeRLConfig
 from flows.iterative_rl import iterative_rl
-from flows.observer import Observer, observing
-from pipeline.progress import listen
+from flows.runs.points import Points
+from pipeline.events import recording
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
 from tests.flows.short_runs import Run
@@ -37,7 +37,9 @@ def run(config: IterativeRLConfig, store: Store) -> Run:
     first, second = Run(store), Run(store)
     with use_store(store):
         for done in (first, second):
-            with listen(done.take), observing(Observer(points=done.points)):
+            points = Points()
+            points.by_step = done.points
+            with recording(done.take, points.take):
                 done.digest = iterative_rl(config).digest
     assert second.digest == first.digest
     assert not second.executed.total()

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from flows.ledger import Ledger
 from flows.looking.history import History, PlacedCall
 from flows.looking.replay import prepare_replay
-from flows.records import RunRecord
+from flows.runs.ledger import Ledger
+from flows.runs.record import RunRecord
 from pipeline.residency import evict
 from pipeline.stage import describe
 from stages.update import MismatchError
@@ -47,7 +47,7 @@ def test_the_pass_is_made_where_the_reference_is_not_the_policy_itself(runs: dic
 
 def test_an_update_is_replayed_with_the_table_or_the_model_it_had(runs: dict[str, Run]) -> None:
     run, kinds = runs["stage"], set()
-    history = History(RunRecord(Path("run"), "run", 4, []), BASE, Ledger(), {}, "")
+    history = History(RunRecord(Path("run"), "run", 4), BASE, Ledger(), {}, "")
     for name, key in run.calls:
         if name == "update_policy":
             replay = prepare_replay(run.store, history, PlacedCall(1, "", name, key, ""), [])

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from flows.config.recipes import arithmetic_smoke
-from flows.ledger import Ledger
 from flows.registry import Registrar, policies_of
-from flows.summary import Summary
+from flows.runs.ledger import Ledger
+from flows.runs.summary import Summary
+from pipeline.events import DriftDone, StageDone, StepDone
 from pipeline.store import Store
 from pipeline.tracking import Tracker
 from pipeline.tracking.registry import TrackedModel
@@ -57,25 +58,35 @@ def test_a_best_policy_that_rl_did_not_make_or_that_is_the_final_one_is_not_regi
     assert [(model.digest, model.tags["which"]) for model in told] == [("f" * 64, "final")]
 
 
-def trained(store: Store, digest: str, loss: float) -> dict[str, Any]:
-    """The report of a training, as it stands in the store."""
+def trained(store: Store, digest: str, loss: float) -> StageDone:
+    """The end of a training, as the store has it."""
     key = digest[::-1]
     store.record(key, call(digest, stage="train_reward_model", metrics={"rm/loss": loss, "rm/pairs": 9}))
-    return {"name": "train_reward_model", "outcome": "cached", "digest": digest, "key": key, "seconds": 1.0}
+    return StageDone("train_reward_model", key, digest, 1.0, cached=True)
+
+
+def measured(store: Store, step: int, **aucs: float) -> DriftDone:
+    """The measure of reward models on held-out outputs, as the store has it."""
+    made = {which: f"{step}{number}".ljust(64, "e") for number, which in enumerate(aucs)}
+    for which, key in made.items():
+        store.record(key, call("9" * 64, stage="measure_reward_model", metrics={"rm/auc": aucs[which]}))
+    return DriftDone(step, made)
 
 
 def test_reward_models_are_registered_when_trained_with_what_held_out_outputs_say_of_them(store: Store) -> None:
     notes = Notes()
     registrar = Registrar(notes, arithmetic_smoke(), {"arm": "orm"})
     first, second, third = ("1" + "a" * 63, "2" + "a" * 63, "3" + "a" * 63)
-    registrar.take("stage", trained(store, first, 0.5))
-    registrar.take("drift", {"step": 0, "metrics": {"rm/held_out_auc/old_model_old_policy": 0.875}})
-    registrar.take("step", {"step": 2, "iteration": 0, "metrics": {}})
-    registrar.take("stage", trained(store, second, 0.25))
-    measured = {"rm/held_out_auc/old_model_new_policy": 0.5, "rm/held_out_auc/new_model_new_policy": 0.75}
-    registrar.take("drift", {"step": 2, "metrics": measured})
-    registrar.take("step", {"step": 4, "iteration": 1, "metrics": {}})
-    registrar.take("stage", trained(store, third, 0.125))  # and not measured
+    for event in (
+        trained(store, first, 0.5),
+        measured(store, 0, old_model_old_policy=0.875),
+        StepDone(2, 0, {}),
+        trained(store, second, 0.25),
+        measured(store, 2, old_model_new_policy=0.5, new_model_new_policy=0.75),
+        StepDone(4, 1, {}),
+        trained(store, third, 0.125),  # and not measured
+    ):
+        registrar.take(event)
     registrar.conclude(summary(), ledger())
     *models, policy = notes.models
     assert [(model.name, model.digest, model.step) for model in models] == [

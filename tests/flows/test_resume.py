@@ -16,7 +16,7 @@ import pytest
 from flows.config import IterativeRLConfig
 from flows.config.recipes import arithmetic_smoke
 from flows.iterative_rl import iterative_rl
-from pipeline.progress import listen
+from pipeline.events import Event, StageDone, recording
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
 
@@ -27,11 +27,11 @@ def run(config: IterativeRLConfig) -> tuple[str, list[str]]:
     """Final digest, and names of the stages that were executed."""
     executed: list[str] = []
 
-    def note(topic: str, values: dict[str, Any]) -> None:
-        if topic == "stage" and values["outcome"] == "executed":
-            executed.append(values["name"])
+    def note(event: Event) -> None:
+        if isinstance(event, StageDone) and not event.cached:
+            executed.append(event.stage)
 
-    with listen(note):
+    with recording(note):
         digest = iterative_rl(config).digest
     return digest, executed
 

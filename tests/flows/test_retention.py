@@ -11,9 +11,10 @@ import pytest
 from flows.config import IterativeRLConfig
 from flows.config.recipes import arithmetic_smoke
 from flows.places import Places
-from flows.records import run_folder
-from flows.retention import KeepConfig
-from flows.upkeep import Forecast
+from flows.runs.record import run_folder
+from flows.runs.retention import KeepConfig
+from flows.runs.upkeep import Forecast
+from pipeline.events import StepDone
 from pipeline.store import PrunedArtifactError, Store, use_store
 from pipeline.store.disk import DiskWatch
 from stages.models import Checkpoint, load_optimizer_state
@@ -94,7 +95,7 @@ def test_what_another_live_run_holds_stays_until_that_has_ended(store: Store) ->
         run = train(Store(store.root), KeepConfig(checkpoints=1), steps=4)
         assert [kept(store, digest) for digest in run.policies] == ["all", "nothing", "nothing", "all"]
     assert run.retention is not None
-    run.retention.take("step", {"step": 5})
+    run.retention.take(StepDone(5, 0, {}))
     assert kept(store, run.policies[0]) == "nothing"
 
 
@@ -161,19 +162,19 @@ def forecast_of(keep: KeepConfig, free: int, steps: int) -> tuple[DiskWatch, For
 def test_a_run_that_will_not_fit_is_warned_of_once_and_one_that_fits_never() -> None:
     watch, forecast = forecast_of(KeepConfig(), free=700, steps=10)
     watch.written = 5000  # data and supervised fine-tuning count with the first step
-    forecast.take("step", {"step": 1})
+    forecast.take(StepDone(1, 0, {}))
     watch.written += 100
     with pytest.warns(
         UserWarning, match="its last 8 steps take about 800 B, and 700 B can be written; keep.checkpoints"
     ):
-        forecast.take("step", {"step": 2})
+        forecast.take(StepDone(2, 0, {}))
     watch.written += 100
-    forecast.take("step", {"step": 3})  # a second warning would be an error here
+    forecast.take(StepDone(3, 0, {}))  # a second warning would be an error here
 
     watch, forecast = forecast_of(KeepConfig(), free=800, steps=10)
     for step in (1, 2, 3):
         watch.written += 100
-        forecast.take("step", {"step": step})
+        forecast.take(StepDone(step, 0, {}))
 
 
 def test_what_a_run_frees_is_no_part_of_the_forecast() -> None:
@@ -182,5 +183,5 @@ def test_what_a_run_frees_is_no_part_of_the_forecast() -> None:
         watch.written += 100
         if step > 3:
             forecast._retention.freed += 98
-        forecast.take("step", {"step": step})
+        forecast.take(StepDone(step, 0, {}))
     assert not forecast._warned

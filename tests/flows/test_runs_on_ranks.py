@@ -18,6 +18,7 @@ import pytest
 from flows.config.recipes import arithmetic_smoke
 from flows.iterative_rl import iterative_rl
 from pipeline.config import parse_settings
+from pipeline.events import Event, StageDone, recording
 from pipeline.progress import listen
 from pipeline.store import Store, use_store
 from pipeline.workers.group import WorkerError
@@ -50,16 +51,18 @@ def run(settings: Sequence[str] = (), *, kill: tuple[str, int, int] | None = Non
     executed: list[str] = []
     reports = 0
 
+    def take(event: Event) -> None:
+        if isinstance(event, StageDone) and not event.cached:
+            executed.append(event.stage)
+
     def note(topic: str, values: dict[str, Any]) -> None:
         nonlocal reports
-        if topic == "stage" and values["outcome"] == "executed":
-            executed.append(values["name"])
         if kill and topic == kill[0]:
             reports += 1
             if reports == kill[1]:
                 rank_processes()[kill[2]].kill()
 
-    with listen(note):
+    with listen(note), recording(take):
         digest = iterative_rl(arithmetic_smoke().override(parse_settings([*SETTINGS, *settings]))).digest
     return digest, executed
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from flows.places import Places
-from flows.records import read_records
+from flows.runs.record import read_records
 from pipeline.store import Store
 from tests.stages.training.groups import gone
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.console import Console
 
 from flows.config.recipes import arithmetic_smoke
-from flows.learning_curve import draw_learning_curve
-from flows.run_state import RunState, StageTotals
-from flows.summary import Summary, print_summary, summarise, summary_markdown
+from flows.runs.curve import draw_learning_curve
+from flows.runs.state import RunState, StageTotals
+from flows.runs.summary import Summary, print_summary, summarise, summary_markdown
 from stages.models import Checkpoint
 
 POINTS = {

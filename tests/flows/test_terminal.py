@@ -16,7 +16,7 @@ import yaml
 from flows.cli import run_command
 from flows.config.resolve import choose
 from flows.places import Places
-from flows.records import read_record, read_records, run_folder
+from flows.runs.record import read_record, read_records, run_folder
 from pipeline.residency import evict
 from tests.flows.experiments.test_ablation import TINY as EXPERIMENT
 from tests.flows.terminal import Terminal, on_terminal, piped, terminal
@@ -174,32 +174,32 @@ def test_a_display_that_raises_at_every_call_changes_nothing(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = outcome(finished)
-    monkeypatch.setattr("flows.display.Display", Broken)
+    monkeypatch.setattr("flows.runs.display.Display", Broken)
     root = tmp_path / "root"
     code, shown = on_terminal(run(root), 100)
     assert (code, outcome(root)) == (0, before)
     live, _, summary = shown.text.partition("where the time went")
-    for topic in ("stage", "step", "evaluation"):
-        assert [text.count(f"a listener of {topic!r} failed") for text in (live, summary)] == [1, 1], "shown once"
+    for event in ("StageDone", "StepDone", "EvaluationDone"):
+        assert [text.count(f"what follows {event} (") for text in (live, summary)] == [1, 1], "shown once"
 
 
 @pytest.mark.parametrize(
     "place",
     [
-        "flows.display.Display._step",
-        "flows.display.Display._evaluation",
-        "flows.display.Display.__rich__",
-        "flows.display.Display.close",
-        "flows.display.Live.start",
-        "flows.display._held_out",
-        "flows.observer.Observer._take",
-        "flows.session.draw_learning_curve",
-        "flows.session.summarise",
-        "flows.session.summary_markdown",
-        "flows.session.completion_rows",
+        "flows.runs.display.Display._step",
+        "flows.runs.display.Display._evaluation",
+        "flows.runs.display.Display.__rich__",
+        "flows.runs.display.Display.close",
+        "flows.runs.display.Live.start",
+        "flows.runs.display._held_out",
+        "flows.runs.points.Points._add",
+        "flows.runs.session.draw_learning_curve",
+        "flows.runs.session.summarise",
+        "flows.runs.session.summary_markdown",
+        "flows.runs.session.completion_rows",
         "flows.registry.Registrar.take",
         "flows.registry.Registrar.conclude",
-        "flows.ledger.Ledger.write",
+        "flows.runs.ledger.Ledger.write",
         "flows.commands.training.print_summary",
         "flows.commands.training._announce",
         "pipeline.tracking.Tracker.log_step",

@@ -16,10 +16,12 @@ from rich.text import Text
 from flows.cli import run_command
 from flows.config.recipes import arithmetic_smoke
 from flows.places import Places
-from flows.records import IMPORTED, RunRecord, read_records, unreadable_records
-from flows.run_state import RunState
+from flows.runs.record import IMPORTED, RunRecord, check_folder, read_record, read_records, unreadable_records
+from flows.runs.state import RunState
 from flows.storage.gc import Records, needed_again, superseded
 from flows.wording import SafeConsole, code, markdown, quoted, visible
+from pipeline.event_log import LOG, EventLog
+from pipeline.events import StageDone
 from pipeline.store.files import write_sealed
 from tests.pipeline.calls import call
 
@@ -28,26 +30,28 @@ ESCAPES = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202e[red]bold[/red] [link=http://x]y[
 
 @pytest.fixture
 def places(tmp_path: Path) -> Places:
-    """A root with one sound run, `good`, whose folder holds a ledger too."""
+    """A root with one sound run, `good`."""
     found = Places(tmp_path / "root")
     record = RunRecord.begin(found, arithmetic_smoke(), command="cohort run arithmetic_smoke", engine="inline")
     record.end("finished", RunState(steps=1))
-    (record.folder / "ledger.json").write_text(json.dumps({"calls": {}, "steps": {}, "evaluations": []}))
     record.folder.rename(found.runs / "good")
     return found
 
 
-def values(places: Places) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((places.runs / "good" / "record.json").read_text())
-    return found
+def lines(places: Places, *changes: dict[str, Any]) -> str:
+    """The log of the sound run, its start and its end with these changes; None: without the field."""
+    found = [json.loads(line) for line in (places.runs / "good" / LOG).read_text().splitlines()]
+    for number, change in enumerate(changes):
+        found[number] = {key: value for key, value in (found[number] | change).items() if value is not None}
+    return "".join(json.dumps(event, separators=(",", ":")) + "\n" for event in found)
 
 
 def plant(places: Places, text: str, name: str = "bad") -> Path:
-    """Another run, with this record."""
+    """Another run, with this log."""
     folder = places.runs / name
     folder.mkdir()
     (folder / "config.yaml").write_text((places.runs / "good" / "config.yaml").read_text())
-    (folder / "record.json").write_text(text)
+    (folder / LOG).write_text(text)
     return folder
 
 
@@ -55,81 +59,78 @@ def cohort(*words: str, places: Places) -> int:
     return run_command([*words, "--root", str(places.root)])
 
 
-def attempt(**changes: Any) -> dict[str, Any]:
-    return {"attempts": changes}
-
-
-WRONG: list[dict[str, Any]] = [
+START: list[dict[str, Any]] = [
     {"name": 5},
     {"name": "\x1b[2J"},
     {"total_steps": "8"},
     {"total_steps": -1},
-    {"steps": None},
+    {"time": "now"},
+    {"time": -1.0},
+    {"time": 1e300},
+    {"pid": "1"},
+    {"pid": -1},
+    {"pid": 2**70},
+    {"command": ["cohort"]},
+    {"host": 5},
+    {"overrides": {}},
+    *({field: None} for field in ("time", "command", "engine", "pid", "host", "name", "type")),
+]
+END: list[dict[str, Any]] = [
     {"policy": "../../victim"},
     {"policy": 7},
-    {"accuracy": []},
-    {"accuracy": {"final": {"in": 0.5}}},
-    {"accuracy": {"final": {"in": {"accuracy": "high"}}}},
-    {"accuracy": {"best": {"in": 3}}},
-    {"accuracy": {"best": {"in": ["first", 0.5]}}},
-    {"attempts": []},
-    {"attempts": {}},
-    {"attempts": [5]},
-    {"attempts": None},
-    attempt(started="now"),
-    attempt(started=-1.0),
-    attempt(started=1e300),
-    attempt(seconds="1"),
-    attempt(seconds=1e300),
-    attempt(pid="1"),
-    attempt(pid=-1),
-    attempt(pid=2**70),
-    attempt(status="owned"),
-    attempt(command=["cohort"]),
-    attempt(host=None),
-    attempt(error=5),
-    attempt(executed="many"),
+    {"final": []},
+    {"final": {"in": 0.5}},
+    {"final": {"in": {"accuracy": "high"}}},
+    {"best": {"in": 3}},
+    {"best": {"in": ["first", 0.5]}},
+    {"seconds": "1"},
+    {"seconds": 1e300},
+    {"status": "owned"},
+    {"error": 5},
+    {"executed": "many"},
 ]
 
 
-@pytest.mark.parametrize("change", WRONG, ids=lambda change: repr(change)[:40])
-def test_a_record_of_wrong_types_makes_only_itself_unreadable(places: Places, change: dict[str, Any]) -> None:
-    known = values(places)
-    if isinstance(change.get("attempts"), dict) and change["attempts"]:
-        change = {"attempts": [known["attempts"][0] | change["attempts"]]}
-    folder = plant(places, json.dumps(known | change))
+@pytest.mark.parametrize("change", START, ids=lambda change: repr(change)[:40])
+def test_a_start_of_wrong_types_makes_only_its_run_unreadable(places: Places, change: dict[str, Any]) -> None:
+    folder = plant(places, lines(places, change))
     assert [record.folder.name for record in read_records(places)] == ["good"]
-    assert list(unreadable_records(places)) == [folder / "record.json"]
+    assert list(unreadable_records(places)) == [folder / LOG]
+    assert unreadable_records(places)[folder / LOG].startswith("line 1: ")
+
+
+@pytest.mark.parametrize("change", END, ids=lambda change: repr(change)[:40])
+def test_an_end_of_wrong_types_is_left_out_and_refused_in_an_archive(places: Places, change: dict[str, Any]) -> None:
+    folder = plant(places, lines(places, {}, change))
+    with pytest.warns(UserWarning, match="line 2 cannot be read"):
+        record = read_record(folder)
+    assert record is not None
+    assert (record.attempts[-1].status, record.policy, record.accuracy) == ("running", "", {})
+    with pytest.raises(ValueError, match="line 2: "):
+        check_folder(folder)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "5", "[]", "null", '"x"', "{}", "[" * 100_000, '{"name": NaN}', '{"steps": 1e999}', "\udc80"]
+    "text",
+    ["", "5", "[]", "null", '"x"', "{}", "[" * 100_000, '{"name": NaN}', '{"steps": 1e999}', "\udc80", "{}\n", "\n"],
 )
-def test_a_record_that_is_none_makes_only_itself_unreadable(places: Places, text: str) -> None:
+def test_a_log_that_is_none_makes_only_its_run_unreadable(places: Places, text: str) -> None:
     folder = plant(places, "")
-    (folder / "record.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    (folder / LOG).write_bytes(text.encode("utf-8", "surrogateescape"))
     assert [record.folder.name for record in read_records(places)] == ["good"]
-    assert list(unreadable_records(places)) == [folder / "record.json"]
-
-
-@pytest.mark.parametrize("field", ["started", "command", "engine", "pid", "host"])
-def test_an_attempt_without_a_field_is_named(places: Places, field: str) -> None:
-    known = values(places)
-    del known["attempts"][0][field]
-    folder = plant(places, json.dumps(known))
-    assert field in unreadable_records(places)[folder / "record.json"]
+    assert list(unreadable_records(places)) == [folder / LOG]
 
 
 def test_every_command_goes_on_beside_an_unreadable_record_and_verify_reports_it(
     places: Places, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plant(places, json.dumps(values(places) | {"steps": "\x1b[2J"}))
+    plant(places, lines(places, {"total_steps": "\x1b[2J"}))
     for words in (["runs"], ["show", "good"], ["store", "du"], ["store", "prune", "--unreferenced", "--dry-run"]):
         assert cohort(*words, places=places) == 0, words
     assert cohort("runs", places=places) == 0
     said = capsys.readouterr().out
     assert "good" in said
-    assert f"{places.runs / 'bad' / 'record.json'} cannot be read (steps: " in said
+    assert f"{places.runs / 'bad' / LOG} cannot be read (line 1: total_steps: " in said
     assert cohort("verify", places=places) == 1
     assert "unreadable record" in capsys.readouterr().out
 
@@ -146,10 +147,8 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("text", OTHERS)
-@pytest.mark.parametrize("name", ["ledger.json", "artifacts.json", "summary.json", IMPORTED])
+@pytest.mark.parametrize("name", ["summary.json", IMPORTED])
 def test_other_files_of_a_run_may_be_of_any_shape(places: Places, name: str, text: str) -> None:
-    if (name, text) == ("ledger.json", OTHERS[2]):
-        pytest.skip("a run without a ledger is looked for call by call, which other tests do")
     (places.runs / "good" / "summary.json").write_text('{"curve": {}}')
     (places.runs / "good" / name).write_text(text)
     assert cohort("runs", places=places) == 0
@@ -160,10 +159,9 @@ def test_other_files_of_a_run_may_be_of_any_shape(places: Places, name: str, tex
 def test_escapes_and_markup_in_a_record_are_shown_as_text(
     places: Places, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    known = values(places)
-    known["attempts"][0] |= {"command": f"cohort run {ESCAPES}", "error": ESCAPES, "status": "failed"}
-    known["accuracy"] = {"final": {"[red]set": {"accuracy": 0.5}}, "before": {}, "best": {"[red]set": [1, 0.5]}}
-    (places.runs / "good" / "record.json").write_text(json.dumps(known))
+    accuracy = {"final": {"[red]set": {"accuracy": 0.5}}, "before": {}, "best": {"[red]set": [1, 0.5]}}
+    changes = {"command": f"cohort run {ESCAPES}"}, {"error": ESCAPES, "status": "failed", **accuracy}
+    (places.runs / "good" / LOG).write_text(lines(places, *changes))
     assert cohort(*words, places=places) == 0
     said = capsys.readouterr().out
     assert not [letter for letter in said if letter not in "\n" and not letter.isprintable()]
@@ -201,7 +199,7 @@ def test_a_safe_console_writes_no_control_character_but_its_own(terminal: bool) 
 
 
 def archive(folder: Path, **files: str) -> Path:
-    """An archive with one run, `gift`, of these files (`record_json`: record.json)."""
+    """An archive with one run, `gift`, of these files (`events_jsonl`: events.jsonl)."""
     contents = {f"runs/gift/{name.replace('_', '.')}": text.encode() for name, text in files.items()}
     index = {name: {"size": len(text), "sha256": sha256(text).hexdigest()} for name, text in contents.items()}
     write_sealed(folder / "index", {"layout": 1, "files": index})
@@ -217,10 +215,9 @@ def archive(folder: Path, **files: str) -> Path:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("record_json", "[]"),
-        ("record_json", '{"name": "x", "total_steps": 1, "attempts": []}'),
-        ("artifacts_json", '{"../../victim": "update_policy"}'),
-        ("artifacts_json", "5"),
+        ("events_jsonl", "[]\n"),
+        ("events_jsonl", ""),
+        ("events_jsonl", '{"type":"StageDone","number":1,"time":1.0,"attempt":"00000000","stage":"update_policy"}\n'),
         ("code_py", "raise SystemExit"),
         ("code_so", ""),
     ],
@@ -237,17 +234,18 @@ def test_an_archive_with_a_run_that_no_run_writes_is_refused(
 def test_a_repair_runs_no_configuration_that_was_imported(
     places: Places, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    known = values(places)
-    lost = json.dumps({"d" * 64: "update_policy"})
+    log = EventLog(places.runs / "good")
+    log.append(StageDone("update_policy", "c" * 64, "d" * 64, 1.0, cached=False))
+    known = log.file.read_text()
     config = (places.runs / "good" / "config.yaml").read_text()
-    file = archive(tmp_path, config_yaml=config, record_json=json.dumps(known), artifacts_json=lost)
+    file = archive(tmp_path, config_yaml=config, events_jsonl=known)
     (places.runs / "good").rename(tmp_path / "good")
     assert cohort("store", "import", str(file), places=places) == 0
     store = places.open_store()
     store.record("a" * 64, call("d" * 64))
     assert cohort("verify", "--repair", places=places) == 0
     assert "gift was imported, and its configuration is not yours" in capsys.readouterr().out
-    assert list(places.runs.glob("*/ledger.json")) == []
+    assert (places.runs / "gift" / LOG).read_text() == known
 
 
 # ------------------------------------------------------------------------------------------------ records of calls

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from flows.charts import charted
 from flows.config.recipes import arithmetic_smoke
 from flows.export.model_card import _with_interval
 from flows.looking.run_curve import measures
 from flows.looking.run_view import _curve
-from flows.run_state import RunState
-from flows.summary import print_summary, summarise, summary_markdown
+from flows.runs.charts import charted
+from flows.runs.state import RunState
+from flows.runs.summary import print_summary, summarise, summary_markdown
 from flows.wording import accuracies, at_k
 from stages.models import Checkpoint
 

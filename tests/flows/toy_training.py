@@ -11,14 +11,13 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
-from flows.ledger import Ledger
-from flows.retention import KeepConfig, Retention
+from flows.runs.ledger import Ledger
+from flows.runs.retention import KeepConfig, Retention
 from pipeline.artifact import Table
-from pipeline.progress import listen, report
+from pipeline.events import EvaluationDone, Event, StageDone, StepDone, emit, recording
 from pipeline.stage import stage
 from pipeline.store import Store, use_store
 from stages.models import OPTIMIZER, TRAINER, WEIGHTS, Checkpoint
@@ -109,9 +108,9 @@ class Toy:
     ledger: Ledger = field(default_factory=Ledger)
     retention: Retention | None = None
 
-    def take(self, topic: str, values: dict[str, Any]) -> None:
-        if topic == "stage" and values["outcome"] == "executed":
-            self.executed[values["name"]] += 1
+    def take(self, event: Event) -> None:
+        if isinstance(event, StageDone) and not event.cached:
+            self.executed[event.stage] += 1
 
 
 def train(
@@ -132,9 +131,7 @@ def train(
     with (
         store.pins.open(lease),
         use_store(store),
-        listen(run.take),
-        listen(run.ledger.take),
-        listen(run.retention.take),
+        recording(run.take, run.ledger.take, run.retention.take),
     ):
         policy = initial = create_policy(seed)
         judge(policy, 0)
@@ -145,7 +142,7 @@ def train(
                 advantages = estimate_advantages(score(outputs), outputs)
                 policy = update_policy(policy, reference, outputs, advantages)
                 run.policies.append(policy.digest)
-                report("step", step=step + 1, iteration=iteration, metrics={})
+                emit(StepDone(step + 1, iteration, {}))
                 if step + 1 == iterations * steps or (every and (step + 1) % every == 0):
                     judge(policy, step + 1)
     run.policy = policy.digest
@@ -155,7 +152,7 @@ def train(
 def judge(policy: Checkpoint, step: int) -> None:
     outputs = rollout(policy, seed=10**6)
     evaluate(outputs, score(outputs))
-    report("evaluation", step=step, set="held_out", mode="greedy", metrics={})
+    emit(EvaluationDone(step, "held_out", "greedy", {}))
 
 
 def kept(store: Store, digest: str) -> str:

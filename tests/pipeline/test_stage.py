@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.artifact import Folder, Table
 from pipeline.config import UNKEYED, Config
+from pipeline.events import Event, StageDone, StageFailed, StageStarted, recording
 from pipeline.progress import listen, report
 from pipeline.stage import record_metrics, stage
 from pipeline.store import MissingArtifactError, Store, use_store
@@ -155,11 +156,11 @@ def test_a_failing_stage_leaves_nothing_and_reports(store: Store) -> None:
         Numbers.write({"x": [x]})
         raise RuntimeError("out of luck")
 
-    heard: list[tuple[str, dict[str, Any]]] = []
-    with listen(lambda topic, values: heard.append((topic, values))), pytest.raises(RuntimeError, match="out of luck"):
+    heard: list[Event] = []
+    with recording(heard.append), pytest.raises(RuntimeError, match="out of luck"):
         failing(1)
-    assert [values["outcome"] for _, values in heard] == ["started", "failed"]
-    assert heard[1][1]["error"] == "RuntimeError: out of luck"
+    assert [type(event) for event in heard] == [StageStarted, StageFailed]
+    assert heard[1].values()["error"] == "RuntimeError: out of luck"
     assert list(store.actions()) == []
     for folder in ("drafts", "locks"):
         assert list((store.root / folder).iterdir()) == []
@@ -178,7 +179,7 @@ def test_a_stage_that_returns_something_else_than_it_says_fails_and_is_not_recor
 
 
 @pytest.mark.usefixtures("store")
-def test_reports_of_nested_stages_reach_every_listener_in_order() -> None:
+def test_events_of_nested_stages_reach_every_fold_in_order() -> None:
     @stage(version="1")
     def outer(x: int) -> Numbers:
         report("outer", done=1, total=2)
@@ -186,37 +187,38 @@ def test_reports_of_nested_stages_reach_every_listener_in_order() -> None:
         record_metrics({"outer": 1})
         return scale(inner, Scale())
 
-    heard: list[tuple[str, Any, Any]] = []
-    other: list[str] = []
+    heard: list[tuple[str, Any]] = []
+    other: list[Event] = []
 
-    def listener(topic: str, values: dict[str, Any]) -> None:
-        heard.append((topic, values.get("name"), values.get("outcome")))
+    def fold(event: Event) -> None:
+        assert isinstance(event, StageStarted | StageDone)
+        heard.append((event.stage, event.cached if isinstance(event, StageDone) else "started"))
 
-    with listen(listener), listen(lambda topic, _: other.append(topic)):
+    with recording(fold, other.append), listen(lambda topic, values: heard.append((topic, values))):
         made = outer(3)
     assert heard == [
-        ("stage", "outer", "started"),
-        ("outer", None, None),
-        ("stage", "count", "started"),
-        ("stage", "count", "executed"),
-        ("stage", "scale", "started"),
-        ("stage", "scale", "executed"),
-        ("stage", "outer", "executed"),
+        ("outer", "started"),
+        ("outer", {"done": 1, "total": 2}),
+        ("count", "started"),
+        ("count", False),
+        ("scale", "started"),
+        ("scale", False),
+        ("outer", False),
     ]
-    assert len(other) == 7
+    assert len(other) == 6
     assert made.metrics == {"outer": 1.0}
     heard.clear()
-    with listen(listener):
+    with recording(fold):
         outer(3)
-    assert heard == [("stage", "outer", "cached")]
+    assert heard == [("outer", True)]
 
 
 @pytest.mark.usefixtures("store")
 def test_a_listener_that_fails_costs_a_warning_and_not_the_work() -> None:
-    def broken(topic: str, values: dict[str, Any]) -> None:
+    def broken(event: Event) -> None:
         raise ConnectionError("no display")
 
-    with listen(broken), pytest.warns(UserWarning, match="ConnectionError: no display"):
+    with recording(broken), pytest.warns(UserWarning, match="ConnectionError: no display"):
         assert count(2).rows() == [{"x": 0}, {"x": 1}]
 
 

@@ -7,7 +7,7 @@ arithmetic).
 from __future__ import annotations
 
 from flows.config import EvaluationPlan, FileData, IterativeRLConfig, PretrainedPolicy, RewardModelPlan
-from flows.retention import KeepConfig
+from flows.runs.retention import KeepConfig
 from stages.advantage import GroupConfig
 from stages.data import QuestionFileConfig
 from stages.evaluation import EvaluationConfig

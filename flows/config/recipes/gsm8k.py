@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from flows.config import EvaluationPlan, FileData, IterativeRLConfig, PretrainedPolicy
 from flows.config.recipes.arithmetic import fast_precision
-from flows.retention import KeepConfig
+from flows.runs.retention import KeepConfig
 from stages.advantage import GroupConfig
 from stages.data import QuestionFileConfig
 from stages.evaluation import EvaluationConfig

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from flows.experiments.figures.claims import bounds_are, change, listed, raises_majority_not_pass, words
 from flows.experiments.figures.numbers import Estimate, Study, Trained, measured
 from flows.experiments.figures.sketches import Look, Sketch, draw_line, grid, legend_below
-from flows.learning_curve import COLOURS
+from flows.runs.curve import COLOURS
 from pipeline.store import Store, StoreError, use_store
 from stages.kernels.voting import Interval, bootstrap_interval, maj_at_k, pass_at_k, wilson_interval
 from stages.tables import Votes

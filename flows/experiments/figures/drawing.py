@@ -18,13 +18,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from flows import learning_curve
 from flows.experiments.figures.candidates import sketch_candidates
 from flows.experiments.figures.numbers import Study, read_study
 from flows.experiments.figures.sketches import Sketch, sketch_ageing, sketch_bars, sketch_curves
 from flows.experiments.results import ExperimentResult
 from flows.places import Places
-from flows.records import write_json
+from flows.runs import curve
+from flows.runs.record import write_json
 from pipeline.store import StoreError
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def _key(study: Study, places: Places) -> str:
         for one in runs
     ]
     names = [experiment.name, experiment.baseline, *(arm.name for arm in study.result.arms)]
-    sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(learning_curve.__file__)]
+    sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(curve.__file__)]
     about = [names, runs, [_digest(file) for file in sources], version("matplotlib")]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 

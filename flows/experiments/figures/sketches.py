@@ -20,7 +20,7 @@ from flows.experiments.figures.claims import (
     words,
 )
 from flows.experiments.figures.numbers import Estimate, Study, estimate
-from flows.learning_curve import COLOURS
+from flows.runs.curve import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, Literal, NamedTuple
 
-from flows.completions import groups_made, last_evaluation
 from flows.experiments.results import ExperimentResult, RunResult
-from flows.ledger import Ledger
 from flows.looking.groups import Group, Output
 from flows.places import Places
+from flows.runs.completions import groups_made, last_evaluation
+from flows.runs.ledger import Ledger
 from pipeline.lineage import Ancestor, ancestry, mermaid
 from pipeline.store import PrunedArtifactError, Store, StoreError
 

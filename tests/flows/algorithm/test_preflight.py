@@ -10,9 +10,9 @@ from flows.algorithm.preflight import NoSignalError, examine, preflight
 from flows.config import IterativeRLConfig
 from flows.config.methods import method_settings
 from flows.config.recipes import arithmetic_smoke
-from flows.observer import Observer, observing
+from flows.runs.points import Points
 from pipeline.config import ConfigError
-from pipeline.progress import listen
+from pipeline.events import recording
 from pipeline.store import Store, use_store
 from stages.advantage import BatchConfig, CorrectConfig, GAEConfig, GroupConfig, OneConfig, PairsConfig
 from stages.tables import Rewards, Rollouts
@@ -59,9 +59,9 @@ def refusal(checked: IterativeRLConfig, *groups: list[Verdict]) -> str:
     return str(caught.value)
 
 
-def passes(checked: IterativeRLConfig, *groups: list[Verdict], step: int = 0) -> Observer:
-    table, seen = rows(*groups), Observer()
-    with observing(seen):
+def passes(checked: IterativeRLConfig, *groups: list[Verdict], step: int = 0) -> Points:
+    table, seen = rows(*groups), Points()
+    with recording(seen.take):
         preflight(checked, outputs(table), Rewards.write(table), step)
     return seen
 
@@ -171,7 +171,7 @@ def test_a_reward_model_that_tells_nothing_apart_is_named_in_place_of_the_questi
 @pytest.mark.parametrize("method", ["grpo", "rft", "online_rft", "dpo", "ppo"])
 def test_one_question_with_a_signal_is_enough(method: str) -> None:
     seen = passes(config(method), [OK, WRONG], [WRONG, WRONG], [WRONG, WRONG])
-    assert seen.points[0]["reward/frac_degenerate_groups"] == pytest.approx(2 / 3)
+    assert seen.by_step[0]["reward/frac_degenerate_groups"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.usefixtures("store")
@@ -187,7 +187,7 @@ def test_limits_may_be_stricter_or_switched_off() -> None:
 
 @pytest.mark.usefixtures("store")
 def test_only_the_first_step_is_examined_and_demonstrations_never() -> None:
-    assert passes(config(), [WRONG, WRONG], step=1).points == {}
+    assert passes(config(), [WRONG, WRONG], step=1).by_step == {}
     preflight(config("sft"), outputs(rows([OK])), None, 0)
 
 
@@ -195,13 +195,10 @@ def test_only_the_first_step_is_examined_and_demonstrations_never() -> None:
 def test_the_shares_are_reported_in_words_and_as_metrics_of_step_zero() -> None:
     told: list[str] = []
 
-    def take(topic: str, values: dict[str, Any]) -> None:
-        told.append(f"{topic}: {values['text']}")
-
-    with listen(take):
+    with recording(lambda event: told.append(event.values()["text"])):
         seen = passes(config(), [OK, CUT, SILENT, LATE], [WRONG, WRONG, CUT, WRONG])
-    assert told == ["preflight: 2 truncated, 1 unparseable, 1 timeout of 8; equal rewards in 1 of 2 questions"]
-    assert seen.points == {
+    assert told == ["2 truncated, 1 unparseable, 1 timeout of 8; equal rewards in 1 of 2 questions"]
+    assert seen.by_step == {
         0: {
             "reward/status_truncated": 0.25,
             "reward/status_unparseable": 0.125,
@@ -217,9 +214,10 @@ def test_rewards_whose_payload_was_pruned_were_examined_when_they_were_new(store
     table = rows([WRONG, WRONG])
     rewards = Rewards.write(table)
     assert store.prune(rewards.digest) > 0
-    with observing(Observer()) as seen:
+    seen = Points()
+    with recording(seen.take):
         preflight(config(), outputs(table), rewards, 0)
-    assert seen.points == {}
+    assert seen.by_step == {}
 
 
 # ------------------------------------------------------------------------------------- a whole run

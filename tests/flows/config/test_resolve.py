@@ -20,11 +20,11 @@ from flows.config.methods import METHODS
 from flows.config.recipes import RECIPES, arithmetic_smoke
 from flows.config.resolve import Asked, Choice, choice_of, choose
 from flows.experiments.arms import method_experiment, plan
-from flows.ledger import Ledger
 from flows.looking.history import History
 from flows.looking.run_view import show_run
 from flows.places import Places
-from flows.records import RunRecord, read_records
+from flows.runs.ledger import Ledger
+from flows.runs.record import RunRecord, read_records
 from pipeline.config import ConfigError
 from pipeline.experiment import Experiment
 from stages.update import GSPOConfig

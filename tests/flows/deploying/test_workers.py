@@ -22,7 +22,7 @@ from flows.deploying.deployment import Deployed, deploy
 from flows.deploying.pool import VERSIONS, cancel, ensure_pool, submit
 from flows.iterative_rl import iterative_rl
 from flows.places import Places
-from flows.records import run_folder
+from flows.runs.record import run_folder
 from pipeline.config import ConfigError
 from pipeline.orchestration.server import ServerError
 from pipeline.residency import evict
@@ -123,7 +123,7 @@ def test_killed_twice_and_stopped_once_in_the_middle_a_run_repeats_only_the_stag
 def training(project: Project, attempt: int) -> bool:
     """Whether the `attempt`-th attempt of the slow run is in a stage that takes long, which only its fine-tuning does."""
     folder = run_folder(project.places, SLOW)
-    if not (folder / "record.json").exists() or len(project.record(SLOW).attempts) < attempt:
+    if not (folder / "events.jsonl").exists() or len(project.record(SLOW).attempts) < attempt:
         return False
     held = set((project.places.store / "locks").iterdir())
     time.sleep(1.5)

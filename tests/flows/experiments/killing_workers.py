@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -26,11 +25,11 @@ from flows.experiments.arms import PlannedExperiment, plan
 from flows.experiments.results import read_summary
 from flows.experiments.running import is_finished
 from flows.places import Places
-from flows.records import run_folder
-from flows.session import run_flow
+from flows.runs.record import run_folder
+from flows.runs.session import run_flow
 from pipeline import tracking
+from pipeline.events import Event, StageDone, StageStarted, recording
 from pipeline.experiment import Experiment
-from pipeline.progress import listen
 from pipeline.residency import evict
 from pipeline.store.locks import try_lock
 
@@ -41,11 +40,14 @@ def work(planned: PlannedExperiment, places: Places) -> None:
     claims.mkdir(parents=True, exist_ok=True)
     log = os.open(places.root / "stages.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-    def note(topic: str, values: dict[str, Any]) -> None:
-        if topic == "stage" and values["outcome"] in ("started", "executed"):
-            os.write(log, f"{os.getpid()} {values['outcome']} {values['key']} {values['name']}\n".encode())
+    def note(event: Event) -> None:
+        match event:
+            case StageStarted():
+                os.write(log, f"{os.getpid()} started {event.key} {event.stage}\n".encode())
+            case StageDone(cached=False):
+                os.write(log, f"{os.getpid()} executed {event.key} {event.stage}\n".encode())
 
-    with listen(note):
+    with recording(note):
         while not all(is_finished(places, arm) for arm in planned.chosen):
             for arm in planned.chosen:
                 with try_lock(claims / arm.name) as mine:

@@ -19,9 +19,9 @@ from flows.cli import run_command
 from flows.experiments.arms import plan
 from flows.experiments.results import ExperimentResult, read_experiment
 from flows.experiments.studies import EXPERIMENTS, SCALES, named_experiment
-from flows.ledger import Ledger, read_ledger
 from flows.places import Places
-from flows.records import read_records
+from flows.runs.ledger import Ledger
+from flows.runs.record import read_records
 from pipeline.experiment import Experiment
 from pipeline.residency import evict
 from pipeline.store import Store
@@ -362,28 +362,6 @@ def test_results_that_cannot_be_written_stop_the_experiment_before_it_runs(
     assert ablate(tmp_path) == 1
     assert "cannot be written" in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
-
-
-def test_a_ledger_keeps_what_belongs_to_each_step_and_evaluation(tmp_path: Path) -> None:
-    ledger = Ledger()
-
-    def stage(name: str, digest: str, outcome: str = "executed") -> None:
-        ledger.take("stage", {"name": name, "outcome": outcome, "key": f"k{digest}", "digest": digest, "seconds": 2.0})
-
-    stage("rollout", "a")
-    stage("evaluate", "b", "cached")
-    ledger.take("evaluation", {"step": 0, "set": "in", "mode": "greedy", "metrics": {}})
-    ledger.take("stage", {"name": "rollout", "outcome": "started", "key": "kc"})
-    stage("rollout", "c")
-    stage("rollout", "d")
-    stage("rollout", "a", "cached")
-    ledger.take("step", {"step": 1, "iteration": 0, "metrics": {}})
-    ledger.write(tmp_path)
-    found = read_ledger(tmp_path)
-    assert found is not None
-    assert {key: call.digest for key, call in found.calls.items()} == {"ka": "a", "kb": "b", "kc": "c", "kd": "d"}
-    assert found.evaluations[0].artifacts == {"rollout": "a", "evaluate": "b"}
-    assert found.steps == {1: {"rollout": "a"}}
 
 
 # ------------------------------------------------------------------------------------- side by side

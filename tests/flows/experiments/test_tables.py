@@ -20,9 +20,9 @@ from flows.experiments.arms import Arm, method_experiment
 from flows.experiments.results import RunResult
 from flows.experiments.tables import Outcome, comparison_markdown, print_comparison
 from flows.places import Places
-from flows.records import read_records
-from flows.run_state import RunState
-from flows.summary import summarise
+from flows.runs.record import read_records
+from flows.runs.state import RunState
+from flows.runs.summary import summarise
 from pipeline.config import ConfigError
 from pipeline.residency import evict
 from stages.models import Checkpoint

@@ -26,7 +26,7 @@ from flows.experiments.arms import plan
 from flows.experiments.results import ExperimentResult, read_experiment
 from flows.experiments.workers import _Board, _Submitted
 from flows.places import Places
-from flows.records import read_records
+from flows.runs.record import read_records
 from pipeline.experiment import Experiment
 from pipeline.orchestration.server import stop_server
 from pipeline.residency import evict

@@ -17,16 +17,16 @@ from safetensors.torch import load_file
 from flows.cli import run_command
 from flows.config import IterativeRLConfig
 from flows.config.recipes import arithmetic_smoke
-from flows.ledger import Call, Ledger
 from flows.places import Places
-from flows.records import RunRecord, write_json
-from flows.run_state import RunState
+from flows.runs.record import RunRecord, write_json
+from flows.runs.state import RunState
 from pipeline.artifact import ArtifactError
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
 from stages.models import Checkpoint, load_model, load_tokenizer, save, write_plain
 from stages.tables import Questions
 from stages.text import CharacterTokenizerConfig, build_tokenizer
+from tests.flows.logs import write_log
 from tests.stages.training.tiny import tiny_model, tiny_tokenizer
 
 TEXT = "12 + 7 =  19\n#### 19"
@@ -204,11 +204,7 @@ def recorded(
 ) -> str:
     """The record of a run as `cohort run` leaves it: steps that led to `policies`, evaluated before and after."""
     record = RunRecord.begin(places, config, command="cohort run arithmetic_smoke", engine="inline")
-    ledger = Ledger()
-    for step, policy in policies.items():
-        ledger.calls[f"key{step}"] = Call("update_policy", policy.digest, 1.0)
-        ledger.steps[step] = {"update_policy": policy.digest}
-    ledger.write(record.folder)
+    write_log(record.folder, {step: {"update_policy": policy.digest} for step, policy in policies.items()}, ended=False)
     last = max(policies)
     measured = {0: 0.25, last: 0.75}
     curve = {
@@ -218,7 +214,6 @@ def recorded(
     }
     write_json(record.folder / "summary.json", {"curve": {str(step): part for step, part in curve.items()}})
     state = RunState(steps=last, clock=lambda: 0.0)
-    state.artifacts |= {policy.digest: "update_policy" for policy in policies.values()}
     record.policy = policies[last].digest if finished else ""
     record.end("finished", state)
     return record.folder.name
@@ -324,8 +319,8 @@ def test_the_policy_of_a_real_run_answers_as_it_did_in_the_run(
     """Exported in float32, plain transformers gives the greedy outputs that the run's own evaluation recorded."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from flows.ledger import read_ledger
-    from flows.records import read_records
+    from flows.runs.ledger import read_ledger
+    from flows.runs.record import read_records
     from stages.tables import Rollouts
 
     root = tmp_path / "root"

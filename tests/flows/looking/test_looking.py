@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from flows.cli import run_command
-from flows.ledger import Ledger, read_ledger
 from flows.looking.history import BESIDE, PlacedCall, find_run, history_of, placed_calls
 from flows.looking.replay import choose_call, prepare_replay
 from flows.places import Places
+from flows.runs.ledger import Ledger, read_ledger
 from pipeline.residency import evict
 from pipeline.stage import describe
 from pipeline.store import Store, use_store
@@ -104,35 +104,43 @@ def test_a_step_that_is_not_there_is_an_error_that_says_which_are(said: Say) -> 
     assert (code, "no group of this table has that question_id" in text) == (1, True)
 
 
-def test_a_run_without_its_ledger_is_read_from_the_store_to_the_same_calls(root: Path, tmp_path: Path) -> None:
+def test_a_run_that_did_not_end_is_shown_as_far_as_its_log_goes(root: Path, tmp_path: Path) -> None:
+    places = Places(Path(shutil.copytree(root, tmp_path / "copy")))
+    run = find_run(places, "two")
+    assert run is not None
+    whole = ledger(places.root, "two")
+    lines = run.log.file.read_bytes().splitlines(keepends=True)
+    ends = [number for number, line in enumerate(lines) if line.startswith(b'{"type":"StepDone"')]
+    run.log.file.write_bytes(b"".join(lines[: ends[1]]) + lines[ends[1]][:40])  # killed while the second step was noted
+    (run.folder / "summary.json").unlink()
+    before = sorted(path.name for path in places.store.glob("*/*/*"))
+    killed = find_run(places, "two")
+    assert killed is not None
+    found = history_of(places, Store(places.store), killed)
+    assert found.ledger.steps == {1: whole.steps[1]}
+    assert "known up to step 1" in found.note
+    assert list(found.ledger.calls) == list(whole.calls)[: len(found.ledger.calls)]
+    assert found.points[1]["eval/in_domain/accuracy"] >= 0
+    assert 2 not in found.points
+    assert sorted(path.name for path in places.store.glob("*/*/*")) == before  # nothing was computed
+
+
+def test_points_without_a_summary_are_those_of_the_records_that_are_left(root: Path, tmp_path: Path) -> None:
     places = Places(Path(shutil.copytree(root, tmp_path / "copy")))
     store, run = Store(places.store), find_run(places, "two")
     assert run is not None
-    kept = ledger(places.root, "two")
-    (run.folder / "ledger.json").unlink()
+    summary = json.loads((run.folder / "summary.json").read_text())["curve"]
     (run.folder / "summary.json").unlink()
-    before = sorted(path.name for path in places.store.glob("*/*/*"))
-    found = history_of(places, store, run)
-    assert (found.note, found.ledger.steps, list(found.ledger.calls)) == ("", kept.steps, list(kept.calls))
-    assert found.points[2]["eval/in_domain/accuracy"] >= 0
-    assert sorted(path.name for path in places.store.glob("*/*/*")) == before  # nothing was computed
-    store.forget(kept.steps[2]["update_policy"])
-    assert sorted(history_of(places, store, run).ledger.calls) != sorted(kept.calls)
-
-
-def test_a_run_of_another_version_is_followed_back_from_its_policy(root: Path, tmp_path: Path) -> None:
-    places = Places(Path(shutil.copytree(root, tmp_path / "copy")))
-    store, run = Store(places.store), find_run(places, "one")
-    assert run is not None
-    kept = ledger(places.root, "one")
-    (run.folder / "ledger.json").unlink()
-    for call in list(store.actions()):  # keys as another version would have made them
-        if call["stage"] == "create_policy":
+    points = history_of(places, store, run).points
+    assert {step: points[int(step)].items() >= part.items() for step, part in summary.items()} == dict.fromkeys(
+        summary, True
+    )
+    for call in list(store.actions()):
+        if call["stage"] == "evaluate":
             store.forget(call["result"])
-            store.record("0" * 64, call | {"version": "0"})
-    found = history_of(places, store, run)
-    assert "earlier version" in found.note
-    assert found.ledger.steps == kept.steps
+    left = history_of(places, store, run).points
+    assert left[2]["reward/mean"] == points[2]["reward/mean"]
+    assert "eval/in_domain/accuracy" not in left[2]
 
 
 def test_every_call_of_a_run_has_its_place(root: Path) -> None:
@@ -339,11 +347,3 @@ def test_a_pruned_checkpoint_is_compared_by_what_is_left(said: Say, root: Path, 
     assert code == 0
     assert "policy/loss" in text
     assert "contents are not compared" in text
-
-
-def test_the_ledger_names_what_show_lists(root: Path) -> None:
-    """The fixture itself: both runs ended, and kept their ledgers."""
-    for name in ("one", "two"):
-        run = find_run(Places(root), name)
-        assert run is not None
-        assert json.loads((run.folder / "ledger.json").read_text())["steps"].keys() == {"1", "2"}

@@ -17,9 +17,9 @@ import pyarrow as pa
 import pytest
 
 from pipeline.artifact import Table
+from pipeline.events import StageDone, StageStarted, recording
 from pipeline.orchestration.engine import flow, use_engine
 from pipeline.orchestration.server import ensure_server, stop_server
-from pipeline.progress import listen
 from pipeline.stage import record_metrics, stage
 from pipeline.store import Store, current_store, use_store
 from tests.prefect_api import ask
@@ -127,10 +127,15 @@ def test_the_current_store_and_listeners_are_seen_inside_tasks(store: Store) -> 
         stores.append(current_store())
         return look(value)
 
-    with use_engine("prefect"), listen(lambda topic, values: heard.append((values["name"], values["outcome"]))):
+    with use_engine("prefect"), recording(heard.append):
         looking(7)
     assert stores == [store, store]
-    assert heard == [("look", "started"), ("start", "started"), ("start", "executed"), ("look", "executed")]
+    assert [(type(event), event.values()["stage"]) for event in heard] == [
+        (StageStarted, "look"),
+        (StageStarted, "start"),
+        (StageDone, "start"),
+        (StageDone, "look"),
+    ]
 
 
 @pytest.mark.usefixtures("server")

@@ -11,7 +11,8 @@ import pytest
 
 from pipeline.artifact import Table
 from pipeline.config import Config
-from pipeline.progress import listen, report
+from pipeline.events import Event, StageDone, StageStarted, recording
+from pipeline.progress import report
 from pipeline.stage import stage
 from pipeline.store import Store, current_store
 from pipeline.store.context import record_metrics
@@ -60,12 +61,17 @@ def test_a_stage_whose_body_ran_elsewhere_is_recorded_as_if_it_had_run_here(stor
         result: Numbers = accept(sent(perform(sent(order), scaled, lambda topic, values: None)), scaled)
         return result
 
-    numbers, outcomes = Numbers.write({"number": [2.0]}), []
-    with listen(lambda topic, values: outcomes.append(values["outcome"]) if topic == "stage" else None):
+    numbers = Numbers.write({"number": [2.0]})
+    outcomes: list[Event] = []
+    with recording(outcomes.append):
         result = doubled(numbers, Scaling())
         assert doubled(numbers, Scaling()).metrics == {"scaled/seed": 1.0, "scaled/factor": 2.0}
     assert result.rows() == [{"number": 4.0}]
-    assert outcomes == ["started", "executed", "cached"]
+    assert [(type(event), getattr(event, "cached", None)) for event in outcomes] == [
+        (StageStarted, None),
+        (StageDone, False),
+        (StageDone, True),
+    ]
     provenance = store.manifest(result.digest)["provenance"]
     assert (provenance["stage"], provenance["version"]) == ("doubled", "3")
     assert provenance["arguments"]["numbers"] == {"artifact": numbers.digest}

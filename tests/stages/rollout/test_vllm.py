@@ -139,9 +139,8 @@ def test_the_stage_writes_the_same_table_as_with_hf_and_says_which_vllm_made_it(
     ]
     assert store.manifest(table.digest)["provenance"]["packages"]["vllm"] == "0.32.0 (float32, cpu)"
     assert set(table.metrics) == set(ours.metrics)
-    progress = [report for report in seen if report["topic"] not in ("stage",)]
-    assert {report["topic"] for report in progress} == {"rollout"}
-    assert (progress[-1]["done"], progress[-1]["total"]) == (4, 4)
+    assert {report["topic"] for report in seen} == {"rollout"}
+    assert (seen[-1]["done"], seen[-1]["total"]) == (4, 4)
 
 
 @pytest.mark.usefixtures("store")
@@ -282,7 +281,7 @@ def test_a_run_without_vllm_ends_before_anything_runs(tmp_path: Path) -> None:
 
     from flows.config.resolve import choose
     from flows.places import Places
-    from flows.session import run_flow
+    from flows.runs.session import run_flow
 
     choice = choose("arithmetic_smoke", settings=["rollout.backend.kind=vllm", "rollout.backend.python=nowhere"])
     with pytest.raises(ConfigError, match="nowhere is not there"):

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from flows.experiments.results import ArmResult, ExperimentResult, RunResult, Sharing
-from flows.ledger import EvaluationCalls, Ledger
 from flows.places import Places
-from flows.summary import Summary
+from flows.runs.ledger import EvaluationCalls
+from flows.runs.summary import Summary
 from pipeline.experiment import Experiment
 from pipeline.store import Store, use_store
 from stages.reward import AccuracyConfig, RewardConfig, count_votes
 from stages.tables import Rewards
+from tests.flows.logs import write_log
 
 Metrics = Mapping[str, float]
 
@@ -91,12 +92,13 @@ def _run(places: Places, run: MadeUp) -> RunResult:
     summary = Summary(name=name, steps=steps, before=before, after=after, curve=run.curve(), policy=policy, **nothing)
     (folder / "summary.json").write_text(json.dumps(summary.as_json()))
     first = next(iter(run.sets))
-    Ledger(
+    write_log(
+        folder,
         steps={step: {"update_policy": digest} for step, digest in enumerate(run.policies, 1)},
         evaluations=[
             EvaluationCalls(step, first, "sampled", {"count_votes": made}) for step, made in run.samples.items()
         ],
-    ).write(folder)
+    )
     return RunResult(
         arm=run.arm, seed=run.seed, name=name, folder=name, status="finished", error="", steps=steps, policy=policy,
         before=before, final=after, best={}, cost={},

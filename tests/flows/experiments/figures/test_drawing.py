@@ -77,9 +77,11 @@ def test_an_arm_keeps_its_colour_in_every_figure(tmp_path: Path) -> None:
 
 
 def test_an_arm_that_goes_on_from_another_is_drawn_from_there_on(tmp_path: Path) -> None:
-    short = [MadeUp("first", 0, {"in_domain": {n: accuracy(0.1 * n, 0.1) for n in range(3)}}, policies=["a", "b"])]
+    short = [
+        MadeUp("first", 0, {"in_domain": {n: accuracy(0.1 * n, 0.1) for n in range(3)}}, policies=["a" * 64, "b" * 64])
+    ]
     long = {n: accuracy(0.1 * n, 0.1) for n in range(5)}
-    runs = [*short, MadeUp("second", 0, {"in_domain": long}, policies=["a", "b", "c", "d"])]
+    runs = [*short, MadeUp("second", 0, {"in_domain": long}, policies=[letter * 64 for letter in "abcd"])]
     sketch = drawn(tmp_path, runs)["curves"]
     assert line(sketch, "first")[0] == [0, 1, 2]
     assert line(sketch, "second")[0] == [2, 3, 4]

@@ -16,11 +16,11 @@ import pytest
 import yaml
 
 from flows.cli import run_command
-from flows.completions import completion_rows, groups_made, last_evaluation
 from flows.experiments.figures import Figure
 from flows.experiments.report import write_report
 from flows.experiments.results import ExperimentResult, read_experiment, write_experiment
 from flows.places import Places
+from flows.runs.completions import completion_rows, groups_made, last_evaluation
 from pipeline.residency import evict
 from pipeline.store import Store, StoreError, use_store
 from pipeline.tracking.journal import read_records

@@ -1,7 +1,7 @@
-"""What is known of a run from the reports of its stages: where it stands, what was computed, what was reused.
+"""Where an attempt stands: what was computed, what was reused, how long is left.
 
-Fed with `pipeline.progress` reports; read by the live display, the final summary and the run's record. It holds numbers, no
-text: how they look is the display's business.
+A fold of events, and of the progress reports of the stage that computes. The live display, the final summary and the end of the
+attempt read it. It holds numbers, no text: how they look is the display's business.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
+
+from flows.runs.points import Points
+from pipeline.events import EvaluationDone, Event, StageDone, StageFailed, StageStarted, StepDone, Warned
 
 __all__ = ["RunState", "StageTotals"]
 
@@ -38,12 +41,13 @@ class StageTotals:
 
 @dataclass
 class RunState:
-    """The state of a run of `steps` steps; `take` is a listener of `pipeline.progress`."""
+    """The state of a run of `steps` steps; `take` is a fold, `note` a listener of `pipeline.progress`."""
 
     steps: int
     """Of all iterations together."""
     iterations: int = 1
     clock: Callable[[], float] = time.monotonic
+    points: Points = field(default_factory=Points)
     stages: dict[str, StageTotals] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
     """Digest -> stage, of everything this run computed or reused, in order."""
@@ -77,30 +81,30 @@ class RunState:
         self._executed_before = 0
         self._recent: deque[float] = deque(maxlen=_RECENT)
 
-    def take(self, topic: str, values: dict[str, Any]) -> None:
-        """Note one report."""
-        match topic:
-            case "stage":
-                self._take_stage(**values)
-            case "step":
-                self._take_step(**values)
-            case "evaluation":
-                self.evaluations[values["set"], values["mode"]] = dict(values["metrics"])
+    def take(self, event: Event) -> None:
+        """Note one event."""
+        self.points.take(event)
+        match event:
+            case StageStarted():
+                self.stages.setdefault(event.stage, StageTotals())
+                self.stage, self.stage_since, self.detail = event.stage, self.clock(), {}
+            case StageDone() | StageFailed():
+                self._end_stage(event)
+            case StepDone():
+                self._end_step(event)
+            case EvaluationDone():
+                self.evaluations[event.set, event.mode] = self.points.last
                 if self.step == 0:
                     self._step_started = self.clock()  # what came before is no part of the first step
-            case "server":
-                self.server_seconds += values.get("seconds", 0.0)
-            case "drift" | "preflight":
-                pass  # the display's alone
-            case _:
-                self.detail = dict(values)
+            case Warned() if event.text not in self.warnings:
+                self.warnings.append(event.text)
 
-    def warn(self, message: str) -> bool:
-        """Note a warning; returns whether it is new."""
-        if message in self.warnings:
-            return False
-        self.warnings.append(message)
-        return True
+    def note(self, topic: str, values: dict[str, Any]) -> None:
+        """Note how far the computing stage is, or what the Prefect server cost."""
+        if topic == "server":
+            self.server_seconds += values.get("seconds", 0.0)
+        else:
+            self.detail = dict(values)
 
     @property
     def elapsed(self) -> float:
@@ -124,30 +128,28 @@ class RunState:
         mean = sum(self._recent) / len(self._recent)
         return max(0.0, (self.steps - self.step) * mean - (self.clock() - self._step_started))
 
-    def _take_stage(self, name: str, outcome: str, seconds: float = 0.0, digest: str | None = None, **_: Any) -> None:
-        totals = self.stages.setdefault(name, StageTotals())
-        match outcome:
-            case "started":
-                self.stage, self.stage_since, self.detail = name, self.clock(), {}
-                return
-            case "executed":
-                totals.executed += 1
-                totals.seconds += seconds
-            case "cached":
-                totals.cached += 1
-                totals.saved += seconds
-            case "failed":
+    def _end_stage(self, event: StageDone | StageFailed) -> None:
+        totals = self.stages.setdefault(event.stage, StageTotals())
+        match event:
+            case StageFailed():
                 totals.failed += 1
-        if outcome != "cached":
-            self.stage, self.ended, self.detail = None, self.detail, {}
-        if digest:
-            self.artifacts[digest] = name
+            case StageDone(cached=True):
+                totals.cached += 1
+                totals.saved += event.seconds
+            case _:
+                totals.executed += 1
+                totals.seconds += event.seconds
+        if isinstance(event, StageDone):
+            self.artifacts[event.result] = event.stage
+            if event.cached:
+                return
+        self.stage, self.ended, self.detail = None, self.detail, {}
 
-    def _take_step(self, step: int, iteration: int, metrics: dict[str, float]) -> None:
-        self.step, self.iteration, self.metrics = step, iteration, dict(metrics)
+    def _end_step(self, event: StepDone) -> None:
+        self.step, self.iteration, self.metrics = event.step, event.iteration, self.points.last
         now = self.clock()
         self.step_seconds, self._step_started = now - self._step_started, now
         self.step_executed, self._executed_before = self.executed - self._executed_before, self.executed
         # A first step also waited for the supervised policy; only whole steps forecast.
-        if self.step_executed and step > 1:
+        if self.step_executed and event.step > 1:
             self._recent.append(self.step_seconds)

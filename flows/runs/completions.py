@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from flows.ledger import EvaluationCalls, Ledger
 from flows.looking.groups import Group, groups_of
+from flows.runs.ledger import EvaluationCalls, Ledger
 from pipeline.store import Store, StoreError, use_store
 
 __all__ = ["completion_rows", "groups_made", "last_evaluation"]

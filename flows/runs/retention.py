@@ -14,7 +14,9 @@ from typing import Any, Final
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from flows.storage.gc import CONTINUES, OPTIMIZER_ONLY, Freed, Records, predecessor, step_tables
+from pipeline import events
 from pipeline.config import Config
+from pipeline.events import EvaluationDone, Event, StageDone, StepDone, emit
 from pipeline.store import Store
 from pipeline.store.files import MissingArtifactError
 from pipeline.store.pins import PinnedArtifactError
@@ -48,7 +50,7 @@ class KeepConfig(Config):
 
 
 class Retention:
-    """Frees as a run goes; `take` is a listener of `pipeline.progress`. The work of a step does not grow with their number."""
+    """Frees as a run goes; `take` is a fold. The work of a step does not grow with their number."""
 
     def __init__(
         self, store: Store, keep: KeepConfig, *, iteration_steps: int, spared: Callable[[], Collection[str]]
@@ -74,15 +76,15 @@ class Retention:
         self._tables: deque[set[str]] = deque()
         self._due: deque[Freed] = deque()
 
-    def take(self, topic: str, values: Mapping[str, Any]) -> None:
-        """Note one report, and free after a step."""
-        match topic:
-            case "stage" if self._keep.frees and values["outcome"] in ("executed", "cached"):
-                self._calls.append(values["key"])
-            case "evaluation" if self._policy:
+    def take(self, event: Event) -> None:
+        """Note one event, and free after a step."""
+        match event:
+            case StageDone() if self._keep.frees:
+                self._calls.append(event.key)
+            case EvaluationDone() if self._policy:
                 self._looked_back_at.add(self._policy)
-            case "step" if self._keep.frees:
-                self._end_step(values["step"])
+            case StepDone() if self._keep.frees:
+                self._end_step(event.step)
 
     def _end_step(self, step: int) -> None:
         records = Records(self._store.action(key) for key in self._calls)
@@ -135,7 +137,9 @@ class Retention:
             if freed.files is None:
                 self._store.pins.remove(freed.digest)
             try:
-                self.freed += self._store.prune(freed.digest, freed.files)
+                size = self._store.prune(freed.digest, freed.files)
+                self.freed += size
+                emit(events.Freed(freed.digest, freed.files is None, size))
             except PinnedArtifactError:
                 self._due.append(freed)
             except MissingArtifactError:

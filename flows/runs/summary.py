@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.config import IterativeRLConfig
-from flows.run_state import RunState
+from flows.runs.state import RunState
 from flows.wording import at_k, code, duration, markdown, percent
 from stages.models import Checkpoint
 

@@ -1,8 +1,8 @@
 """Live progress of a run: a rich display in a terminal, plain lines elsewhere (a log file, a pipe, a batch system).
 
-It listens to `pipeline.progress` reports after the `RunState` that it shows, which does not depend on it. What stays on the
-screen is the same in both: stages before the first step, evaluations, warnings, each once. The terminal shows the moving part
-below it, plain output prints it as lines.
+A fold of events after the `RunState` that it shows, which does not depend on it. What stays on the screen is the same in both:
+stages before the first step, evaluations, warnings, each once. The terminal shows the moving part below it, plain output prints
+it as lines.
 """
 
 from __future__ import annotations
@@ -20,8 +20,20 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from flows.run_state import RunState
+from flows.runs.state import RunState
 from flows.wording import accuracies, duration, number, percent
+from pipeline.events import (
+    DriftDone,
+    EvaluationDone,
+    Event,
+    PreflightDone,
+    StageDone,
+    StageFailed,
+    StepDone,
+    Warned,
+    emit,
+    recording,
+)
 from pipeline.progress import describe_failure, failsafe, listen, warn_plainly
 
 __all__ = ["Display", "displaying"]
@@ -41,11 +53,11 @@ _WORTH_A_LINE: Final = 1.0
 _BAR: Final = 24
 _WIDE: Final = 80
 """Columns of a terminal that has room for bars."""
-_OURS: Final = tuple(str(Path(__file__).resolve().parents[1] / name) for name in ("pipeline", "stages", "flows"))
+_OURS: Final = tuple(str(Path(__file__).resolve().parents[2] / name) for name in ("pipeline", "stages", "flows"))
 
 
 class Display:
-    """Writes where a run stands to a console; `take` is a listener of `pipeline.progress`, called after that of `state`."""
+    """Writes where a run stands to a console; `take` is a fold, called after that of `state`."""
 
     def __init__(self, state: RunState, console: Console) -> None:
         self.state = state
@@ -56,20 +68,28 @@ class Display:
         """The greedy evaluation of a step and set, kept for the line of the samples that usually follow."""
         self._last_line = state.clock()
 
-    def take(self, topic: str, values: dict[str, Any]) -> None:
-        """Write what a report calls for."""
-        match topic:
-            case "stage":
-                if values["outcome"] in ("executed", "failed"):
-                    self._stage_ended(values)
-            case "step":
+    def take(self, event: Event) -> None:
+        """Write what an event calls for."""
+        match event:
+            case StageFailed():
+                self._flush_reused()
+                stopped = event.error.startswith("KeyboardInterrupt")
+                self._line(f"{event.stage} {'stopped' if stopped else 'failed'}", "yellow" if stopped else "red")
+            case StageDone(cached=False):
+                self._stage_ended(event)
+            case StepDone():
                 self._step()
-            case "evaluation":
-                self._evaluation((values["step"], values["set"]), values["mode"], accuracies(values["metrics"]))
-            case "preflight":
-                self._line(f"first outputs: {values['text']}")
-            case "drift":
-                self._drift(values["step"], values["metrics"])
+            case EvaluationDone():
+                metrics = self.state.evaluations[event.set, event.mode]
+                self._evaluation((event.step, event.set), event.mode, accuracies(metrics))
+            case PreflightDone():
+                self._line(f"first outputs: {event.text}")
+            case DriftDone():
+                self._drift(event.step, self.state.points.last)
+
+    def note(self, topic: str, values: dict[str, Any]) -> None:
+        """Write what a progress report calls for."""
+        match topic:
             case "server":
                 if "note" in values:
                     self._line(f"waiting for the local Prefect server ({values['note']})", "dim")
@@ -79,9 +99,13 @@ class Display:
                 self._moved(topic)
 
     def warn(self, message: str) -> None:
-        """Show a warning, once per text."""
-        if self.state.warn(message):
-            self._line(f"warning: {message}", "yellow")
+        """Emit and show a warning, once per text."""
+        if message in self.state.warnings:
+            return
+        emit(Warned(message))
+        if message not in self.state.warnings:  # from a thread outside the run
+            self.state.warnings.append(message)
+        self._line(f"warning: {message}", "yellow")
 
     def close(self) -> None:
         """Write what was held back."""
@@ -94,14 +118,10 @@ class Display:
         self._last_line = self.state.clock()
         self.console.print(Text(f"{_clock(self.state.elapsed)}  {text}", style=style), soft_wrap=True)
 
-    def _stage_ended(self, values: dict[str, Any]) -> None:
-        if values["outcome"] == "failed":
-            self._flush_reused()
-            stopped = str(values.get("error", "")).startswith("KeyboardInterrupt")
-            self._line(f"{values['name']} {'stopped' if stopped else 'failed'}", "yellow" if stopped else "red")
-        elif not self.state.evaluations and values["seconds"] > _WORTH_A_LINE:
+    def _stage_ended(self, event: StageDone) -> None:
+        if not self.state.evaluations and event.seconds > _WORTH_A_LINE:
             last = {name: value for name, value in self.state.ended.items() if name not in ("done", "total")}
-            self._line(f"{values['name']} took {duration(values['seconds'])}  {_detail_text(last)}".rstrip())
+            self._line(f"{event.stage} took {duration(event.seconds)}  {_detail_text(last)}".rstrip())
 
     def _evaluation(self, where: tuple[int, str], mode: str, text: str) -> None:
         if mode == "greedy":
@@ -190,10 +210,14 @@ def displaying(state: RunState, console: Console, *, all_warnings: bool = False)
             try:
                 display.warn(str(message))
             except Exception:
-                state.warn(str(message))
                 warn_plainly(str(message))
 
-    with warnings.catch_warnings(), listen(state.take), listen(display.take):
+    with (
+        warnings.catch_warnings(),
+        recording(state.take, display.take),
+        listen(state.note),
+        listen(display.note),
+    ):
         for package in ("pipeline", "stages", "flows"):
             warnings.filterwarnings("always", module=rf"{package}\.")
         warnings.showwarning = show

@@ -15,24 +15,24 @@ from typing import Any
 
 from rich.console import Console
 
-from flows.completions import completion_rows
 from flows.config import IterativeRLConfig
 from flows.config.resolve import Choice
-from flows.display import displaying
-from flows.learning_curve import draw_learning_curve
-from flows.ledger import Ledger
-from flows.observer import Observer, observing
 from flows.places import Places
-from flows.records import RunRecord, run_folder, write_json
 from flows.registry import Registrar
-from flows.run_state import RunState
-from flows.summary import Summary, summarise, summary_markdown
-from flows.upkeep import upkeep
+from flows.runs.completions import completion_rows
+from flows.runs.curve import draw_learning_curve
+from flows.runs.display import displaying
+from flows.runs.ledger import Ledger
+from flows.runs.record import RunRecord, write_json
+from flows.runs.state import RunState
+from flows.runs.summary import Summary, summarise, summary_markdown
+from flows.runs.upkeep import upkeep
 from pipeline.config import ConfigError, flatten
+from pipeline.events import recording
 from pipeline.orchestration.engine import Engine, joining, running_deployment, use_engine
 from pipeline.orchestration.interruption import check, interruptible, is_interruption, shielded
 from pipeline.passwords import without_password
-from pipeline.progress import failsafe, listen, report
+from pipeline.progress import failsafe, report
 from pipeline.store import PrunedArtifactError, StoreError, use_store
 from pipeline.tracking import Tracker, track
 from pipeline.workers.gpu_locks import exclusive_devices
@@ -57,13 +57,13 @@ def run_flow(
     tags: Mapping[str, str] | None = None,
     difference: Mapping[str, Any] | None = None,
 ) -> Summary | None:
-    """Train as configured, showing progress; leaves record, summary, ledger and learning curve in the run's folder.
+    """Train as configured, showing progress; leaves log, summary and learning curve in the run's folder.
 
     Returns the summary; None where it could not be drawn up, which a warning explains. The run has finished either way.
 
     Args:
         command: what continues the run; that of this process by default.
-        tags: what MLflow is told beside the configuration.
+        tags: what MLflow gets beside the configuration.
         difference: what differs from an experiment's baseline, by dotted key: MLflow's parameters `diff.*`.
 
     Raises:
@@ -77,36 +77,45 @@ def run_flow(
         require_backend(backend)
     command = without_password(command or shlex.join(["cohort", *sys.argv[1:]]))
     state = RunState(steps=config.iterations * config.steps, iterations=config.iterations)
-    observer, ledger = Observer(), Ledger()
-    key = run_folder(places, config).name
+    ledger = Ledger()
     parameters = config.identity() | {f"diff.{name}": value for name, value in (difference or {}).items()}
-    record = RunRecord.begin(places, config, command=command, engine=engine, asked=choice.asked)
+    record = RunRecord.begin(
+        places,
+        config,
+        command=command,
+        engine=engine,
+        asked=choice.asked,
+        params={
+            name: value if isinstance(value, str) else json.dumps(value) for name, value in flatten(parameters).items()
+        },
+        tags=tags,
+    )
     try:
         with (
             interruptible(),
             starting_server(engine, places, state),
+            recording(record.log.take),
             displaying(state, console, all_warnings=debug),
-            listen(lambda topic, values: record.note(state)),
-            listen(ledger.take),
+            recording(ledger.take),
             track(
                 places.root,
                 experiment=config.experiment,
                 run_name=config.name,
-                run_key=key,
+                run_key=record.folder.name,
                 config=parameters,
                 tags=tags,
             ) as tracker,
         ):
-            observer.log, registrar = tracker, Registrar(tracker, config, tags or {})
-            with _devices(config, cached=record.finished_before):
-                policy = _train(config, places, engine, observer, registrar, record, state)
+            state.points.log, registrar = tracker, Registrar(tracker, config, tags or {})
+            with _devices(config, cached=record.finished_before), recording(registrar.take):
+                policy = _train(config, places, engine, record)
             record.policy = policy.digest
             summary: Summary | None = None
             with failsafe("the summary of the run"):
-                summary = summarise(config, observer.points, state, policy, _paths(record, places))
+                summary = summarise(config, state.points.by_step, state, policy, _paths(record, places))
                 record.accuracy = {"before": summary.before, "best": summary.best, "final": summary.after}
             if summary:
-                _conclude(summary, ledger, record, tracker, choice, command)
+                _conclude(summary, record, tracker, choice, command)
                 failsafe("the registry of models")(registrar.conclude)(summary, ledger)
             failsafe("the table of completions")(_log_completions)(ledger, places, tracker)
             check()
@@ -119,7 +128,7 @@ def run_flow(
             raise InterruptedRunError(command) from error
         raise
     finally:  # an interrupt may come between an error and its note
-        if record.attempts[-1].status == "running" and sys.exc_info()[0] is not None:
+        if record.is_running and sys.exc_info()[0] is not None:
             with shielded():
                 record.end("interrupted", state)
     with shielded():
@@ -127,22 +136,12 @@ def run_flow(
     return summary
 
 
-def _train(
-    config: IterativeRLConfig,
-    places: Places,
-    engine: Engine,
-    observer: Observer,
-    registrar: Registrar,
-    record: RunRecord,
-    state: RunState,
-) -> Checkpoint:
+def _train(config: IterativeRLConfig, places: Places, engine: Engine, record: RunRecord) -> Checkpoint:
     from flows.iterative_rl import iterative_rl
 
     with (
         use_store(places.open_store()) as store,
-        observing(observer),
-        listen(registrar.take),
-        upkeep(store, config, places, record, state),
+        upkeep(store, config, places, record.folder.name),
         orchestration(engine, places, warm=not record.finished_before),
     ):
         return iterative_rl(config)
@@ -239,12 +238,8 @@ def _paths(record: RunRecord, places: Places) -> dict[str, Path]:
     return {**paths, "final policy": policy} if policy.exists() else paths
 
 
-def _conclude(
-    summary: Summary, ledger: Ledger, record: RunRecord, tracker: Tracker, choice: Choice, command: str
-) -> None:
+def _conclude(summary: Summary, record: RunRecord, tracker: Tracker, choice: Choice, command: str) -> None:
     """Leave the outcome in the run's folder and in MLflow; what cannot be left must not make a trained policy a failed run."""
-    with failsafe(f"the ledger of {record.folder}"):
-        ledger.write(record.folder)
     with failsafe(f"the learning curve of {record.folder}"):
         _draw(summary, record, tracker)
     with failsafe(f"summary.json of {record.folder}"):

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from collections.abc import Iterator
+from typing import Final
 
 from flows.config import IterativeRLConfig
 from flows.places import Places
-from flows.records import RunRecord, read_records
-from flows.retention import KeepConfig, Retention
-from flows.run_state import RunState
+from flows.runs.record import read_records
+from flows.runs.retention import KeepConfig, Retention
 from flows.storage.gc import Freed, Records, superseded
 from flows.storage.references import OtherRuns
 from flows.storage.usage import Inventory
 from flows.wording import size
-from pipeline.progress import listen
+from pipeline.events import Event, StepDone, recording
 from pipeline.store import Store
 from pipeline.store.context import watching_disk
 from pipeline.store.disk import DiskWatch
@@ -24,23 +23,18 @@ from pipeline.store.disk import DiskWatch
 __all__ = ["Forecast", "upkeep", "watching", "ways_to_free"]
 
 _SUGGESTED: Final = {"optimizer": 1, "checkpoints": 2, "rollouts": 5}
-"""What a full disk is told to keep, by the option of `cohort store prune`."""
+"""What to keep when the disk is full, by the option of `cohort store prune`."""
 
 
 @contextlib.contextmanager
-def upkeep(
-    store: Store, config: IterativeRLConfig, places: Places, record: RunRecord, state: RunState
-) -> Iterator[None]:
+def upkeep(store: Store, config: IterativeRLConfig, places: Places, run: str) -> Iterator[None]:
     """Hold the run's lease, watch the disk, and free what the configuration does not keep, inside the block."""
-    others = OtherRuns(places, record.folder.name)
+    others = OtherRuns(places, run, store)
     retention = Retention(store, config.keep, iteration_steps=config.steps, spared=others.digests)
-    with store.pins.open(record.folder.name), watching(store, config.keep, places) as watch:
-        forecast = Forecast(watch, retention, config.keep, steps=state.steps)
-        with listen(retention.take), listen(forecast.take):
-            try:
-                yield
-            finally:
-                record.list_artifacts(state)  # before the lease ends: at no moment does it look as if nobody used them
+    with store.pins.open(run), watching(store, config.keep, places) as watch:
+        forecast = Forecast(watch, retention, config.keep, steps=config.iterations * config.steps)
+        with recording(retention.take, forecast.take):
+            yield
 
 
 @contextlib.contextmanager
@@ -67,7 +61,7 @@ def ways_to_free(store: Store, places: Places) -> str:
 
 
 class Forecast:
-    """Warns once where the steps that are left will not fit; `take` is a listener of `pipeline.progress`."""
+    """Warns once where the steps that are left will not fit; `take` is a fold."""
 
     def __init__(self, watch: DiskWatch, retention: Retention, keep: KeepConfig, *, steps: int) -> None:
         """Take what writes and what frees, and how many steps the run has."""
@@ -80,9 +74,9 @@ class Forecast:
         self._computed = 0
         self._warned = False
 
-    def take(self, topic: str, values: Mapping[str, Any]) -> None:
-        """Note one report."""
-        if topic != "step" or self._watch.written == self._written:
+    def take(self, event: Event) -> None:
+        """Note one event."""
+        if not isinstance(event, StepDone) or self._watch.written == self._written:
             return
         self._written = self._watch.written
         self._computed += 1
@@ -92,7 +86,7 @@ class Forecast:
             return
         steps, before = self._start
         per_step = (taken - before) / (self._computed - steps)
-        self._look_ahead(per_step, self._steps - values["step"])
+        self._look_ahead(per_step, self._steps - event.step)
 
     def _look_ahead(self, per_step: float, left: int) -> None:
         free = self._watch.free(self._watch.folder) - self._watch.margin

@@ -210,6 +210,8 @@ def displaying(state: RunState, console: Console, *, all_warnings: bool = False)
             try:
                 display.warn(str(message))
             except Exception:
+                if str(message) not in state.warnings:
+                    state.warnings.append(str(message))
                 warn_plainly(str(message))
 
     with (

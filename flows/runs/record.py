@@ -24,6 +24,7 @@ from flows.runs.state import RunState
 from pipeline.event_log import LOG, EventLog, LogReader, parse_events, read_events
 from pipeline.events import Event, RunEnded, RunStarted, StageDone, StepDone
 from pipeline.orchestration.server_process import is_alive, start_of
+from pipeline.progress import failsafe
 from pipeline.store import StoreError, canonical_json, sha256_of
 from pipeline.store.files import is_digest
 
@@ -190,7 +191,8 @@ class RunRecord:
     def end(self, status: Literal["finished", "failed", "interrupted"], state: RunState, error: str = "") -> None:
         """Note how the attempt ended; a folder that cannot be written does not stop it."""
         ended = RunEnded(status, state.elapsed, state.executed, state.cached, error, self.policy, **self.accuracy)
-        self.log.take(ended)
+        with failsafe(f"the end of the log of {self.folder}"):
+            self.log.take(ended)
         self.take(dataclasses.replace(ended, time=time.time(), attempt=self.log.attempt))
 
     def take(self, event: Event) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from flows.runs.points import Points
 from pipeline.events import EvaluationDone, Event, StageDone, StageFailed, StageStarted, StepDone, Warned
+from pipeline.progress import failsafe
 
 __all__ = ["RunState", "StageTotals"]
 
@@ -83,7 +84,8 @@ class RunState:
 
     def take(self, event: Event) -> None:
         """Note one event."""
-        self.points.take(event)
+        with failsafe("the metrics of the run"):
+            self.points.take(event)
         match event:
             case StageStarted():
                 self.stages.setdefault(event.stage, StageTotals())

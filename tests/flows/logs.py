@@ -20,9 +20,10 @@ def write_log(
     *,
     whole: bool = True,
 ) -> EventLog:
-    """Append an attempt in which stages made these digests: step -> stage -> digest."""
+    """Append an attempt in which stages made these digests: step -> stage -> digest; `whole`: with its start and end."""
     log = EventLog(folder)
-    log.append(START)
+    if whole:
+        log.append(START)
 
     def called(where: str, made: Mapping[str, str]) -> tuple[str, ...]:
         keys = {stage: sha256(f"{where}/{stage}/{digest}".encode()).hexdigest() for stage, digest in made.items()}

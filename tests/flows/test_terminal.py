@@ -17,6 +17,7 @@ from flows.cli import run_command
 from flows.config.resolve import choose
 from flows.places import Places
 from flows.runs.record import read_record, read_records, run_folder
+from pipeline.events import Event
 from pipeline.residency import evict
 from tests.flows.experiments.test_ablation import TINY as EXPERIMENT
 from tests.flows.terminal import Terminal, on_terminal, piped, terminal
@@ -153,8 +154,11 @@ class Broken:
     def __init__(self, *_: Any) -> None:
         pass
 
-    def take(self, topic: str, values: dict[str, Any]) -> None:
+    def take(self, event: Event) -> None:
         raise RuntimeError("the display cannot take anything")
+
+    def note(self, topic: str, values: dict[str, Any]) -> None:
+        raise RuntimeError("the display cannot note anything")
 
     def warn(self, message: str) -> None:
         raise RuntimeError("the display cannot warn")
@@ -199,7 +203,7 @@ def test_a_display_that_raises_at_every_call_changes_nothing(
         "flows.runs.session.completion_rows",
         "flows.registry.Registrar.take",
         "flows.registry.Registrar.conclude",
-        "flows.runs.ledger.Ledger.write",
+        "flows.runs.ledger.Ledger.take",
         "flows.commands.training.print_summary",
         "flows.commands.training._announce",
         "pipeline.tracking.Tracker.log_step",

@@ -204,7 +204,7 @@ def recorded(
 ) -> str:
     """The record of a run as `cohort run` leaves it: steps that led to `policies`, evaluated before and after."""
     record = RunRecord.begin(places, config, command="cohort run arithmetic_smoke", engine="inline")
-    write_log(record.folder, {step: {"update_policy": policy.digest} for step, policy in policies.items()}, ended=False)
+    write_log(record.folder, {step: {"update_policy": policy.digest} for step, policy in policies.items()}, whole=False)
     last = max(policies)
     measured = {0: 0.25, last: 0.75}
     curve = {

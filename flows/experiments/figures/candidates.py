@@ -110,7 +110,8 @@ def _about(study: Study, panels: Sequence[_Panel]) -> Iterator[str]:
     every = [point for panel in panels for points in panel.lines.values() for point in points.values()]
     yield f"Lines: mean of {study.seeds}. Bands: {bounds_are(every)}."
     if any(intervals for panel in panels for intervals in panel.changes.values()):
-        yield "Changes: one for each seed, with the 95 % interval of a paired bootstrap over questions."
+        over = "of a paired bootstrap over questions; where all changed alike, Wilson's"
+        yield f"Changes: one for each seed, with the 95 % interval {over}."
     for panel in panels:
         k, place = panel.ks[-1], words(panel.set).capitalize()
         if ("maj", "before") not in panel.lines:

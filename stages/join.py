@@ -223,7 +223,7 @@ def _refuse_repeated(table: pa.Table, code_N: Places, sorted_N: Places, name: st
         row = np.flatnonzero(np.isin(code_N, twice))[0]
         key = key_at(table, row, by)
         times = int((code_N == code_N[row]).sum())
-        text = f"{name} hold {key} more than once: expected one row for each ({', '.join(by)}), found {times} of it"
+        text = f"{name} hold {key!r} more than once: expected one row for each ({', '.join(by)}), found {times} of it"
         raise JoinError(name, text, repeated=key)
 
 
@@ -234,10 +234,10 @@ def _mismatch(
     first: dict[str, Any] = {}
     if len(lost):
         first["missing"] = key_at(wanted, lost[0], by)
-        faults.append(f"{len(lost)} of {wanted.num_rows} {to} without a row, first {first['missing']}")
+        faults.append(f"{len(lost)} of {wanted.num_rows} {to} without a row, first {first['missing']!r}")
     if len(left_over):
         first["extra"] = key_at(found, left_over[0], by)
-        faults.append(f"{len(left_over)} of {found.num_rows} rows without {to}, first {first['extra']}")
+        faults.append(f"{len(left_over)} of {found.num_rows} rows without {to}, first {first['extra']!r}")
     return JoinError(
         name,
         f"{name} do not match {to}: expected one row for each ({', '.join(by)}), found {' and '.join(faults)}; "

@@ -6,10 +6,13 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, ParamSpec
+from typing import Any, Final, ParamSpec
+
+import numpy as np
+import pyarrow as pa
 
 from pipeline.stage import record_metrics, stage
-from stages.keys import repeated_key
+from stages.join import KEY, align, group_rows, require_unique
 from stages.reward.components import score_component
 from stages.reward.composition import (
     ComponentScore,
@@ -28,16 +31,11 @@ from stages.reward.rules.accuracy import GoldError, read_gold
 from stages.reward_metrics import RewardMetric
 from stages.tables import Questions, Rewards, Rollouts
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 __all__ = ["CHUNK_ROWS", "combine_rewards", "score"]
 
 CHUNK_ROWS: Final = 4096
-"""Outputs that are result at a time; no verdict depends on which are together. Rewards by functions, and by patterns that may
+"""Outputs that are scored at a time; no verdict depends on which are together. Rewards by functions, and by patterns that may
 need processes, see all at once."""
-
-_KEY: Final = ("question_id", "sample")
 
 P = ParamSpec("P")
 
@@ -81,7 +79,7 @@ def score(outputs: Rollouts, questions: Questions, config: RewardConfig) -> Rewa
         GoldError: a question without an answer, by its id.
         DataError: step rewards of a question that is not of the built-in world.
     """
-    table = outputs.read([*_KEY, "finish_reason", "text", "text_ends", "output_ids"])
+    table = outputs.read([*KEY, "finish_reason", "text", "text_ends", "output_ids"])
     asked = _questions_of(table, questions)
     size = table.num_rows if _scores_together(config) else CHUNK_ROWS
     return Rewards.write(_parts((_read(chunk, asked) for chunk in _chunks(table, size)), config))
@@ -190,50 +188,44 @@ def combine_rewards(
     `reward/faults`, `reward/screened` as in `score`.
 
     Raises:
-        ValueError: an output without a score. As `score`, for the components that are result here.
+        ValueError: an output without a score. As `score`, for the components that are scored here.
     """
-    table = outputs.read([*_KEY, "finish_reason", "text", "text_ends", "output_ids"])
+    table = outputs.read([*KEY, "finish_reason", "text", "text_ends", "output_ids"])
     asked = _questions_of(table, questions)
     size = table.num_rows if _scores_together(config) else CHUNK_ROWS
-    by_key = {(row["question_id"], row["sample"]): row for row in scores.rows()}
-    lowest: dict[str, float] = {}
-    for (question_id, _), row in by_key.items():
-        lowest[question_id] = min(row["reward"], lowest.get(question_id, math.inf))
+    found = align(table, scores.read(), "scores")
+    _, question_N = group_rows(table["question_id"])
+    lowest_Q = np.full(question_N.max(initial=-1) + 1, math.inf)
+    np.fmin.at(lowest_Q, question_N, found["reward"].to_numpy())
+    found = found.append_column("floor", pa.array(np.where(bounded, 0.0, lowest_Q[question_N])))
     parts = unlearned_components(config)
     tally = _tally(["model"], parts)
 
     def combined() -> Iterator[dict[str, Any]]:
-        for chunk in _chunks(table, size):
-            rows = _read(chunk, asked)
-            found = [_score_of(row, by_key) for row in rows]
-            floor = [0.0 if bounded else lowest[row.question_id] for row in rows]
-            yield _combined(rows, found, floor, config, parts, weight, tally)
+        for chunk, scored in zip(_chunks(table, size), _chunks(found, size), strict=True):
+            yield _combined(_read(chunk, asked), scored.to_pylist(), config, parts, weight, tally)
         record_metrics({**scores.metrics, **tally.metrics()})
 
     return Rewards.write(combined())
 
 
-def _score_of(row: Output, scores: Mapping[tuple[str, int], Mapping[str, Any]]) -> Mapping[str, Any]:
-    key = (row.question_id, row.sample)
-    if key not in scores:
-        raise ValueError(f"output {key} has no score by a reward model; were they made for other rollouts?")
-    return scores[key]
-
-
 def _combined(
     rows: Sequence[Output],
     found: Sequence[Mapping[str, Any]],
-    floor: Sequence[float],
     config: RewardConfig,
     parts: Sequence[ComponentConfig],
     weight: float,
     tally: Tally,
 ) -> dict[str, Any]:
-    """Some rows of the table; `floor` is what the model's score of a truncated output counts as under `as_unparseable`."""
+    """Some rows of the table.
+
+    The column `floor` of `found` is what the model's score of a truncated output counts as under `as_unparseable`.
+    """
     columns = {part.name: score_component(rows, part, config) for part in parts}
     whole = [[_part(columns[part.name][i], part) for part in parts] for i in range(len(rows))]
-    counted = {"no_reward": [None] * len(rows), "as_is": [score["reward"] for score in found], "as_unparseable": floor}
-    model = [counted[config.truncated if row.truncated else "as_is"][i] for i, row in enumerate(rows)]
+    counted = {"as_is": "reward", "as_unparseable": "floor"}
+    names = [counted.get(config.truncated if row.truncated else "as_is") for row in rows]
+    model = [None if name is None else score[name] for name, score in zip(names, found, strict=True)]
     rewards = [compose([Part(score, weight, "no_reward"), *whole[i]]) for i, score in enumerate(model)]
     _require_finite(rewards, rows)
     tally.take(
@@ -257,7 +249,10 @@ def _combined(
     }
 
 
-def _read(table: pa.Table, asked: Mapping[str, Mapping[str, Any]]) -> list[Output]:
+def _read(table: pa.Table, asked: pa.Table) -> list[Output]:
+    about = align(table, asked, "questions", to="rollouts", by=["question_id"], extra=True, several=True)
+    for name in ("question", "answer", "solution"):
+        table = table.append_column(name, about[name])
     rows = table.to_pylist()
     for row in rows:
         if len(row["text_ends"]) != len(row["output_ids"]):
@@ -269,9 +264,9 @@ def _read(table: pa.Table, asked: Mapping[str, Mapping[str, Any]]) -> list[Outpu
         Output(
             question_id=row["question_id"],
             sample=row["sample"],
-            question=asked[row["question_id"]]["question"],
-            gold=asked[row["question_id"]]["answer"],
-            solution=asked[row["question_id"]]["solution"],
+            question=row["question"],
+            gold=row["answer"],
+            solution=row["solution"],
             text=row["text"],
             output_ids=row["output_ids"],
             text_ends=row["text_ends"],
@@ -281,25 +276,15 @@ def _read(table: pa.Table, asked: Mapping[str, Mapping[str, Any]]) -> list[Outpu
     ]
 
 
-def _questions_of(outputs: pa.Table, questions: Questions) -> Mapping[str, Mapping[str, Any]]:
-    """Rows of `questions` by id; those that have outputs have a gold answer."""
-    twice = repeated_key(outputs)
-    if twice:
-        raise ValueError(f"rollouts hold {twice} more than once; a row is one (question_id, sample)")
+def _questions_of(outputs: pa.Table, questions: Questions) -> pa.Table:
+    """The questions that have outputs; each has a gold answer."""
+    require_unique(outputs, "rollouts")
+    wanted = pa.table({"question_id": outputs["question_id"].unique()})
     table = questions.read(["question_id", "question", "answer", "solution"])
-    asked = {row["question_id"]: row for row in table.to_pylist()}
-    if len(asked) < table.num_rows:
-        raise ValueError("questions hold a question_id more than once")
-    wanted = outputs["question_id"].unique().to_pylist()
-    unknown = [question_id for question_id in wanted if question_id not in asked]
-    if unknown:
-        raise ValueError(
-            f"rollouts of {len(unknown)} questions that are not in the table, first {unknown[0]!r}; "
-            "score with the questions that were sampled"
-        )
-    for question_id in wanted:
+    asked = align(wanted, table, "questions", to="rollouts", by=["question_id"], extra=True)
+    for question_id, answer in zip(asked["question_id"].to_pylist(), asked["answer"].to_pylist(), strict=True):
         try:
-            read_gold(asked[question_id]["answer"])
+            read_gold(answer)
         except GoldError as error:
             raise GoldError(f"question {question_id!r}: {error}") from None
     return asked

@@ -128,7 +128,7 @@ def test_process_supervision_pays_the_whole_output_s_part_at_its_last_step() -> 
 
 def test_an_output_without_a_score_is_named() -> None:
     outputs = rollouts(*OUTPUTS, GOOD)
-    with pytest.raises(ValueError, match=r"output \('q', 3\) has no score by a reward model"):
+    with pytest.raises(ValueError, match=r"scores do not match outputs: .* without a row, first \('q', 3\)"):
         combine_rewards(scores(), outputs, questions(), config("as_is"), weight=1.0, bounded=False)
 
 

@@ -24,6 +24,7 @@ from stages.advantage import (
     OneConfig,
     PairsConfig,
 )
+from stages.join import KEY, align
 from stages.reward import AccuracyConfig
 from stages.tables import Rewards, Rollouts
 
@@ -227,6 +228,7 @@ def _where(config: IterativeRLConfig) -> str:
 
 def _ending(rows: Sequence[Row], outputs: Rollouts, status: str) -> str:
     """The end of the first output of a status."""
-    wanted = next((row["question_id"], row["sample"]) for row in rows if row["status"] == status)
-    texts = outputs.read().select(["question_id", "sample", "text"]).to_pylist()
-    return next(str(row["text"])[-_ENDING:] for row in texts if (row["question_id"], row["sample"]) == wanted)
+    first = next(row for row in rows if row["status"] == status)
+    wanted = Rewards.conform([first]).select(list(KEY))
+    text: str = align(wanted, outputs.read([*KEY, "text"]), "outputs", to="rewards", extra=True)["text"][0].as_py()
+    return text[-_ENDING:]

@@ -30,6 +30,7 @@ from stages.data import (
     solution_outputs,
     take_solutions,
 )
+from stages.join import KEY, align, key_at
 from stages.models import Checkpoint
 from stages.reward import score
 from stages.reward_model import measure_reward_model, score_outputs
@@ -150,14 +151,17 @@ def _disagreement(config: RewardModelStudyConfig, sides: Sequence[_Side]) -> flo
     """Share of the labelled solutions whose label is not the rules' verdict; a missing verdict is no agreement."""
     labelled, found = 0, []
     for side in sides:
-        verdicts = {(row["question_id"], row["sample"]): row["status"] for row in side.rules.rows()}
-        for row in side.solutions.rows():
-            key = (row["question_id"], row["sample"])
-            if row["label"] is None or key not in verdicts:
+        written = side.solutions.read([*KEY, "label"])
+        rules = side.rules.read([*KEY, "status"])
+        verdicts = align(written, rules, "verdicts", to="solutions", extra=True, missing=True)
+        pairs = zip(written["label"].to_pylist(), verdicts["status"].to_pylist(), strict=True)
+        for row, (label, status) in enumerate(pairs):
+            if label is None or status is None:
                 continue
             labelled += 1
-            if (row["label"], verdicts[key]) not in _AGREEING:
-                found.append(f"{key}: the file says {'right' if row['label'] else 'wrong'}, the rules {verdicts[key]}")
+            if (label, status) not in _AGREEING:
+                said = "right" if label else "wrong"
+                found.append(f"{key_at(written, row)}: the file says {said}, the rules {status}")
     if found:
         text = f"the rules contradict {len(found)} of {labelled} labels of the file, {'; '.join(found[:_SHOWN])}"
         if len(found) > config.max_disagreement * labelled:

@@ -87,15 +87,15 @@ def _tables(kind: str, digest: str, calls: Sequence[Record]) -> _Tables | None:
     outputs = digest if kind == "Rollouts" else _artifact(made, "outputs")
     if outputs is None:
         return None
-    beside = [call for call in calls if _artifact(call, "outputs") == outputs]
-    estimates = [call for call in beside if call["type"] == "Advantages"]
+    related = [call for call in calls if _artifact(call, "outputs") == outputs]
+    estimates = [call for call in related if call["type"] == "Advantages"]
     match kind:
         case "Advantages":
             return _Tables(outputs, _artifact(made, "rewards"), digest)
         case "Rewards":
             estimates = [call for call in estimates if _artifact(call, "rewards") == digest]
             return _Tables(outputs, digest, estimates[-1]["result"] if estimates else None)
-    scored = [call["result"] for call in beside if call["type"] == "Rewards"]
+    scored = [call["result"] for call in related if call["type"] == "Rewards"]
     rewards = _artifact(estimates[-1], "rewards") if estimates else None
     return _Tables(outputs, rewards or (scored or [None])[-1], estimates[-1]["result"] if estimates else None)
 
@@ -104,9 +104,9 @@ def _groups(tables: _Tables, calls: Sequence[Record]) -> Iterator[Group]:
     import pyarrow.compute as pc
 
     made = next((call for call in reversed(calls) if call["result"] == tables.outputs), None)
-    beside = [call for call in calls if _artifact(call, "outputs") == tables.outputs]
+    related = [call for call in calls if _artifact(call, "outputs") == tables.outputs]
     # Outputs that were selected or demonstrated were not made from questions: take those they were scored with, or shown in.
-    questions = next((found for call in [made, *beside] if (found := _artifact(call, "questions"))), None)
+    questions = next((found for call in [made, *related] if (found := _artifact(call, "questions"))), None)
     outputs = Rollouts(tables.outputs).read([*KEY, "text", "output_ids", "finish_reason"])
     joined = pa.table(
         {

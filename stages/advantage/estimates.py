@@ -128,13 +128,13 @@ def pair_advantages(outputs: Outputs, scored: Scored) -> Estimate:
         ValueError: questions without samples 0 .. G-1.
     """
     outputs.require_groups("a preference")
-    judged_N = ~np.isnan(scored.reward_N)
-    sides = (judged_N & scored.right_N, judged_N & ~scored.right_N)
+    scored_N = ~np.isnan(scored.reward_N)
+    sides = (scored_N & scored.right_N, scored_N & ~scored.right_N)
     counts = [np.bincount(outputs.group_N[side], minlength=len(outputs.names)) for side in sides]
     pairs_Q = np.minimum(*counts)
     number_Q = np.cumsum(pairs_Q) - pairs_Q
     in_order = np.lexsort((outputs.sample_N, outputs.group_N))
-    pair_N, sign_N = np.full(len(judged_N), -1), np.zeros(len(judged_N))
+    pair_N, sign_N = np.full(len(scored_N), -1), np.zeros(len(scored_N))
     for side, count_Q, sign in zip(sides, counts, (1.0, -1.0), strict=True):
         rows = in_order[side[in_order]]
         group = outputs.group_N[rows]

@@ -151,9 +151,9 @@ def _decoding_seconds(trial: Trial, device: str, precision: str) -> float:
     """Time a rollout in which every row has its prompt and all its tokens."""
     import torch
 
-    from stages.rollout.attention import GROUPED
     from stages.rollout.generator import Prompt, Sampling
     from stages.rollout.hf import HFGenerator
+    from stages.rollout.kv_cache import GROUPED
 
     model = _model(trial, device, torch.bfloat16 if precision == "bf16" else torch.float32, GROUPED)
     generator = HFGenerator(model, batch_rows=trial.rows)

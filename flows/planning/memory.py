@@ -50,7 +50,7 @@ _FIRST_ROOM: Final = 64
 """Tokens of room after the prompt at first, which grows by half (`stages/rollout/kv_cache.py`)."""
 _COPIES: Final = 5
 """Of a step's logits in float32: as computed, over T, their log softmax, its exp, and that in blocks
-(`stages/rollout/sampling.py`)."""
+(`stages/rollout/hf.py`)."""
 
 Memory = dict[str, float]
 """Bytes by part; their sum is the peak."""

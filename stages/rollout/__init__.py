@@ -1,9 +1,15 @@
 """Rollout (Algorithm 1, lines 6-7): G outputs of the old policy for every question, as ids with the engine's logprobs."""
 
-from stages.rollout.config import BackendConfig, HFBackendConfig, RolloutConfig, VLLMBackendConfig, VLLMServerConfig
-from stages.rollout.continuation import continue_outputs
-from stages.rollout.prefixes import cut_into_prefixes
-from stages.rollout.stage import require_backend, rollout
+from stages.rollout.config import (
+    BackendConfig,
+    HFBackendConfig,
+    RolloutConfig,
+    VLLMBackendConfig,
+    VLLMServerConfig,
+    require_backend,
+)
+from stages.rollout.continuation import continue_outputs, cut_into_prefixes
+from stages.rollout.stage import rollout
 
 __all__ = [
     "BackendConfig",

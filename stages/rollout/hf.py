@@ -1,7 +1,7 @@
 """Decoding with a transformers model: prefill once a question, share prefixes, drop finished rows, write keys in place.
 
 The loop is ours, the model is transformers' (any causal LM with full attention and a standard cache; sliding attention up to
-its window). A step runs the model over the distinct prefixes alive (`rows.py`), samples every output from its row's
+its window). A step runs the model over the distinct prefixes alive (`kv_cache.py`), samples every output from its row's
 distribution, and regroups.
 """
 
@@ -12,18 +12,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from pipeline.orchestration.interruption import check
 from stages.rollout.generator import FinishReason, Output, Progress, Prompt, Sampling, check_window
-from stages.rollout.kv_cache import RowCache
-from stages.rollout.rows import regroup
-from stages.rollout.sampling import sample
-from stages.rollout.seeds import uniforms
+from stages.rollout.kv_cache import RowCache, regroup
 
 _PREFILL_TOKENS = 16_384
 """Prompt tokens of one prefill forward, padding included: bounds its activations."""
+_BLOCK = 64
+"""Tokens whose probabilities are added before any are cumulated: cumulating is sequential, adding is not."""
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 class HFGenerator:
@@ -218,3 +221,59 @@ def _layer_kinds(model: PreTrainedModel) -> set[str]:
     if named:
         return set(named)
     return {"full_attention" if getattr(model.config, "sliding_window", None) is None else "sliding_attention"}
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+def uniforms(seeds: NDArray[np.uint64], step: int) -> NDArray[np.float64]:
+    """u_i in [0, 1): output number `step` of the SplitMix64 stream with seed `seeds[i]`.
+
+    SplitMix64 (Steele, Lea and Flood 2014) is counter-based: state = seed + (step + 1) * golden ratio, then a finaliser.
+    Kept to 40 bits, so that u times a sum near 1 stays below that sum.
+    """
+    with np.errstate(over="ignore"):
+        z = seeds + np.uint64(step + 1) * _GOLDEN
+        z = (z ^ (z >> np.uint64(30))) * _MIX_1
+        z = (z ^ (z >> np.uint64(27))) * _MIX_2
+        z ^= z >> np.uint64(31)
+    return (z >> np.uint64(24)).astype(np.float64) * 2.0**-40
+
+
+def sample(
+    logits: torch.Tensor, row: NDArray[np.int64], uniform: NDArray[np.float64], temperature: float
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """One token for each sample from its row's distribution, and its log-probability there (`Output.logprobs`).
+
+    logits `[rows, V]` float32; `row` and `uniform` `[n]`, u below 1 - 2**-40.
+
+    Raises:
+        FloatingPointError: logits that are no distribution (NaN, +inf, or nothing but -inf).
+    """
+    if temperature > 0:
+        logits = logits / temperature
+    logp = torch.log_softmax(logits, dim=-1)
+    if not torch.isfinite(logp.amax(dim=-1)).all():
+        raise FloatingPointError("the policy's logits are not finite: its weights are damaged or have diverged")
+    index = torch.from_numpy(row).to(logits.device)
+    if temperature == 0:
+        token = logp.argmax(dim=-1)[index]
+    else:
+        token = _invert(logp.exp(), index, torch.from_numpy(uniform).to(logits.device))
+    return token.cpu().numpy(), logp[index, token].cpu().numpy()
+
+
+def _invert(probability: torch.Tensor, index: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The first token whose cumulated probability exceeds u times the total: its own is positive.
+
+    First the block of tokens is found, then the token in it. Sums are float64: float32 would lose rare tokens.
+    """
+    rows, vocabulary = probability.shape
+    blocks = F.pad(probability, (0, -vocabulary % _BLOCK)).view(rows, -1, _BLOCK)
+    until = F.pad(blocks.sum(dim=-1).double().cumsum(dim=-1), (1, 0))[index]
+    target = uniform[:, None] * until[:, -1:]
+    block = torch.searchsorted(until[:, 1:].contiguous(), target, right=True)
+    inside = blocks[index, block[:, 0]].double().cumsum(dim=-1)
+    # The block's sum was rounded in another order than `inside`: stay below its end, where no token is left.
+    rest = torch.minimum(target - until.gather(1, block), inside[:, -1:] * (1 - 2**-40))
+    return (block * _BLOCK + torch.searchsorted(inside, rest, right=True))[:, 0]

@@ -1,16 +1,27 @@
-"""Keys and values of many rows in preallocated memory, behind transformers' cache interface.
+"""The KV cache of `hf.py`: rows that samples share, preallocated, and eager attention that reads shared keys once.
 
-transformers' DynamicCache concatenates (copies everything it has, every token); its StaticCache attends to its whole length
-from the first token on. Here a token is written in place and attention sees a view of what is filled.
+All outputs of a question start in one row, its prefill. When the outputs of a row choose different tokens, the row forks;
+when its last output ends, the row is free. Rows stay packed in 0..n-1, so a model never computes for a finished output, and
+never computes one prefix twice. Each fork and each freed row costs at most one copy of a row's keys and values.
+
+transformers' DynamicCache copies everything it has at every token; its StaticCache attends to its whole length from the first
+token on. Here a token is written in place, and attention sees a view of what is filled.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+GROUPED = "cohort_grouped"
+"""Name of `grouped_attention` among the implementations of transformers."""
+Integers = NDArray[np.int64]
 _FIRST_ROOM = 64
 """Tokens of room given at first; more is made by half when it is used up, so that short outputs cost little memory."""
 
@@ -89,3 +100,76 @@ def _with_room(states: torch.Tensor, room: int, *, filled_rows: int, filled: int
     wider = _allocate(states, states.shape[0], room)
     wider[:filled_rows, :, :filled] = states[:filled_rows, :, :filled]
     return wider
+
+
+@dataclass(frozen=True)
+class Regrouping:
+    """Rows after one token, and the copies that make them."""
+
+    sample_row: Integers
+    """[n] new row of each live sample."""
+    row_token: Integers
+    """[rows] token that each new row reads next."""
+    source: Integers
+    """Old rows to copy from; never among `target`."""
+    target: Integers
+    """Rows to copy to; every other new row is already in its place."""
+
+
+def regroup(sample_row: Integers, token: Integers) -> Regrouping:
+    """Rows for live samples that were in `sample_row` and drew `token`.
+
+    Samples of one row that drew the same token stay together. A row's first child stays where it is, unless packing moves
+    it; a target has no child that stays and hence no child at all, so no copy reads what another wrote.
+    """
+    width = int(token.max()) + 1
+    children, child_of_sample = np.unique(sample_row * width + token, return_inverse=True)
+    parent = children // width
+    first = np.ones(len(parent), dtype=bool)
+    first[1:] = parent[1:] != parent[:-1]
+    stays = first & (parent < len(parent))
+    taken = np.zeros(len(parent), dtype=bool)
+    taken[parent[stays]] = True
+    target = np.flatnonzero(~taken)
+    row = np.where(stays, parent, 0)
+    row[~stays] = target
+    row_token = np.empty_like(children)
+    row_token[row] = children % width
+    return Regrouping(row[child_of_sample], row_token, parent[~stays], target)
+
+
+def grouped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Return softmax(q k^T * scaling + mask) v, softmax in float32, the query heads that share keys in one product.
+
+    transformers' eager attention copies keys and values for each query head of a group, at every token; the sums are the
+    same. On a CPU, 8 query heads on 2 key heads decode 1.4 times as fast after 20 prompt tokens, 2.6 times after 100.
+
+    query `[rows, heads, T, d]`, key `[rows, key heads, L, d]`, value `[rows, key heads, L, e]`, additive mask
+    `[rows, 1, T, L]`; the result is `[rows, T, heads, e]`.
+
+    Raises:
+        NotImplementedError: a model whose attention has more to it (soft caps, sinks).
+    """
+    if softcap is not None or s_aux is not None:
+        found = "a soft cap" if softcap is not None else "attention sinks"
+        raise NotImplementedError(f"grouped attention knows no {found}; set rollout.backend.attention to eager")
+    rows, heads, length, size = query.shape
+    grouped = query.reshape(rows, key.shape[1], -1, size)
+    scores = torch.matmul(grouped, key.transpose(2, 3)) * (size**-0.5 if scaling is None else scaling)
+    scores = scores.view(rows, heads, length, -1) + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype).view(rows, key.shape[1], -1, key.shape[2])
+    attended = torch.matmul(weights, value).view(rows, heads, length, -1)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(GROUPED, grouped_attention)

@@ -14,7 +14,6 @@ from pipeline.residency import resident
 from pipeline.stage import record_metrics, stage
 from stages.models import Checkpoint, architecture_of, load_model, load_tokenizer, load_weights
 from stages.rollout.config import BackendConfig, HFBackendConfig, RolloutConfig, VLLMBackendConfig, VLLMServerConfig
-from stages.rollout.slots import HF, make_room
 from stages.tables import Questions, Rollouts
 from stages.text import PromptConfig, decode_outputs, encode_prompt
 
@@ -60,8 +59,7 @@ def rollout(
 def _prompts(
     questions: Questions, tokenizer: PreTrainedTokenizerFast, prompt: PromptConfig, *, G: int, seed: int
 ) -> list[Prompt]:
-    from stages.rollout.generator import Prompt
-    from stages.rollout.seeds import sample_seed
+    from stages.rollout.generator import Prompt, sample_seed
 
     table = questions.read()
     names = table["question_id"].to_pylist()
@@ -96,18 +94,6 @@ def stop_ids(policy: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> tuple[in
             "found none; no output would ever end: name the token in generation_config.json of the model's folder"
         )
     return tuple(sorted(ids))
-
-
-def require_backend(backend: BackendConfig) -> None:
-    """Find out before anything is computed whether what decodes is installed.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if isinstance(backend, VLLMBackendConfig):
-        from stages.rollout.vllm_environment import require_vllm
-
-        require_vllm(backend)
 
 
 @contextlib.contextmanager
@@ -155,7 +141,8 @@ class _Resident:
 
 def resident_model(policy: Checkpoint, backend: HFBackendConfig) -> PreTrainedModel:
     """The policy's model, ready: reloaded in place when only the weights differ, made anew when the architecture does."""
-    from stages.rollout.attention import GROUPED
+    from stages.rollout.generator import HF, make_room
+    from stages.rollout.kv_cache import GROUPED
     from stages.training.hardware import inference_dtype, training_device
 
     device, dtype = training_device(), inference_dtype(backend.dtype)

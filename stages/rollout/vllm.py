@@ -21,11 +21,9 @@ from pipeline.residency import evict, resident
 from pipeline.store.context import record_package
 from pipeline.workers.group import Group, RefusedError, WorkerError
 from stages.models import WEIGHT_INDEX, Checkpoint, architecture_of, may_run_code, weight_files
-from stages.rollout.config import VLLMBackendConfig
-from stages.rollout.generator import Output, Progress, Prompt, Sampling, check_window
+from stages.rollout.config import VLLMBackendConfig, environment_of, require_vllm
+from stages.rollout.generator import VLLM, Output, Progress, Prompt, Sampling, check_window, make_room
 from stages.rollout.probe import SAMPLED, Answer, StaleWeightsError, check_answer, probe_ids, vocabulary_and_window
-from stages.rollout.slots import VLLM, make_room
-from stages.rollout.vllm_environment import environment_of, require_vllm
 
 if TYPE_CHECKING:
     import torch

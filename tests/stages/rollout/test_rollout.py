@@ -17,8 +17,7 @@ from stages import rollout as package
 from stages.models import Checkpoint, load_model, save
 from stages.rollout import HFBackendConfig, RolloutConfig, rollout
 from stages.rollout import stage as stage_module
-from stages.rollout.generator import PromptTooLongError
-from stages.rollout.seeds import sample_seed
+from stages.rollout.generator import PromptTooLongError, sample_seed
 from stages.tables import Questions
 from stages.text import CharacterTokenizerConfig, PromptConfig, build_tokenizer, encode_prompt
 

@@ -22,12 +22,20 @@ from pipeline.store import Store
 from pipeline.workers.group import WorkerError
 from stages.models import Checkpoint
 from stages.rollout import HFBackendConfig, RolloutConfig, VLLMBackendConfig, VLLMServerConfig, rollout
-from stages.rollout.generator import Output, Prompt, PromptTooLongError, Sampling, UnsoundOutputError
+from stages.rollout.config import environment_of, require_vllm
+from stages.rollout.generator import (
+    HF,
+    VLLM,
+    Output,
+    Prompt,
+    PromptTooLongError,
+    Sampling,
+    UnsoundOutputError,
+    make_room,
+)
 from stages.rollout.probe import StaleWeightsError
-from stages.rollout.slots import HF, VLLM, make_room
 from stages.rollout.stage import generator_of
 from stages.rollout.vllm import Engine
-from stages.rollout.vllm_environment import environment_of, require_vllm
 from stages.text import PromptConfig
 from tests.stages.rollout.policies import questions, tiny_policy, uniform_policy
 from tests.stages.rollout.uniform_vllm import make_environment

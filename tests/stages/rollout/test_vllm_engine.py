@@ -31,10 +31,9 @@ from stages.rollout import (
     rollout,
 )
 from stages.rollout import vllm as vllm_module
-from stages.rollout.generator import Generator, Output, Prompt, Sampling
+from stages.rollout.generator import VLLM, Generator, Output, Prompt, Sampling
 from stages.rollout.probe import StaleWeightsError
 from stages.rollout.served import ServedGenerator
-from stages.rollout.slots import VLLM
 from stages.rollout.stage import generator_of
 from stages.rollout.vllm import Engine
 from stages.text import PromptConfig

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.rollout.rows import regroup
+from stages.rollout.kv_cache import regroup
 
 
 def _apply(rows: list[str], sample_row: list[int], token: list[int]) -> tuple[list[str], list[int]]:

@@ -4,19 +4,24 @@ Every set is a `Questions` table with unique ids; demonstrations for supervised 
 wrong solutions of others `Solutions`, with what can be told of them by their surface alone.
 """
 
-from stages.data.discrimination import measure_discrimination
+from stages.data.discrimination import Feature, measure_discrimination, shortcut_scores
 from stages.data.files import ColumnsConfig, QuestionFileConfig
 from stages.data.lengths import PromptLengths, PromptLimitConfig, PromptRoom, limit_prompts, measure_prompts
-from stages.data.outputs import solution_outputs
-from stages.data.sampling import sample_batch
-from stages.data.shortcuts import Feature, shortcut_scores
-from stages.data.solutions import SolutionFileConfig, demonstrations_of, questions_of, read_solutions, take_solutions
-from stages.data.stages import (
+from stages.data.questions import (
     DemonstrationConfig,
     arithmetic_demonstrations,
     arithmetic_questions,
     demonstrations_from_solutions,
     read_questions,
+    sample_batch,
+)
+from stages.data.solutions import (
+    SolutionFileConfig,
+    demonstrations_of,
+    questions_of,
+    read_solutions,
+    solution_outputs,
+    take_solutions,
 )
 from stages.environment import ArithmeticConfig, AuthorShares, LineCheck, check_solution, longest_question
 from stages.identity import DataError

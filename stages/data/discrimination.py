@@ -1,33 +1,49 @@
-"""How well scores tell right solutions from wrong ones: over all rows, within a question, within an author, beside baselines.
+"""How well scores tell right solutions from wrong ones, and the shortcuts that a reward model is compared with.
 
 Authors are right more or less often. A score that knows no more than who wrote a solution already orders rows of different
-authors; within an author it can not.
+authors; within an author it cannot.
 
-Legend: N rows, Q questions.
+A shortcut is a logistic regression on a few declared features of a solution's surface, fitted on the rows a reward model learns
+from and on nothing else (Geirhos et al. 2020, "Shortcut learning in deep neural networks"). It scores each row, so that reward
+model and shortcut are measured by the same gauges on the same rows.
+
+Legend: N rows, F features, Q questions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.stage import record_metrics, stage
-from stages.tables import RewardGauges, Rewards, Solutions
+from stages.join import Ragged, align
+from stages.tables import VERDICTS, RewardGauges, Rewards, Rollouts, Solutions
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    import pyarrow as pa
 
-    Floats = NDArray[np.float64]
-    Places = NDArray[np.int64]
-    Statistic = Callable[[Places, Places], float | None]
+__all__ = ["Feature", "measure_discrimination", "shortcut_scores"]
 
-__all__ = ["measure_discrimination"]
+Floats = NDArray[np.float64]
+Places = NDArray[np.int64]
+Statistic = Callable[[Places, Places], float | None]
+"""A gauge of the rows drawn, and of how often each question was."""
 
-_JUDGED: Final = ("ok", "wrong", "unparseable", "truncated")
-"""Statuses that are a verdict on the output, as in the gauges of reward models."""
+Feature = Literal[
+    "tokens", "lines", "equations", "answered", "whole_answer", "answer_digits", "question_tokens", "author"
+]
+"""Tokens of the solution; its lines with text; its `=` signs; whether the rules found an answer, whether it is an integer, how
+many digits it has; tokens of the question with its prompt; who wrote it (a weight for each author)."""
+_RIDGE: Final = 1.0
+"""Weight of the squared coefficients of standardised features, in rows: keeps those of separable data finite."""
+_ROUNDS: Final = 50
+_SETTLED: Final = 1e-10
 _TAIL: Final = 0.025
 
 
@@ -55,18 +71,14 @@ def measure_discrimination(
         seed: draws them.
 
     Raises:
-        ValueError: by row: a score without a verdict, a solution or a baseline's score.
+        JoinError: a score without a verdict, a solution or a baseline's score.
     """
-    data = _join(scores, rules, solutions, baselines)
+    data = _with_verdict(scores, rules, solutions, baselines)
     measured = _intervals(data, _statistics(data), resamples=resamples, seed=seed)
-    metrics: dict[str, float | None] = {}
-    for gauge, row in measured.items():
-        metrics |= {f"rm/{gauge}{end}": row[name] for end, name in _BOUNDS.items() if row[name] is not None}
-    record_metrics(metrics)
+    bounds = {"": "value", "_low": "low", "_high": "high"}
+    values = {f"rm/{gauge}{end}": row[name] for gauge, row in measured.items() for end, name in bounds.items()}
+    record_metrics({name: value for name, value in values.items() if value is not None})
     return RewardGauges.write([{"gauge": gauge, **row} for gauge, row in measured.items()])
-
-
-_BOUNDS: Final = {"": "value", "_low": "low", "_high": "high"}
 
 
 @dataclass(frozen=True)
@@ -77,44 +89,36 @@ class _Data:
     right_N: NDArray[np.bool_]
     question_N: Places
     """Number of each row's question, 0 .. Q-1."""
-    author_N: list[str | None]
+    author_N: NDArray[np.object_]
+    """Names, or None."""
     baselines: dict[str, Floats]
 
 
-def _join(scores: Rewards, rules: Rewards, solutions: Solutions, baselines: Mapping[str, Rewards]) -> _Data:
-    import numpy as np
+def _with_verdict(scores: Rewards, rules: Rewards, solutions: Solutions, baselines: Mapping[str, Rewards]) -> _Data:
+    score = scores.read()
 
-    known = {"verdict": rules, "solution": solutions, **{f"score of {name}": each for name, each in baselines.items()}}
-    tables = {what: {(row["question_id"], row["sample"]): row for row in table.rows()} for what, table in known.items()}
-    rows: list[tuple[Mapping[str, Any], dict[str, Mapping[str, Any]]]] = []
-    for scored in scores.rows():
-        key = (scored["question_id"], scored["sample"])
-        absent = next((what for what, table in tables.items() if key not in table), None)
-        if absent:
-            raise ValueError(f"score of {key} has no {absent}; join equal solutions")
-        beside: dict[str, Mapping[str, Any]] = {what: table[key] for what, table in tables.items()}
-        if beside["verdict"]["status"] in _JUDGED and beside["verdict"]["reward"] is not None:
-            rows.append((scored, beside))
-    _, question_N = np.unique([scored["question_id"] for scored, _ in rows], return_inverse=True)
+    def column(table: Rewards | Solutions, name: str, of: str) -> NDArray[Any]:
+        joined = align(score, table.read().select(["question_id", "sample", name]), of, to="scores", extra=True)
+        return np.array(joined[name].to_numpy(zero_copy_only=False))
+
+    status_N, verdict_N = column(rules, "status", "verdicts"), column(rules, "reward", "verdicts").astype(np.float64)
+    author_N = column(solutions, "author", "solutions")
+    others = {name: column(table, "reward", f"scores of {name}") for name, table in baselines.items()}
+    kept = np.isin(status_N.astype(str), VERDICTS) & ~np.isnan(verdict_N)
     return _Data(
-        score_N=np.array([scored["reward"] for scored, _ in rows], dtype=np.float64),
-        right_N=np.array([beside["verdict"]["status"] == "ok" for _, beside in rows], dtype=bool),
-        question_N=question_N,
-        author_N=[beside["solution"]["author"] for _, beside in rows],
-        baselines={
-            name: np.array([beside[f"score of {name}"]["reward"] for _, beside in rows], dtype=np.float64)
-            for name in baselines
-        },
+        score_N=score["reward"].to_numpy().astype(np.float64)[kept],
+        right_N=(status_N == "ok")[kept],
+        question_N=np.unique(np.array(score["question_id"].to_pylist(), dtype=str)[kept], return_inverse=True)[1],
+        author_N=author_N[kept],
+        baselines={name: other.astype(np.float64)[kept] for name, other in others.items()},
     )
 
 
 def _statistics(data: _Data) -> dict[str, tuple[Statistic, int]]:
     """Each gauge as a function of the rows drawn and of how often each question was, and the rows that it looks at."""
-    import numpy as np
-
     count = len(data.score_N)
-    authors = sorted({name for name in data.author_N if name is not None})
-    member = {name: np.array([author == name for author in data.author_N], dtype=bool) for name in authors}
+    authors = sorted(set(data.author_N.tolist()) - {None})
+    member = {name: data.author_N == name for name in authors}
     found: dict[str, tuple[Statistic, int]] = {
         "auc": (_auc_of(data.score_N, data), count),
         "pair_accuracy": (_pair_accuracy(data), count),
@@ -151,8 +155,6 @@ def _within(score_N: Floats, data: _Data, member: Mapping[str, NDArray[np.bool_]
 
 def _pair_accuracy(data: _Data) -> Statistic:
     """From each question's own pairs, which a resample only counts more or less often."""
-    import numpy as np
-
     questions = int(data.question_N.max(initial=-1)) + 1
     ordered_Q, pairs_Q = np.zeros(questions), np.zeros(questions)
     for question in range(questions):
@@ -179,8 +181,6 @@ def _difference(one: Statistic, other: Statistic) -> Statistic:
 def _intervals(
     data: _Data, statistics: Mapping[str, tuple[Statistic, int]], *, resamples: int, seed: int
 ) -> dict[str, dict[str, Any]]:
-    import numpy as np
-
     questions, every = int(data.question_N.max(initial=-1)) + 1, np.arange(len(data.score_N))
     whole = {name: each(every, np.ones(questions, dtype=np.int64)) for name, (each, _) in statistics.items()}
     drawn: dict[str, list[float]] = {name: [] for name in statistics}
@@ -197,3 +197,113 @@ def _intervals(
         bounds = {"low": low, "high": high} if value is not None else {"low": None, "high": None}
         measured[name] = {"value": value, **bounds, "rows": statistics[name][1]}
     return measured
+
+
+# ------------------------------------------------------------------------------------------------ shortcuts
+
+
+@stage(version="1")
+def shortcut_scores(
+    learned: tuple[Solutions, Rollouts, Rewards],
+    asked: tuple[Solutions, Rollouts, Rewards],
+    features: tuple[Feature, ...],
+) -> Rewards:
+    """The log-odds of being right of every output of `asked`, by a logistic regression on `features` fitted on `learned`.
+
+    min_w  sum_n log(1 + exp(-y_n (w . x_n + b))) + (1/2) |w|^2,   y = +1 right, -1 not, x standardised on `learned`
+
+    The direction of every feature is learned with its weight, so that a shortcut may do worse than chance on `asked`.
+
+    Args:
+        learned: solutions, as outputs (solutions that are no output do not count), and the rules' verdicts on these.
+        asked: the same of the outputs to be scored; their verdicts give status and extracted answer and are not learned from.
+
+    Metrics: `shortcut/<feature>`, the weights; of `author` one for each, `shortcut/author/<name>`.
+
+    Raises:
+        ValueError: no row of `learned` has a verdict, or all have the same one.
+        JoinError: an output without a solution or a verdict.
+    """
+    rows, targets = _joined(*learned), _joined(*asked)
+    rows = rows.filter(rows["reward"].is_valid())
+    right_N = np.array([status == "ok" for status in rows["status"].to_pylist()], dtype=bool)
+    if not len(right_N) or right_N.all() or not right_N.any():
+        raise ValueError(
+            f"a shortcut is fitted on right and on wrong solutions; found {right_N.sum()} right of {len(right_N)}"
+        )
+    columns = _columns(rows, features)
+    x_NF, y_NF = (np.array([read(part) for read in columns.values()], np.float64).T.copy() for part in (rows, targets))
+    mean_F, scale_F = x_NF.mean(axis=0), x_NF.std(axis=0)
+    scale_F[scale_F == 0] = 1.0  # a feature that never varies has no weight
+    weight_F, bias = _fit((x_NF - mean_F) / scale_F, right_N)
+    score_N = ((y_NF - mean_F) / scale_F) @ weight_F + bias
+    record_metrics({f"shortcut/{name}": float(weight) for name, weight in zip(columns, weight_F, strict=True)})
+    scores, verdicts = score_N.tolist(), targets["reward"].to_pylist()
+    components = [[("model", one), ("rule", verdict)] for one, verdict in zip(scores, verdicts, strict=True)]
+    absent = [None] * len(scores)
+    kept = {name: targets[name] for name in ("question_id", "sample", "status", "extracted")}
+    scorer = [f"shortcut:{'+'.join(features)}"] * len(scores)
+    made = {"reward": scores, "components": components, "step_rewards": absent, "step_ends": absent, "scorer": scorer}
+    return Rewards.write({**kept, **made})
+
+
+def _joined(solutions: Solutions, outputs: Rollouts, rules: Rewards) -> pa.Table:
+    """Return what is known of each output, in their order."""
+    table = outputs.read().select(["question_id", "sample", "output_ids", "prompt_ids"])
+    for found, name, columns in (
+        (solutions, "solutions", ["solution", "author"]),
+        (rules, "verdicts", ["reward", "status", "extracted"]),
+    ):
+        joined = align(table, found.read().select(["question_id", "sample", *columns]), name, extra=True)
+        for column in columns:
+            table = table.append_column(column, joined[column])
+    return table
+
+
+def _columns(rows: pa.Table, features: Sequence[Feature]) -> dict[str, Callable[[pa.Table], Sequence[float]]]:
+    """Return name and reading of each column; `author` becomes one column per author of `rows`."""
+    authors = sorted(set(rows["author"].to_pylist()) - {None})
+    columns: dict[str, Callable[[pa.Table], Sequence[float]]] = {}
+    for feature in features:
+        if feature == "author":
+            columns |= {f"author/{name}": functools.partial(_is_author, name=name) for name in authors}
+        else:
+            columns[feature] = functools.partial(_read, feature=feature)
+    return columns
+
+
+def _is_author(rows: pa.Table, *, name: str) -> list[float]:
+    return [float(author == name) for author in rows["author"].to_pylist()]
+
+
+def _read(rows: pa.Table, *, feature: Feature) -> list[float]:
+    column, value_of = _READINGS[feature]
+    if column.endswith("_ids"):
+        return [float(length) for length in Ragged.of(rows[column]).lengths]
+    return [float(value_of(value)) for value in rows[column].to_pylist()]
+
+
+_READINGS: Final[dict[Feature, tuple[str, Callable[[Any], float]]]] = {
+    "tokens": ("output_ids", len),
+    "question_tokens": ("prompt_ids", len),
+    "lines": ("solution", lambda text: sum(bool(line.strip()) for line in text.splitlines())),
+    "equations": ("solution", lambda text: text.count("=")),
+    "answered": ("extracted", lambda answer: answer is not None),
+    "whole_answer": ("extracted", lambda answer: (answer or "").strip().lstrip("-").replace(",", "").isdigit()),
+    "answer_digits": ("extracted", lambda answer: sum(letter.isdigit() for letter in answer or "")),
+}
+
+
+def _fit(x_NF: Floats, right_N: NDArray[np.bool_]) -> tuple[Floats, float]:
+    """Weights and bias of the regression above, by Newton's method; the bias is not drawn to zero."""
+    design = np.hstack([x_NF, np.ones((len(x_NF), 1))])
+    ridge = np.diag([_RIDGE] * x_NF.shape[1] + [1e-9])
+    weight = np.zeros(design.shape[1])
+    for _ in range(_ROUNDS):
+        chance_N = (1 + np.tanh(design @ weight / 2)) / 2
+        gradient = design.T @ (chance_N - right_N) + ridge @ weight
+        step = np.linalg.solve((design.T * (chance_N * (1 - chance_N))) @ design + ridge, gradient)
+        weight -= step
+        if np.abs(step).max() < _SETTLED:
+            break
+    return weight[:-1], float(weight[-1])

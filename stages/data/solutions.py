@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -12,12 +13,20 @@ from pipeline.artifact import take_rows
 from pipeline.config import Config
 from pipeline.stage import record_metrics, stage
 from stages.data.cells import Row, cell, has_cell, required_text, text_of
-from stages.data.files import QuestionFileConfig, rows_of
-from stages.data.sources import extract_answer, without_calculator_marks
+from stages.data.files import QuestionFileConfig, answer_of, question_of, rows_of, without_calculator_marks
 from stages.identity import DataError, identify, is_held_out
-from stages.tables import Demonstrations, Questions, Solutions
+from stages.models import Checkpoint, load_tokenizer
+from stages.tables import Demonstrations, Questions, Rollouts, Solutions
+from stages.text import PromptConfig, decode_outputs, encode_completions, encode_prompts
 
-__all__ = ["SolutionFileConfig", "demonstrations_of", "questions_of", "read_solutions", "take_solutions"]
+__all__ = [
+    "SolutionFileConfig",
+    "demonstrations_of",
+    "questions_of",
+    "read_solutions",
+    "solution_outputs",
+    "take_solutions",
+]
 
 
 class SolutionFileConfig(Config):
@@ -77,8 +86,8 @@ def read_solutions(config: SolutionFileConfig) -> Solutions:
     source, answers, counts = config.source, dict[str, tuple[str, str]](), dict[str, int]()
     table: list[dict[str, Any]] = []
     for row in itertools.islice(rows_of(source), source.limit):
-        question = " ".join(required_text(row, name) for name in _question_columns(source))
-        question_id, answer = identify(question), _answer(row, source)
+        question = question_of(row, source.columns)
+        question_id, answer = identify(question), answer_of(row, source.columns, source.answer_marker)
         known, where = answers.setdefault(question_id, (answer, row.where))
         if answer != known:
             raise DataError(f"{row.where}: the answer {answer!r}, where {where} has {known!r} for the same question")
@@ -131,25 +140,6 @@ def _column(table: Any, name: str) -> list[str]:
     return values
 
 
-def _question_columns(source: QuestionFileConfig) -> tuple[str, ...]:
-    named = source.columns.question
-    return (named,) if isinstance(named, str) else named
-
-
-def _answer(row: Row, source: QuestionFileConfig) -> str:
-    columns = source.columns
-    if columns.answer is not None:
-        return required_text(row, columns.answer, kind="question without an answer")
-    worked = required_text(row, columns.solution, kind="question without an answer") if columns.solution else ""
-    answer = extract_answer(worked, source.answer_marker)
-    if answer is None:
-        raise DataError(
-            f"{row.where}: question without an answer: no {source.answer_marker!r} in column {columns.solution!r}; name the "
-            "column of the answer, or of a solution that states it (source.columns)"
-        )
-    return answer
-
-
 def _found(row: Row, config: SolutionFileConfig) -> Iterator[_Found]:
     if not config.authors:
         _require_columns(row, [config.solution, config.label, config.author])
@@ -192,3 +182,78 @@ def _metrics(table: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
         "data/questions": len({row["question_id"] for row in table}),
         "data/right_share": sum(labels) / len(labels) if labels else None,
     }
+
+
+# ------------------------------------------------------------------------------------------------ as outputs
+
+
+class _Encoded(NamedTuple):
+    question_id: str
+    sample: int
+    prompt_ids: list[int]
+    output_ids: list[int]
+
+    @property
+    def length(self) -> int:
+        """Tokens, the question's included."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+
+@stage(version="1")
+def solution_outputs(
+    model: Checkpoint, solutions: Solutions, prompt: PromptConfig, *, max_tokens: int | None = None
+) -> Rollouts:
+    """Every solution as an output, its question the prompt, in ids of the model's tokenizer; the end of sequence last.
+
+    No policy sampled these rows: they have no log-probabilities, temperature 1, seed 0 and finish reason `stop`.
+
+    Args:
+        model: its tokenizer and window; the weights have no influence.
+        max_tokens: longer solutions, question included, are left out; None: none is.
+
+    Metrics: `data/tokens_mean` and `data/tokens_most`, question included, and `data/left_out` (solutions).
+
+    Raises:
+        PromptError: a character that the tokenizer cannot express.
+        DataError: a solution longer than the model's window, by its row; or all are left out.
+    """
+    tokenizer, every = load_tokenizer(model), solutions.rows()
+    prompts = encode_prompts(tokenizer, [row["question"] for row in every], prompt)
+    outputs = encode_completions(tokenizer, [row["solution"] for row in every])
+    encoded = [
+        _Encoded(row["question_id"], row["sample"], asked, output)
+        for row, asked, output in zip(every, prompts, outputs, strict=True)
+    ]
+    rows = [row for row in encoded if max_tokens is None or row.length <= max_tokens]
+    _check_window(model, rows)
+    decoded = decode_outputs(tokenizer, [row.output_ids for row in rows])
+    lengths = [row.length for row in rows]
+    tokens = {"data/tokens_mean": sum(lengths) / len(lengths), "data/tokens_most": max(lengths)}
+    record_metrics({**tokens, "data/left_out": len(encoded) - len(rows)})
+    return Rollouts.write(
+        {
+            "question_id": [row.question_id for row in rows],
+            "sample": [row.sample for row in rows],
+            "prompt_ids": [row.prompt_ids for row in rows],
+            "output_ids": [row.output_ids for row in rows],
+            "logprobs": [None] * len(rows),
+            "finish_reason": ["stop"] * len(rows),
+            "text": decoded.texts,
+            "text_ends": decoded.ends,
+            "temperature": [1.0] * len(rows),
+            "seed": [0] * len(rows),
+        }
+    )
+
+
+def _check_window(model: Checkpoint, rows: Sequence[_Encoded]) -> None:
+    if not rows:
+        raise DataError("every solution is longer than max_tokens; choose a larger one")
+    window = json.loads((model.path / "config.json").read_text()).get("max_position_embeddings")
+    longest = max(rows, key=lambda row: row.length)
+    if window is not None and longest.length > window:
+        raise DataError(
+            f"solution {(longest.question_id, longest.sample)}: expected at most {window} tokens with its question (the "
+            f"model's window), found {longest.length}, the longest of all; leave such out with max_tokens, or take a model "
+            "with a larger window"
+        )

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.store import Store
 from stages.data import Feature, measure_discrimination, shortcut_scores
+from stages.join import JoinError
 from stages.kernels.gauges import auc, auc_interval, pair_accuracy
 from stages.tables import RewardGauges, Rewards, Rollouts, Solutions
 
@@ -154,8 +155,9 @@ def test_one_verdict_for_all_rows_is_refused(store: Store) -> None:
 def test_an_output_without_its_solution_is_refused_by_its_row(store: Store) -> None:
     solutions, outputs, rules = noisy(4, seed=1)
     fewer = Solutions.write(solutions.read().slice(1))
-    with pytest.raises(ValueError, match=r"output \('q0', 0\) has no solution"):
+    with pytest.raises(JoinError) as refused:
         shortcut_scores((fewer, outputs, rules), (fewer, outputs, rules), ("tokens",))
+    assert (refused.value.table, refused.value.missing) == ("solutions", ("q0", 0))
 
 
 def gauges(found: RewardGauges) -> dict[str, tuple[float | None, float | None, float | None]]:
@@ -240,5 +242,6 @@ def test_rows_without_a_verdict_do_not_count_and_what_is_undefined_is_null(store
 def test_a_score_without_a_baseline_s_score_is_refused_by_its_row(store: Store) -> None:
     solutions, _, rules = two_authors()
     fewer = Rewards.write(rules.read().slice(1))
-    with pytest.raises(ValueError, match=r"score of \('q0', 0\) has no score of length"):
+    with pytest.raises(JoinError) as refused:
         measure_discrimination(rules, rules, solutions, {"length": fewer}, resamples=100, seed=0)
+    assert (refused.value.table, refused.value.missing) == ("scores of length", ("q0", 0))

@@ -15,7 +15,7 @@ import pytest
 from pipeline.config import ConfigError
 from pipeline.store import Store
 from stages.data import DataError, QuestionFileConfig, demonstrations_from_solutions, read_questions
-from stages.data.sources import extract_answer
+from stages.data.files import extract_answer
 from stages.identity import identify
 
 ROWS: list[dict[str, Any]] = [

@@ -1,4 +1,4 @@
-"""The stages of this package: tables of questions and demonstrations, from the built-in world or from files."""
+"""Tables of questions and demonstrations, from the built-in world or from files, and the batch of each step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, Final, get_args
 
 from pydantic import Field, field_validator
 
+from pipeline.artifact import take_rows
 from pipeline.config import Config
 from pipeline.stage import record_metrics, stage
-from stages.data.files import QuestionFileConfig
-from stages.data.sources import load_questions
+from stages.data.files import QuestionFileConfig, load_questions
 from stages.environment import (
     ArithmeticConfig,
     Author,
@@ -24,6 +24,7 @@ from stages.environment import (
     unique_chains,
     write_solution,
 )
+from stages.training.batching import sample_positions
 from stages.identity import DataError, identify
 from stages.tables import Demonstrations, Questions
 
@@ -33,6 +34,7 @@ __all__ = [
     "arithmetic_questions",
     "demonstrations_from_solutions",
     "read_questions",
+    "sample_batch",
 ]
 
 _AUTHORS: Final[tuple[Author, ...]] = get_args(Author)
@@ -139,6 +141,19 @@ def demonstrations_from_solutions(
             "author": [author] * len(rows),
         }
     )
+
+
+@stage(version="1")
+def sample_batch(questions: Questions, *, size: int, step: int, seed: int) -> Questions:
+    """D_b: the `size` questions of step `step` (Algorithm 1, line 5), drawn without replacement from (seed, step) alone.
+
+    Steps walk through one shuffled order of the set after another: in every `len(questions)` draws each question comes once.
+
+    Raises:
+        DataError: the set has fewer than `size` questions.
+    """
+    table = questions.read()
+    return Questions.write(take_rows(table, sample_positions(table.num_rows, size=size, step=step, seed=seed)))
 
 
 def _draw_author(point: float, shares: dict[str, float]) -> Author:

@@ -110,7 +110,7 @@ def early_tokenizer(
         demonstrations: what a policy made from scratch makes its tokenizer from.
         fetch: download the tokenizer of a hub model that is not here.
         exact: read it as the run will, which imports torch; otherwise as its tokenizer.json says, which nearly always is the
-            same (`stages/faithful_tokenizers.py`).
+            same (`stages/text/tokenizers.py`).
 
     Raises:
         ConfigError: there is none: no model here, no demonstrations, code of the model's own.

@@ -1,7 +1,6 @@
 """Text and ids: prompts, tokenizers, decoding and the steps of an output."""
 
-from stages.text.decoding import decode_outputs
-from stages.text.faithful_tokenizers import require_faithful, settle_start, settle_tokenizer
+from stages.text.decoding import decode_outputs, step_ends
 from stages.text.plain_text import plain_of
 from stages.text.prompts import (
     PromptConfig,
@@ -11,8 +10,15 @@ from stages.text.prompts import (
     encode_prompts,
     prompt_text,
 )
-from stages.text.steps import step_ends
-from stages.text.tokenizers import BPETokenizerConfig, CharacterTokenizerConfig, TokenizerConfig, build_tokenizer
+from stages.text.tokenizers import (
+    BPETokenizerConfig,
+    CharacterTokenizerConfig,
+    TokenizerConfig,
+    build_tokenizer,
+    require_faithful,
+    settle_start,
+    settle_tokenizer,
+)
 
 __all__ = [
     "BPETokenizerConfig",

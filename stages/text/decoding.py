@@ -1,4 +1,4 @@
-"""Ids back to text, and where in the text each id ends: how a place in the text becomes the index of a token.
+"""Ids back to text, where in the text each id ends, and the steps of process supervision.
 
 `text_ends[t]` is the length of the text once id t is decoded, special tokens skipped. Where a token ends inside a character
 (byte-level BPE splits those of several bytes) the end stays in front of the character until its last byte has come.
@@ -9,6 +9,7 @@ Shapes: N outputs, M their ids one output after another.
 from __future__ import annotations
 
 import codecs
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["Decoded", "decode_outputs"]
+__all__ = ["Decoded", "decode_outputs", "step_ends"]
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -136,3 +137,25 @@ def _token_stream(backend: Any) -> Callable[[int], str]:
 
     stream = DecodeStream(skip_special_tokens=True)
     return lambda token_id: stream.step(backend, token_id) or ""
+
+
+def step_ends(text: str, text_ends: Sequence[int]) -> list[int]:
+    """Return index(j) of every step of `text` (DeepSeekMath, 4.1.3): places among its tokens, in order.
+
+    The paper does not say how an output is cut. Here a step is a line with its newline, and index(j) the token that completes
+    it. The last step reaches to the last token, the end of sequence included. Empty lines belong to the next step, or to
+    the last; a text without any line is one step. An output without tokens has none.
+
+    Args:
+        text: the output.
+        text_ends: for each of its tokens the length of `text` once that token is decoded.
+    """
+    if not text_ends:
+        return []
+    last, position, ends = len(text_ends) - 1, 0, []
+    for line in text.split("\n"):
+        # The newline is part of its line; the first token that reaches behind it ends the step.
+        if line:
+            ends.append(min(bisect_left(text_ends, position + len(line) + 1), last))
+        position += len(line) + 1
+    return [*ends[:-1], last]

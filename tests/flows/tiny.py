@@ -92,7 +92,7 @@ def write_questions(folder: Path) -> None:
 def write_deepseekmath(folder: Path, seed: int = 0) -> None:
     """A model with the configuration of deepseek-math-7b but for its sizes, and the tokenizer files as its folder has them."""
     from tests.stages.models.test_architectures import CASES
-    from tests.stages.text.test_faithful_tokenizers import byte_level
+    from tests.stages.text.test_tokenizers import byte_level
 
     backend = byte_level()
     settings = {**CASES["deepseek-math-7b"].settings, **_SMALL, "num_key_value_heads": 2}

@@ -4,10 +4,8 @@ from stages.models.checkpoint import (
     TRAINER,
     WEIGHTS,
     Checkpoint,
-    ExternalCheckpointConfig,
     architecture_of,
     copy_description,
-    import_checkpoint,
     load_model,
     load_optimizer_state,
     load_tokenizer,
@@ -17,18 +15,34 @@ from stages.models.checkpoint import (
     save,
     write_tensors,
 )
-from stages.models.classifiers import untrained_classifier
-from stages.models.export import PlainType, write_plain
-from stages.models.folders import OPTIMIZER, WEIGHT_INDEX, read_description, require_buildable, weight_files
-from stages.models.reward_models import LABELS, RewardKind, check_lengths, reward_kind, same_vocabulary, vocabulary_of
+from stages.models.classifiers import (
+    LABELS,
+    RewardKind,
+    check_lengths,
+    reward_kind,
+    same_vocabulary,
+    untrained_classifier,
+    vocabulary_of,
+)
+from stages.models.folders import (
+    OPTIMIZER,
+    WEIGHT_INDEX,
+    PlainType,
+    read_description,
+    require_buildable,
+    weight_files,
+    write_plain,
+)
 from stages.models.sources import (
     COMMIT,
     REPOSITORY,
+    ExternalCheckpointConfig,
     HubCheckpointConfig,
     HubError,
     code_of_commit,
     fetch_checkpoint,
     fetch_description,
+    import_checkpoint,
     resolve_revision,
 )
 from stages.models.trusted_code import code_files, may_run_code, trust

@@ -12,21 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
 from pipeline.artifact import ArtifactError, Folder
-from pipeline.config import Config
-from pipeline.stage import stage
 from pipeline.store import PrunedArtifactError, current_store
-from pipeline.store.files import measure, sha256_of
+from pipeline.store.files import sha256_of
 from pipeline.store.objects import recomputed
 from stages.models.folders import (
     OPTIMIZER,
     TRAINER,
     WEIGHTS,
     copy_description,
-    copy_model,
-    model_files,
     require_buildable,
     weight_files,
 )
@@ -41,10 +35,8 @@ __all__ = [
     "TRAINER",
     "WEIGHTS",
     "Checkpoint",
-    "ExternalCheckpointConfig",
     "architecture_of",
     "copy_description",
-    "import_checkpoint",
     "load_model",
     "load_optimizer_state",
     "load_tokenizer",
@@ -95,8 +87,9 @@ def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, attention: str = "
         output_loading_info=True,
     )
     wrong = {kind: sorted(map(str, found[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if any(wrong.values()):
-        raise ArtifactError(f"{checkpoint}: weights do not fit the architecture: {_shown(wrong)}")
+    parts = "; ".join(f"{kind.removesuffix('_keys')} {names[:5]}" for kind, names in wrong.items() if names)
+    if parts:
+        raise ArtifactError(f"{checkpoint}: weights do not fit the architecture: {parts}")
     return model.eval()
 
 
@@ -231,46 +224,3 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         return (kept.float() if kept.is_floating_point() else kept).cpu().contiguous()
 
     save_file({name: plain(tensor) for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
-
-
-# ------------------------------------------------------------------------------------------------ importing
-
-
-class ExternalCheckpointConfig(Config):
-    """A Hugging Face folder outside the store."""
-
-    path: Path
-    """Folder with config.json, safetensors and tokenizer files, as `save_pretrained` or a download leaves it."""
-    trusted_code: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
-    """Run the folder's own Python code, which is pinned by these digits (`code_digest`); null: it stays behind."""
-
-    def key(self) -> dict[str, Any]:
-        """The content decides, not the place."""
-        files = model_files(self.path, own_code=self.trusted_code is not None)
-        if self.trusted_code is None:
-            return {file.name: measure(file)["sha256"] for file in files}
-        named = {file.name: measure(file)["sha256"] for file in [*files, *code_files(self.path)]}
-        return {**named, "trusted_code": self.trusted_code}
-
-
-@stage(version="3", own=lambda config: config.trusted_code is not None)
-def import_checkpoint(config: ExternalCheckpointConfig) -> Checkpoint:
-    """Copy a model folder into the store; weights stay as they are and are cast when they are loaded.
-
-    Raises:
-        ArtifactError: a missing configuration, shard or tokenizer, weights that are pickles, by file name; an architecture
-            that needs code of its own which is not trusted, or is not the code that was pinned; a tokenizer that loses text.
-    """
-    pin, files = config.trusted_code, code_files(config.path) if config.path.is_dir() else []
-    found = code_digest(files)
-    if pin not in (None, found):
-        raise ArtifactError(
-            f"{config.path}: its code ({', '.join(file.name for file in files) or 'none'}) has the digest {found}, not the "
-            f"{pin} that was pinned. Read it again; if you trust it, set policy.revision={found}"
-        )
-    setting = f"policy.trust_remote_code=true and policy.revision={found}"
-    return Checkpoint.write(lambda folder: copy_model(config.path, folder, pin=pin, setting=setting))
-
-
-def _shown(wrong: Mapping[str, list[str]]) -> str:
-    return "; ".join(f"{kind.removesuffix('_keys')} {names[:5]}" for kind, names in wrong.items() if names)

@@ -1,13 +1,25 @@
-"""Models with one number for an output, or for each of its tokens: critics and reward models, made from a language model."""
+"""Critics and reward models: made from a language model, and what the checkpoint of a reward model says about itself."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from stages.models.checkpoint import Checkpoint, load_model
+from stages.models.checkpoint import Checkpoint, load_model, load_tokenizer
+from stages.models.trusted_code import read_object
 
-__all__ = ["untrained_classifier"]
+__all__ = [
+    "LABELS",
+    "RewardKind",
+    "check_lengths",
+    "reward_kind",
+    "same_vocabulary",
+    "untrained_classifier",
+    "vocabulary_of",
+]
 
 
 def untrained_classifier(trunk: Checkpoint, *, reads: Literal["sequence", "token"], label: str) -> Any:
@@ -48,3 +60,84 @@ def untrained_classifier(trunk: Checkpoint, *, reads: Literal["sequence", "token
             parameter.zero_()
     model.config.architectures = [type(model).__name__]
     return model
+
+
+# ------------------------------------------------------------------------------------------------ reward models
+
+RewardKind = Literal["outcome", "process"]
+"""`outcome`: one score for an output, read at its last token. `process`: one for each step, read at the step's last token."""
+
+LABELS: dict[RewardKind, str] = {"outcome": "reward", "process": "step_reward"}
+"""Name of the single label in config.json; that of a critic, a token classifier too, is `value`."""
+
+
+def reward_kind(checkpoint: Checkpoint) -> RewardKind:
+    """Which kind of reward model it is, by its architecture and its label.
+
+    Raises:
+        ValueError: it is none.
+    """
+    description = _description(checkpoint)
+    architecture = (description.get("architectures") or ["(none)"])[0]
+    labels = description.get("id2label") or {}
+    if architecture.endswith("ForSequenceClassification") and len(labels) == 1:
+        return "outcome"
+    # A critic is a token classifier of one label as well, and its values are no rewards.
+    if architecture.endswith("ForTokenClassification") and len(labels) == 1 and "value" not in labels.values():
+        return "process"
+    raise ValueError(
+        f"{checkpoint} is no reward model: expected a sequence or token classifier of one label, and no critic; found "
+        f"{architecture} with labels {list(labels.values())}; make one with create_reward_model"
+    )
+
+
+def vocabulary_of(checkpoint: Checkpoint) -> str:
+    """sha256 of the tokenizer's map from id to token: what decides whether two models read the same ids alike.
+
+    Chat template, normaliser and the roles of special tokens are no part of it: a base and an instructed model may differ in
+    them and still share every id.
+    """
+    tokens = sorted((number, token) for token, number in load_tokenizer(checkpoint).get_vocab().items())
+    return hashlib.sha256(json.dumps(tokens, ensure_ascii=False).encode()).hexdigest()
+
+
+def same_vocabulary(policy: Checkpoint, model: Checkpoint) -> bool:
+    """Whether both know the same token by every id."""
+    files = [checkpoint.path / "tokenizer.json" for checkpoint in (policy, model)]
+    if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
+        return True
+    return vocabulary_of(policy) == vocabulary_of(model)
+
+
+def check_lengths(model: Checkpoint, rows: Sequence[dict[str, Any]]) -> None:
+    """Refuse what the model cannot read whole: it is never cut.
+
+    Args:
+        rows: with `question_id`, `sample`, `prompt_ids` and `output_ids`.
+
+    Raises:
+        ValueError: an output without tokens, an input beyond the window, an id beyond the embedding; each by its row.
+    """
+    description = _description(model)
+    window, known = description.get("max_position_embeddings"), description.get("vocab_size")
+    for row in rows:
+        key = (row["question_id"], row["sample"])
+        prompt, output = len(row["prompt_ids"]), len(row["output_ids"])
+        if not prompt or not output:
+            raise ValueError(f"output {key}: {prompt} prompt and {output} output tokens; both need at least one")
+        if window is not None and prompt + output > window:
+            raise ValueError(
+                f"output {key}: {prompt} prompt + {output} output tokens are {prompt + output}, the reward {model} has a "
+                f"window of {window}; a cut input would be scored for what it does not say: shorten the outputs, or take a "
+                "model with a longer window"
+            )
+        largest = max(*row["prompt_ids"], *row["output_ids"])
+        if known is not None and largest >= known:
+            raise ValueError(
+                f"output {key} has the token id {largest}, the reward {model} knows ids below {known}; it must share the "
+                "tokenizer of the policy that sampled"
+            )
+
+
+def _description(checkpoint: Checkpoint) -> dict[str, Any]:
+    return read_object(checkpoint.path / "config.json")

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, as checkpoints: a branch is resolved to a commit once, and the commit is what is fetched.
+"""Where checkpoints come from: folders outside the store, and models of the Hugging Face hub at one commit.
 
 A branch moves; a run that is continued must not move with it. `resolve_revision` is a stage, so its answer is an artifact that
 later runs reuse (`cohort forget` asks again), and `fetch_checkpoint` knows commits only: they are its cache key, stand in its
@@ -17,23 +17,26 @@ from typing import Any, Final
 
 from pydantic import Field
 
-from pipeline.artifact import Folder
+from pipeline.artifact import ArtifactError, Folder
 from pipeline.config import Config
 from pipeline.progress import report
 from pipeline.stage import stage
+from pipeline.store.files import measure
 from stages.models.checkpoint import Checkpoint
-from stages.models.folders import copy_model
+from stages.models.folders import copy_model, model_files
 from stages.models.trusted_code import code_digest, code_files
 
 __all__ = [
     "COMMIT",
     "REPOSITORY",
+    "ExternalCheckpointConfig",
     "HubCheckpointConfig",
     "HubError",
     "Revision",
     "code_of_commit",
     "fetch_checkpoint",
     "fetch_description",
+    "import_checkpoint",
     "resolve_revision",
 ]
 
@@ -49,6 +52,45 @@ _FILE: Final = "revision.json"
 
 class HubError(RuntimeError):
     """A model that cannot be fetched; says what to do."""
+
+
+class ExternalCheckpointConfig(Config):
+    """A Hugging Face folder outside the store."""
+
+    path: Path
+    """Folder with config.json, safetensors and tokenizer files, as `save_pretrained` or a download leaves it."""
+    trusted_code: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
+    """Run the folder's own Python code, which is pinned by these digits (`code_digest`); null: it stays behind."""
+
+    def key(self) -> dict[str, Any]:
+        """The content decides, not the place."""
+        files = model_files(self.path, own_code=self.trusted_code is not None)
+        if self.trusted_code is None:
+            return {file.name: measure(file)["sha256"] for file in files}
+        named = {file.name: measure(file)["sha256"] for file in [*files, *code_files(self.path)]}
+        return {**named, "trusted_code": self.trusted_code}
+
+
+@stage(version="3", own=lambda config: config.trusted_code is not None)
+def import_checkpoint(config: ExternalCheckpointConfig) -> Checkpoint:
+    """Copy a model folder into the store; weights stay as they are and are cast when they are loaded.
+
+    Raises:
+        ArtifactError: a missing configuration, shard or tokenizer, weights that are pickles, by file name; an architecture
+            that needs code of its own which is not trusted, or is not the code that was pinned; a tokenizer that loses text.
+    """
+    pin, files = config.trusted_code, code_files(config.path) if config.path.is_dir() else []
+    found = code_digest(files)
+    if pin not in (None, found):
+        raise ArtifactError(
+            f"{config.path}: its code ({', '.join(file.name for file in files) or 'none'}) has the digest {found}, not the "
+            f"{pin} that was pinned. Read it again; if you trust it, set policy.revision={found}"
+        )
+    setting = f"policy.trust_remote_code=true and policy.revision={found}"
+    return Checkpoint.write(lambda folder: copy_model(config.path, folder, pin=pin, setting=setting))
+
+
+# ------------------------------------------------------------------------------------------------ hub
 
 
 class Revision(Folder):
@@ -87,7 +129,11 @@ def resolve_revision(repository: str, revision: str) -> Revision:
         stacklevel=2,
     )
     found = {"repository": repository, "revision": revision, "commit": commit}
-    return Revision.write(lambda folder: _write_json(folder / _FILE, found))
+
+    def write(folder: Path) -> None:
+        (folder / _FILE).write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+    return Revision.write(write)
 
 
 @stage(version="2", own=lambda config: config.trust_remote_code)
@@ -252,7 +298,3 @@ def _explained(repository: str, revision: str) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error) or 'no details').splitlines()[0]}"
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")

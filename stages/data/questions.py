@@ -24,9 +24,9 @@ from stages.environment import (
     unique_chains,
     write_solution,
 )
-from stages.training.batching import sample_positions
 from stages.identity import DataError, identify
 from stages.tables import Demonstrations, Questions
+from stages.training.batching import sample_positions
 
 __all__ = [
     "DemonstrationConfig",

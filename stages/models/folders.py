@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from pipeline.artifact import ArtifactError, Folder
+from pipeline.diff import StoredTensor, stored_tensors
 from pipeline.progress import report
 from pipeline.store.files import is_plain_name
-from pipeline.diff import StoredTensor, stored_tensors
 from stages.models.trusted_code import code_files, copy_code, read_object, require_known
 from stages.text import require_faithful, settle_tokenizer
 

@@ -86,9 +86,9 @@ def score_reference(reference: Checkpoint, outputs: Rollouts, config: LogprobsCo
 
     The model is loaded for the pass and freed after it. Where the update computes all outputs in one mini-batch, with equal
     `micro_batch_tokens`, its micro-batches are these, and the values are bit for bit those it would compute itself. Where it
-    leaves outputs out (masked by a null advantage, unpaired) or deals them to several mini-batches, rows share a batch with other
-    rows, which may change their last bits (of 1e-7 in float32; k3 is quadratic in them). At the first step of an iteration the
-    reference is the policy: `update_policy` then takes the policy's own values, and KL is exactly 0.
+    leaves outputs out (masked by a null advantage, unpaired) or deals them to several mini-batches, micro-batches are made of
+    other rows. That may change the last bits (of 1e-7 in float32; k3 is quadratic in them). At the first step of an iteration
+    the reference is the policy: `update_policy` then takes the policy's own values, and KL is exactly 0.
 
     Args:
         reference: pi_ref.

@@ -115,7 +115,8 @@ def _fill(members: _Members, store: Store, digests: list[str], keys: list[str], 
         for folder in runs:
             for path in sorted(folder.iterdir()):
                 if path.is_file() and not path.is_symlink() and not path.name.startswith("."):
-                    members.add(path, f"runs/{folder.name}/{path.name}", hashed=True)
+                    shutil.copyfile(path, scratch / "file")  # the log of a live run grows between its copy and its hash
+                    members.add(scratch / "file", f"runs/{folder.name}/{path.name}", hashed=True)
         write_sealed(scratch / _INDEX, {"layout": _LAYOUT, "files": members.index})
         members.add(scratch / _INDEX, _INDEX, hashed=False)
 

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.artifact import Folder
 from pipeline.stage import stage
-from pipeline.store import PrunedArtifactError, Store, StoreError, use_store
+from pipeline.store import PrunedArtifactError, Store, StoreError, archive, use_store
 from pipeline.store.archive import read_archive, write_archive
 from pipeline.store.files import write_sealed
 from pipeline.store.objects import digest_of
@@ -160,6 +160,26 @@ def test_an_export_that_fails_leaves_no_file(origin: tuple[Store, dict[str, str]
     with pytest.raises(StoreError, match="cannot be written"):
         write_archive(tmp_path / "nowhere" / "run.tar", store, [], [], [])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_a_run_that_grows_during_the_export_is_taken_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, log = tmp_path / "runs" / "live", tmp_path / "runs" / "live" / "events.jsonl"
+    run.mkdir(parents=True)
+    log.write_text("first\n")
+    plain = archive.measure
+
+    def appended(path: Path) -> Any:
+        with open(log, "a") as handle:
+            handle.write("next\n")
+        return plain(path)
+
+    monkeypatch.setattr(archive, "measure", appended)
+    write_archive(tmp_path / "run.tar", Store(tmp_path / "store"), [], [], [run])
+    monkeypatch.undo()
+    read_archive(tmp_path / "run.tar", Store(tmp_path / "other"), tmp_path / "copy")
+    assert (tmp_path / "copy" / "live" / "events.jsonl").read_text() == "first\n"
 
 
 # ------------------------------------------------------------------------------------------------ made up by hand

@@ -92,8 +92,15 @@ class Tracker:
 
     def set_alias(self, alias: str, model: TrackedModel, *, run_name: str, run_key: str) -> None:
         """Let an alias name the version of a model, which a run of the same experiment came to; an equal alias is moved."""
+        if self._journal is None:
+            return
         alias = alias_of(alias)
-        run = {"run": run_key, "run_name": run_name, "model": model.record()}
+        # Whichever is sent first makes the run of the model in MLflow, where its start cannot be changed later.
+        runs = [
+            record for record in _records(self._journal.path.with_name(f"{run_key}.jsonl")) if record["kind"] == "run"
+        ]
+        began = runs[-1].get("time") if runs else None
+        run = {"run": run_key, "run_name": run_name, "began": began, "model": model.record()}
         self._append({"kind": "alias", "name": f"{model.name}@{alias}", "alias": alias, **run})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
@@ -172,10 +179,13 @@ def track(
 
 def tracked_models(home: Path, experiment: str, run_key: str) -> list[TrackedModel]:
     """The models that a run came to, in the order in which it first told of them; none of a run that was not tracked."""
-    path = folder_of(home.resolve()) / experiment / f"{run_key}.jsonl"
-    records = read_records(path, 0)[0] if path.is_file() else []
+    records = _records(folder_of(home.resolve()) / experiment / f"{run_key}.jsonl")
     found = {record["name"]: record for record in records if record["kind"] == "model"}
     return [TrackedModel(part["model"], part["digest"], part["step"], part["tags"]) for part in found.values()]
+
+
+def _records(journal: Path) -> list[Record]:
+    return read_records(journal, 0)[0] if journal.is_file() else []
 
 
 def _open(path: Path, params: Mapping[str, str]) -> Journal | None:

@@ -191,7 +191,7 @@ def _is_record(found: Any) -> bool:
     fields = _FIELDS.get(str(found.get("kind"))) if isinstance(found, dict) else None
     if fields is None or not all(isinstance(found.get(name), kind) for name, kind in fields.items()):
         return False
-    times = isinstance(found.get("time", 0.0), _NUMBER)
+    times = all(isinstance(found.get(name) or 0.0, _NUMBER) for name in ("time", "began"))
     metrics = all(isinstance(value, _NUMBER) and math.isfinite(value) for value in found.get("metrics", {}).values())
     texts = all(isinstance(text, str) for name in ("params", "tags") for text in found.get(name, {}).values())
     return times and metrics and texts

@@ -70,7 +70,7 @@ class MlflowRun:
                     self._registry.add(record, self.id)
                 case "alias":
                     # The journal of the run that has the model may come later: then the run is made here.
-                    run = self._run_of(record["run"], record["run_name"])
+                    run = self._run_of(record["run"], record["run_name"], record.get("began"))
                     self._registry.point(record["alias"], record["model"], run.info.run_id)
                 case "figure":
                     # The file may be gone by now: a picture, drawn again by the next run.

@@ -62,6 +62,7 @@ def test_no_flipped_bit_anywhere_stops_a_run(tmp_path: Path) -> None:
         b'{"kind": "step", "step": 1, "time": 1, "metrics": {"a": NaN}}',
         b'{"kind": "step", "step": 1, "time": 1, "metrics": {"a": 1e999}}',
         b'{"kind": "run", "experiment": "e", "name": "r", "key": "k", "params": {"lr": 1}, "tags": {}}',
+        b'{"kind": "alias", "name": "a", "alias": "a", "run": "k", "run_name": "r", "model": {}, "began": "now"}',
         b'{"kind": "end", "time": 1}',
         b'{"kind": "end", "status": "FINISHED", "time": "now"}',
     ],

@@ -15,8 +15,8 @@ from cyclopts import App, CycloptsError, Group
 from rich.markup import escape
 
 from flows.commands.options import console
+from pipeline.config.passwords import without_password
 from pipeline.orchestration.interruption import exit_code, interruptible, is_interruption
-from pipeline.passwords import without_password
 
 __all__ = ["app", "main", "run_command"]
 

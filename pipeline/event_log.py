@@ -25,8 +25,8 @@ from typing import Any, Final
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline import events
+from pipeline.config.passwords import without_password
 from pipeline.events import LONGEST_TEXT, Event, StageDone
-from pipeline.passwords import without_password
 from pipeline.store.actions import complaint
 from pipeline.store.locks import try_lock
 

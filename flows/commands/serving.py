@@ -20,12 +20,12 @@ from rich.markup import escape
 from flows.commands.options import Root, console
 from flows.places import Places
 from flows.wording import duration, size
+from pipeline.config.passwords import unspoken, without_password
 from pipeline.orchestration import guarded_server
 from pipeline.orchestration.interruption import settle
 from pipeline.orchestration.server import configured_url, ensure_server, start_server_soon, stop_server
 from pipeline.orchestration.server import server_status as status_of
 from pipeline.orchestration.server_process import running_servers
-from pipeline.passwords import unspoken, without_password
 from pipeline.tracking import sync, tracking_uri
 from pipeline.tracking.database import artifact_folder, is_database, making_tables, with_driver
 

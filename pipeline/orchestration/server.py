@@ -28,6 +28,7 @@ from typing import Any, Final
 
 import psutil
 
+from pipeline.config.passwords import without_password
 from pipeline.orchestration.guarded_server import ALIVE
 from pipeline.orchestration.server_process import (
     ServerProcess,
@@ -38,7 +39,6 @@ from pipeline.orchestration.server_process import (
     recorded,
     spawn,
 )
-from pipeline.passwords import without_password
 from pipeline.store.locks import lock_file
 
 __all__ = [

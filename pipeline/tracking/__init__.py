@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.config import flatten
+from pipeline.config.passwords import without_password
 from pipeline.orchestration.interruption import is_interruption
-from pipeline.passwords import without_password
 from pipeline.progress import failsafe
 from pipeline.tracking.database import tracking_uri
 from pipeline.tracking.journal import Journal, JournalBusyError, Record, Sent, read_records

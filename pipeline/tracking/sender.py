@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.passwords import unspoken, without_password
+from pipeline.config.passwords import unspoken, without_password
 from pipeline.store.locks import locked
 from pipeline.tracking.database import adopt, artifact_folder, connect, local_database, tracking_uri
 from pipeline.tracking.journal import Record, Sent, is_live, journals, read_records

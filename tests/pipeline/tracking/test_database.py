@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.passwords import unspoken, without_password
+from pipeline.config.passwords import unspoken, without_password
 from pipeline.tracking import Tracker, sync, track
 from pipeline.tracking.database import artifact_folder, connect, is_database
 from pipeline.tracking.journal import Sent

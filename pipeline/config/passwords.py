@@ -17,14 +17,14 @@ _PASSWORDS: Final = (
 
 
 def without_password(text: str) -> str:
-    """A URI, or a text with some in it, as it may be stored and printed. One with another password is the same place."""
+    """Return a URI, or a text with URIs, as it may be stored and printed; the same for every password."""
     for place in _PASSWORDS:
         text = place.sub(r"\1***", text)
     return text
 
 
 def unspoken(text: str, uri: str) -> str:
-    """A text, an error for instance, without the password that the URI has."""
+    """Return a text, such as an error, without the password of a URI."""
     for found in (place.search(uri) for place in _PASSWORDS):
         text = text.replace(found[2], "***") if found else text
     return text

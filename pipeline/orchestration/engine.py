@@ -9,30 +9,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from typing import Any, Literal, ParamSpec, TypeVar
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 from pipeline.orchestration.interruption import interruptible
+from pipeline.store.context import Engine, current_engine, use_engine
 
 __all__ = ["Engine", "flow", "joining", "run_as_task", "running_deployment", "use_engine"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Engine = Literal["inline", "prefect"]
-
-_engine: ContextVar[Engine | Literal["joined"]] = ContextVar("cohort_engine", default="inline")
-"""`joined`: on Prefect, as part of the flow run that is there."""
-
-
-@contextlib.contextmanager
-def use_engine(engine: Engine | Literal["joined"]) -> Iterator[None]:
-    """Run the flows called inside the block on `engine`."""
-    token = _engine.set(engine)
-    try:
-        yield
-    finally:
-        _engine.reset(token)
 
 
 def running_deployment() -> bool:
@@ -53,7 +39,7 @@ def flow(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _engine.get() == "inline":
+        if current_engine() == "inline":
             return function(*args, **kwargs)
         import prefect
         from prefect.context import TagsContext
@@ -64,7 +50,7 @@ def flow(function: Callable[P, R]) -> Callable[P, R]:
             with interruptible(), TagsContext(current_tags=set()):
                 return function(*args, **kwargs)
 
-        if _engine.get() == "joined":
+        if current_engine() == "joined":
             return body(*args, **kwargs)
         run: Callable[P, R] = prefect.flow(
             body, name=function.__name__.replace("_", "-"), validate_parameters=False, persist_result=False
@@ -76,7 +62,7 @@ def flow(function: Callable[P, R]) -> Callable[P, R]:
 
 def run_as_task(name: str, look_up: Callable[[], R | None], compute: Callable[[], R]) -> R:
     """Return `look_up()`, else `compute()`; on the Prefect engine as a task, in which a hit is a state named `Cached`."""
-    if _engine.get() == "inline":
+    if current_engine() == "inline":
         found = look_up()
         return compute() if found is None else found
     import prefect

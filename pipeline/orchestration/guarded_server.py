@@ -1,7 +1,7 @@
 """Prefect's and MLflow's servers for this machine alone: `python -P guarded_server.py prefect|mlflow PORT`, run by its file.
 
-A page in a browser can send requests to 127.0.0.1, also under a name of its own that it lets point there. In front of both
-applications stands therefore `Guard`: requests name this machine as their host, come from no other page, and carry JSON.
+A page in a browser can send requests to 127.0.0.1, also under a name of its own that it lets point there. Therefore `Guard` is
+in front of both applications: requests name this machine as their host, come from no other page, and carry JSON.
 Prefect itself asks for the password of the folder (`PREFECT_SERVER_API_AUTH_STRING`) and for CSRF tokens. MLflow's server
 would read any folder of this user that a request names as the place of artifacts: it may name those of the project alone.
 

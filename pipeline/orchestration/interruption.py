@@ -82,7 +82,7 @@ def settle() -> None:
 def interruptible() -> Iterator[None]:
     """Let SIGINT, SIGTERM and SIGHUP interrupt what runs inside the block.
 
-    A block inside another takes the signals back from whoever caught them in between, as Prefect's flows do. A signal that
+    A block inside another takes the signals back from code that caught them in between, as Prefect's flows do. A signal that
     was ignored from the start stays so (`nohup`, background jobs of a script). Only the main thread can have handlers: in
     another one the block does nothing.
     """

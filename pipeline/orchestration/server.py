@@ -5,7 +5,7 @@ milliseconds in which a run looks for a server and starts one, never while it wa
 The server outlives the run that started it, until nothing was asked of it for half an hour (`COHORT_SERVER_IDLE_MINUTES`).
 
 `start_server_soon` returns at once and `ensure_server` waits: the seconds a server needs to import itself (and, the first
-time, to create its database) pass beside other work.
+time, to create its database) pass during other work.
 """
 
 from __future__ import annotations
@@ -312,7 +312,7 @@ def _locked(home: Path) -> Iterator[None]:
     except OSError as error:
         raise ServerError(
             f"the local Prefect server cannot be started in {home} ({error.strerror or error}); "
-            "free space or mend permissions, set PREFECT_API_URL, or use `--engine inline`"
+            "free space or fix permissions, set PREFECT_API_URL, or use `--engine inline`"
         ) from error
 
 

@@ -204,11 +204,11 @@ def _listed(fs: Any, root: str, folder: str, **how: str) -> dict[str, Entry]:
         if is_missing(error):
             return {}
         raise
-    bare = fs._strip_protocol(path)
+    place = fs._strip_protocol(path)
     return {
-        name.removeprefix(f"{bare}/"): Entry(int(info["size"]), _modified(info))
+        name.removeprefix(f"{place}/"): Entry(int(info["size"]), _modified(info))
         for name, info in found.items()
-        if info["type"] == "file" and name != bare
+        if info["type"] == "file" and name != place
     }
 
 

@@ -37,7 +37,7 @@ from pipeline.store.files import StoreError
 __all__ = ["LEASE_SECONDS", "RemoteLocks", "RemotePins", "ServerClock"]
 
 LEASE_SECONDS: Final = 60.0
-"""Ours: short beside a stage that is worth a lock, long beside a renewal that is throttled."""
+"""Ours: shorter than a stage that is worth a lock, longer than a throttled renewal."""
 _COARSE: Final = 2.0
 """Seconds. Modification times of S3 are whole seconds, and one request lies between two of them."""
 _CALIBRATED: Final = 300.0

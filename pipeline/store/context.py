@@ -1,4 +1,4 @@
-"""The context of the code of a stage: the store that it uses, what watches the disk, and the call in progress."""
+"""The context in which flows and stages run: the engine, the store, the watch over the disk, and the call in progress."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pipeline.store.disk import DiskWatch
 from pipeline.store.files import StoreError
@@ -19,7 +19,9 @@ from pipeline.store.store import Store
 
 __all__ = [
     "Call",
+    "Engine",
     "current_call",
+    "current_engine",
     "current_provenance",
     "current_store",
     "current_watch",
@@ -27,9 +29,12 @@ __all__ = [
     "record_metrics",
     "record_package",
     "running",
+    "use_engine",
     "use_store",
     "watching_disk",
 ]
+
+Engine = Literal["inline", "prefect"]
 
 _METRIC_NAME: Final = re.compile(r"[A-Za-z0-9_\-. :/]+")
 """What MLflow accepts."""
@@ -62,6 +67,8 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class _Context:
+    engine: Engine | Literal["joined"] = "inline"
+    """`joined`: Prefect, as part of the flow run that is there."""
     store: Store | None = None
     watch: DiskWatch | None = None
     call: Call | None = None
@@ -77,6 +84,16 @@ def _changed(**parts: Any) -> Iterator[None]:
         yield
     finally:
         _context.reset(token)
+
+
+def current_engine() -> Engine | Literal["joined"]:
+    """Return the engine that flows run on here."""
+    return _context.get().engine
+
+
+def use_engine(engine: Engine | Literal["joined"]) -> contextlib.AbstractContextManager[None]:
+    """Run the flows called inside the block on `engine`."""
+    return _changed(engine=engine)
 
 
 def current_store() -> Store:

@@ -29,13 +29,13 @@ FOLDER: Final = "COHORT_GPU_LOCKS"
 _VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
 _DRIVER: Final = Path("/proc/driver/nvidia/gpus")
 _POLL: Final = 0.5
-"""Seconds between two tries to have all devices at once. Nobody keeps some while waiting for more, so none wait for ever."""
+"""Seconds between two tries to have all devices at once. No process keeps some while waiting for more: none waits for ever."""
 
 _ours: list[str] = []  # what this process had before: its CUDA context, once made, stays on the first of them
 
 
 def visible_devices(environment: Mapping[str, str] = os.environ, driver: Path = _DRIVER) -> list[str]:
-    """Names of the CUDA devices that a process may use, in CUDA's order; none on a machine without an NVIDIA driver.
+    """Return the names of the CUDA devices that a process may use, in CUDA's order; none without an NVIDIA driver.
 
     An index where CUDA_VISIBLE_DEVICES has one. A UUID of a device that the driver knows becomes its index, so that both names
     are one lock; parts of a device (MIG) keep theirs.
@@ -61,7 +61,7 @@ def exclusive_devices(count: int, *, holder: str, folder: Path | None = None) ->
     that computes says. Nothing happens where none is. Call before CUDA is used for the first time.
 
     Args:
-        holder: what others are told of who has them: the name of the run.
+        holder: the name of the run, for the warnings of others that wait.
         folder: where the locks lie; `lock_folder()` by default.
 
     Raises:
@@ -88,15 +88,15 @@ def exclusive_devices(count: int, *, holder: str, folder: Path | None = None) ->
 
 
 def lock_folder() -> Path:
-    """Where the locks of this user's runs lie."""
+    """Return the folder of the locks of this user's runs."""
     given = os.environ.get(FOLDER)
     return Path(given) if given else Path(tempfile.gettempdir()) / f"cohort-gpus-{os.getuid()}"
 
 
 @contextlib.contextmanager
 def _taken(seen: Sequence[str], count: int, folder: Path, holder: str) -> Iterator[list[str]]:
-    """Hold that many, those that this process had before in any case; all at once or none."""
-    told = ""
+    """Hold `count` devices, those that this process had before among them; all at once or none."""
+    warned = ""
     while True:
         with contextlib.ExitStack() as held:
             devices: list[str] = []
@@ -113,8 +113,8 @@ def _taken(seen: Sequence[str], count: int, folder: Path, holder: str) -> Iterat
                 yield sorted(devices, key=seen.index)
                 return
         others = "; ".join(filter(None, (_holder(folder, device) for device in seen)))
-        if others and others != told:
-            told = others
+        if others and others != warned:
+            warned = others
             warnings.warn(f"waiting for {count} of {len(seen)} CUDA devices; {others}", stacklevel=4)
         time.sleep(_POLL)
 
@@ -124,13 +124,13 @@ def _lock(folder: Path, device: str) -> Path:
 
 
 def _sign(lock: Path, holder: str) -> None:
-    """Leave word of who has it, in the file that is locked: it goes with the lock."""
+    """Write who has it into the locked file, which goes with the lock."""
     about = {"run": holder, "pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%H:%M:%S")}
     write_note(lock, json.dumps(about))
 
 
 def _holder(folder: Path, device: str) -> str:
-    """Who has a device, in words; empty where nobody does."""
+    """Return who has a device, in words; empty where it is free."""
     lock = _lock(folder, device)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         about = json.loads(read_note(lock))

@@ -28,7 +28,7 @@ from typing import Any, Final
 from pipeline.orchestration.interruption import check
 from pipeline.progress import Listener, report
 from pipeline.workers import process as worker
-from pipeline.workers.handshake import meet
+from pipeline.workers.handshake import accept_ranks
 
 __all__ = ["Group", "RefusedError", "WorkerError", "free_port"]
 
@@ -106,9 +106,9 @@ class Group:
             host, port = server.getsockname()
             command = [str(python), "-P", worker.__file__, str(handler)]
             for rank, surroundings in enumerate(environments):
-                told = {worker.ADDRESS: f"{host}:{port}", worker.KEY: key.hex(), worker.RANK: str(rank)}
+                launcher = {worker.ADDRESS: f"{host}:{port}", worker.KEY: key.hex(), worker.RANK: str(rank)}
                 start = None if starts is None else starts[rank]
-                self._processes.append(_started(command, {**surroundings, **told}, self._logs[rank], start))
+                self._processes.append(_started(command, {**surroundings, **launcher}, self._logs[rank], start))
             end = time.monotonic() + deadline
             self._connections = self._accept(server, key, end, deadline)
             self._replies(end, deadline)
@@ -120,7 +120,7 @@ class Group:
 
         Args:
             deadline: seconds until every process must have replied.
-            renewed: by every report of progress, for work whose whole length nobody knows; what hangs reports nothing.
+            renewed: by every report of progress, for work of unknown length; a process that hangs reports nothing.
             hear: takes rank 0's progress; None: it is reported under the topic it has.
 
         Raises:
@@ -182,7 +182,7 @@ class Group:
 
     def _accept(self, server: socket.socket, key: bytes, end: float, deadline: float) -> list[Connection]:
         """One connection per process, by rank."""
-        return meet(server, key, len(self._processes), lambda missing: self._look(end, missing, deadline))
+        return accept_ranks(server, key, len(self._processes), lambda missing: self._look(end, missing, deadline))
 
     def _replies(self, end: float, deadline: float, *, renewed: bool = False) -> list[Any]:
         replies: dict[int, Any] = {}
@@ -264,7 +264,7 @@ def _report(topic: str, values: dict[str, Any]) -> None:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on right now."""
+    """Return a port of the loopback interface that is free right now."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
         return port

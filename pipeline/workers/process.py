@@ -126,10 +126,10 @@ def _stand_in() -> int:
 
     Its environment comes by standard input, so that no list of processes shows the secret in it. Returns its exit code.
     """
-    told = json.loads(sys.stdin.readline())
+    environment = json.loads(sys.stdin.readline())
     process = subprocess.Popen(
         [sys.executable, "-P", *sys.argv[:2]],
-        env={**os.environ, **told},
+        env={**os.environ, **environment},
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )

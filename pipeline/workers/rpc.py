@@ -1,7 +1,7 @@
-"""The body of a stage carried out by other processes: the call as JSON, and what came of it as JSON.
+"""The body of a stage executed by other processes: the call and its result as JSON.
 
 Artifacts travel as digests, configs as their values; their classes are among those that the function is annotated with, which
-both sides have. An order holds no code and nothing pickled, and who receives it looks the function up among those that it
+both sides have. An order holds no code and nothing pickled; the receiver looks the function up among those that it
 offers. Cache, locks and the record of the call stay with the process that gives the order.
 """
 
@@ -30,7 +30,7 @@ _OURS: Final = tuple(str(Path(__file__).parents[2] / package) + os.sep for packa
 
 
 def order_of(name: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The order to call `function`, which the other side knows as `name`, on the current store and for the running stage.
+    """Return the order to call `function`, which the other side knows as `name`, for the running stage and its store.
 
     Raises:
         TypeError: an argument that is not of the class its parameter is annotated with.
@@ -49,7 +49,7 @@ def order_of(name: str, function: Callable[..., Any], arguments: Mapping[str, An
 def perform(
     order: Mapping[str, Any], function: Callable[..., Artifact], report: Callable[[str, dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Carry out an order: `function` on what it names, with the progress it reports passed on.
+    """Execute an order: call `function` on what it names and pass on its progress.
 
     Raises:
         ValueError: the arguments are not those that were sent; the two sides run different code.
@@ -72,7 +72,7 @@ def perform(
 
 
 def accept(reply: Mapping[str, Any], function: Callable[..., Any]) -> Any:
-    """The artifact that a reply names, its metrics and warnings passed on as if `function` had run here."""
+    """Return the artifact that a reply names; record its metrics and repeat its warnings as if `function` had run here."""
     for text in reply["warnings"]:
         warnings.warn(text, stacklevel=2)
     record_metrics(reply["metrics"])
@@ -103,7 +103,7 @@ def _read(written: Mapping[str, Any], kind: Any) -> Any:
 
 
 def _classes(kind: Any) -> dict[str, Any]:
-    """The classes of artifacts and configs that an annotation allows, by name."""
+    """Return the classes of artifacts and configs that an annotation allows, by name."""
     parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     return {part.__name__: part for part in parts if inspect.isclass(part) and issubclass(part, Artifact | Config)}
 

@@ -28,10 +28,10 @@ from flows.runs.state import RunState
 from flows.runs.summary import Summary, summarise, summary_markdown
 from flows.runs.upkeep import upkeep
 from pipeline.config import ConfigError, flatten
+from pipeline.config.passwords import without_password
 from pipeline.events import recording
 from pipeline.orchestration.engine import Engine, joining, running_deployment, use_engine
 from pipeline.orchestration.interruption import check, interruptible, is_interruption, shielded
-from pipeline.config.passwords import without_password
 from pipeline.progress import failsafe, report
 from pipeline.store import PrunedArtifactError, StoreError, use_store
 from pipeline.tracking import Tracker, track

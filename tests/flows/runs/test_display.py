@@ -261,4 +261,4 @@ def test_durations_and_numbers_read_well() -> None:
     assert accuracies({"greedy_accuracy": 0.25}) == "greedy 0.250"
 
 
-STAGE_FILE = Path(__file__).parents[2] / "pipeline" / "stage.py"
+STAGE_FILE = Path(__file__).parents[3] / "pipeline" / "stage.py"

@@ -20,6 +20,7 @@ the truth: what was sampled is `output_ids`; `text` is for people and for reward
 
 from __future__ import annotations
 
+import hashlib
 from typing import Final
 
 import pyarrow as pa
@@ -29,6 +30,7 @@ from pipeline.artifact import Table
 __all__ = [
     "VERDICTS",
     "Advantages",
+    "DataError",
     "Demonstrations",
     "Evaluation",
     "Logprobs",
@@ -41,6 +43,8 @@ __all__ = [
     "StepPrefixes",
     "Values",
     "Votes",
+    "identify",
+    "is_held_out",
 ]
 
 
@@ -267,3 +271,28 @@ class RewardGauges(Table):
             _required("rows", pa.int32()),
         ]
     )
+
+
+# ------------------------------------------------------------------------------------------------ questions by their text
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; names the file, the row and the column at fault."""
+
+
+def identify(question: str) -> str:
+    """An id made from the question's text: 16 hexadecimal digits of its sha256, so that equal questions share it.
+
+    64 bits: the chance that any two of a million questions collide is 3e-8, and a collision is refused as a duplicate.
+    """
+    return hashlib.sha256(question.encode()).hexdigest()[:16]
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether `text` belongs to the held-out part, which holds about `share` of all texts.
+
+    A function of the text alone: whatever order, seed or count a set is made with, train and held-out share nothing.
+    """
+    # A prefix of its own keeps the split independent of the ids, which hash the bare text.
+    point = int.from_bytes(hashlib.sha256(b"split:" + text.encode()).digest()[:8], "big")
+    return point < share * 2**64

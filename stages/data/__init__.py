@@ -24,7 +24,7 @@ from stages.data.solutions import (
     take_solutions,
 )
 from stages.environment import ArithmeticConfig, AuthorShares, LineCheck, check_solution, longest_question
-from stages.identity import DataError
+from stages.tables import DataError
 
 __all__ = [
     "ArithmeticConfig",

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Final, NamedTuple
 
-from stages.identity import DataError
+from stages.tables import DataError
 
 __all__ = [
     "Row",

@@ -20,7 +20,7 @@ from pydantic import Field
 from pipeline.config import Config
 from stages.data.cells import Row, missing_column, required_text, text_of
 from stages.data.reading import csv_rows, datasets_rows, hub_rows, jsonl_rows, parquet_rows
-from stages.identity import DataError, identify
+from stages.tables import DataError, identify
 
 __all__ = [
     "ColumnsConfig",

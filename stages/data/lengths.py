@@ -11,9 +11,8 @@ from pydantic import Field, model_validator
 from pipeline.artifact import take_rows
 from pipeline.config import Config
 from pipeline.stage import record_metrics, stage
-from stages.identity import DataError
 from stages.models import Checkpoint, load_tokenizer
-from stages.tables import Questions
+from stages.tables import DataError, Questions
 from stages.text import PromptConfig, encode_prompts
 
 if TYPE_CHECKING:

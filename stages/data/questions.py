@@ -24,8 +24,7 @@ from stages.environment import (
     unique_chains,
     write_solution,
 )
-from stages.identity import DataError, identify
-from stages.tables import Demonstrations, Questions
+from stages.tables import DataError, Demonstrations, Questions, identify
 from stages.training.batching import sample_positions
 
 __all__ = [

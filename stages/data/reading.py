@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from stages.data.cells import Row, Unreadable, decimal_of, json_constant, json_decimal, json_integer
-from stages.identity import DataError
+from stages.tables import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -14,9 +14,8 @@ from pipeline.config import Config
 from pipeline.stage import record_metrics, stage
 from stages.data.cells import Row, cell, has_cell, required_text, text_of
 from stages.data.files import QuestionFileConfig, answer_of, question_of, rows_of, without_calculator_marks
-from stages.identity import DataError, identify, is_held_out
 from stages.models import Checkpoint, load_tokenizer
-from stages.tables import Demonstrations, Questions, Rollouts, Solutions
+from stages.tables import DataError, Demonstrations, Questions, Rollouts, Solutions, identify, is_held_out
 from stages.text import PromptConfig, decode_outputs, encode_completions, encode_prompts
 
 __all__ = [

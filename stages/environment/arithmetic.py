@@ -30,7 +30,7 @@ from typing import Final, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from pipeline.config import Config
-from stages.identity import DataError, is_held_out
+from stages.tables import DataError, is_held_out
 
 __all__ = [
     "ArithmeticConfig",

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Literal, assert_never
 
 from stages.environment import check_solution
-from stages.identity import DataError
 from stages.reward.composition import ComponentScore, Output, StepLabels
 from stages.reward.config import (
     AccuracyConfig,
@@ -24,6 +23,7 @@ from stages.reward.functions import score_by_function, score_by_pattern, verifie
 from stages.reward.rules.accuracy import grade_answers
 from stages.reward.rules.format import has_form, is_coherent, overlong_score
 from stages.reward.rules.prose import LAST_CHARACTERS, outside_thinking
+from stages.tables import DataError
 from stages.text import step_ends
 
 __all__ = ["Credit", "label_steps", "score_component"]

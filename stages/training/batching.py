@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-from stages.identity import DataError
+from stages.tables import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ from flows.config.recipes import gsm8k_cpu
 from flows.planning.request import sizes_for
 from pipeline.store import Store
 from stages.data import QuestionFileConfig
-from stages.identity import DataError
+from stages.tables import DataError
 
 
 def files(folder: Path, train: str) -> FileData:

@@ -19,8 +19,7 @@ from flows.reward_study.run import print_study, study_markdown, verdicts
 from pipeline.config import ConfigError
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
-from stages.identity import DataError, is_held_out
-from stages.tables import RewardLabels, Solutions
+from stages.tables import DataError, RewardLabels, Solutions, is_held_out
 from tests.flows.terminal import on_terminal
 
 QUESTIONS, AUTHORS = 40, ("ann", "bob")

@@ -16,7 +16,7 @@ from pipeline.config import ConfigError
 from pipeline.store import Store
 from stages.data import DataError, QuestionFileConfig, demonstrations_from_solutions, read_questions
 from stages.data.files import extract_answer
-from stages.identity import identify
+from stages.tables import identify
 
 ROWS: list[dict[str, Any]] = [
     {"id": "a", "question": "2+2?", "answer": "4", "solution": "two and two"},

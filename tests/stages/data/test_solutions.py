@@ -19,10 +19,9 @@ from stages.data import (
     solution_outputs,
     take_solutions,
 )
-from stages.identity import identify, is_held_out
 from stages.models import load_tokenizer
 from stages.sft import PolicyConfig, create_policy
-from stages.tables import Solutions
+from stages.tables import Solutions, identify, is_held_out
 from stages.text import PromptConfig
 
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from stages.identity import DataError
 from stages.reward import AccuracyConfig, OverlongConfig, RewardConfig, StepsConfig, score
 from stages.reward.components import label_steps
 from stages.reward.rules.format import overlong_score
-from stages.tables import Questions, Rewards, Rollouts
+from stages.tables import DataError, Questions, Rewards, Rollouts
 from stages.text import BPETokenizerConfig, CharacterTokenizerConfig, build_tokenizer, decode_outputs
 
 pytestmark = pytest.mark.usefixtures("store")

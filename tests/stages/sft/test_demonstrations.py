@@ -7,10 +7,9 @@ from collections import Counter
 import pytest
 
 from pipeline.store import Store
-from stages.identity import DataError
 from stages.models import Checkpoint, load_tokenizer
 from stages.sft import PolicyConfig, create_policy, demonstrated_outputs
-from stages.tables import Demonstrations, Rollouts
+from stages.tables import DataError, Demonstrations, Rollouts
 from stages.text import PromptConfig, encode_prompt
 from stages.text.prompts import encode_completion
 

@@ -102,8 +102,7 @@ def _policy_update(engine: Any, work: MemoryWork, prompt: int, output: int) -> N
     """The update stage's own step: GRPO without a reference, mu = 1."""
     from stages.training.loop import optimizer_step
     from stages.update import GRPOConfig, UpdateConfig
-    from stages.update.examples import Example
-    from stages.update.loss import MiniBatch, policy_loss
+    from stages.update.loss import Example, MiniBatch, policy_loss
     from stages.update.metrics import UpdateMetrics
     from stages.update.objectives import method_of
 

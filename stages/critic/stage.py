@@ -13,7 +13,6 @@ from pydantic import Field, model_validator
 from pipeline.config import Config
 from pipeline.progress import report
 from pipeline.stage import record_metrics, stage
-from stages.critic.examples import join
 from stages.models import WEIGHTS, Checkpoint, copy_description, model_weights, untrained_classifier, write_tensors
 from stages.tables import Advantages, Rollouts, Values
 from stages.training.batching import deal
@@ -133,7 +132,7 @@ def update_critic(
 
     Where every row is masked out the critic stays as it is, with a warning, as the policy does.
     """
-    from stages.critic.fitting import Fit
+    from stages.critic.fitting import Fit, join
     from stages.training import threads
     from stages.training.hardware import live_tensors_mib, peak_memory
     from stages.training.loop import publish, resident_engine

@@ -1,14 +1,18 @@
 """Reward models: made from a policy, trained on rule-labelled outputs, trained on as the policy moves (4.1.4)."""
 
-from stages.reward_training.config import MonteCarloConfig, RuleStepsConfig, StepLabelsConfig
 from stages.reward_training.examples import (
     BradleyTerryConfig,
     PointwiseConfig,
     RewardObjectiveConfig,
     nothing_to_learn,
 )
-from stages.reward_training.labelling import label_outputs
-from stages.reward_training.monte_carlo import estimate_step_labels
+from stages.reward_training.labels import (
+    MonteCarloConfig,
+    RuleStepsConfig,
+    StepLabelsConfig,
+    estimate_step_labels,
+    label_outputs,
+)
 from stages.reward_training.stage import (
     ReplayConfig,
     RewardModelConfig,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Self, assert_never
 
 import torch
@@ -25,14 +25,50 @@ from stages.training.batching import Batch, Row, micro_batches, own_share, sprea
 from stages.training.engine import Engine
 from stages.training.forward import completion_logprobs
 from stages.update.config import NoCorrectionConfig, TruncatedCorrectionConfig, UpdateConfig
-from stages.update.examples import Example, drop_idle
 from stages.update.objectives.method import Method, Tokens
 
-__all__ = ["Correction", "MicroBatch", "MiniBatch", "Recorded", "Terms", "micro_batch_terms", "policy_loss"]
+__all__ = [
+    "Correction",
+    "Example",
+    "MicroBatch",
+    "MiniBatch",
+    "Recorded",
+    "Terms",
+    "drop_idle",
+    "micro_batch_terms",
+    "policy_loss",
+]
 
 Correction = NoCorrectionConfig | TruncatedCorrectionConfig
 LARGEST_WEIGHT: Final = math.exp(20)
 """What a weight before its cap is shown as at most."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """An output o_i with its advantages, standing for `weight` equal ones."""
+
+    question_id: str
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    advantage: tuple[float, ...]
+    """A-hat_{i,t}, one value per output id."""
+    weight: float
+    """How many equal outputs of the group this one stands for."""
+    rollout_logp: tuple[float, ...] | None = None
+    """The rollout engine's log-probabilities, one per output id, where the loss reads them."""
+    pair: int | None = None
+    """The preference it belongs to, where there are any."""
+    ref_logp: tuple[float, ...] | None = field(default=None, compare=False)
+    """log pi_ref, one per output id, where it was computed before; equal for equal outputs."""
+    recorded: tuple[tuple[float, ...], ...] = field(default=(), compare=False)
+    """The rollout engine's log-probabilities of each output that this one stands for, where they are only measured: unlike
+    those that the loss reads, they keep no two outputs apart."""
+
+
+def drop_idle(examples: Sequence[Example]) -> list[Example]:
+    """Examples with an advantage other than 0: without a KL term the others have no gradient, so they cost nothing."""
+    return [example for example in examples if any(example.advantage)]
 
 
 @dataclass(frozen=True)

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
 import time
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from pipeline.progress import report
 from pipeline.stage import record_metrics, stage
+from stages.join import KEY, Ragged, align, per_token
 from stages.models import Checkpoint
 from stages.tables import Advantages, ReferenceLogprobs, Rollouts
 from stages.training.batching import deal
 from stages.training.ranks import on_ranks
 from stages.update.config import UpdateConfig
-from stages.update.examples import Example, join, merge_equal, pair_up
 from stages.update.objectives import method_of
 
 if TYPE_CHECKING:
     from stages.training.engine import Engine
-    from stages.update.loss import MiniBatch
+    from stages.update.loss import Example, MiniBatch
     from stages.update.objectives import Method
 
-__all__ = ["update_policy"]
+__all__ = ["join", "merge_equal", "pair_up", "update_policy"]
+
+_RECORDS: Final = "rollout log-probabilities"
+_REFERENCE: Final = "reference log-probabilities"
 
 
 @stage(version="3")
@@ -151,3 +158,96 @@ def _compare(
         mini_batch.take_policy_as_reference()
     else:
         mini_batch.compare_with(engine.model, engine)
+
+
+def join(
+    outputs: Rollouts,
+    advantages: Advantages,
+    *,
+    with_logprobs: bool = False,
+    with_records: bool = False,
+    reference: ReferenceLogprobs | None = None,
+) -> list[Example]:
+    """One example per output that has advantages; rows masked out (null advantage) take no part.
+
+    Args:
+        with_logprobs: the loss reads the rollout engine's log-probabilities: every row must have them.
+        with_records: they are measured, in the rows that have them.
+        reference: log pi_ref of these outputs.
+
+    Raises:
+        ValueError: names the row: an output without advantages or advantages without an output, another number of them than
+            tokens, or one that is not finite (log-probabilities too, where they are read).
+    """
+    from stages.update.loss import Example
+
+    read = with_logprobs or with_records
+    table = outputs.read([*KEY, "prompt_ids", "output_ids", *(["logprobs"] if read else [])])
+    found = align(table, advantages.read([*KEY, "advantage", "pair"]), "advantages")
+    kept = found["advantage"].is_valid()
+    table, found = table.filter(kept), found.filter(kept)
+    output = Ragged.of(table["output_ids"])
+    columns: dict[str, Iterable[Any]] = {
+        "question_id": table["question_id"].to_pylist(),
+        "prompt_ids": _tuples(Ragged.of(table["prompt_ids"])),
+        "output_ids": _tuples(output),
+        "advantage": _tuples(per_token(found, "advantage", output.lengths, "advantages")),
+        "weight": itertools.repeat(1.0, len(output)),
+        "pair": found["pair"].to_pylist(),
+    }
+    if read:
+        logprobs = per_token(table, "logprobs", output.lengths, _RECORDS, masked=not with_logprobs)
+        rows = _tuples(logprobs)
+        if with_logprobs:
+            columns["rollout_logp"] = rows
+        if with_records:
+            columns["recorded"] = [() if null else (row,) for row, null in zip(rows, logprobs.null, strict=True)]
+    if reference is not None:
+        frozen = align(table, reference.read(), _REFERENCE, extra=True)
+        columns["ref_logp"] = _tuples(per_token(frozen, "reference", output.lengths, _REFERENCE))
+    return [Example(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
+
+
+def _tuples(column: Ragged) -> list[tuple[Any, ...]]:
+    """The values of each row, so that equal rows can be found."""
+    return [tuple(values.tolist()) for values in column]
+
+
+def merge_equal(examples: Sequence[Example]) -> list[Example]:
+    """Equal outputs (with equal advantages) of one question as one example of their summed weight, in first-seen order."""
+    equal: dict[Example, list[Example]] = {}
+    for example in examples:
+        equal.setdefault(example, []).append(example)
+    return [
+        dataclasses.replace(
+            example,
+            weight=math.fsum(member.weight for member in members),
+            recorded=tuple(logprobs for member in members for logprobs in member.recorded),
+        )
+        for example, members in equal.items()
+    ]
+
+
+def pair_up(examples: Sequence[Example]) -> list[Example]:
+    """Examples as preferred, other, preferred, other, ...: the two of a pair side by side.
+
+    Raises:
+        ValueError: an example without a pair, or a pair that is not one preferred (advantage +1) and one other output (-1).
+    """
+    pairs: dict[int, list[Example]] = {}
+    for example in examples:
+        if example.pair is None:
+            raise ValueError(
+                f"an output of question {example.question_id!r} belongs to no pair; this objective learns from preferences: "
+                "set advantage.kind=pairs"
+            )
+        pairs.setdefault(example.pair, []).append(example)
+    ordered = []
+    for number, members in pairs.items():
+        members.sort(key=lambda example: -example.advantage[0])
+        if [set(member.advantage) for member in members] != [{1.0}, {-1.0}]:
+            raise ValueError(
+                f"pair {number}: expected one output with advantage 1 and one with -1, found {len(members)}"
+            )
+        ordered += members
+    return ordered

@@ -19,8 +19,7 @@ from benchmarks.workload import Workload, make_policy
 from stages.training.batching import Row, micro_batches
 from stages.training.forward import completion_logprobs
 from stages.update import UpdateConfig
-from stages.update.examples import Example
-from stages.update.loss import MicroBatch, MiniBatch, micro_batch_terms
+from stages.update.loss import Example, MicroBatch, MiniBatch, micro_batch_terms
 from stages.update.objectives import (
     CISPOConfig,
     DAPOConfig,

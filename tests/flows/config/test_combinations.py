@@ -20,7 +20,8 @@ from stages.advantage import AdvantageConfig, estimate_advantages
 from stages.tables import Advantages, Logprobs, Rewards, Rollouts, Values
 from stages.training.batching import deal
 from stages.update import UpdateConfig
-from stages.update.examples import Example, join
+from stages.update.loss import Example
+from stages.update.stage import join
 from tests.flows import formulas
 from tests.flows.combinations import Space, space
 from tests.flows.formulas import Known, Output

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from pipeline.store import Store
-from stages.critic.examples import join
-from stages.critic.fitting import Fit
+from stages.critic.fitting import Fit, join
 from stages.models import load_model
 from stages.training.engine import StepReport
 from tests.stages.critic.worlds import outspoken_critic, tables

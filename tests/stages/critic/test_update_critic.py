@@ -18,7 +18,7 @@ from stages.models import Checkpoint, load_model, load_optimizer_state, load_tra
 from stages.tables import Advantages, Rollouts
 from stages.training import DeepSpeedEngineConfig
 from stages.training.batching import deal
-from stages.update.examples import join
+from stages.update.stage import join
 from tests.stages.critic.worlds import exact, exploration, outspoken_critic, rollout_row, tables, tiny_critic
 from tests.stages.training.tiny import tiny_checkpoint
 

@@ -18,10 +18,10 @@ from stages.models import Checkpoint
 from stages.training.engine import StepReport
 from stages.training.loop import optimizer_step
 from stages.update.config import UpdateConfig
-from stages.update.examples import Example, pair_up
-from stages.update.loss import MiniBatch, policy_loss
+from stages.update.loss import Example, MiniBatch, policy_loss
 from stages.update.metrics import UpdateMetrics
 from stages.update.objectives import method_of
+from stages.update.stage import pair_up
 from tests.stages.training.tiny import tiny_model
 
 T = TypeVar("T")

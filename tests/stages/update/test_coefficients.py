@@ -26,7 +26,7 @@ from stages.update import (
     TruncatedCorrectionConfig,
     UpdateConfig,
 )
-from stages.update.examples import Example
+from stages.update.loss import Example
 from tests.stages.training.tiny import random_rows
 from tests.stages.update.exact import defined_gradient, logprobs, policy_model, relative, trained_gradient
 

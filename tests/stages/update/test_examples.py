@@ -11,7 +11,8 @@ from pipeline.store import Store
 from stages.join import JoinError
 from stages.tables import Advantages, Rollouts
 from stages.training.batching import deal
-from stages.update.examples import Example, drop_idle, join, merge_equal, pair_up
+from stages.update.loss import Example, drop_idle
+from stages.update.stage import join, merge_equal, pair_up
 
 
 def outputs_of(*rows: tuple[str, int, list[int]]) -> Rollouts:

@@ -34,7 +34,7 @@ from stages.update import (
     UpdateConfig,
     update_policy,
 )
-from stages.update.examples import Example
+from stages.update.loss import Example
 from tests.stages.training.tiny import tiny_checkpoint
 from tests.stages.update.exact import policy_model, relative, trained_gradient
 from tests.stages.update.test_coefficients import examples

@@ -14,7 +14,7 @@ from stages.models import WEIGHTS, Checkpoint, copy_description, load_model, wri
 from stages.tables import Advantages, Rollouts
 from stages.training import AdamWConfig, TrainingConfig
 from stages.update import DAPOConfig, DrGRPOConfig, GRPOConfig, ObjectiveConfig, RFTConfig, UpdateConfig, update_policy
-from stages.update.examples import join
+from stages.update.stage import join
 from tests.stages.training.tiny import tiny_checkpoint
 from tests.stages.update.exact import defined_gradient, logprobs, policy_model, relative, trained_gradient
 from tests.stages.update.test_coefficients import examples, own, update

@@ -10,10 +10,10 @@ import torch
 
 from stages.training.loop import optimizer_step
 from stages.update import UpdateConfig
-from stages.update.examples import pair_up
 from stages.update.loss import MiniBatch, policy_loss
 from stages.update.metrics import UpdateMetrics
 from stages.update.objectives import method_of
+from stages.update.stage import pair_up
 from tests.stages.update.exact import ExactEngine, in_lockstep, logprobs, policy_model, relative
 from tests.stages.update.test_coefficients import examples
 from tests.stages.update.test_invariance import OBJECTIVES

@@ -1,15 +1,18 @@
-"""Log-probabilities of completions do not depend on what else is in the batch."""
+"""Log-probabilities of output tokens by definition, and the output head: in chunks, and what a model does to its logits."""
 
 from __future__ import annotations
 
 import random
+import warnings
+from typing import Any
 
 import pytest
 import torch
 
+from stages.kernels.head import LogitTransform
 from stages.training.batching import collate, micro_batches
-from stages.training.forward import completion_logprobs
-from tests.stages.training.tiny import random_rows, tiny_model
+from stages.training.forward import CompletionLogprobs, completion_logprobs, logit_transform
+from tests.stages.training.tiny import VOCABULARY, random_rows, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +97,169 @@ def test_the_head_is_as_it_was_after_an_error(model: torch.nn.Module) -> None:
         completion_logprobs(model, batch)
     failure.remove()
     assert model(input_ids=batch.input_ids_BT).logits.shape[:2] == batch.input_ids_BT.shape
+
+
+ROWS = random_rows(7)
+BATCH = collate(ROWS, range(len(ROWS)))
+MODELS: dict[str, tuple[str, dict[str, Any], LogitTransform]] = {
+    "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}, LogitTransform()),
+    "qwen2 untied": ("qwen2", {"tie_word_embeddings": False}, LogitTransform()),
+    "llama": ("llama", {"tie_word_embeddings": False}, LogitTransform()),
+    "gemma": ("gemma", {}, LogitTransform()),
+    "gemma2 tied": ("gemma2", {"final_logit_softcapping": 3.0}, LogitTransform(cap=3.0)),
+    "gemma2 untied": (
+        "gemma2",
+        {"final_logit_softcapping": 3.0, "tie_word_embeddings": False},
+        LogitTransform(cap=3.0),
+    ),
+    "granite": ("granite", {"logits_scaling": 8.0}, LogitTransform(scale=0.125)),
+    "cohere": ("cohere", {"logit_scale": 0.0625}, LogitTransform(scale=0.0625)),
+    "phi with a bias": ("phi", {}, LogitTransform()),
+}
+
+
+def model_of(architecture: str, **settings: Any) -> Any:
+    """Two layers, in float64, with logits of several units, so that a soft cap bends them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    description = AutoConfig.for_model(architecture, **small | settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(description, attn_implementation="eager").eval().double()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def scored(model: Any, max_logits: int | None, temperature: float = 0.7) -> tuple[CompletionLogprobs, torch.Tensor]:
+    """Scores, and the gradient of a loss that is not linear in them."""
+    model.zero_grad()
+    scores = completion_logprobs(model, BATCH, temperature, with_entropy=True, max_logits=max_logits)
+    (scores.logp_BO.exp() * scores.logp_BO).sum().backward()
+    return scores, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def assert_equal(model: Any, max_logits: int, temperature: float, exact: float) -> None:
+    chunked, gradient = scored(model, max_logits, temperature)
+    whole, expected = scored(model, None, temperature)
+    assert chunked.entropy_BO is not None
+    assert whole.entropy_BO is not None
+    for found, full in ((chunked.logp_BO, whole.logp_BO), (chunked.entropy_BO, whole.entropy_BO), (gradient, expected)):
+        assert (found - full).norm() <= exact * full.norm()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chunks_of_any_size_equal_full_logits_for_every_architecture(name: str, temperature: float) -> None:
+    architecture, settings, _ = MODELS[name]
+    model = model_of(architecture, **settings)
+    for rows in (1, 5):
+        assert_equal(model, rows * VOCABULARY, temperature, 1e-12)
+    assert_equal(model.float(), 5 * VOCABULARY, temperature, 1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_model_does_after_its_head_is_found_out(name: str) -> None:
+    architecture, settings, expected = MODELS[name]
+    assert logit_transform(model_of(architecture, **settings)) == expected
+    assert logit_transform(model_of(architecture, **settings).float()) == expected
+
+
+def test_few_logits_are_computed_at_once_bit_for_bit_as_ever() -> None:
+    model = tiny_model()
+    (few, gradient), (full, expected) = scored(model, 10_000_000), scored(model, None)
+    assert few.logp_BO.equal(full.logp_BO)
+    assert gradient.equal(expected)
+
+
+def with_adapter() -> Any:
+    """LoRA on the output head, and away from zero."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model(tie_word_embeddings=False), LoraConfig(r=2, target_modules=["lm_head"])).double()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(parameter, 0.5)
+    return model
+
+
+class Squared(torch.nn.Module):
+    """Squares logits: neither a factor nor a cap."""
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.square()
+
+
+def with_squares() -> Any:
+    """A model that squares its logits behind its head."""
+    model, squared = tiny_model().double(), Squared()
+
+    def bend(_: Any, __: Any, output: Any) -> Any:
+        output.logits = squared(output.logits)
+        return output
+
+    model.register_forward_hook(bend)
+    return model
+
+
+def with_parametrised_head() -> Any:
+    """A head whose weight is computed from another at each access."""
+    model = tiny_model(tie_word_embeddings=False).double()
+    torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+    return model
+
+
+@pytest.mark.parametrize("make", [with_adapter, with_squares, with_parametrised_head])
+def test_a_head_that_chunks_cannot_follow_is_computed_in_full_with_one_warning(make: Any) -> None:
+    model = make()
+    with pytest.warns(UserWarning, match="log-probabilities need all logits of a micro-batch at once"):
+        found, gradient = scored(model, VOCABULARY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again, _ = scored(model, VOCABULARY)
+    full, expected = scored(model, None)
+    assert found.logp_BO.equal(full.logp_BO)
+    assert again.logp_BO.equal(full.logp_BO)
+    assert gradient.equal(expected)
+    if make is with_squares:
+        assert not full.logp_BO.allclose(scored(tiny_model().double(), None)[0].logp_BO)
+
+
+def test_a_model_that_changes_what_follows_its_head_is_refused() -> None:
+    model = model_of("gemma2", final_logit_softcapping=3.0)
+    scored(model, VOCABULARY)
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(RuntimeError, match=r"no longer what was measured.*set training\.max_logits to null"):
+        scored(model, VOCABULARY)
+    scored(model, None)
+
+
+def test_the_head_is_as_it_was_after_an_error_in_a_chunked_forward() -> None:
+    model = tiny_model()
+    scored(model, VOCABULARY)
+    failure = model.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        completion_logprobs(model, BATCH, max_logits=VOCABULARY)
+    failure.remove()
+    assert model(input_ids=BATCH.input_ids_BT).logits.shape == (*BATCH.input_ids_BT.shape, VOCABULARY)
+
+
+def test_without_gradient_chunks_score_alike() -> None:
+    model = tiny_model().double()
+    with torch.no_grad():
+        chunked, full = (completion_logprobs(model, BATCH, max_logits=limit).logp_BO for limit in (VOCABULARY, None))
+    torch.testing.assert_close(chunked, full, rtol=1e-12, atol=1e-14)

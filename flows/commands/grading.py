@@ -67,10 +67,10 @@ def grade(
     if out is not None and out.resolve() == file.resolve():
         raise ConfigError(f"--out {out}: is the file that is read; name another one")
     rows = list(_rows(file))
-    judged = _judged(rows, component, reward)
+    verdicts = _graded(rows, component, reward)
     if out is not None:
-        _write(out, rows, judged)
-    return _report(rows, judged, show)
+        _write(out, rows, verdicts)
+    return _report(rows, verdicts, show)
 
 
 def _accuracy(reward: RewardConfig, recipe: str) -> AccuracyConfig:
@@ -84,7 +84,7 @@ def _accuracy(reward: RewardConfig, recipe: str) -> AccuracyConfig:
 
 
 def _rows(file: Path) -> Iterator[_Row]:
-    """The rows of the file.
+    """Yield the rows of the file.
 
     Raises:
         ConfigError: a file or a row that is not as expected, by its line.
@@ -128,7 +128,7 @@ def _row(line: str, number: int, place: str) -> _Row:
     return _Row(number, values, gold, output, None if expected is None else bool(expected))
 
 
-def _judged(rows: list[_Row], component: AccuracyConfig, reward: RewardConfig) -> list[ComponentScore]:
+def _graded(rows: list[_Row], component: AccuracyConfig, reward: RewardConfig) -> list[ComponentScore]:
     from stages.reward.components import score_component
     from stages.reward.composition import Output
 
@@ -142,20 +142,20 @@ def _judged(rows: list[_Row], component: AccuracyConfig, reward: RewardConfig) -
     return found
 
 
-def _write(out: Path, rows: list[_Row], judged: list[ComponentScore]) -> None:
+def _write(out: Path, rows: list[_Row], verdicts: list[ComponentScore]) -> None:
     lines = [
         json.dumps(row.values | {"status": verdict.status, "read_as": verdict.extracted}, ensure_ascii=False)
-        for row, verdict in zip(rows, judged, strict=True)
+        for row, verdict in zip(rows, verdicts, strict=True)
     ]
     out.write_bytes(("\n".join(lines) + "\n").encode("utf-8", "replace"))
 
 
-def _report(rows: list[_Row], judged: list[ComponentScore], show: int) -> int:
-    counts = Counter(verdict.status for verdict in judged)
+def _report(rows: list[_Row], verdicts: list[ComponentScore], show: int) -> int:
+    counts = Counter(verdict.status for verdict in verdicts)
     print(f"{len(rows)} rows")
     for status, count in counts.most_common():
         print(f"  {status:<12} {count:>6}  {count / len(rows):.1%}")
-    known = [pair for pair in zip(rows, judged, strict=True) if pair[0].expected is not None]
+    known = [pair for pair in zip(rows, verdicts, strict=True) if pair[0].expected is not None]
     otherwise = [(row, verdict) for row, verdict in known if (verdict.status == "ok") != row.expected]
     if not known:
         return 0
@@ -171,7 +171,7 @@ def _report(rows: list[_Row], judged: list[ComponentScore], show: int) -> int:
 
 
 def _shown(text: str | None) -> str:
-    """Text of a model or of data, escaped: control characters and line ends as `\\x1b`, `\\n`."""
+    """Return text of a model or of data, escaped: control characters and line ends as `\\x1b`, `\\n`."""
     if text is None:
         return "nothing"
     short = text if len(text) <= _SHOWN_LENGTH else text[:_SHOWN_LENGTH] + "..."

@@ -30,7 +30,7 @@ __all__ = ["Credit", "label_steps", "score_component"]
 
 
 def score_component(rows: Sequence[Output], component: ComponentConfig, config: RewardConfig) -> list[ComponentScore]:
-    """One result per row, in order, always; truncated outputs as `config` declares.
+    """Return one result per row, in order, always; truncated outputs as `config` declares.
 
     Raises:
         DataError: step rewards of a question that is not of the built-in world.
@@ -55,7 +55,7 @@ def score_component(rows: Sequence[Output], component: ComponentConfig, config: 
 
 
 def _settled(component: ComponentConfig, config: RewardConfig) -> bool:
-    """Whether a truncated output's result does not depend on what it says."""
+    """Return whether a truncated output's result does not depend on what it says."""
     match config.truncated:
         case "no_reward":
             return True
@@ -68,7 +68,7 @@ def _settled(component: ComponentConfig, config: RewardConfig) -> bool:
 
 
 def _cut(result: ComponentScore, component: ComponentConfig) -> ComponentScore:
-    """A truncated output's result: its text scores 0, its length and its step labels stay."""
+    """Return a truncated output's result: its text scores 0, its length and its step labels stay."""
     score = result.score if isinstance(component, OverlongConfig) else 0.0
     return replace(result, score=score, status="truncated")
 
@@ -105,7 +105,7 @@ def _score(rows: Sequence[Output], component: ComponentConfig, config: RewardCon
 
 
 def _read(text: str, config: RewardConfig) -> str:
-    """The part of an output in which its answer counts."""
+    """Return the part of an output in which its answer counts."""
     if config.reads == "last_characters":
         text = text[-(config.last_characters or LAST_CHARACTERS) :]
     if config.thinking is None:
@@ -128,7 +128,7 @@ Credit = Literal["right", "consistent"]
 
 
 def label_steps(question: str, text: str, text_ends: Sequence[int], credit: Credit) -> StepLabels:
-    """One step per line that is not empty; the last one reaches to the last token.
+    """Return one step per line that is not empty; the last one reaches to the last token.
 
     Args:
         question: a question of the built-in world.

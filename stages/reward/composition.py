@@ -57,7 +57,7 @@ class Output:
 
     @property
     def truncated(self) -> bool:
-        """Whether the length limit cut it."""
+        """Return whether the length limit cut it."""
         return self.finish_reason == "length"
 
 
@@ -82,7 +82,7 @@ class Part:
 
 
 def compose(parts: Sequence[Part]) -> float | None:
-    """Weighted sum of the scores; None where a component that decides has none.
+    """Return the weighted sum of the scores; None where a component that decides has none.
 
         r = sum_j w_j s_j
 
@@ -100,7 +100,7 @@ def compose(parts: Sequence[Part]) -> float | None:
 
 
 def compose_steps(steps: Sequence[float], weight: float, others: Sequence[Part]) -> list[float] | None:
-    """Rewards of the steps of an output, for process supervision; None where a component that decides has no score.
+    """Return the rewards of an output's steps, for process supervision; None where a component that decides has no score.
 
         r_j = w s_j,   and at the last step   r_K = w s_K + sum_k w_k s_k
 
@@ -118,26 +118,26 @@ def compose_steps(steps: Sequence[float], weight: float, others: Sequence[Part])
 
 
 def answer_component(config: RewardConfig) -> ComponentConfig:
-    """The component whose status is the row's, and that reward models have their labels from: the first that reads answers."""
+    """Return the first component that reads answers: the row has its status, and reward models their labels, from it."""
     reading = [component for component in config.components if not isinstance(component, OverlongConfig)]
     return next((component for component in reading if isinstance(component, AccuracyConfig)), reading[0])
 
 
 def labels_only(config: RewardConfig) -> RewardConfig:
-    """The rules that a reward model learns from and is measured by: right answers, right steps, and no form or length."""
-    beside = unlearned_components(config)
-    kept = tuple(component for component in config.components if component not in beside)
-    return config.model_copy(update={"components": kept}) if beside else config
+    """Return the rules that a reward model learns from and is measured by: right answers and steps, no form or length."""
+    others = unlearned_components(config)
+    kept = tuple(component for component in config.components if component not in others)
+    return config.model_copy(update={"components": kept}) if others else config
 
 
 def unlearned_components(config: RewardConfig) -> tuple[ComponentConfig, ...]:
-    """The components that add to a model's score: all but those that its labels come from, which the score stands for."""
+    """Return the components that add to a model's score: all but those that its labels come from."""
     own = answer_component(config)
     return tuple(part for part in config.components if part != own and not isinstance(part, StepsConfig))
 
 
 def outcome_components(config: RewardConfig) -> tuple[ComponentConfig, ...]:
-    """The components that add to the last step's reward under process supervision: all but the answer's verdict and steps."""
+    """Return what adds to the last step's reward under process supervision: all but the answer's verdict and steps."""
     return tuple(part for part in config.components if not isinstance(part, AccuracyConfig | StepsConfig))
 
 
@@ -173,7 +173,7 @@ class Tally:
                 self._failed[name] += sum(result.status in _FAULTS for result in column)
 
     def metrics(self) -> dict[str, float]:
-        """Means over what has a number, a component's over its step rewards where it has any; shares of all outputs.
+        """Return the means over what has a number, a component's over its step rewards where it has any; shares of all outputs.
 
         `reward/failed`, where there are functions: the share that one of them failed on, the largest.
         """

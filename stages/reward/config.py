@@ -71,7 +71,7 @@ class FormatConfig(Config):
     name: str = Field("format", pattern=_NAME)
     """Name of the component in the table and of its metric, `reward/<name>`."""
     weight: float = 0.1
-    """Factor in the sum. Not from the paper: small beside accuracy, so that form never pays more than being right."""
+    """Factor in the sum. Not from the paper: small against accuracy, so that form never pays more than being right."""
     form: Form = "hashes"
     """`hashes`: ends with one line `#### <number>`; `boxed`: exactly one `\\boxed{}`; `line`: ends with `A: <answer>`;
     `pattern`: `pattern` is found."""
@@ -95,7 +95,7 @@ class FormatConfig(Config):
 class LanguageConfig(Config):
     """Language coherence: 1 where the output is in its question's script, unmixed and not caught in a loop, else 0.
 
-    Told apart by Unicode script (English from Chinese, not English from French). Digits, operators, LaTeX, code, single letters
+    Scripts are those of Unicode: English differs from Chinese, not from French. Digits, operators, LaTeX, code, single letters
     and the question's own words belong to every language; an empty output to none. The limits are ours; they pass all 2,001
     right answers among OpenAI's sampled GSM8K solutions, with at most 0, 2 and 4.0 in the order of the fields below.
     """
@@ -105,7 +105,7 @@ class LanguageConfig(Config):
     name: str = Field("language", pattern=_NAME)
     """Name of the component in the table and of its metric, `reward/<name>`."""
     weight: float = 0.1
-    """Factor in the sum. Not from the paper: small beside accuracy, as for format."""
+    """Factor in the sum. Not from the paper: small against accuracy, as for format."""
     max_foreign: float = Field(0.15, ge=0, le=1)
     """Largest share of words in another script; a Chinese character counts as a word. Ours: a unit or a name that the question
     does not have may stand in a short Chinese sentence."""
@@ -125,7 +125,7 @@ class FunctionConfig(Config):
     one-dimensional array of one number for each completion, None for no score; `async def` is awaited. Any other answer ends
     the run, whatever `reward.max_errors`: a score is never taken for several outputs. It runs in worker processes that are
     killed at the deadline and under the memory limit; what it prints goes to stderr, and what it starts ends with them.
-    Running a config that names a function runs code, with your rights: read the config of somebody else before you run it.
+    Running a config that names a function runs code, with your rights: read a config that is not yours before you run it.
     """
 
     kind: Literal["function"] = "function"
@@ -138,7 +138,7 @@ class FunctionConfig(Config):
     """`module:name`; the module is looked for where Python imports from, then in the working directory. The content of the
     module's file is part of the cache key; that of what it imports is not."""
     columns: tuple[Column, ...] = ("question_id", "question", "answer", "solution")
-    """What the function gets besides; `solution` is None where the question has none."""
+    """What else the function gets; `solution` is None where the question has none."""
     conversational: bool = False
     """Whether `prompts` and `completions` are lists of messages, as TRL passes those of conversational data sets: a prompt is
     `[{role: user, content: ...}]`, a completion `[{role: assistant, content: ...}]`."""
@@ -156,7 +156,7 @@ class FunctionConfig(Config):
     """A row without score (None; with `reward.max_errors`, also a failure), as for accuracy."""
 
     def key(self) -> dict[str, Any]:
-        """The file that holds the function counts with its content.
+        """Return the key, with the content of the file that holds the function.
 
         Raises:
             ConfigError: no such module, with where it was looked for.
@@ -249,7 +249,7 @@ class RewardConfig(Config):
     truncated: Literal["as_unparseable", "as_is", "no_reward"] = "as_unparseable"
     """Outputs cut at the length limit (`finish_reason: length`); the paper is silent. `as_unparseable`: every component
     that reads text scores 0, status `truncated`; their length is punished and their lines keep their labels, the broken one
-    is result as it stands. `as_is`: scored like any other text. `no_reward`: null, out of the group's statistics and out of
+    is scored as it is. `as_is`: scored like any other text. `no_reward`: null, out of the group's statistics and out of
     the loss, no step rewards either."""
     reads: Literal["all", "last_characters"] = "all"
     """What accuracy and format (but for `pattern`) read of an output. `all`: as graders elsewhere do; the cost is linear in the

@@ -41,13 +41,13 @@ class FunctionSource:
 
     @property
     def root(self) -> Path:
-        """The folder that holds the top-level package or module."""
+        """Return the folder that holds the top-level package or module."""
         depth = self.module.count(".") + (self.file.name == "__init__.py")
         return self.file.parents[depth]
 
 
 def find_source(function: str) -> FunctionSource:
-    """The file behind `module:name`, found as Python would find it, but without importing the packages on the way.
+    """Return the file behind `module:name`, found as Python would find it, but without importing the packages on the way.
 
     Raises:
         ConfigError: no such module, or one that is not a file of Python source, with what was tried; a file that cannot be
@@ -79,7 +79,7 @@ def find_source(function: str) -> FunctionSource:
 
 
 def _unbound(name: str, content: bytes) -> str | None:
-    """Why the source cannot define the name, or None: as far as can be told without running it."""
+    """Return why the source cannot define the name, or None: as far as can be told without running it."""
     try:
         tree = ast.parse(content)
     except (SyntaxError, ValueError) as error:  # ValueError: null bytes
@@ -92,7 +92,7 @@ def _unbound(name: str, content: bytes) -> str | None:
 
 
 def _names(tree: ast.Module) -> Iterator[str]:
-    """Every name that the source defines, imports or uses."""
+    """Yield every name that the source defines, imports or uses."""
     for node in ast.walk(tree):
         match node:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
@@ -121,7 +121,7 @@ def _places(path: Sequence[str] | None) -> list[str]:
 
 @lru_cache(maxsize=1)
 def load_function(source: FunctionSource) -> Callable[..., Any]:
-    """The function. What runs is the file whose digest is in the cache key, never a compiled copy of an older one.
+    """Return the function. What runs is the file whose digest is in the cache key, never a compiled copy of an older one.
 
     Raises:
         Whatever the module raises; AttributeError without such a function, RuntimeError where the file has changed since.
@@ -149,7 +149,7 @@ def load_function(source: FunctionSource) -> Callable[..., Any]:
 
 
 def objection_to(source: FunctionSource, arguments: tuple[str, ...]) -> str | None:
-    """Why the function cannot be called with these keyword arguments, or None."""
+    """Return why the function cannot be called with these keyword arguments, or None."""
     try:
         function = load_function(source)
     except Exception as error:
@@ -164,7 +164,7 @@ def objection_to(source: FunctionSource, arguments: tuple[str, ...]) -> str | No
 
 
 def call_function(source: FunctionSource, arguments: Mapping[str, list[Any]]) -> list[float | None] | str:
-    """A score for each row, None where the function abstains; or, in words, why its answer is no list of scores.
+    """Return a score for each row, None where the function abstains; or, in words, why its answer is no list of scores.
 
     An awaitable is awaited. What the scores are is looked at again where they arrive: here runs the function's own process.
 
@@ -196,7 +196,7 @@ class _NoScoresError(Exception):
 
 @lru_cache(maxsize=1)
 def _event_loop() -> asyncio.Runner:
-    """One for all calls: a client that a function keeps belongs to the loop it was made in."""
+    """Return one event loop for all calls: a client that a function keeps belongs to the loop it was made in."""
     return asyncio.Runner()
 
 
@@ -215,7 +215,7 @@ def _listed(answer: Any) -> list[Any]:
 
 
 def _number(score: Any, place: int) -> float | None:
-    """The score as a plain number; infinite where it is too large for one."""
+    """Return the score as a plain number; infinite where it is too large for one."""
     if score is None:
         return None
     shaped = getattr(score, "shape", ()) != () or "complex" in str(getattr(score, "dtype", ""))
@@ -228,7 +228,7 @@ def _number(score: Any, place: int) -> float | None:
 
 
 def _other_form(said: str, *, conversational: bool) -> str:
-    """What to set where the function seems to be written for the other form of completions."""
+    """Return what to set where the function seems to be written for the other form of completions."""
     if conversational:
         return "; does it read completions as texts? Set `conversational: false`" if "list" in said else ""
     reads_messages = "string indices must be integers" in said or "'str' object has no attribute 'get'" in said

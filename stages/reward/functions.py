@@ -71,12 +71,12 @@ def call_in_pieces(
     deadline_s: float,
     patience_s: float,
 ) -> list[FunctionScore]:
-    """One result per row, in order, always.
+    """Return one result per row, in order, always.
 
     Args:
         call: what runs in a worker; from `subject` and the columns of its rows it makes a score of each row, None for no
             score; or says why it cannot have any, which no smaller call would change.
-        subject: what it is called with beside the columns: the source of a function, a pattern.
+        subject: what it is called with before the columns: the source of a function, a pattern.
         columns: by name, one value per row.
         units: the rows, in parts that a call must hold whole.
         pool: where it runs.
@@ -113,7 +113,7 @@ _Call = Sequence[Sequence[int]]
 
 
 def _packed(units: Sequence[Sequence[int]]) -> list[_Call]:
-    """Calls of as many units as fit into 16 rows, at least one."""
+    """Return calls of as many units as fit into 16 rows, at least one."""
     calls: list[list[Sequence[int]]] = []
     for unit in units:
         if not calls or len(_rows(calls[-1])) + len(unit) > ROWS_PER_CALL:
@@ -123,7 +123,7 @@ def _packed(units: Sequence[Sequence[int]]) -> list[_Call]:
 
 
 def _halves(call: _Call) -> list[_Call]:
-    """A unit that fails alone is not called again."""
+    """Return the halves of a call; a unit that fails alone is not called again."""
     middle = len(call) // 2
     return [call[:middle], call[middle:]] if middle else []
 
@@ -158,7 +158,7 @@ class RewardFunctionError(RuntimeError):
 
 
 def score_by_pattern(rows: Sequence[Output], component: FormatConfig, config: RewardConfig) -> list[ComponentScore]:
-    """1 where the user's regular expression is found; no score where that took too long: it may backtrack for ever."""
+    """Score 1 where the user's regular expression is found; no score where that took too long: it may backtrack for ever."""
     pattern, endings = component.pattern or "", [tail(row.text) for row in rows]
     if not rows or is_quick(pattern):
         return [ComponentScore(score) for score in match_pattern(pattern, {"texts": endings})]
@@ -180,7 +180,7 @@ def score_by_pattern(rows: Sequence[Output], component: FormatConfig, config: Re
 
 
 def score_by_function(rows: Sequence[Output], component: FunctionConfig, config: RewardConfig) -> list[ComponentScore]:
-    """Scores of the user's function: `ok` above 0, else `wrong`; `unparseable` where it abstains.
+    """Score by the user's function: `ok` above 0, else `wrong`; `unparseable` where it abstains.
 
     Raises:
         ConfigError: a function that is not there, does not take what it would be given, or answers with no list of scores.
@@ -216,7 +216,7 @@ def score_by_function(rows: Sequence[Output], component: FunctionConfig, config:
 
 
 def _columns(rows: Sequence[Output], component: FunctionConfig) -> dict[str, list[Any]]:
-    """The keyword arguments, as TRL passes them; the template around a question is not part of a table."""
+    """Return the keyword arguments, as TRL passes them; the template around a question is not part of a table."""
     texts = {"prompts": [row.question for row in rows], "completions": [row.text for row in rows]}
     columns: dict[str, list[Any]] = {**texts, "completion_ids": [row.output_ids for row in rows]}
     if component.conversational:
@@ -249,7 +249,7 @@ def _status(score: FunctionScore) -> str:
 
 
 def _faults(rows: Sequence[Output], scores: Sequence[FunctionScore], component: str, scorer: str) -> str:
-    """What went wrong, in words, for the table has room for a status only; empty where nothing did."""
+    """Return what went wrong, in words, for the table has room for a status only; empty where nothing did."""
     faults = [(row, score) for row, score in zip(rows, scores, strict=True) if score.fault is not None]
     if not faults:
         return ""
@@ -259,37 +259,34 @@ def _faults(rows: Sequence[Output], scores: Sequence[FunctionScore], component: 
 
 
 def _function_pool(source: FunctionSource, component: FunctionConfig, config: RewardConfig) -> KillablePool:
-    """A pool of the function's own: what it does to its process, it does not do to the verifier's."""
-    preload = _preload(config)
-
-    def make() -> KillablePool:
-        prepare = functools.partial(load_function, source)
-        return KillablePool(workers=config.workers, memory_mb=config.memory_mb, preload=preload, prepare=prepare)
-
-    return resident(f"function {component.name}", (config.workers, config.memory_mb, preload, source), make)
+    """Return a pool of the function's own: what it does to its process, it does not do to the verifier's."""
+    prepare = functools.partial(load_function, source)
+    return _resident_pool(f"function {component.name}", config, _preload(config), prepare, source)
 
 
 def _pattern_pool(config: RewardConfig) -> KillablePool:
-    preload = _preload(config)
-    if preload:
-        return verifier_pool(config)
-
-    def make() -> KillablePool:
-        return KillablePool(workers=config.workers, memory_mb=config.memory_mb)
-
-    return resident("pattern", (config.workers, config.memory_mb), make)
+    return verifier_pool(config) if _preload(config) else _resident_pool("pattern", config)
 
 
 def _preload(config: RewardConfig) -> tuple[str, ...]:
-    """The server that all workers are forked from is started once: with what the verifier will need, if it will."""
+    """Return what the server that all workers are forked from loads once: what the verifier will need, if it will."""
     verified = any(isinstance(each, AccuracyConfig) and each.verifier != "exact" for each in config.components)
     return VERIFIER_MODULES if verified else ()
 
 
 def verifier_pool(config: RewardConfig) -> KillablePool:
-    """The processes in which math-verify compares; none is started before it has something to compare."""
+    """Return the processes in which math-verify compares; none is started before it has something to compare."""
+    return _resident_pool("verifier", config, VERIFIER_MODULES)
 
+
+def _resident_pool(
+    name: str,
+    config: RewardConfig,
+    preload: tuple[str, ...] = (),
+    prepare: Callable[[], object] | None = None,
+    source: FunctionSource | None = None,
+) -> KillablePool:
     def make() -> KillablePool:
-        return KillablePool(workers=config.workers, memory_mb=config.memory_mb, preload=VERIFIER_MODULES)
+        return KillablePool(workers=config.workers, memory_mb=config.memory_mb, preload=preload, prepare=prepare)
 
-    return resident("verifier", (config.workers, config.memory_mb), make)
+    return resident(name, (config.workers, config.memory_mb, preload, source), make)

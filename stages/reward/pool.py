@@ -51,7 +51,7 @@ class Outcome:
 
 
 def prepare_worker(memory_mb: int, preload: Sequence[str], prepare: Callable[[], object] | None) -> None:
-    """Limits of a fresh worker; imports come first, so that they count neither as memory nor as time of a task.
+    """Set the limits of a fresh worker; imports come first, so that they count neither as memory nor as time of a task.
 
     A worker has a session of its own: a signal that it sends to its process group ends nothing of the run.
     """
@@ -75,7 +75,7 @@ def prepare_worker(memory_mb: int, preload: Sequence[str], prepare: Callable[[],
 
 
 def unenforced() -> list[str]:
-    """What the worker that runs this could not be limited to, in words."""
+    """Return what the worker that runs this could not be limited to, in words."""
     return list(_not_enforced)
 
 
@@ -95,7 +95,7 @@ def run_limited(function: Callable[..., Any], task: tuple[Any, ...], deadline_s:
 
 
 def named(error: BaseException) -> str:
-    """Class and beginning of the text of an exception."""
+    """Return the class and the beginning of the text of an exception."""
     try:
         return f"{type(error).__name__}: {str(error)[:200]}"
     except Exception:  # an exception whose text raises
@@ -116,7 +116,7 @@ def _limit(kind: int, amount: int, meant: str = "", *, final: bool = False) -> N
 
 
 def _address_space() -> int:
-    """Bytes of virtual memory this process has now; 0 where the system does not tell."""
+    """Return the bytes of virtual memory this process has now; 0 where the system does not tell."""
     try:
         with open("/proc/self/statm") as statm:
             return int(statm.read().split()[0]) * resource.getpagesize()
@@ -167,7 +167,7 @@ def _watch_over_children() -> None:
 
 
 def _started_by(worker: int, mark: str) -> Iterator[int]:
-    """Living processes that belong to a worker, not this one."""
+    """Yield the living processes that belong to a worker, but this one."""
     wanted = f"{_MARK}={mark}".encode()
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit() or int(folder.name) == os.getpid():
@@ -220,13 +220,13 @@ class KillablePool:
 
     @property
     def started(self) -> bool:
-        """Whether worker processes have been started."""
+        """Return whether worker processes have been started."""
         return self._pool is not None
 
     def run(
         self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], *, deadline_s: float
     ) -> list[Outcome]:
-        """One outcome per task, in order, always.
+        """Return one outcome per task, in order, always.
 
         Args:
             function: importable by name; what it returns must unpickle without running foreign code.
@@ -289,7 +289,7 @@ class KillablePool:
         return self._pool
 
     def _probe(self) -> None:
-        """Workers that cannot start would be replaced for ever; find out now."""
+        """Refuse workers that cannot start: they would be replaced for ever."""
         try:
             missing = self._pool.schedule(unenforced).result(timeout=4 * _GRACE_S)
         except Exception as error:
@@ -304,7 +304,7 @@ class KillablePool:
 
 
 def _tight_limits() -> str:
-    """What the system allows a process here, where that may be too little for a worker."""
+    """Return what the system allows a process here, where that may be too little for a worker."""
     kinds = {"ulimit -v": resource.RLIMIT_AS, "ulimit -t": resource.RLIMIT_CPU}
     found = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
     said = [f"{name}: {limit}" for name, limit in found.items() if limit != resource.RLIM_INFINITY]

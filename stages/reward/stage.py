@@ -65,8 +65,8 @@ def score(outputs: Rollouts, questions: Questions, config: RewardConfig) -> Rewa
     """Score every output o_i of every question by rules and functions, as a whole and, with a component `steps`, line by line.
 
     The status is that of the first component that reads the answer, else of the first; one that only scores says `ok` above 0.
-    Process supervision: rewards of steps are their labels, and at the last one besides what is known of the output as a whole
-    other than its answer (`outcome_components`, `compose_steps`).
+    Process supervision: rewards of steps are their labels, and at the last one also what is known of the output as a whole but
+    its answer (`outcome_components`, `compose_steps`).
 
     Metrics: `reward/mean`, `reward/<component>` (means over rows that have a score; of `steps` over all steps),
     `reward/status_<status>`, `reward/screened`, `reward/missing` (shares of all rows), `reward/faults` (components that timed
@@ -86,7 +86,7 @@ def score(outputs: Rollouts, questions: Questions, config: RewardConfig) -> Rewa
 
 
 def _scores_together(config: RewardConfig) -> bool:
-    """Whether a component has a pool of processes with its patience for the whole batch, or wants to see all of it."""
+    """Return whether a component has a pool of processes with its patience for the whole batch, or wants to see all of it."""
     return any(
         isinstance(part, FunctionConfig) or (isinstance(part, FormatConfig) and part.form == "pattern")
         for part in config.components
@@ -99,7 +99,7 @@ def _chunks(table: pa.Table, size: int) -> Iterator[pa.Table]:
 
 
 def _parts(chunks: Iterable[list[Output]], config: RewardConfig) -> Iterator[dict[str, Any]]:
-    """The table, a chunk at a time; the metrics at its end."""
+    """Yield the table, a chunk at a time, and record the metrics at its end."""
     tally = _tally([], config.components)
     whole = outcome_components(config)
     for rows in chunks:
@@ -151,7 +151,7 @@ def _part(result: ComponentScore, component: ComponentConfig) -> Part:
 def _steps(
     steps: Sequence[tuple[Sequence[float], Sequence[int]] | None], others: Sequence[Sequence[Part]], *, weight: float
 ) -> dict[str, list[Any]]:
-    """The columns of process supervision: rewards of each output's steps with the part of the whole, and where steps end."""
+    """Return the columns of process supervision: the rewards of steps with the part of the whole, and where steps end."""
     rewards = [
         compose_steps(each[0], weight, parts) if each else None for each, parts in zip(steps, others, strict=True)
     ]
@@ -164,7 +164,7 @@ def _steps(
 def combine_rewards(
     scores: Rewards, outputs: Rollouts, questions: Questions, config: RewardConfig, *, weight: float, bounded: bool
 ) -> Rewards:
-    """Rewards of reward models and of the components that say something else, in the order of `outputs`.
+    """Combine the scores of reward models with the components that say something else, in the order of `outputs`.
 
         r = w s_model + sum_k w_k s_k
 
@@ -173,7 +173,7 @@ def combine_rewards(
     model's scores.
 
     A truncated output's model score is, by `config.truncated`: `as_is` what the model says; `no_reward` null, and all of the
-    row with it; `as_unparseable` that of an answer nobody can read: 0 where scores are probabilities (`bounded`), else the
+    row with it; `as_unparseable` that of an unreadable answer: 0 where scores are probabilities (`bounded`), else the
     lowest of its question's scores. Its steps keep their scores, as under rules they keep their labels.
 
     Args:
@@ -217,7 +217,7 @@ def _combined(
     weight: float,
     tally: Tally,
 ) -> dict[str, Any]:
-    """Some rows of the table.
+    """Return some rows of the table.
 
     The column `floor` of `found` is what the model's score of a truncated output counts as under `as_unparseable`.
     """
@@ -277,7 +277,7 @@ def _read(table: pa.Table, asked: pa.Table) -> list[Output]:
 
 
 def _questions_of(outputs: pa.Table, questions: Questions) -> pa.Table:
-    """The questions that have outputs; each has a gold answer."""
+    """Return the questions that have outputs; each has a gold answer."""
     require_unique(outputs, "rollouts")
     wanted = pa.table({"question_id": outputs["question_id"].unique()})
     table = questions.read(["question_id", "question", "answer", "solution"])

@@ -17,9 +17,9 @@ __all__ = ["count_votes"]
 
 Pair = tuple[str, str]
 _MOST_FAULTS: Final = 2
-"""Deadlines missed after which an answer stands for itself; the first may be the other answer's fault."""
+"""Deadlines missed after which an answer is compared no more; the first may be the other answer's fault."""
 _MOST_OF_A_QUESTION: Final = 16
-"""Deadlines missed after which all answers of a question that are left stand for themselves."""
+"""Deadlines missed after which no answers of a question are compared any more."""
 
 
 @stage(version="3")
@@ -95,7 +95,7 @@ class _Comparison:
         self.counts: Counter[str] = Counter()
 
     def __call__(self, pairs: Sequence[Pair]) -> list[bool | None]:
-        """For each pair whether both are one answer; None where that took too long."""
+        """Return for each pair whether both are one answer; None where that took too long."""
         forward = self._ask(pairs)
         equal = [pair for pair, same in zip(pairs, forward, strict=True) if same]
         back = dict(zip(equal, self._ask([(answer, gold) for gold, answer in equal]), strict=True))
@@ -122,7 +122,7 @@ class _Comparison:
 def _merge(
     questions: Sequence[Counter[str]], compare: Callable[[Sequence[Pair]], list[bool | None]]
 ) -> list[Counter[str]]:
-    """The counts of every question with equal answers merged under their most frequent spelling.
+    """Return the counts of every question with equal answers merged under their most frequent spelling.
 
     In each round every question compares its most frequent answer that is left with the rest of them; all questions share one
     call of the verifier.
@@ -151,12 +151,12 @@ def _by_frequency(counts: Counter[str]) -> list[str]:
 
 
 def _faulty(answer: str, found: Mapping[str, bool | None]) -> list[str]:
-    """Whose fault each missed deadline was: that of `answer` where it missed all of several, else the other's."""
+    """Return whose fault each missed deadline was: that of `answer` where it missed all of several, else the other's."""
     silent = [other for other, verdict in found.items() if verdict is None]
     return [answer] * len(silent) if len(silent) == len(found) > 1 else silent
 
 
 def _may_be_equal(answer: str, other: str, faults: Counter[str]) -> bool:
-    """Whether the two are compared: not where one is blank, or where deadlines were missed."""
+    """Return whether the two are compared: not where one is blank, or where deadlines were missed."""
     patient = max(faults[answer], faults[other]) < _MOST_FAULTS and faults.total() < _MOST_OF_A_QUESTION
     return patient and bool(answer.strip() and other.strip())

@@ -47,18 +47,12 @@ class Grade:
 
     @property
     def score(self) -> float | None:
-        """1.0, 0.0, or None where the verifier has no verdict."""
-        match self.status:
-            case "ok":
-                return 1.0
-            case "wrong" | "unparseable":
-                return 0.0
-            case "timeout" | "error":
-                return None
+        """Return 1.0, 0.0, or None where the verifier has no verdict."""
+        return {"ok": 1.0, "wrong": 0.0, "unparseable": 0.0}.get(self.status)
 
 
 def read_gold(answer: str) -> str:
-    r"""The gold answer proper: the content of its `\boxed{}`, what follows its `####` or its "final answer is", else all of it.
+    r"""Return the content of the gold's `\boxed{}`, what follows its `####` or its "final answer is", else all of it.
 
     Raises:
         GoldError: where nothing is left.
@@ -79,7 +73,7 @@ def grade_answers(
     deadline_s: float,
     mark: Mark = "last",
 ) -> list[Grade]:
-    """A grade for every (gold answer, output text), in order, always.
+    """Return a grade for every (gold answer, output text), in order, always.
 
     Equal pairs of gold and extracted answer are compared once. The pool is used, and started, only for pairs that
     exact comparison leaves open.
@@ -113,7 +107,7 @@ class _Case(NamedTuple):
     """The end of the text, where math-verify is to search it."""
 
     def task(self) -> tuple[str, str | None, str | None]:
-        """Arguments of `compare_symbolically`."""
+        """Return the arguments of `compare_symbolically`."""
         return self.gold, self.answer, self.searched
 
 
@@ -132,7 +126,7 @@ def _case(gold: str, text: str, conventions: Sequence[Convention], verifier: Ver
 
 
 def _leaves_open(answer: str | None) -> bool:
-    """Whether there is something to search for: no answer was found, or a sentence that does not take it back."""
+    """Return whether there is something to search for: no answer was found, or a sentence that does not take it back."""
     if answer is None:
         return True
     return as_formula(answer) is None and _SENTENCE.search(answer) is not None and not doubts(answer)
@@ -140,7 +134,7 @@ def _leaves_open(answer: str | None) -> bool:
 
 @functools.lru_cache(maxsize=2**14)  # a question's outputs state few answers, from call to call
 def _grade_without_process(case: _Case, verifier: Verifier) -> Grade | None:
-    """The grade where exact comparison, or the rules of the verifier, settle it; None where math-verify is needed."""
+    """Return the grade where exact comparison, or the rules of the verifier, settle it; None where math-verify is needed."""
     if case.answer is None:
         return None if case.searched else Grade("unparseable", None)
     spelling = canonical(case.answer)
@@ -198,7 +192,7 @@ _SEARCHING: Final = (r"\sum", r"\prod", r"\int", r"\lim", r"\det", r"\frac{d}{d"
 
 
 def complexity_objection(answer: str, gold: str) -> str | None:
-    """Why `answer` is too complex to be compared with `gold`, or None.
+    """Return why `answer` is too complex to be compared with `gold`, or None.
 
     Sums, products, integrals, limits, determinants and derivatives are allowed only where the gold itself has them: an
     answer states a value, it does not leave the computing to the verifier.
@@ -262,14 +256,14 @@ def _power_objection(answer: str) -> str | None:
 
 
 def _exponent(compact: str, start: int) -> str:
-    """The exponent that begins at `start`: one operand, and with it whatever that is raised to (`9^9^9` is 9^(9^9))."""
+    """Return the exponent that begins at `start`: one operand, and with it whatever that is raised to (`9^9^9` is 9^(9^9))."""
     end = _operand_end(compact, start)
     operand = compact[start:end]
     return f"{operand}^{_exponent(compact, end + 1)}" if compact[end : end + 1] == "^" else operand
 
 
 def _operand_end(compact: str, start: int) -> int:
-    """Position behind a braced or parenthesised group, a number, or a single character."""
+    """Return the position behind a braced or parenthesised group, a number, or a single character."""
     if compact[start : start + 1] in ("{", "("):
         depth = 0
         for position in range(start, len(compact)):
@@ -282,7 +276,7 @@ def _operand_end(compact: str, start: int) -> int:
 
 
 def _magnitude(expression: str) -> float:
-    """An upper bound of the size of a short expression: the product of its numbers, each raised to its exponent."""
+    """Return an upper bound of the size of a short expression: the product of its numbers, each raised to its exponent."""
     size, position = 1.0, 0
     while (number := _DIGITS.search(expression, position)) is not None:
         position = number.end()
@@ -303,7 +297,7 @@ def _log2(digits: str) -> float:
 
 
 def _exponent_nesting(compact: str) -> int:
-    """Longest chain of powers of powers: 2 for `2^{3^4}`; a chain without braces (`9^9^9`) nests as well."""
+    """Return the longest chain of powers of powers: 2 for `2^{3^4}`; a chain without braces (`9^9^9`) nests as well."""
     chained = max((run.count("^") for run in re.findall(r"(?:[\w.]+\^)+", compact)), default=0)
     deepest = 0
     open_exponents: list[bool] = []

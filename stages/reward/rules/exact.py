@@ -90,10 +90,10 @@ class Number:
 
 
 def compare_exactly(gold: str, answer: str) -> bool | None:
-    """Whether `answer` equals `gold`; None where that takes more than rational numbers and equal strings.
+    """Return whether `answer` equals `gold`; None where that takes more than rational numbers and equal strings.
 
     Policy: units, currency signs and thousands separators do not count; `25%` equals both `25` and `0.25`; a number with a
-    decimal point may differ from the gold by rounding in the seventh decimal place; `1,22` is a decimal beside `1.22`, and a
+    decimal point may differ from the gold by rounding in the seventh decimal place; `1,22` is a decimal next to `1.22`, and a
     list may be joined by `;` or "and".
     """
     if len(gold) > _LONGEST or len(answer) > _LONGEST:
@@ -120,7 +120,7 @@ def compare_exactly(gold: str, answer: str) -> bool | None:
 
 
 def _same_time(gold: str, answer: str) -> bool | None:
-    """Whether two times of day are one: `20:34`, `20:34:00`, `8:34 p.m.`; None where one is no time, or both may be ratios."""
+    """Return whether two times are one (`20:34`, `8:34 p.m.`); None where one is no time, or both may be ratios."""
     times = [_TIME.fullmatch(undressed(text)) if ":" in text else None for text in (gold, answer)]
     if None in times:
         return None
@@ -139,13 +139,13 @@ def _same_time(gold: str, answer: str) -> bool | None:
 
 
 def _letters(answer: str) -> str:
-    """The letters of an answer of plain words, sorted: `ab` equals `ba` if it is a product, `odd` never equals `even`."""
+    """Return the sorted letters of plain words: `ab` equals `ba` if it is a product, `odd` never equals `even`."""
     text = re.sub(r"[\s.()-]", "", undressed(answer))
     return "".join(sorted(text)) if text.isalpha() else ""
 
 
 def canonical(answer: str) -> str:
-    """One spelling for equal answers, for votes and for people: `$1,000.50 dollars` and `1000.5` are both `1000.5`."""
+    """Return one spelling for equal answers, for votes and for people: `$1,000.50 dollars` and `1000.5` are both `1000.5`."""
     number = read_number(answer) if len(answer) <= _LONGEST else None
     if number is None:
         return normalise_text(answer[:_LONGEST])
@@ -153,7 +153,7 @@ def canonical(answer: str) -> str:
 
 
 def normalise_text(answer: str) -> str:
-    r"""Spelling without meaning removed: spaces, `\left`, `\text{}`, `\dfrac`, dollars, the full stop; case of words."""
+    r"""Return the spelling without what means nothing: spaces, `\left`, `\text{}`, dollars, a full stop, the case of words."""
     text = _SPACES.sub(
         " ", _LATEX_NOISE.sub("", to_latin(_SPECIAL_TOKEN.sub("", answer)).replace("\\$", "").replace("{,}", ","))
     )
@@ -170,7 +170,7 @@ def normalise_text(answer: str) -> str:
 
 @functools.lru_cache(maxsize=2**14)  # the gold answer again and again, and most answers more than once
 def read_number(answer: str) -> Number | None:
-    """The rational number that `answer` is, with its unit or currency aside; None for anything else."""
+    """Return the rational number that `answer` is, with its unit or currency aside; None for anything else."""
     if len(answer) > _LONGEST:
         return None
     text = undressed(answer)
@@ -193,7 +193,7 @@ def read_number(answer: str) -> Number | None:
 
 
 def undressed(answer: str) -> str:
-    r"""An answer without the marks around it: `\(`, `\text{}`, `**`, backticks, quotes, `The answer is`, a full stop."""
+    r"""Return an answer without the marks around it: `\(`, `\text{}`, `**`, backticks, quotes, `The answer is`, a full stop."""
     answer = _SPECIAL_TOKEN.sub("", answer)
     if _DOUBLED.search(answer) and _ALL_DOUBLED.fullmatch(
         answer
@@ -220,7 +220,7 @@ def undressed(answer: str) -> str:
 
 
 def _in_words(text: str) -> Number | None:
-    """A number in Chinese or English words: 十二个, `seventy-two`, `six dozen eggs`."""
+    """Return a number in Chinese or English words: 十二个, `seventy-two`, `six dozen eggs`."""
     numerals = len(text) - len(text.lstrip(CHINESE_NUMERALS))
     if numerals:
         value, rest = chinese_number(text[:numerals]), text[numerals:]
@@ -234,7 +234,7 @@ def _in_words(text: str) -> Number | None:
 
 
 def _with_comma(text: str, other: Number | None) -> Number | None:
-    """`1,22` beside a number with a decimal point: a decimal comma. Beside anything else it may be a pair."""
+    """Read `1,22` with a decimal comma, if the other number has a decimal point; otherwise it may be a pair."""
     if other is None or not other.decimal:
         return None
     return read_number(text.replace(",", ".")) if _DECIMAL_COMMA.fullmatch(text.strip("$ ")) else None
@@ -255,20 +255,20 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 def _power(base: int, exponent: int) -> Fraction | None:
-    """A power of at most 400 digits; 0 to the power of 0 and below is left open."""
+    """Return a power of at most 400 digits; 0 to the power of 0 and below is left open."""
     if (base == 0 and exponent <= 0) or len(str(base)) * abs(exponent) > _MOST_DIGITS:
         return None
     return Fraction(base) ** exponent
 
 
 def _repeating(fixed: str, before: str, repeated: str) -> Fraction:
-    r"""`0.1\overline{6}` is 1/6."""
+    r"""Return the value of a repeating decimal: `0.1\overline{6}` is 1/6."""
     period: Fraction = Fraction(int(repeated), 10 ** len(repeated) - 1) / 10 ** len(before)
     return Fraction(f"{fixed or '0'}.{before or '0'}") + period
 
 
 def _fraction(units: str | None, top: int, bottom: int) -> Fraction | None:
-    """A fraction, or a mixed number: `2 1/2` is 5/2. With an improper fraction it would be a product: left open."""
+    """Return a fraction, or a mixed number: `2 1/2` is 5/2. With an improper fraction it would be a product: left open."""
     if bottom == 0 or (units is not None and not 0 <= top < bottom):
         return None
     return int(units or 0) + Fraction(top, bottom)
@@ -284,7 +284,7 @@ def _readings(expected: Number, stated: Number) -> list[tuple[Fraction, Fraction
 
 
 def _same(x: Fraction, y: Fraction, rounded: bool) -> bool:
-    """Equal, or apart by no more than floating point leaves (0.1 + 0.2): half of the sixth place, absolute and relative."""
+    """Return whether numbers are equal, or as near as floating point leaves them (0.1 + 0.2): half of the sixth place."""
     if x == y:
         return True
     gap = abs(x - y)
@@ -292,7 +292,7 @@ def _same(x: Fraction, y: Fraction, rounded: bool) -> bool:
 
 
 def _decimal(value: Fraction) -> str:
-    """The shortest exact spelling: an integer, a terminating decimal of at most 12 places, or `p/q`."""
+    """Return the shortest exact spelling: an integer, a terminating decimal of at most 12 places, or `p/q`."""
     if value.denominator == 1:
         return str(value.numerator)
     for places in range(1, 13):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Final, Literal, TypeVar, assert_never
+from typing import Final, Literal, TypeVar
 
 from stages.reward.rules.exact import read_number
 from stages.reward.rules.prose import LAST_CHARACTERS, retracts, valid, without_words
@@ -67,7 +67,7 @@ _PROSE: Final = re.compile(r"(?<![\\A-Za-z])(?!sqrt|frac|sin|cos|tan|log|ln|exp|
 
 
 def find_answer(text: str, conventions: Sequence[Convention], mark: Mark = "last") -> str | None:
-    """The final answer of `text` by the first convention that finds one; None where none does.
+    """Return the final answer of `text` by the first convention that finds one; None where none does.
 
     Of several marks of one convention the last counts: what a model says at the end is its answer. `mark="first"` is for
     models that go on to a next question of their own. "The final answer is" behind the last box says it too: boxes before it
@@ -76,14 +76,14 @@ def find_answer(text: str, conventions: Sequence[Convention], mark: Mark = "last
     if "phrase" in conventions and mark == "last" and _closed_by_phrase(text):
         conventions = ["phrase", *conventions]
     for convention in conventions:
-        answer = _finder(convention)(text, mark)
+        answer = _FINDERS[convention](text, mark)
         if answer is not None and answer.strip():
             return valid(answer.strip())
     return None
 
 
 def boxed_answers(text: str) -> list[tuple[int, int, str]]:
-    r"""Every closed, outermost `\boxed{...}` (`\fbox`, `\framebox`, and `\boxed 42`): start, end and content."""
+    r"""Return every closed, outermost `\boxed{...}` (`\fbox`, `\framebox`, and `\boxed 42`): start, end and content."""
     closing: dict[int, int] | None = None
     found: list[tuple[int, int, str]] = []
     if "box" not in text:
@@ -101,26 +101,8 @@ def boxed_answers(text: str) -> list[tuple[int, int, str]]:
     return found
 
 
-def _finder(convention: Convention) -> Callable[[str, Mark], str | None]:
-    match convention:
-        case "boxed":
-            return _boxed
-        case "tags":
-            return _tags
-        case "hashes":
-            return _hashes
-        case "line":
-            return _line
-        case "phrase":
-            return _phrase
-        case "number":
-            return _whole
-        case _:
-            assert_never(convention)
-
-
 def _boxed(text: str, mark: Mark) -> str | None:
-    r"""One `\boxed{}`; several with nothing but "and" or commas between them are one answer of several parts.
+    r"""Return one `\boxed{}`; several with nothing but "and" or commas between them are one answer of several parts.
 
     Parts that are all named keep their names: `x = \boxed{1}` and `y = \boxed{2}` state `x=1, y=2`.
     """
@@ -148,7 +130,7 @@ def _at(found: Sequence[T], mark: Mark) -> T | None:
 
 
 def _closed_by_phrase(text: str) -> bool:
-    """Whether a final answer with a digit in it is stated in words behind the last box."""
+    """Return whether a final answer with a digit in it is stated in words behind the last box."""
     start = _lowered(text).rfind("final answer")
     boxes = boxed_answers(text) if start >= 0 and _FINAL_PHRASE.match(text, start) else []
     if not boxes or start <= boxes[-1][1]:
@@ -157,7 +139,7 @@ def _closed_by_phrase(text: str) -> bool:
 
 
 def _tags(text: str, mark: Mark) -> str | None:
-    """Between `<answer>` and its `</answer>`."""
+    """Return what stands between `<answer>` and its `</answer>`."""
     if mark == "first":
         answer, closing, _ = text.partition("<answer>")[2].partition("</answer>")
         return answer if closing else None
@@ -179,23 +161,17 @@ def _hashes(text: str, mark: Mark) -> str | None:
 
 
 def _line(text: str, mark: Mark) -> str | None:
-    """A line that begins with `A:` or `Answer:`; a heading "Final Answer" has its answer below."""
-    place = _marked(text, _LINE_MARKS, _line_mark, mark)
-    if place is None:
-        return None
-    return _first_sentence(_stated(text, place))
+    """Return a line that begins with `A:` or `Answer:`; a heading "Final Answer" has its answer below."""
+    return _announced(text, _LINE_MARKS, _line_mark, mark)
 
 
 def _phrase(text: str, mark: Mark) -> str | None:
-    """What follows "the answer is", to the end of its sentence."""
-    place = _marked(text, _PHRASE_MARKS, _phrase_mark, mark)
-    if place is None:
-        return None
-    return _first_sentence(_stated(text, place))
+    """Return what follows "the answer is", to the end of its sentence."""
+    return _announced(text, _PHRASE_MARKS, _phrase_mark, mark)
 
 
 def _line_mark(text: str, start: int) -> int | None:
-    """Where the label ends whose word stands at `start`, if it opens its line."""
+    """Return where the label ends whose word stands at `start`, if it opens its line."""
     line = max(text.rfind("\n", max(0, start - _FARTHEST), start) + 1, 0)
     if line == 0 and start > _FARTHEST:
         return None
@@ -208,11 +184,11 @@ def _phrase_mark(text: str, start: int) -> int | None:
     return phrase.end() if phrase else None
 
 
-def _marked(text: str, words: Sequence[str], end_of: Callable[[str, int], int | None], mark: Mark) -> int | None:
-    """Where the last, or the first, mark ends that has one of `words` in it."""
+def _announced(text: str, words: Sequence[str], end_of: Callable[[str, int], int | None], mark: Mark) -> str | None:
+    """Return the sentence behind the last, or the first, mark that has one of `words` in it."""
     lowered = _lowered(text)
     ends = [end for word in words if (end := _search(text, lowered, word, end_of, mark)) is not None]
-    return None if not ends else min(ends) if mark == "first" else max(ends)
+    return _first_sentence(_stated(text, (min if mark == "first" else max)(ends))) if ends else None
 
 
 def _search(text: str, lowered: str, word: str, end_of: Callable[[str, int], int | None], mark: Mark) -> int | None:
@@ -226,7 +202,7 @@ def _search(text: str, lowered: str, word: str, end_of: Callable[[str, int], int
 
 
 def _lowered(text: str) -> str:
-    """In lower case, at the same positions: a few letters change their length with their case."""
+    """Return the text in lower case, at the same positions: a few letters change their length with their case."""
     lowered = text.lower()
     return lowered if len(lowered) == len(text) else text
 
@@ -237,7 +213,7 @@ def _line_from(text: str, place: int) -> str:
 
 
 def _stated(text: str, place: int) -> str:
-    """What a mark announces: the rest of its line, else what is below it; of a displayed formula all its lines."""
+    """Return what a mark announces: the rest of its line, else what is below it; of a displayed formula all its lines."""
     line = _line_from(text, place).lstrip(" :：=" + _EMPHASIS)
     return _shown(
         text[place : place + LAST_CHARACTERS].lstrip(" :：=" + _EMPHASIS + "\n")
@@ -251,7 +227,7 @@ def _below(text: str, place: int) -> str:
 
 
 def _shown(rest: str) -> str:
-    """The first line, or all lines of a displayed formula."""
+    """Return the first line, or all lines of a displayed formula."""
     for opening, closing in ((r"\[", r"\]"), ("$$", "$$")):
         if rest.startswith(opening) and closing in rest[2:]:
             return rest[2:].partition(closing)[0].strip()
@@ -259,7 +235,7 @@ def _shown(rest: str) -> str:
 
 
 def _first_sentence(line: str) -> str:
-    """A line up to the end of its first sentence; all of it where the next one takes the answer back."""
+    """Return a line up to the end of its first sentence; all of it where the next one takes the answer back."""
     for end in _SENTENCE_END.finditer(line):
         sentence, rest = line[: end.start()], line[end.end() :]
         return (line if retracts(rest.lstrip()[:_NEXT_WORDS]) else sentence).strip(_EMPHASIS)
@@ -267,7 +243,7 @@ def _first_sentence(line: str) -> str:
 
 
 def _whole(text: str, mark: Mark) -> str | None:
-    """The whole output, or what stands behind `</think>`, when it is nothing but a number with its unit, or one formula."""
+    """Return the whole output, or what follows `</think>`, if it is nothing but a number with its unit, or one formula."""
     stripped = (
         text[-LAST_CHARACTERS:].rpartition("</think>")[2].strip()
         if "</think>" in text[-LAST_CHARACTERS:]
@@ -285,7 +261,7 @@ def _whole(text: str, mark: Mark) -> str | None:
 
 
 def _closing_braces(text: str) -> dict[int, int]:
-    """For every opening brace that is closed: the position behind its closing brace. One pass, whatever the nesting."""
+    """Return the position behind the closing brace of every opening one that is closed. One pass, whatever the nesting."""
     closing: dict[int, int] = {}
     opened: list[int] = []
     for match in _BRACE.finditer(text):
@@ -294,3 +270,13 @@ def _closing_braces(text: str) -> dict[int, int]:
         elif match[0] == "}" and opened:
             closing[opened.pop()] = match.end()
     return closing
+
+
+_FINDERS: Final[dict[Convention, Callable[[str, Mark], str | None]]] = {
+    "boxed": _boxed,
+    "tags": _tags,
+    "hashes": _hashes,
+    "line": _line,
+    "phrase": _phrase,
+    "number": _whole,
+}

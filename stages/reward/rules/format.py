@@ -36,7 +36,7 @@ _ANSWER_LINE: Final = re.compile(r"A: ?\S.*")
 
 
 def has_form(text: str, form: Literal["hashes", "boxed", "line"]) -> bool:
-    r"""Whether `text` ends in the asked form; whether a `pattern` is found, `match_pattern` says.
+    r"""Return whether `text` ends in the asked form; whether a `pattern` is found, `match_pattern` says.
 
     * `hashes`: the last line is `#### <number>`, and no other line has the mark (an answer is given once);
     * `boxed`: exactly one `\boxed{}`, closed and not empty;
@@ -59,7 +59,7 @@ def has_form(text: str, form: Literal["hashes", "boxed", "line"]) -> bool:
 
 
 def is_quick(pattern: str) -> bool:
-    """Whether no text can keep the regular expression busy: characters in a row, without groups, at most one of them repeated.
+    """Return whether no text can keep the regular expression busy: no groups, and at most one character repeated.
 
     From each of n places at most n ends of the one repetition are tried: quadratic, 0.1 s at worst for 4 KiB. Two repetitions
     or one of a group may already take for ever.
@@ -68,7 +68,7 @@ def is_quick(pattern: str) -> bool:
 
 
 def match_pattern(pattern: str, arguments: Mapping[str, list[Any]]) -> list[float | None]:
-    """For each of `arguments["texts"]` 1.0 where the user's regular expression is found in it, else 0.0.
+    """Return for each of `arguments["texts"]` 1.0 where the user's regular expression is found in it, else 0.0.
 
     Called in a worker process unless the pattern is quick: what it makes of a text may take longer than anybody waits.
     """
@@ -76,7 +76,7 @@ def match_pattern(pattern: str, arguments: Mapping[str, list[Any]]) -> list[floa
 
 
 def overlong_score(tokens: int, *, max_tokens: int, buffer_tokens: int) -> float:
-    """R(o) = 0 while |o| <= L_max - L_cache, ((L_max - L_cache) - |o|) / L_cache up to L_max, -1 beyond."""
+    """Return 0 while |o| <= L_max - L_cache, ((L_max - L_cache) - |o|) / L_cache up to L_max, -1 beyond (DAPO, Eq. 13)."""
     return -min(max(tokens - (max_tokens - buffer_tokens), 0) / buffer_tokens, 1.0)
 
 
@@ -95,7 +95,7 @@ _JAPANESE: Final = frozenset({"HIRAGANA", "KATAKANA", "CJK"})
 
 
 def is_coherent(question: str, text: str, *, max_foreign: float, max_run: int, max_compression: float) -> bool:
-    """Whether `text` says something, in the script of `question`, without more of another script and without more repetition.
+    """Return whether `text` says something, in the script of `question`, with little of another script and of repetition.
 
     Args:
         question: decides the script; one without words allows any one script.
@@ -114,7 +114,7 @@ def is_coherent(question: str, text: str, *, max_foreign: float, max_run: int, m
 
 
 def foreign_share(question: str, text: str) -> float:
-    """Share of the words of `text` that are of another script than `question` is written in; 0 where it has no words.
+    """Return the share of the words of `text` that are of another script than `question`; 0 where it has no words.
 
     A word is a run of letters of one script, at least two of them; in Chinese and Japanese every character counts as one.
     Foreign words that the question has (names, units) do not count at all.
@@ -134,7 +134,7 @@ def foreign_share(question: str, text: str) -> float:
 
 
 def longest_run(text: str) -> int:
-    """How often the same passage stands in a row: 3 for "so we go so we go so we go", 1 for a text without repetition.
+    """Return how often the same passage stands in a row: 3 for "so we go so we go so we go", 1 for a text without repetition.
 
     A passage is up to 24 words, numbers or Chinese characters and has at least one word: `2*2*2*2*2` is no repetition, nor are
     lines in which a number changes.
@@ -150,7 +150,7 @@ def longest_run(text: str) -> int:
 
 
 def _run(words: list[str], meaning: list[int], period: int) -> int:
-    """The longest run of passages of `period` words; `meaning[i]` counts those of the first i that are not numbers."""
+    """Return the longest run of passages of `period` words; `meaning[i]` counts those of the first i that are not numbers."""
     longest = same = 0
     for place in range(period, len(words)):
         same = same + 1 if words[place] == words[place - period] else 0
@@ -164,7 +164,7 @@ def _is_word(word: str) -> bool:
 
 
 def compression(text: str) -> float:
-    """Characters per compressed byte in the most repetitive stretch of 2,048 characters: 2-3 in prose, 10 and more in loops.
+    """Return the characters per compressed byte in the most repetitive 2,048 characters: 2-3 in prose, 10 and more in loops.
 
     Compressed by zlib, less the 8 bytes that an empty text needs; stretches under 256 characters count as 1. Characters, not
     bytes, are counted: three bytes to a Chinese character are no repetition.
@@ -179,7 +179,7 @@ def compression(text: str) -> float:
 
 
 def _words(text: str) -> list[tuple[str, str]]:
-    """The words of a text, each with its script; a run of letters of two scripts is two words."""
+    """Return the words of a text, each with its script; a run of letters of two scripts is two words."""
     words: list[tuple[str, str]] = []
     for run in _WORD.findall(_NEUTRAL.sub(" ", text)):
         start = 0
@@ -195,5 +195,5 @@ def _words(text: str) -> list[tuple[str, str]]:
 
 @lru_cache(maxsize=65_536)
 def _script(letter: str) -> str:
-    """The script of a letter by the first word of its Unicode name: LATIN, CJK, CYRILLIC, ARABIC, HIRAGANA."""
+    """Return the script of a letter by the first word of its Unicode name: LATIN, CJK, CYRILLIC, ARABIC, HIRAGANA."""
     return unicodedata.name(letter, "UNKNOWN").split()[0]

@@ -31,19 +31,10 @@ _READ: Final = split(
 )
 """Commands that the parser behind gives their meaning."""
 _RENAMED: Final = {
-    "dfrac": "frac",
-    "tfrac": "frac",
-    "cfrac": "frac",
-    "ast": "cdot",
-    "centerdot": "cdot",
-    "leqslant": "le",
-    "geqslant": "ge",
-    "lbrack": "[",
-    "rbrack": "]",
-    "dbinom": "binom",
-    "tbinom": "binom",
-    "imath": "i",
-    "infinity": "infty",
+    **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "frac"),
+    **dict.fromkeys(("dbinom", "tbinom"), "binom"),
+    **dict.fromkeys(("ast", "centerdot"), "cdot"),
+    **{"leqslant": "le", "geqslant": "ge", "lbrack": "[", "rbrack": "]", "imath": "i", "infinity": "infty"},
 }
 _COMMAND: Final = re.compile(r"\\([A-Za-z]+)")
 _ENVIRONMENT: Final = re.compile(
@@ -80,7 +71,7 @@ _NAME: Final = re.compile(
 
 @functools.lru_cache(maxsize=2**12)
 def as_formula(answer: str) -> str | None:
-    """The answer in LaTeX that the parser reads whole, without its unit; None where it is no formula."""
+    """Return the answer in LaTeX that the parser reads whole, without its unit; None where it is no formula."""
     if len(answer) > _LONGEST:
         return None
     answer = _UNIT_LETTER.sub("", answer)
@@ -93,22 +84,22 @@ def as_formula(answer: str) -> str | None:
 
 
 def sides(formula: str) -> list[str]:
-    """The parts of a chain of equations, split where nothing is open; relations other than `=` stay within a part."""
+    """Return the parts of a chain of equations, split where nothing is open; relations other than `=` stay within a part."""
     return _split(formula, "=")
 
 
 def parts(formula: str) -> list[str]:
-    """The members of a list that no bracket holds."""
+    """Return the members of a list that no bracket holds."""
     return _split(formula, ",")
 
 
 def is_name(side: str) -> bool:
-    """Whether one side of an equation only names what the other one is: `x`, `f(x)`, `(x, y)`."""
+    """Return whether one side of an equation only names what the other one is: `x`, `f(x)`, `(x, y)`."""
     return _NAME.fullmatch(side) is not None and side.strip() not in (r"\pi", "e", "i", r"\infty", r"\emptyset")
 
 
 def _operators(text: str) -> str:
-    """Signs of plain text and of programs, in LaTeX."""
+    """Return the signs of plain text and of programs in LaTeX."""
     text = text.replace(r"\$", "").replace("$", " ").replace("`", "").replace("**", "^")
     for sign, command in (("<=", r"\le "), (">=", r"\ge "), ("!=", r"\ne "), ("==", "="), ("≈", r"\approx ")):
         text = text.replace(sign, command)
@@ -131,7 +122,7 @@ def _renamed(command: str) -> str:
 
 
 def _worded(text: str) -> str:
-    """Words read: `and`, `or`, names of functions; a trailing unit is taken off; what is left are letters of variables."""
+    """Read the words: `and`, `or`, names of functions; a unit at the end goes, and letters left over are variables."""
     text = _NAMED_TEXT.sub(lambda named: _text(named[1]), text)
     text = _CONNECTION.sub(",", text)
     place = _unit_place(text)
@@ -140,13 +131,13 @@ def _worded(text: str) -> str:
 
 
 def _text(content: str) -> str:
-    r"""What `\text{}` holds: its words stand apart, a single letter or a number is what it is."""
+    r"""Return what `\text{}` holds: its words stand apart, a single letter or a number is what it is."""
     bare = content.strip()
     return f" {bare} " if (len(bare) > 1 and bare.isalpha()) or " " in bare else f"{{{bare}}}" if bare else " "
 
 
 def _unit_place(text: str) -> int | None:
-    """Where a unit begins that ends the formula: `4\\sqrt{2} cm`, `36\\pi square inches`."""
+    """Return where a unit begins that ends the formula: `4\\sqrt{2} cm`, `36\\pi square inches`."""
     for run in re.finditer(
         r"(?<=[\d})\]a-zA-Z])\s+(?=[A-Za-z]{2})|(?<=[}\d)])\s*(?=\^\{?\\circ)|(?<=[\d})])\s*(?=[\u3040-\ud7af])", text
     ):
@@ -167,7 +158,7 @@ def _unit_place(text: str) -> int | None:
 
 
 def _letters_of(run: str) -> str:
-    r"""A run of letters in a formula: names of functions and constants get their backslash (`2pi`, `sinx`)."""
+    r"""Return a run of letters in a formula: names of functions and constants get their backslash (`2pi`, `sinx`)."""
     name, argument = (run, "") if run in _FUNCTIONS else (run[:-1], run[-1])
     if name in _FUNCTIONS and (not argument or len(name) > 2):
         return rf"\{'infty' if name == 'infinity' else name} {argument}"
@@ -175,7 +166,7 @@ def _letters_of(run: str) -> str:
 
 
 def _separated(text: str) -> str:
-    """Rows and columns outside of an environment are members of a list; so is what `;` separates."""
+    """Return rows and columns outside of an environment as members of a list, and what `;` separates too."""
     kept: list[str] = []
     place = 0
     for environment in _ENVIRONMENT.finditer(text):
@@ -185,7 +176,7 @@ def _separated(text: str) -> str:
 
 
 def _listed(text: str) -> str:
-    """Members separated by commas; `p=5,q=2;p=7,q=2` are two tuples."""
+    """Return the members separated by commas; `p=5,q=2;p=7,q=2` are two tuples."""
     groups = text.split(";")
     if len(groups) > 1 and all("," in group and not _open(group) for group in groups):
         text = ",".join(f"({group.strip()})" for group in groups)
@@ -197,7 +188,7 @@ def _open(text: str) -> bool:
 
 
 def _is_read(text: str) -> bool:
-    """Whether every sign of the formula has a meaning for the parser."""
+    """Return whether every sign of the formula has a meaning for the parser."""
     inside = text.replace(r"\{", "(").replace(r"\}", ")").replace(r"\%", "%").replace(r"\|", "|")
     if _ALLOWED.fullmatch(inside) is None or _ELLIPSIS.search(text) or _BASE.search(text) or _MANY_POINTS.search(text):
         return False

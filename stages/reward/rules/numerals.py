@@ -15,7 +15,7 @@ __all__ = ["CHINESE_NUMERALS", "CURRENCIES", "INTEGER_WORDS", "chinese_number", 
 
 
 def split(words: str) -> frozenset[str]:
-    """The words of a text, as a set."""
+    """Return the words of a text, as a set."""
     return frozenset(words.split())
 
 
@@ -30,22 +30,15 @@ _ONES_AND_TEENS: Final = (
     "eighteen nineteen"
 )
 _SMALL: Final = {word: value for value, word in enumerate(_ONES_AND_TEENS.split())}
-_TENS: Final = {
-    "twenty": 20,
-    "thirty": 30,
-    "forty": 40,
-    "fifty": 50,
-    "sixty": 60,
-    "seventy": 70,
-    "eighty": 80,
-    "ninety": 90,
-}
+_TENS: Final = dict(
+    zip(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], range(20, 100, 10), strict=True)
+)
 _LARGE: Final = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 INTEGER_WORDS: Final = (*_SMALL, *_TENS, *_LARGE, "hundred", "dozen")
 
 
 def chinese_number(text: str) -> int | None:
-    """The integer that Chinese numerals write: 三百二十一 is 321, 十二 is 12, 两万 is 20,000. None for anything else."""
+    """Return the integer that Chinese numerals write: 三百二十一 is 321, 十二 is 12, 两万 is 20,000. None for anything else."""
     if not text or set(text) - {*_CHINESE_DIGITS, *_CHINESE_UNITS, *_CHINESE_GROUPS}:
         return None
     if len(text) > 1 and not set(text) - set(_CHINESE_DIGITS):  # digit by digit: 二〇二四
@@ -71,7 +64,7 @@ def chinese_number(text: str) -> int | None:
 
 
 def english_number(text: str) -> int | None:
-    """The integer that English words write: seventy-two, two hundred and five, six dozen. None for anything else."""
+    """Return the integer that English words write: seventy-two, two hundred and five, six dozen. None for anything else."""
     words = [word for word in re.split(r"[\s-]+", text.strip().lower()) if word]
     if not words or words[-1] == "and":
         return None
@@ -103,83 +96,26 @@ CURRENCIES: Final = "".join(
 """Currency signs but for the dollar, which LaTeX has a use for."""
 
 _COMMANDS: Final = {
-    "×": "times",
-    "⨯": "times",
-    "·": "cdot",
-    "⋅": "cdot",
-    "∙": "cdot",
-    "±": "pm",
-    "∓": "mp",
-    "≤": "le",
-    "⩽": "le",
-    "≥": "ge",
-    "⩾": "ge",
-    "≠": "ne",
-    "≈": "approx",
-    "≅": "cong",
-    "≡": "equiv",
-    "∞": "infty",
-    "∪": "cup",
-    "∩": "cap",
-    "∈": "in",
-    "∅": "emptyset",
-    "∀": "forall",
-    "∃": "exists",
-    "∖": "setminus",
-    "⊂": "subset",
-    "⊆": "subseteq",
-    "→": "to",
-    "…": "ldots",
-    "⋯": "cdots",
-    "∑": "sum",
-    "∏": "prod",
-    "∫": "int",
-    "⌊": "lfloor",
-    "⌋": "rfloor",
-    "⌈": "lceil",
-    "⌉": "rceil",
-    "ϕ": "phi",
-    "ℝ": "mathbb{R}",
-    "ℤ": "mathbb{Z}",
-    "ℕ": "mathbb{N}",
-    "ℚ": "mathbb{Q}",
-    "ℂ": "mathbb{C}",
+    pair[0]: pair[1:]
+    for pair in split(
+        "×times ⨯times ·cdot ⋅cdot ∙cdot ±pm ∓mp ≤le ⩽le ≥ge ⩾ge ≠ne ≈approx ≅cong ≡equiv ∞infty ∪cup ∩cap ∈in "
+        "∅emptyset ∀forall ∃exists ∖setminus ⊂subset ⊆subseteq →to …ldots ⋯cdots ∑sum ∏prod ∫int ⌊lfloor ⌋rfloor "
+        "⌈lceil ⌉rceil ϕphi ℝmathbb{R} ℤmathbb{Z} ℕmathbb{N} ℚmathbb{Q} ℂmathbb{C}"
+    )
 }
+"""Signs, each with the command that LaTeX has for it."""
 _GREEK: Final = split(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon phi "
     "chi psi omega"
 )
-_PLAIN: Final = {
+_PLAIN: Final = dict(zip("−‐‑﹣÷∕⁄∶∣、﹐٬٫٪。｡￥￡￠￦", "----///:|,,,.%..¥£¢₩", strict=True)) | {
     "\u3000": " ",
-    "−": "-",
-    "‐": "-",
-    "‑": "-",
-    "﹣": "-",
-    "÷": "/",
-    "∕": "/",
-    "⁄": "/",
-    "∶": ":",
-    "∣": "|",
-    "、": ",",
-    "﹐": ",",
-    "٬": ",",
-    "٫": ".",
-    "٪": "%",
-    "。": ".",
-    "｡": ".",
-    "￥": "¥",
-    "￡": "£",
-    "￠": "¢",
-    "￦": "₩",
-    "°": r"^\circ ",
-    "º": r"^\circ ",
+    **dict.fromkeys("°º", r"^\circ "),
     "℃": r"^\circ C",
     "℉": r"^\circ F",
     "～": " \N{TILDE OPERATOR} ",  # a range: in ASCII it would be LaTeX's space
-    "“": '"',
-    "”": '"',
-    "‘": "'",
-    "’": "'",
+    **dict.fromkeys("“”", '"'),
+    **dict.fromkeys("‘’", "'"),
 }
 _INVISIBLE: Final = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u200e\u200f\u00ad"))
 _SUPERSCRIPTS: Final = {unicodedata.normalize("NFKC", sign).replace("−", "-"): sign for sign in "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ"}
@@ -194,7 +130,7 @@ _ROOTS: Final = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 
 @functools.lru_cache(maxsize=2**14)
 def to_latin(text: str) -> str:
-    r"""`text` in ASCII where it has a spelling there: `１２` is `12`, `3²` is `3^{2}`, `½` is `\frac{1}{2}`."""
+    r"""Return `text` in ASCII where it has a spelling there: `１２` is `12`, `3²` is `3^{2}`, `½` is `\frac{1}{2}`."""
     if text.isascii():
         return text
     text = text.translate(_INVISIBLE)

@@ -1,6 +1,6 @@
 r"""Words around an answer: `72, in total, so ...` states 72, and a choice is settled on by its label. Pure string work.
 
-Words are cut off only where what stands before them is mathematics and they neither join another value to it nor deny it.
+Words are cut off only behind mathematics, where they neither join another value to it nor deny it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,11 @@ __all__ = [
 ]
 
 LAST_CHARACTERS: Final = 4096
-
-
 _CHINESE_BORDER: Final = re.compile(r"(?<=[一-鿿])(?=[\w$\\-])|(?<=[\w%$}])(?=[一-鿿])", re.ASCII)
 
 
 def outside_thinking(text: str, tags: tuple[str, str], *, opened: bool) -> str:
-    """What stands behind the thinking; nothing where it never ends.
+    """Return the text behind the thinking; nothing where it never ends.
 
     Args:
         text: the output.
@@ -49,18 +47,18 @@ def outside_thinking(text: str, tags: tuple[str, str], *, opened: bool) -> str:
 
 
 def tail(text: str) -> str:
-    """The last 4 KiB of an output, as valid Unicode (a lone surrogate cannot be stored)."""
+    """Return the last 4 KiB of an output, as valid Unicode (a lone surrogate cannot be stored)."""
     return valid(text[-LAST_CHARACTERS:])
 
 
 def last_lines(text: str) -> str:
-    """The whole lines within `tail(text)`: a search must not begin inside an expression that was cut."""
+    """Return the whole lines within `tail(text)`: a search must not begin inside an expression that was cut."""
     ending = tail(text)
     return ending if len(text) <= LAST_CHARACTERS else ending.partition("\n")[2].strip()
 
 
 def words_apart(text: str) -> str:
-    """Spaces between Chinese characters and what they touch: searches that look for borders of words find none in 共有99颗."""
+    """Return the text with spaces around Chinese words: searches for borders of words find none in 共有99颗."""
     return _CHINESE_BORDER.sub(" ", text)
 
 
@@ -104,7 +102,7 @@ _SHORT: Final = split("in as so is it he we at by on an of if my us")
 
 
 def without_words(stated: str) -> str:
-    """What is stated, up to the words that explain it; all of it where nothing of the kind stands there."""
+    """Return what is stated, up to the words that explain it; all of it where there are none."""
     text = _without_lead(stated[:_LONGEST])
     for separator in _SEPARATOR.finditer(text):
         head, rest = text[: separator.start()].rstrip(), text[separator.end() :]
@@ -118,7 +116,7 @@ def without_words(stated: str) -> str:
 
 
 def _without_lead(stated: str) -> str:
-    """What is stated without the words that lead to a number in it: `the largest n is 34`, `that she has 42 eggs`."""
+    """Return what is stated without the words that lead to a number in it: `the largest n is 34`, `that she has 42 eggs`."""
     if (label := _LABEL.match(stated)) and introduces(f"{label[1] or label[2]} "):
         return stated[label.end() :]
     value = _VALUE.search(stated)
@@ -128,13 +126,13 @@ def _without_lead(stated: str) -> str:
 
 
 def doubts(sentence: str) -> bool:
-    """Whether a sentence denies, compares or computes: a number in it may then be no answer."""
+    """Return whether a sentence denies, compares or computes: a number in it may then be no answer."""
     words = {word.lower() for word in re.findall(r"[^\W\d_]+(?:['’]t)?", sentence[:_LONGEST])}
     return bool(words & (RETRACTING | MATHEMATICAL | NUMBER_WORDS)) or retracts(sentence)
 
 
 def retracts(rest: str) -> bool:
-    """Whether words behind an answer take it back, wholly or perhaps: `no, wait`, `that is wrong`, 不对."""
+    """Return whether words behind an answer take it back, wholly or perhaps: `no, wait`, `that is wrong`, 不对."""
     first = _FIRST_WORD.match(rest)
     return bool(
         (first and first[1].lower() in RETRACTING) or _DENIAL.search(rest[:400]) or _CHINESE_DENIAL.search(rest[:400])
@@ -166,7 +164,7 @@ def _explains(rest: str, separator: str) -> bool:
 
 
 def _repeats(head: str, rest: str) -> bool:
-    """Whether the words say the number again: `72 (six dozen)`, `72, seventy-two`."""
+    """Return whether the words say the number again: `72 (six dozen)`, `72, seventy-two`."""
     again = re.match(r"[(（\[]?\s*([^()\[\].,;）]*)", rest)
     value = read_number(again[1]) if again and again[1][:1].isalpha() else None
     number = read_number(head)
@@ -174,7 +172,7 @@ def _repeats(head: str, rest: str) -> bool:
 
 
 def _is_plain(text: str) -> bool:
-    """Whether a text begins with a word of prose: no variable, function, number in words or equation."""
+    """Return whether a text begins with a word of prose: no variable, function, number in words or equation."""
     word = re.match(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", text)
     if word is None:
         return False
@@ -218,7 +216,7 @@ _FORMULA: Final = re.compile(r"[=+\-*/^_\\{}<>\d]")
 
 @functools.lru_cache(maxsize=2**12)  # asked for every output of a question
 def choice_label(gold: str) -> tuple[str, bool] | None:
-    """The label of the right option, and whether the gold marks it as one (`C`, `(C) Cecile`, `C. Cecile`) or not (`C Cecile`).
+    """Return the label of the right option, and whether the gold marks it as one (`C`, `(C) Cecile`) or not (`C Cecile`).
 
     None where the gold answer is not that of a multiple-choice question.
     """
@@ -234,7 +232,7 @@ def choice_label(gold: str) -> tuple[str, bool] | None:
 
 
 def find_choice(text: str, answer: str | None, *, marked: bool, search: bool) -> str | None:
-    """The label that an output settles on, or None.
+    """Return the label that an output settles on, or None.
 
     Args:
         text: the output.
@@ -258,6 +256,6 @@ def find_choice(text: str, answer: str | None, *, marked: bool, search: bool) ->
 
 
 def _only_label(prose: str) -> str | None:
-    """The one label that the words leave standing: "It's not A, therefore B" leaves B, "A or B" none."""
+    """Return the one label that the words leave standing: "It's not A, therefore B" leaves B, "A or B" none."""
     labels = {found[0].strip("()") for found in _LONE.finditer(_DENIED.sub(" ", prose))}
     return labels.pop() if len(labels) == 1 else None

@@ -28,44 +28,17 @@ __all__ = [
     "read_unit",
 ]
 
-_SAME: Final = {
-    "m": "m meter meters metre metres",
-    "cm": "cm centimeter centimeters centimetre centimetres",
-    "mm": "mm millimeter millimeters millimetre millimetres",
-    "km": "km kilometer kilometers kilometre kilometres",
-    "inch": "inch inches",
-    "ft": "ft foot feet",
-    "yd": "yd yds yard yards",
-    "mi": "mi mile miles",
-    "g": "g gram grams",
-    "kg": "kg kilogram kilograms kilo kilos",
-    "mg": "mg milligram milligrams",
-    "oz": "oz ounce ounces",
-    "ton": "ton tons tonne tonnes",
-    "s": "s sec secs second seconds",
-    "min": "min mins minute minutes",
-    "h": "h hr hrs hour hours",
-    "day": "day days",
-    "week": "week weeks wk wks",
-    "month": "month months",
-    "year": "year years yr yrs",
-    "ml": "ml mL milliliter milliliters millilitre millilitres",
-    "L": "L liter liters litre litres",
-    "gal": "gal gallon gallons",
-    "quart": "quart quarts qt",
-    "pint": "pint pints pt",
-    "dollar": "dollar dollars usd USD $",
-    "cent": "cent cents ¢",
-    "euro": "euro euros EUR €",
-    "mph": "mph",
-    "km/h": "km/h kmh kph",
-    "m/s": "m/s",
-    "Hz": "Hz",
-    "W": "W watt watts",
-    "J": "J joule joules",
-    "N": "N newton newtons",
-}
-UNIT_OF: Final = {word: unit for unit, words in _SAME.items() for word in words.split()}
+_SAME: Final = (
+    "m meter meters metre metres; cm centimeter centimeters centimetre centimetres; mm millimeter millimeters millimetre "
+    "millimetres; km kilometer kilometers kilometre kilometres; inch inches; ft foot feet; yd yds yard yards; mi mile "
+    "miles; g gram grams; kg kilogram kilograms kilo kilos; mg milligram milligrams; oz ounce ounces; ton tons tonne "
+    "tonnes; s sec secs second seconds; min mins minute minutes; h hr hrs hour hours; day days; week weeks wk wks; month "
+    "months; year years yr yrs; ml mL milliliter milliliters millilitre millilitres; L liter liters litre litres; gal "
+    "gallon gallons; quart quarts qt; pint pints pt; dollar dollars usd USD $; cent cents ¢; euro euros EUR €; mph; km/h "
+    "kmh kph; m/s; Hz; W watt watts; J joule joules; N newton newtons"
+)
+"""Spellings of units; the first of each is its name."""
+UNIT_OF: Final = {word: same.split()[0] for same in _SAME.split(";") for word in same.split()}
 NUMBER_WORDS: Final = split(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion "
@@ -114,7 +87,7 @@ _CONSECUTIVE: Final = "abcdefghijklmnopqrstuvwxyz"
 
 
 def is_word(word: str) -> bool:
-    """Whether letters are a word of a language; `ab`, `xyz` and `abc` may be products of variables."""
+    """Return whether letters are a word of a language; `ab`, `xyz` and `abc` may be products of variables."""
     lowered = word.lower()
     if word in SHORT_WORDS or lowered in SHORT_WORDS:
         return True
@@ -139,29 +112,19 @@ _PERCENT: Final = re.compile(r"\s*(?:\\?%|percent|percentage|pct|per cent)(?P<re
 _DEGREES: Final = re.compile(r"\s*\^\s*\{?\s*\\circ\s*\}?\s*(?P<scale>[CF](?![A-Za-z]))?(?P<rest>.*)")
 _MONEY: Final = re.compile(rf"\s*([${CURRENCIES}])(?P<rest>.*)", re.DOTALL)
 _SCALES: Final = {
-    "hundred": 10**2,
-    "thousand": 10**3,
+    "hundred": 100,
+    "thousand": 1000,
     "million": 10**6,
     "billion": 10**9,
     "trillion": 10**12,
-    "dozen": 12,
-    "dozens": 12,
-}
+} | dict.fromkeys(("dozen", "dozens"), 12)
 _COUNTED_MATHEMATICS: Final = frozenset(
     ["times", "squares", "cubes", "roots", "points", "primes", "remainder", "positive", "negative", "degree", "limit"]
 )
 _BEHIND_TIMES: Final = frozenset(["as", "per", "a", "each", "more", "every"])
 _BEFORE_UNIT: Final = frozenset(["square", "cubic", "sq", "cu"])
 _OTHER_SCRIPT: Final = re.compile(r"\s*[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]{1,12}[.!]?")
-_CHINESE_SCALES: Final = (
-    ("百万", 10**6),
-    ("千万", 10**7),
-    ("万亿", 10**12),
-    ("亿", 10**8),
-    ("万", 10**4),
-    ("百", 10**2),
-    ("千", 10**3),
-)
+_CHINESE_SCALES: Final = {"百万": 10**6, "千万": 10**7, "万亿": 10**12, "亿": 10**8, "万": 10**4, "百": 100, "千": 1000}
 _NO_CHINESE_UNIT: Final = re.compile(
     r"平方(?![公千分厘毫英]?[米里寸尺码])|立方(?![公千分厘毫英]?[米里寸尺码])|次[方幂]|幂|阶乘|根|开方|加(?!仑)|[减乘除或和与至到且不错非负半又点派]"
     r"|以[上下内外]|多|余|折|成$|分之|模|对数|正[弦切]|余[弦切]|无穷|大于|小于|左右|[十百千万亿]|[零一二三四五六七八九两]"
@@ -170,7 +133,7 @@ _NO_CHINESE_UNIT: Final = re.compile(
 
 @dataclass(frozen=True)
 class Unit:
-    """What stands behind a number: the factor it multiplies by, its name where it is a known one, and whether it is `%`."""
+    """The text behind a number: the factor it multiplies by, its name where it is a known one, and whether it is `%`."""
 
     scale: int = 1
     name: str | None = None
@@ -179,7 +142,7 @@ class Unit:
 
 @functools.lru_cache(maxsize=2**12)
 def read_unit(rest: str) -> Unit | None:
-    """The unit that `rest`, the text behind a number, is; None where it is something else."""
+    """Return the unit that `rest`, the text behind a number, is; None where it is something else."""
     if not rest.strip():
         return Unit()
     if percent := _PERCENT.fullmatch(rest):
@@ -215,7 +178,7 @@ def _known_quotient(symbol: str) -> bool:
 
 
 def _counted(words: list[str]) -> Unit | None:
-    """Things: `blue marbles`, `square feet`, `times as many`, `days in total`."""
+    """Read things that are counted: `blue marbles`, `square feet`, `times as many`, `days in total`."""
     lowered = [word.lower() for word in words]
     if lowered[0] in _BEFORE_UNIT and len(words) > 1:
         inner = read_unit(f" {' '.join(words[1:])}")
@@ -231,7 +194,7 @@ def _counted(words: list[str]) -> Unit | None:
 
 
 def _unit_name(words: list[str]) -> str | None:
-    """The unit that is named first; a rate has none, as it has too many spellings."""
+    """Return the unit that is named first; a rate has none, as it has too many spellings."""
     if {"per", "a", "an", "each", "every"} & set(words):
         return None
     return next((unit for word in words[:2] if (unit := UNIT_OF.get(word) or UNIT_OF.get(word.lower()))), None)
@@ -241,7 +204,7 @@ _PROSE_START: Final = frozenset({"squared", "cubed", "a", "an", "per", "i", "I",
 
 
 def _is_prose(words: list[str], allowed: frozenset[str]) -> bool:
-    """Whether words say nothing that changes the number before them."""
+    """Return whether words say nothing that changes the number before them."""
     if len(words) > _MOST_WORDS:
         return False
     return all(_is_harmless(word.strip(".,;:!()\"'"), allowed, first=not place) for place, word in enumerate(words))
@@ -264,7 +227,7 @@ def _is_harmless(word: str, allowed: frozenset[str], *, first: bool) -> bool:
 
 
 def introduces(lead: str) -> bool:
-    """Whether words before a number only lead to it: `the largest n is`, `that she has`; not `more than`, `minus`.
+    """Return whether words before a number only lead to it: `the largest n is`, `that she has`; not `more than`, `minus`.
 
     The word next to the number decides: one that is not known to lead to a number may change it (`thrice 8`), or be noise.
     """
@@ -291,7 +254,7 @@ _OTHER_SCRIPT_LEAD: Final = re.compile(
 
 def _chinese_unit(word: str) -> Unit | None:
     scale = 1
-    for sign, value in _CHINESE_SCALES:
+    for sign, value in _CHINESE_SCALES.items():
         if word.startswith(sign) and not re.match(r"千[克米瓦卡升帕]", word):
             scale, word = value, word.removeprefix(sign)
             break

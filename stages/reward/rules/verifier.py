@@ -35,7 +35,7 @@ _ROUNDING: Final = 0.05
 
 
 def compare_symbolically(gold: str, answer: str | None, searched: str | None = None) -> Verdict:
-    """Whether `answer` states the value that `gold` states.
+    """Return whether `answer` states the value that `gold` states.
 
     An equation is worth what it equates: the name of the quantity goes where the gold has none, and of a chain all values must
     be the gold's (`41=42` is not 42).
@@ -78,7 +78,7 @@ def _search(gold: str, text: str) -> Verdict:
 
 
 def _as_functions(gold: str, answer: str) -> tuple[str, str]:
-    """Both formulas with one name for the dependent quantity: `y = 2x + 3` describes the function `f(x) = 2x + 3`."""
+    """Return both formulas with one name for the dependent quantity: `y = 2x + 3` describes the function `f(x) = 2x + 3`."""
     if (function := _FUNCTION.match(gold)) and _ORDINATE.match(answer):
         return gold, _ORDINATE.sub(function[0], answer)
     if (function := _FUNCTION.match(answer)) and _ORDINATE.match(gold):
@@ -87,7 +87,7 @@ def _as_functions(gold: str, answer: str) -> tuple[str, str]:
 
 
 def _as_vectors(gold: str, answer: str) -> tuple[str, str]:
-    """Both formulas as matrices, where one is a matrix of one row or column and the other a tuple of as many entries."""
+    """Return both formulas as matrices, where one is a matrix of one row or column and the other a tuple of as many entries."""
     for vector, other in ((gold, answer), (answer, gold)):
         column = _VECTOR.fullmatch(vector.strip())
         if column is None or "\\begin" in other or "=" in other:
@@ -102,7 +102,7 @@ def _as_vectors(gold: str, answer: str) -> tuple[str, str]:
 
 
 def _named_apart(gold: str, answer: str | None) -> str:
-    """The gold answer without the names of its quantities, where the answer has none."""
+    """Return the gold answer without the names of its quantities, where the answer has none."""
     if answer is None or "=" in answer or "=" not in gold:
         return gold
     return ",".join(_value_of(part) for part in parts(gold))
@@ -122,7 +122,7 @@ def _value_of(part: str) -> str:
 
 
 def _values(answer: str, gold: str) -> list[str] | None:
-    """What an answer equates with one another, each to be compared; None where it is an equation and the gold a value."""
+    """Return the values that an answer equates, each to be compared; None for an equation where the gold is a value."""
     valued = answer if "=" in gold else _first_approximated(answer)
     if valued is None:
         return None
@@ -143,7 +143,7 @@ def _values(answer: str, gold: str) -> list[str] | None:
 
 
 def _first_approximated(answer: str) -> str | None:
-    r"""Of `\frac{1}{3} \approx 0.333` the exact value; of `x \approx 0.333` the only one; None where they are not near."""
+    r"""Return the exact side of `\frac{1}{3} \approx 0.333`, the value of `x \approx 0.333`; None where they are not near."""
     exact, sign, rounded = answer.partition(r"\approx")
     if not sign:
         return answer
@@ -191,7 +191,7 @@ def _equal(gold: list[Any], answer: list[Any]) -> bool:
 
 
 def _equal_values(gold: Any, answer: Any) -> bool:
-    """Whether formulas that sympy does not prove equal have equal values.
+    """Return whether formulas that sympy does not prove equal have equal values.
 
     `i` is the imaginary unit where the gold has no other variable. Formulas in variables are compared at `_POINTS` points, to
     30 digits. Both must be real at the same points, and at a quarter of them: the root of x^2 is not x.
@@ -221,14 +221,14 @@ def _equal_values(gold: Any, answer: Any) -> bool:
 
 
 def _plain(formula: Any) -> Any:
-    """The formula in symbols without assumptions: the parser calls an `i` real in one formula and not in another."""
+    """Return the formula in symbols without assumptions: the parser calls an `i` real in one formula and not in another."""
     from sympy import Symbol
 
     return formula.xreplace({symbol: Symbol(symbol.name) for symbol in formula.free_symbols})
 
 
 def _is_elementary(*formulas: Any) -> bool:
-    """Whether formulas are made of powers, exponentials, logarithms and trigonometric functions alone."""
+    """Return whether formulas are made of powers, exponentials, logarithms and trigonometric functions alone."""
     from sympy import Abs, Add, Mul, Pow, exp, log, preorder_traversal
     from sympy.functions.elementary.trigonometric import (  # type: ignore[import-untyped]
         InverseTrigonometricFunction,
@@ -240,7 +240,7 @@ def _is_elementary(*formulas: Any) -> bool:
 
 
 def _coordinate(place: int, axis: int) -> Any:
-    """The value of a variable at a point: fractions of both signs between 0 and 5, unlike any that a formula has."""
+    """Return the value of a variable at a point: fractions of both signs between 0 and 5, unlike any that a formula has."""
     from sympy import Rational
 
     size = (7919 * (place + 1) * (axis + 2) ** 2 + 104_729 * axis) % 9973 + 1
@@ -248,7 +248,7 @@ def _coordinate(place: int, axis: int) -> Any:
 
 
 def _real_value(formula: Any, point: dict[Any, Any]) -> Any:
-    """The value of a formula at a point; None where it is not a real number."""
+    """Return the value of a formula at a point; None where it is not a real number."""
     real, imaginary = formula.evalf(30, subs=point).as_real_imag()
     if not (real.is_Float or real.is_Integer or real.is_Rational) or abs(imaginary) > _TOLERANCE * abs(real):
         return None
@@ -256,7 +256,7 @@ def _real_value(formula: Any, point: dict[Any, Any]) -> Any:
 
 
 def _is_small(expression: Any) -> bool:
-    """Whether a number in it is so near zero that another one would count as equal."""
+    """Return whether a number in it is so near zero that another one would count as equal."""
     from sympy import preorder_traversal
 
     return any(

@@ -56,7 +56,7 @@ _BETWEEN_BOXES: Final = re.compile(
     r"(?:[\s,;$.]|and|or|和|\\text|\\quad|\\qquad|[{}]|\\\(|\\\)|\([a-h]\)){0,24}|\$?\s+[a-z]{2,20}\s+and\s+\$?"
     r"|\$?\s*(?:\\text\s?\{)?\s*(?:for|in|of|from)(?: (?:[a-z]{1,9}|\([a-z]{1,3}\))){1,4},? and\s*\}?\s*\$?"
 )
-_NAMED: Final = re.compile(r"(\\?[A-Za-z]+(?:_(?:\{\w{1,9}\}|\w))?)\s{0,4}=\s{0,4}\$?$")
+_NAMED: Final = re.compile(r"((?:\\[A-Za-z]+|(?<![\\A-Za-z])[A-Za-z])(?:_(?:\{\w{1,9}\}|\w))?)\s{0,4}=\s{0,4}\$?$")
 """The quantity whose value the box behind it holds: `y_1 = \\boxed{3}`."""
 _LONGEST_NAME: Final = 32
 # The closing brace escaped by mistake: `\boxed{185\}`.

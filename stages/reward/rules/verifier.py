@@ -25,9 +25,11 @@ _ORDINATE: Final = re.compile(r"\s*y\s*=")
 _VECTOR: Final = re.compile(
     r"\\begin\s?\{(?:[pbB]?(?:small)?matrix|array)\}\s*(?:\{[lcr|]+\})?((?:(?!\\begin).)*)\\end\s?\{\w+\}", re.DOTALL
 )
-_BRACKETED: Final = re.compile(r"(?:\(|\[|\\langle)(.*)(?:\)|\]|\\rangle)", re.DOTALL)
+_BRACKETED: Final = re.compile(r"^(?:\(|\[|\\langle)(.*)(?:\)|\]|\\rangle)$", re.DOTALL)
 _POINTS: Final = 24
 """Points at which formulas in variables are compared."""
+_SIZES: Final = (1, 30, 1000, 10**6)
+"""Factors of the values that variables take there, which are up to 5."""
 _MOST_VARIABLES: Final = 4
 _TOLERANCE: Final = 1e-25
 _ROUNDING: Final = 0.05
@@ -105,7 +107,11 @@ def _named_apart(gold: str, answer: str | None) -> str:
     """Return the gold answer without the names of its quantities, where the answer has none."""
     if answer is None or "=" in answer or "=" not in gold:
         return gold
-    return ",".join(_value_of(part) for part in parts(gold))
+    members = parts(gold)
+    values = [_value_of(part) for part in members]
+    names = {part.replace(value, "", 1).strip(" =") for part, value in zip(members, values, strict=True)}
+    ordered = len(names) == len(values) > 1 and "" not in names  # x=1, y=2 is the pair (1, 2), and x=1, x=2 a set
+    return f"({','.join(values)})" if ordered else ",".join(values)
 
 
 def _value_of(part: str) -> str:
@@ -240,11 +246,15 @@ def _is_elementary(*formulas: Any) -> bool:
 
 
 def _coordinate(place: int, axis: int) -> Any:
-    """Return the value of a variable at a point: fractions of both signs between 0 and 5, unlike any that a formula has."""
+    """Return the value of a variable at a point: a fraction unlike any that a formula has, of either sign and any size.
+
+    Sizes matter: the root of (x - 10)^2 is 10 - x as far as 10.
+    """
     from sympy import Rational
 
     size = (7919 * (place + 1) * (axis + 2) ** 2 + 104_729 * axis) % 9973 + 1
-    return Rational(size if (place >> axis) % 2 == 0 else -size, 1999)
+    sign = 1 if (place >> axis) % 2 == 0 else -1
+    return Rational(sign * size, 1999) * _SIZES[(place // 2 + 2 * axis) % len(_SIZES)]
 
 
 def _real_value(formula: Any, point: dict[Any, Any]) -> Any:

@@ -260,8 +260,8 @@ def _faults(rows: Sequence[Output], scores: Sequence[FunctionScore], component: 
 
 def _function_pool(source: FunctionSource, component: FunctionConfig, config: RewardConfig) -> KillablePool:
     """Return a pool of the function's own: what it does to its process, it does not do to the verifier's."""
-    prepare = functools.partial(load_function, source)
-    return _resident_pool(f"function {component.name}", config, _preload(config), prepare, source)
+    preload, prepare = _preload(config), functools.partial(load_function, source)
+    return _resident_pool(f"function {component.name}", config, preload, prepare, preload, source)
 
 
 def _pattern_pool(config: RewardConfig) -> KillablePool:
@@ -284,9 +284,9 @@ def _resident_pool(
     config: RewardConfig,
     preload: tuple[str, ...] = (),
     prepare: Callable[[], object] | None = None,
-    source: FunctionSource | None = None,
+    *key: Any,
 ) -> KillablePool:
     def make() -> KillablePool:
         return KillablePool(workers=config.workers, memory_mb=config.memory_mb, preload=preload, prepare=prepare)
 
-    return resident(name, (config.workers, config.memory_mb, preload, source), make)
+    return resident(name, (config.workers, config.memory_mb, *key), make)

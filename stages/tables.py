@@ -49,7 +49,7 @@ __all__ = [
 
 
 VERDICTS: Final = ("ok", "wrong", "unparseable", "truncated")
-"""The statuses of `Rewards` by which the rules have judged an output; the others say that nobody could."""
+"""The statuses of `Rewards` that are a verdict of the rules on an output; the others say why there is none."""
 
 
 def _required(name: str, kind: pa.DataType) -> pa.Field:

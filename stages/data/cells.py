@@ -40,7 +40,7 @@ _SHOWN: Final = 40
 
 
 class Row(NamedTuple):
-    """One row of a file, as it stands there."""
+    """One row of a file, unchanged."""
 
     where: str
     """`file: line 3`, for messages."""

@@ -227,7 +227,7 @@ class _Questions:
         self.columns: dict[str, list[Any]] = {"question_id": [], "question": [], "answer": [], "solution": []}
         self._duplicates, self._known_by = duplicates, known_by
         self._seen: dict[str, tuple[int, str]] = {}
-        """Of each id: its place in the columns, and where it stands."""
+        """Of each id: its place in the columns, and in the file."""
         self._counts: dict[str, int] = {}
 
     def add(self, row: dict[str, str | None], where: str) -> bool:

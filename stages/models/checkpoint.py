@@ -156,7 +156,7 @@ def load_weights(
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
-    """The tokenizer stored beside the weights."""
+    """Load the tokenizer of the checkpoint."""
     from transformers import AutoTokenizer
 
     require_buildable(read_object(checkpoint.path / "config.json"), f"{checkpoint}: config.json")  # which it reads too

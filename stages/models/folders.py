@@ -101,7 +101,7 @@ def _describes(file: Path) -> bool:
 
 
 def _require_inside(folder: Path, file: Path) -> None:
-    """Refuse a link that leads out of a model folder; the hub's cache has its files in `blobs` beside all snapshots."""
+    """Refuse a link that leads out of a model folder; the hub's cache has its files in `blobs` next to all snapshots."""
     home, place = folder.resolve(), file.resolve()
     allowed = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
     if not any(place.is_relative_to(root) for root in allowed):

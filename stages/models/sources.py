@@ -94,7 +94,7 @@ def import_checkpoint(config: ExternalCheckpointConfig) -> Checkpoint:
 
 
 class Revision(Folder):
-    """What a branch or tag of a repository was when somebody first asked: revision.json with `commit`."""
+    """The commit of a branch or tag when it was first resolved: revision.json with `commit`."""
 
     @property
     def commit(self) -> str:

@@ -27,7 +27,7 @@ _ADAPTER: Final = "adapter_config.json"
 
 
 def code_files(folder: Path) -> list[Path]:
-    """The Python files of a model folder; transformers looks for them beside config.json only."""
+    """Return the Python files of a model folder; transformers looks for them next to config.json only."""
     return sorted(file for file in folder.iterdir() if file.suffix.lower() == ".py" and file.is_file())
 
 

@@ -1,4 +1,4 @@
-"""Rollouts by a `vllm serve` that somebody else started, through its OpenAI-compatible `/v1/completions`: ids in, ids out.
+"""Rollouts by a `vllm serve` that runs already, through its OpenAI-compatible `/v1/completions`: ids in, ids out.
 
 A server's weights cannot be changed from here, so that it serves one fixed policy. Before every call its log-probabilities of a
 probe are compared with transformers' on the checkpoint (`probe.py`), at the temperature of the call: a server that has other
@@ -135,7 +135,7 @@ class ServedGenerator:
             prompt, end, max_tokens=SAMPLED, temperature=temperature, stop_token_ids=[], seed=0, prompt_logprobs=0
         )
         try:
-            told = [
+            prompt_logprobs = [
                 float(at[str(token)]["logprob"])
                 for token, at in zip(prompt[1:], choice["prompt_logprobs"][1:], strict=True)
             ]
@@ -145,7 +145,7 @@ class ServedGenerator:
             ) from None
         try:
             check_answer(
-                Answer(told, choice["token_ids"], _logprobs(choice)),
+                Answer(prompt_logprobs, choice["token_ids"], _logprobs(choice)),
                 self.policy,
                 prompt,
                 dtype=_dtype(self.backend),
@@ -202,8 +202,8 @@ class ServedGenerator:
                     found: dict[str, Any] = json.loads(answer.read())
                     return found
             except urllib.error.HTTPError as error:
-                told = " ".join(error.read().decode(errors="replace").split())
-                said = f"HTTP {error.code}: {told[:500]}"
+                text = " ".join(error.read().decode(errors="replace").split())
+                said = f"HTTP {error.code}: {text[:500]}"
                 if error.code not in _OVERLOADED:
                     raise ServerError(f"{self.backend.url}{path}: {said}") from None
             except (OSError, http.client.HTTPException, ValueError) as error:

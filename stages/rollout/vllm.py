@@ -139,7 +139,7 @@ class Engine:
         if self.holds != policy.digest:
             self.holds = None
             with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-                told = self.order(
+                reply = self.order(
                     {
                         "do": "hold",
                         "folder": _model_folder(policy, Path(folder)),
@@ -148,7 +148,7 @@ class Engine:
                     },
                     deadline=self.backend.start_deadline,
                 )
-            self._about = f"{told['vllm']} ({str(self.dtype).removeprefix('torch.')}, {told['device']})"
+            self._about = f"{reply['vllm']} ({str(self.dtype).removeprefix('torch.')}, {reply['device']})"
             self._prove(policy)
             self.holds = policy.digest
         record_package("vllm", self._about)
@@ -246,7 +246,7 @@ class Engine:
 
     def _prove(self, policy: Checkpoint) -> None:
         prompt = probe_ids(vocabulary_and_window(policy)[0], self.window(policy))
-        told = self.order(
+        reply = self.order(
             {
                 "do": "probe",
                 "digest": policy.digest,
@@ -257,7 +257,7 @@ class Engine:
             deadline=self.backend.deadline,
         )
         check_answer(
-            Answer(**told),
+            Answer(**reply),
             policy,
             prompt,
             dtype=self.dtype,
@@ -268,7 +268,7 @@ class Engine:
 
 
 def _model_folder(policy: Checkpoint, folder: Path) -> str:
-    """The checkpoint's model alone: vLLM would load the optimizer's tensors, which lie beside it, as weights."""
+    """Link the checkpoint's model into `folder`: vLLM would load the optimizer's tensors next to it as weights."""
     if may_run_code(policy.path):
         raise ValueError(
             f"{policy}: its model is code of its own folder, which vLLM is not given to run; set rollout.backend.kind=hf"

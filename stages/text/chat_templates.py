@@ -40,7 +40,7 @@ _ADDRESS: Final = re.compile(r"<[^<>]* at 0x[0-9a-f]+>", re.IGNORECASE)
 
 
 class ChatTurn(NamedTuple):
-    """The parts of a conversation that the question stands between."""
+    """The parts of a conversation before and after the question."""
 
     before: str
     after: str

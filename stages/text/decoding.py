@@ -52,10 +52,10 @@ def decode_outputs(tokenizer: PreTrainedTokenizerFast, outputs: Sequence[Sequenc
     size_M = _sizes(backend, np.concatenate(outputs).astype(np.int64))
     output_M = np.repeat(np.arange(len(outputs)), length_N)
     size_N = np.bincount(output_M, weights=size_M, minlength=len(outputs)).astype(np.int64)
-    told_N = _told_by_bytes(backend, texts, size_N)
-    ends_M = _ends_by_bytes(size_M * told_N[output_M], texts, told_N, output_M)
+    by_bytes_N = _is_by_bytes(backend, texts, size_N)
+    ends_M = _ends_by_bytes(size_M * by_bytes_N[output_M], texts, by_bytes_N, output_M)
     ends = np.split(ends_M, np.cumsum(length_N)[:-1])
-    for row in np.flatnonzero(~told_N).tolist():
+    for row in np.flatnonzero(~by_bytes_N).tolist():
         ends[row] = _ends_one_by_one(backend, outputs[row], texts[row])
     return Decoded(texts, ends)
 
@@ -70,13 +70,13 @@ def _sizes(backend: Any, ids_M: NDArray[np.int64]) -> NDArray[np.int64]:
     for index, token_id in enumerate(used.tolist()):
         token = backend.id_to_token(token_id) or ""
         if token_id not in added:
-            size[index] = len(token)  # one symbol stands for one byte
+            size[index] = len(token)  # one symbol is one byte
         elif not added[token_id].special:
             size[index] = len(token.encode())
     return size[place]
 
 
-def _told_by_bytes(backend: Any, texts: Sequence[str], size_N: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _is_by_bytes(backend: Any, texts: Sequence[str], size_N: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Whether the bytes of an output's tokens are those of its text: else some are no character, or it is another tokenizer."""
     import numpy as np
     from tokenizers import decoders
@@ -88,12 +88,12 @@ def _told_by_bytes(backend: Any, texts: Sequence[str], size_N: NDArray[np.int64]
 
 
 def _ends_by_bytes(
-    size_M: NDArray[np.int64], texts: Sequence[str], told_N: NDArray[np.bool_], output_M: NDArray[np.int64]
+    size_M: NDArray[np.int64], texts: Sequence[str], by_bytes_N: NDArray[np.bool_], output_M: NDArray[np.int64]
 ) -> NDArray[np.int32]:
-    """The ends of all tokens at once, by adding up sizes; only the texts that `told_N` names have bytes in it."""
+    """The ends of all tokens at once, by adding up sizes; only the texts that `by_bytes_N` names have bytes in it."""
     import numpy as np
 
-    kept = [text if told else "" for text, told in zip(texts, told_N, strict=True)]
+    kept = [text if kept else "" for text, kept in zip(texts, by_bytes_N, strict=True)]
     encoded = np.frombuffer("".join(kept).encode(), dtype=np.uint8)
     begins = np.append((encoded & 0xC0) != 0x80, True)
     # Characters begun within the first k bytes of all texts, less the one that is still open there.

@@ -184,7 +184,7 @@ _FAITHFUL: Final = "PreTrainedTokenizerFast"
 
 
 class _Comparison(NamedTuple):
-    """A tokenizer as transformers reads it, beside its tokenizer.json."""
+    """A tokenizer as transformers reads it, compared with its tokenizer.json."""
 
     name: str
     """Class that transformers chose."""

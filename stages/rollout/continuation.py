@@ -9,7 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
 from pipeline.stage import record_metrics, stage
+from stages.join import KEY, Ragged, align, key_at
 from stages.models import Checkpoint, load_tokenizer
 from stages.rollout.config import RolloutConfig
 from stages.rollout.generator import Generator, Output, Progress, Prompt, Sampling, sample_seed
@@ -202,28 +207,35 @@ def _behind(progress: Progress, done: int, tokens: int) -> Progress:
 
 def _read(outputs: Rollouts, prefixes: StepPrefixes, tokenizer: PreTrainedTokenizerFast, *, limit: int) -> list[Prefix]:
     """The distinct prefixes, by the first output that has each."""
-    table = outputs.read().select(["question_id", "sample", "prompt_ids", "output_ids", "text"]).to_pylist()
-    rows = {(row["question_id"], row["sample"]): row for row in table}
-    found: dict[tuple[str, int], Prefix] = {}
-    used: dict[tuple[str, int], Mapping[str, Any]] = {}
-    for step in prefixes.rows():
-        key, name = (step["question_id"], step["sample"]), (step["question_id"], step["prefix"])
-        if step["prefix"] is None or name in found:
-            continue
-        if key not in rows or len(rows[key]["output_ids"]) <= step["end"]:
-            raise ValueError(
-                f"output {key} is not there, or shorter than its steps; were the prefixes cut from others?"
-            )
-        ids = rows[key]["output_ids"][: step["end"] + 1]
+    steps = prefixes.read()
+    steps = steps.filter(steps["prefix"].is_valid())
+    steps = steps.take(_first_rows(steps, "question_id", "prefix"))
+    table = outputs.read([*KEY, "prompt_ids", "output_ids", "text"])
+    rows = align(steps, table, "outputs", to="prefixes", extra=True, several=True)
+    prompt, output = Ragged.of(rows["prompt_ids"]), Ragged.of(rows["output_ids"])
+    names = zip(steps["question_id"].to_pylist(), steps["prefix"].to_pylist(), strict=True)
+    found = []
+    for row, (name, step, end) in enumerate(
+        zip(names, steps["step"].to_pylist(), steps["end"].to_pylist(), strict=True)
+    ):
+        key, ids = key_at(rows, row), output[row][: end + 1].tolist()
+        if len(ids) <= end:
+            raise ValueError(f"output {key} is shorter than its steps; were the prefixes cut from others?")
         if len(ids) >= limit:
             raise ValueError(
-                f"output {key}: step {step['step']} ends at token {len(ids)}, and max_output_tokens = {limit} leaves no room "
+                f"output {key}: step {step} ends at token {len(ids)}, and max_output_tokens = {limit} leaves no room "
                 "behind it; continue with the limit that the outputs were sampled with"
             )
-        found[name] = Prefix(*name, rows[key]["prompt_ids"], ids)
-        used[key] = rows[key]
-    _check_vocabulary(list(used.values()), tokenizer)
-    return list(found.values())
+        found.append(Prefix(*name, prompt[row].tolist(), ids))
+    used: list[Mapping[str, Any]] = rows.take(_first_rows(rows, *KEY)).to_pylist()
+    _check_vocabulary(used, tokenizer)
+    return found
+
+
+def _first_rows(table: pa.Table, *by: str) -> NDArray[np.int64]:
+    """The first row of each key, in order."""
+    numbered = table.select(list(by)).append_column("row", pa.array(np.arange(table.num_rows)))
+    return np.sort(numbered.group_by(list(by)).aggregate([("row", "min")])["row_min"].to_numpy())
 
 
 def _check_vocabulary(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast) -> None:

@@ -77,18 +77,12 @@ def run_flow(
         require_backend(backend)
     command = without_password(command or shlex.join(["cohort", *sys.argv[1:]]))
     state = RunState(steps=config.iterations * config.steps, iterations=config.iterations)
-    ledger = Ledger()
     parameters = config.identity() | {f"diff.{name}": value for name, value in (difference or {}).items()}
+    params = {
+        name: value if isinstance(value, str) else json.dumps(value) for name, value in flatten(parameters).items()
+    }
     record = RunRecord.begin(
-        places,
-        config,
-        command=command,
-        engine=engine,
-        asked=choice.asked,
-        params={
-            name: value if isinstance(value, str) else json.dumps(value) for name, value in flatten(parameters).items()
-        },
-        tags=tags,
+        places, config, command=command, engine=engine, asked=choice.asked, params=params, tags=tags
     )
     try:
         with (
@@ -96,7 +90,6 @@ def run_flow(
             starting_server(engine, places, state),
             recording(record.log.take),
             displaying(state, console, all_warnings=debug),
-            recording(ledger.take),
             track(
                 places.root,
                 experiment=config.experiment,
@@ -106,18 +99,7 @@ def run_flow(
                 tags=tags,
             ) as tracker,
         ):
-            state.points.log, registrar = tracker, Registrar(tracker, config, tags or {})
-            with _devices(config, cached=record.finished_before), recording(registrar.take):
-                policy = _train(config, places, engine, record)
-            record.policy = policy.digest
-            summary: Summary | None = None
-            with failsafe("the summary of the run"):
-                summary = summarise(config, state.points.by_step, state, policy, _paths(record, places))
-                record.accuracy = {"before": summary.before, "best": summary.best, "final": summary.after}
-            if summary:
-                _conclude(summary, record, tracker, choice, command)
-                failsafe("the registry of models")(registrar.conclude)(summary, ledger)
-            failsafe("the table of completions")(_log_completions)(ledger, places, tracker)
+            summary = _train_and_summarise(choice, places, engine, record, state, tracker, command, tags or {})
             check()
     except BaseException as error:
         interrupted = is_interruption(error)
@@ -133,6 +115,34 @@ def run_flow(
                 record.end("interrupted", state)
     with shielded():
         record.end("finished", state)
+    return summary
+
+
+def _train_and_summarise(
+    choice: Choice,
+    places: Places,
+    engine: Engine,
+    record: RunRecord,
+    state: RunState,
+    tracker: Tracker,
+    command: str,
+    tags: Mapping[str, str],
+) -> Summary | None:
+    """Train, then write what the run came to into its folder and to MLflow."""
+    config, ledger = choice.config, Ledger()
+    registrar = Registrar(tracker, config, tags)
+    state.points.log = tracker
+    with _devices(config, cached=record.finished_before), recording(ledger.take, registrar.take):
+        policy = _train(config, places, engine, record)
+    record.policy = policy.digest
+    summary: Summary | None = None
+    with failsafe("the summary of the run"):
+        summary = summarise(config, state.points.by_step, state, policy, _paths(record, places))
+        record.accuracy = {"before": summary.before, "best": summary.best, "final": summary.after}
+    if summary:
+        _conclude(summary, record, tracker, choice, command)
+        failsafe("the registry of models")(registrar.conclude)(summary, ledger)
+    failsafe("the table of completions")(_log_completions)(ledger, places, tracker)
     return summary
 
 

@@ -26,7 +26,7 @@ from benchmarks.timing import Clock, cpu_seconds
 from flows.config import IterativeRLConfig
 from flows.config.recipes import arithmetic_smoke
 from flows.config.resolve import Choice
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.session import run_flow
 from pipeline.events import Event, StepDone, recording
 from pipeline.orchestration.engine import Engine

@@ -32,7 +32,7 @@ from flows.experiments.running import ChildConfig, run_in_turn, run_side_by_side
 from flows.experiments.studies import EXPERIMENTS, named_experiment
 from flows.experiments.tables import print_comparison
 from flows.experiments.workers import require_workers_pool, run_on_workers
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.session import run_flow
 from pipeline.config import ConfigError
 from pipeline.orchestration.engine import Engine

@@ -12,7 +12,7 @@ from cyclopts.validators import Number
 from flows.commands.options import Root, Settings, console
 from flows.looking.artifact_diff import print_artifact_difference
 from flows.looking.history import find_run, history_of
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.wording import duration
 from pipeline.config import ConfigError
 from pipeline.events import StageDone, recording

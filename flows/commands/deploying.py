@@ -13,7 +13,7 @@ from flows.commands.options import ConfigFiles, Method, Root, Settings, console
 from flows.config.resolve import choose
 from flows.deploying.deployment import deploy as make_deployment
 from flows.deploying.pool import POOL, submit
-from flows.places import Places
+from flows.runs.paths import Places
 
 __all__ = ["deploy", "worker"]
 

@@ -10,7 +10,7 @@ from cyclopts.validators import Number
 from rich.markup import escape
 
 from flows.commands.options import Root, console
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.wording import size
 from pipeline.config import ConfigError
 from pipeline.store import Store, use_store

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from flows.commands.options import Root, console
 from flows.config.resolve import choose
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import IMPORTED, RunRecord, read_artifacts, read_records, unreadable_records
 from flows.runs.session import run_flow
 from flows.storage.gc import Freed, Records, needed_again

@@ -13,7 +13,7 @@ from rich.table import Table
 from flows.commands.options import Root, console
 from flows.looking.artifact_view import show_artifact
 from flows.looking.history import find_run, history_of
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import RunRecord, read_records, unreadable_records
 from flows.wording import duration, moment, percent, quoted, visible
 from pipeline import lineage as ancestry

@@ -14,8 +14,8 @@ from rich.table import Table
 from flows.commands.options import ConfigFiles, Method, Root, Settings, console
 from flows.doctor import CHECKS
 from flows.doctor.examination import Report, Subject, examine, subject_of
-from flows.places import Places
 from flows.planning.machine import DeviceProfile
+from flows.runs.paths import Places
 from flows.wording import size
 from pipeline.config import ConfigError
 

@@ -18,7 +18,7 @@ from cyclopts import Parameter
 from rich.markup import escape
 
 from flows.commands.options import Root, console
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.wording import duration, size
 from pipeline.config.passwords import unspoken, without_password
 from pipeline.orchestration import guarded_server

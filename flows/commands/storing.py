@@ -17,7 +17,7 @@ from rich.table import Table
 
 from flows.commands.options import Root, console
 from flows.looking.history import find_run
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import IMPORTED, check_folder, read_records, write_json
 from flows.storage.gc import Freed, Records, superseded
 from flows.storage.references import references, used_by

@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.syntax import Syntax
 
 from flows.commands.options import ConfigFiles, Root, Settings, console, debugging
-from flows.places import Places
 from flows.reward_study.config import choose_study
 from flows.reward_study.run import print_study, run_study
+from flows.runs.paths import Places
 from flows.wording import number
 
 __all__ = ["reward_model"]

@@ -14,7 +14,7 @@ from flows.commands.options import ConfigFiles, Method, Root, Settings, console,
 from flows.config import IterativeRLConfig
 from flows.config.methods import METHODS, method_settings
 from flows.config.resolve import Choice, choose, descriptions
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.session import run_flow
 from flows.runs.summary import print_summary
 from flows.wording import number

@@ -15,7 +15,7 @@ from uuid import UUID
 
 from flows.config.resolve import Choice, descriptions
 from flows.deploying.pool import ASKED, POOL, connected, ensure_pool, versions_environment
-from flows.places import Places
+from flows.runs.paths import Places
 from pipeline.config import ConfigError
 from pipeline.config.passwords import without_password
 from pipeline.orchestration.flow_runs import RESTARTS

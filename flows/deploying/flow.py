@@ -25,7 +25,7 @@ from prefect.exceptions import TerminationSignal
 from flows.config import IterativeRLConfig
 from flows.config.resolve import Asked, choice_of
 from flows.deploying.pool import ASKED, DIFFERENCE, TAGS, VERSIONS, check_versions
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import read_record, run_folder, write_json
 from flows.runs.session import InterruptedRunError, run_flow
 from flows.runs.summary import print_summary

@@ -24,7 +24,7 @@ import psutil
 
 from flows.deploying.deployment import DEPLOYED_PLACES, ENTRYPOINT
 from flows.deploying.pool import ASKED, DIFFERENCE, REQUIRED, TAGS, VERSIONS, ensure_pool
-from flows.places import Places
+from flows.runs.paths import Places
 from pipeline.config import ConfigError
 from pipeline.config.passwords import without_password
 from pipeline.orchestration.flow_runs import RESTARTS, mark_crashed, process_name, restart_crashed

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.wording import duration
 from pipeline.config import flatten
 from stages.rollout.config import VLLMBackendConfig, VLLMServerConfig

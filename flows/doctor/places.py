@@ -17,7 +17,7 @@ import psutil
 
 from flows.doctor.examination import Finding, Severity, Subject
 from flows.doctor.probe import importing_ours, probing
-from flows.places import nearest
+from flows.runs.paths import nearest
 from flows.wording import size
 from pipeline.config import ConfigError
 from pipeline.remote.store import RemoteStore

@@ -22,7 +22,7 @@ from flows.experiments.figures import Figure, draw_figures
 from flows.experiments.report import report_file, write_report
 from flows.experiments.results import ExperimentResult, Sharing, experiment_folder, is_finished, write_experiment
 from flows.experiments.tables import Outcome, comparison_markdown
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import read_record, run_folder
 from flows.runs.session import InterruptedRunError
 from flows.wording import duration, number

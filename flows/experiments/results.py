@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from flows.experiments.arms import Arm, PlannedExperiment
-from flows.places import Places
 from flows.runs.ledger import Ledger, read_ledger
+from flows.runs.paths import Places
 from flows.runs.record import RunRecord, read_record, run_folder, write_json
 from flows.runs.summary import Summary
 from pipeline.config import Config

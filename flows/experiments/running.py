@@ -25,7 +25,7 @@ from flows.config import IterativeRLConfig
 from flows.config.resolve import Asked
 from flows.experiments.arms import Arm, PlannedExperiment
 from flows.experiments.results import experiment_folder, is_finished
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import read_record, run_folder
 from flows.runs.session import InterruptedRunError, run_flow
 from pipeline.config import Config

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from flows.experiments.arms import Arm, Changes
 from flows.experiments.results import ExperimentResult, RunResult
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.wording import duration, number, percent
 from pipeline.config import flatten
 

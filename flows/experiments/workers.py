@@ -24,7 +24,7 @@ from flows.deploying.pool import cancel, crash_lost, require_pool, serving, stat
 from flows.experiments.arms import Arm, PlannedExperiment
 from flows.experiments.results import is_finished
 from flows.experiments.running import progress_of, run_in_turn
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import run_folder
 from flows.runs.session import InterruptedRunError
 from pipeline.experiment import fitted_name

@@ -11,8 +11,8 @@ from typing import Any, Final
 from pydantic import TypeAdapter
 
 from flows.config import IterativeRLConfig
-from flows.places import Places
 from flows.runs.ledger import Call, Ledger, read_ledger
+from flows.runs.paths import Places
 from flows.runs.points import Points as MeasuredPoints
 from flows.runs.record import RunRecord, read_records
 from pipeline.event_log import LOG, read_events

@@ -17,7 +17,7 @@ import psutil
 from pydantic import Field, PositiveFloat
 
 from flows.config import IterativeRLConfig
-from flows.places import Places
+from flows.runs.paths import Places
 from pipeline.config import Config, ConfigError
 from stages.training import DeepSpeedEngineConfig, TorchEngineConfig, TrainingConfig, native_bf16
 

@@ -14,12 +14,12 @@ from typing import Any, Final
 
 from flows.algorithm.data import below
 from flows.config import ArithmeticData, FileData, IterativeRLConfig
-from flows.places import Places, nearest
 from flows.planning.cached import Progress, progress_of
 from flows.planning.machine import machine_of, on_devices
 from flows.planning.shapes import shape_for
 from flows.planning.work import Given, Lengths
 from flows.runs.ledger import Ledger, read_ledger
+from flows.runs.paths import Places, nearest
 from flows.runs.record import read_records
 from pipeline.config import ConfigError
 from pipeline.store import Store, StoreError, use_store

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from flows.config import IterativeRLConfig, PretrainedPolicy
-from flows.places import Places
 from flows.runs.ledger import Ledger
+from flows.runs.paths import Places
 from pipeline.config import ConfigError
 from stages.sft import PolicyConfig
 from stages.text import BPETokenizerConfig

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.experiments.tables import Grid, markdown_rows
-from flows.places import Places
 from flows.reward_study.config import StudyChoice
 from flows.reward_study.flow import Gauge, Study, reward_model_study
 from flows.runs.display import displaying
+from flows.runs.paths import Places
 from flows.runs.record import ARTIFACTS, write_json
 from flows.runs.session import InterruptedRunError, orchestration, starting_server
 from flows.runs.state import RunState

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 
 from flows.config import IterativeRLConfig
 from flows.config.resolve import Asked
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.state import RunState
 from pipeline.event_log import LOG, EventLog, LogReader, parse_events, read_events
 from pipeline.events import Event, RunEnded, RunStarted, StageDone, StepDone

@@ -17,13 +17,13 @@ from rich.console import Console
 
 from flows.config import IterativeRLConfig
 from flows.config.resolve import Choice
-from flows.places import Places
-from flows.registry import Registrar
 from flows.runs.completions import completion_rows
 from flows.runs.curve import draw_learning_curve
 from flows.runs.display import displaying
 from flows.runs.ledger import Ledger
+from flows.runs.paths import Places
 from flows.runs.record import RunRecord, write_json
+from flows.runs.registry import Registrar
 from flows.runs.state import RunState
 from flows.runs.summary import Summary, summarise, summary_markdown
 from flows.runs.upkeep import upkeep

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from flows.config import IterativeRLConfig
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import read_records
 from flows.runs.retention import KeepConfig, Retention
 from flows.storage.gc import Freed, Records, superseded

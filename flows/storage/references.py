@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from pathlib import Path
 
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import ARTIFACTS, read_artifacts, read_digests
 from pipeline.event_log import LOG, LogReader
 from pipeline.events import StageDone

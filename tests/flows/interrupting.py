@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.cli import run_command
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import read_records
 from pipeline import tracking
 

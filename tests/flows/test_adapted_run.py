@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from flows.cli import run_command
 from flows.config.recipes import arithmetic_smoke
 from flows.iterative_rl import iterative_rl
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.points import Points
 from pipeline.events import recording
 from pipeline.residency import evict

@@ -23,7 +23,7 @@ from flows.config.resolve import choose
 from flows.doctor import CHECKS, devices, imports, places, servers, versions
 from flows.doctor.examination import Check, Finding, Subject, examine, redacted, subject_of
 from flows.doctor.versions import declared, unmet
-from flows.places import Places
+from flows.runs.paths import Places
 from pipeline.store import Store
 from tests.pipeline.calls import call
 

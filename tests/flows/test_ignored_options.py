@@ -8,7 +8,7 @@ import pytest
 
 from flows.cli import run_command
 from flows.config.recipes import arithmetic_smoke
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import RunRecord
 from pipeline.store import use_store
 from stages.data import ArithmeticConfig, arithmetic_questions

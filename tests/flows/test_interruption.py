@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from flows.cli import run_command
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import read_records
 from pipeline import tracking
 from pipeline.progress import listen

@@ -8,7 +8,7 @@ import pytest
 
 from flows.cli import run_command
 from flows.config.recipes import arithmetic_smoke
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import RunRecord
 from flows.runs.state import RunState
 from flows.storage.gc import Records, needed_again, superseded

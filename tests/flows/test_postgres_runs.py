@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import read_records
 from pipeline.orchestration.server import stop_server
 from pipeline.tracking.database import connect

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import read_records
 from pipeline.store import Store
 from tests.stages.training.groups import gone

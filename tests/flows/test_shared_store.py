@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import read_records
 from tests.flows.test_cli import cohort, command
 from tests.pipeline.s3 import Cloud, Fault, environment, serving

@@ -15,7 +15,7 @@ import yaml
 
 from flows.cli import run_command
 from flows.config.resolve import choose
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import read_record, read_records, run_folder
 from pipeline.events import Event
 from pipeline.residency import evict
@@ -201,8 +201,8 @@ def test_a_display_that_raises_at_every_call_changes_nothing(
         "flows.runs.session.summarise",
         "flows.runs.session.summary_markdown",
         "flows.runs.session.completion_rows",
-        "flows.registry.Registrar.take",
-        "flows.registry.Registrar.conclude",
+        "flows.runs.registry.Registrar.take",
+        "flows.runs.registry.Registrar.conclude",
         "flows.runs.ledger.Ledger.take",
         "flows.commands.training.print_summary",
         "flows.commands.training._announce",

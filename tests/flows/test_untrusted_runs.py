@@ -15,7 +15,7 @@ from rich.text import Text
 
 from flows.cli import run_command
 from flows.config.recipes import arithmetic_smoke
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import IMPORTED, RunRecord, check_folder, read_record, read_records, unreadable_records
 from flows.runs.state import RunState
 from flows.storage.gc import Records, needed_again, superseded

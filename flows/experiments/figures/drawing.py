@@ -22,8 +22,8 @@ from flows.experiments.figures.candidates import sketch_candidates
 from flows.experiments.figures.numbers import Study, read_study
 from flows.experiments.figures.sketches import Sketch, sketch_ageing, sketch_bars, sketch_curves
 from flows.experiments.results import ExperimentResult
-from flows.places import Places
 from flows.runs import curve
+from flows.runs.paths import Places
 from flows.runs.record import write_json
 from pipeline.store import StoreError
 

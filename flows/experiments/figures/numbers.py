@@ -13,8 +13,8 @@ from statistics import fmean
 from typing import Final, Literal
 
 from flows.experiments.results import ExperimentResult, RunResult
-from flows.places import Places
 from flows.runs.ledger import Ledger
+from flows.runs.paths import Places
 
 __all__ = ["Bounds", "Estimate", "Study", "Trained", "estimate", "measured", "read_study"]
 

@@ -11,9 +11,9 @@ from typing import Final, Literal, NamedTuple
 
 from flows.experiments.results import ExperimentResult, RunResult
 from flows.looking.groups import Group, Output
-from flows.places import Places
 from flows.runs.completions import groups_made, last_evaluation
 from flows.runs.ledger import Ledger
+from flows.runs.paths import Places
 from pipeline.lineage import Ancestor, ancestry, mermaid
 from pipeline.store import PrunedArtifactError, Store, StoreError
 

@@ -24,7 +24,7 @@ from flows.experiments.tables import (
     setting_pair,
 )
 from flows.looking.faithful import deviations
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.wording import duration, number
 from pipeline.store import StoreError
 

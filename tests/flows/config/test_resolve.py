@@ -22,8 +22,8 @@ from flows.config.resolve import Asked, Choice, choice_of, choose
 from flows.experiments.arms import method_experiment, plan
 from flows.looking.history import History
 from flows.looking.run_view import show_run
-from flows.places import Places
 from flows.runs.ledger import Ledger
+from flows.runs.paths import Places
 from flows.runs.record import RunRecord, read_records
 from pipeline.config import ConfigError
 from pipeline.experiment import Experiment

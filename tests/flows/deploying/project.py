@@ -20,7 +20,7 @@ import pytest
 
 from flows.config import IterativeRLConfig
 from flows.deploying.pool import state_of
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import RunRecord, read_record, run_folder
 from pipeline.orchestration.server import ensure_server, stop_server
 from tests.prefect_api import ask

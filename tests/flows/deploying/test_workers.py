@@ -21,7 +21,7 @@ from flows.config.resolve import Choice, choose
 from flows.deploying.deployment import Deployed, deploy
 from flows.deploying.pool import VERSIONS, cancel, ensure_pool, submit
 from flows.iterative_rl import iterative_rl
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import run_folder
 from pipeline.config import ConfigError
 from pipeline.orchestration.server import ServerError

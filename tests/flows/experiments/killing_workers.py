@@ -24,7 +24,7 @@ from rich.console import Console
 from flows.experiments.arms import PlannedExperiment, plan
 from flows.experiments.results import read_summary
 from flows.experiments.running import is_finished
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import run_folder
 from flows.runs.session import run_flow
 from pipeline import tracking

@@ -19,8 +19,8 @@ from flows.cli import run_command
 from flows.experiments.arms import plan
 from flows.experiments.results import ExperimentResult, read_experiment
 from flows.experiments.studies import EXPERIMENTS, SCALES, named_experiment
-from flows.places import Places
 from flows.runs.ledger import Ledger
+from flows.runs.paths import Places
 from flows.runs.record import read_records
 from pipeline.experiment import Experiment
 from pipeline.residency import evict

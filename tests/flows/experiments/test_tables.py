@@ -19,7 +19,7 @@ from flows.experiments.ablation import tables_file
 from flows.experiments.arms import Arm, method_experiment
 from flows.experiments.results import RunResult
 from flows.experiments.tables import Outcome, comparison_markdown, print_comparison
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import read_records
 from flows.runs.state import RunState
 from flows.runs.summary import summarise

@@ -25,7 +25,7 @@ from flows.config import IterativeRLConfig
 from flows.experiments.arms import plan
 from flows.experiments.results import ExperimentResult, read_experiment
 from flows.experiments.workers import _Board, _Submitted
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import read_records
 from pipeline.experiment import Experiment
 from pipeline.orchestration.server import stop_server

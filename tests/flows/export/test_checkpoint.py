@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from flows.cli import run_command
 from flows.config import IterativeRLConfig
 from flows.config.recipes import arithmetic_smoke
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import RunRecord, write_json
 from flows.runs.state import RunState
 from pipeline.artifact import ArtifactError

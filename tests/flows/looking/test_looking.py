@@ -16,8 +16,8 @@ import pytest
 from flows.cli import run_command
 from flows.looking.history import BESIDE, PlacedCall, find_run, history_of, placed_calls
 from flows.looking.replay import choose_call, prepare_replay
-from flows.places import Places
 from flows.runs.ledger import Ledger, read_ledger
+from flows.runs.paths import Places
 from pipeline.residency import evict
 from pipeline.stage import describe
 from pipeline.store import Store, use_store

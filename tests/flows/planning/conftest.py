@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from flows.config.resolve import choose
-from flows.places import Places
 from flows.planning.plan import Plan, plan_of
 from flows.planning.request import Request, subject_of
+from flows.runs.paths import Places
 
 Planned = Callable[..., Plan]
 

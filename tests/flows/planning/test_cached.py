@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from flows.config.resolve import choose
-from flows.places import Places
 from flows.planning.cached import calls_of, progress_of
 from flows.planning.machine import PRESETS
+from flows.runs.paths import Places
 from pipeline.store import use_store
 from stages.data import arithmetic_questions
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from flows.places import Places
 from flows.planning.machine import DEVICE_FILE, PRESETS, machine_of, profile_named, read_profile
+from flows.runs.paths import Places
 from pipeline.config import ConfigError
 from tests.flows.planning.conftest import Planned
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from flows.config.resolve import choose
-from flows.places import Places
 from flows.planning.machine import PRESETS
 from flows.planning.request import lengths_for
 from flows.planning.work import Lengths
 from flows.runs.ledger import Ledger
+from flows.runs.paths import Places
 from pipeline.config import ConfigError
 from pipeline.store import use_store
 from stages.tables import Rollouts

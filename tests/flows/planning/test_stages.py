@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from flows.config.methods import method_settings
-from flows.places import Places
 from flows.planning.plan import plan_of
 from flows.planning.request import Request, subject_of
 from flows.planning.shapes import KNOWN_SHAPES, ModelShape
 from flows.planning.stages import checkpoint_bytes
+from flows.runs.paths import Places
 from stages.training import TrainingConfig
 from tests.flows.short_runs import BASE, Run, train
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from flows.cli import run_command
-from flows.places import Places
 from flows.runs.charts import charted
+from flows.runs.paths import Places
 from flows.runs.record import read_records as read_runs
 from pipeline.residency import evict
 from pipeline.store import Store

@@ -10,7 +10,7 @@ import pytest
 
 from flows.config import IterativeRLConfig
 from flows.config.recipes import arithmetic_smoke
-from flows.places import Places
+from flows.runs.paths import Places
 from flows.runs.record import run_folder
 from flows.runs.retention import KeepConfig
 from flows.runs.upkeep import Forecast

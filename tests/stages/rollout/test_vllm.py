@@ -288,7 +288,7 @@ def test_a_run_without_vllm_ends_before_anything_runs(tmp_path: Path) -> None:
     from rich.console import Console
 
     from flows.config.resolve import choose
-    from flows.places import Places
+    from flows.runs.paths import Places
     from flows.runs.session import run_flow
 
     choice = choose("arithmetic_smoke", settings=["rollout.backend.kind=vllm", "rollout.backend.python=nowhere"])

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.experiments.results import ArmResult, ExperimentResult, RunResult, Sharing
-from flows.places import Places
 from flows.runs.ledger import EvaluationCalls
+from flows.runs.paths import Places
 from flows.runs.summary import Summary
 from pipeline.experiment import Experiment
 from pipeline.store import Store, use_store

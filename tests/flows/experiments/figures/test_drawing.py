@@ -13,7 +13,7 @@ from flows.experiments.figures import draw_figures
 from flows.experiments.figures.candidates import tallies
 from flows.experiments.figures.drawing import sketches
 from flows.experiments.figures.sketches import Sketch
-from flows.places import Places
+from flows.runs.paths import Places
 from pipeline.store import Store, StoreError, use_store
 from stages.evaluation import EvaluationConfig, evaluate
 from stages.reward import AccuracyConfig, RewardConfig, count_votes

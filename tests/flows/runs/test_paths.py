@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flows.doctor.places import shared
-from flows.places import Places
+from flows.runs.paths import Places
 from pipeline.config import ConfigError
 from tests.pipeline.calls import call
 

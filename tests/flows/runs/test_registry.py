@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from flows.config.recipes import arithmetic_smoke
-from flows.registry import Registrar, policies_of
 from flows.runs.ledger import Ledger
+from flows.runs.registry import Registrar, policies_of
 from flows.runs.summary import Summary
 from pipeline.events import DriftDone, StageDone, StepDone
 from pipeline.store import Store

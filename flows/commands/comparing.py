@@ -10,8 +10,8 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from flows.commands.options import Root, Settings, console
-from flows.looking.artifact_diff import print_artifact_difference
-from flows.looking.history import find_run, history_of
+from flows.inspection.artifact_diff import print_artifact_difference
+from flows.inspection.history import find_run, history_of
 from flows.runs.paths import Places
 from flows.wording import duration
 from pipeline.config import ConfigError
@@ -45,7 +45,7 @@ def diff(before: str, after: str, *, limit: Limit = 5, root: Root = None) -> Non
     runs = [find_run(places, what) for what in (before, after)]
     with use_store(places.open_store()) as store:
         if runs[0] and runs[1]:
-            from flows.looking.run_diff import print_run_difference
+            from flows.inspection.run_diff import print_run_difference
 
             histories = [history_of(places, store, run) for run in runs if run]
             print_run_difference(store, histories[0], histories[1], out, limit=limit)
@@ -92,7 +92,7 @@ def replay(
     root
         Folder of the runs and the store.
     """
-    from flows.looking.replay import choose_call, prepare_replay
+    from flows.inspection.replay import choose_call, prepare_replay
 
     places, out = Places.under(root), console()
     record = find_run(places, run)

@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.commands.options import Root, console
-from flows.looking.artifact_view import show_artifact
-from flows.looking.history import find_run, history_of
+from flows.inspection.artifact_view import show_artifact
+from flows.inspection.history import find_run, history_of
 from flows.runs.paths import Places
 from flows.runs.record import RunRecord, read_records, unreadable_records
 from flows.wording import duration, moment, percent, quoted, visible
@@ -96,7 +96,7 @@ def show(
 def _show_run(
     places: Places, store: Store, record: RunRecord, *, step: int | None, limit: int | None, question: str | None
 ) -> None:
-    from flows.looking.run_view import show_run, show_step
+    from flows.inspection.run_view import show_run, show_step
 
     history = history_of(places, store, record)
     if step is None:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.commands.options import Root, console
-from flows.looking.history import find_run
+from flows.inspection.history import find_run
 from flows.runs.paths import Places
 from flows.runs.record import IMPORTED, check_folder, read_records, write_json
 from flows.storage.gc import Freed, Records, superseded

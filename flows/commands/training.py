@@ -129,7 +129,7 @@ def check(
     if data:
         _check_data(recipe, choice.config, out)
     if faithful:
-        from flows.looking.faithful_view import print_faithfulness
+        from flows.inspection.faithful import print_faithfulness
 
         print_faithfulness(choice.config, out)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.export.model_card import adapter_card, model_card
-from flows.looking.history import History, find_run, history_of
+from flows.inspection.history import History, find_run, history_of
 from flows.runs.paths import Places
 from flows.runs.record import RunRecord, read_artifacts, read_records
 from pipeline.config import ConfigError

@@ -13,8 +13,8 @@ from typing import Any, Final
 import yaml
 
 from flows.config import ArithmeticData, IterativeRLConfig, PretrainedPolicy
-from flows.looking.history import History
-from flows.looking.run_curve import evaluations, measures
+from flows.inspection.history import History
+from flows.inspection.run_curve import evaluations, measures
 from flows.wording import percent
 from pipeline.config import flatten
 from pipeline.diff import stored_tensors

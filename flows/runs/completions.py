@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from flows.looking.groups import Group, groups_of
+from flows.inspection.groups import Group, groups_of
 from flows.runs.ledger import EvaluationCalls, Ledger
 from pipeline.store import Store, StoreError, use_store
 

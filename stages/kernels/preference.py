@@ -1,17 +1,17 @@
-"""Direct preference optimisation over pairs of outputs: rows 0, 2, 4, ... are preferred to the rows right after them.
+"""What is learned from preferences and labels: DPO over pairs of outputs, and the losses that fit scores to labels, in nats.
 
-Legend: B = 2 P rows, T tokens, P pairs.
+Of DPO's rows 0, 2, 4, ... are preferred to the rows right after them. Legend: B = 2 P rows, T tokens, P pairs, N scores.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from stages.kernels.objective import Surrogate
 
-__all__ = ["dpo", "log_ratio_of_outputs"]
+__all__ = ["bradley_terry", "dpo", "log_ratio_of_outputs", "pointwise"]
 
 
 def dpo(logp_BT: Tensor, ref_logp_BT: Tensor, mask_BT: Tensor, *, beta: float, length_normalised: bool) -> Surrogate:
@@ -36,3 +36,20 @@ def log_ratio_of_outputs(log_ratio_BT: Tensor, mask_BT: Tensor, *, length_normal
     """Mean (Eq. 12) or sum over the tokens of each output: `[B]`."""
     total_B = (mask_BT * log_ratio_BT).sum(-1)
     return total_B / mask_BT.sum(-1).clamp(min=1) if length_normalised else total_B
+
+
+def bradley_terry(preferred_P: Tensor, other_P: Tensor) -> Tensor:
+    """-log sigma(s+ - s-) of each pair (Bradley and Terry 1952; as a reward's loss Ouyang et al. 2022, Eq. 1): `[P]`.
+
+    Only differences within pairs count: adding one number to all scores of a question changes nothing. Slope in s+:
+    -sigma(s- - s+).
+    """
+    return -logsigmoid(preferred_P - other_P)
+
+
+def pointwise(score_N: Tensor, label_N: Tensor) -> Tensor:
+    """-y log sigma(s) - (1 - y) log(1 - sigma(s)) of each score (Math-Shepherd: Wang et al. 2023b, Eq. 1 and 2): `[N]`.
+
+    sigma(s) then estimates the probability that the label is 1. Labels between 0 and 1 are shares. Slope in s: sigma(s) - y.
+    """
+    return binary_cross_entropy_with_logits(score_N, label_N, reduction="none")

@@ -18,7 +18,7 @@ import pytest
 from flows.cli import _explain, run_command
 from flows.config.recipes import RECIPES, arithmetic_smoke
 from flows.config.resolve import choose
-from flows.looking.groups import groups_of
+from flows.inspection.groups import groups_of
 from flows.runs.paths import Places
 from flows.runs.record import Attempt, RunRecord, read_records, run_folder
 from flows.runs.state import RunState

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from flows.looking.history import History, PlacedCall
-from flows.looking.replay import prepare_replay
+from flows.inspection.history import History, PlacedCall
+from flows.inspection.replay import prepare_replay
 from flows.runs.ledger import Ledger
 from flows.runs.record import RunRecord
 from pipeline.residency import evict

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, Literal, NamedTuple
 
 from flows.experiments.results import ExperimentResult, RunResult
-from flows.looking.groups import Group, Output
+from flows.inspection.groups import Group, Output
 from flows.runs.completions import groups_made, last_evaluation
 from flows.runs.ledger import Ledger
 from flows.runs.paths import Places

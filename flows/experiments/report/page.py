@@ -23,7 +23,7 @@ from flows.experiments.tables import (
     setting,
     setting_pair,
 )
-from flows.looking.faithful import deviations
+from flows.inspection.faithful import deviations
 from flows.runs.paths import Places
 from flows.wording import duration, number
 from pipeline.store import StoreError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flows.config.methods import METHODS
-from flows.looking.groups import groups_of
+from flows.inspection.groups import groups_of
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
 from stages.tables import Advantages, Rewards

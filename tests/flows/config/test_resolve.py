@@ -20,8 +20,8 @@ from flows.config.methods import METHODS
 from flows.config.recipes import RECIPES, arithmetic_smoke
 from flows.config.resolve import Asked, Choice, choice_of, choose
 from flows.experiments.arms import method_experiment, plan
-from flows.looking.history import History
-from flows.looking.run_view import show_run
+from flows.inspection.history import History
+from flows.inspection.run_view import show_run
 from flows.runs.ledger import Ledger
 from flows.runs.paths import Places
 from flows.runs.record import RunRecord, read_records

@@ -1,4 +1,4 @@
-"""DPO by hand: two pairs of unequal lengths."""
+"""DPO by hand on two pairs of unequal lengths; losses of pairs and of single scores against values by hand and their slopes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from stages.kernels.preference import dpo, log_ratio_of_outputs
+from stages.kernels.preference import bradley_terry, dpo, log_ratio_of_outputs, pointwise
 
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]], dtype=torch.float64)
 LOGP = torch.tensor([[-1.0, -1.0, 0], [-2.0, 0, 0], [-1, -2, -3], [-1, -1, 0]], dtype=torch.float64)
@@ -36,3 +36,44 @@ def test_the_value_is_log_sigma_of_the_margin_at_every_token_of_both() -> None:
 def test_the_usual_form_sums_over_tokens() -> None:
     found = dpo(LOGP, REF, MASK, beta=0.5, length_normalised=False)
     assert found.value_BT[0, 0].item() == pytest.approx(math.log(sigma(0.5 * (2.0 - -1.0))))
+
+
+def test_a_pair_of_equal_scores_costs_log_two_and_a_right_order_less() -> None:
+    loss = bradley_terry(torch.tensor([0.0, 2.0, 0.0]), torch.tensor([0.0, 0.0, 2.0])).tolist()
+    assert loss == pytest.approx([math.log(2), math.log1p(math.exp(-2)), math.log1p(math.exp(2))])
+
+
+def test_only_the_difference_of_a_pair_counts() -> None:
+    preferred, other = torch.tensor([1.5]), torch.tensor([-0.25])
+    assert bradley_terry(preferred + 7, other + 7).item() == pytest.approx(bradley_terry(preferred, other).item())
+
+
+def test_the_slope_of_a_pair_is_the_chance_of_the_wrong_order() -> None:
+    preferred, other = torch.tensor([0.5], requires_grad=True), torch.tensor([1.5], requires_grad=True)
+    bradley_terry(preferred, other).sum().backward()
+    wrong = 1 / (1 + math.exp(-1.0))
+    assert preferred.grad is not None
+    assert other.grad is not None
+    assert (preferred.grad.item(), other.grad.item()) == pytest.approx((-wrong, wrong))
+
+
+def test_scores_far_apart_neither_overflow_nor_lose_their_slope() -> None:
+    preferred = torch.tensor([-200.0], requires_grad=True)
+    loss = bradley_terry(preferred, torch.tensor([200.0]))
+    loss.sum().backward()
+    assert preferred.grad is not None
+    assert (loss.item(), preferred.grad.item()) == (400.0, -1.0)
+
+
+def test_a_single_score_costs_the_cross_entropy_with_its_label() -> None:
+    score, label = torch.tensor([0.0, 2.0, 2.0, 0.0]), torch.tensor([1.0, 1.0, 0.0, 0.25])
+    expected = [math.log(2), math.log1p(math.exp(-2)), math.log1p(math.exp(2)), math.log(2)]
+    assert pointwise(score, label).tolist() == pytest.approx(expected)
+
+
+def test_the_slope_of_a_single_score_is_probability_less_label() -> None:
+    score = torch.tensor([0.7, 0.7], requires_grad=True)
+    pointwise(score, torch.tensor([1.0, 0.25])).sum().backward()
+    probability = 1 / (1 + math.exp(-0.7))
+    assert score.grad is not None
+    assert score.grad.tolist() == pytest.approx([probability - 1, probability - 0.25])

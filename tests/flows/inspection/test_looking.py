@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from flows.cli import run_command
-from flows.looking.history import BESIDE, PlacedCall, find_run, history_of, placed_calls
-from flows.looking.replay import choose_call, prepare_replay
+from flows.inspection.history import BESIDE, PlacedCall, find_run, history_of, placed_calls
+from flows.inspection.replay import choose_call, prepare_replay
 from flows.runs.ledger import Ledger, read_ledger
 from flows.runs.paths import Places
 from pipeline.residency import evict

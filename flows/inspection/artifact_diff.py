@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.looking.difference_view import column, essential, pairs_table, shortened_pair
+from flows.inspection.difference_view import column, essential, pairs_table, shortened_pair
 from flows.wording import number, size
 from pipeline import lineage
 from pipeline.config import flatten

@@ -15,7 +15,7 @@ from flows.config import IterativeRLConfig
 from flows.config.methods import METHODS, method_settings
 from flows.config.methods import PAPER as TABLE_10
 from flows.config.recipes import RECIPES, deepseekmath_7b, gsm8k_cpu, gsm8k_one_gpu
-from flows.looking.faithful import PAPER, SILENT, PaperValue, choices, deviations
+from flows.inspection.faithful import PAPER, SILENT, PaperValue, choices, deviations
 from stages.training import LoRAConfig
 
 DECISIONS = Path(__file__).parents[3] / "docs" / "decisions.md"

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.looking.groups import Group, groups_of
+from flows.inspection.groups import Group, groups_of
 from flows.wording import duration, moment, number, quoted, size
 from pipeline.config import ConfigError, flatten
 from pipeline.diff import read_rows, stored_tensors

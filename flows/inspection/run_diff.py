@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.looking.difference_view import column, essential, pairs_table, shortened_pair, titled
-from flows.looking.history import BESIDE, History, PlacedCall, placed_calls
-from flows.looking.run_curve import best, evaluations, measures
+from flows.inspection.difference_view import column, essential, pairs_table, shortened_pair, titled
+from flows.inspection.history import BESIDE, History, PlacedCall, placed_calls
+from flows.inspection.run_curve import best, evaluations, measures
 from flows.wording import number, percent, quoted
 from pipeline import lineage
 from pipeline.config import flatten

@@ -21,7 +21,7 @@ from pydantic import BaseModel, create_model
 
 import stages
 from flows.config import IterativeRLConfig
-from flows.looking.history import BESIDE, History, PlacedCall, placed_calls
+from flows.inspection.history import BESIDE, History, PlacedCall, placed_calls
 from pipeline.artifact import Artifact
 from pipeline.config import Config, ConfigError, parse_settings
 from pipeline.stage import describe

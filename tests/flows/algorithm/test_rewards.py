@@ -92,7 +92,7 @@ def test_every_step_shows_how_far_the_models_can_be_trusted(run: Run) -> None:
 def test_a_gauge_beyond_its_limit_stops_the_run_and_names_it(run: Run) -> None:
     with (
         use_store(run.store),
-        pytest.raises(ValueError, match="scores no longer stand for being right: pearson"),
+        pytest.raises(ValueError, match="scores no longer agree with the rules: pearson"),
     ):
         train(
             run.store, "grpo", iterations=1, steps=1, reward_model=PLAN | {"limits": {"min_correlation": 1.0}}, **STEPS

@@ -8,10 +8,11 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import yaml
 
@@ -214,9 +215,16 @@ def test_what_a_model_or_a_person_wrote_runs_nothing(copy: Path) -> None:
 
 
 def test_a_completion_with_a_script_stands_there_as_text(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = Rollouts.rows
+    read = Rollouts.read
     wicked = "<script>alert(3)</script></pre><h1>"
-    monkeypatch.setattr(Rollouts, "rows", lambda self: [row | {"text": wicked} for row in read(self)])
+
+    def altered(self: Rollouts, columns: Sequence[str] | None = None) -> pa.Table:
+        table = read(self, columns)
+        return table.set_column(
+            table.column_names.index("text"), table.field("text"), pa.array([wicked] * table.num_rows)
+        )
+
+    monkeypatch.setattr(Rollouts, "read", altered)
     body = page(root)
     assert body.all("script") == []
     assert {cell.text for cell in completions(body)[0].all("td")} != set()

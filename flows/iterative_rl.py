@@ -68,7 +68,7 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
             if config.evaluation.is_due(step + 1, last):
                 evaluate_policy(config, policy, data.evaluation, step=step + 1)
         asked = reward_models
-        # After the last iteration nobody would ask the reward models anything.
+        # After the last iteration the reward models are not used again.
         if config.reward_model and config.reward_model.retrain and iteration + 1 < config.iterations:
             reward_models = train_on(config, data, policy, reward_models, iteration=iteration + 1)         # line 11
         measure_drift(config, data, (asked, reward_models), (reference, policy), step=step + 1)

@@ -1,4 +1,4 @@
-"""How reward models age: held against the rules on the outputs of the policy they learned from, and of the one they trained.
+"""How reward models age: compared with the rules on the outputs of the policy they learned from, and of the one they trained.
 
 Held-out questions, which no reward model learned from. At the end of every iteration there are two policies, that at its start
 (`old_policy`, whose outputs the models learned from) and that at its end (`new_policy`), and with retraining two states of the

@@ -1,7 +1,7 @@
 """Before the first update: whether the first step's outputs and rewards hold anything that the method can learn from.
 
-No further sampling: what is judged are the tables that the first update learns from, so a cached or resumed run passes by
-reading them. A run that fails here has updated nothing; after its configuration is mended it reuses all that the change leaves
+Nothing is sampled for it: it examines the tables that the first update learns from, so a cached or resumed run passes by
+reading them. A run that fails here has updated nothing; with another configuration it reuses all that the change leaves
 as it was.
 """
 
@@ -64,7 +64,7 @@ class Findings:
 
     @property
     def unreadable(self) -> int:
-        """Outputs whose answer nobody read."""
+        """Outputs whose answer was not read."""
         return sum(self.statuses[status] for status in _UNREAD)
 
     def metrics(self) -> dict[str, float]:
@@ -156,7 +156,7 @@ def _verdicts(rows: Sequence[Row]) -> set[bool]:
 
 
 def _unread(config: IterativeRLConfig, found: Findings, rows: Sequence[Row], outputs: Rollouts) -> Iterator[str]:
-    """What is wrong with outputs that nobody could read, the most frequent cause first."""
+    """What is wrong with outputs that could not be read, the most frequent cause first."""
     advice = {
         "truncated": f"cut at rollout.max_output_tokens={config.rollout.max_output_tokens}: raise it, have the initial policy "
         "learn to end (sft), or score them as they stand (reward.truncated=as_is)",
@@ -164,7 +164,7 @@ def _unread(config: IterativeRLConfig, found: Findings, rows: Sequence[Row], out
         "the form (sft, prompt)",
         "timeout": f"not scored within the deadline (reward.deadline_s={config.reward.deadline_s:g}, or that of your "
         "function): raise it",
-        "error": "not scored for an error: mend what the warnings before this one name",
+        "error": "not scored for an error: fix what the warnings before this one name",
     }
     for status in _causes(config.preflight, found):
         ending = f"; the first ends like {_ending(rows, outputs, status)!r}" if status in _UNREAD[:2] else ""

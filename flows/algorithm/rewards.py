@@ -1,4 +1,4 @@
-"""Learned rewards in the flow: made before Algorithm 1 begins, held against the rules, trained on after each iteration."""
+"""Learned rewards in the flow: made before Algorithm 1 begins, compared with the rules, trained on after each iteration."""
 
 from __future__ import annotations
 

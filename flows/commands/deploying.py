@@ -62,7 +62,7 @@ def deploy(
     now
         Also run it once, now.
     root
-        Folder of store, runs and databases, told to the workers.
+        Folder of store, runs and databases, passed to the workers.
     """
     choice, places, out = choose(recipe, config or [], set_ or [], method=method), Places.under(root), console()
     made = make_deployment(

@@ -63,7 +63,7 @@ def verify(*, repair: bool = False, root: Root = None) -> int:
         return 1
     if not repair:
         out.print(
-            f"[bold]cohort verify --repair{escape(places.option())}[/] mends this; the next run that needs it does too"
+            f"[bold]cohort verify --repair{escape(places.option())}[/] repairs this; the next run that needs it does too"
         )
         return 1
     _quarantine(places.open_store(), found, out)

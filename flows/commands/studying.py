@@ -30,7 +30,7 @@ def reward_model(
 ) -> None:
     """Train a reward model on labelled solutions of others, and judge it on questions it has not seen.
 
-    The rules label the solutions (and are held against the file's own labels), a hash of the question decides what is learned
+    The rules label the solutions (and are compared with the file's own labels), a hash of the question decides what is learned
     from. Printed: AUC with its 95 % interval over questions, within authors and within questions, beside baselines that only
     see length, format, author or the question's length; also written to a markdown file beside the runs, which the last line
     names. The same command again computes nothing.

@@ -163,7 +163,7 @@ class PreflightConfig(Config):
     """Of the outputs, those cut at the length limit and not scored as they are (`reward.truncated`). Ours: what one output in
     a hundred has learned to end is not worth a run, and the limit of tokens is nearly always what is wrong."""
     unreadable: float | None = Field(0.99, gt=0, le=1)
-    """Of the outputs, those whose answer nobody read: truncated, unparseable, timed out, failed. Ours, for the same reason: a
+    """Of the outputs, those whose answer was not read: truncated, unparseable, timed out, failed. Ours, for the same reason: a
     component that rewards form gives them unequal rewards, and hides that the rule reward is 0 whatever they answer."""
     without_signal: float | None = Field(1.0, gt=0, le=1)
     """Of the questions, those that the method learns nothing from (`Findings.silent`). At 1 the first update would change
@@ -196,12 +196,12 @@ class RewardModelPlan(Config):
     replay: ReplayConfig = ReplayConfig()
     "How much history joins the fresh labels (4.1.4: 10 %)."
     gauges: GaugeConfig = GaugeConfig()
-    "How the models are held against the rules, on the outputs of every step."
+    "How the models are compared with the rules, on the outputs of every step."
     limits: GaugeLimits = GaugeLimits()
     "Gauges that stop the run."
     held_out_questions: NonNegativeInt = 128
     """Questions of the first held-out set whose outputs show, after every iteration, how the models have aged and what
-    retraining mended (`rm/held_out_auc/...`); 0 = not measured. Ours."""
+    retraining restored (`rm/held_out_auc/...`); 0 = not measured. Ours."""
 
     @property
     def fitting(self) -> RewardTrainingConfig:

@@ -36,14 +36,14 @@ def imports(subject: Subject, modules: Sequence[str] = ()) -> Iterator[Finding]:
     took: dict[str, float] = {}
     while waiting:
         answer = ask(probing("imports", *waiting), subject.environment, deadline=_VLLM_SECONDS)
-        told = answer.values()
-        for about in told:
+        answers = answer.values()
+        for about in answers:
             if about.get("error"):
                 yield _failed(about["module"], about["error"])
             elif "module" in about:
                 took[about["module"]] = about["seconds"]
-        begun = [about["begins"] for about in told if "begins" in about]
-        done = [about["module"] for about in told if "module" in about]
+        begun = [about["begins"] for about in answers if "begins" in about]
+        done = [about["module"] for about in answers if "module" in about]
         if answer.exit_code == 0 or not begun:
             break
         if begun[-1] not in done:
@@ -89,11 +89,11 @@ def vllm(subject: Subject) -> Iterator[Finding]:
     except OSError as error:
         yield Finding("vllm", "problem", f"{where}: {error.strerror or error}", _HOW)
         return
-    told = answer.values()
-    if answer.exit_code != 0 or not told:
+    answers = answer.values()
+    if answer.exit_code != 0 or not answers:
         yield Finding("vllm", answer.severity, f"{where} {answer.failure()}", f"name a Python from 3.11 on: {_HOW}")
         return
-    yield from _compared(told[0]["versions"], where)
+    yield from _compared(answers[0]["versions"], where)
 
 
 def vllm_imports(subject: Subject) -> Iterator[Finding]:
@@ -104,7 +104,7 @@ def vllm_imports(subject: Subject) -> Iterator[Finding]:
         answer = _asked(subject, "imports", "vllm")
     except OSError:
         return  # reported by `vllm`
-    failed = [told["error"] for told in answer.values() if told.get("error")]
+    failed = [found["error"] for found in answer.values() if found.get("error")]
     if answer.exit_code != 0 or failed:
         text = f"import vllm: {failed[0] if failed else answer.failure()}"
         advice = f"on a quiet machine again; else make its environment again: {_HOW}"

@@ -45,7 +45,7 @@ def show_artifact(
 
 
 def show_groups(groups: Iterable[Group], console: Console, *, limit: int | None, question: str | None) -> None:
-    """Print questions with their outputs, three unless told, or that of one id.
+    """Print questions with their outputs, three by default, or that of one id.
 
     Raises:
         ValueError: no group has that id.

@@ -185,7 +185,7 @@ def _missed(config: IterativeRLConfig) -> Iterator[PaperValue]:
 
 
 def _is_base(trunk: Any, config: IterativeRLConfig) -> bool:
-    """Whether it may be a model before supervised fine-tuning: this run's, or one of others, of which nobody can tell here."""
+    """Whether it may be a model before supervised fine-tuning: this run's, or one of others, which cannot be known here."""
     return isinstance(trunk, PretrainedPolicy) or (trunk == "base" and config.sft is not None)
 
 

@@ -25,7 +25,7 @@ from pipeline.store import MissingArtifactError, Store
 __all__ = ["show_run", "show_step"]
 
 _STEPS: Final = 50
-"""Steps in the table unless told."""
+"""Steps in the table by default."""
 _BAR: Final = 20
 """Characters of a bar for an accuracy of 1."""
 _TABLES: Final = ("outputs", "rewards", "advantages", "policy")
@@ -38,7 +38,7 @@ def show_run(store: Store, run: History, console: Console, *, limit: int | None)
     """Print a run: how it went, what its settings change, its evaluations, and the artifacts of its steps.
 
     Args:
-        limit: steps to list, evenly spread; 50 unless told.
+        limit: steps to list, evenly spread; 50 by default.
     """
     _show_head(run, console)
     _show_settings(run, console)

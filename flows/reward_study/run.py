@@ -82,7 +82,7 @@ def run_study(
             text = study_markdown(study, choice, command)
             failsafe("the tracker")(_track)(tracker, study, text)
             file.parent.mkdir(parents=True, exist_ok=True)
-            # Before the lease ends: at no moment do they look unused.
+            # Before the pins end: at no moment do they look unused.
             write_json(file.with_suffix(f".{ARTIFACTS}"), state.artifacts)
     except BaseException as error:
         if is_interruption(error):

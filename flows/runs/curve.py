@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["COLOURS", "draw_learning_curve"]
 
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's palette: told apart by colour-blind readers."""
+"""Okabe and Ito's palette: distinct for colour-blind readers."""
 
 Curve = Mapping[int, Mapping[str, float]]
 

@@ -167,7 +167,7 @@ class Display:
 
     def _moved(self, topic: str) -> None:
         done, total = (self.state.detail.get(name) for name in ("done", "total"))
-        if self.live or (total and done == total):  # what is complete is told by what follows
+        if self.live or (total and done == total):  # what follows says that it is complete
             return
         if self.state.clock() - self._last_line >= _PLAIN_SECONDS:
             self._line(f"{self.state.stage or topic} {_detail_text(self.state.detail)}")

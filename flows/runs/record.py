@@ -183,7 +183,7 @@ class RunRecord:
             record.take(event)
         except OSError as error:
             raise StoreError(
-                f"{folder} cannot be written ({error.strerror or error}): free space, mend permissions or choose another "
+                f"{folder} cannot be written ({error.strerror or error}): free space, fix permissions or choose another "
                 "place with --root"
             ) from None
         return record

@@ -1,4 +1,4 @@
-"""What MLflow's registry is told of a run: the data it read, the reward models it trained, and the policies it came to."""
+"""What MLflow's registry gets of a run: the data it read, the reward models it trained, and the policies it came to."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """What a run keeps of what it made: after every step, payloads that nothing will read again are freed.
 
 Manifests and records stay, so that the same run again, or a longer one, reuses all of it. What the run goes on from, what later
-policies are held against, what was evaluated and what reward models replay is never touched; nor is what another run that is
-alive holds a lease on, or what another run that was recorded used.
+policies are compared with, what was evaluated and what reward models replay is never touched; nor is what another run that is
+alive has pinned, or what another run that was recorded used.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Retention:
     def __init__(
         self, store: Store, keep: KeepConfig, *, iteration_steps: int, spared: Callable[[], Collection[str]]
     ) -> None:
-        """Take the store that the run uses, whose lease the run holds.
+        """Take the store that the run uses, in which the run has its pins.
 
         Args:
             iteration_steps: steps of an iteration, whose last policy is the next one's reference.

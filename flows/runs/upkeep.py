@@ -1,4 +1,4 @@
-"""Around a run: its lease on what it uses, the disk it writes to, and what it frees as it goes."""
+"""Around a run: pins on what it uses, the disk it writes to, and what it frees as it goes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SUGGESTED: Final = {"optimizer": 1, "checkpoints": 2, "rollouts": 5}
 
 @contextlib.contextmanager
 def upkeep(store: Store, config: IterativeRLConfig, places: Places, run: str) -> Iterator[None]:
-    """Hold the run's lease, watch the disk, and free what the configuration does not keep, inside the block."""
+    """Pin what the run uses, watch the disk, and free what the configuration does not keep, inside the block."""
     others = OtherRuns(places, run, store)
     retention = Retention(store, config.keep, iteration_steps=config.steps, spared=others.digests)
     with store.pins.open(run), watching(store, config.keep, places) as watch:
@@ -49,7 +49,7 @@ def ways_to_free(store: Store, places: Places) -> str:
     """The commands that would free space, and how much each."""
     inventory, records = Inventory(store), Records(store.actions())
     final = {run.policy for run in read_records(places)}
-    held = set[str]().union(*(lease.digests for lease in store.pins.live()))
+    held = set[str]().union(*(pins.digests for pins in store.pins.live()))
     offers = []
     for option, count in _SUGGESTED.items():
         counts: dict[str, int | None] = {**dict.fromkeys(_SUGGESTED), option: count}

@@ -1,7 +1,7 @@
 """What of a training is no longer needed: read from the records of its stage calls, so that it does not matter how it ended.
 
 A checkpoint stands in a chain: each update names the checkpoint that it went on from. The newest of a chain is what training
-continues from, with the optimizer's state; of the earlier ones that state, and the weights, serve nobody but those who look
+continues from, with the optimizer's state; of the earlier ones that state, and the weights, are read only by those who look
 back. The tables of a step (outputs, rewards, advantages and what else its update was given) are read by that step alone.
 """
 
@@ -187,7 +187,7 @@ def _newest(records: Records, stage: str, count: int) -> _Kept:
 
 
 def _looked_back_at(records: Records) -> set[str]:
-    """Policies that were evaluated, or that later ones are held against."""
+    """Policies that were evaluated, or that later ones are compared with."""
     evaluated = {
         _sampler(sampled)
         for record in records.of("evaluate")

@@ -15,7 +15,7 @@ __all__ = ["OtherRuns", "references", "used_by"]
 
 
 def used_by(folder: Path, store: Store) -> set[str]:
-    """Digests of what a run used: as its log says, or what is left of the lease of one that was killed."""
+    """Digests of what a run used: as its log says, or what is left of the pins of one that was killed."""
     return _used_by(folder, store.pins.remains())
 
 
@@ -25,8 +25,8 @@ def references(places: Places, store: Store) -> dict[str, set[str]]:
     found = {folder.name: _used_by(folder, remains) for folder in sorted(places.runs.glob("*/"))}
     for file in sorted(places.runs.glob(f"*.{ARTIFACTS}")):
         found[file.name.removesuffix(f".{ARTIFACTS}")] = read_digests(file)
-    for lease in store.pins.live():
-        found.setdefault(lease.run, set()).update(lease.digests)
+    for pins in store.pins.live():
+        found.setdefault(pins.run, set()).update(pins.digests)
     return {name: used for name, used in found.items() if used}
 
 
@@ -37,7 +37,7 @@ def _used_by(folder: Path, remains: Mapping[str, set[str]]) -> set[str]:
 class OtherRuns:
     """What other runs than one have used, and studies; of their logs only what was appended since is read.
 
-    Runs that live are left out: their leases say what they need, and what they give back.
+    Runs that live are left out: their pins say what they need, and what they give back.
     """
 
     def __init__(self, places: Places, own: str, store: Store) -> None:
@@ -48,7 +48,7 @@ class OtherRuns:
 
     def digests(self) -> Set[str]:
         """All of them."""
-        apart = {self._own, *(lease.run for lease in self._store.pins.live())}
+        apart = {self._own, *(pins.run for pins in self._store.pins.live())}
         for file in self._runs.glob(f"*/{LOG}"):
             if file.parent.name not in apart:
                 events = self._logs.setdefault(file, LogReader(file)).new(kinds=(StageDone,))

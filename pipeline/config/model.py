@@ -243,7 +243,7 @@ def _explain(root: type[BaseModel], details: ErrorDetails) -> str:
 def _descend(models: set[type[BaseModel]], location: list[str]) -> tuple[list[str], set[type[BaseModel]]]:
     """The keys as a person writes them, and the models there, at a pydantic error location.
 
-    Inside a union pydantic's location also holds the member, by its tag or class name, which nobody wrote.
+    Inside a union pydantic's location also holds the member, by its tag or class name, which the user did not write.
     """
     path: list[str] = []
     for part in location:

@@ -146,7 +146,7 @@ def track(
     config: Mapping[str, Any],
     tags: Mapping[str, str] | None = None,
 ) -> Iterator[Tracker]:
-    """Track one arm with one seed for its whole training; its end is told truthfully (FINISHED, FAILED, KILLED).
+    """Track one arm with one seed for its whole training; records its end (FINISHED, FAILED, KILLED).
 
     Args:
         home: folder of the store and of the database (`artifacts`).
@@ -178,7 +178,7 @@ def track(
 
 
 def tracked_models(home: Path, experiment: str, run_key: str) -> list[TrackedModel]:
-    """The models that a run came to, in the order in which it first told of them; none of a run that was not tracked."""
+    """The models that a run came to, in the order in which they were first logged; none of a run that was not tracked."""
     records = _records(folder_of(home.resolve()) / experiment / f"{run_key}.jsonl")
     found = {record["name"]: record for record in records if record["kind"] == "model"}
     return [TrackedModel(part["model"], part["digest"], part["step"], part["tags"]) for part in found.values()]

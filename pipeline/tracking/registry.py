@@ -24,7 +24,7 @@ _DESCRIPTION: Final = "What runs came to, a version for each digest. The weights
 
 @dataclasses.dataclass(frozen=True)
 class TrackedModel:
-    """A model that a run came to, as MLflow's registry is told of it."""
+    """A model that a run came to, as MLflow's registry gets it."""
 
     name: str
     """The registered model: what kind of model it is."""

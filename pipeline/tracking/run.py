@@ -1,4 +1,4 @@
-"""One run in MLflow's database: found by its key, continued without repetition, told the truth about its end.
+"""One run in MLflow's database: found by its key, continued without repetition, with the end that it really had.
 
 MLflow keeps a step that is logged twice twice and refuses a changed parameter. So the last step of every metric is read from
 the run itself before anything is sent: a point is in the database exactly once, even after a kill between the sending and

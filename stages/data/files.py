@@ -266,7 +266,7 @@ class _Questions:
             if row[column] != before:
                 raise DataError(
                     f"{where}: repeats the {self._known_by} of {first} with another {column} ({str(row[column])[:60]!r}, there "
-                    f"{before[:60]!r}), so that the first is not known to be right; mend the file, or set duplicates=number"
+                    f"{before[:60]!r}), so that the first is not known to be right; correct the file, or set duplicates=number"
                 )
 
 

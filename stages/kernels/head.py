@@ -117,7 +117,7 @@ class _HeadLogprobs(torch.autograd.Function):
 
 
 class _Sums(NamedTuple):
-    """Gradients of the head's inputs as chunks come in; None where nobody asks for one.
+    """Gradients of the head's inputs as chunks come in; None where it is not asked for.
 
     One buffer for the weight: autograd over chunks would make a further [V, H] for each of them.
     """

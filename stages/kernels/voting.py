@@ -47,7 +47,7 @@ def maj_at_k(n: int, correct: int, wrong: Sequence[int], k: int) -> float:
     `correct` is the number of samples with the correct answer, `wrong` the number of samples of each distinct wrong
     answer; the other n - correct - sum(wrong) samples gave no answer. Exact expectation over all C(n, k) subsets.
 
-    Rules: a sample without an answer takes its place in the subset and does not vote; if nobody votes the vote is lost;
+    Rules: a sample without an answer takes its place in the subset and does not vote; if no sample votes the vote is lost;
     a tie of t answers is won by each with probability 1/t (what "the first one seen wins" is on average, whatever the
     order of the rows).
 

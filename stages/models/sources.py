@@ -281,11 +281,11 @@ def _explained(repository: str, revision: str) -> Iterator[None]:
             f"{repository} is gated: accept its terms at {place}/{repository}, then log in (`hf auth login`, or HF_TOKEN)"
         ) from None
     except errors.RevisionNotFoundError:
-        raise HubError(f"{repository} has no branch, tag or commit {revision}; mend policy.revision") from None
+        raise HubError(f"{repository} has no branch, tag or commit {revision}; correct policy.revision") from None
     except errors.RepositoryNotFoundError:
         raise HubError(
-            f"{repository}: neither a folder here nor a model at {place} that you may read; mend policy.path, or log in where "
-            "it is private (`hf auth login`, or HF_TOKEN)"
+            f"{repository}: neither a folder here nor a model at {place} that you may read; correct policy.path, or log in "
+            "where it is private (`hf auth login`, or HF_TOKEN)"
         ) from None
     except errors.HfHubHTTPError as error:
         raise HubError(f"{repository}: {place} answers {error.response.status_code}; try again later") from None

@@ -79,7 +79,7 @@ def find_source(function: str) -> FunctionSource:
 
 
 def _unbound(name: str, content: bytes) -> str | None:
-    """Return why the source cannot define the name, or None: as far as can be told without running it."""
+    """Return why the source cannot define the name, or None: as far as can be seen without running it."""
     try:
         tree = ast.parse(content)
     except (SyntaxError, ValueError) as error:  # ValueError: null bytes

@@ -147,8 +147,8 @@ class Engine:
         )
         [request] = self._engine().generate([{"prompt_token_ids": order["ids"]}], params, use_tqdm=False)
         [output] = request.outputs
-        told = [at[token].logprob for token, at in zip(order["ids"][1:], request.prompt_logprobs[1:], strict=True)]
-        return {"prompt_logprobs": told, "ids": list(output.token_ids), "logprobs": _sampled(output)}
+        found = [at[token].logprob for token, at in zip(order["ids"][1:], request.prompt_logprobs[1:], strict=True)]
+        return {"prompt_logprobs": found, "ids": list(output.token_ids), "logprobs": _sampled(output)}
 
     def _forget_prefixes(self) -> None:
         """Keys of older weights, and of the call before: an equal call shall find the engine in an equal state."""

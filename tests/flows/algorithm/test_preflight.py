@@ -127,7 +127,7 @@ def test_outputs_without_an_answer_are_shown_with_the_conventions_that_found_non
 @pytest.mark.usefixtures("store")
 def test_errors_of_the_scorer_are_not_taken_for_bad_answers() -> None:
     message = refusal(config(), [BROKEN, BROKEN], [BROKEN, BROKEN])
-    assert "4 of 4 outputs are not scored for an error: mend what the warnings before this one name" in message
+    assert "4 of 4 outputs are not scored for an error: fix what the warnings before this one name" in message
     assert "no output has a reward" in message
 
 

@@ -117,7 +117,7 @@ def test_what_a_live_run_holds_is_left_and_the_run_named(
     places, run = here
     running = places.open_store()
     with running.pins.open("long-run"):
-        running.hold(run.policies[0])
+        running.pin(run.policies[0])
         assert cohort("store", "prune", "--checkpoints", "1", places=places) == 0
         assert "1 artifacts (1.2 kB) stay: the run long-run (" in capsys.readouterr().out
         assert [kept(running, digest) for digest in run.policies[:2]] == ["all", "nothing"]

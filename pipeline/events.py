@@ -1,8 +1,8 @@
 """What happens in a run, as typed events: emitted once by the flow and by `@stage`, and read by folds.
 
-Everything that shows a run is a fold: it is given the events in order, live by `emit`, and later from the run's log
-(`pipeline/event_log.py`). Events hold names (keys of calls, digests), never metrics: a fold looks those up in the action
-records of the store.
+What shows a run here is a fold: it is given the events in order, live by `emit`, and later from the run's log
+(`pipeline/event_log.py`). MLflow alone is sent from a journal of its own (`pipeline/tracking/journal.py`). Events hold names
+(keys of calls, digests), never metrics: a fold looks those up in the action records of the store.
 """
 
 from __future__ import annotations

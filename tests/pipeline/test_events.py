@@ -51,8 +51,13 @@ def test_an_inner_recording_adds_folds_and_shares_the_calls() -> None:
     assert [inner[0].values()["calls"], outer[2].values()["calls"]] == [(KEYS[0],), ()]
 
 
-def test_outside_a_run_an_event_goes_nowhere() -> None:
-    emit(Warned("nobody listens"))
+def test_an_event_before_or_after_a_run_reaches_no_fold() -> None:
+    heard: list[Event] = []
+    emit(Warned("before"))
+    with recording(heard.append):
+        emit(Warned("inside"))
+    emit(Warned("after"))
+    assert [event.values() for event in heard] == [{"text": "inside"}]
 
 
 def test_an_error_in_a_fold_costs_a_warning_and_reaches_no_other() -> None:

@@ -129,7 +129,7 @@ def _side(store: Store, run: RunResult, ledger: Ledger | None, artifacts: Mappin
     if run.status != "finished":
         return _Side({}, f"{run.status}{f': {run.error}' if run.error else ''}")
     if ledger is None:
-        return _Side({}, "no ledger: made by an earlier version")
+        return _Side({}, "no log: its folder has no readable events.jsonl")
     try:
         groups = groups_made(store, ledger, artifacts)
     except PrunedArtifactError:

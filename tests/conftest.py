@@ -20,12 +20,31 @@ from hypothesis import HealthCheck, settings
 
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
+from pipeline.tracking.sender import start_sender
 
 # An example that takes long says how busy the machine is, not that the code is wrong.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
 DATA = Path(os.environ.get("COHORT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _runs_start_no_sender() -> Iterator[None]:
+    """Leave MLflow to a later sync: a sender would write to its database while tests read or copy the root."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.tracking.start_sender", lambda home: None)
+        patch.setattr("pipeline.tracking.CLOSE_SECONDS", 0.0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def sender() -> Iterator[None]:
+    """Let runs start the process that sends to MLflow, and wait for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.tracking.start_sender", start_sender)
+        patch.setattr("pipeline.tracking.CLOSE_SECONDS", 120.0)
+        yield
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ import pytest
 from flows.cli import run_command
 from flows.runs.paths import Places
 from flows.runs.record import read_records
-from pipeline import tracking
 from pipeline.progress import listen
 from pipeline.tracking.journal import Journal
 
@@ -71,7 +70,6 @@ def test_a_run_that_is_interrupted_anyhow_is_recorded_as_interrupted(
     way: Callable[[int], None], number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COHORT_DEBUG", "0")
-    monkeypatch.setattr(tracking, "start_sender", lambda home: None)
     began: list[str] = []
 
     def during_training(topic: str, values: dict[str, Any]) -> None:

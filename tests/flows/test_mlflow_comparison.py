@@ -124,7 +124,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     file.write_text(yaml.safe_dump(EXPERIMENT, sort_keys=False))
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.setattr("pipeline.tracking.CLOSE_SECONDS", 0.0)
         assert run_command(["ablate", str(file), "--engine", "inline", "--root", str(root)]) == 0
     evict()
     with serving(root) as url:

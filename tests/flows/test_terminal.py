@@ -31,15 +31,6 @@ def run(root: Path, *arguments: str) -> list[str]:
     return ["run", "arithmetic_smoke", *settings, "--engine", "inline", "--root", str(root), *arguments]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _mlflow_is_left_alone() -> Iterator[None]:
-    """Journals are written, and sent to MLflow by none of the forty runs: each would start a process for it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.tracking.start_sender", lambda home: None)
-        patch.setattr("pipeline.tracking.CLOSE_SECONDS", 0.0)
-        yield
-
-
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int, Terminal]]:
     """A root in which the tiny recipe ran once, on a terminal; the exit code, and what the terminal showed."""

@@ -52,13 +52,6 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COHORT_DEBUG", "0")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _nobody_waits_for_mlflow() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.tracking.CLOSE_SECONDS", 0.0)
-        yield
-
-
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The root of a tiny experiment that was run once."""

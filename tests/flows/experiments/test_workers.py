@@ -128,11 +128,8 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """The experiment, run in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.tracking.start_sender", lambda home: None)
-        patch.setattr("pipeline.tracking.CLOSE_SECONDS", 0.0)
-        place = Machine(tmp_path_factory.mktemp("golden"))
-        assert run_command(["ablate", str(place.file), "--engine", "inline", "--root", str(place.root)]) == 0
+    place = Machine(tmp_path_factory.mktemp("golden"))
+    assert run_command(["ablate", str(place.file), "--engine", "inline", "--root", str(place.root)]) == 0
     yield place
     evict()
 

@@ -26,12 +26,11 @@ def server() -> Iterator[Postgres]:
 
 
 @pytest.fixture
-def database(server: Postgres, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def database(sender: None, server: Postgres, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The URL of an empty database, where runs of this test are tracked."""
     name = f"t{abs(hash(request.node.name)):x}"
     server.create(name)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url(name))
-    monkeypatch.setattr("pipeline.tracking.CLOSE_SECONDS", 90.0)
     return server.url(name)
 
 

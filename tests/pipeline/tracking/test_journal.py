@@ -76,9 +76,7 @@ def test_a_line_that_is_no_record_is_left_out_and_named_and_the_others_are_kept(
     assert len(caught) == 1
 
 
-def test_a_run_whose_journal_lost_its_first_line_is_tracked_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "start_sender", lambda home: None)
-    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.0)
+def test_a_run_whose_journal_lost_its_first_line_is_tracked_on(tmp_path: Path) -> None:
     about = {"experiment": "study", "run_name": "r", "run_key": "k", "config": {"lr": 1e-6}}
     with tracking.track(tmp_path, **about) as tracker:
         tracker.log_step(1, {"reward/mean": 0.5})

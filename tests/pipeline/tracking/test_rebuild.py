@@ -64,8 +64,6 @@ def sync(home: Path) -> None:
 @pytest.mark.slow
 def test_a_deleted_database_and_its_artifacts_come_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr("pipeline.tracking.start_sender", lambda home: None)
-    monkeypatch.setattr("pipeline.tracking.CLOSE_SECONDS", 0.0)
     home, picture = tmp_path / "artifacts", tmp_path / "curve.png"
     picture.write_bytes(b"png")
     policy = TrackedModel("policy", "ab" * 32, 2, {"run": "grpo-s0", "arm": "usual"})

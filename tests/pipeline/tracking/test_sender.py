@@ -29,7 +29,7 @@ CONFIG = {"rollout": {"G": 8, "stops": [1, 2]}, "lr": 3e-4, "name": "demo"}
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def home(sender: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One database and, by a run that lives as long as the module, one sending process: each costs seconds to start."""
     folder = tmp_path_factory.mktemp("artifacts")
     with pytest.MonkeyPatch.context() as patch:
@@ -41,7 +41,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def _own_database(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr("pipeline.tracking.CLOSE_SECONDS", 120.0)
 
 
 def steps(tracker: Tracker, *numbers: int) -> None:

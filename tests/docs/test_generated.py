@@ -1,0 +1,30 @@
+"""Pages that are made from code are fresh and whole."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from docs.generate import DOCS, configuration, pages
+from flows.config.recipes import RECIPES
+from pipeline.config import flatten
+
+
+@pytest.mark.parametrize("page", ["configuration.md"])
+def test_a_generated_page_is_what_the_code_would_write(page: str) -> None:
+    fresh = pages()[DOCS / page] == Path(DOCS / page).read_text(encoding="utf-8")
+    assert fresh, "run `python -m docs.generate`"
+
+
+def test_every_setting_of_every_recipe_has_a_documented_row() -> None:
+    rows = re.findall(r"^\| \*?`(\w+)`\*? \| [^|]+ \| ([^ |].*) \|$", configuration().replace("\\|", ""), re.MULTILINE)
+    settings = {name for recipe in RECIPES.values() for name in flatten(recipe().model_dump(mode="json"))}
+    # Names of held-out sets and transformers' own configuration are the user's.
+    ours = [
+        re.sub(r"^(data\.evaluation\.)\w+\.|^(policy\.architecture)\..*", r"\1\2.", setting) for setting in settings
+    ]
+    named = {part for setting in ours for part in setting.split(".") if part not in ("", "kind")}
+    assert len(named) > 100
+    assert named <= {name for name, _ in rows}

@@ -20,7 +20,7 @@ from pipeline.config import ConfigError
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
 from stages.tables import DataError, RewardLabels, Solutions, is_held_out
-from tests.flows.terminal import on_terminal
+from tests.end_to_end.terminal import on_terminal
 
 QUESTIONS, AUTHORS = 40, ("ann", "bob")
 SMALL: dict[str, Any] = {

@@ -49,7 +49,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.mark.slow
 def test_a_run_killed_at_any_instant_resumes_to_the_same_bits(tmp_path: Path) -> None:
     kills = 10
-    command = [sys.executable, "-m", "tests.flows.killing", str(tmp_path), str(kills)]
+    command = [sys.executable, "-m", "tests.end_to_end.killing", str(tmp_path), str(kills)]
     single = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, cwd=REPOSITORY, env=single, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]

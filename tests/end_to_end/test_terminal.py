@@ -19,8 +19,8 @@ from flows.runs.paths import Places
 from flows.runs.record import read_record, read_records, run_folder
 from pipeline.events import Event
 from pipeline.residency import evict
+from tests.end_to_end.terminal import Terminal, on_terminal, piped, terminal
 from tests.flows.experiments.test_ablation import TINY as EXPERIMENT
-from tests.flows.terminal import Terminal, on_terminal, piped, terminal
 
 TINY = ["iterations=1", "steps=2", "sft.max_steps=2", "sft.decay_steps=1", "evaluation.every=1", "evaluation.samples=2"]
 SIZES = "data.evaluation.in_domain.count=4"

@@ -88,8 +88,8 @@ def test_a_run_that_is_interrupted_anyhow_is_recorded_as_interrupted(
 
 @pytest.mark.slow
 def test_none_of_many_interrupts_at_random_instants_is_lost(tmp_path: Path) -> None:
-    count = 24  # a hundred and more by hand: `python -m tests.flows.interrupting FOLDER 110 SEED`
-    command = [sys.executable, "-m", "tests.flows.interrupting", str(tmp_path), str(count)]
+    count = 24  # a hundred and more by hand: `python -m tests.end_to_end.interrupting FOLDER 110 SEED`
+    command = [sys.executable, "-m", "tests.end_to_end.interrupting", str(tmp_path), str(count)]
     single = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, cwd=REPOSITORY, env=single, capture_output=True, text=True, check=False, timeout=800)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -22,9 +22,7 @@ def test_every_setting_of_every_recipe_has_a_documented_row() -> None:
     rows = re.findall(r"^\| \*?`(\w+)`\*? \| [^|]+ \| ([^ |].*) \|$", configuration().replace("\\|", ""), re.MULTILINE)
     settings = {name for recipe in RECIPES.values() for name in flatten(recipe().model_dump(mode="json"))}
     # Names of held-out sets and transformers' own configuration are the user's.
-    ours = [
-        re.sub(r"^(data\.evaluation\.)\w+\.|^(policy\.settings)\..*", r"\1\2.", setting) for setting in settings
-    ]
+    ours = [re.sub(r"^(data\.evaluation\.)\w+\.|^(policy\.settings)\..*", r"\1\2.", setting) for setting in settings]
     named = {part for setting in ours for part in setting.split(".") if part not in ("", "kind")}
     assert len(named) > 100
     assert named <= {name for name, _ in rows}

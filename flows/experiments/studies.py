@@ -25,7 +25,7 @@ _QUICK_SETS: Final[dict[str, Any]] = {
     "evaluation.every": 4,  # ours; 10
 }
 """Half the held-out questions, more often. Learned rewards allow no smaller batches nor a smaller reward model: trained on 512
-questions its AUC is 0.77, and the policy hacks it within eight steps (docs/lab.md)."""
+questions its AUC is 0.77, and the policy hacks it within eight steps (docs/lab)."""
 
 _QUICK: Final[dict[str, Any]] = {
     "steps": 16,  # ours; 40

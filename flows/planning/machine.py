@@ -251,7 +251,7 @@ _CPU: Final = DeviceProfile(
     token_seconds=3e-4,
     disk=2e8,
     hashing=1e9,
-    source=f"one AVX2 core as docs/lab.md found it, bfloat16 emulated; {_UTILISATION}",
+    source=f"one AVX2 core as docs/lab found it, bfloat16 emulated; {_UTILISATION}",
 )
 PRESETS: Final = {
     "a100-80g": _gpu("a100-80g", "A100 Tensor Core GPU data sheet, SXM 80 GB", **_A100),

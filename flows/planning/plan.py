@@ -21,7 +21,7 @@ __all__ = ["Change", "Plan", "Settings", "changes_of", "evaluations_of", "plan_o
 
 _GIB: Final = 2.0**30
 _LIBRARIES: Final = 1.0 * _GIB
-"""A CPU process with torch, transformers and DeepSpeed imported; docs/lab.md: 900 to 960 MiB."""
+"""A CPU process with torch, transformers and DeepSpeed imported; docs/lab: 900 to 960 MiB."""
 _CONTEXT: Final = 0.6 * _GIB
 """Of CUDA, for each process on a device; ours, not measured."""
 _FRAGMENTS: Final = 0.05

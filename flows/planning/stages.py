@@ -37,9 +37,9 @@ from stages.training import AdamWConfig, DeepSpeedEngineConfig, TrainingConfig
 __all__ = ["checkpoint_bytes", "critic", "reference_pass", "reward_models", "rules", "sampling", "sft", "update"]
 
 _RULE_SECONDS: Final = {"exact": 3e-4, "math_verify": 5e-3}
-"""An output's verdict: 5,276 in 1.4 s by the exact path (docs/lab.md); math-verify: ours, not measured."""
+"""An output's verdict: 5,276 in 1.4 s by the exact path (docs/lab); math-verify: ours, not measured."""
 _ENGINE_START: Final = 30.0
-"""Seconds until a vLLM engine is ready; docs/lab.md: 31 s on two CPU cores. On a GPU ours, not measured."""
+"""Seconds until a vLLM engine is ready; docs/lab: 31 s on two CPU cores. On a GPU ours, not measured."""
 _EVALUATION_CALLS: Final = 4
 """Stage calls of an evaluation of one held-out set: rollout, score, count_votes, evaluate."""
 _KEY: Final = 40

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 STAGE_CALL: Final = 0.02
-"""Seconds that a stage call costs whatever it does: 8 to 10 ms of CPU through Prefect (docs/lab.md), sealing on top. Ours."""
+"""Seconds that a stage call costs whatever it does: 8 to 10 ms of CPU through Prefect (docs/lab), sealing on top. Ours."""
 When = Literal["once", "iteration", "step", "evaluation"]
 
 

@@ -1,6 +1,6 @@
 """Recipes: complete configs, each number with its source. A recipe is a function; `cohort recipes NAME` prints its YAML.
 
-Sources: "4.2" and the like are sections of DeepSeekMath; "ours" is our choice, measured in docs/lab.md.
+Sources: "4.2" and the like are sections of DeepSeekMath; "ours" is our choice, measured in docs/lab.
 """
 
 from __future__ import annotations

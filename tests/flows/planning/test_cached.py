@@ -13,7 +13,7 @@ CPU = PRESETS["cpu"]
 
 
 def test_a_plan_counts_the_calls_that_runs_were_seen_to_make() -> None:
-    """docs/lab.md: 266 stages of the demo, 43 of the smallest run, and since then a count of votes in every evaluation."""
+    """docs/lab: 266 stages of the demo, 43 of the smallest run, and since then a count of votes in every evaluation."""
     found = {
         name: sum(count for _, count in calls_of(choose(name).config))
         for name in ("arithmetic_cpu", "arithmetic_smoke")

@@ -1,13 +1,16 @@
-"""Write the pages that are made from code: `python -m docs.generate`.
+"""Write what pages take from code: `python -m docs.generate`.
 
-`docs/configuration.md` comes from the fields of the configs.
+`docs/configuration.md` comes from the fields of the configs. In `docs/correctness.md` and `docs/paper-to-code.md` the last
+column of each table names the tests that carry the mark `claim` with the first cell of the row.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import typing
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
 DOCS = Path(__file__).parent
+TESTS = DOCS.parent / "tests"
+CLAIMS = ("correctness.md", "paper-to-code.md")
 
 HEAD = """# Configuration
 
@@ -33,7 +38,52 @@ def main() -> None:
 
 def pages() -> dict[Path, str]:
     """Return each generated page with its text."""
-    return {DOCS / "configuration.md": configuration()}
+    marked = claims()
+    pages = {DOCS / name: with_tests((DOCS / name).read_text(encoding="utf-8"), marked) for name in CLAIMS}
+    return {DOCS / "configuration.md": configuration()} | pages
+
+
+def claims() -> dict[str, list[str]]:
+    """Return the tests of each claim as `file::test`, by the marks in the folder of tests."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for file in sorted(TESTS.rglob("test_*.py")):
+        name = file.relative_to(TESTS).as_posix()
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            for mark in getattr(node, "decorator_list", []):
+                if ast.unparse(getattr(mark, "func", mark)) == "pytest.mark.claim":
+                    for row in mark.args:
+                        found[row.value].append(f"{name}::{node.name}")
+    return dict(found)
+
+
+def cells(line: str) -> list[str]:
+    """Return the cells of a row of a Markdown table; none for any other line, a heading or a ruler."""
+    if not line.startswith("|") or line.startswith("|---"):
+        return []
+    found = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+    return [] if found[-1] == "tests" else found
+
+
+def with_tests(page: str, marked: dict[str, list[str]]) -> str:
+    """Return a page whose tables name in the last column the tests of each row; text stays where a row has none."""
+    lines = []
+    for line in page.splitlines():
+        row = cells(line)
+        if row and (row[0] in marked or "::test_" in row[-1]):
+            row[-1] = _named(marked.get(row[0], []))
+            line = "| " + " | ".join(row) + " |"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def _named(tests: list[str]) -> str:
+    """Return tests as a page names them: another one of a file without the file."""
+    spans, last = [], ""
+    for test in tests:
+        file, name = test.split("::")
+        spans.append(f"`::{name}`" if file == last else f"`{test}`")
+        last = file
+    return ", ".join(spans)
 
 
 def configuration() -> str:

@@ -40,30 +40,40 @@ def updates(run: Run) -> list[dict[str, Any]]:
     return run.calls["update_policy"]
 
 
+@pytest.mark.claim("line 1")
 def test_the_first_policy_is_the_supervised_one_and_the_last_is_returned(run: Run) -> None:
     assert updates(run)[0]["policy"] == run.calls["supervised_finetuning"][0]["result"]  # line 1
     assert updates(run)[-1]["result"] == run.final
     assert len(updates(run)) == 4  # lines 2 and 4
 
 
+@pytest.mark.claim("the output")
 def test_every_update_goes_on_from_the_one_before(run: Run) -> None:
     made = updates(run)
     assert [update["policy"] for update in made[1:]] == [update["result"] for update in made[:-1]]
     assert len({update["result"] for update in made}) == 4
 
 
+@pytest.mark.claim(
+    "a reference of another time or precision",
+    "the reference refreshed at the wrong place",
+    "line 3",
+    "4.1.4 reference",
+)
 def test_the_reference_is_the_policy_at_the_start_of_each_iteration(run: Run) -> None:
     made = updates(run)  # line 3
     starts = [made[0]["policy"], made[2]["policy"]]
     assert [update["reference"] for update in made] == [starts[0], starts[0], starts[1], starts[1]]
 
 
+@pytest.mark.claim("a reference loaded for beta = 0", "line 3")
 def test_the_kl_to_the_reference_is_exactly_zero_at_the_first_update_of_each_iteration_only(run: Run) -> None:
     kl = [run.points[step]["policy/kl"] for step in (1, 2, 3, 4)]
     assert (kl[0], kl[2]) == (0.0, 0.0)
     assert min(kl[1], kl[3]) > 0
 
 
+@pytest.mark.claim("line 6")
 def test_outputs_are_sampled_by_the_policy_that_learns_from_them_so_that_its_ratio_is_one(run: Run) -> None:
     samplers = {call["result"]: call["policy"] for call in run.calls["rollout"]}  # lines 6 and 7
     assert [samplers[update["outputs"]] for update in updates(run)] == [update["policy"] for update in updates(run)]
@@ -71,6 +81,7 @@ def test_outputs_are_sampled_by_the_policy_that_learns_from_them_so_that_its_rat
         assert run.points[step]["policy/ratio_min"] == run.points[step]["policy/ratio_max"] == 1.0
 
 
+@pytest.mark.claim("line 9")
 def test_advantages_are_of_the_rewards_of_these_outputs(run: Run) -> None:
     scored = {call["outputs"]: call["result"] for call in run.calls["score"]}  # line 8
     estimated = {call["result"]: call for call in run.calls["estimate_advantages"]}  # line 9
@@ -80,6 +91,7 @@ def test_advantages_are_of_the_rewards_of_these_outputs(run: Run) -> None:
         assert estimate["rewards"] == scored[update["outputs"]]
 
 
+@pytest.mark.claim("a resumed run that repeats questions", "line 5")
 def test_no_question_is_drawn_twice_before_all_were_drawn_once(run: Run) -> None:
     with use_store(run.store):
         drawn = [row["question_id"] for call in run.calls["sample_batch"] for row in Questions(call["result"]).rows()]

@@ -13,6 +13,7 @@ from stages.training import AdamWConfig, DeepSpeedEngineConfig, TrainingConfig
 from stages.update import DPOConfig, GRPOConfig, UpdateConfig
 
 
+@pytest.mark.claim("a schedule that decays by default", "4.2 numbers")
 def test_the_defaults_are_the_numbers_of_section_4_2() -> None:
     assert AdamWConfig().learning_rate == 1e-6
     assert TrainingConfig().schedule == "constant"
@@ -66,6 +67,7 @@ def trained_by(method: str) -> IterativeRLConfig:
     return base.override(method_settings(method, base))
 
 
+@pytest.mark.claim("Eq. 11")
 @pytest.mark.parametrize("method", TABLE_10)
 def test_each_method_has_the_data_source_and_reward_of_its_row_of_table_10(method: str) -> None:
     config = trained_by(method)

@@ -12,7 +12,7 @@ from flows.config.recipes import RECIPES
 from pipeline.config import flatten
 
 
-@pytest.mark.parametrize("page", ["configuration.md"])
+@pytest.mark.parametrize("page", ["configuration.md", "correctness.md", "paper-to-code.md"])
 def test_a_generated_page_is_what_the_code_would_write(page: str) -> None:
     fresh = pages()[DOCS / page] == Path(DOCS / page).read_text(encoding="utf-8")
     assert fresh, "run `python -m docs.generate`"

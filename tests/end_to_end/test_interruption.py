@@ -56,6 +56,7 @@ def turned_into_an_error(number: int) -> None:
         raise SystemError("a C extension returned a result with an exception set") from None
 
 
+@pytest.mark.claim("Ctrl-C that is swallowed")
 @pytest.mark.parametrize(
     ("way", "number", "code"),
     [
@@ -86,6 +87,7 @@ def test_a_run_that_is_interrupted_anyhow_is_recorded_as_interrupted(
     assert Journal(journal).status == "KILLED"
 
 
+@pytest.mark.claim("Ctrl-C that is swallowed")
 @pytest.mark.slow
 def test_none_of_many_interrupts_at_random_instants_is_lost(tmp_path: Path) -> None:
     count = 24  # a hundred and more by hand: `python -m tests.end_to_end.interrupting FOLDER 110 SEED`

@@ -46,6 +46,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return root, digest
 
 
+@pytest.mark.claim("a resumed run that repeats questions")
 @pytest.mark.slow
 def test_a_run_killed_at_any_instant_resumes_to_the_same_bits(tmp_path: Path) -> None:
     kills = 10
@@ -69,6 +70,7 @@ def test_a_second_run_executes_nothing(finished: tuple[Path, str]) -> None:
         assert run(arithmetic_smoke()) == (digest, [])
 
 
+@pytest.mark.claim("lines 2, 4")
 @pytest.mark.slow
 def test_another_iteration_executes_the_new_steps_only(finished: tuple[Path, str]) -> None:
     root, _ = finished

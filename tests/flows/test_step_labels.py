@@ -53,6 +53,7 @@ def test_step_labels_are_what_the_policy_of_the_iteration_makes_of_its_own_steps
     assert run.given("train_reward_model", "labels")[0] == run.made("estimate_step_labels")[0]
 
 
+@pytest.mark.claim("4.2 step labels")
 def test_each_label_is_the_verdict_on_two_continuations_or_on_the_output(run: Run) -> None:
     with use_store(run.store):
         labels = RewardLabels(run.made("estimate_step_labels")[0]).rows()

@@ -223,6 +223,7 @@ def test_a_listener_that_fails_costs_a_warning_and_not_the_work() -> None:
         assert count(2).rows() == [{"x": 0}, {"x": 1}]
 
 
+@pytest.mark.claim("MLflow that stops training")
 @pytest.mark.usefixtures("store")
 def test_metrics_have_mlflow_names_and_are_finite() -> None:
     @stage(version="1")

@@ -60,6 +60,7 @@ def prepared(config: IterativeRLConfig) -> Any:
     return limit_data(config, data, base_model(config, data))
 
 
+@pytest.mark.claim("prompts too long, questions too few")
 @pytest.mark.parametrize(
     ("train", "test", "changes", "complaint"),
     [
@@ -88,6 +89,7 @@ def test_what_a_run_would_fail_of_is_found_by_check_and_at_its_start(
         prepared(given)
 
 
+@pytest.mark.claim("prompts too long, questions too few")
 def test_long_prompts_are_left_out_of_every_set_with_their_demonstrations(store: Store, tmp_path: Path) -> None:
     given = config(tmp_path, [LONG, *QUESTIONS], [QUESTIONS[0], LONG], **{"data.max_prompt_tokens": "drop"})
     with pytest.warns(UserWarning, match=r"data\.train: 1 of 9 questions are left out") as warned:

@@ -131,6 +131,7 @@ def test_errors_of_the_scorer_are_not_taken_for_bad_answers() -> None:
     assert "no output has a reward" in message
 
 
+@pytest.mark.claim("training for hours on nothing")
 @pytest.mark.usefixtures("store")
 @pytest.mark.parametrize(
     ("method", "groups", "said"),
@@ -238,6 +239,7 @@ def rule(convention: str) -> dict[str, Any]:
     return {"reward.components": [accuracy, {"kind": "format", "form": "hashes"}]}
 
 
+@pytest.mark.claim("training for hours on nothing")
 def test_a_run_without_signal_stops_before_any_update_with_its_figures_logged(failed: Run) -> None:
     assert failed.executed["score"] == 1
     assert failed.executed["estimate_advantages"] == failed.executed["update_policy"] == 0

@@ -156,6 +156,7 @@ def estimated(config: AdvantageConfig) -> tuple[Rollouts, Advantages]:
     return sampled, estimate_advantages(scored, sampled, config, values, compared)
 
 
+@pytest.mark.claim("settings that mean nothing together")
 def test_every_allowed_advantage_is_that_of_its_paper(store: Store, found: Counted) -> None:
     """Through float32 tables, hence 1e-6."""
     assert len(found.advantages) > 10
@@ -231,6 +232,7 @@ def difference(update: UpdateConfig, tables: tuple[Rollouts, Advantages]) -> flo
     return relative(trained, gradient_by_formula(examples, update))
 
 
+@pytest.mark.claim("settings that mean nothing together")
 def test_every_allowed_way_to_the_gradient_is_that_of_its_paper(store: Store, found: Counted) -> None:
     assert len(found.updates) > 100
     tables: dict[str, tuple[Rollouts, Advantages]] = {}
@@ -241,6 +243,7 @@ def test_every_allowed_way_to_the_gradient_is_that_of_its_paper(store: Store, fo
         assert difference(config.update, tables[kind]) < 1e-9, name
 
 
+@pytest.mark.claim("settings that mean nothing together")
 @pytest.mark.slow
 def test_the_whole_space_is_allowed_in_no_other_way(store: Store, found: Counted) -> None:
     """With every field of advantages: more advantages, each that of its paper, and the same ways from there."""

@@ -30,6 +30,7 @@ def runs(store: Store) -> dict[str, Run]:
     return {method: train(store, method) for method in METHODS}
 
 
+@pytest.mark.claim("5.2.1, Fig. 5")
 def test_all_methods_start_from_the_one_supervised_policy(runs: dict[str, Run], supervised: Run) -> None:
     assert supervised.executed["supervised_finetuning"] == 1
     assert {run.supervised for run in runs.values()} == {supervised.digest}
@@ -75,6 +76,7 @@ def test_another_seed_gives_another_policy_from_the_same_start(runs: dict[str, R
 # ------------------------------------------------------------------------------------- whose outputs
 
 
+@pytest.mark.claim("5.2.1 online, offline")
 @pytest.mark.parametrize("method", ["rft", "dpo"])
 def test_offline_methods_sample_from_the_initial_policy_at_every_step(runs: dict[str, Run], method: str) -> None:
     run = runs[method]
@@ -87,6 +89,7 @@ def test_offline_methods_share_their_outputs(runs: dict[str, Run]) -> None:
     assert runs["dpo"].executed["rollout"] == 0
 
 
+@pytest.mark.claim("5.2.1 online, offline")
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("sft", "rft", "dpo")])
 def test_online_methods_sample_from_the_policy_as_it_is(runs: dict[str, Run], method: str) -> None:
     run = runs[method]
@@ -99,6 +102,7 @@ def test_supervised_finetuning_as_a_method_samples_nothing_and_scores_nothing(ru
     assert names.isdisjoint({"rollout", "score", "sample_batch"})
 
 
+@pytest.mark.claim("5.2.1, Fig. 5")
 @pytest.mark.parametrize("method", ["sft", "grpo", "rft", "online_rft"])
 def test_every_step_has_as_many_outputs_whatever_the_method(runs: dict[str, Run], method: str) -> None:
     points = runs[method].points

@@ -118,6 +118,7 @@ def test_greedy_outputs_are_refused_unless_nothing_is_sampled_for_training() -> 
 # ------------------------------------------------------------------------------------- parts that must agree
 
 
+@pytest.mark.claim("KL twice")
 def test_a_kl_term_in_the_reward_and_in_the_loss_is_refused() -> None:
     message = refusal({"advantage.kl_in_reward": 0.1})
     assert "advantage.kl_in_reward=0.1 and update.objective.beta=0.04 would count the KL term twice" in message
@@ -261,6 +262,7 @@ def test_what_differs_is_told_without_what_went_with_its_kind() -> None:
 PLAN = {"trunk": "initial_policy"}
 
 
+@pytest.mark.claim("components ignored beside a reward model")
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -53,6 +53,7 @@ def resolved(
     )
 
 
+@pytest.mark.claim("a worker that runs the API's command")
 @pytest.mark.parametrize(
     ("of_run", "of_deployment", "template"),
     [
@@ -90,6 +91,7 @@ def test_a_deployment_names_places_that_the_host_leaves_open_and_data_and_a_run_
     assert (found.env["COHORT_RESTARTS"], found.env["COHORT_RUN_TAGS"]) == ("3", "{}")
 
 
+@pytest.mark.claim("a worker that runs the API's command")
 @pytest.mark.parametrize(
     "changes",
     [

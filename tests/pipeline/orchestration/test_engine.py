@@ -173,6 +173,7 @@ def status(server: str, path: str, **headers: str) -> int:
         return connection.getresponse().status
 
 
+@pytest.mark.claim("a web page that reaches Prefect")
 def test_the_real_server_asks_for_a_password_and_a_token_and_knows_foreign_pages(server: str) -> None:
     password = base64.b64encode(os.environ["PREFECT_API_AUTH_STRING"].encode()).decode()
     token = ask(f"{server}/csrf-token?client=page")["token"]

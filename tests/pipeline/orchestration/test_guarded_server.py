@@ -29,6 +29,7 @@ def scope(headers: Mapping[str, str], path: str = "/api/flow_runs/filter", kind:
     }
 
 
+@pytest.mark.claim("a web page that reaches Prefect")
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
@@ -127,6 +128,7 @@ def test_a_request_a_socket_and_a_word_of_a_run_keep_a_server_and_a_look_for_it_
     assert served.guard.idle >= before
 
 
+@pytest.mark.claim("a server that outlives its use")
 @pytest.mark.parametrize(("limit", "folder_goes"), [(0.3, False), (0.0, True)])
 def test_a_server_ends_when_it_is_idle_or_its_folder_is_gone(tmp_path: Path, limit: float, folder_goes: bool) -> None:
     home = tmp_path / "prefect"
@@ -147,6 +149,7 @@ def test_a_server_ends_when_it_is_idle_or_its_folder_is_gone(tmp_path: Path, lim
     assert (b"folder is gone" in server.stdout.read()) == folder_goes
 
 
+@pytest.mark.claim("MLflow's server that reads any folder")
 @pytest.mark.parametrize(
     ("body", "artifacts", "foreign"),
     [

@@ -73,6 +73,7 @@ def in_a_bare_except() -> None:
 SWALLOWING = [in_a_del, in_a_weakref_callback, in_a_finalizer, in_a_garbage_collection, in_a_bare_except]
 
 
+@pytest.mark.claim("Ctrl-C that is swallowed")
 @pytest.mark.parametrize("swallowing", SWALLOWING)
 @pytest.mark.parametrize("point", [check, lambda: report("update_policy", done=1, total=2)], ids=["check", "report"])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

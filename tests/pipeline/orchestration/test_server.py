@@ -257,6 +257,7 @@ def test_a_record_that_is_none_is_no_record(tmp_path: Path, text: str) -> None:
     assert recorded(tmp_path) is None
 
 
+@pytest.mark.claim("a server that outlives its use")
 def test_a_copied_folder_has_neither_the_server_nor_the_password_of_the_original(tmp_path: Path) -> None:
     original, copy = tmp_path / "original", tmp_path / "copy"
     original.mkdir()
@@ -315,6 +316,7 @@ def test_a_process_without_an_environment_has_none() -> None:
     assert environment_of(Young(10**6)) == {}
 
 
+@pytest.mark.claim("a server that outlives its use")
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
 def test_the_start_of_a_process_does_not_depend_on_the_clock() -> None:
     ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]  # field 22: clock ticks since the boot

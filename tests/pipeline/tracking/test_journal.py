@@ -27,6 +27,7 @@ def content() -> bytes:
     return b"".join(json.dumps(record).encode() + b"\n" for record in RECORDS)
 
 
+@pytest.mark.claim("one flipped bit in a record")
 def test_no_flipped_bit_anywhere_stops_a_run(tmp_path: Path) -> None:
     path, whole = tmp_path / "journal.jsonl", content()
     said = 0

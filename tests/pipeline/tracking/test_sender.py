@@ -190,6 +190,7 @@ def test_data_sets_are_inputs_of_a_run_once_by_digest(home: Path) -> None:
     assert [(tag.key, tag.value) for tag in held_out.tags] == [("mlflow.data.context", "evaluation")]
 
 
+@pytest.mark.claim("MLflow that stops training")
 def test_a_resumed_run_continues_the_same_run_without_a_repeated_point(home: Path) -> None:
     def fail_after_two_steps() -> None:
         with tracked(home, "resumed") as tracker:
@@ -277,6 +278,7 @@ def test_ctrl_c_marks_the_run_killed(home: Path) -> None:
     assert run_of(home, "stopped").info.status == "KILLED"
 
 
+@pytest.mark.claim("MLflow that stops training")
 @pytest.mark.slow
 def test_an_unreachable_server_neither_raises_nor_delays_and_sync_sends_all_later(
     home: Path, monkeypatch: pytest.MonkeyPatch

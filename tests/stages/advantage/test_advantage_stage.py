@@ -39,6 +39,7 @@ class _Holder(Config):
     advantage: AdvantageConfig = GroupConfig()
 
 
+@pytest.mark.claim("joined by position", "line 9")
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_every_output_token_has_the_advantage_of_its_output(shuffle: bool) -> None:
     scored = random.Random(0).sample(LONE_WINNER, k=4) if shuffle else LONE_WINNER
@@ -57,22 +58,26 @@ def test_eps_is_added_to_the_deviation_of_outputs_and_of_steps(eps: float) -> No
         assert [value for (value,) in found] == pytest.approx([1 / (1 + eps), -1 / (1 + eps)])
 
 
+@pytest.mark.claim("groups formed by equal prompts")
 def test_groups_are_questions_even_when_their_rows_alternate() -> None:
     rows = [row("a", 0, 0.0, 1), row("b", 0, 1.0, 1), row("a", 1, 2.0, 1), row("b", 1, 1.0, 1)]
     assert advantages(rows, GroupConfig(ddof=0)) == [[-1.0], [0.0], [1.0], [0.0]]
 
 
+@pytest.mark.claim("rows filtered before groups are formed")
 def test_a_row_without_reward_is_null_and_does_not_move_the_others() -> None:
     made = estimate([*LONE_WINNER, row("a", 4, None, 2)])
     assert [found["advantage"] for found in made.rows()] == [[1.5] * 3, [-0.5], [-0.5] * 2, [], None]
     assert made.metrics["reward/frac_masked"] == 0.2
 
 
+@pytest.mark.claim("truncated outputs treated by accident")
 def test_a_truncated_row_may_be_masked_and_still_counts_in_the_statistics() -> None:
     rows = [LONE_WINNER[0], LONE_WINNER[1] | {"cut": True}, *LONE_WINNER[2:]]
     assert advantages(rows, GroupConfig(truncated="mask")) == [[1.5] * 3, None, [-0.5] * 2, []]
 
 
+@pytest.mark.claim("equal groups that lose their KL term")
 def test_a_group_of_equal_rewards_is_kept_at_zero_or_masked_as_the_config_says() -> None:
     rows = [*group("a", 0.7, 0.7), *group("b", 0.0, 2.0)]
     half = pytest.approx([math.sqrt(0.5)] * 2)
@@ -81,6 +86,7 @@ def test_a_group_of_equal_rewards_is_kept_at_zero_or_masked_as_the_config_says()
     assert advantages(rows, GroupConfig(degenerate="mask"))[3] == half
 
 
+@pytest.mark.claim("Dr. GRPO")
 def test_leave_one_out_and_no_scale_are_rloo_and_dr_grpo() -> None:
     rows = group("a", 1.0, 0.0, 0.0, 0.0, tokens=1)
     rloo = advantages(rows, GroupConfig(baseline="leave_one_out", scale="none"))
@@ -96,6 +102,7 @@ def test_a_penalty_in_the_reward_is_summed_over_the_output_before_the_group_is_c
     assert made.metrics["reward/kl_penalty"] == pytest.approx((0.5 - 0.25) / 2)
 
 
+@pytest.mark.claim("4.1.3 sums")
 def test_process_supervision_sums_the_normalised_steps_that_are_still_to_come() -> None:
     made = estimate(PROCESS, GroupConfig(supervision="process"))
     first, second = (found["advantage"] for found in made.rows())
@@ -105,6 +112,7 @@ def test_process_supervision_sums_the_normalised_steps_that_are_still_to_come() 
     assert made.metrics["reward/std_within_group"] == pytest.approx(0.353553, abs=1e-6)
 
 
+@pytest.mark.claim("process unlike outcome at one step")
 @pytest.mark.parametrize("config", [GroupConfig(), GroupConfig(ddof=0), GroupConfig(scale="none")])
 def test_one_step_per_output_is_outcome_supervision_bit_for_bit(config: GroupConfig) -> None:
     draw = random.Random(1)
@@ -113,6 +121,7 @@ def test_one_step_per_output_is_outcome_supervision_bit_for_bit(config: GroupCon
     assert advantages(rows, config.override({"supervision": "process"})) == advantages(rows, config)
 
 
+@pytest.mark.claim("statistics of the batch as the group's")
 def test_steps_of_one_question_do_not_move_those_of_another() -> None:
     other = [row("b", 0, 1.0, 2, steps=[(9.0, 1)]), row("b", 1, 1.0, 2, steps=[(-9.0, 0), (3.0, 1)])]
     config = GroupConfig(supervision="process")
@@ -125,6 +134,7 @@ def test_an_output_without_reward_and_steps_is_masked_and_its_group_compared_wit
     assert advantages(rows, config) == [*advantages(PROCESS, config), None]
 
 
+@pytest.mark.claim("equal rewards with advantages of 60")
 def test_equal_steps_are_degenerate_and_get_exactly_zero() -> None:
     rows = [row("a", 0, 1.0, 2, steps=[(0.1, 0), (0.1, 1)]), row("a", 1, 1.0, 1, steps=[(0.1, 0)])]
     made = estimate(rows, GroupConfig(supervision="process"))
@@ -137,6 +147,7 @@ def test_supervised_fine_tuning_has_one_everywhere_and_needs_no_rewards() -> Non
     assert [found["advantage"] for found in made.rows()] == [[1.0] * 3, [1.0], [1.0] * 2, []]
 
 
+@pytest.mark.claim("RFT averaged over right outputs only")
 def test_rejection_sampling_keeps_wrong_outputs_at_zero_and_masks_only_those_without_a_verdict() -> None:
     rows = [row("a", 0, 1.0), row("a", 1, 0.0), row("b", 0, 0.0, status="truncated"), row("b", 1, None)]
     assert advantages(rows, CorrectConfig()) == [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0], None]
@@ -153,6 +164,7 @@ def test_the_whole_batch_is_normalised_over_its_tokens() -> None:
     assert found == [pytest.approx([high] * 3), pytest.approx([low]), None]
 
 
+@pytest.mark.claim("REINFORCE++")
 def test_the_batch_penalty_accumulates_from_the_end_of_each_output() -> None:
     rows = [row("a", 0, 1.0, 2), row("a", 1, 0.0, 1)]
     made = estimate(rows, BatchConfig(kl_in_reward=0.5), logprobs=logprobs_of(rows, [1.0, 2.0], [-2.0]))
@@ -179,6 +191,7 @@ def test_generalised_advantages_weigh_the_errors_of_the_values_that_follow() -> 
     assert (made[1]["advantage"], made[1]["returns"]) == ([-0.125], [0.0])
 
 
+@pytest.mark.claim("Eq. 2")
 def test_the_penalty_of_ppo_is_in_the_reward_of_every_token() -> None:
     rows = [row("a", 0, 1.0, 2), row("a", 1, None, 3)]
     logprobs = logprobs_of(rows, [1.0, -2.0], [0.0] * 3)
@@ -209,6 +222,7 @@ def test_the_i_th_right_output_meets_the_i_th_wrong_one_and_nobody_twice() -> No
     assert made.metrics["reward/frac_masked"] == pytest.approx(9 / 15)
 
 
+@pytest.mark.claim("training for hours on nothing")
 def test_the_metrics_describe_the_groups() -> None:
     metrics = estimate(
         [*group("a", 1.0, 1.0), *group("b", 0.0, 0.0), *group("c", 1.0, 0.0), *group("d", 0.5, 0.5)]
@@ -225,6 +239,7 @@ def test_the_kind_alone_selects_what_an_advantage_is_made_of() -> None:
         assert type(_Holder().override({"advantage.kind": kind}).advantage) is expected
 
 
+@pytest.mark.claim("hidden shaping")
 def test_the_defaults_of_a_group_are_the_papers_outcome_supervision() -> None:
     default = GroupConfig()
     assert (default.supervision, default.baseline, default.scale, default.kl_in_reward) == ("outcome", "mean", "std", 0)

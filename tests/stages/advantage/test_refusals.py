@@ -37,12 +37,14 @@ EVERY_KIND = [OneConfig(), CorrectConfig(), GroupConfig(), BatchConfig(kl_in_rew
 GROUPED = [GroupConfig(), BatchConfig(kl_in_reward=0, baseline="group_mean"), PairsConfig()]
 
 
+@pytest.mark.claim("G = 1")
 @pytest.mark.parametrize("config", GROUPED)
 def test_a_single_output_per_question_is_refused_by_name(config: Any) -> None:
     with pytest.raises(ValueError, match=r"'solo' has one output.*needs G >= 2"):
         estimate([*group("a", 1.0, 0.0), row("solo", 0, 1.0)], config)
 
 
+@pytest.mark.claim("rows filtered before groups are formed")
 @pytest.mark.parametrize("config", GROUPED)
 def test_a_group_with_a_missing_sample_is_refused_by_name(config: Any) -> None:
     with pytest.raises(ValueError, match=r"'b': expected samples 0 \.\. 2, \[1\] missing"):
@@ -56,6 +58,7 @@ def test_kinds_that_compare_nothing_take_any_number_of_outputs(config: Any) -> N
     assert None not in advantages([row("a", 0, 1.0), row("b", 1, 0.0), row("b", 4, 0.0)], config)
 
 
+@pytest.mark.claim("two rewards for one output, or none")
 def test_rewards_of_other_rows_are_refused_with_an_example() -> None:
     two, three = group("a", 1.0, 0.0), group("a", 1.0, 0.0, 0.0)
     with pytest.raises(JoinError) as refused:
@@ -82,6 +85,7 @@ def test_a_reward_that_is_no_number_is_refused_by_name_under_every_kind(config: 
         estimate(group("a", 1.0, reward), config)
 
 
+@pytest.mark.claim("two reward models in one group")
 def test_rewards_of_two_models_never_meet_in_one_group() -> None:
     rows = [row("a", 0, 1.0, scorer="m1"), row("a", 1, 0.0, scorer="m2")]
     with pytest.raises(ValueError, match=r"'a': \('a', 0\) was scored by m1, \('a', 1\) by m2"):
@@ -152,6 +156,7 @@ def test_an_exploration_without_outputs_is_refused() -> None:
         estimate_advantages(empty, outputs_of([]), GroupConfig())
 
 
+@pytest.mark.claim("leave-one-out with a standard deviation")
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [

@@ -15,6 +15,7 @@ from tests.stages.critic.worlds import exact, outspoken_critic, tables, tiny_cri
 from tests.stages.training.tiny import tiny_checkpoint
 
 
+@pytest.mark.claim("4.1.1 critic")
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_trunk_is_the_policys_and_its_output_head_stays_behind(store: Store, tied: bool) -> None:
     policy = tiny_checkpoint(tie_word_embeddings=tied)

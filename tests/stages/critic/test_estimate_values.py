@@ -20,6 +20,7 @@ def values_of(critic: Checkpoint, rows: list[dict[str, Any]], **changes: Any) ->
     return [row["value"] for row in estimate_values(critic, Rollouts.write(rows), exact(**changes)).rows()]
 
 
+@pytest.mark.claim("off by one")
 def test_a_value_does_not_know_its_token_nor_what_follows(store: Store) -> None:
     critic = outspoken_critic()
     one, other = (values_of(critic, [rollout_row("q", 0, [5, 6], ids)])[0] for ids in ([7, 8, 9, 10], [7, 8, 20, 21]))
@@ -28,6 +29,7 @@ def test_a_value_does_not_know_its_token_nor_what_follows(store: Store) -> None:
     assert abs(one[3] - other[3]) > 1e-3
 
 
+@pytest.mark.claim("a score read at the wrong last token")
 def test_the_first_value_is_that_of_the_question_alone(store: Store) -> None:
     critic = outspoken_critic()
     ((first, *_), (alone,)) = values_of(

@@ -58,6 +58,7 @@ def with_a_masked_row() -> tuple[Rollouts, Advantages]:
     return Rollouts.write(outputs), Advantages.write(advantages)
 
 
+@pytest.mark.claim("4.1.1 critic")
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_gradient_is_that_of_the_mean_squared_error(store: Store, masked: bool) -> None:
     critic, (outputs, advantages) = outspoken_critic(), with_a_masked_row() if masked else tables()

@@ -241,6 +241,7 @@ def test_limit_keeps_the_first_rows(store: Store, tmp_path: Path) -> None:
     assert [row["question_id"] for row in questions.rows()] == ["a"]
 
 
+@pytest.mark.claim("4.2 questions")
 @pytest.mark.parametrize(("name", "count"), [("gsm8k_train", 7473), ("gsm8k_test", 1319)])
 def test_all_of_gsm8k_is_read(store: Store, data_dir: Path, name: str, count: int) -> None:
     questions = read_questions(config(str(data_dir / "gsm8k" / f"{name}.jsonl"), remove_calculator_marks=True))

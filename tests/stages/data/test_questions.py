@@ -11,6 +11,7 @@ from stages.data import ArithmeticConfig, DataError, arithmetic_questions, sampl
 from stages.training.batching import sample_positions
 
 
+@pytest.mark.claim("line 5")
 @settings(max_examples=150)
 @given(st.integers(1, 40), st.data())
 def test_every_epoch_is_a_permutation_and_no_batch_repeats_a_row(count: int, data: st.DataObject) -> None:
@@ -25,6 +26,7 @@ def test_every_epoch_is_a_permutation_and_no_batch_repeats_a_row(count: int, dat
         assert sorted(drawn[epoch * count : (epoch + 1) * count]) == list(range(count))
 
 
+@pytest.mark.claim("a resumed run that repeats questions")
 def test_a_step_s_batch_does_not_depend_on_the_steps_before_it() -> None:
     alone = sample_positions(10, size=4, step=7, seed=0)
     for step in range(7):

@@ -42,6 +42,7 @@ def parquet(path: Path, **columns: pa.Array) -> Path:
 # ------------------------------------------------------------------------------------------------ exact numbers
 
 
+@pytest.mark.claim("numbers changed on the way in")
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
@@ -89,6 +90,7 @@ def test_a_folder_of_datasets_keeps_numbers_exact(store: Store, tmp_path: Path) 
     assert answers(tmp_path / "saved") == ["0.1", "132.04"]
 
 
+@pytest.mark.claim("numbers changed on the way in")
 @pytest.mark.parametrize(
     ("number", "text"),
     [
@@ -106,6 +108,7 @@ def test_numbers_of_json_are_the_digits_that_stand_there(store: Store, tmp_path:
     assert answers(lines(tmp_path / "q.jsonl", f'{{"question": "q", "answer": {number}}}')) == [text]
 
 
+@pytest.mark.claim("inexact gold answers")
 @pytest.mark.parametrize(
     "number",
     ["NaN", "Infinity", "-Infinity", "1e400", "-1e400", "1e-400", "1e99999999999999999999", "1" * 5000, "true"],
@@ -121,6 +124,7 @@ def test_numbers_without_an_exact_decimal_are_refused_by_row(
         read_questions(config(path))
 
 
+@pytest.mark.claim("inexact gold answers")
 @pytest.mark.parametrize(
     "answer",
     [
@@ -245,6 +249,7 @@ def rows_file(folder: Path, rows: list[tuple[str, str]], ids: str = "") -> Path:
     return lines(folder / "q.jsonl", *map(json.dumps, named))
 
 
+@pytest.mark.claim("repeated rows")
 @pytest.mark.parametrize(
     ("policy", "ids", "kept", "repeats"),
     [
@@ -268,6 +273,7 @@ def test_repeated_rows_go_or_are_numbered_and_counted(
         assert [row["question_id"] for row in rows[2:]] == [f"{first}#2", f"{first}#3"]
 
 
+@pytest.mark.claim("repeated rows")
 @pytest.mark.parametrize(
     ("policy", "rows", "ids", "message"),
     [

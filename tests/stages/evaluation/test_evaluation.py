@@ -85,6 +85,7 @@ def test_pass_at_2_is_counted_over_all_pairs() -> None:
     assert evaluated().metrics["pass_at_2"] == pytest.approx((5 / 6 + 1 / 2) / 2)
 
 
+@pytest.mark.claim("Pass@K of the first K")
 def test_right_answers_vote_together_and_wrong_ones_by_their_answer() -> None:
     # All four samples: a has 2 votes for the right answer against 1; b has 1 against 2.
     made = evaluated()
@@ -171,6 +172,7 @@ def test_a_truncated_output_that_was_scored_as_it_stands_counts_as_truncated() -
 # ------------------------------------------------------------------------------------------------ votes that are not known
 
 
+@pytest.mark.claim("majorities over spellings")
 @pytest.mark.parametrize(
     "rows",
     [
@@ -228,6 +230,7 @@ def test_the_interval_of_accuracy_is_that_of_questions_drawn_by_the_seed(seed: i
     assert (metrics["accuracy_ci_low"], metrics["accuracy_ci_high"]) == pytest.approx((low, high), abs=1e-12)
 
 
+@pytest.mark.claim("intervals over samples")
 def test_samples_of_one_question_are_not_resampled_apart() -> None:
     """Two questions, one all right and one all wrong: a resample of questions is 0, 1/2 or 1, whatever the samples."""
     rows: list[Row] = [("a", "ok", "1", 1)] * 50 + [("b", "wrong", "2", 1)] * 50
@@ -245,6 +248,7 @@ def test_pass_at_k_and_maj_at_k_have_the_interval_over_questions() -> None:
         assert found == pytest.approx([sum(shares) / 8, *by_hand(shares, 300, 0)], abs=1e-12)
 
 
+@pytest.mark.claim("intervals over samples")
 @pytest.mark.parametrize("right", [True, False])
 def test_a_set_that_is_all_right_or_all_wrong_has_wilsons_interval(right: bool) -> None:
     status, answer = ("ok", "1") if right else ("wrong", "2")

@@ -40,29 +40,34 @@ def test_the_published_worked_example_has_advantages_094_and_minus_094() -> None
     assert [round(a, 2) for a in advantages] == [0.94, -0.94, -0.94, 0.94, 0.94, -0.94, 0.94, -0.94]
 
 
+@pytest.mark.claim("n or n - 1", "4.1.2")
 def test_a_lone_winner_of_four_gets_1_5_with_ddof_1_and_root_3_with_ddof_0() -> None:
     assert outcome_advantages([1, 0, 0, 0], ONE_GROUP_OF_4, ddof=1, eps=0.0).tolist() == [1.5, -0.5, -0.5, -0.5]
     expected = [math.sqrt(3)] + [-1 / math.sqrt(3)] * 3
     assert outcome_advantages([1, 0, 0, 0], ONE_GROUP_OF_4, ddof=0, eps=0.0) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.claim("statistics of the batch as the group's", "4.1.2")
 def test_a_group_is_compared_with_itself_only_whatever_the_order_of_the_rows() -> None:
     # Groups 0: rewards 1, 3 (std sqrt 2); 1: rewards 10, 30 (std 10 sqrt 2): both give -+ 1/sqrt 2.
     advantages = outcome_advantages([1, 30, 3, 10], [0, 1, 0, 1], ddof=1, eps=0.0)
     assert advantages == pytest.approx([-(0.5**0.5), 0.5**0.5, 0.5**0.5, -(0.5**0.5)])
 
 
+@pytest.mark.claim("an eps that blows up noise")
 def test_eps_is_added_to_the_standard_deviation() -> None:
     # mean 1, std 1 (ddof 0): 1 / (1 + 0.25) = 0.8
     assert outcome_advantages([0, 2], [0, 0], ddof=0, eps=0.25).tolist() == [-0.8, 0.8]
 
 
+@pytest.mark.claim("equal rewards with advantages of 60")
 @pytest.mark.parametrize("reward", [0.7, 0.1, -5.3, 1e-30, 0.9 + 0.1, 1 / 3])
 @pytest.mark.parametrize("size", [2, 8, 16, 64])
 def test_equal_rewards_give_exactly_zero_even_without_eps(reward: float, size: int) -> None:
     assert outcome_advantages([reward] * size, [0] * size, ddof=1, eps=0.0).tolist() == [0.0] * size
 
 
+@pytest.mark.claim("masked rows in mean and deviation")
 def test_a_masked_row_keeps_its_slot_and_takes_no_part_in_the_statistics() -> None:
     advantages = outcome_advantages([1, None, 0, 0, 0], [0] * 5, ddof=1, eps=0.0)
     assert advantages[[0, 2, 3, 4]].tolist() == [1.5, -0.5, -0.5, -0.5]
@@ -81,6 +86,7 @@ def test_a_group_without_any_reward_stays_masked_and_hurts_no_other() -> None:
     assert advantages[2:].tolist() == [-1.0, 1.0]
 
 
+@pytest.mark.claim("G = 1")
 def test_a_group_of_one_is_refused_and_the_reason_given() -> None:
     with pytest.raises(ValueError, match=r"group 1 has one value.*G >= 2"):
         outcome_advantages([1, 0, 1], [0, 0, 1], ddof=1, eps=0.0)
@@ -101,6 +107,7 @@ def test_another_ddof_is_refused(ddof: int) -> None:
 STEPS = [0.9, 0.1, 0.2, 0.8, 0.5]
 
 
+@pytest.mark.claim("steps normalised per output", "4.1.3 statistics")
 def test_steps_are_normalised_over_all_steps_of_all_outputs_of_the_group() -> None:
     found = group_statistics(STEPS, [0] * 5, ddof=1)
     assert (found.mean_Q[0], found.std_Q[0]) == pytest.approx((0.5, 0.353553), abs=1e-6)
@@ -109,6 +116,7 @@ def test_steps_are_normalised_over_all_steps_of_all_outputs_of_the_group() -> No
     assert normalise(STEPS, [0] * 5, found, eps=0.0) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.claim("the token that ends a step left out", "4.1.3 sums")
 def test_a_token_has_the_sum_of_the_steps_that_end_there_or_later() -> None:
     step = normalise(STEPS, [0] * 5, group_statistics(STEPS, [0] * 5, ddof=1), eps=0.0)
     first, second = process_advantages(step[:2], [1, 4], 5), process_advantages(step[2:], [0, 2, 3], 4)
@@ -116,6 +124,7 @@ def test_a_token_has_the_sum_of_the_steps_that_end_there_or_later() -> None:
     assert second == pytest.approx([0, 0.848528, 0.848528, 0], abs=1e-6)
 
 
+@pytest.mark.claim("the token that ends a step left out")
 def test_tokens_behind_the_last_step_get_exactly_zero_and_nothing_is_averaged_or_discounted() -> None:
     assert process_advantages([0.1, 0.2, 0.7], [0, 2, 2], 5).tolist() == pytest.approx([1.0, 0.9, 0.9, 0.0, 0.0])
     assert process_advantages([0.1], [0], 3).tolist() == [0.1, 0.0, 0.0]
@@ -133,6 +142,7 @@ def test_one_step_per_output_is_outcome_supervision_exactly(rewards: list[float]
         assert process_advantages([advantage], [tokens - 1], tokens).tolist() == [advantage] * tokens
 
 
+@pytest.mark.claim("RLOO")
 def test_leaving_one_out_compares_each_reward_with_the_mean_of_the_others() -> None:
     rewards = [1, 0, 0, 0]  # baselines 0, 1/3, 1/3, 1/3
     found = leave_one_out(rewards, ONE_GROUP_OF_4, group_statistics(rewards, ONE_GROUP_OF_4, ddof=1))
@@ -150,6 +160,7 @@ def test_the_left_out_mean_is_that_of_the_other_valid_rewards(rewards: list[floa
             assert found[index] == pytest.approx(reward - statistics.fmean(others or [reward]), abs=1e-9)
 
 
+@pytest.mark.claim("leave-one-out with a standard deviation")
 def test_the_others_of_a_lone_winner_have_no_spread_so_that_dividing_by_it_would_explode() -> None:
     """Why leave-one-out with a standard deviation is refused: the winner's is 0, the others' .471405."""
     spreads = [statistics.pstdev([r for j, r in enumerate([1, 0, 0, 0]) if j != i]) for i in range(4)]

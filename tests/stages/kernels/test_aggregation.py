@@ -11,18 +11,21 @@ MASK = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
 ONES = torch.ones(2)
 
 
+@pytest.mark.claim("which mean")
 def test_tokens_weigh_one_over_length_and_group_as_in_the_paper() -> None:
     weights = sequence_mean_weights(MASK, ONES, outputs=2)
     assert weights[0].tolist() == pytest.approx([1 / 4, 1 / 4, 0, 0, 0, 0])
     assert weights[1].tolist() == pytest.approx([1 / 12] * 6)
 
 
+@pytest.mark.claim("which mean")
 def test_all_tokens_weigh_alike_in_a_token_mean() -> None:
     weights = token_mean_weights(MASK, ONES, tokens=8)
     assert weights[0].tolist() == pytest.approx([1 / 8, 1 / 8, 0, 0, 0, 0])
     assert weights[1].tolist() == pytest.approx([1 / 8] * 6)
 
 
+@pytest.mark.claim("which mean")
 def test_one_constant_divides_short_and_long_outputs() -> None:
     weights = constant_weights(MASK, ONES, outputs=2, length=8)
     assert weights[0].tolist() == pytest.approx([1 / 16, 1 / 16, 0, 0, 0, 0])

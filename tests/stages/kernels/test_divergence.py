@@ -24,6 +24,7 @@ REFERENCE = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 LOGITS = torch.tensor([0.3, -0.4, 0.8], dtype=torch.float64)
 
 
+@pytest.mark.claim("an estimator with another gradient", "Eq. 4")
 @pytest.mark.parametrize(("name", "gradient"), [("k1", 0.04), ("k2", -0.02), ("k3", -0.0259489)])
 def test_gradients_at_log_ratios_of_one_half_are_those_worked_out_by_hand(name: str, gradient: float) -> None:
     logp = torch.tensor([-1.2], dtype=torch.float64).requires_grad_()
@@ -41,11 +42,13 @@ def test_k3_is_exactly_zero_and_flat_where_the_policies_agree() -> None:
     assert logp.grad.tolist() == [[0.0, 0.0, 0.0]]
 
 
+@pytest.mark.claim("exp(d) - d - 1 that overflows or rounds")
 def test_k3_keeps_its_precision_for_small_divergences() -> None:
     difference = 1e-4  # d^2 / 2 + d^3 / 6; exp(d) - d - 1 in float32 would give 0 or 1.2e-7
     assert k3(torch.tensor([0.0]), torch.tensor([difference])).item() == pytest.approx(5.0002e-9, rel=1e-2)
 
 
+@pytest.mark.claim("Eq. 4")
 @pytest.mark.parametrize("name", ["k1", "k3", "k3_unbiased"])
 def test_the_expected_value_is_the_divergence(name: str) -> None:
     logp = LOGITS.log_softmax(-1)
@@ -83,15 +86,18 @@ def forward(logp: torch.Tensor) -> torch.Tensor:
     return (REFERENCE * (REFERENCE.log() - logp)).sum()
 
 
+@pytest.mark.claim("an estimator with another gradient", "unbiased k3")
 @pytest.mark.parametrize("name", ["k2", "k3_unbiased"])
 def test_k2_and_unbiased_k3_descend_the_reverse_divergence(name: str) -> None:
     assert torch.allclose(expected_gradient(ESTIMATORS[name]), exact_gradient(reverse), rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.claim("an estimator with another gradient")
 def test_the_papers_k3_descends_the_forward_divergence() -> None:
     assert torch.allclose(expected_gradient(k3), exact_gradient(forward), rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.claim("an estimator with another gradient")
 def test_k1_as_a_loss_does_nothing_on_average() -> None:
     assert torch.allclose(expected_gradient(k1), torch.zeros(3, dtype=torch.float64), atol=1e-15)
 
@@ -126,6 +132,7 @@ def test_descending_brings_the_policy_to_the_reference(name: str) -> None:
     assert reverse(logits.log_softmax(-1)).item() < 1e-6 < before
 
 
+@pytest.mark.claim("exp(d) - d - 1 that overflows or rounds")
 def test_k3_overflows_to_infinity_rather_than_to_a_flat_value() -> None:
     # A clamp would take the gradient from the most drifted tokens; an infinite loss is skipped and counted instead.
     assert math.isinf(k3(torch.tensor([-100.0]), torch.tensor([0.0])).item())

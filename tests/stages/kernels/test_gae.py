@@ -16,6 +16,7 @@ def random_batch(seed: int = 0) -> tuple[NDArray[np.float64], NDArray[np.float64
     return rng.normal(size=mask.shape) * mask, rng.normal(size=mask.shape) * mask, mask
 
 
+@pytest.mark.claim("4.1.1 GAE")
 def test_three_tokens_with_a_reward_at_the_end_by_hand() -> None:
     # gamma 0.5, lam 0.5; V = 1, 2, 4; r = 0, 0, 8.
     # delta = 0 + 0.5*2 - 1 = 0; 0 + 0.5*4 - 2 = 0; 8 - 4 = 4.  A_2 = 4; A_1 = 0 + 0.25*4 = 1; A_0 = 0 + 0.25*1 = 0.25.
@@ -40,6 +41,7 @@ def test_with_lambda_0_it_is_the_one_step_error() -> None:
     np.testing.assert_allclose(found.advantage_BT, (reward + 0.9 * following - value) * mask, atol=1e-12)
 
 
+@pytest.mark.claim("4.1.1 GAE")
 def test_it_is_the_discounted_sum_of_the_errors_that_follow() -> None:
     reward, value, mask = random_batch()
     found = gae(reward, value, mask, gamma=0.9, lam=0.8)
@@ -50,6 +52,7 @@ def test_it_is_the_discounted_sum_of_the_errors_that_follow() -> None:
             assert found.advantage_BT[row, t] == pytest.approx(by_definition, abs=1e-12)
 
 
+@pytest.mark.claim("GAE that stops at a masked position")
 def test_padding_changes_nothing_whatever_stands_in_it() -> None:
     reward, value, mask = random_batch()
     found = gae(reward, value, mask, gamma=0.9, lam=0.8)
@@ -70,6 +73,7 @@ def test_a_row_is_the_same_alone_and_among_longer_ones() -> None:
         assert np.array_equal(gae(*rows, gamma=0.9, lam=0.8).advantage_BT[0], together[row, :length])
 
 
+@pytest.mark.claim("GAE that stops at a masked position")
 def test_a_masked_stretch_in_the_middle_is_skipped_as_if_it_were_not_there() -> None:
     # By hand, gamma = lam = 0.5, the middle position masked: V_{t+1} of the first token is that of the third, 4.
     # delta_0 = 0 + 0.5*4 - 1 = 1; delta_2 = 8 - 4 = 4; A_0 = 1 + 0.25*4 = 2.

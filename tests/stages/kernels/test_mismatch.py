@@ -62,6 +62,7 @@ def test_the_effective_share_of_weights_by_hand(weights: list[float], share: flo
     assert effective_share(sums, len(weights)) == pytest.approx(share, rel=1e-12)
 
 
+@pytest.mark.claim("importance weights that overflow")
 @pytest.mark.parametrize("level", [0.0, 2000.0, -2000.0])
 def test_the_effective_share_does_not_depend_on_the_level_of_the_weights(level: float) -> None:
     """Outputs of a thousand tokens that differ by 2 nats each: their weights are beyond any float."""

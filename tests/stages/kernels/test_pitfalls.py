@@ -14,18 +14,21 @@ from stages.kernels.logprobs import token_logprobs
 from stages.kernels.objective import clipped
 
 
+@pytest.mark.claim("sampled at T, scored at 1")
 def test_sampling_at_0_7_and_scoring_at_1_is_a_ratio_of_1_325() -> None:
     logits, token = torch.tensor([[2.0, 1.0, 0.0]], dtype=torch.float64), torch.tensor([1])
     scored, sampled = (token_logprobs(logits, token, temperature=t) for t in (1.0, 0.7))
     assert (scored - sampled).exp().item() == pytest.approx(1.325, abs=5e-4)
 
 
+@pytest.mark.claim("log-probabilities in bfloat16")
 @pytest.mark.parametrize(("logp", "ratio"), [(-8.1, 1.0253), (-2.3, 0.9969), (-20.3, 0.951)])
 def test_a_logprob_kept_in_bfloat16_is_a_ratio_other_than_one(logp: float, ratio: float) -> None:
     kept = torch.tensor(logp, dtype=torch.float64).bfloat16().double().item()
     assert math.exp(logp - kept) == pytest.approx(ratio, abs=5e-4)
 
 
+@pytest.mark.claim("log-probabilities in bfloat16")
 @pytest.mark.parametrize("spread", [2.3, 8.1, 20.3])
 def test_logprobs_of_bfloat16_logits_lose_nothing_more(spread: float) -> None:
     logits = torch.tensor([[spread, 0.0, -1.0]], dtype=torch.bfloat16)
@@ -34,11 +37,13 @@ def test_logprobs_of_bfloat16_logits_lose_nothing_more(spread: float) -> None:
     assert math.exp(found - exact) == pytest.approx(1.0, abs=2e-6)
 
 
+@pytest.mark.claim("an estimator with another gradient")
 def test_the_gradient_coefficient_of_grpo_at_a_log_ratio_of_one_half() -> None:
     one = torch.ones(1, 1, dtype=torch.float64)
     assert grpo(1.5 * one, -1.2 * one, -0.7 * one, beta=0.04).item() == pytest.approx(1.5259489, abs=5e-8)
 
 
+@pytest.mark.claim("equal rewards with advantages of 60")
 def test_in_float32_equal_rewards_would_have_an_advantage_of_60() -> None:
     """Why statistics are float64 and equality is decided by max == min: the mean of eight rewards of 0.7 is not 0.7."""
     rewards = torch.full((1, 8), 0.7)
@@ -49,6 +54,7 @@ def test_in_float32_equal_rewards_would_have_an_advantage_of_60() -> None:
         assert not normalise(values, group, group_statistics(values, group, ddof=1), eps=0.0).any()
 
 
+@pytest.mark.claim("hidden shaping")
 def test_nothing_bounds_rewards_or_advantages() -> None:
     """A lone winner of 64: mean 1/64, deviation 1/8, advantage 7.875, which clipping or whitening would lower."""
     rewards, group = [1000.0] + [0.0] * 63, [0] * 64
@@ -57,6 +63,7 @@ def test_nothing_bounds_rewards_or_advantages() -> None:
     assert found[1:] == pytest.approx(np.full(63, -0.125))
 
 
+@pytest.mark.claim("hidden shaping")
 def test_a_negative_advantage_has_no_second_bound() -> None:
     """Dual clipping would stop at 3 times the advantage; min[ r A, clip(r) A ] does not."""
     logp = torch.full((1, 1), math.log(10.0), dtype=torch.float64, requires_grad=True)

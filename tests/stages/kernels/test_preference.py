@@ -18,12 +18,14 @@ def sigma(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
+@pytest.mark.claim("DPO summed over tokens")
 def test_log_ratios_are_means_over_the_tokens_of_an_output() -> None:
     ratio = LOGP - REF  # row 0: 0.5, 1.5; row 1: -1
     assert log_ratio_of_outputs(ratio, MASK, length_normalised=True).tolist() == [1.0, -1.0, 0.0, 0.0]
     assert log_ratio_of_outputs(ratio, MASK, length_normalised=False).tolist() == [2.0, -1.0, 0.0, 0.0]
 
 
+@pytest.mark.claim("Eq. 12")
 def test_the_value_is_log_sigma_of_the_margin_at_every_token_of_both() -> None:
     found = dpo(LOGP, REF, MASK, beta=0.5, length_normalised=True)
     first = math.log(sigma(0.5 * (1.0 - -1.0)))
@@ -33,6 +35,7 @@ def test_the_value_is_log_sigma_of_the_margin_at_every_token_of_both() -> None:
     assert found.shown["preference_accuracy"][:, 0].tolist() == [1.0, 1.0, 0.0, 0.0]
 
 
+@pytest.mark.claim("DPO summed over tokens")
 def test_the_usual_form_sums_over_tokens() -> None:
     found = dpo(LOGP, REF, MASK, beta=0.5, length_normalised=False)
     assert found.value_BT[0, 0].item() == pytest.approx(math.log(sigma(0.5 * (2.0 - -1.0))))

@@ -11,6 +11,7 @@ import pytest
 from stages.kernels.voting import bootstrap_interval, maj_at_k, pass_at_k, share_interval, wilson_interval
 
 
+@pytest.mark.claim("Pass@K of the first K", "5.2.2, Fig. 7")
 @pytest.mark.parametrize(
     ("k", "expected"), [(1, 0.046875), (4, 0.178667), (8, 0.334677), (16, 0.584869), (32, 0.880952), (64, 1.0)]
 )
@@ -43,6 +44,7 @@ def by_enumeration(n: int, correct: int, wrong: list[int], k: int) -> float:
     return total / subsets
 
 
+@pytest.mark.claim("Pass@K of the first K", "5.2.2, Fig. 7")
 @pytest.mark.parametrize(
     ("n", "correct", "wrong"),
     [
@@ -65,11 +67,13 @@ def test_maj_at_1_is_plain_accuracy() -> None:
     assert maj_at_k(64, 20, [30, 5], 1) == pytest.approx(20 / 64)
 
 
+@pytest.mark.claim("Pass@K of the first K")
 def test_a_tie_is_shared_evenly() -> None:
     assert maj_at_k(4, 2, [2], 4) == 0.5
     assert maj_at_k(6, 2, [2, 2], 6) == pytest.approx(1 / 3)
 
 
+@pytest.mark.claim("Pass@K of the first K")
 def test_samples_without_an_answer_do_not_vote() -> None:
     assert maj_at_k(10, 1, [], 10) == 1.0
     assert maj_at_k(10, 0, [], 10) == 0.0

@@ -76,6 +76,7 @@ def test_columns_are_the_log_softmax_at_the_outputs_temperature(store: Store, te
             assert scored[name] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
+@pytest.mark.claim("a reference of another time or precision")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_policy_differs_from_itself_by_exactly_nothing(store: Store, precision: str) -> None:
     policy = trained(tiny_checkpoint())
@@ -131,6 +132,7 @@ def test_greedy_outputs_are_refused(store: Store) -> None:
         compare_policies(policy, policy, Rollouts.write(output_rows(0.0)), exact())
 
 
+@pytest.mark.claim("NaN of the engine becomes 0")
 def test_a_logprob_that_is_not_finite_is_refused_by_its_row_and_policy(store: Store) -> None:
     # Untied, so that only rows that read token 25 meet its embedding.
     reference = tiny_checkpoint(tie_word_embeddings=False)

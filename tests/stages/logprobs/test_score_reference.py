@@ -76,6 +76,7 @@ def test_values_are_bit_for_bit_those_of_a_comparison_beside_the_policy(store: S
     assert [row["reference"] for row in alone] == [row["reference"] for row in beside]
 
 
+@pytest.mark.claim("a reference of another time or precision")
 @pytest.mark.parametrize("tokens", [pytest.param(16384, marks=SLOW), 30])
 def test_three_updates_come_to_the_same_bits_with_the_reference_beside_them_or_before(
     store: Store, tokens: int
@@ -98,6 +99,7 @@ def test_where_micro_batches_differ_three_updates_agree_to_1e_6(store: Store, ch
         torch.testing.assert_close(other[name], tensor, atol=1e-6, rtol=0)
 
 
+@pytest.mark.claim("a reference of another time or precision")
 @pytest.mark.parametrize(
     "changes", [{}, *(pytest.param(each, marks=SLOW) for each in ({"training.precision": "bf16"}, {"mini_batches": 2}))]
 )

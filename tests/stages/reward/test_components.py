@@ -50,6 +50,7 @@ def steps(rewards: Rewards) -> list[Any]:
     return [(row["step_rewards"], row["step_ends"]) for row in rewards.rows()]
 
 
+@pytest.mark.claim("tokens behind the last step", "4.1.3 steps")
 def test_each_line_is_a_step_that_ends_with_its_newline_and_the_last_with_the_end_of_sequence() -> None:
     made = scored(RIGHT, SLIP)
     assert steps(made) == [([1.0, 1.0, 1.0], [6, 13, 20]), ([0.0, 0.0, 1.0], [5, 11, 18])]
@@ -74,6 +75,7 @@ def test_a_weight_puts_the_share_of_right_lines_into_the_outcome() -> None:
     assert [row["reward"] for row in scored(SLIP, config=config).rows()] == [pytest.approx(1.1)]
 
 
+@pytest.mark.claim("an output without a step")
 def test_an_output_without_any_line_is_one_step_of_reward_zero() -> None:
     assert steps(scored("", "\n\n")) == [([0.0], [0]), ([0.0], [2])]
 
@@ -104,6 +106,7 @@ def test_an_answer_line_alone_decides_the_status_where_nothing_else_reads_the_an
     assert [row["status"] for row in made.rows()] == ["ok", "wrong", "unparseable"]
 
 
+@pytest.mark.claim("step borders by encoding text anew")
 @pytest.mark.parametrize("text", [RIGHT, "7加5等于12\n12减3等于9\n#### 9"])
 @pytest.mark.parametrize("config", [CharacterTokenizerConfig(), BPETokenizerConfig(vocab_size=300)])
 def test_the_token_that_ends_a_step_is_the_first_to_reach_behind_its_newline(text: str, config: Any) -> None:
@@ -133,6 +136,7 @@ def test_a_question_of_another_world_has_no_labels() -> None:
         scored("#### 9", question="How many eggs?")
 
 
+@pytest.mark.claim("DAPO: overlong punishment")
 def test_length_is_punished_linearly_over_the_buffer_and_fully_from_the_limit_on() -> None:
     lengths = [0, 12, 13, 14, 16, 17]
     found = [overlong_score(tokens, max_tokens=16, buffer_tokens=4) for tokens in lengths]

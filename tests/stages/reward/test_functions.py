@@ -173,6 +173,7 @@ def test_one_number_for_each_completion_is_an_answer(answer: str) -> None:
     assert column(made, "reward") == expected.get(answer, [0.5, 1.5, 2.5])
 
 
+@pytest.mark.claim("one score taken for several outputs")
 @pytest.mark.parametrize(
     ("answer", "found"),
     [
@@ -256,6 +257,7 @@ def test_a_weighted_sum_beyond_all_numbers_is_refused_before_it_is_written(store
     assert not any(record["stage"] == "score" for record in store.actions())
 
 
+@pytest.mark.claim("a service that was down as a verdict")
 def test_a_service_that_was_down_leaves_no_verdict_and_is_asked_again(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,10 +41,12 @@ def test_nothing_starts_before_the_first_task() -> None:
     made.close()
 
 
+@pytest.mark.claim("two rewards for one output, or none")
 def test_every_task_has_its_outcome_in_order(pool: KillablePool) -> None:
     assert [o.value for o in pool.run(double, [(i,) for i in range(20)], deadline_s=20)] == list(range(0, 40, 2))
 
 
+@pytest.mark.claim("a verifier that hangs")
 def test_each_fault_stays_in_its_row_and_the_pool_goes_on(pool: KillablePool) -> None:
     tasks = ["fine", "hang", "crash", "allocate", "raise", "fine too"]
     outcomes = pool.run(misbehave, [(task,) for task in tasks], deadline_s=1.0)
@@ -112,6 +114,7 @@ def _memory() -> tuple[int, int]:
     return max(mapped), max(resident)
 
 
+@pytest.mark.claim("a verifier that hangs")
 def test_the_pool_works_off_the_main_thread(pool: KillablePool) -> None:
     found: list[Outcome] = []
     thread = threading.Thread(target=lambda: found.extend(pool.run(double, [(4,)], deadline_s=20)))

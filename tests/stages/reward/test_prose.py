@@ -42,6 +42,7 @@ def test_words_that_explain_an_answer_are_cut_off(stated: str, answer: str) -> N
     assert without_words(stated) == answer
 
 
+@pytest.mark.claim("a number taken out of an unread formula")
 @pytest.mark.parametrize(
     "stated",
     [

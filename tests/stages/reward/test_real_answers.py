@@ -37,6 +37,7 @@ def grades(pairs: list[tuple[str, str]], pool: KillablePool, verifier: Verifier,
     return grade_answers(pairs, conventions=conventions, verifier=verifier, pool=pool, deadline_s=deadline_s)
 
 
+@pytest.mark.claim("5.2.1 rule")
 @pytest.mark.parametrize("verifier", ["exact", pytest.param("math_verify", marks=pytest.mark.slow)])
 def test_all_5276_labelled_solutions_are_scored_as_labelled(
     data_dir: Path, pool: KillablePool, verifier: Verifier
@@ -141,6 +142,7 @@ def check_bombs(bombs: list[dict[str, Any]], pool: KillablePool, verifier: Verif
     assert [grade.status for grade in grades(PROBE, pool, verifier, 20.0)] == ["ok", "wrong"]
 
 
+@pytest.mark.claim("a verifier that hangs")
 def test_the_worst_bombs_are_answered_in_time_and_the_pool_lives(data_dir: Path, pool: KillablePool) -> None:
     bombs = [bomb for bomb in rows_of(data_dir / "verifier_bombs.jsonl") if bomb["id"] in WORST]
     assert len(bombs) == len(WORST)

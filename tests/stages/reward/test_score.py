@@ -49,6 +49,7 @@ def column(rewards: Rewards, name: str) -> list[Any]:
 EXACT = RewardConfig(components=(AccuracyConfig(verifier="exact"),))
 
 
+@pytest.mark.claim("two rewards for one output, or none", "line 8")
 def test_every_output_has_its_row_with_status_score_and_extracted_answer() -> None:
     made = score(
         rollouts(("b", 0, "#### 1,000.0"), ("a", 1, "#### 18"), ("a", 0, "#### 17"), ("b", 1, "no idea")),
@@ -80,6 +81,7 @@ def test_the_reward_is_the_weighted_sum_and_component_scores_stay_in_the_table()
     assert made.metrics["reward/status_timeout"] == 0.0
 
 
+@pytest.mark.claim("truncated outputs treated by accident")
 @pytest.mark.parametrize(
     ("policy", "reward", "status"),
     [("as_unparseable", 0.0, "truncated"), ("as_is", 1.0, "ok"), ("no_reward", None, "truncated")],
@@ -95,6 +97,7 @@ def test_a_truncated_output_is_treated_as_the_config_names_it(policy: str, rewar
 FAR = "#### 17\n" + "and so on " * 600
 
 
+@pytest.mark.claim("an answer that the model did not mean")
 @pytest.mark.parametrize(
     ("settings", "text", "status"),
     [
@@ -118,6 +121,7 @@ def test_only_the_part_that_is_read_states_an_answer(settings: dict[str, Any], t
     assert column(made, "status") == [status]
 
 
+@pytest.mark.claim("an answer that the model did not mean")
 @pytest.mark.parametrize(("mark", "statuses"), [("last", ["wrong", "ok"]), ("first", ["ok", "wrong"])])
 def test_the_mark_that_counts_is_a_setting(mark: str, statuses: list[str]) -> None:
     config = RewardConfig.parse({"components": [{"kind": "accuracy", "verifier": "exact", "mark": mark}]})
@@ -170,6 +174,7 @@ def test_language_adds_its_share_to_the_reward_and_decides_no_status() -> None:
     assert made.metrics["reward/language"] == pytest.approx(1 / 3)
 
 
+@pytest.mark.claim("0.0 read as missing")
 def test_a_hanging_comparison_has_no_reward_and_the_rest_of_the_batch_keeps_its_own() -> None:
     bomb = r"\boxed{\sin^{40}(x)+\cos^{40}(x)-\tan^{20}(x)\sec^{20}(x)}"
     config = RewardConfig(workers=1, deadline_s=0.05)  # the comparison takes seconds
@@ -209,6 +214,7 @@ def test_a_reward_of_nothing_or_of_unclear_parts_is_refused(changes: dict[str, A
         RewardConfig.parse(changes)
 
 
+@pytest.mark.claim("abstaining components summed as 0")
 def test_a_score_that_is_no_number_is_refused_with_its_component_and_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.reward.components.has_form", lambda text, *_: math.nan if text == "x" else 1.0)
     config = RewardConfig(components=(AccuracyConfig(verifier="exact"), FormatConfig()))
@@ -233,6 +239,7 @@ def test_workers_and_deadlines_are_not_part_of_the_key() -> None:
     assert RewardConfig(workers=7, deadline_s=9.0, memory_mb=999).key() == RewardConfig().key()
 
 
+@pytest.mark.claim("0.0 read as missing", "abstaining components summed as 0")
 @pytest.mark.parametrize(
     ("parts", "expected"),
     [

@@ -44,6 +44,7 @@ def counted(answers: Sequence[tuple[str, str | None]], **settings: Any) -> list[
     return votes
 
 
+@pytest.mark.claim("majorities over spellings", "5.2.2, Fig. 7")
 @pytest.mark.parametrize(
     ("answers", "expected"),
     [

@@ -33,6 +33,7 @@ def by_definition(model: Checkpoint, row: dict[str, Any]) -> list[float]:
     return scores
 
 
+@pytest.mark.claim("a score read at the wrong last token")
 @pytest.mark.parametrize("micro_batch_tokens", [20, 16384])
 @pytest.mark.parametrize("make_base", [tiny_checkpoint, base_with_pad_as_eos])
 def test_an_output_is_scored_at_its_last_token(store: Store, make_base: Any, micro_batch_tokens: int) -> None:
@@ -68,6 +69,7 @@ def test_without_rules_nothing_is_said_to_be_right_or_wrong(store: Store) -> Non
     assert {dict(row["components"])["rule"] for row in found} == {None}
 
 
+@pytest.mark.claim("a score read at the wrong last token")
 def test_a_process_model_scores_each_step_at_its_last_token(store: Store) -> None:
     base = tiny_checkpoint()
     rows, model = label_rows(base), outspoken("process", base)
@@ -184,6 +186,7 @@ def other_roles(tokenizer: Any) -> Any:
     return tokenizer
 
 
+@pytest.mark.claim("a reward model given other ids")
 def test_a_model_with_another_tokenizer_is_refused(store: Store) -> None:
     base = tiny_checkpoint()
     model = with_vocabulary(outspoken("outcome", base), renamed)

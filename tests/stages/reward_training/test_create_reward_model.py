@@ -25,6 +25,7 @@ FP32 = ScoringConfig(precision="fp32", threads=1)
 KINDS: list[RewardKind] = ["outcome", "process"]
 
 
+@pytest.mark.claim("4.2 reward model")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_trunk_is_the_bases_and_its_output_head_stays_behind(store: Store, kind: RewardKind, tied: bool) -> None:

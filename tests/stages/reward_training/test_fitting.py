@@ -61,6 +61,7 @@ def test_equal_outputs_are_one_example_of_their_number() -> None:
     ]
 
 
+@pytest.mark.claim("Bradley-Terry that weighs questions by pairs")
 @pytest.mark.parametrize(
     ("average", "expected"),
     # Three of five outputs right (6 pairs), and one of five (4 pairs).

@@ -35,6 +35,7 @@ def test_a_label_is_the_verdict_with_the_last_token_to_read_it_at(store: Store) 
     assert made.metrics["rm/right_steps_share"] == pytest.approx(sum(steps) / len(steps))
 
 
+@pytest.mark.claim("preference pairs in place of rule labels")
 @pytest.mark.parametrize(
     ("status", "reward", "label"),
     [

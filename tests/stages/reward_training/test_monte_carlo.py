@@ -163,6 +163,7 @@ def test_rewards_that_do_not_fit_are_refused_by_row() -> None:
 # ------------------------------------------------------------------------------------- a policy of known chances
 
 
+@pytest.mark.claim("4.2 step labels")
 @pytest.mark.usefixtures("store")
 def test_shares_are_the_chances_of_a_known_policy_to_be_right_from_there() -> None:
     policy, tokenizer = markov_policy(
@@ -281,6 +282,7 @@ def running_values(text: str) -> list[int]:
     return [int(value) for value in re.findall(r"=(\d+)", text)]
 
 
+@pytest.mark.claim("4.2 step labels")
 def test_where_errors_stay_a_policy_that_is_always_right_labels_as_the_exact_checker_does(store: Store) -> None:
     def errors_stay(chain: Chain) -> bool:
         truth = running_values(write_solution(chain, "careful", "en"))

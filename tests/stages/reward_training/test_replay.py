@@ -36,6 +36,7 @@ def origins(labels: RewardLabels) -> Counter[str]:
     return Counter(row["origin"] for row in labels.rows())
 
 
+@pytest.mark.claim("4.1.4 replay")
 def test_a_tenth_of_the_training_set_is_history(store: Store) -> None:
     # 90 fresh rows: 10 old ones make a tenth of 100.
     fresh, old = table("new", 45, G=2), table("old", 100)
@@ -44,6 +45,7 @@ def test_a_tenth_of_the_training_set_is_history(store: Store) -> None:
     assert mixed.metrics["rm/replayed_share"] == pytest.approx(0.1)
 
 
+@pytest.mark.claim("4.1.4 replay")
 def test_a_tenth_of_the_old_pool_is_replayed(store: Store) -> None:
     fresh, old = table("new", 45, G=2), [table("first", 50), table("second", 25)]
     mixed = mix_with_history(fresh, old, ReplayConfig(share_of="old_pool"), seed=0)

@@ -93,6 +93,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool(torch.linalg.vector_norm(found - expected) < 2e-6 * torch.linalg.vector_norm(expected))
 
 
+@pytest.mark.claim("preference pairs in place of rule labels")
 @pytest.mark.parametrize(("kind", "objective"), CASES)
 def test_the_gradient_is_that_of_the_loss_as_it_is_written(store: Store, kind: Any, objective: Any) -> None:
     base = tiny_checkpoint()
@@ -122,6 +123,7 @@ def test_equal_outputs_count_as_often_as_they_occur(store: Store, kind: Any, obj
     assert close(found, gradient_by_definition(model, rows, objective))
 
 
+@pytest.mark.claim("a score read at the wrong last token")
 @pytest.mark.parametrize("objective", [ALL, POINTWISE])
 def test_the_scored_token_is_the_named_one_where_padding_is_the_end_of_sequence(store: Store, objective: Any) -> None:
     base = base_with_pad_as_eos()
@@ -340,6 +342,7 @@ def test_a_row_longer_than_the_window_is_named_with_its_lengths(store: Store) ->
     assert "has a window of 16" in message
 
 
+@pytest.mark.claim("a reward model given other ids")
 def test_ids_of_another_tokenizer_are_refused(store: Store) -> None:
     def rename(rows: list[dict[str, Any]]) -> None:
         rows[2]["vocabulary"] = "f" * 64

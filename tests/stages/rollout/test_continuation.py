@@ -168,6 +168,7 @@ def test_a_continuation_is_an_output_of_its_question_that_begins_with_the_prefix
     assert len({row["seed"] for row in rows}) == len(rows)
 
 
+@pytest.mark.claim("4.2 step labels")
 @pytest.mark.usefixtures("store")
 def test_continuations_come_with_the_chances_of_the_policy_at_the_end_of_their_prefix() -> None:
     policy, tokenizer = markov_policy(CHANCES)

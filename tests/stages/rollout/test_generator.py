@@ -62,6 +62,7 @@ def test_a_sound_output_stays_what_it_is(sound: Output) -> None:
     )
 
 
+@pytest.mark.claim("unsound rows of an engine")
 @pytest.mark.parametrize(
     ("unsound", "objection"),
     [

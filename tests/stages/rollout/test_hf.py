@@ -71,6 +71,7 @@ def test_grouped_attention_refuses_models_with_soft_caps() -> None:
         grouped_attention(torch.nn.Identity(), states, states, states, torch.zeros(1, 1, 1, 1), softcap=50.0)
 
 
+@pytest.mark.claim("engine log-probabilities of raw logits", "positions that count left padding")
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
 def test_logprobs_equal_a_full_forward_of_the_row_alone(model: PreTrainedModel, temperature: float) -> None:
     prompts = _prompts(G=4)
@@ -99,6 +100,7 @@ def test_the_order_of_the_questions_changes_no_output(qwen2: PreTrainedModel) ->
     _assert_same(generator.generate(prompts, sampling), generator.generate(prompts[::-1], sampling)[::-1])
 
 
+@pytest.mark.claim("masks guessed from ids", "the end of sequence outside the loss")
 def test_an_output_ends_with_the_first_stop_id_or_at_the_limit(qwen2: PreTrainedModel) -> None:
     stops = (1, 2, 3)
     groups = HFGenerator(qwen2, batch_rows=64).generate(_prompts(G=8), Sampling(1.0, 9, stops))
@@ -126,6 +128,7 @@ def test_the_same_call_gives_the_same_bits(qwen2: PreTrainedModel) -> None:
         assert a.logprobs.tobytes() == b.logprobs.tobytes()
 
 
+@pytest.mark.claim("one seed for a whole group")
 def test_different_seeds_give_different_outputs_and_equal_seeds_equal_ones(qwen2: PreTrainedModel) -> None:
     generator, sampling = HFGenerator(qwen2, batch_rows=64), Sampling(1.0, 20, ())
     (group,) = generator.generate([Prompt("q", [1, 2], [5, 6, 5, 7])], sampling)
@@ -142,6 +145,7 @@ def test_a_prefix_is_computed_once_however_many_outputs_share_it(qwen2: PreTrain
     assert rows == [len(alive) for alive in prefixes]
 
 
+@pytest.mark.claim("log-probabilities in bfloat16")
 def test_bfloat16_weights_give_float32_logprobs_near_those_of_float32() -> None:
     exact, rounded = make_model("qwen2", spread=0.1), make_model("qwen2", spread=0.1).to(torch.bfloat16)
     prompts, sampling = _prompts(G=1), Sampling(0.0, 1, ())
@@ -206,6 +210,7 @@ def test_uniforms_are_the_published_splitmix64_stream() -> None:
     assert drawn == [(number >> 24) / 2**40 for number in published]
 
 
+@pytest.mark.claim("one seed for a whole group")
 def test_seeds_of_a_group_differ_and_fit_a_signed_column() -> None:
     seeds = [sample_seed(0, question, sample) for question in ("a", "b", "a1") for sample in range(64)]
     assert len(set(seeds)) == len(seeds)
@@ -281,6 +286,7 @@ def test_greedy_takes_the_lowest_of_equal_maxima_with_its_logprob_at_temperature
     assert logprob[0] == pytest.approx(-math.log(2 + math.exp(-2)), abs=1e-6)
 
 
+@pytest.mark.claim("NaN of the engine becomes 0")
 def test_logits_that_are_not_finite_are_refused() -> None:
     with pytest.raises(FloatingPointError, match="not finite"):
         sample(torch.tensor([[0.0, math.nan]]), np.array([0]), np.array([0.5]), 1.0)

@@ -61,6 +61,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
+@pytest.mark.claim("detokenised and tokenised again", "line 7")
 @pytest.mark.usefixtures("store")
 def test_rows_carry_key_prompt_output_logprobs_text_temperature_and_seed() -> None:
     policy, questions = _policy(), _questions("1+2", "34-5=", "7")
@@ -118,6 +119,7 @@ def test_a_question_keeps_its_outputs_in_another_batch() -> None:
     assert [row["output_ids"] for row in alone] == [row["output_ids"] for row in beside if row["question_id"] == "q0"]
 
 
+@pytest.mark.claim("outputs of stale weights")
 @pytest.mark.usefixtures("store")
 def test_new_weights_are_loaded_in_place_and_a_new_architecture_anew(loads: Counter[str]) -> None:
     questions = _questions("1+2")
@@ -166,6 +168,7 @@ def test_progress_ends_at_the_number_of_outputs() -> None:
     assert (seen[-1]["done"], seen[-1]["total"]) == (8, 8)
 
 
+@pytest.mark.claim("groups formed by equal prompts")
 @pytest.mark.usefixtures("store")
 def test_bad_input_is_refused_with_its_name() -> None:
     policy = _policy()
@@ -178,6 +181,7 @@ def test_bad_input_is_refused_with_its_name() -> None:
         rollout(policy, Questions.write([row, row]), PROMPT, CONFIG, seed=0)
 
 
+@pytest.mark.claim("top-p, top-k, min-p unseen by the ratio", "5.2.3 nucleus")
 def test_configs_that_contradict_themselves_are_refused() -> None:
     with pytest.raises(ConfigError, match="temperature 0 gives G = 64 equal outputs"):
         RolloutConfig.parse({"temperature": 0})

@@ -285,6 +285,7 @@ def test_a_probe_s_answer_without_sound_values_is_an_error_by_name(
         _generate(_config(server))
 
 
+@pytest.mark.claim("unsound rows of an engine")
 def test_nothing_is_written_of_a_sick_server_and_the_same_call_succeeds_afterwards(
     server: UniformServer, store: Store
 ) -> None:

@@ -39,6 +39,7 @@ def test_the_rows_are_those_that_were_sampled() -> None:
     assert keep_informative([outputs], [rewards_of(rows)], size=1).rows() == outputs.rows()[2:]
 
 
+@pytest.mark.claim("DAPO: dynamic sampling")
 def test_groups_that_agree_fill_the_batch_up_behind_those_that_differ() -> None:
     kept = keep({"a": [1, 1], "b": [0, 0]}, {"c": [0, 1]}, size=2)
     assert questions(kept) == ["c", "a"]
@@ -58,6 +59,7 @@ def test_a_question_drawn_twice_counts_once_and_keeps_its_first_outputs() -> Non
     assert kept.metrics["rollout/agreeing_groups"] == 1
 
 
+@pytest.mark.claim("0.0 read as missing")
 def test_outputs_without_a_reward_make_no_difference() -> None:
     kept = keep({"a": [None, 1], "b": [None, None], "c": [None, 0, 1]}, size=1)
     assert keys(kept) == [("c", 0), ("c", 1), ("c", 2)]

@@ -81,6 +81,7 @@ def curve_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return curve
 
 
+@pytest.mark.claim("padded rows of the vocabulary")
 def test_a_first_policy_has_the_architecture_and_vocabulary_asked_for(store: Store) -> None:
     import torch
 
@@ -116,6 +117,7 @@ def test_an_architecture_or_setting_that_does_not_exist_is_named(
         create_policy(config, demonstrations(), PROMPT)
 
 
+@pytest.mark.claim("Eq. 6-7")
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
 def test_the_first_loss_is_that_of_the_untrained_policy(store: Store, aggregation: str) -> None:
     import torch
@@ -168,6 +170,7 @@ def test_tokens_of_demonstrations_of_2_and_6_weigh_what_the_mean_says(
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.claim("3.2")
 def test_it_learns_stops_at_the_loss_and_then_decays(store: Store) -> None:
     corpus = demonstrations()
     config = how(max_steps=400, stop_loss=0.1, decay_steps=5, batch_size=12)
@@ -207,6 +210,7 @@ def test_equal_inputs_give_equal_weights_and_another_seed_others(store: Store) -
     assert weights[0].read_bytes() != weights[1].read_bytes()
 
 
+@pytest.mark.claim("the last batch dropped or counted twice")
 @pytest.mark.parametrize("pool", [1, 2])
 def test_an_epoch_shows_every_demonstration_once(pool: int) -> None:
     rows = [Row([1], [2] * (1 + number)) for number in range(12)]
@@ -216,6 +220,7 @@ def test_an_epoch_shows_every_demonstration_once(pool: int) -> None:
     assert epochs[0] != epochs[1]
 
 
+@pytest.mark.claim("3.2")
 def test_a_length_pool_makes_batches_of_like_length() -> None:
     rows = [Row([1], [2] * (1 + number % 2 * 50)) for number in range(60)]
     drawn = batches(rows, SFTConfig(batch_size=3, length_pool=20))

@@ -91,6 +91,7 @@ def test_an_instruction_stands_in_the_question_s_turn(tokenizer: Any, settings: 
     assert tokenizer.decode(ids, skip_special_tokens=False) == prompt
 
 
+@pytest.mark.claim("chat templates that vary")
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
@@ -126,6 +127,7 @@ def test_a_template_that_is_not_the_same_every_time_or_fails_is_refused(
         prompt_of(tokenizer, template)
 
 
+@pytest.mark.claim("chat templates that vary")
 def test_a_template_that_never_ends_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_templates, "_SECONDS", 1)
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
@@ -146,6 +148,7 @@ def test_the_clocks_agree_in_nothing_that_a_template_can_ask_for() -> None:
         assert len({clock.strftime(f"%{directive}") for clock in clocks}) > 1, directive
 
 
+@pytest.mark.claim("template input that is ignored")
 @pytest.mark.parametrize(
     "template",
     [
@@ -161,6 +164,7 @@ def test_a_system_message_that_a_template_does_not_write_is_refused(tokenizer: A
         prompt_of(tokenizer, template, system="Be brief.")
 
 
+@pytest.mark.claim("template input that is ignored")
 def test_a_variable_that_the_template_does_not_read_is_refused_by_name(tokenizer: Any) -> None:
     with pytest.raises(PromptError, match="does not read 'enable_thinkin'; it reads enable_thinking"):
         prompt_of(tokenizer, QWEN3, chat_template_kwargs={"enable_thinkin": False})

@@ -109,6 +109,7 @@ def test_another_kind_of_tokenizer_is_decoded_token_by_token() -> None:
     assert ends_of(tokenizer, [0, 1, 2]) == ("the answer.", [3, 10, 11])
 
 
+@pytest.mark.claim("step borders by encoding text anew")
 @pytest.mark.parametrize("text", TEXTS)
 def test_ends_lead_from_the_end_of_a_line_to_the_token_that_ends_it(text: str) -> None:
     ids = ids_of(BPE, text)

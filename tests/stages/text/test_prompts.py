@@ -62,6 +62,7 @@ def special_ids(tokenizer: Any) -> set[int]:
     return set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
 
 
+@pytest.mark.claim("a backspace in the prompt", "prompt, instruction", "prompt, chat")
 @pytest.mark.parametrize(
     ("config", "prompt"),
     [
@@ -197,6 +198,7 @@ def test_special_tokens_of_our_own_prefix_and_suffix_act(tokenizer: Any) -> None
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ids
 
 
+@pytest.mark.claim("two beginnings of sequence", "prompt, beginning")
 def test_the_beginning_of_sequence_comes_once() -> None:
     tokenizer = with_bos(make_tokenizer())
     start = tokenizer.bos_token_id
@@ -215,6 +217,7 @@ def test_the_beginning_of_sequence_comes_once() -> None:
     assert start not in encode_prompt(tokenizer, "2+2?", PromptConfig(chat="tokenizer"))
 
 
+@pytest.mark.claim("the end of sequence outside the loss")
 def test_a_completion_ends_in_the_end_of_sequence_and_has_no_beginning() -> None:
     tokenizer = with_bos(make_tokenizer())
     ids = encode_completion(tokenizer, "the 42<|endoftext|>")

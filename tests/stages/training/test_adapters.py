@@ -188,6 +188,7 @@ def test_a_reloaded_run_continues_bit_for_bit(store: Store, precision: str) -> N
     assert publish(engine) == uninterrupted
 
 
+@pytest.mark.claim("a reference of another time or precision")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_at_the_start_of_the_second_iteration_the_reference_is_the_policy_bit_for_bit(
     store: Store, precision: str

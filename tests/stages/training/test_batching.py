@@ -8,6 +8,7 @@ from stages.training.batching import Row, collate, micro_batches, own_share
 from tests.stages.training.tiny import random_rows
 
 
+@pytest.mark.claim("masks guessed from ids")
 def test_masks_and_targets_follow_from_lengths_by_hand() -> None:
     # 0 pads, and is also a token of the second row: its mask must come from lengths.
     batch = collate([Row([5, 6], [7]), Row([8], [0, 9, 0])], [0, 1])
@@ -65,6 +66,7 @@ def test_rows_that_do_not_divide_into_units_are_refused(together: int) -> None:
         list(micro_batches([Row([1], [2])] * 3, max_tokens=9, together=together))
 
 
+@pytest.mark.claim("the last batch dropped or counted twice")
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_ranks_share_all_batches_between_them_in_equally_many_passes(world_size: int) -> None:
     batches = list(micro_batches(random_rows(7), 1))

@@ -53,6 +53,7 @@ def weights(engine: Engine) -> dict[str, torch.Tensor]:
     return stored
 
 
+@pytest.mark.claim("ZeRO 3 that trains a part")
 @pytest.mark.parametrize("stage", STAGES)
 def test_three_updates_equal_those_of_torch(start: Checkpoint, stage: int) -> None:
     how = config(stage, optimizer=AdamWConfig(learning_rate=1e-3, weight_decay=0.1))
@@ -165,6 +166,7 @@ def test_repeated_gradients_that_are_not_finite_stop_and_say_why(start: Checkpoi
     engine.close()
 
 
+@pytest.mark.claim("dropout left on")
 @pytest.mark.parametrize("stage", [0, 3])
 def test_dropout_of_the_architecture_is_off_so_that_ratios_are_exactly_1(start: Checkpoint, stage: int) -> None:
     engine = DeepSpeedEngine(tiny_checkpoint(attention_dropout=0.5), config(stage))

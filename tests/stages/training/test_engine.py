@@ -40,6 +40,7 @@ def test_gradients_are_bit_for_bit_those_of_kept_activations(reentrant: bool) ->
     assert little < 0.3 * much
 
 
+@pytest.mark.claim("checkpointing that brings dropout")
 def test_dropout_stays_off() -> None:
     plain, frugal = tiny_model(), tiny_model(attention_dropout=0.5)
     checkpoint_activations(frugal)

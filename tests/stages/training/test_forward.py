@@ -21,6 +21,7 @@ def model() -> torch.nn.Module:
     return module
 
 
+@pytest.mark.claim("off by one")
 def test_they_equal_the_log_softmax_of_all_logits_shifted_by_one(model: torch.nn.Module) -> None:
     (row,) = random_rows(1)
     ids = torch.tensor([[*row.prompt_ids, *row.output_ids]])
@@ -45,6 +46,7 @@ def test_a_float64_model_is_scored_in_float64_end_to_end() -> None:
     assert scored.logp_BO[0].tolist() == pytest.approx(by_hand, rel=1e-12)
 
 
+@pytest.mark.claim("positions that count left padding", "packed rows that see each other")
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_a_row_alone_scores_as_it_does_in_a_padded_batch(attention: str) -> None:
     """In float32 to 1e-5 nats, whatever computes attention: a leak would be of the order of the log-probabilities."""
@@ -61,6 +63,7 @@ def test_a_row_alone_scores_as_it_does_in_a_padded_batch(attention: str) -> None
         assert together.logp_BO[index, length:].eq(0).all()
 
 
+@pytest.mark.claim("packed rows that see each other")
 @pytest.mark.parametrize("max_tokens", [1, 25, 60, 10_000])
 def test_neither_order_nor_padding_nor_neighbours_change_a_row_s_logprobs(max_tokens: int) -> None:
     double, rows = tiny_model().double(), random_rows(9)
@@ -172,6 +175,7 @@ def test_chunks_of_any_size_equal_full_logits_for_every_architecture(name: str, 
     assert_equal(model.float(), 5 * VOCABULARY, temperature, 1e-6)
 
 
+@pytest.mark.claim("logits scaled or capped after the head")
 @pytest.mark.parametrize("name", MODELS)
 def test_what_a_model_does_after_its_head_is_found_out(name: str) -> None:
     architecture, settings, expected = MODELS[name]

@@ -79,6 +79,7 @@ def test_every_group_keeps_its_own_rate_under_one_factor() -> None:
     assert optimizer.param_groups[1]["lr"] == pytest.approx(1e-4)
 
 
+@pytest.mark.claim("weight decay on norms and biases")
 @pytest.mark.parametrize(
     ("decayed", "spared"), [("matrices", {"norm", "bias"}), ("all", set())], ids=["matrices", "all"]
 )
@@ -114,6 +115,7 @@ def test_what_decays_cannot_be_chosen_where_nothing_does() -> None:
         AdamWConfig(decayed="all")
 
 
+@pytest.mark.claim("a schedule that decays by default")
 def test_warm_up_rises_to_the_full_rate_in_as_many_updates_as_it_has() -> None:
     config = TrainingConfig(warmup_steps=4)
     assert [learning_rate_factor(updates, config) for updates in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
@@ -155,6 +157,7 @@ def slots(checkpoint: Checkpoint) -> set[str]:
     return {key.rsplit("/", 1)[1] for key in load_optimizer_state(checkpoint)}
 
 
+@pytest.mark.claim("optimizer state lost or kept by accident")
 def test_state_of_another_optimizer_is_refused_unless_reset(store: Store) -> None:
     engine = TorchEngine(tiny_checkpoint(), config())
     update(engine, ROWS)
@@ -200,6 +203,7 @@ def test_reset_once_is_carry_where_there_is_nothing_to_reset(store: Store) -> No
         assert (carried.path / file).read_bytes() == (reset.path / file).read_bytes()
 
 
+@pytest.mark.claim("optimizer state lost or kept by accident")
 def test_none_forgets_moments_keeps_counters_and_writes_no_state(store: Store) -> None:
     made = after(tiny_checkpoint(), config(optimizer_state="none"), 3)
     assert [load_trainer_state(checkpoint) for checkpoint in made] == [
@@ -239,6 +243,7 @@ def broken(engine: TorchEngine, how: str) -> None:
     engine.step()
 
 
+@pytest.mark.claim("a run that skips every step")
 @pytest.mark.parametrize(
     ("how", "cause"),
     [

@@ -112,6 +112,7 @@ def test_both_ranks_report_the_gradient_norm_of_the_whole_batch(trained: Trained
     assert 1.0 < min(trained.norms) <= max(trained.norms) < 2.0, "clipped at 1, which half of it (a mean) would not be"
 
 
+@pytest.mark.claim("means of micro-batch means", "ZeRO 3 that trains a part")
 @pytest.mark.parametrize("update_number", range(len(SPLITS)))
 @pytest.mark.parametrize("stage", STAGES)
 def test_parameters_equal_those_of_one_rank_after_every_update(
@@ -137,6 +138,7 @@ def test_the_checkpoint_of_two_ranks_is_that_of_one(trained: Trained, stage: int
         assert len({(folder / "trainer_state.json").read_text() for folder in folders}) == 1
 
 
+@pytest.mark.claim("NaN on one rank")
 @pytest.mark.parametrize("stage", STAGES)
 def test_nan_on_one_rank_skips_the_step_on_all(trained: Trained, stage: int) -> None:
     for rank in trained.ranks:
@@ -165,6 +167,7 @@ def test_plain_torch_refuses_to_be_one_of_several_ranks(trained: Trained) -> Non
         assert "set training.engine.kind to deepspeed" in rank["torch"]
 
 
+@pytest.mark.claim("ranks on different paths")
 @pytest.mark.parametrize("stage", STAGES)
 def test_policy_updates_on_two_ranks_are_those_of_one(trained: Trained, stage: int) -> None:
     for rank in trained.ranks:

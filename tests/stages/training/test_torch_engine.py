@@ -26,6 +26,7 @@ def config(**changes: Any) -> TrainingConfig:
     return TrainingConfig(**({"optimizer": OPTIMIZERS[0], "precision": "fp32", "warmup_steps": 4} | changes))
 
 
+@pytest.mark.claim("optimizer state lost or kept by accident")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: optimizer.kind)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_reloaded_run_continues_bit_for_bit(store: Store, optimizer: Any, precision: str) -> None:
@@ -47,6 +48,7 @@ def test_a_reloaded_run_continues_bit_for_bit(store: Store, optimizer: Any, prec
     assert publish(engine).digest == uninterrupted.digest
 
 
+@pytest.mark.claim("outputs of stale weights")
 def test_an_update_far_below_bfloat16_resolution_is_in_the_stored_weights(store: Store) -> None:
     start = tiny_checkpoint()
     engine = TorchEngine(start, config(optimizer=AdamWConfig(learning_rate=1e-6), precision="bf16", warmup_steps=0))
@@ -69,6 +71,7 @@ def test_gradients_are_clipped_to_their_global_norm(store: Store) -> None:
     assert norm == pytest.approx(0.1 * 0.25, rel=1e-4)
 
 
+@pytest.mark.claim("NaN on one rank")
 def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(store: Store) -> None:
     engine, twin = (TorchEngine(tiny_checkpoint(), config()) for _ in range(2))
     update(engine, ROWS)
@@ -81,6 +84,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(store: Stor
     assert update(engine, ROWS) == update(twin, ROWS)
 
 
+@pytest.mark.claim("dropout left on")
 def test_dropout_of_the_architecture_is_off_so_that_ratios_are_exactly_1(store: Store) -> None:
     engine = TorchEngine(tiny_checkpoint(attention_dropout=0.5), config())
     batch = collate(ROWS, range(len(ROWS)))
@@ -92,6 +96,7 @@ def test_dropout_of_the_architecture_is_off_so_that_ratios_are_exactly_1(store: 
     assert not completion_logprobs(engine.model, batch).logp_BO.equal(logp_BO)
 
 
+@pytest.mark.claim("a schedule that decays by default")
 def test_warm_up_goes_on_where_the_checkpoint_left_it(store: Store) -> None:
     engine = TorchEngine(tiny_checkpoint(), config())
     assert [update(engine, ROWS).learning_rate for _ in range(2)] == pytest.approx([0.0025, 0.005])

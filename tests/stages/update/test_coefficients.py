@@ -67,12 +67,14 @@ def own(example: Example, _: Tensor) -> Tensor:
     return torch.tensor(example.advantage, dtype=torch.float64)
 
 
+@pytest.mark.claim("Eq. 6-7", "SFT", "Eq. 5")
 def test_sft_has_coefficient_one() -> None:
     given = examples("ones")
     found, _ = trained_gradient(given, update(SFTObjectiveConfig()))
     assert relative(found, defined_gradient(given, lambda _, logp: coefficients.sft(logp))) < EXACT
 
 
+@pytest.mark.claim("Eq. 8-10", "RFT", "Online RFT", "Eq. 5")
 @pytest.mark.parametrize("objective", [RFTConfig(), OnlineRFTConfig()])
 def test_rft_and_online_rft_have_coefficient_one_where_the_answer_is_right_over_all_outputs(
     objective: ObjectiveConfig,
@@ -86,6 +88,7 @@ def test_rft_and_online_rft_have_coefficient_one_where_the_answer_is_right_over_
     assert relative(found, defined_gradient(given, gc)) < EXACT
 
 
+@pytest.mark.claim("Eq. 13-14", "DPO", "Eq. 5")
 def test_dpo_has_the_coefficient_of_eq_14_times_beta_on_means_of_log_ratios() -> None:
     given, reference, beta = examples("pairs"), policy_model(1), 0.5
     found, _ = trained_gradient(given, update(DPOConfig(beta=beta)), reference=reference)
@@ -103,12 +106,14 @@ def test_dpo_has_the_coefficient_of_eq_14_times_beta_on_means_of_log_ratios() ->
     assert relative(found, expected) < EXACT
 
 
+@pytest.mark.claim("Eq. 18", "PPO", "Eq. 5")
 def test_ppo_has_the_advantage_of_each_token_its_critic_detached() -> None:
     given = examples("tokens")
     found, _ = trained_gradient(given, update(PPOConfig()))
     assert relative(found, defined_gradient(given, lambda e, _: coefficients.ppo(own(e, _)))) < EXACT
 
 
+@pytest.mark.claim("KL twice", "Eq. 21", "GRPO", "Eq. 5")
 @pytest.mark.parametrize("beta", [0.04, 1.0])
 def test_grpo_has_the_coefficient_of_eq_21(beta: float) -> None:
     given, reference = examples("tokens"), policy_model(1)
@@ -122,6 +127,7 @@ def test_grpo_has_the_coefficient_of_eq_21(beta: float) -> None:
     assert relative(found, defined_gradient(given, gc)) < EXACT
 
 
+@pytest.mark.claim("sampled at T, scored at 1")
 def test_the_temperature_divides_the_logits_of_policy_and_reference() -> None:
     given, reference = examples("tokens"), policy_model(1)
     found, _ = trained_gradient(given, update(GRPOConfig(beta=1.0)), reference=reference, temperature=0.7)
@@ -134,6 +140,7 @@ def test_the_temperature_divides_the_logits_of_policy_and_reference() -> None:
     assert relative(found, defined_gradient(given, gc, temperature=0.7)) < EXACT
 
 
+@pytest.mark.claim("equal groups that lose their KL term")
 def test_degenerate_groups_have_exactly_no_policy_gradient() -> None:
     given = [
         Example(e.question_id, e.prompt_ids, e.output_ids, (0.0,) * len(e.output_ids), 1.0) for e in examples("ones")
@@ -142,6 +149,7 @@ def test_degenerate_groups_have_exactly_no_policy_gradient() -> None:
     assert not found.any()
 
 
+@pytest.mark.claim("equal groups that lose their KL term")
 def test_degenerate_groups_keep_the_gradient_of_their_kl_term() -> None:
     given = [
         Example(e.question_id, e.prompt_ids, e.output_ids, (0.0,) * len(e.output_ids), 1.0) for e in examples("ones")
@@ -160,6 +168,7 @@ def test_degenerate_groups_keep_the_gradient_of_their_kl_term() -> None:
 TOKENS = sum(len(row.output_ids) for row in ROWS)
 
 
+@pytest.mark.claim("Dr. GRPO", "DAPO: clip-higher, token mean")
 @pytest.mark.parametrize(
     ("objective", "weight"),
     [
@@ -179,6 +188,7 @@ def test_later_methods_have_the_advantage_under_their_own_mean(objective: Object
     assert relative(found, defined_gradient(given, own, weight=weight)) < EXACT  # type: ignore[arg-type]
 
 
+@pytest.mark.claim("the engine's log-probabilities as log pi_old", "truncated importance weights")
 def test_a_correction_multiplies_the_advantage_and_leaves_the_kl_term_alone() -> None:
     given, reference = examples("tokens", rollout=True), policy_model(1)
     config = update(GRPOConfig(beta=0.5), correction=TruncatedCorrectionConfig(level="token", cap=1.5))

@@ -46,6 +46,7 @@ def example(question: str, ids: tuple[int, ...], advantage: float, weight: float
     return Example(question, (1, 2), ids, (advantage,) * len(ids), weight)
 
 
+@pytest.mark.claim("joined by position")
 def test_advantages_are_joined_by_key_whatever_their_order(store: Store) -> None:
     outputs = outputs_of(("a", 0, [5]), ("a", 1, [6, 7]))
     joined = join(outputs, advantages_of(("a", 1, [-1.0, -1.0]), ("a", 0, [1.0])))
@@ -110,6 +111,7 @@ def test_questions_are_dealt_by_the_seed() -> None:
     assert deal(rows, mini_batches=2, seed=5) == deal(rows, mini_batches=2, seed=5)
 
 
+@pytest.mark.claim("the last batch dropped or counted twice")
 def test_mini_batches_hold_whole_groups_and_every_example_once() -> None:
     rows = [example(question, (token,), 1.0) for question in "abcde" for token in range(3)]
     hands = deal(rows, mini_batches=2, seed=3)
@@ -136,6 +138,7 @@ def test_an_advantage_that_is_not_finite_is_refused_by_row_and_token(store: Stor
         join(outputs_of(("a", 0, [5]), ("a", 1, [6, 7])), advantages_of(("a", 0, [1.0]), ("a", 1, [1.0, bad])))
 
 
+@pytest.mark.claim("NaN of the engine becomes 0")
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
 def test_a_rollout_logprob_that_is_not_finite_is_refused_where_it_is_read(store: Store, bad: float) -> None:
     outputs = Rollouts.write([rollout_row("a", 0, [5]) | {"logprobs": [bad]}])

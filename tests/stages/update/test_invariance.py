@@ -62,6 +62,7 @@ def gradient(objective: ObjectiveConfig, given: Sequence[Example], tokens: int =
     return trained_gradient(given, config, reference=policy_model(1), old=policy_model(2))[0]
 
 
+@pytest.mark.claim("means of micro-batch means", "Eq. 5")
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_micro_batches_of_any_size_give_one_gradient(name: str) -> None:
     objective, kind = OBJECTIVES[name]
@@ -82,6 +83,7 @@ def test_an_output_of_weight_three_is_three_equal_outputs(name: str) -> None:
     assert relative(gradient(objective, merged), gradient(objective, apart)) < 1e-6
 
 
+@pytest.mark.claim("a gradient that depends on order or padding")
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_rows_in_any_order_give_one_gradient(name: str) -> None:
     objective, kind = OBJECTIVES[name]
@@ -90,6 +92,7 @@ def test_rows_in_any_order_give_one_gradient(name: str) -> None:
     assert relative(gradient(objective, shuffled), gradient(objective, given)) < 1e-12
 
 
+@pytest.mark.claim("a gradient that depends on order or padding")
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_longer_row_beside_it_does_not_change_a_rows_part(name: str) -> None:
     """Padding: the gradient of a batch is the sum of what its rows give alone, each with the batch's denominator."""
@@ -172,6 +175,7 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
     return relative(*(torch.cat([g.flatten() for g in side.values()]) for side in (found, expected)))
 
 
+@pytest.mark.claim("a gradient that depends on order or padding")
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_deepspeed_at_every_zero_stage_has_the_gradient_of_plain_torch(store: Store, zero_stage: Any) -> None:
@@ -201,6 +205,7 @@ def test_chunks_and_recomputed_activations_have_the_gradient_of_neither(
     assert distance(found, plain) < 1e-6
 
 
+@pytest.mark.claim("a gradient that depends on order or padding")
 @pytest.mark.slow
 def test_gradient_accumulation_in_fp32_changes_the_last_bits_only(store: Store) -> None:
     whole = stage_gradient({"kind": "torch"}, micro_batch_tokens=10_000)

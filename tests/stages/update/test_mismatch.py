@@ -80,6 +80,7 @@ def figures(policy: Checkpoint) -> dict[str, float]:
     return {name: value for name, value in policy.metrics.items() if "mismatch" in name}
 
 
+@pytest.mark.claim("an engine that samples from another distribution")
 @pytest.mark.parametrize("passes", [{}, {"mu": 2, "mini_batches": 2, "micro_batch_tokens": 12}])
 def test_the_figures_are_those_of_the_differences_whatever_the_passes(store: Store, passes: dict[str, int]) -> None:
     policy = tiny_policy()
@@ -97,6 +98,7 @@ def test_an_engine_that_computes_the_same_differs_by_rounding_only(store: Store)
     assert found["rollout/mismatch_ess"] == pytest.approx(1.0, abs=1e-9)
 
 
+@pytest.mark.claim("an engine that samples from another distribution")
 def test_equal_outputs_are_computed_once_and_count_each_with_its_own_record(store: Store) -> None:
     policy = tiny_policy()
     rows, advantages = recorded(policy, distinct=False)
@@ -131,6 +133,7 @@ def test_masked_outputs_and_those_without_a_record_are_not_covered(store: Store)
     assert found == pytest.approx(expected(rows, [n for n in range(Q * G) if n not in (2, 7)]), rel=1e-4)
 
 
+@pytest.mark.claim("an engine that samples from another distribution")
 @pytest.mark.parametrize("changes", [{"old_logprobs": "rollout"}, {"objective": RFTConfig()}])
 def test_outputs_that_may_be_another_policys_have_no_figures(store: Store, changes: dict[str, Any]) -> None:
     policy = tiny_policy()
@@ -145,6 +148,7 @@ def test_outputs_that_no_engine_sampled_have_no_figures_and_pass_every_limit(sto
     assert figures(updated(policy, bare, advantages, config)) == {}
 
 
+@pytest.mark.claim("an engine that samples from another distribution")
 def test_a_limit_stops_the_update_before_its_step(store: Store) -> None:
     policy = tiny_policy()
     rows, advantages = recorded(policy)
@@ -205,6 +209,7 @@ def test_a_truncated_correction_weighs_by_the_recorded_column(store: Store) -> N
     assert figures(found) == pytest.approx(expected(rows, list(range(Q * G))), rel=1e-4)
 
 
+@pytest.mark.claim("truncated importance weights")
 @pytest.mark.parametrize(
     ("level", "weight"),
     [
@@ -234,6 +239,7 @@ def test_the_weight_before_its_cap_and_the_share_that_was_cut_are_shown(store: S
     assert found["policy/correction_clipped"] == pytest.approx(cut, rel=1e-5)
 
 
+@pytest.mark.claim("an engine that samples from another distribution")
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_every_rank_has_the_figures_of_all_outputs(world_size: int) -> None:
     given = examples("tokens", rollout=True)

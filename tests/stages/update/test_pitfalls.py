@@ -27,6 +27,7 @@ def k3_of(model: Any, reference: Any, example: Any) -> torch.Tensor:
     return d.exp() - d - 1
 
 
+@pytest.mark.claim("a loss of 0 taken for a fault")
 def test_advantages_that_add_up_to_zero_have_a_loss_of_zero_and_a_gradient_all_the_same() -> None:
     """A loss of 0 is no fault: at ratio 1 it is minus the mean advantage, and the group's mean is 0 by construction."""
     given = examples("outputs")  # 1.5, -0.5, 0.25, -1.25 in each group
@@ -35,6 +36,7 @@ def test_advantages_that_add_up_to_zero_have_a_loss_of_zero_and_a_gradient_all_t
     assert found.norm() > 0.1
 
 
+@pytest.mark.claim("a loss of 0 taken for a fault", "Eq. 19-20")
 def test_the_loss_of_the_first_update_is_the_kl_term_minus_the_mean_advantage() -> None:
     given, reference = examples("tokens"), policy_model(1)
     _, noted = trained_gradient(given, update(GRPOConfig(beta=0.5)), reference=reference)
@@ -44,6 +46,7 @@ def test_the_loss_of_the_first_update_is_the_kl_term_minus_the_mean_advantage() 
     assert noted.sums["loss"] == pytest.approx(0.5 * kl.item() - advantage, rel=1e-9)
 
 
+@pytest.mark.claim("a policy loss with the KL term in it")
 @pytest.mark.parametrize(("beta", "length"), [(0.5, 4), (2.0, 64), (0.0, 8)])
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "constant"])
 def test_the_policy_loss_is_the_loss_without_its_kl_term(aggregation: Any, beta: float, length: int) -> None:
@@ -60,6 +63,7 @@ def test_the_policy_loss_is_the_loss_without_its_kl_term(aggregation: Any, beta:
     assert metrics["policy/policy_loss"] == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
+@pytest.mark.claim("terms under another mask or mean")
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
 def test_kl_and_entropy_are_reported_under_the_mask_and_mean_of_the_loss(aggregation: Any) -> None:
     given, reference, policy = examples("tokens"), policy_model(1), policy_model()
@@ -79,6 +83,7 @@ def test_kl_and_entropy_are_reported_under_the_mask_and_mean_of_the_loss(aggrega
     assert noted.sums["entropy"] == pytest.approx(entropy, rel=1e-9)
 
 
+@pytest.mark.claim("the clip's sign")
 def test_the_clip_fraction_counts_tokens_of_outputs_on_the_side_that_their_advantage_clips() -> None:
     given, earlier, policy = examples("tokens"), policy_model(2), policy_model()
     _, noted = trained_gradient(given, update(GRPOConfig(beta=0.0, eps=0.2)), old=earlier)
@@ -94,6 +99,7 @@ def test_the_clip_fraction_counts_tokens_of_outputs_on_the_side_that_their_advan
     assert 0 < fraction < either_side < 1
 
 
+@pytest.mark.claim("truncated outputs treated by accident", "rows masked as a whole")
 @pytest.mark.parametrize(
     ("objective", "share"),
     [
@@ -116,6 +122,7 @@ def test_a_masked_output_counts_in_no_denominator(store: Store, objective: Objec
     assert relative(found, defined_gradient(kept, own, weight=lambda row: share(kept, row))) < 1e-9
 
 
+@pytest.mark.claim("RFT averaged over right outputs only")
 def test_right_outputs_are_averaged_over_all_outputs_and_wrong_ones_cost_no_forward() -> None:
     given = examples("correct")
     right = [example for example in given if example.advantage[0] == 1.0]
@@ -135,6 +142,7 @@ def one_question(*outputs: tuple[list[int], float]) -> tuple[Rollouts, Advantage
     return Rollouts.write(rows), Advantages.write(advantages)
 
 
+@pytest.mark.claim("dropout left on")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_dropout_is_off_in_policy_old_policy_and_reference(store: Store, precision: Any) -> None:
     policy = tiny_checkpoint(attention_dropout=0.5)
@@ -147,6 +155,7 @@ def test_dropout_is_off_in_policy_old_policy_and_reference(store: Store, precisi
     assert metrics["policy/grad_norm"] > 0
 
 
+@pytest.mark.claim("a reference loaded for beta = 0")
 def test_without_a_kl_term_no_reference_is_read_and_no_kl_reported(store: Store) -> None:
     unreadable = Checkpoint.write(lambda folder: (folder / "note.txt").write_text("no model here"))
     tables = one_question(([5, 6, 7], 1.0), ([8, 9], -1.0))
@@ -157,6 +166,7 @@ def test_without_a_kl_term_no_reference_is_read_and_no_kl_reported(store: Store)
         update_policy(tiny_checkpoint(), unreadable, *tables, UpdateConfig(training=exact()), seed=0)
 
 
+@pytest.mark.claim("exp(d) - d - 1 that overflows or rounds")
 def test_a_divergence_beyond_float32_skips_the_step_and_is_counted(store: Store) -> None:
     reference = tiny_checkpoint(tie_word_embeddings=False)
     weights = load_file(reference.path / WEIGHTS)
@@ -174,6 +184,7 @@ def test_a_divergence_beyond_float32_skips_the_step_and_is_counted(store: Store)
     assert all(tensor.equal(weights[name]) for name, tensor in after.items())
 
 
+@pytest.mark.claim("the end of sequence outside the loss")
 def test_rewarding_an_output_that_ended_teaches_to_end_there(store: Store) -> None:
     """The sampled end of sequence (id 1) is in the loss; without it a policy never learns to stop, or unlearns it."""
     policy = tiny_checkpoint()

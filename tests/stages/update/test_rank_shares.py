@@ -40,6 +40,7 @@ def gradients(name: str, world_size: int) -> tuple[list[torch.Tensor], float]:
     return found, loss
 
 
+@pytest.mark.claim("means of micro-batch means")
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_shares_of_all_ranks_add_up_to_the_gradient_of_one(name: str, world_size: int) -> None:

@@ -57,6 +57,7 @@ def ratios(policy: Checkpoint) -> tuple[float, float]:
     return policy.metrics["policy/ratio_min"], policy.metrics["policy/ratio_max"]
 
 
+@pytest.mark.claim("sampled at T, scored at 1")
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
 def test_engine_and_trainer_agree_on_every_token_at_any_temperature(store: Store, temperature: float) -> None:
     policy = policy_with_padded_rows()
@@ -65,6 +66,7 @@ def test_engine_and_trainer_agree_on_every_token_at_any_temperature(store: Store
     assert ratios(trained(policy, outputs)) == pytest.approx((1.0, 1.0), abs=1e-4)
 
 
+@pytest.mark.claim("engine log-probabilities of raw logits")
 def test_the_temperature_left_out_would_show_in_the_ratio(store: Store) -> None:
     policy = policy_with_padded_rows()
     said_to_be_of_one = Rollouts.write([row | {"temperature": 1.0} for row in sampled(policy, 0.7).rows()])
@@ -73,6 +75,7 @@ def test_the_temperature_left_out_would_show_in_the_ratio(store: Store) -> None:
     assert high > 1.05
 
 
+@pytest.mark.claim("outputs of stale weights")
 def test_after_an_update_outputs_come_from_the_new_weights(store: Store) -> None:
     first = policy_with_padded_rows()
     second = trained(first, sampled(first, 1.0))
@@ -82,6 +85,7 @@ def test_after_an_update_outputs_come_from_the_new_weights(store: Store) -> None
     assert low < 0.9 < 1.1 < high, "the update moved nothing, and stale weights would not show"
 
 
+@pytest.mark.claim("padded rows of the vocabulary")
 def test_a_padded_row_may_be_sampled_and_adds_nothing_to_the_text(store: Store) -> None:
     policy = policy_with_padded_rows()
     known = len(load_tokenizer(policy))

@@ -99,6 +99,7 @@ def gradient_of_stage(policy: Checkpoint, reference: Checkpoint, config: UpdateC
     return torch.cat([state[f"{name}/exp_avg"].flatten() for name, _ in model.named_parameters()]) / (1 - 0.9)
 
 
+@pytest.mark.claim("detokenised and tokenised again", "Eq. 3")
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 def test_the_gradient_is_that_of_eq_3(store: Store, beta: float) -> None:
     policy, reference = tiny_policy(0), tiny_policy(1)
@@ -114,6 +115,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(store: Store) -> None:
     assert torch.linalg.vector_norm(whole - parts) < 1e-6 * torch.linalg.vector_norm(whole)
 
 
+@pytest.mark.claim("equal outputs dropped")
 def test_merging_equal_outputs_changes_the_work_and_not_the_gradient(store: Store) -> None:
     policy, reference = tiny_policy(0), tiny_policy(1)
     merged = gradient_of_stage(policy, reference, sgd_like(merge_equal_outputs=True), distinct=False)
@@ -128,6 +130,7 @@ def test_merged_outputs_are_computed_once(store: Store) -> None:
     assert updated.metrics["policy/outputs_computed"] == Q * G / 2
 
 
+@pytest.mark.claim("packed rows that see each other")
 def test_the_share_of_padding_is_what_is_left_of_the_micro_batches_without_their_tokens(store: Store) -> None:
     outputs, advantages = exploration()
     policy = tiny_policy()
@@ -159,6 +162,7 @@ def test_groups_that_agree_leave_the_policy_exactly_as_it_was(store: Store) -> N
     assert torch.equal(weights_of(policy), weights_of(updated))
 
 
+@pytest.mark.claim("the engine's log-probabilities as log pi_old", "Eq. 15-17")
 def test_the_ratio_is_exactly_one_and_kl_exactly_zero_at_the_first_update(store: Store) -> None:
     policy = tiny_policy()
     outputs, advantages = exploration()
@@ -168,6 +172,7 @@ def test_the_ratio_is_exactly_one_and_kl_exactly_zero_at_the_first_update(store:
     assert metrics["policy/clip_fraction"] == 0.0
 
 
+@pytest.mark.claim("line 10")
 def test_the_ratio_leaves_one_at_the_second_pass(store: Store) -> None:
     policy = tiny_policy()
     outputs, advantages = exploration()
@@ -175,6 +180,7 @@ def test_the_ratio_leaves_one_at_the_second_pass(store: Store) -> None:
     assert metrics["policy/ratio_max"] > 1.0
 
 
+@pytest.mark.claim("line 10")
 def test_an_update_makes_rewarded_outputs_likelier(store: Store) -> None:
     policy = tiny_policy()
     outputs, advantages = exploration()
@@ -218,6 +224,7 @@ def test_a_warm_engine_and_a_cold_one_give_the_same_bits(store: Store) -> None:
     assert two_updates(cold=True) == warm
 
 
+@pytest.mark.claim("training for hours on nothing", "rows masked as a whole")
 def test_a_step_whose_every_output_is_masked_leaves_the_policy_as_it_is_and_says_so(store: Store) -> None:
     policy = tiny_policy()
     outputs, advantages = exploration()
@@ -239,6 +246,7 @@ def test_a_mini_batch_whose_every_output_is_masked_is_a_skipped_step(store: Stor
     assert not torch.equal(weights_of(policy), weights_of(updated))
 
 
+@pytest.mark.claim("sampled at T, scored at 1")
 def test_outputs_of_another_temperature_than_configured_are_refused(store: Store) -> None:
     policy = tiny_policy()
     outputs, advantages = exploration()
@@ -246,6 +254,7 @@ def test_outputs_of_another_temperature_than_configured_are_refused(store: Store
         update_policy(policy, policy, outputs, advantages, sgd_like(temperature=0.7), seed=0)
 
 
+@pytest.mark.claim("sampled at T, scored at 1")
 def test_outputs_of_two_temperatures_are_refused(store: Store) -> None:
     policy = tiny_policy()
     outputs, advantages = exploration()
@@ -254,6 +263,7 @@ def test_outputs_of_two_temperatures_are_refused(store: Store) -> None:
         update_policy(policy, policy, mixed, advantages, sgd_like(), seed=0)
 
 
+@pytest.mark.claim("5.2.1 online, offline")
 def test_offline_outputs_take_their_ratio_from_what_their_own_policy_said(store: Store) -> None:
     policy = tiny_policy()
     outputs, advantages = exploration()

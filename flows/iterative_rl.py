@@ -32,8 +32,6 @@ from stages.rollout import rollout
 from stages.tables import Questions
 from stages.update import MismatchError, check_mismatch, update_policy
 
-__all__ = ["iterative_rl"]
-
 
 # fmt: off
 @flow

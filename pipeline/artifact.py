@@ -20,8 +20,6 @@ from numpy.typing import NDArray
 from pipeline.store import current_store
 from pipeline.store.context import current_provenance
 
-__all__ = ["BATCH_ROWS", "BATCH_SIZE", "Artifact", "ArtifactError", "Folder", "Rows", "Table", "take_rows"]
-
 BATCH_ROWS: Final = 65_536
 """Rows of a record batch of a table's file; the last has what is left. A smaller table is one batch. Part of what a digest
 depends on: changing it renames every larger table. Larger ones would bring Arrow's lists to their limit of 2^31 elements."""

@@ -22,19 +22,6 @@ from pydantic import BaseModel, Field, TypeAdapter
 from pipeline.artifact import ArtifactError
 from pipeline.store import Store
 
-__all__ = [
-    "ChangedRow",
-    "ColumnChange",
-    "StoredTensor",
-    "TableDifference",
-    "TensorDifference",
-    "compare_tables",
-    "compare_weights",
-    "read_rows",
-    "schema_changes",
-    "stored_tensors",
-]
-
 Key = tuple[Any, ...]
 Mask = npt.NDArray[numpy.bool_]
 Rows = npt.NDArray[numpy.int64]

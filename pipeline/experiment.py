@@ -21,8 +21,6 @@ from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
 from pipeline.config import Config, ConfigError, Override, changes_of
 
-__all__ = ["Experiment", "Trial", "fitted_name", "selected", "trials"]
-
 C = TypeVar("C", bound=Config)
 
 _LONGEST: Final = 64

@@ -12,19 +12,6 @@ from typing import Any, Final
 
 from pipeline.store import MissingArtifactError, Store
 
-__all__ = [
-    "ABSENT",
-    "Ancestor",
-    "Change",
-    "Explanation",
-    "ancestry",
-    "compare_calls",
-    "explain",
-    "mermaid",
-    "producers",
-    "tree",
-]
-
 Record = dict[str, Any]
 
 ABSENT: Final = "(absent)"

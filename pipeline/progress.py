@@ -17,8 +17,6 @@ from typing import Any
 
 from pipeline.orchestration.interruption import check
 
-__all__ = ["describe_failure", "failsafe", "listen", "report", "warn_plainly"]
-
 Listener = Callable[[str, dict[str, Any]], None]
 _listeners: ContextVar[tuple[Listener, ...]] = ContextVar("cohort_listeners", default=())
 _written: set[str] = set()

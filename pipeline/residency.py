@@ -11,8 +11,6 @@ import gc
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar, cast
 
-__all__ = ["evict", "resident"]
-
 T = TypeVar("T")
 
 _residents: dict[str, tuple[Hashable, Any]] = {}

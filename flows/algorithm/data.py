@@ -28,17 +28,6 @@ from stages.models import Checkpoint
 from stages.tables import Demonstrations, Questions
 from stages.text import PromptError
 
-__all__ = [
-    "DataSets",
-    "arithmetic_misfits",
-    "below",
-    "demonstrations_of_set",
-    "limit_data",
-    "prepare_data",
-    "room_of",
-    "shortages",
-]
-
 
 @dataclass(frozen=True)
 class DataSets:

@@ -20,8 +20,6 @@ from stages.data import DataError, QuestionFileConfig, measure_prompts, read_que
 from stages.tables import Demonstrations, Questions
 from stages.text import PromptError
 
-__all__ = ["DataFindings", "examine_data", "scratch_store"]
-
 
 @dataclass
 class DataFindings:

@@ -23,8 +23,6 @@ from stages.reward_model import measure_reward_model, score_outputs
 from stages.rollout import rollout
 from stages.tables import Questions, RewardGauges
 
-__all__ = ["measure_drift"]
-
 _POLICIES: Final = ("old_policy", "new_policy")
 _MODELS: Final = ("old_model", "new_model")
 

@@ -34,8 +34,6 @@ from stages.text import build_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["EarlyTokenizer", "base_model", "early_tokenizer", "initial_policy", "pretrained_model"]
-
 _SUFFIXES: Final = (".json", ".txt", ".model", ".jinja")
 
 

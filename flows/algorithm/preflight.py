@@ -28,8 +28,6 @@ from stages.join import KEY, align
 from stages.reward import AccuracyConfig
 from stages.tables import Rewards, Rollouts
 
-__all__ = ["Findings", "NoSignalError", "examine", "preflight"]
-
 _UNREAD: Final = ("truncated", "unparseable", "timeout", "error")
 """Statuses that say nothing about the answer."""
 _REPEATED: Final = 10

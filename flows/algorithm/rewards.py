@@ -29,8 +29,6 @@ from stages.reward_training import (
 from stages.rollout import continue_outputs, cut_into_prefixes, rollout
 from stages.tables import Questions, RewardGauges, RewardLabels, Rewards, Rollouts
 
-__all__ = ["RewardModels", "first_reward_models", "reward_outputs", "train_on"]
-
 
 @dataclass(frozen=True)
 class RewardModels:

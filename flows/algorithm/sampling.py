@@ -15,8 +15,6 @@ from stages.selection import keep_informative
 from stages.sft import demonstrated_outputs
 from stages.tables import Logprobs, Questions, ReferenceLogprobs, Rollouts, Values
 
-__all__ = ["explore", "reference_evidence", "token_evidence"]
-
 
 def explore(
     config: IterativeRLConfig, data: DataSets, sampler: Checkpoint, step: int, seed: int

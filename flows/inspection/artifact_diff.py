@@ -27,8 +27,6 @@ from pipeline.diff import (
 )
 from pipeline.store import PrunedArtifactError, Store
 
-__all__ = ["print_artifact_difference"]
-
 Record = dict[str, Any]
 Calls = tuple[Record | None, Record | None]
 

@@ -18,8 +18,6 @@ from pipeline.config import ConfigError, flatten
 from pipeline.diff import read_rows, stored_tensors
 from pipeline.store import Store
 
-__all__ = ["show_artifact", "show_groups", "show_metrics"]
-
 _CELL: Final = 60
 """Characters of a value in a table of rows."""
 _WIDE: Final = 110

@@ -13,8 +13,6 @@ from rich.text import Text
 from flows.wording import quoted
 from pipeline.lineage import ABSENT, Change
 
-__all__ = ["broken", "column", "essential", "pairs_table", "shortened_pair", "titled"]
-
 _NAME: Final = 44
 """Characters of a name in one line."""
 _LEAD: Final = 8

@@ -22,8 +22,6 @@ from flows.config.methods import PAPER as TABLE_10
 from flows.inspection.difference_view import broken, column, titled
 from flows.wording import number
 
-__all__ = ["PAPER", "SILENT", "Choice", "Deviation", "PaperValue", "choices", "deviations", "print_faithfulness"]
-
 
 @dataclass(frozen=True)
 class PaperValue:

@@ -19,8 +19,6 @@ from pipeline.store.files import StoreError
 from stages.join import KEY, align, group_rows
 from stages.tables import Advantages, Demonstrations, Questions, Rewards, Rollouts
 
-__all__ = ["Group", "Output", "groups_of"]
-
 Record = dict[str, Any]
 
 

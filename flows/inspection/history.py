@@ -18,8 +18,6 @@ from flows.runs.record import RunRecord, read_records
 from pipeline.event_log import LOG, read_events
 from pipeline.store import Store, StoreError
 
-__all__ = ["BESIDE", "History", "PlacedCall", "find_run", "history_of", "placed_calls"]
-
 BESIDE: Final = "beside"
 """Where a call stands that is neither a step's own nor an evaluation's."""
 _EVALUATED: Final = ("rollout", "score", "count_votes", "evaluate")

@@ -27,8 +27,6 @@ from pipeline.config import Config, ConfigError, parse_settings
 from pipeline.stage import describe
 from pipeline.store import Store
 
-__all__ = ["Replay", "choose_call", "prepare_replay"]
-
 _CONFIG: Final = "config"
 """The parameter that settings belong to when they name none."""
 

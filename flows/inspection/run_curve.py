@@ -6,8 +6,6 @@ from collections.abc import Mapping
 
 from flows.wording import at_k
 
-__all__ = ["Curve", "best", "evaluations", "measures"]
-
 Curve = dict[int, dict[str, float]]
 """Step -> metric -> value, on one held-out set."""
 

@@ -17,8 +17,6 @@ from pipeline import lineage
 from pipeline.config import flatten
 from pipeline.store import MissingArtifactError, Store
 
-__all__ = ["config_changes", "print_run_difference"]
-
 Place = tuple[str, int, str, int]
 """Stage, step, where in the step, and the how manieth call of the stage there."""
 

@@ -22,8 +22,6 @@ from flows.runs.summary import mismatch_line, worst_mismatch
 from flows.wording import duration, moment, percent, quoted
 from pipeline.store import MissingArtifactError, Store
 
-__all__ = ["show_run", "show_step"]
-
 _STEPS: Final = 50
 """Steps in the table by default."""
 _BAR: Final = 20

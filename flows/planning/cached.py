@@ -13,8 +13,6 @@ from pipeline.events import recording
 from pipeline.store import MissingArtifactError, Store, use_store
 from stages.reward_training import MonteCarloConfig
 
-__all__ = ["Progress", "calls_of", "progress_of"]
-
 _EVALUATED = 4
 """Stage calls of an evaluation of one set in one mode: rollout, score, count_votes, evaluate."""
 

@@ -21,17 +21,6 @@ from flows.runs.paths import Places
 from pipeline.config import Config, ConfigError
 from stages.training import DeepSpeedEngineConfig, TorchEngineConfig, TrainingConfig, native_bf16
 
-__all__ = [
-    "DEVICE_FILE",
-    "PRESETS",
-    "DeviceProfile",
-    "Machine",
-    "machine_of",
-    "on_devices",
-    "profile_named",
-    "read_profile",
-]
-
 DEVICE_FILE: Final = "device.json"
 """Below the root: what `cohort doctor --bench` measured."""
 _GPU: Final = "a100-80g"

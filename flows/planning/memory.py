@@ -17,24 +17,6 @@ from flows.planning.shapes import ModelShape
 from stages.rollout import HFBackendConfig, VLLMBackendConfig
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, TrainingConfig
 
-__all__ = [
-    "FLOAT",
-    "HALF",
-    "Batch",
-    "Memory",
-    "hf_memory",
-    "kept_by_layer",
-    "ranks_of",
-    "room_of_keys",
-    "scoring_memory",
-    "side_by_side",
-    "token_bytes",
-    "training_memory",
-    "training_state",
-    "vllm_memory",
-    "zero_stage_of",
-]
-
 FLOAT: Final = 4
 HALF: Final = 2
 _GIB: Final = 2.0**30

@@ -17,8 +17,6 @@ from pipeline.config import Config, ConfigError
 from stages.rollout import HFBackendConfig, VLLMBackendConfig
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, TrainingConfig
 
-__all__ = ["Change", "Plan", "Settings", "changes_of", "evaluations_of", "plan_of", "remedy_for", "space_saved"]
-
 _GIB: Final = 2.0**30
 _LIBRARIES: Final = 1.0 * _GIB
 """A CPU process with torch, transformers and DeepSpeed imported; docs/lab: 900 to 960 MiB."""

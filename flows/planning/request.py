@@ -25,8 +25,6 @@ from pipeline.config import ConfigError
 from pipeline.store import Store, StoreError, use_store
 from stages.tables import Rollouts
 
-__all__ = ["Request", "Subject", "lengths_for", "sizes_for", "subject_of"]
-
 _SHARE: Final = 0.5
 """Of the longest output; ours."""
 _PROMPTS: Final = {"arithmetic": 17.0, "files": 128.0}

@@ -26,8 +26,6 @@ from pipeline.config import ConfigError
 from stages.sft import PolicyConfig
 from stages.text import BPETokenizerConfig
 
-__all__ = ["KNOWN_SHAPES", "ModelShape", "known_shape", "read_shape", "shape_for", "shape_of"]
-
 _NEEDED: Final = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _QKV_BIAS: Final = {"qwen2": True, "llama": False, "mistral": False, "qwen3": False}
 """Supported model types, and whether their q, k and v projections have a bias unless `attention_bias` says otherwise."""

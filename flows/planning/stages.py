@@ -34,8 +34,6 @@ from flows.planning.work import (
 from stages.rollout import BackendConfig, HFBackendConfig, RolloutConfig, VLLMBackendConfig
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, TrainingConfig
 
-__all__ = ["checkpoint_bytes", "critic", "reference_pass", "reward_models", "rules", "sampling", "sft", "update"]
-
 _RULE_SECONDS: Final = {"exact": 3e-4, "math_verify": 5e-3}
 """An output's verdict: 5,276 in 1.4 s by the exact path (docs/lab); math-verify: ours, not measured."""
 _ENGINE_START: Final = 30.0

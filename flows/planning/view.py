@@ -15,8 +15,6 @@ from flows.planning.request import Subject
 from flows.planning.work import StagePlan
 from flows.wording import duration, number, size
 
-__all__ = ["FORMAT", "as_json", "print_plan"]
-
 FORMAT: Final = 1
 """Of the JSON: raised when a key is taken away or changes its meaning."""
 _GIB: Final = 2.0**30

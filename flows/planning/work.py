@@ -21,19 +21,6 @@ from flows.planning.memory import FLOAT, HALF, Batch, Memory, kept_by_layer, tok
 from flows.planning.shapes import ModelShape
 from stages.training import TrainingConfig
 
-__all__ = [
-    "STAGE_CALL",
-    "Given",
-    "Lengths",
-    "StagePlan",
-    "When",
-    "Work",
-    "decoding_work",
-    "scoring_work",
-    "seconds_of",
-    "training_work",
-]
-
 STAGE_CALL: Final = 0.02
 """Seconds that a stage call costs whatever it does: 8 to 10 ms of CPU through Prefect (docs/lab), sealing on top. Ours."""
 When = Literal["once", "iteration", "step", "evaluation"]

@@ -20,8 +20,6 @@ from stages.sft import PolicyConfig, SFTConfig
 from stages.text import BPETokenizerConfig, PromptConfig
 from stages.training import MuonConfig, TrainingConfig, native_bf16
 
-__all__ = ["STUDIES", "RewardModelStudyConfig", "StudyChoice", "choose_study", "gsm8k_solutions"]
-
 
 class RewardModelStudyConfig(Config):
     """An outcome reward model learned from labelled solutions, compared with baselines on questions it has not seen."""

@@ -38,8 +38,6 @@ from stages.reward_training import RewardModelConfig, create_reward_model, label
 from stages.sft import create_policy, supervised_finetuning
 from stages.tables import Demonstrations, RewardGauges, Rewards, Rollouts, Solutions
 
-__all__ = ["Gauge", "Study", "reward_model_study"]
-
 _AGREEING: Final = {(True, "ok"), (False, "wrong"), (False, "unparseable"), (False, "truncated")}
 """Label of a file and status by the rules that say the same."""
 _SHOWN: Final = 3

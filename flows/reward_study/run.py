@@ -26,8 +26,6 @@ from pipeline.progress import failsafe
 from pipeline.store import canonical_json, sha256_of, use_store
 from pipeline.tracking import Tracker, track
 
-__all__ = ["CHANCE", "StudyRun", "print_study", "report_file", "run_study", "study_markdown", "verdicts"]
-
 CHANCE: Final = 0.5
 """AUC, and share of pairs in order, of a score that knows nothing."""
 _GAUGES: Final = {"AUC": "auc", "within authors": "auc_within_authors", "pairs in order": "pair_accuracy"}

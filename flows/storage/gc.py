@@ -14,8 +14,6 @@ from typing import Any, Final
 from pipeline.lineage import inputs
 from stages.models import OPTIMIZER
 
-__all__ = ["CONTINUES", "Freed", "Records", "needed_again", "predecessor", "step_tables", "superseded"]
-
 Record = Mapping[str, Any]
 
 CONTINUES: Final = {"update_policy": "policy", "update_critic": "critic", "train_reward_model": "model"}

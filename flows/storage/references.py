@@ -11,8 +11,6 @@ from pipeline.event_log import LOG, LogReader
 from pipeline.events import StageDone
 from pipeline.store import Store
 
-__all__ = ["OtherRuns", "references", "used_by"]
-
 
 def used_by(folder: Path, store: Store) -> set[str]:
     """Digests of what a run used: as its log says, or what is left of the pins of one that was killed."""

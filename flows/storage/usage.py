@@ -16,8 +16,6 @@ from pipeline.store.disk import folder_bytes
 from pipeline.store.objects import MANIFEST
 from stages.models import OPTIMIZER
 
-__all__ = ["Entry", "Inventory"]
-
 
 class _File(NamedTuple):
     name: str

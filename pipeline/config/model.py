@@ -21,8 +21,6 @@ from pydantic_core import ErrorDetails, to_jsonable_python
 
 from pipeline.config.yaml_text import ConfigError, dump_yaml, load_mapping, load_value
 
-__all__ = ["UNKEYED", "Config", "ConfigError", "Override", "changes_of", "flatten", "parse_settings"]
-
 
 class _Unkeyed:
     """Marks a field that cannot change a result: worker counts, deadlines, paths of scratch space."""

@@ -8,8 +8,6 @@ from typing import Any, Final
 
 import yaml
 
-__all__ = ["ConfigError", "dump_yaml", "load_mapping", "load_value"]
-
 _VALUES: Final = 100_000
 """Values of a YAML text at most, aliases counted as often as they stand; a config has hundreds."""
 _OTHER_BASE: Final = re.compile(r"[-+]?(0[0-9_]*[0-7][0-7_]*|[0-9_]+(:[0-5]?[0-9])+(\.[0-9_]*)?)")

@@ -23,8 +23,6 @@ import psutil
 from pipeline.orchestration.server_process import is_alive, start_of
 from pipeline.store.locks import locked, private_folder
 
-__all__ = ["RESTARTS", "mark_crashed", "names_living_process", "owner_tag", "process_name", "restart_crashed"]
-
 RESTARTS: Final = "COHORT_RESTARTS"
 """In the environment that a deployment gives its runs: how often a run whose process died is started again."""
 _PROCESS: Final = re.compile(r"(?:owner:)?(?P<host>.+):(?P<pid>\d+):(?P<start>\d+(?:-\w+)?)")

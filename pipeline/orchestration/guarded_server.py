@@ -23,8 +23,6 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ALIVE", "IDLE", "Guard", "refusal"]
-
 ALIVE = "/cohort/alive"
 """Path that a run asks for, so that its server does not take a long stage for the end of all work."""
 IDLE = "COHORT_SERVER_IDLE"

@@ -19,8 +19,6 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Final
 
-__all__ = ["check", "exit_code", "interruptible", "is_interruption", "settle", "shielded"]
-
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NOT_OURS: Final = (signal.SIG_IGN, None)
 """Handlers that stay: signals that are to be ignored, and handlers that Python cannot put back."""

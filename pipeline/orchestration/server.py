@@ -41,17 +41,6 @@ from pipeline.orchestration.server_process import (
 )
 from pipeline.store.locks import lock_file
 
-__all__ = [
-    "ServerError",
-    "ServerStatus",
-    "configured_url",
-    "ensure_server",
-    "keep_server",
-    "server_status",
-    "start_server_soon",
-    "stop_server",
-]
-
 START_SECONDS: Final = 300.0
 """How long a server may take to answer for the first time; slow disks took more than a minute to migrate the database."""
 IDLE_MINUTES: Final = 30.0

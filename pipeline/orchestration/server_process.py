@@ -27,21 +27,6 @@ import psutil
 
 from pipeline.orchestration import guarded_server
 
-__all__ = [
-    "RunningServer",
-    "ServerProcess",
-    "database_fault",
-    "end",
-    "environment_of",
-    "is_alive",
-    "own_processes",
-    "password_of",
-    "recorded",
-    "running_servers",
-    "spawn",
-    "start_of",
-]
-
 _HOME_MARK: Final = "COHORT_PREFECT_HOME"
 _CHECKED_BYTES: Final = 64 * 2**20
 _ALL_PAGES: Final = "PRAGMA quick_check(1)"

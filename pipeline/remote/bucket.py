@@ -26,8 +26,6 @@ from pipeline.progress import report
 from pipeline.remote.errors import complaint, is_missing, passes
 from pipeline.store.files import StoreError
 
-__all__ = ["Bucket", "Entry", "checked_url", "is_url"]
-
 PATIENCE: Final = 60.0
 """Seconds for which one request is retried. Ours: throttling and a restarted gateway pass in less."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0

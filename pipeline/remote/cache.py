@@ -24,8 +24,6 @@ from pipeline.store.files import DamagedArtifactError, MissingArtifactError, Sto
 from pipeline.store.locks import locked
 from pipeline.store.objects import MANIFEST
 
-__all__ = ["LocalOnly", "RemoteCache", "open_cache"]
-
 
 class LocalOnly:
     """The cache of no remote store: nothing to fetch, nowhere to upload. The docstrings are those of `RemoteCache`."""

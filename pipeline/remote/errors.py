@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
-__all__ = ["complaint", "is_missing", "passes"]
-
 _EXPIRED: Final = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired", "InvalidToken")
 _UNKNOWN: Final = (
     "InvalidAccessKeyId",

@@ -15,8 +15,6 @@ from typing import Final, NamedTuple
 from pipeline.store.files import StoreError, draft_folder, fsync, named_errors
 from pipeline.store.locks import try_lock
 
-__all__ = ["BINDING", "GRACE", "Binding", "Pending", "bind", "bound_to", "evict", "mapped_digests"]
-
 BINDING: Final = "upstream.json"
 GRACE: Final = 600.0
 """Seconds after its last use by any process in which an object stays: a reader of its path opens it by then. Ours."""

@@ -34,8 +34,6 @@ from pipeline.progress import report
 from pipeline.remote.bucket import Bucket, Entry
 from pipeline.store.files import StoreError
 
-__all__ = ["LEASE_SECONDS", "RemoteLocks", "RemotePins", "ServerClock"]
-
 LEASE_SECONDS: Final = 60.0
 """Ours: shorter than a stage that is worth a lock, longer than a throttled renewal."""
 _COARSE: Final = 2.0

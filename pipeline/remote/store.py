@@ -21,8 +21,6 @@ from pipeline.store.files import DamagedArtifactError, MissingArtifactError, Sto
 from pipeline.store.objects import MANIFEST, PRUNED, freed_files, read_manifest
 from pipeline.store.pins import PinnedArtifactError
 
-__all__ = ["RemoteStore"]
-
 _IDENTITY: Final = "store.json"
 _ATTEMPTS: Final = 3
 """How often a file that arrived in another size, or with another hash, is sent or fetched again."""

@@ -21,19 +21,6 @@ from pipeline.store.files import (
     write_sealed,
 )
 
-__all__ = [
-    "LONGEST",
-    "Actions",
-    "CallRecord",
-    "Digest",
-    "Label",
-    "Moment",
-    "RecordedCall",
-    "Seconds",
-    "complaint",
-    "read_call",
-]
-
 LONGEST: Final = 1e10
 """Seconds. Three centuries: no run takes longer, and a calendar has a date for it."""
 

@@ -41,8 +41,6 @@ from pipeline.store.files import (
 from pipeline.store.objects import MANIFEST, PRUNED, read_manifest, verify_folder
 from pipeline.store.store import Store
 
-__all__ = ["Imported", "read_archive", "write_archive"]
-
 _INDEX: Final = "index.json"
 _LAYOUT: Final = 1
 _NAME: Final = re.compile(

@@ -17,23 +17,6 @@ from pipeline.store.disk import DiskWatch
 from pipeline.store.files import StoreError
 from pipeline.store.store import Store
 
-__all__ = [
-    "Call",
-    "Engine",
-    "current_call",
-    "current_engine",
-    "current_provenance",
-    "current_store",
-    "current_watch",
-    "package_versions",
-    "record_metrics",
-    "record_package",
-    "running",
-    "use_engine",
-    "use_store",
-    "watching_disk",
-]
-
 Engine = Literal["inline", "prefect"]
 
 _METRIC_NAME: Final = re.compile(r"[A-Za-z0-9_\-. :/]+")

@@ -16,8 +16,6 @@ from typing import Any, Final
 
 from pipeline.store.files import StoreError
 
-__all__ = ["DiskFullError", "DiskWatch", "folder_bytes", "free_bytes"]
-
 _LAST: Final = 3
 """Executions of a stage whose largest is the estimate: outputs and their tables differ in length from step to step."""
 

@@ -19,27 +19,6 @@ from typing import Any, Final
 
 from pipeline.store.locks import locked, try_lock
 
-__all__ = [
-    "DamagedArtifactError",
-    "MissingArtifactError",
-    "PrunedArtifactError",
-    "Signature",
-    "StoreError",
-    "canonical_json",
-    "draft_folder",
-    "fsync",
-    "is_digest",
-    "is_plain_name",
-    "measure",
-    "named_errors",
-    "parse_sealed",
-    "read_sealed",
-    "sha256_of",
-    "signature",
-    "sweep",
-    "write_sealed",
-]
-
 _LINE_BREAK: Final = re.compile("\n *")  # in a string it is escaped
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 Signature = tuple[tuple[str, int, int, int], ...]

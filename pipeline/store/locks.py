@@ -23,8 +23,6 @@ from typing import IO, Any, Final
 from pipeline.config import ConfigError
 from pipeline.progress import report
 
-__all__ = ["is_locked", "lock_file", "locked", "private_folder", "read_note", "try_lock", "write_note"]
-
 _PLAIN: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 """Follow no link and wait for no pipe: where others may write, they may have put either."""
 _NOTE_BYTES: Final = 4096

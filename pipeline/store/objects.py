@@ -41,18 +41,6 @@ from pipeline.store.files import (
 )
 from pipeline.store.locks import locked
 
-__all__ = [
-    "MANIFEST",
-    "PRUNED",
-    "Objects",
-    "digest_of",
-    "freed_files",
-    "read_manifest",
-    "recomputed",
-    "seal_folder",
-    "verify_folder",
-]
-
 MANIFEST: Final = "manifest.json"
 PRUNED: Final = "pruned.json"
 _LOCK: Final = re.compile(r"[a-z0-9][a-z0-9-]*")

@@ -27,8 +27,6 @@ from pipeline.store.actions import Label, Moment
 from pipeline.store.files import StoreError, is_digest, named_errors
 from pipeline.store.locks import is_locked, locked
 
-__all__ = ["PinnedArtifactError", "Pins", "RunPins"]
-
 
 class PinnedArtifactError(StoreError):
     """A live run may still need the object; nothing was freed."""

@@ -35,8 +35,6 @@ from pipeline.store.files import (
 from pipeline.store.objects import Objects, freed_files, read_manifest, seal_folder
 from pipeline.store.pins import Pins
 
-__all__ = ["Store"]
-
 
 class Store:
     """A content-addressed store in a local folder; one that cannot be written can still be opened and read."""

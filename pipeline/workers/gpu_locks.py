@@ -23,8 +23,6 @@ from typing import Final
 
 from pipeline.store.locks import private_folder, read_note, try_lock, write_note
 
-__all__ = ["exclusive_devices", "lock_folder", "visible_devices"]
-
 FOLDER: Final = "COHORT_GPU_LOCKS"
 _VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
 _DRIVER: Final = Path("/proc/driver/nvidia/gpus")

@@ -30,8 +30,6 @@ from pipeline.progress import Listener, report
 from pipeline.workers import process as worker
 from pipeline.workers.handshake import accept_ranks
 
-__all__ = ["Group", "RefusedError", "WorkerError", "free_port"]
-
 _LAST_LINES: Final = 12
 _TICK: Final = 0.2
 """Seconds between two looks at whether every process still lives."""

@@ -17,8 +17,6 @@ from typing import Final
 
 from pipeline.workers.process import keep_alive
 
-__all__ = ["accept_ranks"]
-
 _PATIENCE: Final = 30.0
 """Seconds in which a connection must be authenticated; the processes that we started take milliseconds."""
 _TICK: Final = 0.02

@@ -24,8 +24,6 @@ from pipeline.stage import describe
 from pipeline.store import Store, current_store, use_store
 from pipeline.store.context import Call, current_call, record_metrics, running
 
-__all__ = ["accept", "order_of", "perform"]
-
 _OURS: Final = tuple(str(Path(__file__).parents[2] / package) + os.sep for package in ("pipeline", "stages"))
 
 

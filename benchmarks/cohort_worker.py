@@ -19,7 +19,7 @@ from typing import TextIO
 
 from benchmarks.timing import Clock, Device, cpu_seconds
 from benchmarks.workload import REWARD_PATTERN, Workload
-from flows.iterative_rl import step_seed
+from flows.algorithm.sampling import derived_seed
 from flows.runs.points import Points, step_done
 from pipeline.events import recording
 from pipeline.orchestration.engine import flow, use_engine
@@ -128,7 +128,7 @@ def _configs(workload: Workload, attention: str, micro_batch_tokens: int) -> Con
 def one_step(policy: Checkpoint, reference: Checkpoint, batch: Questions, configs: Configs, step: int) -> Checkpoint:
     """Lines 6-10 as in `flows.iterative_rl`."""
     sampling, reward, update = configs
-    seed = step_seed(0, step)
+    seed = derived_seed(0, step)
     outputs = rollout(policy, batch, PromptConfig(suffix="\n"), sampling, seed=seed)
     rewards = score(outputs, batch, reward)
     advantages = estimate_advantages(rewards, outputs, GroupConfig())

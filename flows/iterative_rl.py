@@ -11,15 +11,13 @@ gradient coefficient are lines 8 and 9, their objective is line 10 (`flows/confi
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 
 from flows.algorithm.data import limit_data, prepare_data
-from flows.algorithm.drift import measure_drift
 from flows.algorithm.models import base_model, initial_policy
 from flows.algorithm.preflight import preflight
-from flows.algorithm.rewards import first_reward_models, reward_outputs, train_on
-from flows.algorithm.sampling import explore, reference_evidence, token_evidence
+from flows.algorithm.rewards import first_reward_models, measure_drift, reward_outputs, train_on
+from flows.algorithm.sampling import derived_seed, explore, reference_evidence, token_evidence
 from flows.config import IterativeRLConfig
 from flows.runs.points import evaluation_done, step_done
 from pipeline.orchestration.engine import flow
@@ -36,7 +34,7 @@ from stages.update import MismatchError, check_mismatch, update_policy
 # fmt: off
 @flow
 def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
-    """Train a policy as `config` says; returns the last one."""
+    """Train a policy as `config` says; return the last one."""
     data = prepare_data(config.data)
     base = base_model(config, data)
     data = limit_data(config, data, base)
@@ -49,7 +47,7 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
     for iteration in range(config.iterations):                                                             # line 2
         reference = policy                                                                                 # line 3
         for step in range(iteration * config.steps, (iteration + 1) * config.steps):                       # line 4
-            seed = step_seed(config.seed, step)
+            seed = derived_seed(config.seed, step)
             sampler = policy if config.data_source == "policy" else initial                                # line 6
             questions, outputs = explore(config, data, sampler, step, seed)                                # lines 5, 7
             rewards, gauges = reward_outputs(config, sampler, reward_models, questions, outputs)           # line 8
@@ -75,7 +73,7 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
 
 
 def evaluate_policy(config: IterativeRLConfig, policy: Checkpoint, sets: dict[str, Questions], *, step: int) -> None:
-    """Greedy accuracy, and mean@k, pass@k and maj@k of k samples at the evaluation's temperature, on every set."""
+    """Measure greedy accuracy, and mean@k, pass@k and maj@k of k samples at the evaluation's temperature, on every set."""
     for name, questions in sets.items():
         for mode, sampling, estimates in config.evaluation.modes(config.rollout):
             outputs = rollout(policy, questions, config.prompt, sampling, seed=config.seed)
@@ -86,15 +84,10 @@ def evaluate_policy(config: IterativeRLConfig, policy: Checkpoint, sets: dict[st
 
 @contextlib.contextmanager
 def naming(step: int) -> Iterator[None]:
-    """Let an error that engine and trainer disagree say at which step; a group of ranks passes it on as a ValueError."""
+    """Name the step in an error that engine and trainer disagree; a group of ranks passes it on as a ValueError."""
     try:
         yield
     except ValueError as error:
         if isinstance(error, MismatchError) or MismatchError.__name__ in getattr(error.__cause__, "kinds", ()):
             raise MismatchError(f"step {step}: {error}") from error
         raise
-
-
-def step_seed(seed: int, step: int) -> int:
-    """A seed of 31 bits for one step, unrelated to that of any other step or run seed."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:4], "big") >> 1

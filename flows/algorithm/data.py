@@ -59,31 +59,27 @@ def prepare_data(data: ArithmeticData | FileData) -> DataSets:
 
 
 def limit_data(config: IterativeRLConfig, data: DataSets, base: Checkpoint) -> DataSets:
-    """The questions whose prompts leave room for an output, and the demonstrations of these, enough for every step.
+    """Return the questions whose prompts leave room for an output, and the demonstrations of these, enough for every step.
 
     Raises:
         DataError: by set: prompts that are too long (`data.max_prompt_tokens`), or that the tokenizer cannot express.
         ConfigError: fewer questions than a step draws.
     """
     if isinstance(config.data, ArithmeticData):
-        if complaints := list(arithmetic_misfits(config, config.data)):
+        if complaints := list(arithmetic_complaints(config, config.data)):
             raise ConfigError("\n  ".join(complaints))
         return data
-    limited = {name: _limit(config, name, questions, base) for name, questions in _named(data).items()}
-    train = limited.pop("train")
+    train = _limit(config, "train", data.train, base)
+    evaluation = {name: _limit(config, f"evaluation.{name}", part, base) for name, part in data.evaluation.items()}
     demonstrations = data.demonstrations and demonstrations_of_set(train)
     questions = int(train.metrics["data/questions"])
     if complaints := list(shortages(config, questions, questions if demonstrations else None)):
         raise ConfigError("\n  ".join(complaints))
-    return DataSets(train, demonstrations, {name.removeprefix("evaluation."): part for name, part in limited.items()})
+    return DataSets(train, demonstrations, evaluation)
 
 
 def shortages(config: IterativeRLConfig, questions: int, demonstrations: int | None) -> Iterator[str]:
-    """What draws more at once than there is.
-
-    Args:
-        demonstrations: None: there are none, which is said elsewhere.
-    """
+    """Name whatever draws more at once than there is; `demonstrations` is None where there are none."""
     plan, drawn = config.reward_model, config.questions_per_step
     if config.data_source == "demonstrations":
         if demonstrations is not None and drawn * config.rollout.G > demonstrations:
@@ -99,8 +95,8 @@ def shortages(config: IterativeRLConfig, questions: int, demonstrations: int | N
         yield f"sft.batch_size={config.sft.batch_size} is more than the {demonstrations:,} demonstrations; lower it"
 
 
-def arithmetic_misfits(config: IterativeRLConfig, data: ArithmeticData) -> Iterator[str]:
-    """What a run on the built-in world would fail of: too few questions, or a window too small for its longest prompt.
+def arithmetic_complaints(config: IterativeRLConfig, data: ArithmeticData) -> Iterator[str]:
+    """Name what a run on the built-in world would fail of: too few questions, or a window below its longest prompt.
 
     Prompts are known where a token is a character; other tokenizers have fewer tokens, and the rollout says what is too long.
     """
@@ -126,7 +122,7 @@ def arithmetic_misfits(config: IterativeRLConfig, data: ArithmeticData) -> Itera
 
 
 def demonstrations_of_set(questions: Questions) -> Demonstrations | None:
-    """The set's own solutions; None where it has not a single one, which is all the same to RL."""
+    """Return the set's own solutions; None where it has none, which RL does not need."""
     with contextlib.suppress(PrunedArtifactError):  # then the stage answers, which was asked before
         solutions = questions.read().column("solution")
         if solutions.null_count == len(solutions):
@@ -134,12 +130,8 @@ def demonstrations_of_set(questions: Questions) -> Demonstrations | None:
     return demonstrations_from_solutions(questions)
 
 
-def _named(data: DataSets) -> dict[str, Questions]:
-    return {"train": data.train} | {f"evaluation.{name}": part for name, part in data.evaluation.items()}
-
-
 def room_of(config: IterativeRLConfig, name: str, window: int | None) -> PromptRoom:
-    """What bounds the prompts of the set `name` (`train`, `evaluation.test`) under a model's window."""
+    """Return what bounds the prompts of the set `name` (`train`, `evaluation.test`) under a model's window."""
     backend = (config.evaluation.backend if name != "train" else None) or config.rollout.backend
     limit = config.data.max_prompt_tokens if isinstance(config.data, FileData) else PromptLimitConfig()
     return PromptRoom(window, getattr(backend, "max_model_len", None), config.rollout.max_output_tokens, limit)
@@ -165,7 +157,7 @@ def _limit(config: IterativeRLConfig, name: str, questions: Questions, base: Che
 
 
 def below(folder: str, part: QuestionFileConfig) -> QuestionFileConfig:
-    """A set with its path under `folder`, unless it is absolute; the name of a hub data set is no path."""
+    """Return a set with its path under `folder`, unless it is absolute; the name of a hub data set is no path."""
     if part.format == "hub":
         return part
     return part.override({"path": str(Path(folder) / Path(part.path).expanduser())})

@@ -1,6 +1,6 @@
-"""What is found out about the data of a run before it begins: every set is read, its prompts are measured, questions counted.
+"""Check the data of a run before it begins: read every set, measure its prompts, count its questions; imports no torch.
 
-The stages themselves read it, in a store that is thrown away, so that what is checked is what will run. Nothing imports torch.
+The stages themselves read it, in a store that is thrown away, so that what is checked is what will run.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flows.algorithm.data import arithmetic_misfits, below, demonstrations_of_set, room_of, shortages
+from flows.algorithm.data import arithmetic_complaints, below, demonstrations_of_set, room_of, shortages
 from flows.algorithm.models import early_tokenizer
 from flows.config import ArithmeticData, FileData, IterativeRLConfig
 from pipeline.config import ConfigError
 from pipeline.store import Store, use_store
-from stages.data import DataError, QuestionFileConfig, measure_prompts, read_questions
+from stages.data import DataError, measure_prompts, read_questions
 from stages.tables import Demonstrations, Questions
 from stages.text import PromptError
 
 
 @dataclass
 class DataFindings:
-    """What was found, in lines."""
+    """Lines about the data of a run."""
 
     notes: list[str] = field(default_factory=list)
     """Sizes, and what could not be looked at."""
@@ -44,7 +44,7 @@ def examine_data(config: IterativeRLConfig) -> DataFindings:
     """Read the data sets that are here, without a model, a download or a trace in the store."""
     found = DataFindings()
     if isinstance(config.data, ArithmeticData):
-        found.complaints += arithmetic_misfits(config, config.data)
+        found.complaints += arithmetic_complaints(config, config.data)
         return found
     with scratch_store():
         sets = dict(_read_sets(config.data, found))
@@ -57,7 +57,8 @@ def examine_data(config: IterativeRLConfig) -> DataFindings:
 
 
 def _read_sets(data: FileData, found: DataFindings) -> Iterator[tuple[str, Questions]]:
-    for name, part in _sets(data):
+    sets = {"train": data.train} | {f"evaluation.{name}": part for name, part in data.evaluation.items()}
+    for name, part in sets.items():
         given = below(data.path, part)
         if part.format == "hub":
             found.notes.append(f"data.{name}: not read, it is on the hub")
@@ -78,12 +79,6 @@ def _read_sets(data: FileData, found: DataFindings) -> Iterator[tuple[str, Quest
         yield name, questions
 
 
-def _sets(data: FileData) -> Iterator[tuple[str, QuestionFileConfig]]:
-    yield "train", data.train
-    for name, part in data.evaluation.items():
-        yield f"evaluation.{name}", part
-
-
 def _demonstrations(train: Questions | None, found: DataFindings) -> Demonstrations | None:
     try:
         return None if train is None else demonstrations_of_set(train)
@@ -95,7 +90,7 @@ def _demonstrations(train: Questions | None, found: DataFindings) -> Demonstrati
 def _measure(
     config: IterativeRLConfig, sets: dict[str, Questions], demonstrations: Demonstrations | None, found: DataFindings
 ) -> None:
-    """How long prompts are, where there is a tokenizer to tell."""
+    """Measure prompts, where there is a tokenizer."""
     if not sets:
         return
     try:

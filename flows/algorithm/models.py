@@ -38,14 +38,14 @@ _SUFFIXES: Final = (".json", ".txt", ".model", ".jinja")
 
 
 def base_model(config: IterativeRLConfig, data: DataSets) -> Checkpoint:
-    """A model of others, or one made from scratch."""
+    """Return a pretrained model, or one made from scratch."""
     if isinstance(config.policy, PretrainedPolicy):
         return pretrained_model(config.policy)
     return create_policy(config.policy, data.demonstrations, config.prompt)
 
 
 def initial_policy(config: IterativeRLConfig, data: DataSets, base: Checkpoint) -> Checkpoint:
-    """pi_theta_init (Algorithm 1, line 1): the base model after supervised fine-tuning, where there is any."""
+    """Return pi_theta_init (Algorithm 1, line 1): the base model after supervised fine-tuning, where there is any."""
     if config.sft is None:
         return base
     if data.demonstrations is None:
@@ -54,7 +54,7 @@ def initial_policy(config: IterativeRLConfig, data: DataSets, base: Checkpoint) 
 
 
 def pretrained_model(config: PretrainedPolicy) -> Checkpoint:
-    """A model of others: a folder where there is one of that name, else of the hub, at one commit.
+    """Return a pretrained model: a folder where there is one of that name, else one of the hub, at one commit.
 
     Raises:
         ConfigError: a revision of a folder whose code is not asked for.
@@ -88,11 +88,8 @@ def _trust_commit(repository: str, commit: str) -> None:
         )
 
 
-# The tokenizer before there is a policy, for `cohort check` and `cohort prompt`: no weights, no torch, no store.
-
-
 class EarlyTokenizer(NamedTuple):
-    """What the policy's will be."""
+    """The policy's tokenizer before there is a policy: read without weights, torch or store."""
 
     tokenizer: PreTrainedTokenizerFast
     window: int | None
@@ -102,7 +99,7 @@ class EarlyTokenizer(NamedTuple):
 def early_tokenizer(
     config: IterativeRLConfig, demonstrations: Demonstrations | None, *, fetch: bool = False, exact: bool = False
 ) -> EarlyTokenizer:
-    """The tokenizer that the policy of `config` has or will have.
+    """Return the tokenizer that the policy of `config` has or will have.
 
     Args:
         demonstrations: what a policy made from scratch makes its tokenizer from.
@@ -145,7 +142,7 @@ def _folder(policy: PretrainedPolicy, *, fetch: bool) -> Path:
 
 
 def _read(folder: Path, *, exact: bool) -> PreTrainedTokenizerFast:
-    """From a copy, as an import into the store makes one."""
+    """Read a tokenizer from a copy, as an import into the store makes one."""
     from stages.text import settle_start, settle_tokenizer
 
     with tempfile.TemporaryDirectory(prefix="cohort-tokenizer-") as scratch:

@@ -1,8 +1,7 @@
-"""Before the first update: whether the first step's outputs and rewards hold anything that the method can learn from.
+"""Check, before the first update, that the first step's outputs and rewards hold something that the method can learn from.
 
-Nothing is sampled for it: it examines the tables that the first update learns from, so a cached or resumed run passes by
-reading them. A run that fails here has updated nothing; with another configuration it reuses all that the change leaves
-as it was.
+Nothing is sampled for it: it reads the tables that the first update learns from. A run that fails here has updated nothing;
+with another configuration it reuses all that the change leaves as it was.
 """
 
 from __future__ import annotations
@@ -57,16 +56,16 @@ class Findings:
 
     @property
     def outputs(self) -> int:
-        """All outputs."""
+        """Return the number of outputs."""
         return self.statuses.total()
 
     @property
     def unreadable(self) -> int:
-        """Outputs whose answer was not read."""
+        """Return the number of outputs whose answer was not read."""
         return sum(self.statuses[status] for status in _UNREAD)
 
     def metrics(self) -> dict[str, float]:
-        """Shares, under the names that the steps have them by."""
+        """Return shares, under the names that the steps have them by."""
         shares = {f"reward/status_{status}": self.statuses[status] / self.outputs for status in _UNREAD}
         return shares | {"reward/frac_degenerate_groups": self.equal / self.questions}
 
@@ -90,7 +89,7 @@ def preflight(config: IterativeRLConfig, outputs: Rollouts, rewards: Rewards | N
     try:
         rows = rewards.rows()
     except PrunedArtifactError:
-        return  # it was examined when it was new, and what still is to be computed from it says that it is gone
+        return  # it was examined when it was new
     found = examine(rows, config.advantage)
     emit(PreflightDone(0, str(found), found.metrics()))
     complaints = [*_unread(config, found, rows, outputs), *_silent(config, found, rows)]
@@ -102,11 +101,7 @@ def preflight(config: IterativeRLConfig, outputs: Rollouts, rewards: Rewards | N
 
 
 def examine(rows: Sequence[Row], advantage: AdvantageConfig) -> Findings:
-    """What the rows of `Rewards` hold for a kind of advantage.
-
-    Raises:
-        ValueError: no rows.
-    """
+    """Return what the rows of `Rewards` hold for a kind of advantage; raise ValueError where there are none."""
     if not rows:
         raise ValueError("expected the rewards of the first step's outputs, found none")
     groups: dict[str, list[Row]] = {}
@@ -146,7 +141,7 @@ def _steps_differ(rows: Sequence[Row]) -> bool:
 
 
 def _verdicts(rows: Sequence[Row]) -> set[bool]:
-    """Whether outputs that have a reward are right."""
+    """Return whether outputs that have a reward are right."""
     return {row["status"] == "ok" for row in rows if row["reward"] is not None}
 
 
@@ -154,7 +149,7 @@ def _verdicts(rows: Sequence[Row]) -> set[bool]:
 
 
 def _unread(config: IterativeRLConfig, found: Findings, rows: Sequence[Row], outputs: Rollouts) -> Iterator[str]:
-    """What is wrong with outputs that could not be read, the most frequent cause first."""
+    """Say what is wrong with outputs that could not be read, the most frequent cause first."""
     advice = {
         "truncated": f"cut at rollout.max_output_tokens={config.rollout.max_output_tokens}: raise it, have the initial policy "
         "learn to end (sft), or score them as they stand (reward.truncated=as_is)",
@@ -170,18 +165,17 @@ def _unread(config: IterativeRLConfig, found: Findings, rows: Sequence[Row], out
 
 
 def _causes(limits: PreflightConfig, found: Findings) -> list[str]:
-    """The statuses to speak of, the most frequent first; they also explain a lack of signal where most outputs have them."""
+    """Return the statuses to name, the most frequent first; they explain a lack of signal where most outputs have them."""
+    silent = _reaches(found.silent, found.questions, limits.without_signal)
     unread = _reaches(found.unreadable, found.outputs, limits.unreadable)
-    if unread or (
-        _reaches(found.silent, found.questions, limits.without_signal) and 2 * found.unreadable > found.outputs
-    ):
+    if unread or (silent and 2 * found.unreadable > found.outputs):
         frequent = [status for status, count in found.statuses.most_common() if _REPEATED * count >= found.outputs]
         return [status for status in frequent if status in _UNREAD]
     return ["truncated"] if _reaches(found.statuses["truncated"], found.outputs, limits.truncated) else []
 
 
 def _silent(config: IterativeRLConfig, found: Findings, rows: Sequence[Row]) -> Iterator[str]:
-    """Why the method learns nothing from outputs, readable or not."""
+    """Say why the method learns nothing from outputs, readable or not."""
     if not _reaches(found.silent, found.questions, config.preflight.without_signal):
         return
     shown = f"{found.silent} of {found.questions} questions"
@@ -194,21 +188,18 @@ def _silent(config: IterativeRLConfig, found: Findings, rows: Sequence[Row]) -> 
         case PairsConfig():
             yield f"no pair of a right and a wrong output for {shown}: {_difficulty(_verdicts(rows))}"
         case _:
-            yield f"equal rewards for all outputs that are compared, in {shown}: {_equal_rewards(config, rows)}"
+            why = _difficulty(_verdicts(rows))
+            if config.reward_model is not None:
+                why = "the reward model tells no outputs apart; train it longer or on more questions (reward_model)"
+            yield f"equal rewards for all outputs that are compared, in {shown}: {why}"
 
 
 _EASIER: Final = "take easier questions, or an initial policy that solves some (sft)"
 _MIXED: Final = "raise rollout.G or rollout.temperature, or take questions that the policy solves sometimes"
 
 
-def _equal_rewards(config: IterativeRLConfig, rows: Sequence[Row]) -> str:
-    if config.reward_model is not None:
-        return "the reward model tells no outputs apart; train it longer or on more questions (reward_model)"
-    return _difficulty(_verdicts(rows))
-
-
 def _difficulty(verdicts: set[bool]) -> str:
-    """What to change, by whether outputs are right: some, all or none."""
+    """Say what to change, by whether outputs are right: some, all or none."""
     if verdicts == {True}:
         return "all outputs are right; take harder questions"
     return _MIXED if True in verdicts else f"no output is right; {_EASIER}"
@@ -219,13 +210,13 @@ def _reaches(count: int, of: int, limit: float | None) -> bool:
 
 
 def _where(config: IterativeRLConfig) -> str:
-    """Where the rule that gives the status looked for an answer."""
+    """Say where the rule that gives the status looked for an answer."""
     reading = [component for component in config.reward.components if isinstance(component, AccuracyConfig)]
     return f" by the conventions ({', '.join(reading[0].conventions)})" if reading else ""
 
 
 def _ending(rows: Sequence[Row], outputs: Rollouts, status: str) -> str:
-    """The end of the first output of a status."""
+    """Return the end of the first output of a status."""
     first = next(row for row in rows if row["status"] == status)
     wanted = Rewards.conform([first]).select(list(KEY))
     text: str = align(wanted, outputs.read([*KEY, "text"]), "outputs", to="rewards", extra=True)["text"][0].as_py()

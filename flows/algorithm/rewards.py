@@ -1,15 +1,23 @@
-"""Learned rewards in the flow: made before Algorithm 1 begins, compared with the rules, trained on after each iteration."""
+"""Learned rewards in the flow: made before Algorithm 1 begins, compared with the rules, trained on after each iteration.
+
+How they age is measured on held-out questions, which no reward model learned from. At the end of every iteration there are two
+policies: that at its start (`old_policy`, whose outputs the models learned from) and that at its end (`new_policy`). With
+retraining there are two states of the models, `old_model`, which gave the rewards in between, and `new_model`. The first falls
+on the new policy. The second shall be good on it again, and with replay not have forgotten the old one.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from dataclasses import dataclass
-from typing import assert_never
+from typing import Final, assert_never
 
 from flows.algorithm.data import DataSets
 from flows.algorithm.models import pretrained_model
+from flows.algorithm.sampling import derived_seed
 from flows.config import IterativeRLConfig, PretrainedPolicy, RewardModelPlan
+from flows.runs.points import calls_of
+from pipeline.events import DriftDone, emit
 from stages.data import sample_batch
 from stages.models import Checkpoint
 from stages.reward import combine_rewards, labels_only, score
@@ -29,10 +37,13 @@ from stages.reward_training import (
 from stages.rollout import continue_outputs, cut_into_prefixes, rollout
 from stages.tables import Questions, RewardGauges, RewardLabels, Rewards, Rollouts
 
+_POLICIES: Final = ("old_policy", "new_policy")
+_MODELS: Final = ("old_model", "new_model")
+
 
 @dataclass(frozen=True)
 class RewardModels:
-    """r_phi as it is, and the labels it has learned from so far, one table an iteration."""
+    """The reward models r_phi, and the labels they have learned from so far, one table an iteration."""
 
     models: list[Checkpoint]
     history: list[RewardLabels]
@@ -41,7 +52,7 @@ class RewardModels:
 def first_reward_models(
     config: IterativeRLConfig, data: DataSets, base: Checkpoint, policy: Checkpoint
 ) -> RewardModels:
-    """r_phi before the first iteration: trained on outputs of the initial policy that the rules have labelled (5.2.1).
+    """Return r_phi before the first iteration, trained on outputs of the initial policy that the rules label (5.2.1).
 
     Args:
         base: the model before supervised fine-tuning, whose trunk the paper's reward model has (4.2); `reward_model.trunk` may
@@ -67,7 +78,7 @@ def first_reward_models(
 def train_on(
     config: IterativeRLConfig, data: DataSets, policy: Checkpoint, reward: RewardModels, *, iteration: int
 ) -> RewardModels:
-    """r_phi after training on fresh rule-labelled outputs of `policy` and a sample of history (Algorithm 1, line 11).
+    """Train r_phi on fresh rule-labelled outputs of `policy` and a sample of history (Algorithm 1, line 11).
 
     Where these labels hold nothing to learn (all right, all wrong, or no pair), a model of an earlier iteration stays as it is,
     with a warning; the first training fails (iteration 0).
@@ -75,7 +86,7 @@ def train_on(
     plan = config.reward_model
     if plan is None or not reward.models:
         return reward
-    seed = _seed(config.seed, iteration)
+    seed = derived_seed(config.seed, f"labels/{iteration}")
     questions = sample_batch(data.train, size=plan.questions, step=0, seed=seed)
     outputs = rollout(policy, questions, config.prompt, config.rollout, seed=seed)
     fresh = label_outputs(outputs, score(outputs, questions, labels_only(config.reward)), policy)
@@ -93,10 +104,10 @@ def train_on(
 def reward_outputs(
     config: IterativeRLConfig, sampler: Checkpoint, reward: RewardModels, questions: Questions | None, outputs: Rollouts
 ) -> tuple[Rewards | None, RewardGauges | None]:
-    """r of every output (line 8): by rules, or by the reward models and what of the rules is not what the models stand for.
+    """Return r of every output (line 8): by rules, or by the reward models and the rules that the models do not replace.
 
-    The models are measured on their own scores, by the rules that their labels come from. Demonstrations, which have no
-    questions to be scored with, have no reward.
+    The models are measured on their own scores, by the rules that their labels come from. Demonstrations have no questions
+    to be scored with, and no reward.
 
     Raises:
         RewardModelError: the models' scores have left the limits that the config sets.
@@ -115,6 +126,54 @@ def reward_outputs(
     return rewards, gauges
 
 
+def measure_drift(
+    config: IterativeRLConfig,
+    data: DataSets,
+    models: tuple[RewardModels, RewardModels],
+    policies: tuple[Checkpoint, Checkpoint],
+    *,
+    step: int,
+) -> None:
+    """Measure, as of `step`, how the reward models do on held-out outputs of both policies.
+
+    Args:
+        models: those that the iteration was rewarded by, and those trained on after it; the same where they were not.
+        policies: at the iteration's start and at its end; the same before the first iteration.
+
+    Metrics, for each state of the models and each policy that differ: `rm/held_out_auc/<model>_<policy>`, in the same way
+    `rm/held_out_accuracy` and, of a process model, `rm/held_out_step_accuracy`.
+    """
+    plan = config.reward_model
+    if plan is None or not plan.held_out_questions or not data.evaluation:
+        return
+    questions = _held_out(plan, data, config.seed)
+    measured: dict[str, RewardGauges] = {}
+    for which, policy in dict(zip(_POLICIES, policies, strict=True)).items():
+        if which == "new_policy" and policy == policies[0]:
+            continue
+        for state, held in dict(zip(_MODELS, models, strict=True)).items():
+            if state == "new_model" and held.models == models[0].models:
+                continue
+            measured[f"{state}_{which}"] = _gauges(config, plan, held, policy, questions)
+    emit(DriftDone(step, calls_of(measured)))
+
+
+def _held_out(plan: RewardModelPlan, data: DataSets, seed: int) -> Questions:
+    """Return so many of the first held-out set, the same at every iteration."""
+    held_out = next(iter(data.evaluation.values()))
+    size = min(plan.held_out_questions, held_out.read().num_rows)
+    return sample_batch(held_out, size=size, step=0, seed=seed)
+
+
+def _gauges(
+    config: IterativeRLConfig, plan: RewardModelPlan, reward: RewardModels, policy: Checkpoint, questions: Questions
+) -> RewardGauges:
+    outputs = rollout(policy, questions, config.prompt, config.rollout, seed=derived_seed(config.seed, "drift"))
+    rules = score(outputs, questions, labels_only(config.reward))
+    scores = score_outputs(outputs, policy, reward.models, plan.scoring, rules)
+    return measure_reward_model(scores, rules, outputs, plan.scoring, plan.gauges)
+
+
 def _with_step_labels(
     config: IterativeRLConfig,
     plan: RewardModelPlan,
@@ -125,7 +184,7 @@ def _with_step_labels(
     *,
     seed: int,
 ) -> RewardLabels:
-    """`labels` with those of steps: the rules' own, or what becomes of each step when `policy` goes on from it."""
+    """Add labels of steps to `labels`: the rules' own, or what becomes of each step when `policy` goes on from it."""
     match plan.step_labels:
         case RuleStepsConfig():
             return labels
@@ -141,15 +200,10 @@ def _with_step_labels(
 
 
 def _stays(model: RewardModelConfig, labels: RewardLabels, training: RewardTrainingConfig, iteration: int) -> bool:
-    """Whether `labels` hold nothing to train such a model on; says so."""
+    """Return whether `labels` hold nothing to train such a model on, with a warning."""
     reason = nothing_to_learn(labels, model.kind, training.objective)
     if reason:
         warnings.warn(
             f"the {model.kind} reward model stays as it was after iteration {iteration}: {reason}", stacklevel=2
         )
     return reason is not None
-
-
-def _seed(seed: int, iteration: int) -> int:
-    """Another for the labels of each iteration than for any step."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/labels/{iteration}".encode()).digest()[:4], "big") >> 1

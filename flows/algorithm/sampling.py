@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from flows.algorithm.data import DataSets
 from flows.config import IterativeRLConfig
 from pipeline.config import ConfigError
@@ -16,10 +18,15 @@ from stages.sft import demonstrated_outputs
 from stages.tables import Logprobs, Questions, ReferenceLogprobs, Rollouts, Values
 
 
+def derived_seed(seed: int, purpose: object) -> int:
+    """Return a seed of 31 bits for one purpose (a step, `drift`), unrelated to that of any other or of another run."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:4], "big") >> 1
+
+
 def explore(
     config: IterativeRLConfig, data: DataSets, sampler: Checkpoint, step: int, seed: int
 ) -> tuple[Questions | None, Rollouts]:
-    """The outputs to learn from at `step`, and the questions to score them with (None: demonstrations have no reward)."""
+    """Return the outputs to learn from at `step`, and the questions to score them with (None: demonstrations)."""
     if config.data_source == "demonstrations":
         return None, _demonstrate(config, data, sampler, step)
     questions = sample_batch(data.train, size=config.questions_per_step, step=step, seed=config.seed)  # line 5
@@ -32,7 +39,7 @@ def explore(
 def token_evidence(
     config: IterativeRLConfig, policy: Checkpoint, reference: Checkpoint, critic: Checkpoint | None, outputs: Rollouts
 ) -> tuple[Values | None, Logprobs | None]:
-    """What advantages are made of beside rewards: a critic's values, and log-probabilities where KL is part of the reward."""
+    """Return what else advantages need: a critic's values, and log-probabilities where KL is part of the reward."""
     values = estimate_values(critic, outputs, config.critic) if critic and config.critic else None
     if not getattr(config.advantage, "kl_in_reward", 0.0):
         return values, None
@@ -42,7 +49,7 @@ def token_evidence(
 def reference_evidence(
     config: IterativeRLConfig, policy: Checkpoint, reference: Checkpoint, outputs: Rollouts
 ) -> ReferenceLogprobs | None:
-    """log pi_ref of the outputs where a pass of its own computes it; None where the update does, or has no use for it.
+    """Return log pi_ref of the outputs from a pass of its own; None where the update computes it, or has no use for it.
 
     At the first step of an iteration the reference is the policy, whose own log-probabilities serve.
     """
@@ -56,7 +63,7 @@ def _like_update(config: IterativeRLConfig) -> LogprobsConfig:
 
 
 def _demonstrate(config: IterativeRLConfig, data: DataSets, policy: Checkpoint, step: int) -> Rollouts:
-    """As many demonstrations as there would be outputs."""
+    """Return as many demonstrations as there would be outputs."""
     if data.demonstrations is None:
         raise ConfigError("data_source: the data set has no solutions to imitate; name its solution column")
     size = config.questions_per_step * config.rollout.G
@@ -72,7 +79,7 @@ def _replace_agreeing_groups(
         kept = keep_informative(drawn, rewards, size=config.questions_per_step)
         if kept.metrics["rollout/agreeing_groups"] == 0:
             return kept
-        # The step's own seed: what is drawn depends on the step alone, not on how long the run is.
+        # The step's own seed, so that what is drawn does not depend on how long the run is.
         questions = sample_batch(data.train, size=config.questions_per_step, step=draw, seed=seed)
         drawn.append(rollout(sampler, questions, config.prompt, config.rollout, seed=seed))
         rewards.append(score(drawn[-1], data.train, config.reward))

@@ -1,8 +1,9 @@
-"""Two artifacts side by side on the screen: what made them, metrics, rows joined by key, configurations and weights."""
+"""Print what differs between two artifacts: what made them, metrics, rows joined by key, configurations and weights."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -45,7 +46,7 @@ def print_artifact_difference(
     limit: int,
     calls: tuple[Record, Record] | None = None,
 ) -> None:
-    """Print what differs between two artifacts: type, origin, metrics, then rows, or configuration and weights.
+    """Print what differs: type, origin, metrics, then rows, or configuration and weights.
 
     Args:
         limit: rows or tensors to show.
@@ -73,7 +74,8 @@ def print_artifact_difference(
         return
     left, right = read_rows(store, before), read_rows(store, after)
     if left is not None and right is not None:
-        _print_schema(left.schema, right.schema, console)
+        if columns := [(name, *types) for name, types in schema_changes(left.schema, right.schema).items()]:
+            console.print(pairs_table("columns", columns))
         key = [name for name in _KEYS if name in left.schema.names and name in right.schema.names]
         _print_rows(compare_tables(left, right, key=key), console, limit)
     _print_files(old, new, folders, console)
@@ -101,19 +103,15 @@ def _print_origin(makers: Mapping[str, Any], made: Calls, console: Console) -> N
 
 
 def _print_metrics(made: Calls, console: Console) -> None:
-    old, new = (dict(call.get("metrics", {})) if call else {} for call in made)
-    rows = [
-        (name, _number(old.get(name)), _number(new.get(name)), _change(old.get(name), new.get(name)))
-        for name in sorted({*old, *new})
-        if old.get(name) != new.get(name)
-    ]
+    metrics = [dict(call.get("metrics", {})) if call else {} for call in made]
+    rows = []
+    for name in sorted({*metrics[0], *metrics[1]}):
+        old, new = (side.get(name) for side in metrics)
+        if old != new:
+            change = "" if old is None or new is None else f"{'+' if new > old else '-'}{number(abs(new - old))}"
+            rows.append((name, *("-" if value is None else number(value) for value in (old, new)), change))
     if rows:
         console.print(pairs_table("metrics", rows, change=True))
-
-
-def _print_schema(before: Any, after: Any, console: Console) -> None:
-    if rows := [(name, old, new) for name, (old, new) in schema_changes(before, after).items()]:
-        console.print(pairs_table("columns", rows))
 
 
 def _print_rows(found: TableDifference, console: Console, limit: int) -> None:
@@ -153,7 +151,7 @@ def _rows_table(found: TableDifference, width: int, limit: int) -> Table:
 
 
 def _print_files(old: Record, new: Record, folders: tuple[Path, Path], console: Console) -> None:
-    """Files other than tables and weights: JSON ones by their keys."""
+    """Print files other than tables and weights that differ: JSON ones by their keys."""
     left, right = ({file["name"]: file for file in manifest["files"]} for manifest in (old, new))
     rows: list[tuple[str, str, str]] = []
     for name in dict.fromkeys([*left, *right]):
@@ -206,21 +204,6 @@ def _tensors_table(found: Iterable[TensorDifference]) -> Table:
     for heading in ("shape", "largest difference", "values that differ"):
         column(table, heading, right=heading != "shape")
     for part in found:
-        total = number(max(1, _product(part.shape)))
+        total = number(max(1, math.prod(part.shape)))
         table.add_row(part.name, str(list(part.shape)), number(part.largest), f"{number(part.changed)} of {total}")
     return table
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    product = 1
-    for side in shape:
-        product *= side
-    return product
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else number(value)
-
-
-def _change(old: float | None, new: float | None) -> str:
-    return "" if old is None or new is None else f"{'+' if new > old else '-'}{number(abs(new - old))}"

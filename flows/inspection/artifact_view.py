@@ -1,4 +1,4 @@
-"""Artifacts on the screen: what made them, then what is in them as far as people can read it."""
+"""Print artifacts: what made them, then what is in them as far as people can read it."""
 
 from __future__ import annotations
 
@@ -43,11 +43,7 @@ def show_artifact(
 
 
 def show_groups(groups: Iterable[Group], console: Console, *, limit: int | None, question: str | None) -> None:
-    """Print questions with their outputs, three by default, or that of one id.
-
-    Raises:
-        ValueError: no group has that id.
-    """
+    """Print questions with their outputs, three by default, or that of one id; raise ValueError where no group has it."""
     wanted = (group for group in groups if question in (None, group.question_id))
     found = list(islice(wanted, limit or 3))
     if question is not None and not found:
@@ -57,9 +53,15 @@ def show_groups(groups: Iterable[Group], console: Console, *, limit: int | None,
 
 
 def show_metrics(metrics: Mapping[str, float], console: Console) -> None:
-    """Print metrics in columns, as many as there is room for."""
-    if metrics:
-        console.print(_pairs(metrics, console.width))
+    """Print metrics in two or three columns of name and value, as many as there is room for."""
+    if not metrics:
+        return
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), title="metrics", title_justify="left")
+    entries = [cell for name, value in sorted(metrics.items()) for cell in (f"[dim]{quoted(name)}[/]", number(value))]
+    cells = 6 if console.width >= _WIDE else 4
+    for start in range(0, len(entries), cells):
+        table.add_row(*entries[start : start + cells])
+    console.print(table)
 
 
 def _show_origin(
@@ -96,16 +98,6 @@ def _argument(value: Any, *, full: bool) -> str:
             return f"configuration of {len(flat)} fields [dim](--full shows them)[/]"
         case _:
             return quoted(str(value))
-
-
-def _pairs(metrics: Mapping[str, float], width: int) -> Table:
-    """Metrics in two or three columns of name and value."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), title="metrics", title_justify="left")
-    entries = [cell for name, value in sorted(metrics.items()) for cell in (f"[dim]{quoted(name)}[/]", number(value))]
-    cells = 6 if width >= _WIDE else 4
-    for start in range(0, len(entries), cells):
-        table.add_row(*entries[start : start + cells])
-    return table
 
 
 def _show_group(group: Group, console: Console) -> None:

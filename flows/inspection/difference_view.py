@@ -1,4 +1,4 @@
-"""How differences are written: tables of before and after, and long values cut to where they part."""
+"""Write differences: tables of before and after, and long values cut to where they part."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LEAD: Final = 8
 
 
 def column(table: Table, heading: str, *, right: bool = False, fold: bool = False) -> None:
-    """A column that is never cut; with `fold` one that gives way where the screen is narrow."""
+    """Add a column that is never cut; with `fold` one that gives way where the screen is narrow."""
     table.add_column(quoted(heading), justify="right" if right else "left", no_wrap=not fold, overflow="fold")
 
 
@@ -31,7 +31,7 @@ def pairs_table(
     names: tuple[str, str] = ("before", "after"),
     change: bool = False,
 ) -> Group:
-    """Rows of a name, its value in both, and with `change` the difference of numbers."""
+    """Return a table with rows of a name, its value in both, and with `change` the difference of numbers."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     column(table, "")
     for name in names:
@@ -44,7 +44,7 @@ def pairs_table(
 
 
 def broken(key: str, room: int) -> Text:
-    """A dotted key in lines of at most `room` characters, parted behind dots."""
+    """Return a dotted key in lines of at most `room` characters, parted behind dots."""
     lines = [""]
     for part in re.findall(r"[^.]*\.|[^.]+$", key):
         if lines[-1] and len(lines[-1]) + len(part) > room:
@@ -54,19 +54,24 @@ def broken(key: str, room: int) -> Text:
 
 
 def titled(title: str, table: Table) -> Group:
-    """A table below an empty line and its title, which may be wider than the table."""
+    """Return a table below an empty line and its title, which may be wider than the table."""
     return Group(Text(f"\n{title}", style="bold"), table)
 
 
 def essential(changes: Iterable[Change]) -> list[Change]:
-    """Changes without those that only follow from another `kind` beside them: fields that one of two kinds does not have."""
+    """Leave out the changes that only follow from another `kind`: fields that one of the two kinds does not have."""
     found = list(dict.fromkeys(changes))
     kinds = {(change.stage, change.part.removesuffix("kind")) for change in found if change.part.endswith("kind")}
-    return [change for change in found if not (_absent(change) and _beside(change, kinds))]
+
+    def follows(change: Change) -> bool:
+        one_sided = ABSENT in (change.before, change.after)
+        return one_sided and any(change.stage == stage and change.part.startswith(prefix) for stage, prefix in kinds)
+
+    return [change for change in found if not follows(change)]
 
 
 def shortened_pair(before: Any, after: Any, *, room: int) -> tuple[str, str]:
-    """Two values as texts of at most `room` characters each, cut so that the place where they part is in sight.
+    """Return two values as texts of at most `room` characters each, cut so that the place where they part is in sight.
 
     Lists say at which place they part, counted from 0, and how long they are.
     """
@@ -79,14 +84,6 @@ def shortened_pair(before: Any, after: Any, *, room: int) -> tuple[str, str]:
     return _cut(old, start, room), _cut(new, start, room)
 
 
-def _absent(change: Change) -> bool:
-    return ABSENT in (change.before, change.after)
-
-
-def _beside(change: Change, kinds: set[tuple[str, str]]) -> bool:
-    return any(change.stage == stage and change.part.startswith(prefix) for stage, prefix in kinds)
-
-
 def _lists(before: list[Any], after: list[Any]) -> tuple[str, str]:
     place = _parting(before, after)
     texts = []
@@ -97,16 +94,14 @@ def _lists(before: list[Any], after: list[Any]) -> tuple[str, str]:
 
 
 def _is_map(values: list[Any]) -> bool:
-    """Whether these are the entries of an Arrow map."""
+    """Return whether these are the entries of an Arrow map."""
     return all(isinstance(part, tuple) and len(part) == 2 for part in values)
 
 
 def _parting(before: Sequence[Any], after: Sequence[Any]) -> int:
-    """The first place where two sequences differ."""
-    for place, (old, new) in enumerate(zip(before, after, strict=False)):
-        if old != new:
-            return place
-    return min(len(before), len(after))
+    """Return the first place where two sequences differ."""
+    pairs = enumerate(zip(before, after, strict=False))
+    return next((place for place, (old, new) in pairs if old != new), min(len(before), len(after)))
 
 
 def _text(value: Any) -> str:

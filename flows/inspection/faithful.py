@@ -1,8 +1,8 @@
-"""How a configuration stands to the paper: its numbers in one table, what deviates from them, what it leaves open.
+"""Compare a configuration with the paper: list its numbers, what deviates from them, and what it leaves open.
 
 `PAPER` is the only place that lists the paper's values for a run; `SILENT` names the fields it gives no value for. The reason
-for our choice there is the text under the field itself, or stands here where that says only what the field means;
-docs/decisions.md has what others do and what it changes.
+for our choice is the text under the field, or here where that says only what the field means; docs/decisions.md has what
+others do.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flows.wording import number
 
 @dataclass(frozen=True)
 class PaperValue:
-    """What the paper has for a field."""
+    """The paper's value of a field."""
 
     key: str
     """Dotted key of the configuration."""
@@ -48,7 +48,7 @@ class Deviation:
 
 
 @dataclass(frozen=True)
-class Choice:
+class OwnChoice:
     """A field that the paper gives no value for."""
 
     key: str
@@ -104,7 +104,7 @@ PAPER: Final = (
     PaperValue("evaluation.samples", 64, "Fig. 7"),
     PaperValue("evaluation.estimates.ks", (1, 4, 8, 16, 32, 64), "Fig. 7"),
 )
-"""What the paper says of a run. What depends on the method (Table 10) and on several fields at once is in `deviations`."""
+"""The paper's values of a run. `deviations` has what depends on the method (Table 10) or on several fields at once."""
 
 SILENT: Final = {
     "steps": "M of Algorithm 1, steps per iteration; Fig. 6 has about 5,300 in all.",
@@ -145,26 +145,25 @@ SILENT: Final = {
     "reward_model.replay.share_of": "",
     "reward_model.weight": "",
 }
-"""Fields whose value the paper does not give, in the order of a step, with the reason for our default where the field's own
-text does not have it; a configuration may lack some of them."""
+"""Fields whose value the paper does not give, in the order of a step; with a reason where the field's own text has none."""
 
 _ABSENT: Final = object()
 
 
 def deviations(config: IterativeRLConfig) -> list[Deviation]:
-    """Every field that is not as the paper has it. For a row of Table 10 that row counts, for later methods GRPO's."""
+    """Return every field that is not as in the paper. For a row of Table 10 that row counts, for later methods GRPO's."""
     found = [Deviation(paper.key, _text(paper), paper.where, _value(config, paper.key)) for paper in _missed(config)]
     return [*_method(config), *found]
 
 
-def choices(config: IterativeRLConfig) -> list[Choice]:
-    """The fields the paper leaves open, with what this configuration has."""
+def choices(config: IterativeRLConfig) -> list[OwnChoice]:
+    """Return the fields the paper leaves open, with what this configuration has."""
     said = {paper.key for paper in PAPER if _holds(paper, config)}
     found = []
     for key, reason in SILENT.items():
         value = _value(config, key)
         if value is not _ABSENT and key not in said:
-            found.append(Choice(key, value, reason or _documentation(config, key)))
+            found.append(OwnChoice(key, value, reason or _documentation(config, key)))
     return found
 
 
@@ -183,12 +182,12 @@ def _missed(config: IterativeRLConfig) -> Iterator[PaperValue]:
 
 
 def _is_base(trunk: Any, config: IterativeRLConfig) -> bool:
-    """Whether it may be a model before supervised fine-tuning: this run's, or one of others, which cannot be known here."""
+    """Return whether it may be a model before supervised fine-tuning: this run's, or a pretrained one."""
     return isinstance(trunk, PretrainedPolicy) or (trunk == "base" and config.sft is not None)
 
 
 def _method(config: IterativeRLConfig) -> Iterator[Deviation]:
-    """What a row of Table 10 decides: objective, data source, advantage, whose reward; and what the rules look at."""
+    """Compare what a row of Table 10 decides: objective, data source, advantage, whose reward; and what the rules read."""
     objective = config.update.objective
     if objective.kind not in TABLE_10:
         yield Deviation("update.objective.kind", " or ".join(TABLE_10), "Table 10", objective.kind)
@@ -210,7 +209,7 @@ def _method(config: IterativeRLConfig) -> Iterator[Deviation]:
 
 
 def _holds(paper: PaperValue, config: IterativeRLConfig) -> bool:
-    """Whether the paper's value is about this configuration."""
+    """Return whether the paper's value is about this configuration."""
     if paper.key.startswith("reward_model.step_labels"):
         return config.reward_model is not None and any(model.kind == "process" for model in config.reward_model.models)
     return not paper.objectives or config.update.objective.kind in paper.objectives
@@ -222,7 +221,7 @@ def _text(paper: PaperValue) -> str:
 
 
 def _value(config: BaseModel, key: str) -> Any:
-    """The value of a dotted key; `_ABSENT` where a section of it is null, or of a kind without that field."""
+    """Return the value of a dotted key; `_ABSENT` where a section of it is null, or of a kind without that field."""
     value: Any = config
     for name in key.split("."):
         if not isinstance(value, BaseModel) or name not in type(value).model_fields:
@@ -232,14 +231,11 @@ def _value(config: BaseModel, key: str) -> Any:
 
 
 def _documentation(config: BaseModel, key: str) -> str:
-    """The text under a field, in one line."""
+    """Return the text under a field, in one line."""
     section, _, name = key.rpartition(".")
     owner = _value(config, section) if section else config
     text = type(owner).model_fields[name].description or ""
     return " ".join(text.replace("`", "").split())
-
-
-# ------------------------------------------------------------------------------------------------ on the screen
 
 
 _WIDE: Final = 110

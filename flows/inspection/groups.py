@@ -1,11 +1,12 @@
-"""Groups of outputs for reading: a question, its G outputs, their rewards and advantages, found and joined by key.
+"""Join groups of outputs for reading: a question, its G outputs, their rewards and advantages.
 
-Given any table of a step (rollouts, rewards or advantages), the others are found through the recorded stage calls.
+Given any table of a step (rollouts, rewards or advantages), the recorded stage calls lead to the others.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,18 +47,15 @@ class Group:
     outputs: list[Output]
 
     def merged(self) -> list[tuple[int, Output]]:
-        """Equal outputs once, with their count."""
-        counts: dict[Output, int] = {}
-        for output in self.outputs:
-            counts[output] = counts.get(output, 0) + 1
-        return [(count, output) for output, count in counts.items()]
+        """Return equal outputs once, with their count."""
+        return [(count, output) for output, count in Counter(self.outputs).items()]
 
 
 def groups_of(store: Store, digest: str, calls: Sequence[Record] | None = None) -> Iterator[Group] | None:
-    """The groups that a table of rollouts, rewards or advantages is about; None for anything else.
+    """Return the groups that a table of rollouts, rewards or advantages is about; None for anything else.
 
-    Rewards and advantages belong together: advantages are shown with the rewards they were estimated from. Tables that were
-    never computed, or whose payload is gone, leave their columns empty.
+    Advantages are shown with the rewards they were estimated from. Tables that were never computed, or whose payload is gone,
+    leave their columns empty.
 
     Args:
         calls: what `store.actions()` has, where that was read already.
@@ -80,7 +78,7 @@ class _Tables:
 
 
 def _tables(kind: str, digest: str, calls: Sequence[Record]) -> _Tables | None:
-    """The tables that belong to one of them; of several made from the same outputs or rewards the latest."""
+    """Return the tables that belong to one of them; of several made from the same outputs or rewards the latest."""
     made = next((call for call in calls if call["result"] == digest), None)
     outputs = digest if kind == "Rollouts" else _artifact(made, "outputs")
     if outputs is None:
@@ -123,7 +121,7 @@ def _groups(tables: _Tables, calls: Sequence[Record]) -> Iterator[Group]:
 
 
 def _columns(outputs: pa.Table, kind: type[Table], digest: str | None, *names: str) -> dict[str, pa.ChunkedArray]:
-    """Columns of a table in the order of the outputs; null where the table has no row, or is gone."""
+    """Return columns of a table in the order of the outputs; null where the table has no row, or is gone."""
     found = align(outputs, _read(kind, digest).select([*KEY, *names]), kind.__name__, extra=True, missing=True)
     return {name: found[name] for name in names}
 
@@ -134,7 +132,7 @@ def _output(row: Record) -> Output:
 
 
 def _about(names: Sequence[str], questions: pa.Table, demonstrations: pa.Table) -> list[tuple[str, str]]:
-    """Text and gold answer of each question, as far as they are known."""
+    """Return text and gold answer of each question, as far as they are known."""
     table = questions if questions.num_rows else demonstrations
     known, known_N = group_rows(table["question_id"])
     last_Q = np.zeros(len(known), dtype=np.int64)
@@ -150,13 +148,13 @@ def _about(names: Sequence[str], questions: pa.Table, demonstrations: pa.Table) 
 
 
 def _artifact(call: Mapping[str, Any] | None, parameter: str) -> str | None:
-    """Digest of the artifact that a recorded call was given."""
+    """Return the digest of the artifact that a recorded call was given."""
     given = (call or {}).get("arguments", {}).get(parameter)
     return given.get("artifact") if isinstance(given, Mapping) else None
 
 
 def _read(table: type[Table], digest: str | None) -> pa.Table:
-    """The table; without rows where there is none, or its payload is gone."""
+    """Read a table; without rows where there is none, or its payload is gone."""
     if digest is not None:
         with contextlib.suppress(StoreError):
             return table(digest).read()

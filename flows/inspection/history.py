@@ -1,4 +1,4 @@
-"""What a run did, call by call: its ledger and its curves, folds of its log."""
+"""Find what a run did, call by call, and its curves: folds of its log."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from flows.runs.record import RunRecord, read_records
 from pipeline.event_log import LOG, read_events
 from pipeline.store import Store, StoreError
 
-BESIDE: Final = "beside"
-"""Where a call stands that is neither a step's own nor an evaluation's."""
+BETWEEN_STEPS: Final = "between steps"
+"""The place of a call that is neither a step's own nor an evaluation's."""
 _EVALUATED: Final = ("rollout", "score", "count_votes", "evaluate")
 
 Points = dict[int, dict[str, float]]
@@ -46,24 +46,20 @@ class PlacedCall:
     step: int
     """Steps count from 1; 0: before the first."""
     where: str
-    """Empty: the step itself. Else the evaluation after the step (`in_domain/sampled`), or `BESIDE`: whatever else was asked
-    for between the step before and this one (data, supervised fine-tuning, a reward model's training)."""
+    """Empty: the step itself. Else the evaluation after the step (`in_domain/sampled`), or `BETWEEN_STEPS`: what was called
+    between the step before and this one (data, supervised fine-tuning, a reward model's training)."""
     stage: str
     key: str
     digest: str
 
 
 def find_run(places: Places, what: str) -> RunRecord | None:
-    """The run of a folder's name, or the latest of a configuration's name."""
+    """Return the run of a folder's name, or the latest of a configuration's name."""
     return next((run for run in reversed(list(read_records(places))) if what in (run.folder.name, run.name)), None)
 
 
 def history_of(places: Places, store: Store, record: RunRecord) -> History:
-    """What a run did.
-
-    Raises:
-        ConfigError: its configuration is not one of this version of Cohort.
-    """
+    """Read what a run did; raise ConfigError where its configuration is not one of this version of Cohort."""
     file = record.folder / "config.yaml"
     config = IterativeRLConfig.from_yaml(file.read_text(encoding="utf-8"), source=str(file))
     ledger = read_ledger(record.folder, complete=False) or Ledger()
@@ -72,7 +68,7 @@ def history_of(places: Places, store: Store, record: RunRecord) -> History:
 
 
 def placed_calls(ledger: Ledger) -> list[PlacedCall]:
-    """Every call of a run, in order, with its place."""
+    """Return every call of a run, in order, with its place."""
     places: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for step, made in ledger.steps.items():
         for stage, digest in made.items():
@@ -89,11 +85,11 @@ def placed_calls(ledger: Ledger) -> list[PlacedCall]:
             waiting.append((key, call))
             continue
         step, where = here.pop(0)  # calls of equal content come in the order of their steps
-        found += [PlacedCall(step, BESIDE, other.stage, name, other.digest) for name, other in waiting]
+        found += [PlacedCall(step, BETWEEN_STEPS, other.stage, name, other.digest) for name, other in waiting]
         found.append(PlacedCall(step, where, call.stage, key, call.digest))
         waiting = []
     last = max(ledger.steps, default=0)
-    return found + [PlacedCall(last, BESIDE, call.stage, key, call.digest) for key, call in waiting]
+    return found + [PlacedCall(last, BETWEEN_STEPS, call.stage, key, call.digest) for key, call in waiting]
 
 
 def _summarised(record: RunRecord) -> Points:
@@ -107,7 +103,7 @@ def _summarised(record: RunRecord) -> Points:
 
 
 def _measured(store: Store, record: RunRecord) -> Points:
-    """The metrics of calls that are recorded, of a run without a summary; those of calls that were forgotten are left out."""
+    """Return the metrics of calls that are recorded, for a run without a summary; forgotten calls are left out."""
 
     def find(key: str) -> Mapping[str, Any]:
         with contextlib.suppress(StoreError):

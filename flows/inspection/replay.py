@@ -1,7 +1,7 @@
-"""One recorded stage call again, with other settings: its artifacts from the store, its configs as the run had them.
+"""Repeat a recorded stage call with other settings: its artifacts from the store, its configs as the run had them.
 
 The arguments are rebuilt from the action record through the signature of the stage: artifacts by digest, configs typed. A
-config in a record lacks what cannot change a result (worker counts, deadlines); that comes from the run's own configuration
+config in a record lacks what cannot change a result (worker counts, deadlines). That comes from the run's own configuration
 where it holds an equal config, else from the defaults.
 """
 
@@ -21,9 +21,10 @@ from pydantic import BaseModel, create_model
 
 import stages
 from flows.config import IterativeRLConfig
-from flows.inspection.history import BESIDE, History, PlacedCall, placed_calls
+from flows.inspection.history import BETWEEN_STEPS, History, PlacedCall, placed_calls
 from pipeline.artifact import Artifact
 from pipeline.config import Config, ConfigError, parse_settings
+from pipeline.lineage import inputs
 from pipeline.stage import describe
 from pipeline.store import Store
 
@@ -33,7 +34,7 @@ _CONFIG: Final = "config"
 
 @dataclass(frozen=True)
 class Replay:
-    """A call that is ready to be made."""
+    """A call ready to be made."""
 
     stage: Callable[..., Artifact]
     arguments: dict[str, Any]
@@ -51,7 +52,7 @@ class Replay:
 
 
 def choose_call(run: History, stage: str, step: int, evaluation: str | None) -> PlacedCall:
-    """The call of a stage at a step of a run, or in an evaluation (`in_domain/sampled`) after it.
+    """Return the call of a stage at a step of a run, or in an evaluation (`in_domain/sampled`) after it.
 
     Raises:
         ConfigError: no such stage (the nearest is named), or not called there (where it was called is said).
@@ -72,7 +73,7 @@ def choose_call(run: History, stage: str, step: int, evaluation: str | None) -> 
         if not found:
             raise ConfigError(f"--evaluation {evaluation}: expected one of {_evaluations(here) or 'none at this step'}")
         return found[-1]
-    for where in ("", BESIDE):
+    for where in ("", BETWEEN_STEPS):
         if found := [call for call in here if call.where == where]:
             return found[-1]
     if len(here) > 1:
@@ -83,7 +84,7 @@ def choose_call(run: History, stage: str, step: int, evaluation: str | None) -> 
 
 
 def prepare_replay(store: Store, run: History, call: PlacedCall, settings: Sequence[str]) -> Replay:
-    """The call with `settings` (`key=value`) applied.
+    """Return the call with `settings` (`key=value`) applied.
 
     A key is a dotted field of the stage's `config`, or begins with the name of a parameter: `seed=3`, `prompt.suffix=...`. An
     artifact is replaced by a digest or its beginning: `policy=06f5e3`.
@@ -93,15 +94,14 @@ def prepare_replay(store: Store, run: History, call: PlacedCall, settings: Seque
     """
     recorded = store.action(call.key)
     function = _find_stage(call.stage)
-    hints = _hints(function)
-    arguments = recorded["arguments"]
+    hints = typing.get_type_hints(inspect.unwrap(function), include_extras=True)
     changes = parse_settings(settings)
     artifacts: dict[str, Any] = {}
     plain: dict[str, Any] = {}
-    for name, value in arguments.items():
+    for name, value in recorded["arguments"].items():
         if name not in hints:
             raise ConfigError(f"{call.stage}: this version of the stage has no parameter {name!r}; its record is older")
-        if _holds_artifacts(value):
+        if any(True for _ in inputs({name: value})):
             artifacts[name] = _artifacts(store, value, hints[name])
         else:
             plain[name] = value
@@ -115,7 +115,7 @@ def prepare_replay(store: Store, run: History, call: PlacedCall, settings: Seque
 
 
 def _find_stage(name: str) -> Callable[..., Artifact]:
-    """The stage of that name, wherever a package of `stages` offers it."""
+    """Return the stage of that name, wherever a package of `stages` offers it."""
     for module in pkgutil.iter_modules(stages.__path__):
         found = getattr(importlib.import_module(f"{stages.__name__}.{module.name}"), name, None)
         if inspect.isfunction(found) and hasattr(found, "__wrapped__"):
@@ -123,13 +123,8 @@ def _find_stage(name: str) -> Callable[..., Artifact]:
     raise ConfigError(f"{name}: this version of Cohort has no such stage")
 
 
-def _hints(function: Callable[..., Artifact]) -> dict[str, Any]:
-    """Types of the parameters; names that modules import for typing only are not used in signatures of stages."""
-    return typing.get_type_hints(inspect.unwrap(function), include_extras=True)
-
-
 def _typed(stage: str, hints: Mapping[str, Any], plain: Mapping[str, Any], config: IterativeRLConfig) -> Config:
-    """Configs and plain values of a call as one config with a field per parameter."""
+    """Return configs and plain values of a call as one config with a field per parameter."""
     fields: dict[str, Any] = {name: (hints[name], ...) for name in plain}
     model: type[Config] = create_model(stage, __base__=Config, **fields)
     known = list(_configs(config))
@@ -138,19 +133,18 @@ def _typed(stage: str, hints: Mapping[str, Any], plain: Mapping[str, Any], confi
 
 
 def _values(recorded: Any, known: Iterable[Config]) -> Any:
-    """A recorded config as what it was made from; any other value as it is."""
+    """Return a recorded config as what it was made from; any other value as it is."""
     match recorded:
         case {"config": dict(key), **rest} if not rest:
-            equal = (config for config in known if describe(config) == recorded)
-            found = next(equal, None)
-            return key if found is None else found.model_dump(mode="json")
+            equal = (config.model_dump(mode="json") for config in known if describe(config) == recorded)
+            return next(equal, key)
         case list():
             return [_values(part, known) for part in recorded]
     return recorded
 
 
 def _configs(config: BaseModel) -> Iterator[Config]:
-    """A config and those in it."""
+    """Yield a config and those in it."""
     if isinstance(config, Config):
         yield config
     for name in type(config).model_fields:
@@ -161,19 +155,8 @@ def _configs(config: BaseModel) -> Iterator[Config]:
                 yield from _configs(part)
 
 
-def _holds_artifacts(value: Any) -> bool:
-    match value:
-        case {"artifact": str()}:
-            return True
-        case dict():
-            return any(_holds_artifacts(part) for part in value.values())
-        case list():
-            return any(_holds_artifacts(part) for part in value)
-    return False
-
-
 def _artifacts(store: Store, value: Any, hint: Any) -> Any:
-    """References in place of recorded digests, in the containers that the parameter has them in."""
+    """Return references in place of recorded digests, in the containers that the parameter has them in."""
     inner = [part for part in typing.get_args(hint) if part is not types.NoneType]
     match value:
         case {"artifact": str(digest)}:
@@ -188,23 +171,19 @@ def _artifacts(store: Store, value: Any, hint: Any) -> Any:
 
 
 def _artifact(store: Store, digest: str, hint: Any) -> Artifact:
-    """The reference as what the parameter takes; where that is one of several classes, the one that the artifact is of."""
-    kinds: list[type[Artifact]] = [part for part in (hint, *typing.get_args(hint)) if _is_artifact(part)]
+    """Return the reference as what the parameter takes; of several classes, the one that the artifact is of."""
+    parts = (part for part in (hint, *typing.get_args(hint)) if isinstance(part, type))
+    kinds = [part for part in parts if issubclass(part, Artifact)]
     if len(kinds) > 1:
         made = store.manifest(digest).get("type")
         kinds = [kind for kind in kinds if kind.__name__ == made] or kinds
     return kinds[0](digest)
 
 
-def _is_artifact(part: Any) -> bool:
-    return isinstance(part, type) and issubclass(part, Artifact)
-
-
 def _dotted(key: str, values: Config) -> str:
-    """A key as it is where it begins with the name of a parameter, else below `config` (or the only config there is).
+    """Return a key as it is if it begins with the name of a parameter, else below `config` (or the only config there is).
 
-    Raises:
-        ConfigError: it begins with what is nearly the name of a parameter.
+    Raise ConfigError where it begins with what is nearly the name of a parameter.
     """
     first = key.partition(".")[0]
     parameters = type(values).model_fields
@@ -219,7 +198,7 @@ def _dotted(key: str, values: Config) -> str:
 
 
 def _steps(steps: Iterable[int]) -> str:
-    """`step 0`, `steps 1 to 40`, `steps 0, 10, 20`."""
+    """Write `step 0 only`, `steps 1 to 40`, `steps 0, 10, 20`."""
     found = sorted(set(steps))
     if len(found) == 1:
         return f"step {found[0]} only"
@@ -229,4 +208,4 @@ def _steps(steps: Iterable[int]) -> str:
 
 
 def _evaluations(calls: Iterable[PlacedCall]) -> str:
-    return " or ".join(dict.fromkeys(call.where for call in calls if call.where not in ("", BESIDE)))
+    return " or ".join(dict.fromkeys(call.where for call in calls if call.where not in ("", BETWEEN_STEPS)))

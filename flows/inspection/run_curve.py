@@ -1,4 +1,4 @@
-"""The evaluations of a run: what was measured on which held-out set after which step."""
+"""Read the evaluations of a run from its metrics: what was measured on which held-out set after which step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Curve = dict[int, dict[str, float]]
 
 
 def evaluations(points: Mapping[int, Mapping[str, float]]) -> dict[str, Curve]:
-    """Held-out set -> its curve, from metrics named `eval/<set>/<metric>`."""
+    """Return held-out set -> its curve, from metrics named `eval/<set>/<metric>`."""
     curves: dict[str, Curve] = {}
     for step in sorted(points):
         for key, value in points[step].items():
@@ -22,7 +22,7 @@ def evaluations(points: Mapping[int, Mapping[str, float]]) -> dict[str, Curve]:
 
 
 def best(curve: Curve) -> tuple[int, float] | None:
-    """The first step that reached the highest accuracy (of samples where there are any, else greedy), and that accuracy."""
+    """Return the first step that reached the highest accuracy (of samples if there are any, else greedy), and it."""
     found = {step: metrics.get("accuracy", metrics.get("greedy_accuracy")) for step, metrics in curve.items()}
     known = {step: accuracy for step, accuracy in found.items() if accuracy is not None}
     step = max(known, key=lambda step: (known[step], -step), default=None)
@@ -30,6 +30,6 @@ def best(curve: Curve) -> tuple[int, float] | None:
 
 
 def measures(metrics: Mapping[str, float]) -> dict[str, str]:
-    """Label -> metric of what an evaluation has: greedy, samples, then Pass@K and Maj@K by K."""
+    """Return label -> metric of what an evaluation has: greedy, samples, then Pass@K and Maj@K by K."""
     named = {"greedy": "greedy_accuracy", "sampled": "accuracy"}
     return {label: name for label, name in named.items() if name in metrics} | at_k(metrics)

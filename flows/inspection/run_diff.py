@@ -1,7 +1,9 @@
-"""Two runs side by side on the screen: configuration, inputs, outcome, stage calls, and where they part."""
+"""Print what differs between two runs: configuration, inputs, outcome, stage calls, and where they part."""
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.inspection.difference_view import column, essential, pairs_table, shortened_pair, titled
-from flows.inspection.history import BESIDE, History, PlacedCall, placed_calls
+from flows.inspection.history import BETWEEN_STEPS, History, PlacedCall, placed_calls
 from flows.inspection.run_curve import best, evaluations, measures
 from flows.wording import number, percent, quoted
 from pipeline import lineage
@@ -18,15 +20,11 @@ from pipeline.config import flatten
 from pipeline.store import MissingArtifactError, Store
 
 Place = tuple[str, int, str, int]
-"""Stage, step, where in the step, and the how manieth call of the stage there."""
+"""Stage, step, where in the step, and which call of the stage there, counted from 1."""
 
 
 def print_run_difference(store: Store, before: History, after: History, console: Console, *, limit: int) -> None:
-    """Print what differs between two runs.
-
-    Args:
-        limit: changes to show per stage.
-    """
+    """Print what differs between two runs, at most `limit` changes per stage."""
     names = (before.record.folder.name, after.record.folder.name)
     console.print(
         f"run [cyan]{quoted(names[0])}[/] (before) -> run [cyan]{quoted(names[1])}[/] (after)", soft_wrap=True
@@ -46,7 +44,7 @@ def print_run_difference(store: Store, before: History, after: History, console:
 
 
 def config_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, without those that only one of two kinds of a section has."""
+    """Return the dotted keys whose values differ, without those that only one of two kinds of a section has."""
     old, new = flatten(before), flatten(after)
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key) or (key in old) != (key in new)]
     other_kind = tuple(key.removesuffix("kind") for key in keys if key.endswith(".kind"))
@@ -80,13 +78,11 @@ def _difference(before: float | None, after: float | None) -> str:
 
 
 def _records(store: Store, calls: tuple[list[PlacedCall], list[PlacedCall]]) -> dict[str, dict[str, Any]]:
-    """The records of all calls by key; those that were forgotten meanwhile are left out."""
+    """Return the records of all calls by key; those that were forgotten meanwhile are left out."""
     records = {}
     for key in dict.fromkeys(call.key for side in calls for call in side):
-        try:
+        with contextlib.suppress(MissingArtifactError):
             records[key] = store.action(key)
-        except MissingArtifactError:
-            continue
     return records
 
 
@@ -104,7 +100,7 @@ def _print_inputs(
 
 
 def _given(calls: list[PlacedCall], records: Mapping[str, dict[str, Any]]) -> dict[str, str]:
-    """What step 1 was given that it did not make, by parameter; and the held-out sets by name."""
+    """Return what step 1 was given that it did not make, by parameter; and the held-out sets by name."""
     first = [call for call in calls if call.step == 1 and not call.where]
     made = {call.digest for call in first}
     given: dict[str, str] = {}
@@ -113,7 +109,7 @@ def _given(calls: list[PlacedCall], records: Mapping[str, dict[str, Any]]) -> di
             if digest not in made:
                 given.setdefault("training questions" if call.stage == "sample_batch" else name, digest)
     for call in calls:
-        if call.stage == "rollout" and call.where not in ("", BESIDE) and call.key in records:
+        if call.stage == "rollout" and call.where not in ("", BETWEEN_STEPS) and call.key in records:
             name = call.where.partition("/")[0]
             asked = dict(lineage.inputs(records[call.key]["arguments"]))
             given.setdefault(f"held-out set {name}", asked.get("questions", "-"))
@@ -156,10 +152,10 @@ def _print_stages(
 
 
 def _places(calls: list[PlacedCall]) -> Iterator[tuple[Place, PlacedCall]]:
-    counts: dict[tuple[str, int, str], int] = {}
+    counts = Counter[tuple[str, int, str]]()
     for call in calls:
         place = (call.stage, call.step, call.where)
-        counts[place] = counts.get(place, 0) + 1
+        counts[place] += 1
         yield (*place, counts[place]), call
 
 
@@ -169,14 +165,14 @@ def _why(
     makers: Mapping[str, dict[str, Any]],
     limit: int,
 ) -> str:
-    """What differs in the first calls of a stage that are not the same: settings, or else inputs."""
+    """Say what differs in the first calls of a stage that are not the same: settings, or else inputs."""
     known = [(records[a.key], records[b.key], a) for a, b in pairs if a.key in records and b.key in records]
     if not known:
         return ""
     before, after, call = known[0]
     found = lineage.compare_calls(makers, before, after)
     own = essential(change for change in found.changes if change in found.causes)
-    where = f"step {call.step}" + (f", {call.where}" if call.where not in ("", BESIDE) else "")
+    where = f"step {call.step}" + (f", {call.where}" if call.where not in ("", BETWEEN_STEPS) else "")
     if own:
         texts = [f"{change.part} {change.before} -> {change.after}" for change in own[:limit]]
         more = f"; {len(own) - limit} more" if len(own) > limit else ""

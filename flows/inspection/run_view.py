@@ -1,4 +1,4 @@
-"""A run on the screen: settings that differ from its recipe, evaluations, artifacts by step; or one step with its groups."""
+"""Print a run: settings that differ from its recipe, evaluations, artifacts by step; or one step with its groups."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from flows.inspection.run_diff import config_changes
 from flows.runs.record import Attempt
 from flows.runs.summary import mismatch_line, worst_mismatch
 from flows.wording import duration, moment, percent, quoted
+from pipeline.lineage import inputs
 from pipeline.store import MissingArtifactError, Store
 
 _STEPS: Final = 50
@@ -33,11 +34,7 @@ _WIDE: Final = 80
 
 
 def show_run(store: Store, run: History, console: Console, *, limit: int | None) -> None:
-    """Print a run: how it went, what its settings change, its evaluations, and the artifacts of its steps.
-
-    Args:
-        limit: steps to list, evenly spread; 50 by default.
-    """
+    """Print how a run went, what its settings change, its evaluations, and `limit` of its steps, evenly spread."""
     _show_head(run, console)
     _show_settings(run, console)
     for name, curve in evaluations(run.points).items():
@@ -56,11 +53,7 @@ def show_run(store: Store, run: History, console: Console, *, limit: int | None)
 def show_step(
     store: Store, run: History, step: int, console: Console, *, limit: int | None, question: str | None
 ) -> None:
-    """Print one step of a run: its artifacts, its metrics, and groups of outputs with rewards and advantages.
-
-    Raises:
-        MissingArtifactError: the run has no such step.
-    """
+    """Print one step: its artifacts, metrics and groups; raise MissingArtifactError where the run has no such step."""
     if step not in run.ledger.steps:
         last = max(run.ledger.steps, default=0)
         known = f"its steps are 1 to {last}" if last else f"it has none yet ({run.note})"
@@ -104,7 +97,7 @@ def _show_head(run: History, console: Console) -> None:
 
 
 def _show_settings(run: History, console: Console) -> None:
-    """What was asked for, and what differs from the recipe that it was asked of."""
+    """Print what was asked for, and what differs from the recipe that it was asked of."""
     latest = run.record.attempts[::-1]
     asked = next((attempt for attempt in latest if attempt.recipe in RECIPES), None)  # later ones may name config.yaml
     made = asked or next((attempt for attempt in latest if attempt.overrides), None)
@@ -123,7 +116,7 @@ def _show_settings(run: History, console: Console) -> None:
 
 
 def _overrides(attempt: Attempt) -> Group:
-    """The overrides in their order, with who asked for each."""
+    """Return the overrides in their order, with who asked for each."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("override", "value", "from"):
         column(table, heading, fold=heading == "from")
@@ -140,7 +133,7 @@ def _overrides(attempt: Attempt) -> Group:
 
 
 def _curve(name: str, curve: Curve) -> Group:
-    """A line per evaluation; the bar is the accuracy of samples, or greedy where there are none."""
+    """Return a line per evaluation; the bar is the accuracy of samples, or greedy where there are none."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     labels = measures({metric: value for metrics in curve.values() for metric, value in metrics.items()})
     column(table, "step", right=True)
@@ -172,23 +165,18 @@ def _steps(store: Store, run: History, width: int, limit: int) -> Group:
 
 
 def _made(own: Mapping[PlacedCall, Mapping[str, Any]]) -> dict[str, str]:
-    """The step's tables and policy by heading; rewards are those that advantages were estimated from."""
+    """Return the step's tables and policy by heading; rewards are those that advantages were estimated from."""
     made: dict[str, str] = {}
     for call, record in own.items():
         if call.stage in ("update_policy", "estimate_advantages"):
-            given = {name: part["artifact"] for name, part in record.get("arguments", {}).items() if _is_artifact(part)}
-            made |= {name: digest for name, digest in given.items() if name in ("outputs", "rewards", "advantages")}
+            made |= {name: digest for name, digest in inputs(record.get("arguments", {})) if name in _TABLES[:3]}
         if call.stage == "update_policy":
             made["policy"] = call.digest
     return made
 
 
-def _is_artifact(value: Any) -> bool:
-    return isinstance(value, Mapping) and "artifact" in value
-
-
 def _spread(steps: list[int], limit: int) -> list[int]:
-    """At most `limit` steps at equal distances, the last one among them."""
+    """Return at most `limit` steps at equal distances, the last one among them."""
     if len(steps) <= limit:
         return steps
     stride = -(-len(steps) // limit)

@@ -201,7 +201,7 @@ def _measures(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
 
 
 def _drift_table(curve: Points) -> Table | None:
-    """How reward models aged (`flows/algorithm/drift.py`), a line per step at which they were measured; None without any."""
+    """How reward models aged (`flows/algorithm/rewards.py`), a line per step at which they were measured; None without any."""
     prefix = "rm/held_out_auc/"
     rows = {step: metrics for step, metrics in curve.items() if any(key.startswith(prefix) for key in metrics)}
     if not rows:

@@ -250,7 +250,7 @@ _CLAIMS: Final = (
 
 
 def sketch_ageing(study: Study) -> Sketch | None:
-    """Draw the AUC of reward models against the rules on held-out outputs (`flows/algorithm/drift.py`).
+    """Draw the AUC of reward models against the rules on held-out outputs (`flows/algorithm/rewards.py`).
 
     A panel for every arm that another does not continue; None where no reward model was measured twice.
     """

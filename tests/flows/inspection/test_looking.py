@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from flows.cli import run_command
-from flows.inspection.history import BESIDE, PlacedCall, find_run, history_of, placed_calls
+from flows.inspection.history import BETWEEN_STEPS, PlacedCall, find_run, history_of, placed_calls
 from flows.inspection.replay import choose_call, prepare_replay
 from flows.runs.ledger import Ledger, read_ledger
 from flows.runs.paths import Places
@@ -149,7 +149,7 @@ def test_every_call_of_a_run_has_its_place(root: Path) -> None:
     for call in placed:
         by_stage[call.stage].append((call.step, call.where))
     assert by_stage["update_policy"] == [(1, ""), (2, "")]
-    assert by_stage["supervised_finetuning"] == [(0, BESIDE)]
+    assert by_stage["supervised_finetuning"] == [(0, BETWEEN_STEPS)]
     modes = ["in_domain/greedy", "in_domain/sampled"]
     assert by_stage["evaluate"] == [(step, mode) for step in (0, 1, 2) for mode in modes]
     assert by_stage["rollout"] == [

@@ -28,11 +28,6 @@ from tests.pipeline.calls import call
 KEY, OTHER = "a" * 64, "b" * 64
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
 @pytest.fixture
 def url(tmp_path: Path) -> str:
     return f"file://{tmp_path}/remote"

@@ -162,11 +162,6 @@ def assert_whole(root: Path, *, work: Callable[[], object], expected: str) -> No
         assert list((root / folder).iterdir()) == []
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
 @pytest.fixture
 def expected(tmp_path: Path) -> str:
     return call(tmp_path / "golden").digest

@@ -29,11 +29,6 @@ from tests.pipeline.calls import call
 FORK = multiprocessing.get_context("fork")
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
 def content(folder: Path) -> None:
     (folder / "b.bin").write_bytes(bytes(range(256)))
     (folder / "a.txt").write_text("a")

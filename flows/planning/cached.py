@@ -1,4 +1,4 @@
-"""Which of a run's stage calls the store has already: the flow itself, called on a store that only finds."""
+"""Find which of a run's stage calls the store has already: call the flow itself on a store that only finds."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-from flows.config import ArithmeticData, FileData, IterativeRLConfig
+from flows.config import ArithmeticData, FileData, IterativeRLConfig, RewardModelPlan
 from flows.planning.plan import evaluations_of
+from flows.planning.stages import EVALUATION_CALLS
 from flows.runs.ledger import Ledger
 from pipeline.events import recording
 from pipeline.store import MissingArtifactError, Store, use_store
 from stages.reward_training import MonteCarloConfig
 
-_EVALUATED = 4
-"""Stage calls of an evaluation of one set in one mode: rollout, score, count_votes, evaluate."""
-
 
 @dataclass(frozen=True)
 class Progress:
-    """How much of a run is there."""
+    """How much of a run is in the store."""
 
     ledger: Ledger
     found: int
@@ -33,7 +31,7 @@ class Progress:
 
     @property
     def steps(self) -> int:
-        """Steps that are there."""
+        """Return the number of steps that are there."""
         return len(self.ledger.steps)
 
 
@@ -68,7 +66,7 @@ class _OnlyFinds:
 
 
 def calls_of(config: IterativeRLConfig) -> Iterator[tuple[str, int]]:
-    """How many stage calls each part of the flow makes, with other arguments each."""
+    """Count the stage calls of each part of the flow, equal calls once."""
     data, steps = config.data, config.iterations * config.steps
     sets = len(data.evaluation)
     match data:
@@ -77,10 +75,12 @@ def calls_of(config: IterativeRLConfig) -> Iterator[tuple[str, int]]:
         case FileData():
             yield "data", 1 + (config.sft is not None) + sets + (1 + sets)  # read, then limited
     yield "policy", 1 + (config.sft is not None) + (config.critic is not None)
-    yield "evaluations", evaluations_of(config) * sets * len(config.evaluation.modes(config.rollout)) * _EVALUATED
-    yield "steps", steps * _calls_of_a_step(config) - _first_of_iterations(config)
+    yield "evaluations", evaluations_of(config) * sets * len(config.evaluation.modes(config.rollout)) * EVALUATION_CALLS
+    apart = int(config.update.needs_reference and config.reference_pass == "stage")
+    # At an iteration's first step the reference is the policy: no pass.
+    yield "steps", steps * (_calls_of_a_step(config) + apart) - apart * config.iterations
     if config.reward_model is not None:
-        yield "reward models", _calls_of_reward_models(config)
+        yield "reward models", _calls_of_reward_models(config, config.reward_model)
 
 
 def _calls_of_a_step(config: IterativeRLConfig) -> int:
@@ -88,21 +88,10 @@ def _calls_of_a_step(config: IterativeRLConfig) -> int:
     learned = 3 if config.reward_model is not None else 0  # scores, gauges, what is learned from
     valued = 2 if config.critic is not None else 0
     compared = 1 if getattr(config.advantage, "kl_in_reward", 0.0) else 0
-    return sampled + learned + valued + compared + _apart(config) + 2  # advantages, update
+    return sampled + learned + valued + compared + 2  # advantages, update
 
 
-def _apart(config: IterativeRLConfig) -> int:
-    return int(config.update.needs_reference and config.reference_pass == "stage")
-
-
-def _first_of_iterations(config: IterativeRLConfig) -> int:
-    """At an iteration's first step the reference is the policy: no pass."""
-    return _apart(config) * config.iterations
-
-
-def _calls_of_reward_models(config: IterativeRLConfig) -> int:
-    plan = config.reward_model
-    assert plan is not None
+def _calls_of_reward_models(config: IterativeRLConfig, plan: RewardModelPlan) -> int:
     kinds = len(plan.models)
     trainings = 1 + (max(0, config.iterations - 1) if plan.retrain else 0)
     completed = 4 if isinstance(plan.step_labels, MonteCarloConfig) else 0

@@ -1,7 +1,7 @@
-"""The machine that a plan is for: its devices, and what one of them computes and moves in a second.
+"""Describe the machine that a plan is for: its devices, and what one of them computes and moves in a second.
 
-Rates are those of a data sheet (a preset), or what `cohort doctor --bench` measured. A preset's utilisation is an assumption of
-ours; a measured profile's is what the step of a small model reached on that machine.
+Rates are those of a data sheet (a preset), or what `cohort doctor --bench` measured. A preset's utilisation is assumed; a
+measured profile's is what the step of a small model reached on that machine.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ class DeviceProfile(Config):
     bandwidth: PositiveFloat
     """Bytes a second that pass through memory, reads and writes together, where large tensors are allocated anew."""
     reading: PositiveFloat | None = None
-    """Bytes a second read from tensors that are there: on a CPU several times `bandwidth`, which meets pages for the first
-    time. None: as `bandwidth`."""
+    """Bytes a second read from existing tensors: on a CPU several times `bandwidth`, which touches new pages. None: equal."""
     interconnect: PositiveFloat = 1e10
     """Bytes a second between two devices, in one direction."""
     training: PositiveFloat = 1.0
@@ -84,7 +83,7 @@ class DeviceProfile(Config):
         return slow + share * (fast - slow)
 
     def speed(self, threads: int | None) -> float:
-        """Return how much faster than one thread so many are (None: all)."""
+        """Return the speed of so many threads (None: all) over that of one."""
         if self.kind == "gpu" or self.threads == 1:
             return 1.0
         used = min(threads or self.threads, self.threads)
@@ -161,11 +160,7 @@ def _trainings(config: IterativeRLConfig) -> dict[str, TrainingConfig]:
 
 
 def _profile(places: Places, device: str | None, *, wanted: bool) -> tuple[DeviceProfile, list[str]]:
-    """Return the rates, and what was assumed about them.
-
-    Args:
-        wanted: GPUs are asked for.
-    """
+    """Return the rates, and what was assumed about them; `wanted`: GPUs are asked for."""
     if device is not None:
         file = Path(device)
         return (read_profile(file) if file.suffix == ".json" or file.is_file() else profile_named(device)), []
@@ -179,11 +174,7 @@ def _profile(places: Places, device: str | None, *, wanted: bool) -> tuple[Devic
 
 
 def profile_named(name: str) -> DeviceProfile:
-    """Return a preset.
-
-    Raises:
-        ConfigError: there is none of that name; says which is nearest.
-    """
+    """Return a preset; raise ConfigError, with the nearest name, where there is none."""
     if name in PRESETS:
         return PRESETS[name]
     near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
@@ -192,11 +183,7 @@ def profile_named(name: str) -> DeviceProfile:
 
 
 def read_profile(file: Path) -> DeviceProfile:
-    """Read a measured profile.
-
-    Raises:
-        ConfigError: it cannot be read, or is none.
-    """
+    """Read a measured profile; raise ConfigError where it cannot be read, or is none."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Bytes that training, scoring and sampling need on one device, part by part: what is alive at the worst moment.
+"""Count the bytes that training, scoring and sampling need on one device, part by part, at the worst moment.
 
     training     weights + gradients + optimizer + reference + what forward keeps for backward + the head's + the rest
     KV cache     2 L kv bytes a token                                L layers, kv = key heads * head size
@@ -58,21 +58,18 @@ class Batch:
 
     @property
     def length(self) -> float:
-        """T."""
+        """Return T."""
         return self.prompt + self.output
 
     @property
     def tokens(self) -> float:
-        """N."""
+        """Return N."""
         return self.rows * self.length
 
     @property
     def scored(self) -> float:
-        """O."""
+        """Return O."""
         return self.rows * self.output
-
-
-# ------------------------------------------------------------------------------------------------ training, scoring
 
 
 def ranks_of(config: TrainingConfig) -> int:
@@ -220,9 +217,6 @@ def _buffers(trained: float, shape: ModelShape, stage: int, ranks: int) -> float
     bucket = FLOAT * min(_BUCKET, trained) if ranks > 1 else 0.0
     gathered = FLOAT * min(_LIVE, 2 * shape.layer + shape.embedding) if stage == 3 else 0.0
     return bucket + gathered
-
-
-# ------------------------------------------------------------------------------------------------ sampling
 
 
 def token_bytes(shape: ModelShape, bytes_a_number: int) -> float:

@@ -1,4 +1,4 @@
-"""The plan of a run: its stages, how often each is called, the fullest device, what all calls come to, and what to change.
+"""Plan a run: its stages, how often each is called, the fullest device, the cost of all calls, and what to change.
 
 A change is a setting, tried by planning the run again; changes are ranked by what they save.
 """
@@ -37,14 +37,14 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is printed."""
+    """The stages of a run, and what they come to."""
 
     given: Given
     stages: tuple[StagePlan, ...]
 
     @cached_property
     def counts(self) -> Mapping[str, float]:
-        """Calls of a stage in the whole run, by when it is called."""
+        """Return the calls of a stage in the whole run, by when it is called."""
         config = self.given.config
         learned = config.reward_model
         return {
@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def overhead(self) -> float:
-        """Bytes of a device that no formula counts."""
+        """Return the bytes of a device that no formula counts."""
         if not self.given.gpu:
             return _LIBRARIES
         processes = 1 + (self.ranks > 1) + isinstance(self.given.config.rollout.backend, VLLMBackendConfig)
@@ -64,22 +64,22 @@ class Plan:
 
     @property
     def ranks(self) -> int:
-        """Devices that the policy update takes."""
+        """Return the number of devices that the policy update takes."""
         return getattr(self.given.config.update.training.engine, "ranks", 1)
 
     @property
     def worst(self) -> StagePlan:
-        """The stage that fills the device most."""
+        """Return the stage that fills the device most."""
         return max(self.stages, key=lambda stage: stage.peak)
 
     @property
     def peak(self) -> float:
-        """Bytes of the fullest device at its worst moment."""
+        """Return the bytes of the fullest device at its worst moment."""
         return self.worst.peak + self.overhead
 
     @property
     def missing(self) -> float:
-        """Bytes by which it does not fit; negative: what is left."""
+        """Return the bytes by which it does not fit; negative: what is left."""
         return self.peak - self.given.machine.memory
 
     def total(self, stage: StagePlan) -> float:
@@ -88,17 +88,17 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of the whole run."""
+        """Return the seconds of the whole run."""
         return sum(map(self.total, self.stages))
 
     @property
     def disk(self) -> float:
-        """Bytes of the whole run, nothing pruned."""
+        """Return the bytes of the whole run, nothing pruned."""
         return sum(stage.disk * self.counts[stage.when] for stage in self.stages)
 
     @property
     def kept(self) -> float:
-        """Bytes that are there at the end, under the configuration's `keep`."""
+        """Return the bytes that are there at the end, under the configuration's `keep`."""
         return sum(map(self._kept_of, self.stages))
 
     def _kept_of(self, stage: StagePlan) -> float:
@@ -161,9 +161,6 @@ def _held(stage: StagePlan, stages: list[StagePlan]) -> float:
     return sum(size for slot, size in slots.items() if slot not in stage.keeps)
 
 
-# ------------------------------------------------------------------------------------------------ what to change
-
-
 @dataclass(frozen=True)
 class Change:
     """Settings, and the plan of the run with them."""
@@ -176,7 +173,7 @@ class Change:
 
     @property
     def fits(self) -> bool:
-        """Whether the run fits with this change only."""
+        """Return whether the run fits with this change only."""
         return self.plan.missing <= 0
 
 

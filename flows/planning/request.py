@@ -1,6 +1,6 @@
-"""From a configuration and the command line to everything a plan is made from. Nothing is computed, downloaded or changed.
+"""Look up everything a plan is made from, by a configuration and the command line; compute, download and change nothing.
 
-Lengths and sizes that no configuration knows come from the last run of the same name, else from assumptions that are printed.
+Lengths and sizes that no configuration has come from the last run of the same name, else from assumptions that are printed.
 """
 
 from __future__ import annotations
@@ -62,11 +62,7 @@ class Subject:
 
 
 def subject_of(config: IterativeRLConfig, places: Places, request: Request) -> Subject:
-    """Look everything up that a plan needs.
-
-    Raises:
-        ConfigError: see `machine_of`, `shape_for`, `lengths_for`.
-    """
+    """Look everything up that a plan needs; raise as `machine_of`, `shape_for` and `lengths_for`."""
     machine = machine_of(
         places, device=request.device, gpus=request.gpus, gpu_memory=request.gpu_memory, nodes=request.nodes
     )

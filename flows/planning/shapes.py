@@ -1,4 +1,4 @@
-"""The shape of a decoder: how many parameters it has, and where. Read from a config.json, without weights and without torch.
+"""Read the shape of a decoder, how many parameters it has and where, from a config.json, without weights and torch.
 
 Architectures with gated MLPs and RMS norms (Llama, Mistral, Qwen2, Qwen3), whose parameters a layer are
 
@@ -53,7 +53,7 @@ _DEFAULTS: Final[dict[str, dict[str, int]]] = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What formulas need of a model."""
+    """The sizes of a model that formulas need."""
 
     name: str
     """Its name, or where it was read from."""
@@ -75,47 +75,47 @@ class ModelShape:
 
     @property
     def queries(self) -> int:
-        """Width of all query heads."""
+        """Return the width of all query heads."""
         return self.heads * self.head_size
 
     @property
     def keys(self) -> int:
-        """Width of all key heads, which is that of the values."""
+        """Return the width of all key heads, which is that of the values."""
         return self.kv_heads * self.head_size
 
     @property
     def layer_matrices(self) -> int:
-        """Numbers in the matrices of one layer."""
+        """Return the numbers in the matrices of one layer."""
         return 2 * self.hidden * (self.queries + self.keys) + 3 * self.hidden * self.intermediate
 
     @property
     def layer(self) -> int:
-        """Parameters of one layer."""
+        """Return the parameters of one layer."""
         biases = (self.queries + 2 * self.keys) * self.qkv_bias + self.hidden * self.output_bias
         return self.layer_matrices + biases + 2 * self.hidden + 2 * self.head_size * self.qk_norm
 
     @property
     def matrices(self) -> int:
-        """Numbers in the matrices of all layers: what every token is multiplied with."""
+        """Return the numbers in the matrices of all layers: what every token is multiplied with."""
         return self.layers * self.layer_matrices
 
     @property
     def embedding(self) -> int:
-        """V H: the embedding, and as large a head."""
+        """Return V H: the embedding, and as large a head."""
         return self.vocabulary * self.hidden
 
     @property
     def parameters(self) -> int:
-        """All parameters, a tied head once."""
+        """Return all parameters, a tied head once."""
         return self.layers * self.layer + self.hidden + self.embedding * (1 if self.tied else 2)
 
     @property
     def trunk(self) -> int:
-        """Parameters of a critic or reward model of this shape: without the head, with one of a single output."""
+        """Return the parameters of a critic or reward model of this shape: with a head of a single output."""
         return self.layers * self.layer + 2 * self.hidden + self.embedding
 
     def adapter(self, rank: int) -> int:
-        """r (in + out) for every linear layer but the head (LoRA, Hu et al. 2021)."""
+        """Return r (in + out) for every linear layer but the head (LoRA, Hu et al. 2021)."""
         attention = 2 * (self.hidden + self.queries) + 2 * (self.hidden + self.keys)
         return rank * self.layers * (attention + 3 * (self.hidden + self.intermediate))
 
@@ -158,11 +158,7 @@ def shape_of(description: Mapping[str, Any], name: str) -> ModelShape:
 
 
 def read_shape(file: Path) -> ModelShape:
-    """Read the shape from a config.json, or from a folder with one.
-
-    Raises:
-        ConfigError: no such file, no JSON object, or as `shape_of`.
-    """
+    """Read the shape from a config.json or a folder with one; raise ConfigError where there is none, or as `shape_of`."""
     path = file / "config.json" if file.is_dir() else file
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
@@ -204,14 +200,11 @@ def shape_for(
 
 
 def _scratch_shape(policy: PolicyConfig) -> tuple[ModelShape, list[str]]:
-    vocabulary, assumed = (
-        _CHARACTERS,
-        [f"a vocabulary of {_CHARACTERS} characters, since the tokenizer is not made yet"],
-    )
-    if isinstance(policy.tokenizer, BPETokenizerConfig):
-        vocabulary, assumed = policy.tokenizer.vocab_size, []
+    bpe = isinstance(policy.tokenizer, BPETokenizerConfig)
+    vocabulary = policy.tokenizer.vocab_size if isinstance(policy.tokenizer, BPETokenizerConfig) else _CHARACTERS
     known = _DEFAULTS.get(policy.architecture, {})
     description = {"model_type": policy.architecture, **known, **policy.settings, "vocab_size": vocabulary}
+    assumed = [] if bpe else [f"a vocabulary of {_CHARACTERS} characters, since the tokenizer is not made yet"]
     return shape_of(description, "policy.settings"), assumed
 
 

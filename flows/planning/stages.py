@@ -1,4 +1,4 @@
-"""Figures of every stage of a run: sampling outputs and scoring them, training, and passes of outputs through a model."""
+"""Plan every stage of a run: sampling outputs and scoring them, training, and passes of outputs through a model."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ _RULE_SECONDS: Final = {"exact": 3e-4, "math_verify": 5e-3}
 """An output's verdict: 5,276 in 1.4 s by the exact path (docs/lab); math-verify: ours, not measured."""
 _ENGINE_START: Final = 30.0
 """Seconds until a vLLM engine is ready; docs/lab: 31 s on two CPU cores. On a GPU ours, not measured."""
-_EVALUATION_CALLS: Final = 4
-"""Stage calls of an evaluation of one held-out set: rollout, score, count_votes, evaluate."""
+EVALUATION_CALLS: Final = 4
+"""Stage calls of an evaluation of one held-out set in one mode: rollout, score, count_votes, evaluate."""
 _KEY: Final = 40
 """Bytes of question id, sample and offsets of a row."""
 _TEXT: Final = 4
@@ -59,7 +59,7 @@ def sampling(given: Given, name: str, when: When, config: RolloutConfig, questio
         seconds = _sampling_seconds(given, backend, work, half=half)
     disk = table_bytes(outputs, lengths.prompt, lengths.output, kind="rollouts")
     if when == "evaluation":
-        calls = _EVALUATION_CALLS * len(given.sizes)
+        calls = EVALUATION_CALLS * len(given.sizes)
         seconds += outputs * _rule_seconds(given)
         disk += table_bytes(outputs, 0, 0, kind="rewards")
     return StagePlan(
@@ -76,7 +76,7 @@ def rules(given: Given) -> StagePlan:
 
 
 def _rule_seconds(given: Given) -> float:
-    """Return what the verdict on an output takes."""
+    """Return the seconds of the verdict on an output."""
     verifiers = [part.verifier for part in given.config.reward.components if part.kind == "accuracy"]
     return max((_RULE_SECONDS.get(verifier, 5e-3) for verifier in verifiers), default=1e-4)
 
@@ -137,7 +137,7 @@ def _sampling_seconds(given: Given, backend: BackendConfig, work: Work, *, half:
 
 @dataclass(frozen=True)
 class _Training:
-    """What is trained on what."""
+    """A training: its model, rows and steps."""
 
     name: str
     when: When
@@ -223,12 +223,7 @@ def reward_models(given: Given, plan: RewardModelPlan) -> Iterator[StagePlan]:
 def _trained(
     given: Given, training: _Training, *, others: Work | None = None, disk: float | None = None, calls: int = 1
 ) -> StagePlan:
-    """Plan a stage that trains.
-
-    Args:
-        others: forward passes under other policies, in the same stage.
-        calls: of stages, its own and those that make its rows.
-    """
+    """Plan a stage that trains, with forward passes under `others` in the same stage, and calls that make its rows."""
     config, lengths, shape, profile = training.config, given.lengths, given.shape, given.machine.profile
     head = training.head
     batch = Batch.of(training.rows, lengths.prompt, lengths.longest, training.budget)

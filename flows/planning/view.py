@@ -1,4 +1,4 @@
-"""A plan for people, tables and sentences, and for programs, one JSON object."""
+"""Write a plan for people, as tables and sentences, and for programs, as one JSON object."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 
 def _memory(plan: Plan) -> Table:
-    """GiB of the fullest device, by stage and part."""
+    """Return the memory of the fullest device, by stage and part."""
     shown = [part for part in _PARTS if any(stage.memory.get(part) for stage in plan.stages)]
     unit, name = (_GIB, "GiB") if plan.worst.peak > _GIB else (2.0**20, "MiB")
     table = _table(f"memory of the fullest device, {name}", ["stage", *shown, "rest", "kept by others", "peak"])
@@ -122,7 +122,7 @@ def _memory(plan: Plan) -> Table:
 
 
 def _verdict(plan: Plan) -> list[str]:
-    """Whether it fits, and if not, changes one by one and together."""
+    """Say whether it fits, and if not, list changes one by one and together."""
     total = (
         f"{_gib(plan.peak)} with {_gib(plan.overhead)} for what no formula counts, of {_gib(plan.given.machine.memory)}"
     )
@@ -162,7 +162,7 @@ def _cost(plan: Plan) -> Table:
 
 
 def _totals(plan: Plan, subject: Subject) -> list[str]:
-    """Time and disk of the run, and how much of it is there."""
+    """Write time and disk of the run, and how much of it is there."""
     progress, steps = subject.progress, plan.counts["step"]
     seconds, written = plan.of_a_step()
     whole = f"the run: [bold]{duration(plan.seconds)}[/], {size(plan.disk)} written"
@@ -185,7 +185,7 @@ def _disk(plan: Plan, subject: Subject) -> list[str]:
 
 
 def _assumptions(plan: Plan, subject: Subject) -> list[str]:
-    """What the figures rest on; those of memory last."""
+    """List what the figures rest on; those of memory last."""
     what = "CUDA's context and 5 % that the allocator cannot hand out" if plan.given.gpu else "libraries"
     return [
         *subject.assumptions,

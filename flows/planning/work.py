@@ -1,4 +1,4 @@
-"""How much arithmetic and memory traffic a stage is, how long a device takes for it, and the figures of a stage in a plan.
+"""Count the arithmetic and memory traffic of a stage, and how long a device takes for it.
 
     forward    2 M + 4 q T L a token, 2 V H a scored position      M: numbers in the layers' matrices
     backward   twice that; a further forward where activations are computed again
@@ -53,12 +53,12 @@ class Given:
 
     @property
     def gpu(self) -> bool:
-        """Whether models are on GPUs."""
+        """Return whether models are on GPUs."""
         return self.machine.profile.kind == "gpu"
 
     @property
     def outputs(self) -> int:
-        """Outputs of a step."""
+        """Return the number of outputs of a step."""
         return self.config.questions_per_step * self.config.rollout.G
 
 
@@ -108,7 +108,7 @@ class StagePlan:
 
     @property
     def peak(self) -> float:
-        """Bytes at its worst moment, with what others keep."""
+        """Return the bytes at its worst moment, with what others keep."""
         return sum(self.memory.values()) + self.held
 
 

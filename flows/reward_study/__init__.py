@@ -1,1 +1,1 @@
-"""A reward model on solutions of others: learned, judged on questions it has not seen, next to what the surface gives away."""
+"""Study of a reward model on given solutions: trained, measured on unseen questions, compared with surface baselines."""

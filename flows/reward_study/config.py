@@ -1,11 +1,11 @@
-"""Configuration of a study of a reward model on solutions of others, its recipes, and which one a command means."""
+"""Configure a study of a reward model on given solutions: settings, recipes, and which one a command means."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -35,7 +35,7 @@ class RewardModelStudyConfig(Config):
     path: str = "."
     "Folder that the files' own paths are relative to."
     solutions: SolutionFileConfig
-    "The solutions to learn from and to be judged on."
+    "The solutions to learn from and to be measured on."
     max_disagreement: float = Field(0.0, ge=0, le=1)
     """Largest share of the solutions whose own label the rules may contradict. More is an error, less a warning; the rules'
     verdict is what counts."""
@@ -105,7 +105,7 @@ class RewardModelStudyConfig(Config):
 
 
 def gsm8k_solutions() -> RewardModelStudyConfig:
-    """OpenAI's sampled GSM8K solutions, right and wrong, by four models: a small reward model from scratch on a CPU."""
+    """Train a small reward model from scratch on a CPU, on OpenAI's sampled GSM8K solutions by four models."""
     precision: Literal["fp32", "bf16"] = "bf16" if native_bf16() else "fp32"
     return RewardModelStudyConfig(
         name="gsm8k_solutions",
@@ -164,20 +164,20 @@ STUDIES: dict[str, Callable[[], RewardModelStudyConfig]] = {"gsm8k_solutions": g
 """Recipes of studies by name."""
 
 
-class StudyChoice:
+class StudyChoice(NamedTuple):
     """A configuration, and the recipe that it is a variation of."""
 
-    def __init__(self, config: RewardModelStudyConfig, base: RewardModelStudyConfig) -> None:
-        self.config, self.base = config, base
+    config: RewardModelStudyConfig
+    base: RewardModelStudyConfig
 
     def differences(self) -> dict[str, tuple[Any, Any]]:
-        """Dotted keys whose value differs from the recipe's: what it was, what it is."""
+        """Return the dotted keys whose value differs from the recipe's: what it was, what it is."""
         was, now = (flatten(config.model_dump(mode="json")) for config in (self.base, self.config))
         return {key: (was.get(key), value) for key, value in now.items() if was.get(key) != value}
 
 
 def choose_study(source: str, files: Sequence[Path] = (), settings: Sequence[str] = ()) -> StudyChoice:
-    """The configuration named by `source`, a recipe or a YAML file, changed by `files` and then by `settings`.
+    """Return the configuration named by `source`, a recipe or a YAML file, changed by `files` and then by `settings`.
 
     Raises:
         ConfigError: no such recipe or file, all that is wrong in the result, or a reward function that is not there.

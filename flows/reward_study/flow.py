@@ -1,7 +1,7 @@
-"""A reward model on text of others: learned from labelled solutions, compared with baselines on questions it has not seen.
+"""Train a reward model on labelled solutions of a file, and compare it with baselines on questions it has not seen.
 
-The same stages as in Algorithm 1, but none that samples: solutions of a file take the place of a policy's outputs, and
-the rules label them. Reward model and baselines learn from the same rows and are measured on the same others.
+The same stages as in Algorithm 1, but none that samples: solutions take the place of a policy's outputs, and the rules label
+them. Reward model and baselines learn from the same rows and are measured on the same others.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Gauge:
 
 @dataclass
 class Study:
-    """What came of a study. Parts are `learned`, the rows that model and baselines learn from, and `judged`, the others."""
+    """The results of a study, by part: `learned`, the rows that model and baselines learn from, and `judged`, the others."""
 
     rows: dict[str, int]
     """Part -> solutions."""
@@ -79,7 +79,7 @@ class Study:
 
 @dataclass(frozen=True)
 class _Side:
-    """Solutions, the same as outputs, and the rules' verdicts."""
+    """Solutions, the same rows as outputs, and the rules' verdicts."""
 
     solutions: Solutions
     outputs: Rollouts
@@ -92,7 +92,7 @@ class _Side:
 
 @flow
 def reward_model_study(config: RewardModelStudyConfig) -> Study:
-    """Learn reward models and baselines as `config` says; returns what both came to on the other questions.
+    """Train reward models and baselines as `config` says; return how both do on the other questions.
 
     Raises:
         DataError: the rules contradict more of the file's labels than `max_disagreement`.
@@ -123,7 +123,7 @@ def reward_model_study(config: RewardModelStudyConfig) -> Study:
 
 
 def _trunk(config: RewardModelStudyConfig, learned: Solutions) -> Checkpoint:
-    """The model that gets a head, after supervised training where there is any; nothing of it comes from the judged rows."""
+    """Return the model that gets a head, after supervised training where there is any; the judged rows are not used."""
     if isinstance(config.policy, PretrainedPolicy):
         base = pretrained_model(config.policy)
     else:
@@ -146,7 +146,7 @@ def _side(config: RewardModelStudyConfig, trunk: Checkpoint, solutions: Solution
 
 
 def _disagreement(config: RewardModelStudyConfig, sides: Sequence[_Side]) -> float | None:
-    """Share of the labelled solutions whose label is not the rules' verdict; a missing verdict is no agreement."""
+    """Return the share of the labelled solutions whose label is not the rules' verdict; rows without a verdict are left out."""
     labelled, found = 0, []
     for side in sides:
         written = side.solutions.read([*KEY, "label"])
@@ -174,7 +174,7 @@ def _disagreement(config: RewardModelStudyConfig, sides: Sequence[_Side]) -> flo
 def _begin(
     config: RewardModelStudyConfig, sides: Mapping[str, _Side], shortcuts: Mapping[str, Rewards], share: float | None
 ) -> Study:
-    """The study before any model: counts and baselines."""
+    """Return the study before any model: counts and baselines."""
     rules = {name: side.rules.rows() for name, side in sides.items()}
     return Study(
         rows={name: len(rows) for name, rows in rules.items()},

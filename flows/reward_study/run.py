@@ -1,4 +1,4 @@
-"""Around a study: the store, live progress, the tracker, and its report on the screen and as markdown."""
+"""Run a study with the store, live progress and the tracker, and write its report on the screen and as markdown."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _FIGURES: Final = {
 
 @dataclass(frozen=True)
 class StudyRun:
-    """A study that ran, what was computed for it and what was not, and where its report lies."""
+    """A study that ran, the stages computed and reused, and its report."""
 
     study: Study
     executed: int

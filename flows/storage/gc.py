@@ -1,14 +1,14 @@
-"""What of a training is no longer needed: read from the records of its stage calls, so that it does not matter how it ended.
+"""Find what of a training is no longer needed, from the records of its stage calls, however it ended.
 
-A checkpoint stands in a chain: each update names the checkpoint that it went on from. The newest of a chain is what training
-continues from, with the optimizer's state; of the earlier ones that state, and the weights, are read only by those who look
-back. The tables of a step (outputs, rewards, advantages and what else its update was given) are read by that step alone.
+Checkpoints form chains: each update names the checkpoint that it continued. The newest of a chain is what training continues
+from, with the optimizer's state; nothing needs the state of the earlier ones. The tables of a step (outputs, rewards,
+advantages and what else its update was given) are read by that step only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from pipeline.lineage import inputs
@@ -48,43 +48,39 @@ OPTIMIZER_ONLY: Final = (OPTIMIZER,)
 
 
 _READ: Final = {**CONTINUES, **dict.fromkeys(_SAMPLERS, "policy"), "evaluate": "outputs"}
-"""Stages, and the artifact among their arguments that is asked for here."""
+"""Stages, and the artifact among their arguments that is read here."""
 
 
 class Records:
-    """Records of stage calls, by what came of them; one that lacks what every call of its stage is given is left out."""
+    """Records of stage calls by their result; one that lacks what every call of its stage is given is left out."""
 
     def __init__(self, records: Iterable[Record]) -> None:
         self.by_result: dict[str, list[Record]] = {}
         for record in records:
             wanted = _READ.get(record["stage"])
-            if wanted is None or _is_artifact(record["arguments"].get(wanted)):
+            if wanted is None or wanted in dict(inputs(record["arguments"])):
                 self.by_result.setdefault(record["result"], []).append(record)
 
     def of(self, *stages: str) -> Iterator[Record]:
-        """The calls of some stages, in the order in which they were given."""
+        """Yield the calls of some stages, in the order in which they were given."""
         for records in self.by_result.values():
             yield from (record for record in records if record["stage"] in stages)
 
     def made(self, digest: str, *stages: str) -> list[Record]:
-        """The calls of some stages that came to a digest."""
+        """Return the calls of some stages that came to a digest."""
         return [record for record in self.by_result.get(digest, ()) if record["stage"] in stages]
 
 
-def _is_artifact(value: Any) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("artifact"), str)
-
-
 def predecessor(record: Record) -> str:
-    """The checkpoint that a training went on from."""
+    """Return the checkpoint that a training continued."""
     digest: str = record["arguments"][CONTINUES[record["stage"]]]["artifact"]
     return digest
 
 
 def step_tables(update: Record, records: Records, is_trained: Callable[[str], bool]) -> set[str]:
-    """The tables that an update learned from.
+    """Return the tables that an update learned from.
 
-    None where they were sampled by a policy that RL has not trained: other arms of an experiment have the same first outputs,
+    Empty where they were sampled by a policy that RL has not trained: other arms of an experiment have the same first outputs,
     offline methods all of them, and may not have begun.
 
     Args:
@@ -111,7 +107,7 @@ def _sampler(record: Record) -> str:
 
 
 def needed_again(records: Records, digest: str, freed: Callable[[str], Freed | None]) -> set[str]:
-    """What has to be computed again so that an artifact can be: itself, and as far back as it takes, what was freed.
+    """Return what must be computed again so that an artifact can be: itself, and as far back as it takes, what was freed.
 
     Args:
         freed: what `prune` took of an artifact; None: nothing.
@@ -132,17 +128,6 @@ def needed_again(records: Records, digest: str, freed: Callable[[str], Freed | N
     return found
 
 
-# ------------------------------------------------------------------------------------------------ a whole store
-
-
-@dataclass
-class _Kept:
-    """What one choice keeps of a chain, and what it does not."""
-
-    kept: set[str] = field(default_factory=set)
-    rest: set[str] = field(default_factory=set)
-
-
 def superseded(
     records: Records,
     *,
@@ -151,17 +136,17 @@ def superseded(
     rollouts: int | None,
     final: Collection[str] = (),
 ) -> list[Freed]:
-    """What may go when so many of the newest of each training keep their weights, optimizer state and tables; None: all.
+    """Return what may go when so many of the newest of each training keep weights, optimizer state and tables; None: all.
 
     Weights stay, whatever their age, of policies that were evaluated, that were an iteration's reference, or that are `final`.
     """
     found: dict[Freed, None] = {}
     for stage in CONTINUES:
         if optimizer is not None:
-            rest = _newest(records, stage, optimizer).rest
+            _, rest = _newest(records, stage, optimizer)
             found |= {Freed(digest, OPTIMIZER_ONLY): None for digest in sorted(rest)}
         if checkpoints is not None and stage in _PRUNED_WHOLE:
-            rest = _newest(records, stage, checkpoints).rest - _looked_back_at(records) - set(final)
+            rest = _newest(records, stage, checkpoints)[1] - _looked_back_at(records) - set(final)
             found |= {Freed(digest): None for digest in sorted(rest)}
     if rollouts is not None:
         found |= {Freed(digest): None for digest in sorted(_old_tables(records, rollouts))}
@@ -169,23 +154,22 @@ def superseded(
     return [freed for freed in found if freed.files is None or freed.digest not in whole]
 
 
-def _newest(records: Records, stage: str, count: int) -> _Kept:
-    """The newest `count` checkpoints of every chain of a stage, and all others."""
+def _newest(records: Records, stage: str, count: int) -> tuple[set[str], set[str]]:
+    """Return the newest `count` checkpoints of every chain of a stage, and all others."""
     before = {(record["result"], predecessor(record)) for record in records.of(stage)}
     links: dict[str, set[str]] = {}
     for result, earlier in before:
         links.setdefault(result, set()).add(earlier)
     continued = {earlier for result, earlier in before if earlier != result}
-    front, found = set(links) - continued, _Kept()
+    front, kept = set(links) - continued, set[str]()
     for _ in range(count):
-        found.kept |= front
-        front = {earlier for result in front for earlier in links[result] if earlier in links} - found.kept
-    found.rest = set(links) - found.kept
-    return found
+        kept |= front
+        front = {earlier for result in front for earlier in links[result] if earlier in links} - kept
+    return kept, set(links) - kept
 
 
 def _looked_back_at(records: Records) -> set[str]:
-    """Policies that were evaluated, or that later ones are compared with."""
+    """Return policies that were evaluated, or that later ones are compared with."""
     evaluated = {
         _sampler(sampled)
         for record in records.of("evaluate")
@@ -201,11 +185,11 @@ def _looked_back_at(records: Records) -> set[str]:
 
 
 def _old_tables(records: Records, count: int) -> set[str]:
-    recent = _newest(records, "update_policy", count)
-    trained = recent.kept | recent.rest
+    recent, rest = _newest(records, "update_policy", count)
+    trained = recent | rest
 
     def tables(policies: Iterable[str]) -> set[str]:
         updates = (record for policy in policies for record in records.made(policy, "update_policy"))
         return {digest for update in updates for digest in step_tables(update, records, trained.__contains__)}
 
-    return tables(recent.rest) - tables(recent.kept)
+    return tables(rest) - tables(recent)

@@ -1,4 +1,4 @@
-"""Which artifacts runs and studies have used: what is freed, exported or counted goes by it."""
+"""Find which artifacts runs and studies have used, to free, export or count them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pipeline.store import Store
 
 
 def used_by(folder: Path, store: Store) -> set[str]:
-    """Digests of what a run used: as its log says, or what is left of the pins of one that was killed."""
+    """Return the digests of what a run used: from its log, or from the pins of one that was killed."""
     return _used_by(folder, store.pins.remains())
 
 
 def references(places: Places, store: Store) -> dict[str, set[str]]:
-    """Run or study -> digests of what it used, those that live included."""
+    """Return run or study -> digests of what it used, live ones included."""
     remains = store.pins.remains()
     found = {folder.name: _used_by(folder, remains) for folder in sorted(places.runs.glob("*/"))}
     for file in sorted(places.runs.glob(f"*.{ARTIFACTS}")):
@@ -33,7 +33,7 @@ def _used_by(folder: Path, remains: Mapping[str, set[str]]) -> set[str]:
 
 
 class OtherRuns:
-    """What other runs than one have used, and studies; of their logs only what was appended since is read.
+    """The digests that other runs than one have used, and studies; of their logs only what was appended since is read.
 
     Runs that live are left out: their pins say what they need, and what they give back.
     """
@@ -45,7 +45,7 @@ class OtherRuns:
         self._all: set[str] = set()
 
     def digests(self) -> Set[str]:
-        """All of them."""
+        """Return all of them."""
         apart = {self._own, *(pins.run for pins in self._store.pins.live())}
         for file in self._runs.glob(f"*/{LOG}"):
             if file.parent.name not in apart:

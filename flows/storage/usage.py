@@ -1,4 +1,4 @@
-"""What lies in a store and how large it is: every file once, however many artifacts share it by hard link."""
+"""Measure a store: every file once, however many artifacts share it by hard link."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _File(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """An artifact and what is there of its payload."""
+    """An artifact and the files of its payload that are there."""
 
     digest: str
     kind: str
@@ -38,7 +38,7 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """Bytes of its payload, shared files included."""
+        """Return the bytes of its payload, shared files included."""
         return sum(file.size for file in self.files)
 
 
@@ -50,11 +50,11 @@ class Inventory:
         self.entries = {digest: _entry(store, digest) for digest in store.digests()}
 
     def bytes_of(self, digests: Iterable[str]) -> int:
-        """Bytes that these artifacts take together."""
+        """Return the bytes that these artifacts take together."""
         return sum({file.place: file.size for digest in digests for file in self._files(digest)}.values())
 
     def by_kind(self) -> dict[str, tuple[int, int]]:
-        """Type -> how many artifacts, and their bytes; a checkpoint's optimizer state beside the rest of it."""
+        """Return type -> how many artifacts, and their bytes; a checkpoint's optimizer state is a type of its own."""
         counts: Counter[str] = Counter()
         sizes: Counter[str] = Counter()
         seen: set[object] = set()
@@ -67,25 +67,26 @@ class Inventory:
         return {kind: (counts[kind], sizes[kind]) for kind in sorted(counts, key=lambda kind: (-sizes[kind], kind))}
 
     def bytes_freed(self, freed: Collection[Freed]) -> int:
-        """Bytes that freeing these gives back: a file that another artifact still has gives none."""
+        """Return the bytes that freeing these gives back: a file that another artifact still has gives none."""
         gone: dict[object, list[_File]] = {}
-        for part in freed:
-            for file in self._files(part.digest):
-                if part.files is None or file.name in part.files:
-                    gone.setdefault(file.place, []).append(file)
+        for file in (file for part in freed for file in self._files_of(part)):
+            gone.setdefault(file.place, []).append(file)
         return sum(links[0].size for links in gone.values() if len(links) >= links[0].links)
 
     def size_of(self, part: Freed) -> int:
-        """Bytes of its files, shared ones included."""
-        return sum(file.size for file in self._files(part.digest) if part.files is None or file.name in part.files)
+        """Return the bytes of its files, shared ones included."""
+        return sum(file.size for file in self._files_of(part))
 
     def holds(self, part: Freed) -> bool:
-        """Whether there is anything to free."""
-        return any(part.files is None or file.name in part.files for file in self._files(part.digest))
+        """Return whether there is anything to free."""
+        return bool(self._files_of(part))
 
     def folder_bytes(self, name: str) -> int:
-        """Bytes of one of the store's own folders: `actions`, `quarantine`."""
+        """Return the bytes of one of the store's own folders: `actions`, `quarantine`."""
         return folder_bytes(self._store.root / name)
+
+    def _files_of(self, part: Freed) -> list[_File]:
+        return [file for file in self._files(part.digest) if part.files is None or file.name in part.files]
 
     def _files(self, digest: str) -> tuple[_File, ...]:
         entry = self.entries.get(digest)

@@ -1,4 +1,4 @@
-"""Experiments as data: named arms, each a set of overrides of one base config, times seeds; checked before anything runs.
+"""Describe experiments as data: named arms, each a set of overrides of one base config, times seeds.
 
     experiment = Experiment(name="eps", asks="Does the clip range matter?", base="demo", baseline="usual",
                             arms={"usual": {}, "wide": {"update.objective.eps": 0.4}}, seeds=(0, 1, 2))
@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, Self, TypeVar
@@ -62,7 +63,7 @@ class Experiment(Config):
         return {name: {} if overrides is None else overrides for name, overrides in arms.items()}
 
     def changes(self, arm: str) -> list[Override]:
-        """What an arm makes of the base: the common overrides, then its own."""
+        """Return what an arm changes in the base: the common overrides, then its own."""
         return [*changes_of(self.common, "common"), *changes_of(self.arms[arm], f"arm {arm}")]
 
     @model_validator(mode="after")
@@ -79,7 +80,8 @@ class Experiment(Config):
         ]
         if self.baseline not in self.arms:
             complaints.append(f"baseline: {_unknown_arm(self.baseline, self.arms)}")
-        complaints += [f"seeds: {seed} stands {count} times" for seed, count in _repeated(self.seeds).items()]
+        repeated = {seed: count for seed, count in Counter(self.seeds).items() if count > 1}
+        complaints += [f"seeds: {seed} occurs {count} times" for seed, count in repeated.items()]
         if complaints:
             raise ValueError("\n  ".join(complaints))
         return self
@@ -97,10 +99,10 @@ class Trial(Generic[C]):
 
 
 def trials(experiment: Experiment, configure: Callable[[list[Override]], C]) -> list[Trial[C]]:
-    """Every arm with every seed, seed by seed. Arms that come to equal configs are one trial under several names.
+    """Return every arm with every seed, seed by seed. Arms of equal configs are one trial under several names.
 
     Args:
-        configure: the config that changes make of the base; its field `seed` is set here.
+        configure: returns the config that changes make of the base; its field `seed` is set here.
 
     Raises:
         ConfigError: what is wrong in any arm, all at once; what is wrong in the same way in several arms, once.
@@ -114,7 +116,7 @@ def trials(experiment: Experiment, configure: Callable[[list[Override]], C]) -> 
             text = _without_source(str(error)).replace(f"(from arm {arm})", "(from the arm)")
             complaints.setdefault(text, []).append(arm)
     if complaints:
-        lines = [f"  {_arms(arms)}:\n    {what}" for what, arms in complaints.items()]
+        lines = [f"  arm{'s' * (len(arms) > 1)} {', '.join(arms)}:\n    {what}" for what, arms in complaints.items()]
         raise ConfigError("\n".join([f"experiment {experiment.name}: nothing was run", *lines]))
     groups = _equal(configs, experiment.baseline)
     return [
@@ -125,11 +127,7 @@ def trials(experiment: Experiment, configure: Callable[[list[Override]], C]) -> 
 
 
 def selected(planned: Sequence[Trial[C]], arms: Sequence[str]) -> list[Trial[C]]:
-    """The trials of these arms, under any of their names.
-
-    Raises:
-        ConfigError: no such arm; the nearest is named.
-    """
+    """Return the trials of these arms, under any of their names; raise ConfigError, with the nearest, for an unknown arm."""
     known = {name: trial.arm for trial in planned for name in (trial.arm, *trial.also)}
     for arm in arms:
         if arm not in known:
@@ -138,7 +136,7 @@ def selected(planned: Sequence[Trial[C]], arms: Sequence[str]) -> list[Trial[C]]
 
 
 def fitted_name(text: str) -> str:
-    """A name made of parts that may be too long together: where it is, its middle becomes a digest of the whole."""
+    """Return a name made of several parts; where it is too long, a digest of the whole replaces its middle."""
     if len(text) <= _LONGEST:
         return text
     side = (_LONGEST - 10) // 2
@@ -146,7 +144,7 @@ def fitted_name(text: str) -> str:
 
 
 def _equal(configs: Mapping[str, C], baseline: str) -> dict[str, tuple[str, ...]]:
-    """Arm -> the others that equal it; the first in the order of the arms stands for them, or the baseline."""
+    """Return arm -> the others that equal it; the first in the order of the arms represents them, or the baseline."""
     groups: list[list[str]] = []
     for arm, config in configs.items():
         group = next((group for group in groups if configs[group[0]] == config), None)
@@ -158,20 +156,12 @@ def _equal(configs: Mapping[str, C], baseline: str) -> dict[str, tuple[str, ...]
 
 
 def _without_source(text: str) -> str:
-    """An error of `Config.parse` without its first line, which says how many there are and in what."""
+    """Return an error of `Config.parse` without its first line, the count."""
     first, _, rest = text.partition("\n")
     return rest.strip().replace("\n", "\n  ") if rest else first
-
-
-def _arms(names: Sequence[str]) -> str:
-    return f"arm{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
 def _unknown_arm(name: str, arms: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(name, arms, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"arms: {', '.join(arms)}"
     return f"{name!r} is not an arm; {hint}"
-
-
-def _repeated(seeds: Sequence[int]) -> dict[int, int]:
-    return {seed: seeds.count(seed) for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1}

@@ -1,7 +1,4 @@
-"""Where an artifact comes from, and why a stage call was not the same as an earlier one.
-
-Nothing is recorded for this: the action records of the store (stage, version, arguments, result) are the ancestry graph.
-"""
+"""Find where an artifact comes from, and why a stage call differs from an earlier one, in the action records of the store."""
 
 from __future__ import annotations
 
@@ -65,7 +62,7 @@ class Explanation:
     changes: tuple[Change, ...]
     """What differs in this call."""
     causes: tuple[Change, ...]
-    """What of that was not itself computed: configs, versions, plain values, here or in the calls that made the inputs."""
+    """The differences that were not computed: configs, versions, plain values, here or in the calls that made the inputs."""
 
     def __str__(self) -> str:
         name = f"{self.record['stage']} {self.record['key'][:12]}"

@@ -1,7 +1,6 @@
-"""Live progress: stages report, displays listen; and the one place where an error of a display is kept from the work.
+"""Report live progress from stages to displays, and keep an error of a display from the work.
 
-A report is free-form: a topic and named values, `report("sft", done=120, total=600, loss=0.31)`. Without a listener it costs
-a dictionary look-up.
+A report is free-form: a topic and named values, `report("sft", done=120, total=600, loss=0.31)`.
 """
 
 from __future__ import annotations
@@ -24,10 +23,9 @@ _written: set[str] = set()
 
 
 def report(topic: str, **values: Any) -> None:
-    """Tell every listener where a piece of work stands; one that fails costs a warning, never the work.
+    """Report progress to every listener; one that fails costs a warning, never the work.
 
-    Raises:
-        KeyboardInterrupt: the run was interrupted, and the exception was lost on its way.
+    Raise KeyboardInterrupt where the run was interrupted and the exception was lost on its way.
     """
     check()
     for listener in _listeners.get():

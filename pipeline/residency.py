@@ -1,8 +1,7 @@
-"""Heavy objects kept warm between stage calls: an engine is a cache, not state.
+"""Keep heavy objects in memory between stage calls: an engine is a cache, not state.
 
-A resident object can always be made again from artifacts; it only saves the time to do so. It must say itself which artifact
-it holds (and that it holds none while it changes), so that a stage that failed half-way is never mistaken for one that
-finished.
+A resident object can always be made again from artifacts. It must say itself which artifact it holds (and that it holds none
+while it changes), so that a stage that failed half-way is never mistaken for one that finished.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _residents: dict[str, tuple[Hashable, Any]] = {}
 
 
 def resident(slot: str, key: Hashable, make: Callable[[], T]) -> T:
-    """The object in `slot` if it was made for `key`; otherwise the old one is freed first and `make()` takes its place."""
+    """Return the object in `slot` if it was made for `key`; otherwise free the old one, then `make()` its successor."""
     if slot in _residents and _residents[slot][0] == key:
         return cast(T, _residents[slot][1])
     evict(slot)

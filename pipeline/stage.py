@@ -85,17 +85,16 @@ def stage(*, version: str, own: Callable[..., bool] | None = None) -> Callable[[
 
 
 def _return_type(function: Callable[..., A]) -> type[A]:
-    """The artifact class a stage is annotated to return; other annotations may name what is imported for typing only."""
+    """Return the artifact class a stage is annotated with; other annotations may name what is imported for typing only."""
     only = types.SimpleNamespace(__annotations__={"return": function.__annotations__["return"]})
     kind: type[A] = typing.get_type_hints(only, globalns=inspect.unwrap(function).__globals__)["return"]
     return kind
 
 
 def describe(value: Any) -> Any:
-    """What a cache key holds of one argument: a digest, the keyed part of a config, or a plain value.
+    """Return the part of a cache key for one argument: a digest, the keyed part of a config, or a plain value.
 
-    Raises:
-        TypeError: anything else; stages exchange values, not places or objects.
+    Raise TypeError for anything else: stages exchange values, not places or objects.
     """
     if isinstance(value, Artifact):
         return {"artifact": value.digest}

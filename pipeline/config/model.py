@@ -52,14 +52,14 @@ class Config(BaseModel):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], *, source: str = "config", changes: Iterable[Override] = ()) -> Self:
-        """The config described by nested `values`.
+        """Return the config that nested `values` describe.
 
         Args:
-            source: what the values are, for the first line of an error.
-            changes: what the values were made by, for the lines of the keys that they set.
+            source: name of the values, for the first line of an error.
+            changes: what set the values, for the lines of their keys.
 
         Raises:
-            ConfigError: with every error found, not only the first; unknown keys come with the nearest known name.
+            ConfigError: with every error found; unknown keys come with the nearest known name.
         """
         try:
             return cls.model_validate(dict(values))
@@ -71,18 +71,15 @@ class Config(BaseModel):
 
     @classmethod
     def from_yaml(cls, text: str, *, source: str = "config") -> Self:
-        """The config written in YAML `text` (safe subset, duplicate keys refused)."""
+        """Return the config written in YAML `text` (safe subset, duplicate keys refused)."""
         return cls.parse(load_mapping(text, source), source=source)
 
     def to_yaml(self) -> str:
-        """YAML that `from_yaml` reads back to an equal config."""
+        """Return YAML that `from_yaml` reads back to an equal config."""
         return dump_yaml(self.model_dump(mode="json"))
 
     def override(self, changes: Mapping[str, Any] | Iterable[Override], *, source: str = "override") -> Self:
-        """A new validated config: this one with the changes applied in their order (`changed`).
-
-        Args:
-            changes: a list, or a mapping of dotted keys to values for one without repeated keys.
+        """Return this config with the changes, or a mapping of dotted keys to values, applied in their order (`changed`).
 
         Raises:
             ConfigError: all that is wrong in the result, each line with the source of the change.
@@ -91,7 +88,7 @@ class Config(BaseModel):
         return type(self).parse(self.changed(pairs), source=source, changes=pairs)
 
     def changed(self, changes: Iterable[Override]) -> dict[str, Any]:
-        """The values of this config with the changes applied one after the other; nothing is validated.
+        """Return the values of this config with the changes applied one after the other; validate nothing.
 
         A part of a section that is null or absent starts it from its defaults, of the `kind` that the field has by default.
 
@@ -108,7 +105,7 @@ class Config(BaseModel):
                 if not isinstance(inner, dict):
                     if inner is not None:
                         path = ".".join(section)
-                        clashes[path] = _said(f"{change.key}: {path} is a value ({inner!r}), not a section", change)
+                        clashes[path] = _from(f"{change.key}: {path} is a value ({inner!r}), not a section", change)
                     inner = place[name] = _begun(type(self), section)
                 place = inner
             replaced = change.key
@@ -122,19 +119,16 @@ class Config(BaseModel):
         return values
 
     def key(self) -> dict[str, Any]:
-        """What decides a result, as plain JSON values: every field but those marked `UNKEYED`.
+        """Return what decides a result, as plain JSON values: every field but those marked `UNKEYED`.
 
         A subclass that names something outside itself (a file, a function) overrides this to add its digest.
         """
-        parts: dict[str, Any] = {}
-        for name, field in type(self).model_fields.items():
-            if UNKEYED not in field.metadata:
-                parts[name] = _key_of(getattr(self, name))
-        return parts
+        fields = type(self).model_fields.items()
+        return {name: _key_of(getattr(self, name)) for name, field in fields if UNKEYED not in field.metadata}
 
 
 def changes_of(values: Mapping[str, Any], source: str = "", prefix: str = "") -> Iterator[Override]:
-    """Nested mappings as changes of their parts, in the order written; lists and empty mappings are wholes.
+    """Yield nested mappings as changes of their parts, in the order written; lists and empty mappings are wholes.
 
     The fields of a section have no order among themselves, so that its `kind` comes first.
     """
@@ -148,7 +142,7 @@ def changes_of(values: Mapping[str, Any], source: str = "", prefix: str = "") ->
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one level of dotted keys, to compare and to show; lists stay values."""
+    """Return nested mappings as one level of dotted keys, to compare and to show; lists stay values."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         dotted = f"{prefix}{name}"
@@ -160,7 +154,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def parse_settings(settings: Iterable[str], source: str = "--set") -> list[Override]:
-    """`["rollout.G=8", "seed=1"]` as changes in this order; values are YAML scalars, lists or mappings, each a whole."""
+    """Return `["rollout.G=8", "seed=1"]` as changes in this order; values are YAML scalars, lists or mappings, as wholes."""
     changes: list[Override] = []
     for setting in settings:
         key, separator, text = setting.partition("=")
@@ -188,7 +182,7 @@ def _key_of(value: Any) -> Any:
 
 
 def _begun(root: type[BaseModel], section: list[str]) -> dict[str, Any]:
-    """A section that nothing is known of yet: of the kind that its field has by default. An unknown one is empty."""
+    """Return a new section: of the kind that its field has by default; empty for an unknown field."""
     *parents, name = section
     fields = [model.model_fields[name] for model in _descend({root}, parents)[1] if name in model.model_fields]
     kinds = {getattr(field.get_default(call_default_factory=True), "kind", None) for field in fields} - {None}
@@ -199,12 +193,12 @@ def _within(key: str, section: str) -> bool:
     return key == section or key.startswith(f"{section}.")
 
 
-def _said(line: str, change: Override) -> str:
+def _from(line: str, change: Override) -> str:
     return f"{line} (from {change.source})" if change.source else line
 
 
 def _blame(text: str, changes: list[Override]) -> str:
-    """An error with, behind each line, the source of the last change of the key that the line begins with."""
+    """Append to each line of an error the source of the last change of the key that the line begins with."""
     lines = []
     for line in text.split("\n"):
         found = re.match(r"\s*([\w-]+(?:\.[\w-]+)*)[:=]", line)
@@ -215,7 +209,7 @@ def _blame(text: str, changes: list[Override]) -> str:
             for change in changes
             if key and (_within(key, change.key) or _within(change.key, key) or change.key == f"{parent}.kind")
         ]
-        lines.append(_said(line, touching[-1]) if touching else line)
+        lines.append(_from(line, touching[-1]) if touching else line)
     return "\n".join(lines)
 
 
@@ -239,9 +233,9 @@ def _explain(root: type[BaseModel], details: ErrorDetails) -> str:
 
 
 def _descend(models: set[type[BaseModel]], location: list[str]) -> tuple[list[str], set[type[BaseModel]]]:
-    """The keys as a person writes them, and the models there, at a pydantic error location.
+    """Return the keys as a person writes them, and the models there, at a pydantic error location.
 
-    Inside a union pydantic's location also holds the member, by its tag or class name, which the user did not write.
+    Inside a union pydantic's location also holds the member, by its tag or class name.
     """
     path: list[str] = []
     for part in location:

@@ -1,4 +1,4 @@
-"""Texts without the passwords of the URLs in them, for logs, records and error messages."""
+"""Remove the passwords of URLs from texts, for logs, records and error messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PASSWORDS: Final = (
     re.compile(r"(https?://)([^:/@?#\s]+)(?=@)"),
     re.compile(rf"(?i)([?&;][\w-]*(?:{_SECRETS})[\w-]*=)([^&;\s]+)"),
 )
-"""Where a URL may have one: before the host (of HTTP a token alone), and among the options."""
+"""Where a URL may have one: before the host (for HTTP also a token without a user), and among the options."""
 
 
 def without_password(text: str) -> str:

@@ -1,4 +1,4 @@
-"""YAML text as plain values: the safe subset, no key twice, no number that means another than it looks, no endless aliases."""
+"""Read YAML text as plain values: the safe subset, no key twice, no ambiguous number, no endless aliases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ConfigError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader silently keeps the last of two equal keys, and lets a short text stand for endless values."""
+    """Refuse what YAML's safe loader accepts: two equal keys, and a short text that expands to endless values."""
 
     def get_single_data(self) -> Any:
         try:
@@ -41,25 +41,21 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
             if key.value in seen:
-                raise ConfigError(f"line {key.start_mark.line + 1}: the key {key.value!r} stands twice")
+                raise ConfigError(f"line {key.start_mark.line + 1}: the key {key.value!r} occurs twice")
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
 
 def _count_values(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
-    """Values under a node with every alias written out; each node is counted once (`counts`; 0: is being counted)."""
+    """Count the values under a node with every alias written out, each node once (`counts`; 0: is being counted)."""
     if node in counts:
         if counts[node] == 0:
-            raise ConfigError(f"line {node.start_mark.line + 1}: an alias stands within what it names")
+            raise ConfigError(f"line {node.start_mark.line + 1}: an alias refers to a value that it is part of")
         return counts[node]
     counts[node] = 0
-    match node:
-        case yaml.MappingNode():
-            parts = [part for pair in node.value for part in pair]
-        case yaml.SequenceNode():
-            parts = node.value
-        case _:
-            parts = []
+    parts = [] if isinstance(node, yaml.ScalarNode) else node.value
+    if isinstance(node, yaml.MappingNode):
+        parts = [part for pair in parts for part in pair]
     counts[node] = 1 + sum(_count_values(part, counts) for part in parts)
     return counts[node]
 
@@ -74,7 +70,7 @@ for _side in (_Loader, _Dumper):
 
 
 def _number(loader: _Loader, node: yaml.ScalarNode) -> Any:
-    """A decimal number, or 0x and the like; `010` (8 in YAML 1.1) and `1:30` (90) are refused, as people mean neither."""
+    """Read a decimal number, or 0x and the like; refuse `010` (8 in YAML 1.1) and `1:30` (90), as people mean neither."""
     if _OTHER_BASE.fullmatch(node.value):
         raise ConfigError(
             f"line {node.start_mark.line + 1}: {node.value} is a number of base 8 or 60 in YAML; write it without zeros in "
@@ -89,16 +85,12 @@ for _tag in ("int", "float"):
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
-    """Nested values as YAML text that reads back to them."""
+    """Return nested values as YAML text that reads back to them."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def load_value(text: str) -> Any:
-    """The value that a YAML text stands for.
-
-    Raises:
-        ConfigError: it is not YAML, or none of a config.
-    """
+    """Return the value of a YAML text; raise ConfigError where it is not YAML, or none of a config."""
     try:
         return _Loader(text).get_single_data()
     except yaml.YAMLError as error:
@@ -106,11 +98,7 @@ def load_value(text: str) -> Any:
 
 
 def load_mapping(text: str, source: str) -> Mapping[str, Any]:
-    """The mapping that a YAML text stands for.
-
-    Raises:
-        ConfigError: as `load_value`, or another value; names the source.
-    """
+    """Return the mapping of a YAML text; raise ConfigError, which names the source, as `load_value` or for another value."""
     try:
         values = load_value(text)
     except ConfigError as error:

@@ -1,7 +1,7 @@
-"""Flows and tasks: the same functions inline (a plain call) or through Prefect (states, logs, UI).
+"""Run flows and tasks inline (a plain call) or through Prefect (states, logs, UI).
 
-`@flow` marks a function that loops over stages. Which engine runs it is chosen around the call, with `use_engine`; inline is
-the default and imports no Prefect, so Slurm jobs, debuggers and tests need no server.
+`@flow` marks a function that loops over stages; `use_engine` around the call chooses the engine. Inline is the default and
+imports no Prefect, so Slurm jobs, debuggers and tests need no server.
 """
 
 from __future__ import annotations

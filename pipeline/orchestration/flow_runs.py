@@ -1,7 +1,7 @@
-"""Flow runs in Prefect's database: which process owns one, the truth about those whose process is dead, and their restart.
+"""Mark flow runs in Prefect's database whose process is dead, and restart them.
 
-A flow whose process was killed stays `Running` for ever in the server. Every flow run therefore names a process beyond doubt:
-its own, in a tag, or its worker, in the label that Prefect's workers leave. The next run, or a worker that watches, marks the
+A flow whose process was killed stays `Running` for ever in the server. Every flow run therefore identifies a process: its
+own, in a tag, or its worker, in the label that Prefect's workers leave. The next run, or a worker that watches, marks the
 orphans `Crashed`; those of a deployment that allows it are scheduled again.
 """
 
@@ -34,17 +34,17 @@ _settled: set[UUID] = set()  # crashed runs without a restart left: not asked ab
 
 
 def process_name() -> str:
-    """This process, beyond doubt: host, pid and start. What a worker of ours is called."""
+    """Return host, pid and start of this process; also the name of a worker of ours."""
     return f"{socket.gethostname()}:{os.getpid()}:{start_of(os.getpid())}"
 
 
 def owner_tag() -> str:
-    """The tag for the flow runs of this process, `with prefect.tags(owner_tag())`."""
+    """Return the tag for the flow runs of this process, `with prefect.tags(owner_tag())`."""
     return f"owner:{process_name()}"
 
 
 def names_living_process(name: str) -> bool | None:
-    """Whether the process that `process_name` once named still runs; None for another host's, or another text."""
+    """Return whether the process of a `process_name` still runs; None for another host's, or another text."""
     owner = _PROCESS.fullmatch(name)
     if owner is None or owner["host"] != socket.gethostname():
         return None
@@ -52,9 +52,9 @@ def names_living_process(name: str) -> bool | None:
 
 
 def mark_crashed() -> int:
-    """Mark this host's flow runs that are unfinished without a living process `Crashed`, their task runs too.
+    """Mark this host's unfinished flow runs without a living process `Crashed`, their task runs too; return how many.
 
-    Uses the server that Prefect's client is configured for; call after `ensure_server`. Returns the number of flow runs.
+    Uses the server that Prefect's client is configured for; call after `ensure_server`.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
@@ -76,9 +76,9 @@ def mark_crashed() -> int:
 
 
 def restart_crashed(pool: str) -> list[UUID]:
-    """Schedule this host's crashed runs of a work pool again, those whose deployment allows it (`RESTARTS`).
+    """Schedule this host's crashed runs of a work pool again where their deployment allows it (`RESTARTS`); return which.
 
-    Started again, a run repeats the stage that was in flight and reuses all others. Returns which runs.
+    Started again, a run repeats the stage that was in flight and reuses all others.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
@@ -103,7 +103,7 @@ def restart_crashed(pool: str) -> list[UUID]:
 
 
 def _may_restart(states: Sequence[Any], restarts: int) -> bool:
-    """Whether a crashed run has restarts left, and did not end because somebody cancelled it."""
+    """Return whether a crashed run has restarts left, and was not cancelled."""
     types = [state.type.value for state in sorted(states, key=lambda state: state.timestamp)]
     return types.count("CRASHED") <= restarts and types[-2:] != ["CANCELLING", "CRASHED"]
 
@@ -121,37 +121,34 @@ def _restarts(client: Any, run: Any) -> int:
 
 
 def _is_dead(run: Any) -> bool:
-    """Whether what answers for a run is a process of this host that is gone; other hosts' runs are not ours to judge."""
-    if _seconds_in_state(run) < _SETTLING_SECONDS and run.state.type.value == "PENDING":
-        return False
-    if run.deployment_id and run.state.type.value == "PENDING" and _WORKER not in run.labels:
-        return True  # its worker died between taking the run and signing for it
+    """Return whether the owner of a run is a process of this host that is gone; runs of other hosts are left out."""
+    if run.state.type.value == "PENDING":
+        since = datetime.datetime.now(datetime.UTC) - run.state.timestamp
+        if since.total_seconds() < _SETTLING_SECONDS:
+            return False
+        if run.deployment_id and _WORKER not in run.labels:
+            return True  # its worker died between taking the run and signing for it
     return names_living_process(_owner(run)) is False and not _runs_here(run)
 
 
 def _owner(run: Any) -> str:
-    """The worker that took the run, where it is one of ours, else the process in the run's tag."""
+    """Return the worker that took the run, where it is one of ours, else the process in the run's tag."""
     worker = str(run.labels.get(_WORKER, ""))
     tags = (tag for tag in run.tags if tag.startswith("owner:"))
     return worker if _PROCESS.fullmatch(worker) else next(tags, "")
 
 
 def _runs_here(run: Any) -> bool:
-    """Whether the process that the run's worker started still runs: for a moment it outlives a killed worker."""
+    """Return whether the process that the run's worker started still runs: for a moment it outlives a killed worker."""
     with contextlib.suppress(psutil.Error, OSError, ValueError, TypeError):
         process = psutil.Process(int(run.infrastructure_pid))
         return process.environ().get("PREFECT__FLOW_RUN_ID") == str(run.id)
     return False
 
 
-def _seconds_in_state(run: Any) -> float:
-    now = datetime.datetime.now(datetime.UTC)
-    return float((now - run.state.timestamp).total_seconds())
-
-
 @contextlib.contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """One process of this user and host judges at a time: two would start a run twice."""
+    """Let one process of this user and host mark runs at a time: two would start a run twice."""
     folder = private_folder(Path(tempfile.gettempdir()) / f"cohort-{os.getuid()}")
     with locked(folder / "flow-runs.lock"):
         yield

@@ -1,9 +1,9 @@
-"""Prefect's and MLflow's servers for this machine alone: `python -P guarded_server.py prefect|mlflow PORT`, run by its file.
+"""Serve Prefect and MLflow for this machine only: `python -P guarded_server.py prefect|mlflow PORT`, run by its file.
 
-A page in a browser can send requests to 127.0.0.1, also under a name of its own that it lets point there. Therefore `Guard` is
-in front of both applications: requests name this machine as their host, come from no other page, and carry JSON.
-Prefect itself asks for the password of the folder (`PREFECT_SERVER_API_AUTH_STRING`) and for CSRF tokens. MLflow's server
-would read any folder of this user that a request names as the place of artifacts: it may name those of the project alone.
+A page in a browser can send requests to 127.0.0.1, also under a name of its own that resolves to it. Therefore `Guard` is in
+front of both applications: requests name this machine as their host, come from no other page, and carry JSON. Prefect itself
+asks for the password of the folder (`PREFECT_SERVER_API_AUTH_STRING`) and for CSRF tokens. MLflow's server would read any
+folder of this user that a request names as the place of artifacts; a request may name only those of the project.
 
 The process ends when nothing was asked of it for a while, when its folder (the working directory) is gone, or, MLflow's, with
 the command that started it.
@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 ALIVE = "/cohort/alive"
-"""Path that a run asks for, so that its server does not take a long stage for the end of all work."""
+"""Path that a run requests, so that its server does not end during a long stage."""
 IDLE = "COHORT_SERVER_IDLE"
 """Variable with the seconds without a request after which the server ends; 0: never."""
 _PROBES = ("/api/health", "/api/ready", "/health")
-"""Questions that keep no server alive: `cohort doctor` and every look for a server ask them."""
+"""Paths whose requests keep no server alive: `cohort doctor` and every search for a server send them."""
 _NAMES = ("127.0.0.1", "localhost", "[::1]")
 _PLACES = ("artifactlocation", "artifacturi", "source")
 """Names of fields and tags that say where MLflow's artifacts lie, in lower case without `_`."""
@@ -56,7 +56,7 @@ class Guard:
 
     @property
     def idle(self) -> float:
-        """Seconds since the last request ended; 0 while one is open (a web socket of a run or of a page)."""
+        """Return the seconds since the last request ended; 0 while one is open (a web socket of a run or of a page)."""
         return 0.0 if self._open else time.monotonic() - self._last
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -94,7 +94,7 @@ class Guard:
 
 
 def refusal(scope: Message) -> tuple[int, str] | None:
-    """Status and reason where a request is not one of this machine's; None: it is let in.
+    """Return status and reason where a request is not one of this machine's; None: it is let in.
 
     Browsers send `Origin` with whatever changes something, and `text/plain`, forms or nothing where a page may not send JSON.
     """
@@ -115,7 +115,7 @@ def refusal(scope: Message) -> tuple[int, str] | None:
 
 
 def foreign_place(body: bytes, artifacts: str) -> str | None:
-    """The first place of artifacts in a JSON body that is not under the URI `artifacts`; None: there is none."""
+    """Return the first place of artifacts in a JSON body that is not under the URI `artifacts`; None: there is none."""
     try:
         document = json.loads(body or b"null")
     except (ValueError, RecursionError):
@@ -136,7 +136,7 @@ def foreign_place(body: bytes, artifacts: str) -> str | None:
 
 
 def _is_under(place: str, artifacts: str) -> bool:
-    """Whether a URI or a path is the folder `artifacts` or in it."""
+    """Return whether a URI or a path is the folder `artifacts` or in it."""
     here, there = urllib.parse.urlsplit(place), urllib.parse.urlsplit(artifacts)
     if here.scheme in _OWN_SCHEMES:
         return True
@@ -148,7 +148,7 @@ def _is_under(place: str, artifacts: str) -> bool:
 
 
 async def _read(receive: Receive) -> tuple[bytes | None, Receive]:
-    """The body of a request, None where it is too large, and what hands it on."""
+    """Return the body of a request, None where it is too large, and a `receive` that hands it on."""
     body, more = b"", True
     while more:
         message = await receive()
@@ -178,9 +178,9 @@ async def _answer(send: Send, status: int, body: bytes) -> None:
 
 
 def _watch(guard: Guard, folder: Path, limit: float) -> None:
-    """End this process once it is idle for longer than `limit`, or its folder is gone: asked first, then at once."""
-    device, number = _identity(folder) or (0, 0)
-    while _identity(folder) == (device, number) and not 0 < limit < guard.idle:
+    """End this process once it is idle for longer than `limit`, or its folder is gone: by SIGTERM, then at once."""
+    before = _identity(folder) or (0, 0)
+    while _identity(folder) == before and not 0 < limit < guard.idle:
         time.sleep(_LOOK_SECONDS)
     print(f"the server ends: {'nothing was asked of it' if _identity(folder) else 'its folder is gone'}", flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -202,7 +202,7 @@ def _prefect() -> Guard:
 
 
 def _mlflow() -> Guard:
-    """MLflow's application on the database and with the artifacts that the environment names, as `mlflow server` takes them."""
+    """Return MLflow's application on the database and with the artifacts that the environment names, as `mlflow server`."""
     from mlflow.server.constants import ARTIFACT_ROOT_ENV_VAR, BACKEND_STORE_URI_ENV_VAR
     from mlflow.server.handlers import initialize_backend_stores
 

@@ -1,4 +1,4 @@
-"""Interruptions: SIGINT, SIGTERM and SIGHUP end a command wherever they arrive, and are never lost.
+"""Let SIGINT, SIGTERM and SIGHUP end a command wherever they arrive, and never lose one.
 
 A signal handler's exception disappears where Python ignores exceptions: in `__del__`, in callbacks of weak references and of
 the garbage collector, in a library's `except BaseException`. The handler therefore notes the signal before it raises
@@ -21,14 +21,14 @@ from typing import Final
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NOT_OURS: Final = (signal.SIG_IGN, None)
-"""Handlers that stay: signals that are to be ignored, and handlers that Python cannot put back."""
+"""Handlers that are kept: signals to be ignored, and handlers that Python cannot put back."""
 _REMIND_SECONDS: Final = 0.5
 _PATIENCE: Final = 3
 """The signal that ends the process at once: the first unwinds the command, the second cuts the unwinding short."""
 
 
 class _State:
-    """What is known of the signals since the last `interruptible` block began."""
+    """The signals since the last `interruptible` block began."""
 
     def __init__(self) -> None:
         self.open = False
@@ -58,7 +58,7 @@ def check() -> None:
 
 
 def is_interruption(error: BaseException) -> bool:
-    """Whether an error ends a run because it was stopped from outside, whatever the exception became on its way.
+    """Return whether an error ends a run because it was stopped from outside, whatever the exception became on its way.
 
     A closed terminal sends SIGHUP, and from then on every line that is printed raises OSError.
     """
@@ -67,7 +67,7 @@ def is_interruption(error: BaseException) -> bool:
 
 
 def exit_code() -> int:
-    """Exit code of an interrupted command: 129 for SIGHUP, else 130."""
+    """Return the exit code of an interrupted command: 129 for SIGHUP, else 130."""
     return 128 + (signal.SIGHUP if _state.first == signal.SIGHUP else signal.SIGINT)
 
 
@@ -136,7 +136,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def _finalises(frame: FrameType | None) -> bool:
-    """Whether a signal came inside a `__del__`, where an exception would be printed and ignored."""
+    """Return whether a signal came inside a `__del__`, where an exception would be printed and ignored."""
     while frame is not None:
         if frame.f_code.co_name == "__del__":
             return True
@@ -164,7 +164,7 @@ def _interrupt() -> KeyboardInterrupt:
 
 
 def _travels() -> bool:
-    """Whether this code runs because the exception was raised: in an `except`, a `finally` or an `__exit__` on its way."""
+    """Return whether this code runs because the exception was raised: in an `except`, `finally` or `__exit__` on its way."""
     error = sys.exception()
     while error is not None:
         if any(error is one for one in _state.raised):

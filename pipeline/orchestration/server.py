@@ -1,4 +1,4 @@
-"""The local Prefect server: one per project, on loopback, started when none is configured and found again by later runs.
+"""Start, find and stop the local Prefect server: one per project, on loopback, unless another one is configured.
 
 Its folder (`home`) holds the database, `password`, `server.json`, `server.lock` and `server.log`. The lock is held for the
 milliseconds in which a run looks for a server and starts one, never while it waits, so that runs started together share one.
@@ -42,7 +42,7 @@ from pipeline.orchestration.server_process import (
 from pipeline.store.locks import lock_file
 
 START_SECONDS: Final = 300.0
-"""How long a server may take to answer for the first time; slow disks took more than a minute to migrate the database."""
+"""How long a server may take to answer for the first time: slow disks need more than a minute to migrate the database."""
 IDLE_MINUTES: Final = 30.0
 """A server ends after so long without a request (runs, workers and open pages send some); see COHORT_SERVER_IDLE_MINUTES."""
 HUNG_SECONDS: Final = 20.0
@@ -63,13 +63,17 @@ _QUIET: Final = {
 """Defaults of client and server; what the user has set wins."""
 
 
+_LOST: Final = ("ConnectError", "ConnectTimeout", "ReadError", "ReadTimeout", "RemoteProtocolError")
+"""Errors of httpx, by name: it comes with Prefect and is not imported here."""
+
+
 class ServerError(RuntimeError):
     """No Prefect server can be reached; says what was tried, where its log lies, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ServerStatus:
-    """What is known of the server of a project."""
+    """The server of a project."""
 
     url: str | None
     """API URL; None when none was ever started."""
@@ -84,17 +88,17 @@ class ServerStatus:
 
     @property
     def shown(self) -> str:
-        """The URL as it may be printed and stored."""
+        """Return the URL as it may be printed and stored."""
         return without_password(self.url or "")
 
     @property
     def ui(self) -> str | None:
-        """Address of the user interface."""
+        """Return the address of the user interface."""
         return self.url.removesuffix("/api") if self.url else None
 
 
 def ensure_server(home: Path, *, timeout: float = START_SECONDS) -> str:
-    """API URL of a server that answers: the user's, the standing one, or a new one. Call before prefect is imported.
+    """Return the API URL of a server that answers: the user's, the running one, or a new one. Call before importing prefect.
 
     Sets the environment of this process so that Prefect's client uses that server, quietly.
 
@@ -128,7 +132,7 @@ def ensure_server(home: Path, *, timeout: float = START_SECONDS) -> str:
 
 
 def start_server_soon(home: Path) -> bool:
-    """Start the project's server unless it runs or the user configured another; does not wait. Whether it was started.
+    """Start the project's server, without waiting, unless it runs or another is configured; return whether it was started.
 
     Raises:
         ServerError: its folder cannot be written, or COHORT_SERVER_IDLE_MINUTES is no number.
@@ -140,7 +144,7 @@ def start_server_soon(home: Path) -> bool:
 
 
 def server_status(home: Path) -> ServerStatus:
-    """Whether a server runs, and where; starts nothing."""
+    """Return whether a server runs, and where; start nothing."""
     home = home.resolve()
     log = home / "server.log"
     if url := configured_url():
@@ -153,7 +157,7 @@ def server_status(home: Path) -> ServerStatus:
 
 
 def stop_server(home: Path) -> bool:
-    """Stop the project's own server, its whole process group; False when none ran. Its database stays.
+    """Stop the project's own server, its whole process group; return whether one ran. Its database stays.
 
     Also where the folder was deleted meanwhile: nothing is made in its place.
     """
@@ -181,14 +185,7 @@ def keep_server(home: Path, *, every: float = 2.0) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # By name: httpx comes with Prefect and is not imported here.
-        if type(error).__name__ in (
-            "ConnectError",
-            "ConnectTimeout",
-            "ReadError",
-            "ReadTimeout",
-            "RemoteProtocolError",
-        ):
+        if type(error).__name__ in _LOST:
             raise ServerError(
                 f"the Prefect server {server_status(home).shown} was lost and did not come back "
                 f"({without_password(str(error))}). "
@@ -217,7 +214,7 @@ def _watch(home: Path, done: threading.Event, every: float) -> None:
 
 
 def configured_url() -> str | None:
-    """The API URL that the user configured, in the environment or in Prefect's active profile; None: use our own."""
+    """Return the API URL that the user configured, in the environment or in Prefect's active profile; None: use our own."""
     if url := os.environ.get("PREFECT_API_URL"):
         return None if url == os.environ.get(_OWN_URL) else url
     home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
@@ -247,7 +244,7 @@ def _mute(_record: logging.LogRecord) -> bool:
 
 
 def _start(home: Path) -> ServerProcess:
-    """The live server of `home`, or one that was just started; does not wait for an answer."""
+    """Return the live server of `home`, or one that was just started; do not wait for an answer."""
     found = recorded(home)
     if found and found.alive():
         return found
@@ -274,7 +271,7 @@ def _idle_minutes() -> float:
 
 
 def _wait(home: Path, timeout: float) -> str:
-    """URL of the server once it answers; one that dies or hangs while we wait is replaced."""
+    """Return the URL of the server once it answers; replace one that dies or hangs meanwhile."""
     process, began, starts = _start(home), time.monotonic(), 1
     while not _answers(process.url, timeout=2.0):
         silent = time.monotonic() - began
@@ -311,7 +308,7 @@ def _answers(url: str, *, timeout: float) -> bool:
 
 
 def _ask(url: str, *, timeout: float) -> int | None:
-    """Status of a GET; None without an answer."""
+    """Return the status of a GET; None without an answer."""
     try:
         parts = urllib.parse.urlsplit(url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection

@@ -1,8 +1,8 @@
-"""The process of the local Prefect server: started detached, identified beyond its pid, ended with all it started.
+"""Start the process of the local Prefect server detached, identify it beyond its pid, and end it with all it started.
 
 `server.json` in the server's folder records pid, start and port; the environment of the process names the folder. A pid used
 again by another program therefore never passes for the server, nor does the server of the folder that this one is a copy
-of, and a server whose record, or whole folder, was lost is found.
+of. A server whose record, or whole folder, was lost is found.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ALL_PAGES: Final = "PRAGMA quick_check(1)"
 _DATABASES: Final = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
 """Where the user may name another database than the folder's own."""
 _OF_WORKERS: Final = ("COHORT_WORKER", "PREFECT__WORKER_NAME", "PREFECT__WORKER_ID")
-"""What a worker marks its children with, who end with it; a server that it starts does not."""
+"""Variables by which a worker marks its children, which end with it; a server that it starts does not."""
 _children: dict[int, subprocess.Popen[bytes]] = {}  # kept so that a dead server of this process is reaped
 
 
@@ -50,16 +50,16 @@ class ServerProcess:
 
     @property
     def url(self) -> str:
-        """Address of the API."""
+        """Return the address of the API."""
         return f"http://127.0.0.1:{self.port}/api"
 
     def alive(self) -> bool:
-        """Whether this very process still runs."""
+        """Return whether this very process still runs."""
         return is_alive(self.pid, self.start)
 
     @property
     def age(self) -> float:
-        """Seconds since it started; 0 where it is gone."""
+        """Return the seconds since it started; 0 where it is gone."""
         with contextlib.suppress(psutil.Error):
             return max(0.0, time.time() - psutil.Process(self.pid).create_time())
         return 0.0
@@ -79,7 +79,7 @@ class RunningServer:
 
 
 def start_of(pid: int) -> str:
-    """When a process started: clock ticks since the boot, and which boot; a clock that is set changes neither.
+    """Return when a process started: clock ticks since the boot, and which boot; a clock that is set changes neither.
 
     Where the system has no /proc: seconds since the epoch.
 
@@ -95,7 +95,7 @@ def start_of(pid: int) -> str:
 
 
 def is_alive(pid: int, start: str) -> bool:
-    """Whether the process `pid` that started at `start` (see `start_of`) still runs."""
+    """Return whether the process `pid` that started at `start` (see `start_of`) still runs."""
     if pid in _children:
         _children[pid].poll()
     try:
@@ -105,7 +105,7 @@ def is_alive(pid: int, start: str) -> bool:
 
 
 def password_of(home: Path, *, renew: bool = False) -> str:
-    """What Prefect's server and its clients share, `cohort:...`: the file `password` of the folder; empty without one.
+    """Return the secret of Prefect's server and its clients, `cohort:...`: the file `password` of the folder, or nothing.
 
     Args:
         renew: write another one; under the folder's lock.
@@ -126,9 +126,9 @@ def password_of(home: Path, *, renew: bool = False) -> str:
 
 
 def database_fault(home: Path) -> str:
-    """What is wrong with `prefect.db`, and what to do; empty where sqlite can read it, there is none, or another is configured.
+    """Return what is wrong with `prefect.db`, and what to do: a damaged one would fail somewhere inside the server.
 
-    A damaged one would fail somewhere inside the server.
+    Empty where sqlite can read it, there is none, or another is configured.
     """
     file = home / "prefect.db"
     if not file.exists() or any(os.environ.get(name) for name in _DATABASES):
@@ -193,7 +193,7 @@ def spawn(
 
 
 def recorded(home: Path) -> ServerProcess | None:
-    """The server that was started last, dead or alive; None when none was, or the record is damaged or another folder's."""
+    """Return the server started last, dead or alive; None when none was, or the record is damaged or another folder's."""
     try:
         found = json.loads((home / "server.json").read_text(encoding="utf-8"))
         pid, start, port, whose = (found[field.name] for field in dataclasses.fields(ServerProcess))
@@ -204,12 +204,12 @@ def recorded(home: Path) -> ServerProcess | None:
 
 
 def own_processes(home: Path) -> list[psutil.Process]:
-    """Live servers of this folder, by the mark in their environment."""
+    """Return the live servers of this folder, by the mark in their environment."""
     return [process for process, environment in _marked() if environment[_HOME_MARK] == str(home)]
 
 
 def running_servers() -> list[RunningServer]:
-    """All servers of this user on this machine."""
+    """Return all servers of this user on this machine."""
     found = []
     for process, environment in _marked():
         with contextlib.suppress(psutil.Error, ValueError):
@@ -222,7 +222,7 @@ def running_servers() -> list[RunningServer]:
 
 
 def _marked() -> Iterator[tuple[psutil.Process, dict[str, str]]]:
-    """Processes that were started as a server, and their environment."""
+    """Yield processes that were started as a server, and their environment."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             # Session leaders only: what else inherited the mark belongs to the leader's group.
@@ -231,10 +231,7 @@ def _marked() -> Iterator[tuple[psutil.Process, dict[str, str]]]:
 
 
 def environment_of(process: Any) -> dict[str, str]:
-    """The environment that a process was started with.
-
-    For a moment after `exec`, when the one who started it goes on already, Linux shows none: seen for 2 % of new processes.
-    """
+    """Return the environment that a process was started with; for a moment after `exec` Linux shows none."""
     for _ in range(10):
         if found := process.environ():
             return dict(found)
@@ -243,7 +240,7 @@ def environment_of(process: Any) -> dict[str, str]:
 
 
 def end(process: psutil.Process) -> None:
-    """End a server and whatever it started: asked first, killed after 10 s."""
+    """End a server and whatever it started, by SIGTERM and after 10 s by SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(psutil.TimeoutExpired, ProcessLookupError):
             os.killpg(process.pid, number)

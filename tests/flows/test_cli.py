@@ -246,7 +246,7 @@ def test_a_file_may_name_the_recipe_it_changes(tmp_path: Path) -> None:
 def test_a_key_that_stands_twice_in_a_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "twice.yaml"
     file.write_text("seed: 1\nseed: 2\n")
-    with pytest.raises(ConfigError, match="stands twice"):
+    with pytest.raises(ConfigError, match="occurs twice"):
         choose("arithmetic_cpu", [file])
 
 

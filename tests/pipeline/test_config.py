@@ -303,9 +303,9 @@ def test_yaml_reads_back_to_an_equal_config_even_where_text_looks_like_a_number(
 
 
 def test_yaml_with_a_key_twice_is_refused_with_its_line() -> None:
-    with pytest.raises(ConfigError, match=r"study.yaml: line 3: the key 'G' stands twice"):
+    with pytest.raises(ConfigError, match=r"study.yaml: line 3: the key 'G' occurs twice"):
         Study.from_yaml("G: 1\nname: x\nG: 2\n", source="study.yaml")
-    with pytest.raises(ConfigError, match="the key 'eps' stands twice"):
+    with pytest.raises(ConfigError, match="the key 'eps' occurs twice"):
         Study.from_yaml("objective: {kind: grpo, eps: 1, eps: 2}")
 
 
@@ -326,8 +326,8 @@ MERGED = "m0: &m0 {k: 1}\n" + "".join(f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 
     [
         (BOMB, "more than 100,000 values"),
         (MERGED, "more than 100,000 values"),
-        ("a: &a [*a]", "an alias stands within what it names"),
-        ("a: &a {b: {c: *a}}", "an alias stands within what it names"),
+        ("a: &a [*a]", "an alias refers to a value that it is part of"),
+        ("a: &a {b: {c: *a}}", "an alias refers to a value that it is part of"),
         ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
         ("a: 2001-13-45", "month must be in 1..12"),
         ("a: " + "9" * 5000, "limit"),

@@ -138,7 +138,7 @@ def test_arms_are_selected_by_any_of_their_names() -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"seeds": [0, 1, 0]}, "seeds: 0 stands 2 times"),
+        ({"seeds": [0, 1, 0]}, "seeds: 0 occurs 2 times"),
         ({"seeds": []}, "seeds: Tuple should have at least 1 item"),
         ({"seeds": [-1]}, "seeds.0: Input should be greater than or equal to 0"),
         ({"baseline": "usal"}, "baseline: 'usal' is not an arm; did you mean 'usual'?"),
@@ -158,5 +158,5 @@ def test_an_experiment_that_makes_no_sense_is_refused(changes: dict[str, Any], c
 
 
 def test_a_key_that_stands_twice_in_the_file_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'usual' stands twice"):
+    with pytest.raises(ConfigError, match="'usual' occurs twice"):
         Experiment.from_yaml(experiment().to_yaml().replace("  many:", "  usual:"))

@@ -170,7 +170,7 @@ def test_a_setting_that_fits_no_arm_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--seeds", "0,1,0"], "seeds: 0 stands 2 times"),
+        (["--seeds", "0,1,0"], "seeds: 0 occurs 2 times"),
         (["--seeds", "x"], "--seeds x: expected how many (3), or which, with commas (0,1,2)"),
         (["--seeds", "0"], "--seeds 0: expected how many"),
         (["--set", "seed=3"], "--set seed: the seeds of an experiment are given by --seeds"),

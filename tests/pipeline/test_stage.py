@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +16,8 @@ from pipeline.events import Event, StageDone, StageFailed, StageStarted, recordi
 from pipeline.progress import listen, report
 from pipeline.stage import record_metrics, stage
 from pipeline.store import MissingArtifactError, Store, use_store
+from tests.pipeline.processes import work_at_once
 
-FORK = multiprocessing.get_context("fork")
 ran: list[str] = []
 
 
@@ -247,8 +245,6 @@ def test_a_record_says_from_what_and_by_what_an_artifact_was_made(store: Store) 
 
 
 def test_processes_that_call_one_key_at_once_compute_it_once(tmp_path: Path) -> None:
-    root, barrier = tmp_path / "store", FORK.Barrier(4)
-
     @stage(version="1")
     def slow(x: int) -> Folder:
         with open(tmp_path / "computed", "a") as handle:
@@ -260,16 +256,9 @@ def test_processes_that_call_one_key_at_once_compute_it_once(tmp_path: Path) -> 
 
         return Folder.write(fill)
 
-    def work() -> None:
-        with use_store(Store(root)):
-            barrier.wait()
+    def work(number: int) -> None:
+        with use_store(Store(tmp_path / "store")):
             assert (slow(1).path / "x").read_text() == "1"
-        os._exit(0)  # exit handlers of libraries that earlier tests loaded fail in a fork
 
-    processes = [FORK.Process(target=work) for _ in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * 4
+    work_at_once(4, work)
     assert (tmp_path / "computed").read_text() == "once\n"

@@ -126,13 +126,11 @@ def test_no_call_of_a_store_makes_a_path_of_what_is_no_digest(store: Store, name
 
 FILE = {"name": "a.txt", "size": 1, "sha256": sha256_of("a")}
 MANIFESTS: list[dict[str, Any]] = [
-    {"files": [FILE | {"name": "a\x00b"}]},
-    {"files": [FILE | {"name": "a\nb"}]},
-    {"files": [FILE | {"name": "./a.txt"}]},
-    {"files": [FILE | {"name": "a//b"}]},
-    {"files": [FILE | {"name": "deep/../../b"}]},
-    {"files": [FILE | {"name": "manifest.json"}]},
-    {"files": [FILE | {"name": "pruned.json"}]},
+    *({"files": [FILE | {"name": name}]} for name in ("../../../../victim/precious.txt", "/etc/passwd", "..\\b", ".")),
+    *(
+        {"files": [FILE | {"name": name}]}
+        for name in ("a\x00b", "a\nb", "./a.txt", "a//b", "manifest.json", "pruned.json")
+    ),
     {"files": [FILE, FILE]},
     {"files": [FILE | {"size": -1}]},
     {"files": [FILE | {"size": "1"}]},
@@ -161,6 +159,7 @@ def test_a_manifest_of_wrong_names_or_types_is_damaged(store: Store, change: dic
     for use in (store.manifest, store.path, store.prune):
         with pytest.raises(DamagedArtifactError, match="does not describe"):
             use(digest)
+    assert precious(store) == "precious"
 
 
 @pytest.mark.parametrize(

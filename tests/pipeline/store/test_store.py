@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import re
@@ -10,7 +9,6 @@ import signal
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,8 +23,7 @@ from pipeline.store import (
 )
 from pipeline.store.files import draft_folder, read_sealed, write_sealed
 from tests.pipeline.calls import call
-
-FORK = multiprocessing.get_context("fork")
+from tests.pipeline.processes import FORK, work_at_once
 
 
 def content(folder: Path) -> None:
@@ -201,24 +198,6 @@ def test_a_file_put_beside_the_payload_is_found_a_hidden_one_is_the_systems(stor
         store.path(digest)
 
 
-@pytest.mark.parametrize("name", ["../../../victim", "/etc/passwd", "a/../../victim", "..\\victim", "."])
-def test_a_manifest_that_names_files_outside_of_its_folder_is_refused_and_nothing_pruned(
-    store: Store, name: str
-) -> None:
-    from pipeline.store.objects import digest_of
-
-    (store.root / "victim").write_text("precious")
-    files: list[dict[str, Any]] = [{"name": name, "size": 8, "sha256": "0" * 64}]
-    digest = digest_of(files, None)
-    folder = store.root / "objects" / digest[:2] / digest
-    folder.mkdir(parents=True)
-    write_sealed(folder / "manifest.json", {"digest": digest, "files": files, "schema": None})
-    for use in (store.path, store.prune, store.manifest):
-        with pytest.raises(DamagedArtifactError, match="does not describe"):
-            use(digest)
-    assert (store.root / "victim").read_text() == "precious"
-
-
 def test_quarantine_leaves_a_sound_object_alone_and_moves_a_damaged_one_with_its_files(store: Store) -> None:
     digest = publish(store)
     assert store.quarantine(digest) is None
@@ -319,19 +298,11 @@ def test_stages_without_a_store_are_told_how_to_open_one(store: Store, tmp_path:
 
 
 def test_eight_processes_that_publish_equal_content_end_in_one_folder(store: Store) -> None:
-    barrier = FORK.Barrier(8)
-
     def work(number: int) -> None:
-        barrier.wait()
         for round_ in range(5):
             publish(Store(store.root), key=f"{number}{round_}" * 32)
 
-    processes = [FORK.Process(target=work, args=(number,)) for number in range(8)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * 8
+    work_at_once(8, work)
     (digest,) = store.digests()
     Store(store.root).verify(digest)
     assert len(list(store.actions())) == 40
@@ -340,25 +311,18 @@ def test_eight_processes_that_publish_equal_content_end_in_one_folder(store: Sto
     assert not (store.root / "quarantine").exists()
 
 
-def test_processes_that_find_one_object_damaged_at_once_mend_it_together(store: Store) -> None:
+def test_processes_that_find_one_object_damaged_at_once_recompute_it(store: Store) -> None:
     digest = publish(store)
     alter(store.path(digest) / "a.txt", b"b")
-    barrier = FORK.Barrier(6)
 
-    def work() -> None:
+    def work(number: int) -> None:
         opened = Store(store.root)
-        barrier.wait()
         warnings.simplefilter("ignore")
         if opened.find("c" * 64) is None:
             publish(opened)
         opened.verify(digest)
 
-    processes = [FORK.Process(target=work) for _ in range(6)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * 6
+    work_at_once(6, work)
     Store(store.root).verify(digest)
     assert len(list((store.root / "quarantine").iterdir())) == 1
 
@@ -432,17 +396,13 @@ def test_a_lock_excludes_other_processes_through_many_handovers(store: Store) ->
     counter = store.root / "counter"
     counter.write_text("0")
 
-    def work() -> None:
+    def work(number: int) -> None:
         for _ in range(50):
             with store.lock("key"):
                 value = int(counter.read_text())
                 counter.write_text(str(value + 1))
 
-    processes = [FORK.Process(target=work) for _ in range(6)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
+    work_at_once(6, work)
     assert counter.read_text() == "300"
     assert list((store.root / "locks").iterdir()) == []
 

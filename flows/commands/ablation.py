@@ -7,14 +7,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.console import Console
 from rich.table import Table
 
-from flows.commands.options import ConfigFiles, Root, Settings, console, debugging
+from flows.commands.options import UNCHANGED, Changes, EngineOption, Flag, Root, console, debugging
 from flows.config.methods import PAPER
 from flows.config.resolve import Choice
 from flows.experiments.ablation import (
@@ -40,10 +40,6 @@ from pipeline.progress import failsafe
 
 __all__ = ["ablate", "child", "compare", "experiments"]
 
-EngineOption = Annotated[Literal["prefect", "inline"], Parameter(name="--engine", help="inline: no server")]
-
-Flag = Annotated[bool, Parameter(negative="")]
-
 
 def ablate(
     name: str,
@@ -56,16 +52,11 @@ def ablate(
     workers: str | None = None,
     require_versions: Flag = False,
     dry_run: Flag = False,
-    config: ConfigFiles = None,
-    set_: Settings = None,
+    changes: Changes = UNCHANGED,
     engine: EngineOption = "prefect",
     root: Root = None,
 ) -> None:
-    """Run the arms of an experiment, computing what they share once, and print what came of them.
-
-    Every arm with every seed is a run of its own (`cohort runs`, MLflow). The same command again continues, and computes
-    nothing that is there; an arm that is added later computes what is its own. The last lines say how many stage calls were
-    asked for, computed and reused, and where results and tables lie.
+    """Run the arms of an experiment, each with every seed, and print what came of them.
 
     Parameters
     ----------
@@ -88,19 +79,15 @@ def ablate(
         With --workers: refuse workers with other package versions than these here.
     dry_run
         Print the arms and what differs from the baseline; run nothing.
-    config
+    changes.config
         YAML file of overrides for every arm; may be given several times.
-    set_
+    changes.settings
         `key=value` for every arm, after its own overrides.
-    engine
-        As for `cohort run`.
-    root
-        As for `cohort run`.
     """
     experiment = named_experiment(name, scale=_scale(quick, paper))
     if seeds is not None:
         experiment = experiment.override({"seeds": _seeds(seeds, experiment.seeds[0])}, source="--seeds")
-    planned = plan(experiment, files=config or [], settings=set_ or [], only=arm or [])
+    planned = plan(experiment, files=changes.config, settings=changes.settings, only=arm or [])
     places, out = Places.under(root), console()
     pool = _pool(workers, parallel, engine, require_versions=require_versions)
     failsafe("the table of arms")(print_arms)(planned, places, out)
@@ -113,16 +100,11 @@ def compare(
     *,
     method: Annotated[list[str] | None, Parameter(name="--method", negative="")] = None,
     seeds: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
-    config: ConfigFiles = None,
-    set_: Settings = None,
+    changes: Changes = UNCHANGED,
     engine: EngineOption = "prefect",
     root: Root = None,
 ) -> None:
-    """Train a recipe by several methods from one supervised policy, on equally many outputs, and print what came of it.
-
-    An experiment whose arms are methods (`cohort ablate`). An arm is what `cohort run RECIPE --method METHOD` trains, with one
-    seed. Printed at the end: accuracy before and after by held-out set, then outputs, time, memory and critic; also written,
-    with every setting, to a markdown file that the last lines name.
+    """Run the experiment whose arms are methods, from one supervised policy and on equally many outputs.
 
     Parameters
     ----------
@@ -132,27 +114,23 @@ def compare(
         A method (`cohort methods`), several times for several: --method grpo --method ppo. Default: all six of Table 10.
     seeds
         Runs per method, each with the next seed (questions, outputs); the table shows mean (lowest-highest).
-    config
+    changes.config
         YAML file of overrides for every arm; may be given several times.
-    set_
+    changes.settings
         `key=value` for every arm, after its method; one that a method does not know is refused before anything runs.
-    engine
-        As for `cohort run`.
-    root
-        As for `cohort run`.
     """
-    planned = method_experiment(recipe, method or PAPER, seeds, files=config or [], settings=set_ or [])
+    planned = method_experiment(recipe, method or PAPER, seeds, files=changes.config, settings=changes.settings)
     places, out = Places.under(root), console()
     _conduct(planned, places, engine, out)
 
 
 def experiments(name: str | None = None, *, quick: Flag = False, paper: Flag = False) -> None:
-    """List the paper's studies as experiments, or print one as YAML (a start for a file of your own).
+    """List the paper's studies as experiments, or print one.
 
     Parameters
     ----------
     name
-        The experiment to print.
+        The experiment to print as YAML, a start for a file of your own.
     quick
         In smaller sizes.
     paper

@@ -6,10 +6,7 @@ import difflib
 import shlex
 from typing import Annotated
 
-from cyclopts import Parameter
-from cyclopts.validators import Number
-
-from flows.commands.options import Root, Settings, console
+from flows.commands.options import Limit, Root, Settings, console
 from flows.inspection.artifact_diff import print_artifact_difference
 from flows.inspection.history import find_run, history_of
 from flows.runs.paths import Places
@@ -20,15 +17,9 @@ from pipeline.store import use_store
 
 __all__ = ["diff", "replay", "report"]
 
-Limit = Annotated[int, Parameter(name=["--limit", "-n"], validator=Number(gte=1))]
 
-
-def diff(before: str, after: str, *, limit: Limit = 5, root: Root = None) -> None:
+def diff(before: str, after: str, *, limit: Annotated[int, Limit] = 5, root: Root = None) -> None:
     """Show what differs between two runs, or between two artifacts of one type.
-
-    Runs: configuration, inputs, accuracies, the first step at which they part, and by stage how many calls they share and why
-    the others were computed apart. Artifacts: what made them and why it differs, metrics, rows joined by key, columns that
-    differ; of checkpoints configuration and weights.
 
     Parameters
     ----------
@@ -38,8 +29,6 @@ def diff(before: str, after: str, *, limit: Limit = 5, root: Root = None) -> Non
         Another.
     limit
         Rows or tensors of artifacts, or changed settings per stage of runs.
-    root
-        Folder of the runs and the store.
     """
     places, out = Places.under(root), console()
     runs = [find_run(places, what) for what in (before, after)]
@@ -65,13 +54,11 @@ def replay(
     step: int | None = None,
     iteration: int | None = None,
     evaluation: str | None = None,
-    set_: Settings = None,
-    limit: Limit = 5,
+    settings: Settings = (),
+    limit: Annotated[int, Limit] = 5,
     root: Root = None,
 ) -> None:
-    """Compute one stage of a run again from its cached artifacts, with other settings, and show what changes.
-
-    The run stays as it is; the result is one more artifact in the store, and the same replay again is reused.
+    """Compute one stage of a run again from its cached artifacts, with other settings; the run stays as it is.
 
     Parameters
     ----------
@@ -85,12 +72,10 @@ def replay(
         Iteration, counted from 1: then --step counts within it, and without --step its last step is meant.
     evaluation
         A call of an evaluation after the step, as `in_domain/sampled`, and not the step's own.
-    set_
+    settings
         `key=value`: a field of the stage's configuration (`scale=none`), or a parameter (`seed=3`, `policy=DIGEST`).
     limit
         Rows or tensors to show.
-    root
-        Folder of the runs and the store.
     """
     from flows.inspection.replay import choose_call, prepare_replay
 
@@ -107,7 +92,7 @@ def replay(
     ):
         history = history_of(places, store, record)
         call = choose_call(history, stage, _step(history.config.steps, step, iteration), evaluation)
-        prepared = prepare_replay(store, history, call, set_ or [])
+        prepared = prepare_replay(store, history, call, settings)
         result = prepared.run()
         took = duration(done[-1].seconds)
         how = f"found in the store; it took {took}" if done[-1].cached else f"computed in {took}"
@@ -131,16 +116,12 @@ def _step(per_iteration: int, step: int | None, iteration: int | None) -> int:
 
 
 def report(experiment: str, *, root: Root = None) -> None:
-    """Write the report of an experiment from what its runs left; nothing is computed.
-
-    `cohort ablate` and `cohort compare` write it at their end. Again after arms were pruned, moved or continued one by one.
+    """Write the report of an experiment again, for example after arms were pruned, moved or continued one by one.
 
     Parameters
     ----------
     experiment
         Name of the experiment: that of its folder under runs/.
-    root
-        As for `cohort run`.
     """
     from flows.experiments.results import experiment_folder, read_experiment
 

@@ -3,50 +3,41 @@
 from __future__ import annotations
 
 import shlex
-from typing import Annotated
+from typing import Annotated, Final
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.markup import escape
 
-from flows.commands.options import ConfigFiles, Method, Root, Settings, console
-from flows.config.resolve import choose
+from flows.commands.options import UNCHANGED, Flag, MethodChanges, Root, console
 from flows.deploying.deployment import deploy as make_deployment
 from flows.deploying.pool import POOL, submit
 from flows.runs.paths import Places
 
 __all__ = ["deploy", "worker"]
 
+_SERVER_ROOT: Final = "Folder of the project's Prefect server; a run's own root is that of its deployment."
+
 
 def deploy(
     recipe: str,
     *,
-    config: ConfigFiles = None,
-    set_: Settings = None,
-    method: Method = None,
+    changes: MethodChanges = UNCHANGED,
     name: str | None = None,
     pool: str = POOL,
     schedule: str | None = None,
     timezone: str | None = None,
     restarts: Annotated[int, Parameter(validator=Number(gte=0))] = 3,
-    require_versions: Annotated[bool, Parameter(negative="")] = False,
-    now: Annotated[bool, Parameter(negative="")] = False,
+    require_versions: Flag = False,
+    now: Flag = False,
     root: Root = None,
 ) -> None:
-    """Make a recipe a deployment of Prefect's: run by hand, from its form in the user interface, or on a schedule.
-
-    Its runs wait for a worker (`cohort worker`). The same command again renews the deployment.
+    """Make a recipe a deployment of Prefect's, or renew it; its runs wait for a worker.
 
     Parameters
     ----------
     recipe
         Name of a recipe (`cohort recipes`) or a YAML file.
-    config
-        YAML file of overrides.
-    set_
-        `key=value`, for example `--set rollout.G=8`.
-    method
-        Another method than the recipe's (`cohort methods`).
     name
         Name of the deployment; default: the recipe's.
     pool
@@ -61,10 +52,8 @@ def deploy(
         Refuse workers with other package versions than here.
     now
         Also run it once, now.
-    root
-        Folder of store, runs and databases, passed to the workers.
     """
-    choice, places, out = choose(recipe, config or [], set_ or [], method=method), Places.under(root), console()
+    choice, places, out = changes.choose(recipe), Places.under(root), console()
     made = make_deployment(
         choice,
         places,
@@ -87,21 +76,17 @@ def deploy(
 def worker(
     *,
     pool: str = POOL,
-    limit: Annotated[
-        int | None, Parameter(validator=Number(gte=1), help="Runs at a time; default: all that are due.")
-    ] = None,
-    root: Root = None,
+    limit: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
+    root: Annotated[Root, Parameter(help=_SERVER_ROOT)] = None,
 ) -> None:
-    """Run what deployments have due, in this terminal until Ctrl-C; continue runs whose worker was killed.
+    """Run what deployments have due, in this terminal until Ctrl-C.
 
     Parameters
     ----------
     pool
         Work pool of type process; made unless it is there.
     limit
-        Runs at a time.
-    root
-        Folder of the project's Prefect server; a run's own root is that of its deployment.
+        Runs at a time; default: all that are due.
     """
     from flows.deploying.worker import work
 

@@ -34,9 +34,7 @@ def export(
     base: str | None = None,
     root: Root = None,
 ) -> None:
-    """Write a checkpoint as a plain Hugging Face folder: weights, tokenizer, and a model card that says how it was made.
-
-    `AutoModelForCausalLM.from_pretrained(FOLDER)` loads it, without Cohort.
+    """Write a checkpoint as a folder that `AutoModelForCausalLM.from_pretrained` loads without Cohort.
 
     Parameters
     ----------
@@ -54,8 +52,6 @@ def export(
         Only the LoRA adapter, which `PeftModel.from_pretrained(base_model, FOLDER)` loads; without it, the merged weights.
     base
         With --adapter: the base model's name or path, for adapter_config.json. Left out, it is the base's digest.
-    root
-        Folder of the store.
     """
     from flows.export.checkpoint import export_checkpoint, find_origin
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from flows.commands.options import ConfigFiles, Method, Settings
-from flows.config.resolve import choose
+from flows.commands.options import UNCHANGED, MethodChanges
 from pipeline.config import ConfigError
 
 if TYPE_CHECKING:
@@ -37,13 +36,11 @@ def grade(
     file: Path,
     *,
     recipe: str = _DEFAULT_RECIPE,
-    config: ConfigFiles = None,
-    set_: Settings = None,
-    method: Method = None,
+    changes: MethodChanges = UNCHANGED,
     out: Path | None = None,
     show: int = 20,
 ) -> int:
-    """Grade answers in a file as the reward of a recipe would: check the verifier on your own data before you train.
+    """Grade answers in a file as the reward of a recipe would; exit code 1 where `expected` says otherwise.
 
     Parameters
     ----------
@@ -51,18 +48,14 @@ def grade(
         JSONL with the columns `gold`, `output` and perhaps `expected`; other columns are kept.
     recipe
         Name of a recipe or a YAML file; by default one with symbolic comparison and all conventions.
-    config
-        YAML file of overrides.
-    set_
+    changes.settings
         `key=value`, for example `--set 'reward.components=[{kind: accuracy, verifier: exact}]'`.
-    method
-        A method (`cohort methods`) instead of the recipe's.
     out
         File to write the rows to, with `status` and `read_as` added.
     show
         How many disagreements to print.
     """
-    reward = choose(recipe, config or [], set_ or [], method=method).config.reward
+    reward = changes.choose(recipe).config.reward
     component = _accuracy(reward, recipe)
     if out is not None and out.resolve() == file.resolve():
         raise ConfigError(f"--out {out}: is the file that is read; name another one")

@@ -50,8 +50,6 @@ def verify(*, repair: bool = False, root: Root = None) -> int:
     ----------
     repair
         Quarantine what is damaged, then run the configurations again that used it: only what is missing is computed.
-    root
-        Folder of the store.
     """
     places, out = Places.under(root), console()
     found = _check(places.open_store())
@@ -86,16 +84,12 @@ def verify(*, repair: bool = False, root: Root = None) -> int:
 
 
 def forget(digest: str, *, root: Root = None) -> None:
-    """Remove the records of the calls that led to an artifact, so that the next run computes them again.
-
-    Where what it was made from was pruned, the calls that led to that are removed as well, as far back as it takes.
+    """Remove the records of the calls that led to an artifact, and to pruned ones that it was made from.
 
     Parameters
     ----------
     digest
         The artifact, by digest or its beginning.
-    root
-        Folder of the store.
     """
     store = Places.under(root).open_store()
     full = store.resolve(digest)

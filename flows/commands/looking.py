@@ -10,7 +10,7 @@ from cyclopts.validators import Number
 from rich.markup import escape
 from rich.table import Table
 
-from flows.commands.options import Root, console
+from flows.commands.options import Limit, Root, console
 from flows.inspection.artifact_view import show_artifact
 from flows.inspection.history import find_run, history_of
 from flows.runs.paths import Places
@@ -24,13 +24,7 @@ __all__ = ["explain", "lineage", "runs", "show"]
 
 
 def runs(*, root: Root = None) -> None:
-    """List what ran, the latest last.
-
-    Parameters
-    ----------
-    root
-        Folder of the runs.
-    """
+    """List what ran, the latest last."""
     places, out = Places.under(root), console()
     records = list(read_records(places))
     for path, reason in unreadable_records(places).items():
@@ -52,29 +46,26 @@ def runs(*, root: Root = None) -> None:
 def show(
     what: str,
     *,
-    step: Annotated[int | None, Parameter(help="of a run: its groups at this step")] = None,
-    limit: Annotated[
-        int | None,
-        Parameter(name=["--limit", "-n"], validator=Number(gte=1), help="how many: 3 groups, 10 rows or 50 steps"),
-    ] = None,
+    step: int | None = None,
+    limit: Annotated[int | None, Limit] = None,
     question: str | None = None,
     full: bool = False,
     root: Root = None,
 ) -> None:
-    """Show an artifact: what made it and its metrics; then groups of outputs with rewards and advantages, a checkpoint's
-    description, or the first rows of a table. Or a run: settings that differ from its recipe, its evaluations, and the
-    artifacts of its steps; with --step one step: artifacts, metrics, groups.
+    """Show an artifact, a run, or a step of it.
 
     Parameters
     ----------
     what
         Digest of an artifact, or its beginning; or a run of `cohort runs`.
+    step
+        Of a run: its groups at this step.
+    limit
+        How many: 3 groups, 10 rows or 50 steps.
     question
         Only the group of this question.
     full
         Show the configuration of the stage that made an artifact.
-    root
-        Folder of the store.
     """
     places = Places.under(root)
     record = find_run(places, what)
@@ -106,15 +97,13 @@ def _show_run(
 
 
 def explain(what: str | None = None, *, root: Root = None) -> None:
-    """Say why a stage was computed and not reused: the earlier call most like it, and which parts of the key differ.
+    """Name the earlier call most like that of a stage, and which parts of its key differ.
 
     Parameters
     ----------
     what
         A stage's name (its latest call) or an artifact's digest; without it, the first call of every stage that the last run
         had to compute.
-    root
-        Folder of the store.
     """
     places, out = Places.under(root), console()
     store = places.open_store()
@@ -156,8 +145,6 @@ def lineage(
         Print a Mermaid graph instead of a tree.
     depth
         Generations that the tree shows, 4 by default; 0 = all, down to the data.
-    root
-        Folder of the store.
     """
     if mermaid and depth is not None:
         raise ConfigError("--depth: is of the tree; a Mermaid graph has all generations. Leave one of the two out")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import Parameter
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows.commands.options import ConfigFiles, Method, Root, Settings, console
+from flows.commands.options import UNCHANGED, Changes, Flag, MethodChanges, Root, console
 from flows.doctor import CHECKS
 from flows.doctor.examination import Report, Subject, examine, subject_of
 from flows.planning.machine import DeviceProfile
@@ -25,26 +23,19 @@ __all__ = ["doctor", "plan"]
 def doctor(
     recipe: str | None = None,
     *,
-    config: ConfigFiles = None,
-    set_: Settings = None,
-    vllm_python: Annotated[Path | None, Parameter(name="--vllm-python")] = None,
-    quick: Annotated[bool, Parameter(negative="")] = False,
-    bench: Annotated[bool, Parameter(negative="")] = False,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    changes: Changes = UNCHANGED,
+    vllm_python: Path | None = None,
+    quick: Flag = False,
+    bench: Flag = False,
+    json: Flag = False,
     root: Root = None,
 ) -> int:
-    """Say whether this machine can run Cohort, and what to fix: versions, devices, store, servers, environment.
-
-    Exit code 0 when nothing stops a run, 1 otherwise. Nothing is changed: what is written to test the root is removed.
+    """Examine this machine and report what to fix; exit code 0 when nothing stops a run. Nothing is changed.
 
     Parameters
     ----------
     recipe
         Also what this recipe or YAML file needs: its engine for rollouts, its ranks. Without one: what any run needs.
-    config
-        YAML file of overrides.
-    set_
-        `key=value`.
     vllm_python
         Interpreter of the environment that has vLLM.
     quick
@@ -54,10 +45,8 @@ def doctor(
         machine). The figures are kept in device.json below the root.
     json
         One JSON object instead of the table.
-    root
-        Folder of store, runs and databases.
     """
-    if recipe is None and (config or set_):
+    if recipe is None and (changes.config or changes.settings):
         raise ConfigError("doctor: --config and --set change a recipe; name it: cohort doctor RECIPE --set key=value")
     if quick and vllm_python:
         raise ConfigError("doctor: --quick imports nothing heavy, vLLM included; leave out --vllm-python or --quick")
@@ -69,7 +58,7 @@ def doctor(
         return _bench(Places.under(root), json=json)
     from flows.config.resolve import choose  # all configs, a second that a machine is examined without
 
-    chosen = choose(recipe, config or [], set_ or []).config if recipe else None
+    chosen = choose(recipe, changes.config, changes.settings).config if recipe else None
     subject = subject_of(Places.under(root), dict(os.environ), quick=quick, vllm_python=vllm_python, config=chosen)
     if json:
         report = examine(subject, CHECKS)
@@ -83,9 +72,7 @@ def doctor(
 def plan(
     recipe: str,
     *,
-    config: ConfigFiles = None,
-    set_: Settings = None,
-    method: Method = None,
+    changes: MethodChanges = UNCHANGED,
     device: str | None = None,
     gpus: int | None = None,
     gpu_memory: float | None = None,
@@ -93,24 +80,15 @@ def plan(
     model_config: Path | None = None,
     mean_output_tokens: float | None = None,
     prompt_tokens: float | None = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    json: Flag = False,
     root: Root = None,
 ) -> int:
-    """Say what a run needs before it begins: memory by stage, whether it fits and what to change, time, disk, what is there.
-
-    From the configuration and the model's config.json; no weights are loaded and nothing is computed. Exit code 0 when it
-    fits, 1 when it does not. Every assumption is printed.
+    """Plan a run from its configuration and the model's config.json; exit code 1 when it does not fit.
 
     Parameters
     ----------
     recipe
         Name of a recipe (`cohort recipes`) or a YAML file.
-    config
-        YAML file of overrides.
-    set_
-        `key=value`.
-    method
-        A method (`cohort methods`) instead of the recipe's.
     device
         Whose rates: `a100-80g`, `h100-80g`, `h200-141g`, `cpu`, or a file; default: what `cohort doctor --bench` measured here.
     gpus
@@ -127,15 +105,12 @@ def plan(
         Length of prompts; default: as in the last run.
     json
         One JSON object (bytes, seconds, FLOPs) instead of tables.
-    root
-        Folder of store, runs and databases.
     """
-    from flows.config.resolve import choose
     from flows.planning.plan import plan_of
     from flows.planning.request import Request, subject_of
     from flows.planning.view import as_json, print_plan
 
-    chosen = choose(recipe, config or [], set_ or [], method=method).config
+    chosen = changes.choose(recipe).config
     request = Request(device, gpus, gpu_memory, nodes, model_config, prompt_tokens, mean_output_tokens)
     subject = subject_of(chosen, Places.under(root), request)
     made = plan_of(subject.given)

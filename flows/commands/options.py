@@ -8,20 +8,77 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Final, Literal, TextIO, cast
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 
 from flows.wording import SafeConsole
 
-__all__ = ["ConfigFiles", "LastingStream", "Method", "Root", "Settings", "console", "debugging"]
+if TYPE_CHECKING:
+    from flows.config.resolve import Choice
 
-Root = Annotated[Path | None, Parameter(name="--root")]
-ConfigFiles = Annotated[list[Path] | None, Parameter(name="--config", negative="")]
-Method = Annotated[str | None, Parameter(name="--method")]
-Settings = Annotated[list[str] | None, Parameter(name="--set", negative="")]
+__all__ = [
+    "UNCHANGED",
+    "Changes",
+    "EngineOption",
+    "Flag",
+    "LastingStream",
+    "Limit",
+    "MethodChanges",
+    "Root",
+    "Settings",
+    "console",
+    "debugging",
+]
+
+Flag = Annotated[bool, Parameter(negative="")]
+EngineOption = Annotated[
+    Literal["prefect", "inline"],
+    Parameter(
+        name="--engine",
+        help="`prefect` shows states and logs in Prefect's UI (a local server is started when none is configured); `inline` "
+        "makes plain calls, without a server.",
+    ),
+]
+Limit = Parameter(name=["--limit", "-n"], validator=Number(gte=1))
+Root = Annotated[
+    Path | None,
+    Parameter(name="--root", help="Folder of store, runs and databases; default: COHORT_ROOT or ./artifacts."),
+]
+Settings = Annotated[tuple[str, ...], Parameter(name="--set", negative="", show_default=False)]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """Options that change a configuration."""
+
+    config: Annotated[tuple[Path, ...], Parameter(name="--config", negative="", show_default=False)] = ()
+    "YAML file of overrides, nested or with dotted keys; may be given several times."
+    settings: Settings = ()
+    "`key=value`, for example `--set rollout.G=8`; may be given several times."
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class MethodChanges(Changes):
+    """Options that change a configuration and may choose its method."""
+
+    method: Annotated[str | None, Parameter(name="--method")] = None
+    "Another method than the recipe's (`cohort methods`); `--config` and `--set` come after it."
+
+    def choose(self, recipe: str) -> Choice:
+        """Return the configuration of a recipe, or a YAML file, with these changes."""
+        from flows.config.resolve import choose  # all configs, a second that other commands do without
+
+        return choose(recipe, self.config, self.settings, method=self.method)
+
+
+UNCHANGED: Final = MethodChanges()
 
 _PLAIN_WIDTH: Final = 120
 _READER_GONE: Final = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)

@@ -34,13 +34,13 @@ __all__ = ["mlflow_sync", "server_down", "server_status", "server_up", "ui"]
 _START_SECONDS = 120.0
 
 
-def ui(*, port: Annotated[int, Parameter(help="of MLflow; 0 = any")] = 5000, root: Root = None) -> int:
+def ui(*, port: int = 5000, root: Root = None) -> int:
     """Serve MLflow's user interface on this machine until Ctrl-C, and say where Prefect's is.
 
     Parameters
     ----------
-    root
-        Folder of store, runs and databases.
+    port
+        Of MLflow; 0 = any.
     """
     places, out = Places.under(root), console()
     start_server_soon(places.prefect)
@@ -120,8 +120,6 @@ def mlflow_sync(*, rebuild: bool = False, root: Root = None) -> int:
     ----------
     rebuild
         Delete the runs in MLflow first and make them again.
-    root
-        Folder of store, runs and databases.
     """
     report, out = sync(Places.under(root).root, rebuild=rebuild), console()
     out.print(f"{report.sent} runs complete in MLflow" + (f", {report.living} still running" if report.living else ""))

@@ -35,14 +35,9 @@ Newest = Annotated[int | None, Parameter(validator=Number(gte=0))]
 
 
 def du(*, root: Root = None) -> None:
-    """Say how large the store is: by type of artifact, and by run. Files that artifacts share (hard links) count once.
+    """Say how large the store is. Files that artifacts share (hard links) count once.
 
     A run's own bytes are those that no other run has used: what freeing the run's artifacts could give back at most.
-
-    Parameters
-    ----------
-    root
-        Folder of the store.
     """
     places, out = Places.under(root), console()
     store = places.open_store()
@@ -69,19 +64,14 @@ def du(*, root: Root = None) -> None:
 
 def prune(
     *digests: str,
-    checkpoints: Annotated[
-        int | None, Parameter(name=["--checkpoints", "--keep-last"], validator=Number(gte=0))
-    ] = None,
+    checkpoints: Annotated[Newest, Parameter(name=["--checkpoints", "--keep-last"])] = None,
     optimizer: Newest = None,
     rollouts: Newest = None,
     unreferenced: bool = False,
     dry_run: bool = False,
     root: Root = None,
 ) -> None:
-    """Free the payload of artifacts. Manifests and records stay, so runs that used them stay cached.
-
-    What is newest is counted for each training by itself. A stage that needs a pruned payload says how to compute it again
-    (`cohort forget`). What a run that is alive may need is never freed.
+    """Free the payload of artifacts, but never of what a run that is alive may need. What is newest counts by training.
 
     Parameters
     ----------
@@ -97,8 +87,6 @@ def prune(
         Artifacts that no recorded run used, and what was quarantined.
     dry_run
         Only say what would be freed.
-    root
-        Folder of the store.
     """
     places, out = Places.under(root), console()
     store = places.open_store()
@@ -124,16 +112,12 @@ def prune(
 
 
 def export_archive(*what: str, root: Root = None) -> None:
-    """Write runs, or artifacts, into one tar file: `cohort store export RUN|DIGEST... FILE.tar`.
-
-    A run brings all that it used, its records and its folder: the same `cohort run` there computes nothing.
+    """Write runs, with all that they used, or artifacts into one tar file: `cohort store export RUN|DIGEST... FILE.tar`.
 
     Parameters
     ----------
     what
         Runs of `cohort runs`, or digests or their beginnings; then the file.
-    root
-        Folder of the store.
     """
     from pipeline.store.archive import write_archive
 
@@ -164,15 +148,10 @@ def export_archive(*what: str, root: Root = None) -> None:
 def import_archive(file: Path, *, root: Root = None) -> None:
     """Take the content of a file of `cohort store export` into this store; every hash is compared first.
 
-    What is here already stays as it is. A file that was cut off or altered is refused as a whole. Runs here take the imported
-    results for computed, so import what you trust; code of a model runs only where your own configuration pins it.
-
     Parameters
     ----------
     file
         The file.
-    root
-        Folder of the store.
     """
     from pipeline.store.archive import read_archive
 

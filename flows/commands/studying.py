@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import Annotated, Literal
 
-from cyclopts import Parameter
 from rich.markup import escape
 from rich.syntax import Syntax
 
-from flows.commands.options import ConfigFiles, Root, Settings, console, debugging
+from flows.commands.options import UNCHANGED, Changes, EngineOption, Flag, Root, console, debugging
 from flows.reward_study.config import choose_study
 from flows.reward_study.run import print_study, run_study
 from flows.runs.paths import Places
@@ -22,35 +20,23 @@ __all__ = ["reward_model"]
 def reward_model(
     recipe: str = "gsm8k_solutions",
     *,
-    config: ConfigFiles = None,
-    set_: Settings = None,
-    engine: Annotated[Literal["prefect", "inline"], Parameter(help="inline: no server")] = "prefect",
+    changes: Changes = UNCHANGED,
+    engine: EngineOption = "prefect",
     root: Root = None,
-    show: Annotated[bool, Parameter(negative="")] = False,
+    show: Flag = False,
 ) -> None:
-    """Train a reward model on labelled solutions of others, and judge it on questions it has not seen.
-
-    The rules label the solutions (and are compared with the file's own labels), a hash of the question decides what is learned
-    from. Printed: AUC with its 95 % interval over questions, within authors and within questions, beside baselines that only
-    see length, format, author or the question's length; also written to a markdown file beside the runs, which the last line
-    names. The same command again computes nothing.
+    """Train a reward model on labelled solutions of others, and compare it with baselines on questions it has not seen.
 
     Parameters
     ----------
     recipe
         `gsm8k_solutions` (its files lie in `--set path=FOLDER`), or a YAML file.
-    config
-        YAML file of overrides, nested or with dotted keys; may be given several times.
-    set_
+    changes.settings
         `key=value`, for example `--set training.epochs=3`; `--set judged_on=validation` is for choosing settings.
-    engine
-        As for `cohort run`.
-    root
-        As for `cohort run`.
     show
         Only print the whole configuration as YAML (a start for a file of your own).
     """
-    choice = choose_study(recipe, config or [], set_ or [])
+    choice = choose_study(recipe, changes.config, changes.settings)
     places, out = Places.under(root), console()
     if show:
         text = choice.config.to_yaml()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from cyclopts import Parameter
 from rich.console import Console
 from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
 
-from flows.commands.options import ConfigFiles, Method, Root, Settings, console, debugging
+from flows.commands.options import UNCHANGED, EngineOption, Flag, MethodChanges, Root, console, debugging
 from flows.config import IterativeRLConfig
 from flows.config.methods import METHODS, method_settings
 from flows.config.resolve import Choice, choose, descriptions
@@ -28,31 +27,18 @@ __all__ = ["check", "methods", "prompt", "recipes", "run"]
 def run(
     recipe: str,
     *,
-    config: ConfigFiles = None,
-    set_: Settings = None,
-    method: Method = None,
-    engine: Annotated[Literal["prefect", "inline"], Parameter(help="inline: no server")] = "prefect",
+    changes: MethodChanges = UNCHANGED,
+    engine: EngineOption = "prefect",
     root: Root = None,
 ) -> None:
-    """Train as a recipe says. The same command again continues an interrupted run and repeats nothing that is computed.
+    """Train as a recipe says.
 
     Parameters
     ----------
     recipe
         Name of a recipe (`cohort recipes`) or a YAML file.
-    config
-        YAML file of overrides, nested or with dotted keys; may be given several times.
-    set_
-        `key=value`, for example `--set rollout.G=8`; may be given several times.
-    method
-        Train by another method than the recipe's (`cohort methods`); `--config` and `--set` come after it.
-    engine
-        `prefect` shows states and logs in Prefect's UI (a local server is started when none is configured); `inline` makes
-        plain calls.
-    root
-        Folder of store, runs and databases; default: COHORT_ROOT or ./artifacts.
     """
-    choice = choose(recipe, config or [], set_ or [], method=method)
+    choice = changes.choose(recipe)
     places, out = Places.under(root), console()
     failsafe("the announcement of the run")(_announce)(choice, places, engine, out)
     if summary := run_flow(choice, places, engine=engine, console=out, debug=debugging()):
@@ -74,12 +60,12 @@ def methods() -> None:
 
 
 def recipes(name: str | None = None) -> None:
-    """List the recipes, or print one in full as YAML (a start for a file of your own).
+    """List the recipes, or print one.
 
     Parameters
     ----------
     name
-        The recipe to print.
+        The recipe to print in full as YAML, a start for a file of your own.
     """
     out = console()
     if name:
@@ -95,30 +81,22 @@ def recipes(name: str | None = None) -> None:
 def check(
     recipe: str,
     *,
-    config: ConfigFiles = None,
-    set_: Settings = None,
-    method: Method = None,
-    faithful: Annotated[bool, Parameter(negative="")] = False,
+    changes: MethodChanges = UNCHANGED,
+    faithful: Flag = False,
     data: bool = True,
 ) -> None:
-    """Check a configuration and the data sets that are here: all errors at once (exit code 2), or what differs from its recipe.
+    """Check a configuration and the data sets that are here, and print what differs from its recipe.
 
     Parameters
     ----------
     recipe
         Name of a recipe or a YAML file.
-    config
-        YAML file of overrides.
-    set_
-        `key=value`.
-    method
-        A method (`cohort methods`) instead of the recipe's.
     faithful
         Also list what is not as in the paper, with its sections, and what is chosen where the paper is silent.
     data
         Read the question sets and measure their prompts.
     """
-    choice = choose(recipe, config or [], set_ or [], method=method)
+    choice = changes.choose(recipe)
     out = console()
     if differences := choice.differences():
         out.print(f"{escape(recipe)} is valid; it differs from {choice.base.name} in")
@@ -134,10 +112,8 @@ def check(
         print_faithfulness(choice.config, out)
 
 
-def prompt(
-    recipe: str, *, question: str, config: ConfigFiles = None, set_: Settings = None, method: Method = None
-) -> None:
-    """Print the prompt that a question becomes: its exact text, escaped, with special tokens by name, and its token ids.
+def prompt(recipe: str, *, question: str, changes: MethodChanges = UNCHANGED) -> None:
+    """Print the exact text of the prompt that a question becomes, escaped, and its token ids.
 
     Parameters
     ----------
@@ -145,18 +121,14 @@ def prompt(
         Name of a recipe or a YAML file.
     question
         Text of the question.
-    config
-        YAML file of overrides.
-    set_
+    changes.settings
         `key=value`, for example `--set prompt.instruction="Think step by step."`.
-    method
-        A method (`cohort methods`) instead of the recipe's.
     """
     from flows.algorithm.data_check import scratch_store
     from flows.algorithm.models import early_tokenizer
     from stages.text import encode_prompt, plain_of, prompt_text
 
-    chosen = choose(recipe, config or [], set_ or [], method=method).config
+    chosen = changes.choose(recipe).config
     with scratch_store():
         tokenizer = early_tokenizer(chosen, _demonstrations(chosen), fetch=True, exact=True).tokenizer
     text, ids = prompt_text(tokenizer, question, chosen.prompt), encode_prompt(tokenizer, question, chosen.prompt)

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from pipeline.store import Store
 from stages.critic import estimate_values
-from stages.models import WEIGHTS, Checkpoint, copy_description, write_tensors
+from stages.models import Checkpoint
 from stages.tables import Rollouts
-from tests.stages.critic.worlds import exact, exploration, outspoken_critic, rollout_row, tables
+from tests.stages.critic.worlds import exact, exploration, outspoken_critic, tables
+from tests.stages.tables import rollout_row
+from tests.stages.training.tiny import changed
 
 
 def values_of(critic: Checkpoint, rows: list[dict[str, Any]], **changes: Any) -> list[list[float]]:
@@ -23,7 +24,7 @@ def values_of(critic: Checkpoint, rows: list[dict[str, Any]], **changes: Any) ->
 @pytest.mark.claim("off by one")
 def test_a_value_does_not_know_its_token_nor_what_follows(store: Store) -> None:
     critic = outspoken_critic()
-    one, other = (values_of(critic, [rollout_row("q", 0, [5, 6], ids)])[0] for ids in ([7, 8, 9, 10], [7, 8, 20, 21]))
+    one, other = (values_of(critic, [rollout_row("q", 0, ids)])[0] for ids in ([7, 8, 9, 10], [7, 8, 20, 21]))
     # The third token differs: the value before it and all earlier ones are the same, the value after it is not.
     assert one[:3] == pytest.approx(other[:3], abs=1e-6)
     assert abs(one[3] - other[3]) > 1e-3
@@ -32,9 +33,7 @@ def test_a_value_does_not_know_its_token_nor_what_follows(store: Store) -> None:
 @pytest.mark.claim("a score read at the wrong last token")
 def test_the_first_value_is_that_of_the_question_alone(store: Store) -> None:
     critic = outspoken_critic()
-    ((first, *_), (alone,)) = values_of(
-        critic, [rollout_row("q", 0, [5, 6], [7, 8, 9]), rollout_row("q", 1, [5, 6], [20])]
-    )
+    ((first, *_), (alone,)) = values_of(critic, [rollout_row("q", 0, [7, 8, 9]), rollout_row("q", 1, [20])])
     assert first == pytest.approx(alone, abs=1e-6)
 
 
@@ -64,15 +63,8 @@ def test_in_bfloat16_the_head_still_computes_in_float32(store: Store) -> None:
 
 
 def test_a_value_that_is_not_finite_is_refused_by_its_row(store: Store) -> None:
-    critic = outspoken_critic()
-    weights = load_file(critic.path / WEIGHTS)
-    # The embedding of one token, which stands before the last token of the second row only.
-    weights["model.embed_tokens.weight"][25] = math.nan
-
-    def fill(folder: Any) -> None:
-        copy_description(critic.path, folder)
-        write_tensors(folder / WEIGHTS, weights)
-
-    rows = [rollout_row("a", 0, [5, 6], [7, 8]), rollout_row("a", 1, [5, 6], [25, 8])]
-    with pytest.raises(ValueError, match=r"a value of output \('a', 1\) is not finite"):
-        estimate_values(Checkpoint.write(fill), Rollouts.write(rows), exact())
+    # The embedding of one token, which comes before the last token of the second row only.
+    critic = changed(outspoken_critic(), lambda weights: weights["model.embed_tokens.weight"][25].fill_(math.nan))
+    rows = [rollout_row("a", 0, [7, 8]), rollout_row("a", 1, [25, 8])]
+    with pytest.raises(ValueError, match=r"\('a', 1\)"):
+        estimate_values(critic, Rollouts.write(rows), exact())

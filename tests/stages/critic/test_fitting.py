@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import pytest
@@ -11,28 +10,8 @@ import torch
 from pipeline.store import Store
 from stages.critic.fitting import Fit, join
 from stages.models import load_model
-from stages.training.engine import StepReport
 from tests.stages.critic.worlds import outspoken_critic, tables
-
-
-class RankAlone:
-    """A rank of several whose gradients stay with it."""
-
-    def __init__(self, model: Any, rank: int, world_size: int) -> None:
-        self.model, self.rank, self.world_size, self.device = model, rank, world_size, "cpu"
-        self.holds, self.skipped = None, 0
-
-    def autocast(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        loss.backward()
-
-    def step(self, *, factor: float = 1.0) -> StepReport:
-        return StepReport(0.0, 0.0, False)
-
-    def total(self, value: float) -> float:
-        return value
+from tests.stages.update.exact import ExactEngine, relative
 
 
 def fitted(ranks: int) -> tuple[torch.Tensor, float, list[int]]:
@@ -40,11 +19,11 @@ def fitted(ranks: int) -> tuple[torch.Tensor, float, list[int]]:
     examples, critic = join(*tables()), outspoken_critic()
     gradient, loss, passes = torch.zeros(()), 0.0, []
     for rank in range(ranks):
-        model = load_model(critic, dtype=torch.float32)
-        engine: Any = RankAlone(model, rank, ranks)
+        engine: Any = ExactEngine(load_model(critic, dtype=torch.float32))
+        engine.rank, engine.world_size = rank, ranks
         fit = Fit([examples], engine, micro_batch_tokens=12)
         list(fit.train(1))
-        gradient = gradient + torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        gradient = gradient + engine.gradient
         loss += fit.reports[0].loss
         passes.append(len(fit.mini_batches[0]))
     return gradient, loss, passes
@@ -52,8 +31,8 @@ def fitted(ranks: int) -> tuple[torch.Tensor, float, list[int]]:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_share_the_batch_and_not_its_denominator(store: Store, ranks: int) -> None:
-    gradient, loss, (alone,) = fitted(1)
+    gradient, loss, (whole,) = fitted(1)
     shared, shared_loss, passes = fitted(ranks)
-    assert passes == [-(-alone // ranks)] * ranks  # equally many, whatever remains
+    assert passes == [-(-whole // ranks)] * ranks  # equally many, whatever remains
     assert shared_loss == pytest.approx(loss, rel=1e-6)
-    assert torch.linalg.vector_norm(shared - gradient) < 1e-6 * torch.linalg.vector_norm(gradient)
+    assert relative(shared, gradient) < 1e-6

@@ -5,28 +5,16 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import torch
+
 from stages.critic import CriticConfig, create_critic
 from stages.models import Checkpoint
 from stages.tables import Advantages, Rollouts
 from stages.training import AdamWConfig, TrainingConfig
-from tests.stages.training.tiny import VOCABULARY, tiny_checkpoint
+from tests.stages.tables import advantage_row, rollout_row
+from tests.stages.training.tiny import VOCABULARY, changed, tiny_checkpoint
 
 Q, G = 2, 3
-
-
-def rollout_row(question: str, sample: int, prompt: list[int], ids: list[int]) -> dict[str, Any]:
-    return {
-        "question_id": question,
-        "sample": sample,
-        "prompt_ids": prompt,
-        "output_ids": ids,
-        "logprobs": [-1.0] * len(ids),
-        "finish_reason": "stop",
-        "text": "",
-        "text_ends": [0] * len(ids),
-        "temperature": 1.0,
-        "seed": 0,
-    }
 
 
 def exploration() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -38,16 +26,9 @@ def exploration() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         prompt = [rng.randrange(3, VOCABULARY) for _ in range(2 + 3 * question)]
         for sample in range(G):
             ids = [rng.randrange(3, VOCABULARY) for _ in range(rng.randint(1, 7))]
-            outputs.append(rollout_row(f"q{question}", sample, prompt, ids))
-            advantages.append(
-                {
-                    "question_id": f"q{question}",
-                    "sample": sample,
-                    "advantage": [1.0] * len(ids),
-                    "returns": [rng.random() for _ in ids],
-                    "pair": None,
-                }
-            )
+            outputs.append(rollout_row(f"q{question}", sample, ids, prompt))
+            returns = [rng.random() for _ in ids]
+            advantages.append(advantage_row(f"q{question}", sample, [1.0] * len(ids), returns=returns))
     return outputs, advantages
 
 
@@ -69,19 +50,10 @@ def tiny_critic(**settings: Any) -> Checkpoint:
 
 def outspoken_critic() -> Checkpoint:
     """A tiny critic whose head is not zero: its values differ from token to token."""
-    import torch
-    from safetensors.torch import load_file
-
-    from stages.models import WEIGHTS, copy_description, write_tensors
-
-    critic = tiny_critic()
-    weights = load_file(critic.path / WEIGHTS)
     generator = torch.Generator().manual_seed(5)
-    weights["score.weight"] = 0.1 * torch.randn(weights["score.weight"].shape, generator=generator)
-    weights["score.bias"] = torch.tensor([0.25])
 
-    def fill(folder: Any) -> None:
-        copy_description(critic.path, folder)
-        write_tensors(folder / WEIGHTS, weights)
+    def speak(weights: dict[str, torch.Tensor]) -> None:
+        weights["score.weight"] = 0.1 * torch.randn(weights["score.weight"].shape, generator=generator)
+        weights["score.bias"] = torch.tensor([0.25])
 
-    return Checkpoint.write(fill)
+    return changed(tiny_critic(), speak)

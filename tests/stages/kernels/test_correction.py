@@ -17,6 +17,7 @@ MASK = torch.tensor([[1, 1, 0]])
 def test_a_token_weight_is_truncated_at_the_cap() -> None:
     assert token_truncated(OLD, ROLLOUT, cap=2.0)[0].tolist() == pytest.approx([2.0, 1.0, 1.0])
     assert token_truncated(OLD, ROLLOUT, cap=5.0)[0].tolist() == pytest.approx([3.0, 1.0, 1.0])
+    assert token_truncated(OLD, OLD.clone(), cap=2.0).tolist() == [[1.0, 1.0, 1.0]]
 
 
 def test_a_sequence_weight_is_the_product_over_the_output_truncated() -> None:
@@ -31,10 +32,6 @@ def test_a_normalised_sequence_weight_is_the_geometric_mean_of_its_tokens_weight
     assert sequence_truncated(OLD, ROLLOUT, MASK, cap=1.5, normalised=True)[0].tolist() == pytest.approx([1.5] * 3)
     nothing = torch.zeros_like(MASK)
     assert sequence_truncated(OLD, ROLLOUT, nothing, cap=2.0, normalised=True)[0].tolist() == [1.0] * 3
-
-
-def test_engines_that_agree_need_no_correction() -> None:
-    assert token_truncated(OLD, OLD.clone(), cap=2.0).tolist() == [[1.0, 1.0, 1.0]]
 
 
 def test_the_weight_is_constant_with_respect_to_the_policy() -> None:

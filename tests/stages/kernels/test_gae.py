@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -65,14 +67,6 @@ def test_padding_changes_nothing_whatever_stands_in_it() -> None:
     assert not padded.return_BT[~wide[2]].any()
 
 
-def test_a_row_is_the_same_alone_and_among_longer_ones() -> None:
-    reward, value, mask = random_batch()
-    together = gae(reward, value, mask, gamma=0.9, lam=0.8).advantage_BT
-    for row, length in enumerate(mask.sum(1)):
-        rows = (array[row : row + 1, :length] for array in (reward, value, mask))
-        assert np.array_equal(gae(*rows, gamma=0.9, lam=0.8).advantage_BT[0], together[row, :length])
-
-
 @pytest.mark.claim("GAE that stops at a masked position")
 def test_a_masked_stretch_in_the_middle_is_skipped_as_if_it_were_not_there() -> None:
     # By hand, gamma = lam = 0.5, the middle position masked: V_{t+1} of the first token is that of the third, 4.
@@ -80,18 +74,13 @@ def test_a_masked_stretch_in_the_middle_is_skipped_as_if_it_were_not_there() -> 
     found = gae([[0, 100, 8]], [[1, 50, 4]], [[1, 0, 1]], gamma=0.5, lam=0.5)
     assert found.advantage_BT.tolist() == [[2.0, 0.0, 4.0]]
     assert found.return_BT.tolist() == [[3.0, 0.0, 8.0]]
-
-
-def test_an_output_without_tokens_has_no_advantage() -> None:
     assert gae([[5.0, 5.0]], [[1.0, 1.0]], [[0, 0]], gamma=1.0, lam=1.0).advantage_BT.tolist() == [[0.0, 0.0]]
 
 
-@pytest.mark.parametrize(("gamma", "lam"), [(1.1, 0.5), (0.5, -0.1)])
-def test_a_discount_outside_0_to_1_is_refused(gamma: float, lam: float) -> None:
-    with pytest.raises(ValueError, match="must lie in 0"):
-        gae([[0.0]], [[0.0]], [[1]], gamma=gamma, lam=lam)
-
-
-def test_arrays_of_different_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"one shape, found \(1, 2\), \(1, 1\), \(1, 2\)"):
-        gae([[0.0, 0.0]], [[0.0]], [[1, 1]], gamma=1.0, lam=1.0)
+@pytest.mark.parametrize(
+    ("values", "gamma", "lam", "named"),
+    [([[0.0]], 1.1, 0.5, "1.1"), ([[0.0]], 0.5, -0.1, "-0.1"), ([[0.0, 0.0]], 1.0, 1.0, r"\(1, 1\), \(1, 2\)")],
+)
+def test_a_discount_or_a_shape_that_does_not_fit_is_refused(values: Any, gamma: float, lam: float, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        gae([[0.0]], values, [[1]], gamma=gamma, lam=lam)

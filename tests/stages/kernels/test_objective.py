@@ -16,7 +16,6 @@ def row(*values: float) -> torch.Tensor:
 
 def gradient(value: torch.Tensor, logp: torch.Tensor) -> list[float]:
     value.sum().backward()
-    assert logp.grad is not None
     return logp.grad.flatten().tolist()
 
 
@@ -79,27 +78,14 @@ def test_a_sequence_ratio_leaves_every_token_its_own_advantage() -> None:
     assert gradient(found.value_BT, logp) == pytest.approx([3.0, -1.0, 0.0])
 
 
-def test_a_sequence_ratio_gives_every_token_of_the_output_one_gradient() -> None:
-    # d s / d log pi_t = s / |o|; two tokens that each carry the value make it A at s = 1: the mean over tokens is A / |o| each.
-    logp = row(-1.0, -2.0, 0.0).requires_grad_()
-    found = sequence_clipped(logp, row(-1.0, -2.0, 0.0), row(3.0, 3.0, 0.0), row(1, 1, 0), eps_low=0.1, eps_high=0.1)
-    (found.value_BT * row(0.5, 0.5, 0.0)).sum().backward()
-    assert logp.grad is not None
-    assert logp.grad[0].tolist() == pytest.approx([1.5, 1.5, 0.0])
-
-
 @pytest.mark.claim("CISPO")
 def test_a_clipped_weight_bounds_the_coefficient_and_keeps_the_gradient() -> None:
     logp = row(math.log(4.0), math.log(0.5)).requires_grad_()
     found = clipped_weight(logp, row(0.0, 0.0), row(1.0, -1.0), eps_high=1.0)
     assert gradient(found.value_BT, logp) == pytest.approx([2.0, -0.5])  # min(4, 2) * 1; 0.5 * -1
     assert found.clipped_BT.tolist() == [[True, False]]
-
-
-@pytest.mark.parametrize("advantage", [1.0, -1.0])
-@pytest.mark.parametrize("ratio", [0.9, 0.5, 0.01, 1e-6])
-def test_a_clipped_weight_has_no_lower_bound(ratio: float, advantage: float) -> None:
-    logp = row(math.log(ratio)).requires_grad_()
-    found = clipped_weight(logp, row(0.0), row(advantage), eps_high=0.2)
-    assert gradient(found.value_BT, logp) == pytest.approx([ratio * advantage], rel=1e-9)
-    assert found.clipped_BT.tolist() == [[False]]
+    for ratio in (0.9, 0.01, 1e-6):  # no lower bound
+        logp = row(math.log(ratio)).requires_grad_()
+        assert gradient(clipped_weight(logp, row(0.0), row(-1.0), eps_high=0.2).value_BT, logp) == pytest.approx(
+            [-ratio]
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,19 +18,26 @@ from stages.kernels.voting import bootstrap_interval, maj_at_k, pass_at_k, share
 )
 def test_pass_at_k_of_3_right_among_64_has_the_published_values(k: int, expected: float) -> None:
     assert pass_at_k(64, 3, k) == pytest.approx(expected, abs=5e-7)
+    assert (pass_at_k(10, 0, 10), pass_at_k(10, 4, 7)) == (0.0, 1.0)  # none is right; wrong samples run out
 
 
-def test_pass_at_k_is_zero_without_a_right_sample_and_one_where_wrong_samples_run_out() -> None:
-    assert pass_at_k(10, 0, 10) == 0.0
-    assert pass_at_k(10, 4, 7) == 1.0
-
-
-@pytest.mark.parametrize("k", [0, 5])
-def test_a_k_outside_the_samples_is_refused(k: int) -> None:
-    with pytest.raises(ValueError, match=r"k must lie in 1\.\.n"):
-        pass_at_k(4, 1, k)
-    with pytest.raises(ValueError, match=r"k must lie in 1\.\.n"):
-        maj_at_k(4, 1, [1], k)
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: pass_at_k(4, 1, 0), "k=0, n=4"),
+        (lambda: maj_at_k(4, 1, [1], 5), "k=5, n=4"),
+        (lambda: maj_at_k(4, 3, [2], 2), "do not fit"),
+        (lambda: bootstrap_interval([], resamples=100, seed=0), "non-empty"),
+        *((lambda s=s, n=n: wilson_interval(s, n), f"found {s} of {n}") for s, n in ((-0.1, 5), (1.1, 5), (0.5, 0))),
+        *(
+            (lambda v=v: share_interval(v, resamples=100, seed=0), f"found {min(v)} to {max(v)}")
+            for v in ([0.5, 1.5], [-0.1, 0.5], [2.0, 2.0])
+        ),
+    ],
+)
+def test_counts_and_shares_that_cannot_be_are_refused(call: Callable[[], object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        call()
 
 
 def by_enumeration(n: int, correct: int, wrong: list[int], k: int) -> float:
@@ -56,63 +64,14 @@ def by_enumeration(n: int, correct: int, wrong: list[int], k: int) -> float:
         (8, 1, [5]),
         (8, 3, []),
         (9, 2, [1, 2, 3]),
+        (10, 0, []),
+        (10, 1, []),
     ],
 )
 def test_maj_at_k_equals_the_mean_over_all_subsets(n: int, correct: int, wrong: list[int]) -> None:
+    assert maj_at_k(n, correct, wrong, 1) == pytest.approx(correct / n if correct else 0.0)
     for k in range(1, n + 1):
         assert maj_at_k(n, correct, wrong, k) == pytest.approx(by_enumeration(n, correct, wrong, k), abs=1e-12), k
-
-
-def test_maj_at_1_is_plain_accuracy() -> None:
-    assert maj_at_k(64, 20, [30, 5], 1) == pytest.approx(20 / 64)
-
-
-@pytest.mark.claim("Pass@K of the first K")
-def test_a_tie_is_shared_evenly() -> None:
-    assert maj_at_k(4, 2, [2], 4) == 0.5
-    assert maj_at_k(6, 2, [2, 2], 6) == pytest.approx(1 / 3)
-
-
-@pytest.mark.claim("Pass@K of the first K")
-def test_samples_without_an_answer_do_not_vote() -> None:
-    assert maj_at_k(10, 1, [], 10) == 1.0
-    assert maj_at_k(10, 0, [], 10) == 0.0
-
-
-def test_a_consistent_majority_wins_more_often_with_more_votes() -> None:
-    curve = [maj_at_k(64, 30, [20, 10, 4], k) for k in (1, 4, 16, 64)]
-    assert curve == sorted(curve)
-    assert curve[-1] == 1.0
-
-
-def test_maj_at_k_never_exceeds_pass_at_k() -> None:
-    for k in (1, 2, 8, 32):
-        assert maj_at_k(32, 5, [4, 3, 1], k) <= pass_at_k(32, 5, k) + 1e-12
-
-
-def test_counts_that_exceed_the_samples_are_refused() -> None:
-    with pytest.raises(ValueError, match="do not fit"):
-        maj_at_k(4, 3, [2], 2)
-
-
-def test_the_interval_repeats_by_seed_and_holds_the_mean() -> None:
-    values = [0.0, 1.0] * 50
-    first = bootstrap_interval(values, resamples=500, seed=3)
-    assert first == bootstrap_interval(values, resamples=500, seed=3)
-    assert first.estimate == 0.5
-    # Normal approximation: 0.5 -+ 1.96 * 0.5 / sqrt(100) = 0.402 .. 0.598
-    assert first.low == pytest.approx(0.402, abs=0.02)
-    assert first.high == pytest.approx(0.598, abs=0.02)
-
-
-def test_equal_values_have_an_interval_of_no_width() -> None:
-    found = bootstrap_interval([1.0] * 10, resamples=100, seed=0)
-    assert (found.low, found.estimate, found.high) == (1.0, 1.0, 1.0)
-
-
-def test_an_interval_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="non-empty"):
-        bootstrap_interval([], resamples=100, seed=0)
 
 
 def test_each_tail_of_the_interval_leaves_out_half_of_what_is_not_confidence() -> None:
@@ -134,6 +93,11 @@ def test_another_seed_is_another_resampling(seed: int) -> None:
     means = [values[rng.integers(0, 17, 17)].mean() for _ in range(200)]
     found = bootstrap_interval(values, resamples=200, seed=seed)
     assert (found.low, found.high) == pytest.approx((np.percentile(means, 2.5), np.percentile(means, 97.5)))
+    narrow = share_interval(values, resamples=200, seed=seed, confidence=0.9)
+    assert narrow == bootstrap_interval(values, resamples=200, seed=seed, confidence=0.9)
+    assert found.estimate == pytest.approx(values.mean())
+    constant = bootstrap_interval([1.0] * 10, resamples=100, seed=seed)
+    assert (constant.low, constant.estimate, constant.high) == (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -161,24 +125,6 @@ def test_the_bound_at_the_edge_is_the_edge_itself(share: float) -> None:
         assert 0.0 <= found.low < found.high <= 1.0
 
 
-@pytest.mark.parametrize(("share", "n"), [(-0.1, 5), (1.1, 5), (0.5, 0)])
-def test_what_is_no_share_has_no_interval(share: float, n: int) -> None:
-    with pytest.raises(ValueError, match="share in"):
-        wilson_interval(share, n)
-
-
 @pytest.mark.parametrize("share", [0.0, 1.0, 0.5])
 def test_equal_shares_have_the_interval_of_that_many_trials(share: float) -> None:
     assert share_interval([share] * 12, resamples=100, seed=0) == wilson_interval(share, 12)
-
-
-def test_shares_that_differ_have_the_bootstrap_interval() -> None:
-    values = [0.0, 0.25, 1.0, 1.0]
-    found = share_interval(values, resamples=100, seed=3, confidence=0.9)
-    assert found == bootstrap_interval(values, resamples=100, seed=3, confidence=0.9)
-
-
-@pytest.mark.parametrize("values", [[0.5, 1.5], [-0.1, 0.5], [2.0, 2.0]])
-def test_values_that_are_no_shares_are_refused(values: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"shares in \[0, 1\]"):
-        share_interval(values, resamples=100, seed=0)

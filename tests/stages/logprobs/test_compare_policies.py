@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from pipeline.residency import evict
 from pipeline.store import Store
-from stages.logprobs import LogprobsConfig, compare_policies
-from stages.models import WEIGHTS, Checkpoint, copy_description, load_model, write_tensors
+from stages.logprobs import LogprobsConfig, compare_policies, score_reference
+from stages.models import Checkpoint, load_model
 from stages.tables import Rollouts
 from stages.training import AdamWConfig, TrainingConfig
 from stages.training.loop import publish, resident_engine
-from tests.stages.training.tiny import random_rows, tiny_checkpoint, update
+from tests.stages.tables import rollout_row
+from tests.stages.training.tiny import changed, random_rows, tiny_checkpoint, update
 
 
 def exact(**changes: Any) -> LogprobsConfig:
@@ -27,19 +27,8 @@ def exact(**changes: Any) -> LogprobsConfig:
 def output_rows(temperature: float = 0.7) -> list[dict[str, Any]]:
     """Seven outputs of uneven lengths, not in the order of their lengths."""
     return [
-        {
-            "question_id": f"q{number // 3}",
-            "sample": number % 3,
-            "prompt_ids": row.prompt_ids,
-            "output_ids": row.output_ids,
-            "logprobs": None,
-            "finish_reason": "stop",
-            "text": "",
-            "text_ends": [0] * len(row.output_ids),
-            "temperature": temperature,
-            "seed": 0,
-        }
-        for number, row in enumerate(random_rows(7))
+        rollout_row(f"q{n // 3}", n % 3, row.output_ids, row.prompt_ids, logprobs=None, temperature=temperature)
+        for n, row in enumerate(random_rows(7))
     ]
 
 
@@ -48,17 +37,6 @@ def trained(policy: Checkpoint) -> Checkpoint:
     engine = resident_engine(policy, exact().training)
     update(engine, random_rows(4, seed=1))
     return publish(engine)
-
-
-def changed(policy: Checkpoint, name: str, row: int, value: float) -> Checkpoint:
-    weights = load_file(policy.path / WEIGHTS)
-    weights[name][row] = value
-
-    def fill(folder: Any) -> None:
-        copy_description(policy.path, folder)
-        write_tensors(folder / WEIGHTS, weights)
-
-    return Checkpoint.write(fill)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -119,25 +97,23 @@ def test_the_policy_is_scored_by_the_engine_that_trains_it(store: Store) -> None
     assert warm == cold
 
 
-def test_outputs_of_two_temperatures_are_refused(store: Store) -> None:
-    policy, rows = tiny_checkpoint(), output_rows(0.5)
-    rows[3]["temperature"] = 1.0
-    with pytest.raises(ValueError, match=r"outputs of one temperature, found \[0.5, 1.0\]"):
-        compare_policies(policy, policy, Rollouts.write(rows), exact())
-
-
-def test_greedy_outputs_are_refused(store: Store) -> None:
-    policy = tiny_checkpoint()
-    with pytest.raises(ValueError, match="greedy outputs come from no distribution"):
-        compare_policies(policy, policy, Rollouts.write(output_rows(0.0)), exact())
-
-
 @pytest.mark.claim("NaN of the engine becomes 0")
 def test_a_logprob_that_is_not_finite_is_refused_by_its_row_and_policy(store: Store) -> None:
     # Untied, so that only rows that read token 25 meet its embedding.
     reference = tiny_checkpoint(tie_word_embeddings=False)
-    rows = [row | {"prompt_ids": [5, 6], "output_ids": [7, 8]} for row in output_rows()[:2]]
-    rows[1] |= {"output_ids": [25, 8]}
-    policy = changed(reference, "model.embed_tokens.weight", 25, math.nan)
-    with pytest.raises(ValueError, match=r"output \('q0', 1\): a log-probability under the policy is not finite"):
-        compare_policies(policy, reference, Rollouts.write(rows), exact())
+    outputs = Rollouts.write([rollout_row("q0", 0, [7, 8]), rollout_row("q0", 1, [25, 8])])
+    policy = changed(reference, lambda weights: weights["model.embed_tokens.weight"][25].fill_(math.nan))
+    with pytest.raises(ValueError, match=r"\('q0', 1\).* under the policy"):
+        compare_policies(policy, reference, outputs, exact())
+    with pytest.raises(ValueError, match=r"\('q0', 1\).* under the reference"):
+        score_reference(policy, outputs, exact())
+
+
+@pytest.mark.parametrize(("temperatures", "named"), [((0.5, 1.0), r"\[0.5, 1.0\]"), ((0.0, 0.0), "greedy")])
+def test_outputs_of_two_temperatures_and_greedy_ones_are_refused(
+    store: Store, temperatures: tuple[float, float], named: str
+) -> None:
+    policy = tiny_checkpoint()
+    outputs = Rollouts.write([rollout_row("q", n, [7], temperature=each) for n, each in enumerate(temperatures)])
+    with pytest.raises(ValueError, match=named):
+        compare_policies(policy, policy, outputs, exact())

@@ -1,4 +1,4 @@
-"""The reference in a pass of its own: the values the update would compute, the same policies from either, nothing beside it."""
+"""The reference in a pass of its own: the values that the update would compute, and the same policies from either."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from stages.logprobs import LogprobsConfig, compare_policies, score_reference
 from stages.models import WEIGHTS, Checkpoint
 from stages.tables import Advantages, ReferenceLogprobs, Rollouts
 from stages.update import DPOConfig, GRPOConfig, UpdateConfig, update_policy
-from tests.stages.logprobs.test_compare_policies import changed, exact, output_rows, trained
+from tests.stages.logprobs.test_compare_policies import exact, output_rows, trained
+from tests.stages.tables import advantage_row
 from tests.stages.training.tiny import tiny_checkpoint
-from tests.stages.update.test_examples import advantage_row
 
 SLOW = pytest.mark.slow
 
@@ -67,20 +67,18 @@ def twin(policy: Checkpoint) -> Checkpoint:
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=SLOW), "bf16"])
-def test_values_are_bit_for_bit_those_of_a_comparison_beside_the_policy(store: Store, precision: str) -> None:
+def test_values_are_bit_for_bit_those_of_a_comparison_with_the_policy(store: Store, precision: str) -> None:
     reference, outputs = tiny_checkpoint(), Rollouts.write(output_rows())
     how = exact(training=exact().training.override({"precision": precision}), micro_batch_tokens=30)
-    beside = compare_policies(trained(reference), reference, outputs, how).rows()
+    inline = compare_policies(trained(reference), reference, outputs, how).rows()
     alone = score_reference(reference, outputs, how).rows()
     assert [(row["question_id"], row["sample"]) for row in alone] == [(f"q{n // 3}", n % 3) for n in range(7)]
-    assert [row["reference"] for row in alone] == [row["reference"] for row in beside]
+    assert [row["reference"] for row in alone] == [row["reference"] for row in inline]
 
 
 @pytest.mark.claim("a reference of another time or precision")
 @pytest.mark.parametrize("tokens", [pytest.param(16384, marks=SLOW), 30])
-def test_three_updates_come_to_the_same_bits_with_the_reference_beside_them_or_before(
-    store: Store, tokens: int
-) -> None:
+def test_three_updates_come_to_the_same_bits_with_the_reference_inside_or_before(store: Store, tokens: int) -> None:
     config = update_config(micro_batch_tokens=tokens)
     inline = three_updates(tiny_checkpoint(), config, advantages(), staged=False)
     staged = three_updates(tiny_checkpoint(), config, advantages(), staged=True)
@@ -109,9 +107,9 @@ def test_an_equal_reference_has_a_kl_of_exactly_zero_however_it_is_asked(store: 
     config = config.override({"training.optimizer.learning_rate": 1e-30})
     equal = twin(policy)
     own = update_policy(policy, policy, outputs, advantages(), config, seed=0)
-    beside = update_policy(policy, equal, outputs, advantages(), config, seed=0)
-    assert own.metrics["policy/kl"] == beside.metrics["policy/kl"] == 0.0
-    assert own == beside
+    inline = update_policy(policy, equal, outputs, advantages(), config, seed=0)
+    assert own.metrics["policy/kl"] == inline.metrics["policy/kl"] == 0.0
+    assert own == inline
     if not changes.get("mini_batches"):
         before = update_policy(
             policy, score_reference(equal, outputs, pass_config(config)), outputs, advantages(), config, seed=0
@@ -167,11 +165,3 @@ def test_values_of_other_outputs_are_refused_by_row(store: Store) -> None:
         ValueError, match=rf"\('q0', 1\): expected {length} reference log-probabilities, .* found {length + 1}"
     ):
         update_policy(policy, ReferenceLogprobs.write(scored), outputs, advantages(), config, seed=0)
-
-
-def test_a_value_that_is_not_finite_is_refused_by_its_row(store: Store) -> None:
-    rows = [row | {"prompt_ids": [5, 6], "output_ids": [7, 8]} for row in output_rows()[:2]]
-    rows[1] |= {"output_ids": [25, 8]}
-    reference = changed(tiny_checkpoint(tie_word_embeddings=False), "model.embed_tokens.weight", 25, float("nan"))
-    with pytest.raises(ValueError, match=r"output \('q0', 1\): a log-probability under the reference is not finite"):
-        score_reference(reference, Rollouts.write(rows), exact())

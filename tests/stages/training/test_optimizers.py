@@ -62,7 +62,7 @@ def test_muon_moves_matrices_as_the_library_does_and_the_rest_as_adamw() -> None
 
 def test_state_is_named_by_parameter_and_slot() -> None:
     model = tiny_model()
-    optimizer = build_optimizer(model, MuonConfig())
+    optimizer = build_optimizer(model, MuonConfig(learning_rate=3e-3, rest=AdamWConfig(learning_rate=1e-3)))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -70,12 +70,8 @@ def test_state_is_named_by_parameter_and_slot() -> None:
     assert "model.layers.1.mlp.up_proj.weight/momentum_buffer" in state
     assert state["model.norm.weight/step"].item() == 1
     assert {key.rsplit("/", 1)[1] for key in state} == {"momentum_buffer", "step", "exp_avg", "exp_avg_sq"}
-
-
-def test_every_group_keeps_its_own_rate_under_one_factor() -> None:
-    optimizer = build_optimizer(tiny_model(), MuonConfig(learning_rate=3e-3, rest=AdamWConfig(learning_rate=1e-3)))
-    assert set_learning_rate(optimizer, 0.5) == pytest.approx(1.5e-3)
-    assert set_learning_rate(optimizer, 0.1) == pytest.approx(3e-4)
+    # Every group keeps its own rate under one factor.
+    assert [set_learning_rate(optimizer, factor) for factor in (0.5, 0.1)] == pytest.approx([1.5e-3, 3e-4])
     assert optimizer.param_groups[1]["lr"] == pytest.approx(1e-4)
 
 
@@ -100,34 +96,24 @@ def test_weight_decay_spares_norms_and_biases_unless_asked(kind: str, decayed: A
     for name, tensor in model.named_parameters():
         kept = name in muon or any(part in name for part in spared)
         assert tensor.detach().allclose(before[name] * (1.0 if kept else 0.9)), name
-    assert any("norm" in name for name in before)
-    assert any(name.endswith("bias") for name in before)
-
-
-def test_an_adapter_decays_and_has_one_group() -> None:
-    factors = torch.nn.ParameterList([torch.ones(4, 2), torch.ones(2, 4)])
-    optimizer = build_optimizer(factors, AdamWConfig(weight_decay=0.1))
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1]
-
-
-def test_what_decays_cannot_be_chosen_where_nothing_does() -> None:
-    with pytest.raises(ValueError, match="decayed: without weight_decay nothing decays"):
-        AdamWConfig(decayed="all")
+    assert {name.rsplit(".", 1)[-1] for name in before} == {"weight", "bias"}
+    factors = torch.nn.ParameterList([torch.ones(4, 2), torch.ones(2, 4)])  # an adapter's, all of which decay
+    groups = build_optimizer(factors, AdamWConfig(weight_decay=0.1)).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1]
 
 
 @pytest.mark.claim("a schedule that decays by default")
-def test_warm_up_rises_to_the_full_rate_in_as_many_updates_as_it_has() -> None:
-    config = TrainingConfig(warmup_steps=4)
-    assert [learning_rate_factor(updates, config) for updates in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-
-
-def test_without_warm_up_the_first_update_has_the_full_rate() -> None:
-    assert learning_rate_factor(0, TrainingConfig()) == 1.0
-
-
-def test_the_linear_schedule_falls_to_zero_at_its_end() -> None:
-    config = TrainingConfig(warmup_steps=2, schedule="linear", total_steps=6)
-    assert [learning_rate_factor(u, config) for u in range(8)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+@pytest.mark.parametrize(
+    ("settings", "factors"),
+    [
+        ({"warmup_steps": 4}, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]),
+        ({}, [1.0, 1.0]),
+        ({"warmup_steps": 2, "schedule": "linear", "total_steps": 6}, [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]),
+    ],
+)
+def test_warm_up_rises_to_the_full_rate_in_as_many_updates_as_it_has(settings: Any, factors: list[float]) -> None:
+    """And the linear schedule then falls to zero at its end."""
+    assert [learning_rate_factor(updates, TrainingConfig(**settings)) for updates in range(len(factors))] == factors
 
 
 @pytest.mark.parametrize(
@@ -137,6 +123,7 @@ def test_the_linear_schedule_falls_to_zero_at_its_end() -> None:
         ({"optimizer": {"kind": "muon"}, "engine": {"kind": "deepspeed", "zero_stage": 2}}, "zero_stage 0"),
         ({"engine": {"kind": "deepspeed", "zero_stage": 4}}, "zero_stage"),
         ({"max_gradient_norm": 1.0}, "max_grad_norm"),
+        ({"optimizer": {"kind": "adamw", "decayed": "all"}}, "decayed"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_with_what_to_change(changes: dict[str, object], message: str) -> None:
@@ -162,7 +149,7 @@ def test_state_of_another_optimizer_is_refused_unless_reset(store: Store) -> Non
     engine = TorchEngine(tiny_checkpoint(), config())
     update(engine, ROWS)
     trained = publish(engine)
-    with pytest.raises(ValueError, match=r"state of adamw, the config asks for muon; set .*optimizer_state=reset_once"):
+    with pytest.raises(ValueError, match=r"adamw, .* muon; .*optimizer_state=reset_once"):
         TorchEngine(trained, config(optimizer=MuonConfig()))
     muon = config(optimizer=MuonConfig(learning_rate=1e-2), optimizer_state="reset_once")
     fresh = TorchEngine(trained, muon)
@@ -212,6 +199,9 @@ def test_none_forgets_moments_keeps_counters_and_writes_no_state(store: Store) -
     assert not any((checkpoint.path / OPTIMIZER).exists() for checkpoint in made)
     # Warm-up goes on: the fourth of four updates has the whole rate.
     assert update(TorchEngine(made[-1], config(optimizer_state="none")), ROWS).learning_rate == pytest.approx(0.01)
+    # And `carry` takes up a checkpoint without moments.
+    carried = after(made[-1], config(), 1)[-1]
+    assert (moments(carried), load_trainer_state(carried)["updates"]) == (1, 4)
 
 
 def test_none_in_a_resident_engine_is_none_in_a_fresh_one(store: Store) -> None:
@@ -222,12 +212,6 @@ def test_none_in_a_resident_engine_is_none_in_a_fresh_one(store: Store) -> None:
         update(engine, ROWS)
         resident_ones.append(publish(engine))
     assert resident_ones[1:] == after(start, how, 3)
-
-
-def test_carry_takes_up_a_checkpoint_without_moments(store: Store) -> None:
-    none = after(tiny_checkpoint(), config(optimizer_state="none"), 2)[-1]
-    carried = after(none, config(), 1)[-1]
-    assert (moments(carried), load_trainer_state(carried)["updates"]) == (1, 3)
 
 
 def broken(engine: TorchEngine, how: str) -> None:
@@ -247,16 +231,16 @@ def broken(engine: TorchEngine, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "cause"),
     [
-        ("weights", r"weights are not finite \(model.embed_tokens.weight\); go on from an earlier checkpoint"),
-        ("loss", "the loss of 1 micro-batches is not finite"),
-        ("gradient", r"the loss is finite and the gradient of .*weight is not; lower the learning rate"),
+        ("weights", r"weights .*\(model.embed_tokens.weight\)"),
+        ("loss", "the loss of 1 micro-batches"),
+        ("gradient", r"the gradient of .*weight"),
     ],
 )
 def test_repeated_gradients_that_are_not_finite_stop_and_say_why(store: Store, how: str, cause: str) -> None:
     engine = TorchEngine(tiny_checkpoint(), config(max_skipped_steps=2))
     for _ in range(2):
         broken(engine, how)
-    with pytest.raises(GradientError, match=rf"3 steps in a row were skipped.*max_skipped_steps=2\): {cause}"):
+    with pytest.raises(GradientError, match=rf"^3 steps .*max_skipped_steps=2.*{cause}"):
         broken(engine, how)
 
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
-from stages.models import Checkpoint, save
+from stages.models import WEIGHTS, Checkpoint, copy_description, save, write_tensors
 from stages.training.batching import Row, micro_batches
 from stages.training.engine import Engine, StepReport
 from stages.training.forward import completion_logprobs
+from stages.training.loop import publish
 
 VOCABULARY = 26
 
 
-def tiny_model(**settings: Any) -> Any:
-    """A Qwen2 of 2 layers, hidden 32, seeded."""
+def tiny_model(architecture: str = "qwen2", *, seed: int = 0, **settings: Any) -> Any:
+    """Two layers, hidden size 32, random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     description = AutoConfig.for_model(
-        "qwen2",
+        architecture,
         **{
             "vocab_size": VOCABULARY,
             "hidden_size": 32,
@@ -34,7 +38,7 @@ def tiny_model(**settings: Any) -> Any:
         },
     )
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(description, attn_implementation="eager").eval()
 
 
@@ -48,10 +52,26 @@ def tiny_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="1", pad_token="2")
 
 
-def tiny_checkpoint(**settings: Any) -> Checkpoint:
+def tiny_checkpoint(architecture: str = "qwen2", **settings: Any) -> Checkpoint:
     """The tiny model as a checkpoint in the current store."""
-    model, tokenizer = tiny_model(**settings), tiny_tokenizer()
-    return Checkpoint.write(lambda folder: save(folder, model, tokenizer))
+    return saved(tiny_model(architecture, **settings))
+
+
+def saved(model: Any) -> Checkpoint:
+    """A model as a checkpoint in the current store, with the tokenizer of the tests."""
+    return Checkpoint.write(lambda folder: save(folder, model, tiny_tokenizer()))
+
+
+def changed(checkpoint: Checkpoint, change: Callable[[dict[str, torch.Tensor]], None]) -> Checkpoint:
+    """The checkpoint with weights that `change` has overwritten, without an optimizer's state."""
+    weights = load_file(checkpoint.path / WEIGHTS)
+    change(weights)
+
+    def fill(folder: Path) -> None:
+        copy_description(checkpoint.path, folder)
+        write_tensors(folder / WEIGHTS, weights)
+
+    return Checkpoint.write(fill)
 
 
 def random_rows(count: int, seed: int = 0) -> list[Row]:
@@ -72,6 +92,38 @@ def accumulate(engine: Engine, rows: list[Row], *, max_tokens: int = 40, weight:
         with engine.autocast():
             scored = completion_logprobs(engine.model, batch.to(engine.device))
         engine.backward(-weight * scored.logp_BO.sum() / targets, last=number == len(batches) - 1)
+
+
+def continued(engine: Engine, start_anew: Callable[[Checkpoint], Engine], rows: list[Row]) -> list[Checkpoint]:
+    """What four updates end in: without a stop, in an engine made from the second's checkpoint, and in the first, reloaded."""
+    update(engine, rows)
+    update(engine, rows)
+    middle = publish(engine)
+    update(engine, rows)
+    update(engine, rows)
+    ends = [publish(engine)]
+    anew = start_anew(middle)
+    assert publish(anew) == middle  # the same files
+    engine.load(middle)  # in place, over a state that went on
+    for again in (anew, engine):
+        update(again, rows)
+        update(again, rows)
+        ends.append(publish(again))
+    return ends
+
+
+def assert_close(found: Checkpoint, expected: Checkpoint, *files: str, exact: float = 1e-6) -> None:
+    """Compare the tensors of files of two checkpoints (weights, unless others are named), relative to their norms.
+
+    Softmax does not see what is added to all keys: the gradient of a key bias is 0 up to rounding, and AdamW divides rounding
+    by its own size. It is compared with the size of the steps instead.
+    """
+    for file in files or (WEIGHTS,):
+        ours, theirs = load_file(found.path / file), load_file(expected.path / file)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            limit = 3e-3 if "k_proj.bias" in name else exact * theirs[name].norm()
+            assert (tensor - theirs[name]).norm() <= limit, (file, name)
 
 
 def update(engine: Engine, rows: list[Row], **options: Any) -> StepReport:

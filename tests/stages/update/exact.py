@@ -1,4 +1,4 @@
-"""The trainer's own step in float64, with the gradient laid open, beside the definition it is held against."""
+"""The trainer's own step in float64, its gradient kept, and the definition that it is compared with."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from stages.models import Checkpoint
 from stages.training.engine import StepReport
 from stages.training.loop import optimizer_step
 from stages.update.config import UpdateConfig
@@ -41,30 +39,18 @@ class ExactEngine:
         self.gradient: Tensor | None = None
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """None is needed."""
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate."""
         torch.autograd.backward(loss)
 
     def step(self, *, factor: float = 1.0) -> StepReport:
-        """Lay the gradient open."""
         self.gradient = gradient_of(self.model)
         self.model.zero_grad()
         return StepReport(float(self.gradient.norm()), 0.0, skipped=False)
 
     def total(self, value: float) -> float:
-        """There is one rank."""
         return value
-
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Never asked for."""
-        raise NotImplementedError
-
-    def save(self, folder: Path, *, optimizer: bool = True) -> None:
-        """Never asked for."""
-        raise NotImplementedError
 
 
 class Rank(ExactEngine):
@@ -76,7 +62,6 @@ class Rank(ExactEngine):
         self._shares, self._barrier = shares, barrier
 
     def total(self, value: float) -> float:
-        """The sum of what all ranks say in this round."""
         self._shares[self.rank] = value
         self._barrier.wait(timeout=60)
         summed = sum(self._shares)

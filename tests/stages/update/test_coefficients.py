@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +77,17 @@ def test_sft_has_coefficient_one() -> None:
     assert relative(found, defined_gradient(given, lambda _, logp: coefficients.sft(logp))) < EXACT
 
 
+def grpo_coefficient(reference: Any, beta: float, temperature: float = 1.0) -> Callable[[Example, Tensor], Tensor]:
+    """Eq. 21, with log pi_ref by one forward a row."""
+
+    def coefficient(example: Example, logp: Tensor) -> Tensor:
+        with torch.no_grad():
+            ref = logprobs(reference, example, temperature)
+        return coefficients.grpo(own(example, logp), logp, ref, beta=beta)
+
+    return coefficient
+
+
 @pytest.mark.claim("Eq. 8-10", "RFT", "Online RFT", "Eq. 5")
 @pytest.mark.parametrize("objective", [RFTConfig(), OnlineRFTConfig()])
 def test_rft_and_online_rft_have_coefficient_one_where_the_answer_is_right_over_all_outputs(
@@ -98,7 +112,6 @@ def test_dpo_has_the_coefficient_of_eq_14_times_beta_on_means_of_log_ratios() ->
     gc_P = coefficients.dpo(m[0::2], m[1::2], beta=beta)
 
     def gc(example: Example, logp: Tensor) -> Tensor:
-        assert example.pair is not None
         return gc_P[example.pair] * example.advantage[0] * torch.ones_like(logp)
 
     # The mean is over pairs, half as many as outputs; the paper's coefficient lacks the factor beta.
@@ -118,51 +131,26 @@ def test_ppo_has_the_advantage_of_each_token_its_critic_detached() -> None:
 def test_grpo_has_the_coefficient_of_eq_21(beta: float) -> None:
     given, reference = examples("tokens"), policy_model(1)
     found, _ = trained_gradient(given, update(GRPOConfig(beta=beta)), reference=reference)
-
-    def gc(example: Example, logp: Tensor) -> Tensor:
-        with torch.no_grad():
-            ref = logprobs(reference, example)
-        return coefficients.grpo(own(example, logp), logp, ref, beta=beta)
-
-    assert relative(found, defined_gradient(given, gc)) < EXACT
+    assert relative(found, defined_gradient(given, grpo_coefficient(reference, beta))) < EXACT
 
 
 @pytest.mark.claim("sampled at T, scored at 1")
 def test_the_temperature_divides_the_logits_of_policy_and_reference() -> None:
     given, reference = examples("tokens"), policy_model(1)
     found, _ = trained_gradient(given, update(GRPOConfig(beta=1.0)), reference=reference, temperature=0.7)
-
-    def gc(example: Example, logp: Tensor) -> Tensor:
-        with torch.no_grad():
-            ref = logprobs(reference, example, 0.7)
-        return coefficients.grpo(own(example, logp), logp, ref, beta=1.0)
-
-    assert relative(found, defined_gradient(given, gc, temperature=0.7)) < EXACT
-
-
-@pytest.mark.claim("equal groups that lose their KL term")
-def test_degenerate_groups_have_exactly_no_policy_gradient() -> None:
-    given = [
-        Example(e.question_id, e.prompt_ids, e.output_ids, (0.0,) * len(e.output_ids), 1.0) for e in examples("ones")
-    ]
-    found, _ = trained_gradient(given, update(GRPOConfig(beta=0.0)))
-    assert not found.any()
+    expected = defined_gradient(given, grpo_coefficient(reference, 1.0, 0.7), temperature=0.7)
+    assert relative(found, expected) < EXACT
 
 
 @pytest.mark.claim("equal groups that lose their KL term")
 def test_degenerate_groups_keep_the_gradient_of_their_kl_term() -> None:
-    given = [
-        Example(e.question_id, e.prompt_ids, e.output_ids, (0.0,) * len(e.output_ids), 1.0) for e in examples("ones")
-    ]
+    """And have exactly none without it."""
+    given = [dataclasses.replace(e, advantage=(0.0,) * len(e.output_ids)) for e in examples("ones")]
     reference = policy_model(1)
     found, _ = trained_gradient(given, update(GRPOConfig(beta=0.04)), reference=reference)
-
-    def gc(example: Example, logp: Tensor) -> Tensor:
-        with torch.no_grad():
-            return coefficients.grpo(torch.zeros_like(logp), logp, logprobs(reference, example), beta=0.04)
-
     assert found.norm() > 0
-    assert relative(found, defined_gradient(given, gc)) < EXACT
+    assert relative(found, defined_gradient(given, grpo_coefficient(reference, 0.04))) < EXACT
+    assert not trained_gradient(given, update(GRPOConfig(beta=0.0)))[0].any()
 
 
 TOKENS = sum(len(row.output_ids) for row in ROWS)

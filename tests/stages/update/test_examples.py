@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 
@@ -13,33 +12,15 @@ from stages.tables import Advantages, Rollouts
 from stages.training.batching import deal
 from stages.update.loss import Example, drop_idle
 from stages.update.stage import join, merge_equal, pair_up
+from tests.stages.tables import advantage_row, rollout_row
 
 
 def outputs_of(*rows: tuple[str, int, list[int]]) -> Rollouts:
     return Rollouts.write([rollout_row(question, sample, ids) for question, sample, ids in rows])
 
 
-def rollout_row(question: str, sample: int, ids: list[int]) -> dict[str, Any]:
-    return {
-        "question_id": question,
-        "sample": sample,
-        "prompt_ids": [1, 2],
-        "output_ids": ids,
-        "logprobs": [-1.0] * len(ids),
-        "finish_reason": "stop",
-        "text": "",
-        "text_ends": [0] * len(ids),
-        "temperature": 1.0,
-        "seed": 0,
-    }
-
-
 def advantages_of(*rows: tuple[str, int, list[float] | None]) -> Advantages:
     return Advantages.write([advantage_row(q, s, a) for q, s, a in rows])
-
-
-def advantage_row(question: str, sample: int, advantage: list[float] | None, pair: int | None = None) -> dict[str, Any]:
-    return {"question_id": question, "sample": sample, "advantage": advantage, "returns": None, "pair": pair}
 
 
 def example(question: str, ids: tuple[int, ...], advantage: float, weight: float = 1.0) -> Example:
@@ -56,50 +37,22 @@ def test_advantages_are_joined_by_key_whatever_their_order(store: Store) -> None
 def test_a_masked_row_takes_no_part(store: Store) -> None:
     joined = join(outputs_of(("a", 0, [5]), ("a", 1, [6])), advantages_of(("a", 0, None), ("a", 1, [1.0])))
     assert [e.output_ids for e in joined] == [(6,)]
-
-
-def test_advantages_of_other_rollouts_are_refused_by_key(store: Store) -> None:
-    with pytest.raises(JoinError) as refused:
-        join(outputs_of(("a", 1, [5])), advantages_of(("a", 0, [1.0])))
-    assert (refused.value.table, refused.value.missing) == ("advantages", ("a", 1))
-
-
-def test_advantages_of_another_length_are_refused(store: Store) -> None:
-    with pytest.raises(ValueError, match=r"\('a', 0\).*expected 2 advantages.* found 1"):
-        join(outputs_of(("a", 0, [5, 6])), advantages_of(("a", 0, [1.0])))
-
-
-def test_nothing_is_left_where_every_row_is_masked(store: Store) -> None:
     assert join(outputs_of(("a", 0, [5])), advantages_of(("a", 0, None))) == []
     assert deal([], mini_batches=3, seed=0) == [[], [], []]
 
 
 def test_equal_outputs_merge_within_a_question_only() -> None:
-    rows = [example("a", (5,), 1.0), example("b", (5,), 1.0), example("a", (5,), 1.0), example("a", (6,), 1.0)]
-    assert merge_equal(rows) == [
-        example("a", (5,), 1.0, weight=2.0),
-        example("b", (5,), 1.0),
-        example("a", (6,), 1.0),
+    same, elsewhere = example("a", (5,), 1.0, weight=3.0), example("b", (5,), 1.0, weight=3.0)
+    others = [example("a", (6,), 1.0), example("a", (5,), 0.5)]  # another output, another advantage
+    assert merge_equal([same, elsewhere, same, *others]) == [
+        example("a", (5,), 1.0, weight=6.0),
+        elsewhere,
+        *others,
     ]
 
 
-def test_equal_outputs_of_different_advantage_stay_apart() -> None:
-    rows = [example("a", (5,), 1.0), example("a", (5,), 0.5)]
-    assert merge_equal(rows) == rows
-
-
-def test_only_rows_of_zero_advantage_are_idle() -> None:
-    rows = [example("a", (5,), 0.0), example("a", (6,), -0.1)]
-    assert drop_idle(rows) == rows[1:]
-
-
-def test_a_row_that_stands_for_several_brings_their_weight_into_a_merger() -> None:
-    rows = [example("a", (5,), 1.0, weight=3.0), example("a", (5,), 1.0, weight=3.0), example("a", (6,), 1.0)]
-    assert [merged.weight for merged in merge_equal(rows)] == [6.0, 1.0]
-
-
-@pytest.mark.parametrize("advantage", [(0.0, 1.0), (-1.0, 0.0), (1.0, 1.0)])
-def test_a_row_with_one_advantage_that_is_not_zero_is_not_idle(advantage: tuple[float, ...]) -> None:
+@pytest.mark.parametrize("advantage", [(0.0, 1.0), (-0.1, 0.0), (1.0, 1.0)])
+def test_only_rows_of_zero_advantage_are_idle(advantage: tuple[float, ...]) -> None:
     row = dataclasses.replace(example("a", (5, 6), 0.0), advantage=advantage)
     assert drop_idle([row, dataclasses.replace(row, advantage=(0.0, 0.0))]) == [row]
 
@@ -119,38 +72,33 @@ def test_mini_batches_hold_whole_groups_and_every_example_once() -> None:
     assert questions[0].isdisjoint(questions[1])
     assert sorted(map(repr, hands[0] + hands[1])) == sorted(map(repr, rows))
     assert sorted(map(len, questions)) == [2, 3]
+    assert deal(rows[:3], mini_batches=3, seed=0) == [rows[:3], [], []]  # more than there are questions
 
 
-def test_more_mini_batches_than_questions_leave_the_last_ones_empty() -> None:
-    rows = [example("a", (5,), 1.0), example("a", (6,), 1.0)]
-    assert deal(rows, mini_batches=3, seed=0) == [rows, [], []]
-
-
-def test_advantages_without_an_output_are_refused_by_key(store: Store) -> None:
+def test_advantages_that_do_not_fit_the_outputs_are_refused_by_key(store: Store) -> None:
+    outputs = outputs_of(("a", 0, [5]))
     with pytest.raises(JoinError) as refused:
-        join(outputs_of(("a", 0, [5])), advantages_of(("a", 0, [1.0]), ("a", 1, [1.0])))
-    assert (refused.value.missing, refused.value.extra) == (None, ("a", 1))
+        join(outputs, advantages_of(("a", 0, [1.0]), ("a", 1, [1.0])))
+    assert (refused.value.table, refused.value.missing, refused.value.extra) == ("advantages", None, ("a", 1))
+    with pytest.raises(ValueError, match=r"\('a', 0\).* 1 .* 2$"):
+        join(outputs, advantages_of(("a", 0, [1.0, 1.0])))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_an_advantage_that_is_not_finite_is_refused_by_row_and_token(store: Store, bad: float) -> None:
-    with pytest.raises(ValueError, match=r"output \('a', 1\): advantages must be finite, found (nan|inf) at token 1"):
+    with pytest.raises(ValueError, match=rf"\('a', 1\).* {bad} at token 1"):
         join(outputs_of(("a", 0, [5]), ("a", 1, [6, 7])), advantages_of(("a", 0, [1.0]), ("a", 1, [1.0, bad])))
 
 
 @pytest.mark.claim("NaN of the engine becomes 0")
-@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
-def test_a_rollout_logprob_that_is_not_finite_is_refused_where_it_is_read(store: Store, bad: float) -> None:
-    outputs = Rollouts.write([rollout_row("a", 0, [5]) | {"logprobs": [bad]}])
-    assert len(join(outputs, advantages_of(("a", 0, [1.0])))) == 1
-    with pytest.raises(ValueError, match=r"output \('a', 0\): rollout log-probabilities must be finite"):
-        join(outputs, advantages_of(("a", 0, [1.0])), with_logprobs=True)
-
-
-def test_outputs_that_no_engine_sampled_have_no_logprobs_to_read(store: Store) -> None:
-    outputs = Rollouts.write([rollout_row("a", 0, [5]) | {"logprobs": None}])
-    with pytest.raises(ValueError, match=r"output \('a', 0\) has no rollout log-probabilities"):
-        join(outputs, advantages_of(("a", 0, [1.0])), with_logprobs=True)
+@pytest.mark.parametrize("bad", [[float("nan")], [float("-inf")], None])
+def test_a_rollout_logprob_that_is_not_finite_is_refused_where_it_is_read(
+    store: Store, bad: list[float] | None
+) -> None:
+    outputs, advantages = Rollouts.write([rollout_row("a", 0, [5], logprobs=bad)]), advantages_of(("a", 0, [1.0]))
+    assert len(join(outputs, advantages)) == 1
+    with pytest.raises(ValueError, match=r"\('a', 0\).*rollout log-probabilities"):
+        join(outputs, advantages, with_logprobs=True)
 
 
 def preference(pair: int | None, sign: float) -> Example:
@@ -167,10 +115,10 @@ def test_the_two_of_a_pair_stand_side_by_side_the_preferred_first() -> None:
     [[preference(0, 1.0)], [preference(0, 1.0), preference(0, 1.0)], [preference(0, 0.5), preference(0, -1.0)]],
 )
 def test_a_pair_is_one_preferred_and_one_other_output(members: list[Example]) -> None:
-    with pytest.raises(ValueError, match="pair 0: expected one output with advantage 1 and one with -1"):
+    with pytest.raises(ValueError, match="pair 0"):
         pair_up(members)
 
 
 def test_a_preference_objective_needs_pairs() -> None:
-    with pytest.raises(ValueError, match=r"belongs to no pair.*advantage.kind=pairs"):
+    with pytest.raises(ValueError, match="pairs"):
         pair_up([preference(None, 1.0)])

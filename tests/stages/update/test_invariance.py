@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from pipeline.residency import evict
 from pipeline.store import Store
 from stages.models import load_model
-from stages.tables import Advantages, Rollouts
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, TrainingConfig
 from stages.update import (
     CISPOConfig,
@@ -38,7 +37,7 @@ from stages.update.loss import Example
 from tests.stages.training.tiny import tiny_checkpoint
 from tests.stages.update.exact import policy_model, relative, trained_gradient
 from tests.stages.update.test_coefficients import examples
-from tests.stages.update.test_examples import advantage_row, rollout_row
+from tests.stages.update.test_update import exploration
 
 OBJECTIVES: dict[str, tuple[ObjectiveConfig, str]] = {
     "grpo": (GRPOConfig(beta=0.5), "tokens"),
@@ -62,7 +61,7 @@ def gradient(objective: ObjectiveConfig, given: Sequence[Example], tokens: int =
     return trained_gradient(given, config, reference=policy_model(1), old=policy_model(2))[0]
 
 
-@pytest.mark.claim("means of micro-batch means", "Eq. 5")
+@pytest.mark.claim("means of micro-batch means", "Eq. 5", "a gradient that depends on order or padding")
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_micro_batches_of_any_size_give_one_gradient(name: str) -> None:
     objective, kind = OBJECTIVES[name]
@@ -92,21 +91,6 @@ def test_rows_in_any_order_give_one_gradient(name: str) -> None:
     assert relative(gradient(objective, shuffled), gradient(objective, given)) < 1e-12
 
 
-@pytest.mark.claim("a gradient that depends on order or padding")
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_longer_row_beside_it_does_not_change_a_rows_part(name: str) -> None:
-    """Padding: the gradient of a batch is the sum of what its rows give alone, each with the batch's denominator."""
-    objective, kind = OBJECTIVES[name]
-    given = examples(kind)
-    size = 2 if kind == "pairs" else 1
-    alone = gradient(
-        objective, given, tokens=1
-    )  # every row (or pair) a micro-batch of its own: nothing is padded but a pair
-    together = gradient(objective, given, tokens=10_000)
-    assert len(given) > size
-    assert relative(together, alone) < 1e-12
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_logits_in_chunks_give_one_gradient_loss_and_entropy(name: str, temperature: float) -> None:
@@ -130,20 +114,6 @@ def test_logits_in_chunks_give_one_gradient_loss_and_entropy(name: str, temperat
         chunked, found = step(rows * VOCABULARY)
         assert relative(chunked, whole) < 1e-12
         assert found == pytest.approx(numbers, rel=1e-12, abs=1e-14)
-
-
-def exploration() -> tuple[Rollouts, Advantages]:
-    """Three questions of four outputs of 1 to 9 tokens."""
-    rng = random.Random(2)
-    rows: list[dict[str, Any]] = []
-    advantages: list[dict[str, Any]] = []
-    for question in range(3):
-        prompt = [rng.randrange(3, 26) for _ in range(2 + question)]
-        for sample in range(4):
-            ids = [rng.randrange(3, 26) for _ in range(rng.randint(1, 9))]
-            rows.append(rollout_row(f"q{question}", sample, ids) | {"prompt_ids": prompt})
-            advantages.append(advantage_row(f"q{question}", sample, [[1.5, -0.5, -0.5, -0.5][sample]] * len(ids)))
-    return Rollouts.write(rows), Advantages.write(advantages)
 
 
 def stage_gradient(
@@ -175,17 +145,10 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
     return relative(*(torch.cat([g.flatten() for g in side.values()]) for side in (found, expected)))
 
 
-@pytest.mark.claim("a gradient that depends on order or padding")
-@pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_deepspeed_at_every_zero_stage_has_the_gradient_of_plain_torch(store: Store, zero_stage: Any) -> None:
-    plain = stage_gradient({"kind": "torch"}, micro_batch_tokens=60)
-    assert distance(stage_gradient(DeepSpeedEngineConfig(zero_stage=zero_stage), micro_batch_tokens=60), plain) < 1e-6
-
-
 ZERO = [(stage, again) for stage in (0, 1, 2, 3) for again in (False, True)]
 
 
+@pytest.mark.claim("a gradient that depends on order or padding")
 @pytest.mark.parametrize(
     ("zero_stage", "checkpointing"),
     [
@@ -203,11 +166,3 @@ def test_chunks_and_recomputed_activations_have_the_gradient_of_neither(
         engine, max_logits=3 * VOCABULARY, activation_checkpointing=checkpointing, micro_batch_tokens=60
     )
     assert distance(found, plain) < 1e-6
-
-
-@pytest.mark.claim("a gradient that depends on order or padding")
-@pytest.mark.slow
-def test_gradient_accumulation_in_fp32_changes_the_last_bits_only(store: Store) -> None:
-    whole = stage_gradient({"kind": "torch"}, micro_batch_tokens=10_000)
-    for tokens in (1, 24, 60):
-        assert distance(stage_gradient({"kind": "torch"}, micro_batch_tokens=tokens), whole) < 1e-6

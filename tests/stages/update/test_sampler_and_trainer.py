@@ -3,42 +3,27 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from pipeline.store import Store
-from stages.models import Checkpoint, load_tokenizer, save
+from stages.models import Checkpoint, load_tokenizer
 from stages.rollout import HFBackendConfig, RolloutConfig, rollout
-from stages.tables import Advantages, Questions, Rollouts
-from stages.text import CharacterTokenizerConfig, PromptConfig, build_tokenizer
+from stages.tables import Advantages, Rollouts
+from stages.text import PromptConfig
 from stages.training import AdamWConfig, TrainingConfig
 from stages.update import GRPOConfig, UpdateConfig, update_policy
-from tests.stages.update.test_examples import advantage_row
+from tests.stages.rollout.policies import questions, tiny_policy
+from tests.stages.tables import advantage_row
 
 PADDED = 7
 """Rows of the embedding behind the tokenizer's last id, as models of others have them."""
 
 
-def policy_with_padded_rows() -> Checkpoint:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    tokenizer = build_tokenizer(["0123456789+-=.\n"], CharacterTokenizerConfig())
-    torch.manual_seed(3)
-    shape = Qwen2Config(
-        vocab_size=len(tokenizer) + PADDED, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3,
-        pad_token_id=None, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    model = Qwen2ForCausalLM(shape)
-    return Checkpoint.write(lambda folder: save(folder, model, tokenizer, eos_token_ids=[tokenizer.eos_token_id]))
-
-
 def sampled(policy: Checkpoint, temperature: float, seed: int = 0) -> Rollouts:
     """Outputs of questions of unlike length, so that shorter prompts are padded on the left while they are decoded."""
-    texts = ("1+2", "3456-78+9=", "7", "1+2+3+4+5+6")
-    rows = [{"question_id": f"q{i}", "question": t, "answer": "0", "solution": None} for i, t in enumerate(texts)]
+    asked = questions("1+2", "3456-78+9=", "7", "1+2+3+4+5+6")
     backend = HFBackendConfig(dtype="float32", threads=1)
     config = RolloutConfig(G=4, temperature=temperature, max_output_tokens=12, backend=backend)
-    return rollout(policy, Questions.write(rows), PromptConfig(suffix="\n"), config, seed=seed)
+    return rollout(policy, asked, PromptConfig(suffix="\n"), config, seed=seed)
 
 
 def trained(policy: Checkpoint, outputs: Rollouts) -> Checkpoint:
@@ -60,7 +45,7 @@ def ratios(policy: Checkpoint) -> tuple[float, float]:
 @pytest.mark.claim("sampled at T, scored at 1")
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
 def test_engine_and_trainer_agree_on_every_token_at_any_temperature(store: Store, temperature: float) -> None:
-    policy = policy_with_padded_rows()
+    policy = tiny_policy(3, head=8, padded=PADDED)
     outputs = sampled(policy, temperature)
     assert {row["finish_reason"] for row in outputs.rows()} == {"stop", "length"}
     assert ratios(trained(policy, outputs)) == pytest.approx((1.0, 1.0), abs=1e-4)
@@ -68,7 +53,7 @@ def test_engine_and_trainer_agree_on_every_token_at_any_temperature(store: Store
 
 @pytest.mark.claim("engine log-probabilities of raw logits")
 def test_the_temperature_left_out_would_show_in_the_ratio(store: Store) -> None:
-    policy = policy_with_padded_rows()
+    policy = tiny_policy(3, head=8, padded=PADDED)
     said_to_be_of_one = Rollouts.write([row | {"temperature": 1.0} for row in sampled(policy, 0.7).rows()])
     low, high = ratios(trained(policy, said_to_be_of_one))
     assert low < 0.8
@@ -77,7 +62,7 @@ def test_the_temperature_left_out_would_show_in_the_ratio(store: Store) -> None:
 
 @pytest.mark.claim("outputs of stale weights")
 def test_after_an_update_outputs_come_from_the_new_weights(store: Store) -> None:
-    first = policy_with_padded_rows()
+    first = tiny_policy(3, head=8, padded=PADDED)
     second = trained(first, sampled(first, 1.0))
     outputs = sampled(second, 1.0)  # by the engine that is resident, its weights reloaded in place
     assert ratios(trained(second, outputs)) == pytest.approx((1.0, 1.0), abs=1e-4)
@@ -87,10 +72,10 @@ def test_after_an_update_outputs_come_from_the_new_weights(store: Store) -> None
 
 @pytest.mark.claim("padded rows of the vocabulary")
 def test_a_padded_row_may_be_sampled_and_adds_nothing_to_the_text(store: Store) -> None:
-    policy = policy_with_padded_rows()
+    policy = tiny_policy(3, head=8, padded=PADDED)
     known = len(load_tokenizer(policy))
-    strange = [row for row in sampled(policy, 1.6).rows() if max(row["output_ids"]) >= known]
-    assert strange, "no id behind the tokenizer's last was drawn"
-    for row in strange:
+    padded = [row for row in sampled(policy, 1.6).rows() if max(row["output_ids"]) >= known]
+    assert padded, "no id behind the tokenizer's last was drawn"
+    for row in padded:
         assert len(row["text"]) <= sum(token < known for token in row["output_ids"])
         assert len(row["text_ends"]) == len(row["output_ids"]) == len(row["logprobs"])

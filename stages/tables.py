@@ -43,6 +43,7 @@ __all__ = [
     "StepPrefixes",
     "Values",
     "Votes",
+    "has_verdict",
     "identify",
     "is_held_out",
 ]
@@ -50,6 +51,13 @@ __all__ = [
 
 VERDICTS: Final = ("ok", "wrong", "unparseable", "truncated")
 """The statuses of `Rewards` that are a verdict of the rules on an output; the others say why there is none."""
+
+
+def has_verdict(rewards: pa.Table) -> pa.ChunkedArray:
+    """Return whether the rules have a verdict on each output and a reward for it."""
+    import pyarrow.compute as pc
+
+    return pc.and_(rewards["reward"].is_valid(), pc.is_in(rewards["status"], pa.array(VERDICTS)))
 
 
 def _required(name: str, kind: pa.DataType) -> pa.Field:

@@ -5,9 +5,9 @@ Math-Shepherd (Wang et al. 2023b, arXiv 2312.08935): a step is as good as what b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Annotated, Any, Literal, assert_never
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,7 @@ from pipeline.config import Config
 from pipeline.stage import record_metrics, stage
 from stages.join import KEY, Ragged, align, key_at
 from stages.models import Checkpoint, vocabulary_of
-from stages.tables import VERDICTS, RewardLabels, Rewards, Rollouts, StepPrefixes
+from stages.tables import RewardLabels, Rewards, Rollouts, StepPrefixes, has_verdict
 
 __all__ = ["MonteCarloConfig", "RuleStepsConfig", "StepLabelsConfig", "estimate_step_labels", "label_outputs"]
 
@@ -49,6 +49,9 @@ class MonteCarloConfig(Config):
 
 StepLabelsConfig = Annotated[RuleStepsConfig | MonteCarloConfig, Field(discriminator="kind")]
 
+_PREFIX: Final = ["question_id", "prefix"]
+"""Columns that name a prefix."""
+
 
 @stage(version="1")
 def label_outputs(outputs: Rollouts, rewards: Rewards, policy: Checkpoint) -> RewardLabels:
@@ -74,7 +77,7 @@ def label_outputs(outputs: Rollouts, rewards: Rewards, policy: Checkpoint) -> Re
     verdicts = align(table, rewards.read([*KEY, "reward", "status", "scorer", "step_rewards", "step_ends"]), "rewards")
     length_N = pc.list_value_length(table["output_ids"]).to_numpy().astype(np.int64)
     _check_verdicts(verdicts, length_N)
-    kept = pc.and_(verdicts["reward"].is_valid(), pc.is_in(verdicts["status"], pa.array(VERDICTS)))
+    kept = has_verdict(verdicts)
     labelled, verdicts = table.filter(kept), verdicts.filter(kept)
     columns = {
         "scored_index": pa.array(length_N[kept.to_numpy()] - 1, pa.int32()),
@@ -123,21 +126,18 @@ def _label_metrics(labelled: pa.Table, outputs: int) -> dict[str, float | None]:
     }
 
 
-_Key = tuple[str, int]
-
-
 @stage(version="1")
 def estimate_step_labels(
     labels: RewardLabels, prefixes: StepPrefixes, rewards: Rewards, config: MonteCarloConfig
 ) -> RewardLabels:
-    """`labels` with the step labels that N continuations of each step estimate, in place of any they have.
+    """Replace the step labels of `labels` by those that N continuations of each step estimate.
 
         y_j = 1 if any of the continuations of step j is right, else 0        (`existence`: hard estimation)
         y_j = the share of them that are right                                (`share`: soft estimation)
 
-    Right is what the rules say `ok` to; continuations without a verdict do not count. The step that ends an output is not
-    continued: its label is the output's own, whether the output stopped or was cut. An output of which a step has no
-    continuation with a verdict has no step labels, and so has one that `prefixes` leaves out.
+    Right is status `ok`; continuations without a verdict do not count. The step that ends an output is not continued: its label
+    is the output's own, whether the output stopped or was cut. An output has no step labels where a step has no continuation
+    with a verdict, or where `prefixes` leaves the output out.
 
     Args:
         labels: of whole outputs, by rules.
@@ -149,116 +149,112 @@ def estimate_step_labels(
     of 0.5 both are (0.5 counts as right).
 
     Raises:
+        JoinError: a step without continuations.
         ValueError: by row: another number of continuations than N, or rewards of a model.
     """
-    verdicts = _verdicts(rewards, config.samples)
-    steps = _steps(prefixes)
-    rows = labels.rows()
-    estimated = [{**row, **_estimate(row, steps, verdicts, config)} for row in rows]
-    record_metrics(_estimate_metrics(rows, estimated, steps))
+    exact = labels.read()
+    steps = _labelled_steps(exact, prefixes.read(), _labels_of_prefixes(rewards, config))
+    length_N = np.bincount(steps.row_S, minlength=exact.num_rows)
+    unknown_N = np.bincount(steps.row_S, weights=np.isnan(steps.label_S), minlength=exact.num_rows) > 0
+    steps = steps.keep(~unknown_N[steps.row_S])
+    length_N[unknown_N] = 0
+    estimated = exact
+    for name, values in (("step_ends", steps.end_S), ("step_labels", steps.label_S)):
+        place = estimated.schema.get_field_index(name)
+        estimated = estimated.set_column(place, name, _lists(values, length_N))
+    record_metrics(_estimate_metrics(exact, estimated, steps))
     return RewardLabels.write(estimated)
 
 
-def _verdicts(rewards: Rewards, samples: int) -> dict[_Key, list[float]]:
-    """For each prefix of a question 1 or 0 for every continuation that has a verdict.
+@dataclass(frozen=True)
+class _Steps:
+    """Steps of outputs that have a label, output by output, S of them."""
+
+    row_S: NDArray[np.int64]
+    """Row of the output among the labels."""
+    end_S: NDArray[np.int32]
+    label_S: NDArray[np.float64]
+    """NaN where no continuation has a verdict."""
+    continued_S: NDArray[np.bool_]
+
+    def keep(self, mask_S: NDArray[np.bool_]) -> _Steps:
+        return _Steps(self.row_S[mask_S], self.end_S[mask_S], self.label_S[mask_S], self.continued_S[mask_S])
+
+
+def _labels_of_prefixes(rewards: Rewards, config: MonteCarloConfig) -> pa.Table:
+    """Return the estimate for each prefix (`estimate`), null where none of its continuations has a verdict.
 
     Raises:
         ValueError: a prefix has not all its continuations, or a model rewarded them.
     """
-    table = rewards.read().select(["question_id", "sample", "reward", "status", "scorer"])
-    counts: dict[_Key, int] = {}
-    found: dict[_Key, list[float]] = {}
-    for row in table.to_pylist():
-        if row["scorer"] is not None:
-            raise ValueError(
-                f"continuation {(row['question_id'], row['sample'])} was rewarded by a model ({row['scorer'][:12]}); step "
-                "labels are what the rules say of continuations"
-            )
-        prefix = (row["question_id"], row["sample"] // samples)
-        counts[prefix] = counts.get(prefix, 0) + 1
-        known = found.setdefault(prefix, [])
-        if row["reward"] is not None and row["status"] in VERDICTS:
-            known.append(float(row["status"] == "ok"))
-    for prefix, count in counts.items():
-        if count != samples:
-            raise ValueError(
-                f"prefix {prefix}: expected {samples} continuations, found {count}; estimate with as many samples as were drawn"
-            )
-    return found
+    import pyarrow.compute as pc
 
-
-def _steps(prefixes: StepPrefixes) -> dict[_Key, list[Mapping[str, Any]]]:
-    """The steps of each output, in order."""
-    steps: dict[_Key, list[Mapping[str, Any]]] = {}
-    for row in prefixes.rows():
-        steps.setdefault((row["question_id"], row["sample"]), []).append(row)
-    return {key: sorted(each, key=lambda row: int(row["step"])) for key, each in steps.items()}
-
-
-def _estimate(
-    row: Mapping[str, Any],
-    steps: Mapping[_Key, Sequence[Mapping[str, Any]]],
-    verdicts: Mapping[_Key, Sequence[float]],
-    config: MonteCarloConfig,
-) -> dict[str, Any]:
-    """The columns of one output's step labels."""
-    key = (row["question_id"], row["sample"])
-    if key not in steps:
-        return {"step_ends": None, "step_labels": None}
-    ends = [step["end"] for step in steps[key]]
-    if ends[-1] != len(row["output_ids"]) - 1:
+    table = rewards.read([*KEY, "reward", "status", "scorer"])
+    for row in np.flatnonzero(table["scorer"].is_valid()):
         raise ValueError(
-            f"output {key} has {len(row['output_ids'])} tokens, its steps end at {ends}; were the prefixes cut from others?"
+            f"continuation {key_at(table, row)} was rewarded by a model ({table['scorer'][int(row)].as_py()[:12]}); step "
+            "labels are what the rules say of continuations"
         )
-    labels = []
-    for step in steps[key]:
-        prefix = (key[0], step["prefix"])
-        if step["prefix"] is not None and prefix not in verdicts:
-            raise ValueError(
-                f"output {key}: no continuation of its step {step['step']} (prefix {step['prefix']}) is there"
-            )
-        right = [row["label"]] if step["prefix"] is None else verdicts[prefix]
-        if not right:
-            return {"step_ends": None, "step_labels": None}
-        labels.append(_label(right, config))
-    return {"step_ends": ends, "step_labels": labels}
-
-
-def _label(right: Sequence[float], config: MonteCarloConfig) -> float:
-    match config.estimate:
-        case "existence":
-            return max(right)
-        case "share":
-            return fmean(right)
-        case _:
-            assert_never(config.estimate)
-
-
-def _estimate_metrics(
-    exact: Sequence[Mapping[str, Any]],
-    estimated: Sequence[Mapping[str, Any]],
-    steps: Mapping[_Key, Sequence[Mapping[str, Any]]],
-) -> dict[str, float | None]:
-    labels = [label for row in estimated for label in row["step_labels"] or []]
-    unlabelled = sum(row["step_labels"] is None for row in estimated)
-    agreements = [
-        pair for before, after in zip(exact, estimated, strict=True) for pair in _compared(before, after, steps)
-    ]
-    continued = [agrees for agrees, is_continued in agreements if is_continued]
-    return {
-        "rm/right_steps_share": fmean(labels) if labels else None,
-        "rm/unlabelled_outputs": unlabelled / len(estimated) if estimated else None,
-        "rm/step_agreement": fmean(agrees for agrees, _ in agreements) if agreements else None,
-        "rm/continued_step_agreement": fmean(continued) if continued else None,
+    right = pc.equal(table["status"], "ok").cast(pa.float64())
+    columns = {
+        "question_id": table["question_id"],
+        "prefix": pa.array(table["sample"].to_numpy() // config.samples, pa.int32()),
+        "right": pc.if_else(has_verdict(table), right, pa.scalar(None, pa.float64())),
     }
+    estimate = {"existence": "max", "share": "mean"}[config.estimate]
+    grouped = pa.table(columns).group_by(_PREFIX, use_threads=False)
+    found = grouped.aggregate([("right", estimate), ("right", "count", pc.CountOptions("all"))])
+    for row in np.flatnonzero(found["right_count"].to_numpy() != config.samples):
+        raise ValueError(
+            f"prefix {key_at(found, row, _PREFIX)}: expected {config.samples} continuations, found "
+            f"{found['right_count'][int(row)]}; estimate with as many samples as were drawn"
+        )
+    return found.select(_PREFIX).append_column("estimate", found[f"right_{estimate}"])
 
 
-def _compared(
-    exact: Mapping[str, Any], estimated: Mapping[str, Any], steps: Mapping[_Key, Sequence[Mapping[str, Any]]]
-) -> Iterator[tuple[bool, bool]]:
-    """For each step that both label: whether they agree, and whether it was continued."""
-    if not exact["step_ends"] or exact["step_ends"] != estimated["step_ends"]:
-        return
-    own = steps[exact["question_id"], exact["sample"]]
-    for true, label, step in zip(exact["step_labels"], estimated["step_labels"], own, strict=True):
-        yield (true >= 0.5) == (label >= 0.5), step["prefix"] is not None
+def _labelled_steps(labels: pa.Table, prefixes: pa.Table, estimates: pa.Table) -> _Steps:
+    """Return the steps of the outputs that have a label, in order.
+
+    Raises:
+        JoinError: a step without continuations.
+        ValueError: an output whose steps end elsewhere than its tokens; names the row.
+    """
+    place = pa.array(np.arange(labels.num_rows))
+    known = labels.select([*KEY, "label"]).append_column("row", place)
+    output = align(prefixes, known, "labels", to="steps", missing=True, extra=True, several=True)
+    prefixes, output = prefixes.filter(output["row"].is_valid()), output.filter(output["row"].is_valid())
+    continued_S = prefixes["prefix"].is_valid().to_numpy()
+    asked = prefixes.filter(prefixes["prefix"].is_valid())
+    found = align(asked, estimates, "continuations", to="steps", by=_PREFIX, extra=True, several=True)
+    label_S = output["label"].to_numpy().copy()
+    label_S[continued_S] = found["estimate"].to_numpy()
+    row_S, end_S = output["row"].to_numpy(), prefixes["end"].to_numpy()
+    order = np.lexsort((prefixes["step"].to_numpy(), row_S))
+    steps = _Steps(row_S[order], end_S[order], label_S[order], continued_S[order])
+    last = np.append(np.diff(steps.row_S) > 0, True)[: len(order)]
+    length_N = Ragged.of(labels["output_ids"]).lengths
+    for row in steps.row_S[last][steps.end_S[last] != length_N[steps.row_S[last]] - 1]:
+        raise ValueError(
+            f"output {key_at(labels, row)} has {length_N[row]} tokens, its steps end at "
+            f"{steps.end_S[steps.row_S == row].tolist()}; were the prefixes cut from others?"
+        )
+    return steps
+
+
+def _lists(values: NDArray[Any], length_N: NDArray[np.int64]) -> pa.ListArray:
+    """Return a column of lists of these lengths; null where there are no values."""
+    offsets = np.concatenate([[0], np.cumsum(length_N)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), mask=pa.array(length_N == 0))
+
+
+def _estimate_metrics(exact: pa.Table, estimated: pa.Table, steps: _Steps) -> dict[str, float | None]:
+    true, made = ([Ragged.of(table[name]) for name in ("step_ends", "step_labels")] for table in (exact, estimated))
+    same_N = np.array([len(ends) > 0 and np.array_equal(ends, made[0][row]) for row, ends in enumerate(true[0])], bool)
+    agrees = (true[1].values[same_N[true[1].row_of_value]] >= 0.5) == (steps.label_S[same_N[steps.row_S]] >= 0.5)
+    shares = {
+        "rm/right_steps_share": steps.label_S,
+        "rm/unlabelled_outputs": made[0].null,
+        "rm/step_agreement": agrees,
+        "rm/continued_step_agreement": agrees[steps.continued_S[same_N[steps.row_S]]],
+    }
+    return {name: fmean(values.tolist()) if len(values) else None for name, values in shares.items()}

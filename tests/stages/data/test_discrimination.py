@@ -14,33 +14,26 @@ from stages.data import Feature, measure_discrimination, shortcut_scores
 from stages.join import JoinError
 from stages.kernels.gauges import auc, auc_interval, pair_accuracy
 from stages.tables import RewardGauges, Rewards, Rollouts, Solutions
+from tests.stages.rows import output_row, reward_row
 
 Part = tuple[Solutions, Rollouts, Rewards]
 
 
 def row(question: int, sample: int, status: str, **changes: Any) -> dict[str, Any]:
-    """A solution of 3 tokens and one line by ann, with an answer, unless told otherwise."""
+    """A solution of 3 tokens and one line by ann, with an answer, unless said otherwise."""
     known = {"question_id": f"q{question}", "sample": sample, "status": status, "author": "ann", "tokens": 3}
     return {**known, "solution": "A: 1", "extracted": "1", **changes}
 
 
 def part(rows: list[dict[str, Any]]) -> Part:
-    keys = [{"question_id": each["question_id"], "sample": each["sample"]} for each in rows]
-    solutions = [
-        {**key, "question": "?", "answer": "1", "label": None} | {name: each[name] for name in ("solution", "author")}
-        for key, each in zip(keys, rows, strict=True)
-    ]
-    sampled = {"prompt_ids": [1, 2], "logprobs": None, "finish_reason": "stop", "temperature": 1.0, "seed": 0}
-    outputs = [
-        {**key, **sampled, "output_ids": [1] * each["tokens"], "text": "", "text_ends": [0] * each["tokens"]}
-        for key, each in zip(keys, rows, strict=True)
-    ]
-    rules = [
-        {**key, "status": each["status"], "extracted": each["extracted"], "components": [], "scorer": None}
-        | {"reward": None if each["status"] == "timeout" else float(each["status"] == "ok")}
-        | {"step_rewards": None, "step_ends": None}
-        for key, each in zip(keys, rows, strict=True)
-    ]
+    solutions, outputs, rules = [], [], []
+    for each in rows:
+        key, status = (each["question_id"], each["sample"]), each["status"]
+        known = {name: each[name] for name in ("question_id", "sample", "solution", "author")}
+        solutions.append({**known, "question": "?", "answer": "1", "label": None})
+        outputs.append(output_row(*key, tokens=each["tokens"], prompt_ids=[1, 2], logprobs=None))
+        reward = None if status == "timeout" else float(status == "ok")
+        rules.append(reward_row(*key, reward, status=status, extracted=each["extracted"], components=[]))
     return Solutions.write(solutions), Rollouts.write(outputs), Rewards.write(rules)
 
 
@@ -126,9 +119,9 @@ def test_authors_have_a_weight_each_and_one_never_seen_has_none(store: Store) ->
     asked = part([row(0, n, "ok", author=name) for n, name in enumerate(("ann", "bob", "eve", None))])
     found = shortcut_scores(learned, asked, ("author",))
     assert set(found.metrics) == {"shortcut/author/ann", "shortcut/author/bob"}
-    ann, bob, eve, nobody = scores(found)
+    ann, bob, eve, unnamed = scores(found)
     assert ann > bob  # 5 of 6 right against 1 of 2
-    assert eve == nobody
+    assert eve == unnamed
     assert bob < eve < ann
 
 

@@ -7,7 +7,6 @@ import math
 import os
 import sys
 import time
-from fractions import Fraction
 from typing import Any
 
 
@@ -28,10 +27,6 @@ def by_text(prompts: list[str], completions: list[str], **columns: Any) -> list[
                 sys.exit(3)
             case "abort":
                 os.abort()
-            case "print":
-                print("printed by the function")
-                os.write(1, b"written by the function\n")
-                scores.append(0.25)
             case "none":
                 scores.append(None)
             case "nan" | "inf":
@@ -94,80 +89,11 @@ def returns_an_awaitable(completions: list[str], **columns: Any) -> Any:
 
 
 def by_answer(completions: list[str], answer: list[str], **columns: Any) -> Any:
-    """The gold answer says what is returned, made of one score for each completion."""
-    import numpy as np
+    """The gold answer names what is returned, made of one score for each completion."""
+    from tests.stages.reward.answers import BAD, GOOD
 
-    scores = [0.5 + row for row in range(len(completions))]
-    match answer[0]:
-        case "list":
-            return scores
-        case "tuple":
-            return tuple(scores)
-        case "numpy":
-            return np.array(scores, dtype=np.float32)
-        case "numpy integers":
-            return np.arange(len(scores))
-        case "numpy bools":
-            return np.ones(len(scores), dtype=bool)
-        case "numpy scalars":
-            return [np.float64(score) for score in scores]
-        case "fractions":
-            return [Fraction(score) for score in scores]
-        case "bools":
-            return [True] * len(scores)
-        case "one score":
-            return [1.0]
-        case "distinct":
-            return [1.0] * len(set(completions))
-        case "one more":
-            return [*scores, 0.0]
-        case "empty":
-            return []
-        case "none":
-            return None
-        case "number":
-            return 0.5
-        case "text":
-            return "0.5" * len(scores)
-        case "dict":
-            return dict.fromkeys(range(len(scores)), 0.5)
-        case "set":
-            return set(scores)
-        case "generator":
-            return (score for score in scores)
-        case "scores and details":
-            return scores, {"details": []}
-        case "column":
-            return np.array(scores)[:, None]
-        case "scalar array":
-            return np.array(0.5)
-        case "texts":
-            return ["0.5"] * len(scores)
-        case "numpy texts":
-            return np.array(["0.5"] * len(scores))
-        case "pairs":
-            return [(score, "why") for score in scores]
-        case "dicts":
-            return [{"reward": score} for score in scores]
-        case "arrays":
-            return [np.array([score]) for score in scores]
-        case "complex":
-            return [1j] * len(scores)
-        case "numpy complex":
-            return [np.complex64(1j)] * len(scores)
-        case "emptied":
-            completions.clear()
-            return scores
-        case "made distinct":
-            completions[:] = sorted(set(completions))
-            return [1.0] * len(completions)
-        case "coroutines":
-            return [_a_score() for _ in scores]
-    raise AssertionError(answer[0])
-
-
-async def _a_score() -> float:
-    return 0.5
+    make = BAD[answer[0]] if answer[0] in BAD else GOOD[answer[0]][0]
+    return make([0.5 + row for row in range(len(completions))], completions)
 
 
 def of_messages(prompts: Any, completions: Any, **columns: Any) -> list[float]:

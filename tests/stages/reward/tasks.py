@@ -14,6 +14,19 @@ def double(x: int) -> int:
     return 2 * x
 
 
+def say(x: int) -> int:
+    print("printed by a task", flush=True)
+    os.write(1, b"written by a task\n")
+    return x
+
+
+def note_and_hang(file: str) -> None:
+    """Leaves a mark whenever it is begun, and never ends."""
+    with open(file, "a") as notes:
+        notes.write("begun\n")
+    time.sleep(600)
+
+
 class MuteError(Exception):
     def __str__(self) -> str:
         raise RuntimeError("not even this")

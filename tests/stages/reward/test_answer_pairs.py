@@ -45,7 +45,7 @@ def test_there_are_300_pairs_half_of_them_right_and_none_twice() -> None:
 
 
 @pytest.mark.claim("a number taken out of an unread formula")
-@pytest.mark.parametrize("verifier", ["math_verify", "math_verify_search"])
+@pytest.mark.parametrize("verifier", ["math_verify", pytest.param("math_verify_search", marks=pytest.mark.slow)])
 def test_every_pair_is_graded_as_it_should_be(verifier: Verifier, pool: KillablePool) -> None:
     found = statuses(PAIRS, verifier, pool)
     assert [

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from stages.advantage import GroupConfig, estimate_advantages
+from stages.join import JoinError
 from stages.reward import (
     AccuracyConfig,
     FormatConfig,
@@ -19,8 +20,9 @@ from stages.reward import (
     score,
 )
 from stages.reward.composition import Part, compose_steps
-from stages.tables import Advantages, Questions, Rewards
+from stages.tables import Questions, Rewards
 from tests.stages.reward.test_components import rollouts
+from tests.stages.rows import question_table, reward_row
 
 pytestmark = pytest.mark.usefixtures("store")
 
@@ -38,27 +40,21 @@ def config(truncated: str, *components: Any) -> RewardConfig:
 
 
 def questions() -> Questions:
-    return Questions.write([{"question_id": "q", "question": "9?", "answer": "9", "solution": None}])
+    return question_table("9", question="9?")
 
 
 def scores(*, steps: bool = True) -> Rewards:
     """As `score_outputs` makes them."""
     ends = [[2, 9], [2, 5], [2, 8]]
-    rows = [
-        {
-            "question_id": "q",
-            "sample": sample,
-            "reward": SCORES[sample],
-            "status": ("ok", "unparseable", "truncated")[sample],
-            "extracted": ("9", None, None)[sample],
-            "components": [("model", SCORES[sample]), ("rule", float(sample == 0))],
-            "step_rewards": STEP_SCORES[sample] if steps else None,
-            "step_ends": ends[sample] if steps else None,
-            "scorer": "the model",
-        }
-        for sample in range(3)
-    ]
-    return Rewards.write(rows)
+    said = [("ok", "9"), ("unparseable", None), ("truncated", None)]
+    return Rewards.write(
+        [
+            reward_row("q", sample, SCORES[sample], status=status, extracted=extracted, scorer="the model")
+            | {"components": [("model", SCORES[sample]), ("rule", float(sample == 0))]}
+            | ({"step_rewards": STEP_SCORES[sample], "step_ends": ends[sample]} if steps else {})
+            for sample, (status, extracted) in enumerate(said)
+        ]
+    )
 
 
 def combined(reward: RewardConfig, *, weight: float = 2.0, bounded: bool = False, steps: bool = True) -> Rewards:
@@ -121,16 +117,16 @@ def test_an_outcome_model_s_rewards_have_no_steps() -> None:
 def test_process_supervision_pays_the_whole_output_s_part_at_its_last_step() -> None:
     made = combined(config("as_unparseable", *BESIDE))
     process = GroupConfig(supervision="process", scale="none")
-    found: Advantages = estimate_advantages(made, rollouts(*OUTPUTS, cut=(2,)), process)
+    found = estimate_advantages(made, rollouts(*OUTPUTS, cut=(2,)), process)
     first = found.rows()[0]["advantage"]
     mean = (1.0 + 2.75 - 1.0 - 2.0 + 6.0 + 1.75) / 6
     assert first == pytest.approx([1.0 - mean + 2.75 - mean] * 3 + [2.75 - mean] * 7)
 
 
 def test_an_output_without_a_score_is_named() -> None:
-    outputs = rollouts(*OUTPUTS, GOOD)
-    with pytest.raises(ValueError, match=r"scores do not match outputs: .* without a row, first \('q', 3\)"):
-        combine_rewards(scores(), outputs, questions(), config("as_is"), weight=1.0, bounded=False)
+    with pytest.raises(JoinError) as refused:
+        combine_rewards(scores(), rollouts(*OUTPUTS, GOOD), questions(), config("as_is"), weight=1.0, bounded=False)
+    assert (refused.value.table, refused.value.missing) == ("scores", ("q", 3))
 
 
 @pytest.mark.parametrize(
@@ -155,8 +151,8 @@ def test_rewards_of_steps_by_hand(
 
 def test_rules_too_pay_form_at_the_last_step_and_the_answer_nowhere() -> None:
     rules = config("as_is", StepsConfig(), FormatConfig(weight=0.25))
-    row = {"question_id": "q", "question": "Compute 7+5-3.", "answer": "9", "solution": None}
-    made = score(rollouts("7+5=12\n12-3=9\n#### 9", "7+5=2\n2-3=9\nA: 9"), Questions.write([row]), rules)
+    asked = question_table("9", question="Compute 7+5-3.")
+    made = score(rollouts("7+5=12\n12-3=9\n#### 9", "7+5=2\n2-3=9\nA: 9"), asked, rules)
     assert [found["step_rewards"] for found in made.rows()] == [[1.0, 1.0, 1.25], [0.0, 0.0, 0.0]]
     assert made.metrics["reward/steps"] == pytest.approx(3 / 6), "labels, without what is paid beside them"
 

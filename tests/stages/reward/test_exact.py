@@ -115,10 +115,10 @@ def test_what_needs_more_than_arithmetic_is_left_open(gold: str, answer: str) ->
 
 
 def test_separators_of_lists_cost_milliseconds() -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     for bait in (" " * 500, r"\quad" * 100, " and" * 120, ", " * 250, "1 " * 250, "1" * 250 + " " * 250 + "x"):
         compare_exactly("17", f"1{bait}2")
-    assert time.perf_counter() - started < 0.2
+    assert time.process_time() - started < 0.2
 
 
 def test_numbers_are_read_exactly() -> None:

@@ -169,11 +169,12 @@ def test_the_share_is_that_of_the_words_of_the_other_script(latin: int, han: int
 @settings(max_examples=30, deadline=None)
 @given(st.text(alphabet="ab $`\\()[]<>x好1\n", min_size=0, max_size=60), st.integers(1, 400))
 def test_bait_costs_milliseconds(piece: str, times: int) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     coherent(CHINESE, piece * times)
-    assert time.perf_counter() - started < 2.0
+    assert time.process_time() - started < 2.0
 
 
+@pytest.mark.slow
 def test_right_answers_of_real_models_are_coherent(data_dir: Path) -> None:
     path = data_dir / "gsm8k" / "gsm8k_example_model_solutions.jsonl"
     if not path.exists():

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
+import math
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,11 @@ from pipeline.config import ConfigError
 from pipeline.store import Store
 from stages.reward import AccuracyConfig, FunctionConfig, RewardConfig, score
 from stages.reward.function_worker import find_source
-from stages.reward.functions import RewardFunctionError
+from stages.reward.functions import RewardFunctionError, call_in_pieces
+from stages.reward.pool import KillablePool, Outcome
 from stages.tables import Questions, Rewards, Rollouts
+from tests.stages.reward.answers import BAD, GOOD
+from tests.stages.rows import output_row, question_table
 
 pytestmark = [pytest.mark.usefixtures("store"), pytest.mark.filterwarnings("ignore:component 'function'")]
 
@@ -33,24 +35,13 @@ def config(
 
 def rollouts(*groups: tuple[str, ...], cut: tuple[str, ...] = ()) -> Rollouts:
     """One question for each group of texts, `a`, `b`, ..."""
-    rows = []
-    for question, texts in enumerate(groups):
-        for sample, text in enumerate(texts):
-            rows.append(
-                {
-                    "question_id": "abcdef"[question],
-                    "sample": sample,
-                    "prompt_ids": [1],
-                    "output_ids": [7, 8],
-                    "logprobs": [-0.5, -0.5],
-                    "finish_reason": "length" if text in cut else "stop",
-                    "text": text,
-                    "text_ends": [0, len(text)],
-                    "temperature": 1.0,
-                    "seed": 0,
-                }
-            )
-    return Rollouts.write(rows)
+    return Rollouts.write(
+        [
+            output_row("abcdef"[question], sample, text, tokens=2, cut=text in cut, output_ids=[7, 8])
+            for question, texts in enumerate(groups)
+            for sample, text in enumerate(texts)
+        ]
+    )
 
 
 def questions() -> Questions:
@@ -80,7 +71,7 @@ def test_a_function_gets_what_trl_passes_and_its_numbers_are_the_scores() -> Non
 def test_each_bad_row_has_its_status_and_the_rest_of_the_batch_its_scores() -> None:
     bad = ("hang", "allocate", "raise", "exit", "abort", "nan", "inf", "huge", "nonsense")
     texts = [text for i, each in enumerate(bad) for text in (each, str(i))]
-    with pytest.warns(UserWarning, match=r"no score from .*:by_text for 9 of 18 outputs, such as \('a', 0\): killed"):
+    with pytest.warns(UserWarning, match=r"by_text for 9 of 18 outputs, such as \('a', 0\)"):
         made = scored(config("by_text", deadline_s=1.5), tuple(texts))
     assert column(made, "status")[::2] == ["timeout"] + ["error"] * 8
     assert column(made, "reward")[::2] == [None] * 9
@@ -108,30 +99,6 @@ def test_none_is_no_score_and_treated_as_declared() -> None:
     assert column(made, "status") == ["unparseable", "ok"]
 
 
-def test_what_a_function_prints_goes_to_stderr(store: Store) -> None:
-    code = f"""
-from pathlib import Path
-from pipeline.store import Store, use_store
-from tests.stages.reward.test_functions import column, config, scored
-if __name__ == "__main__":
-    with use_store(Store(Path({str(store.root)!r}))):
-        print(column(scored(config("by_text"), ("print", "1")), "reward"))
-"""
-    script = store.root.parent / "script.py"
-    script.write_text(code)
-    done = subprocess.run(
-        [sys.executable, script],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    assert done.stdout == "[0.25, 1.0]\n"
-    assert "printed by the function" in done.stderr
-    assert "written by the function" in done.stderr
-
-
 def test_a_call_holds_whole_what_belongs_together() -> None:
     groups = (("1",) * 9, ("2",) * 6, ("3",) * 5)
     assert column(scored(config("length_of_call"), *groups), "reward") == [16.0] * 16 + [4.0] * 4
@@ -150,70 +117,50 @@ def test_a_unit_that_fails_alone_costs_its_own_rows_only() -> None:
 
 
 def test_without_patience_the_rows_of_a_failing_call_share_its_fault() -> None:
-    with pytest.warns(UserWarning, match="in a call with 3 outputs: KeyError: 'no such rule'"):
+    with pytest.warns(UserWarning, match="3 outputs: KeyError"):
         made = scored(config("by_text", patience_s=0.0), ("1", "raise", "3"))
     assert column(made, "status") == ["error"] * 3
 
 
-def test_a_function_that_always_hangs_ends_within_its_patience() -> None:
-    scored(config("by_text"), ("1",))
-    started = time.perf_counter()
-    made = scored(config("always_hang", deadline_s=0.5, patience_s=2.0), ("1",) * 40)
-    assert column(made, "status") == ["timeout"] * 40
-    # 3 calls on 2 workers, then no more than 2 s of pieces; starting processes takes the rest.
-    assert time.perf_counter() - started < 2 * 0.5 + 2.0 + 6.0
+class Hanging(KillablePool):
+    """Runs nothing: every task misses its deadline, on a clock of its own."""
+
+    now = 0.0
+    asked = 0
+
+    def run(self, function: Any, tasks: Sequence[Any], *, deadline_s: float) -> list[Outcome]:
+        self.asked += len(tasks)
+        self.now += deadline_s * math.ceil(len(tasks) / self.workers)
+        return [Outcome(fault="timeout")] * len(tasks)
 
 
-@pytest.mark.parametrize(
-    "answer", ["list", "tuple", "numpy", "numpy scalars", "fractions", "numpy integers", "numpy bools", "bools"]
-)
+def test_a_function_that_always_hangs_ends_within_its_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Hanging(workers=2, memory_mb=64)
+    monkeypatch.setattr("stages.reward.functions.time.monotonic", lambda: pool.now)
+    units = [[row] for row in range(40)]
+    made = call_in_pieces(len, None, {}, units, pool=pool, deadline_s=0.5, patience_s=2.0)  # type: ignore[arg-type]
+    assert [score.fault for score in made] == ["timeout"] * 40
+    # Three calls on two workers take 1 s, and pieces of them, two at a time, 2 s.
+    assert (pool.now, pool.asked) == (3.0, 3 + 8)
+
+
+@pytest.mark.parametrize("answer", GOOD)
 def test_one_number_for_each_completion_is_an_answer(answer: str) -> None:
-    expected = {"bools": [1.0] * 3, "numpy bools": [1.0] * 3, "numpy integers": [0.0, 1.0, 2.0]}
-    made = scored_by_answer(answer)
-    assert column(made, "reward") == expected.get(answer, [0.5, 1.5, 2.5])
+    assert column(scored_by_answer(answer), "reward") == GOOD[answer][1]
 
 
 @pytest.mark.claim("one score taken for several outputs")
-@pytest.mark.parametrize(
-    ("answer", "found"),
-    [
-        ("one score", "1; one score is never taken for several outputs"),
-        ("distinct", "2; one score is never"),
-        ("one more", "4; one score is never"),
-        ("empty", "0; one score is never"),
-        ("none", "NoneType"),
-        ("number", "float"),
-        ("text", "str"),
-        ("dict", "dict"),
-        ("set", "set"),
-        ("generator", "generator"),
-        ("scores and details", "2; one score is never"),
-        ("column", r"ndarray of shape \(3, 1\)"),
-        ("scalar array", r"ndarray of shape \(\)"),
-        ("texts", "str as score 0; a score is a number or None"),
-        ("numpy texts", "str as score 0"),
-        ("pairs", "tuple as score 0"),
-        ("dicts", "dict as score 0"),
-        ("arrays", "ndarray as score 0"),
-        ("complex", "complex as score 0"),
-        ("numpy complex", "complex64 as score 0"),
-        ("coroutines", "coroutine as score 0"),
-    ],
-)
+@pytest.mark.parametrize("answer", BAD)
 @pytest.mark.filterwarnings("ignore:coroutine")
-def test_any_other_answer_is_refused_with_the_functions_name_whatever_max_errors(answer: str, found: str) -> None:
-    with pytest.raises(
-        ConfigError,
-        match=f"^function '{MODULE}:by_answer' of component 'function': expected a list of 3 scores, one for each completion, "
-        f"found {found}",
-    ):
+def test_any_other_answer_is_refused_with_the_functions_name_whatever_max_errors(answer: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{MODULE}:by_answer' .*'function': expected a list of 3 scores"):
         scored_by_answer(answer)
 
 
 def scored_by_answer(answer: str) -> Rewards:
     """Three outputs, two of which are equal, of a question whose gold answer is `answer`."""
-    table = [{"question_id": "a", "question": "?", "answer": answer, "solution": None}]
-    return score(rollouts(("x", "x", "y")), Questions.write(table), config("by_answer", columns=("answer",)))
+    asked = question_table(answer, question_id="a")
+    return score(rollouts(("x", "x", "y")), asked, config("by_answer", columns=("answer",)))
 
 
 @pytest.mark.parametrize("name", ["asynchronous", "returns_an_awaitable"])
@@ -228,31 +175,19 @@ def test_conversational_completions_are_lists_of_messages_where_the_function_rea
 
 
 @pytest.mark.parametrize(
-    ("name", "conversational", "advice"),
-    [
-        ("of_messages", False, "TypeError: .*lists of messages. Set `conversational: true`"),
-        ("of_texts", True, "AttributeError: .*texts. Set `conversational: false`"),
-    ],
+    ("name", "conversational", "fault"), [("of_messages", False, "TypeError"), ("of_texts", True, "AttributeError")]
 )
 def test_a_function_for_the_other_form_of_completions_is_refused_with_what_to_set(
-    name: str, conversational: bool, advice: str
+    name: str, conversational: bool, fault: str
 ) -> None:
     reward = config(name, conversational=conversational, max_errors=0.0)
-    with pytest.raises(RewardFunctionError, match=f"no score from {MODULE}:{name} for 2 of 2 outputs.*{advice}"):
+    advice = f"Set `conversational: {str(not conversational).lower()}`"
+    with pytest.raises(RewardFunctionError, match=f"{MODULE}:{name} for 2 of 2 outputs.*{fault}: .*{advice}"):
         scored(reward, ("0.5", "2"))
 
 
-@pytest.mark.parametrize(("answer", "found"), [("emptied", "3"), ("made distinct", "2")])
-def test_a_function_that_changes_its_lists_answers_for_the_outputs_it_was_given(answer: str, found: str) -> None:
-    if answer == "emptied":
-        assert column(scored_by_answer(answer), "reward") == [0.5, 1.5, 2.5]
-    else:
-        with pytest.raises(ConfigError, match=f"a list of 3 scores, one for each completion, found {found};"):
-            scored_by_answer(answer)
-
-
 def test_a_weighted_sum_beyond_all_numbers_is_refused_before_it_is_written(store: Store) -> None:
-    with pytest.raises(ValueError, match=r"the reward of \('a', 1\) is inf"):
+    with pytest.raises(ValueError, match=r"\('a', 1\) is inf"):
         scored(config("by_text", weight=10.0), ("1", "1e308"))
     assert not any(record["stage"] == "score" for record in store.actions())
 
@@ -268,23 +203,20 @@ def test_a_service_that_was_down_leaves_no_verdict_and_is_asked_again(
     )
     monkeypatch.syspath_prepend(folder)
     reward = config("a_service:service", max_errors=0.0, patience_s=0.0)
-    with pytest.raises(
-        RewardFunctionError,
-        match=r"no score from a_service:service for 2 of 2 outputs, .*FileNotFoundError.* asks for all",
-    ):
+    with pytest.raises(RewardFunctionError, match=r"a_service:service for 2 of 2 outputs, .*FileNotFoundError"):
         scored(reward, ("x", "y"))
     assert not any(record["stage"] == "score" for record in store.actions())
     answer.write_text("0.75")
     assert column(scored(reward, ("x", "y")), "reward") == [0.75, 0.75]
 
 
-@pytest.mark.parametrize(("max_errors", "stops"), [(0.0, True), (0.24, True), (0.25, False), (1.0, False)])
+@pytest.mark.parametrize(
+    ("max_errors", "stops"), [(RewardConfig().max_errors, True), (0.24, True), (0.25, False), (1.0, False)]
+)
 def test_failures_up_to_the_share_named_cost_their_rows_and_more_of_them_the_run(
     max_errors: float, stops: bool
 ) -> None:
-    stopping = pytest.raises(
-        RewardFunctionError, match=r"for 1 of 4 outputs, such as \('a', 1\): KeyError.*max_errors=0"
-    )
+    stopping = pytest.raises(RewardFunctionError, match=r"1 of 4 outputs, such as \('a', 1\)")
     with stopping if stops else contextlib.nullcontext():
         made = scored(config("by_text", max_errors=max_errors), ("1", "raise", "3", "none"))
         assert column(made, "status") == ["ok", "error", "ok", "unparseable"]
@@ -295,17 +227,11 @@ def test_stored_rewards_with_more_failures_than_are_allowed_now_are_refused(stor
     made = scored(tolerant, ("raise", "1"))
     assert made.metrics["reward/failed"] == 0.5
     assert scored(tolerant, ("raise", "1")) == made
-    with pytest.raises(RewardFunctionError, match=rf"failed on 0.5 .*`cohort forget {made.digest[:12]}`"):
+    with pytest.raises(RewardFunctionError, match=f"0.5 .*cohort forget {made.digest[:12]}"):
         scored(strict, ("raise", "1"))
     store.forget(made.digest)
-    with pytest.raises(RewardFunctionError, match=r"no score from .* for 1 of 2 outputs"):
+    with pytest.raises(RewardFunctionError, match="1 of 2 outputs"):
         scored(strict, ("raise", "1"))
-
-
-@pytest.mark.parametrize("bad", ["hang", "nan", "inf", "exit"])
-def test_one_failure_of_any_kind_stops_the_run_by_default(bad: str) -> None:
-    with pytest.raises(RewardFunctionError, match=r"for 1 of 2 outputs, such as \('a', 0\)"):
-        scored(config("by_text", max_errors=RewardConfig().max_errors, deadline_s=0.5), (bad, "1"))
 
 
 def test_a_function_that_changes_the_checks_themselves_costs_its_own_rows_only() -> None:
@@ -322,25 +248,17 @@ def test_truncated_outputs_are_not_shown_to_the_function_unless_they_count_as_th
 
 
 @pytest.mark.parametrize(
-    ("name", "columns", "reason"),
+    ("name", "columns", "found"),
     [
-        ("by_test", (), "it has no 'by_test'; did you mean 'by_text'?"),
-        (
-            "scores",
-            (),
-            "AttributeError: module .* has no attribute 'scores'",
-        ),  # the name of a variable inside a function
-        ("A_CONSTANT", (), "expected a function, found int"),
-        (
-            "of_one_column",
-            ("answer", "question"),
-            "got an unexpected keyword argument 'question'; name fewer `columns`",
-        ),
-        ("facts", (), "missing a required argument: 'question'"),
+        ("by_test", (), "'by_text'"),
+        ("scores", (), "AttributeError"),  # the name of a variable inside a function
+        ("A_CONSTANT", (), "int"),
+        ("of_one_column", ("answer", "question"), "'question'"),
+        ("facts", (), "'question'"),
     ],
 )
-def test_a_function_that_cannot_be_called_is_refused_at_once(name: str, columns: tuple[Any, ...], reason: str) -> None:
-    with pytest.raises(ConfigError, match=rf"function '{MODULE}:{name}' in .*reward_functions.py: .*{reason}"):
+def test_a_function_that_cannot_be_called_is_refused_at_once(name: str, columns: tuple[Any, ...], found: str) -> None:
+    with pytest.raises(ConfigError, match=rf"'{MODULE}:{name}' in .*reward_functions.py: .*{found}"):
         scored(config(name, columns=columns), ("1",))
 
 
@@ -349,16 +267,16 @@ def test_only_the_columns_named_are_passed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "reason"),
+    ("function", "missing"),
     [
-        ("no_such_module:reward", "no module 'no_such_module' in .*; write it as module:name"),
-        ("tests.no_such_module:reward", r"no module 'tests.no_such_module' in .*tests;"),
-        ("json.decoder.deeper:reward", "no module 'json.decoder.deeper' in a module that is no package"),
-        ("sys:exit", "expected a file of Python source for 'sys', found built-in"),
+        ("no_such_module:reward", "'no_such_module' in "),
+        ("tests.no_such_module:reward", r"'tests.no_such_module' in .*tests;"),
+        ("json.decoder.deeper:reward", "'json.decoder.deeper' in a module that is no package"),
+        ("sys:exit", "'sys', found built-in"),
     ],
 )
-def test_a_module_that_is_not_there_is_refused_with_where_it_was_looked_for(function: str, reason: str) -> None:
-    with pytest.raises(ConfigError, match=f"function '{function}': {reason}"):
+def test_a_module_that_is_not_there_is_refused_with_where_it_was_looked_for(function: str, missing: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{function}': .*{missing}"):
         config(function).key()
 
 
@@ -395,9 +313,7 @@ def test_a_packages_code_does_not_run_while_the_function_is_looked_for(
     source = find_source("bomb.inner.rules:reward")
     assert (source.file, source.root) == (folder / "rules.py", tmp_path)
     assert find_source("bomb.inner:reward").root == tmp_path
-    with pytest.raises(
-        ConfigError, match=r"function 'bomb.inner.rules:reward' in .*: error: SystemExit: this must not run"
-    ):
+    with pytest.raises(ConfigError, match=r"'bomb.inner.rules:reward' in .*SystemExit"):
         scored(config("bomb.inner.rules:reward"), ("1",))
 
 

@@ -23,7 +23,7 @@ import pytest
 from stages.reward import pool as pool_module
 from stages.reward.pool import _OUT_OF_TIME, KillablePool, Outcome
 from stages.reward.rules.accuracy import VerifierLostError, grade_answers
-from tests.stages.reward.tasks import double, misbehave, signal_its_group, start_a_program
+from tests.stages.reward.tasks import double, misbehave, note_and_hang, signal_its_group, start_a_program
 
 MIB = 2**20
 
@@ -56,18 +56,9 @@ def test_each_fault_stays_in_its_row_and_the_pool_goes_on(pool: KillablePool) ->
     assert pool.run(double, [(21,)], deadline_s=20) == [Outcome(42)]
 
 
-def test_the_deadline_is_total_and_a_task_that_misses_it_is_not_tried_again(pool: KillablePool) -> None:
-    pool.run(double, [(1,)], deadline_s=20)
-    started = time.perf_counter()
-    assert [o.fault for o in pool.run(time.sleep, [(30,)], deadline_s=1.0)] == ["timeout"]
-    assert 1.0 < time.perf_counter() - started < 2.0
-
-
-def test_a_worker_that_was_killed_is_replaced_within_the_second(pool: KillablePool) -> None:
-    for _ in range(3):
-        started = time.perf_counter()
-        assert pool.run(misbehave, [("hang",), ("hang",)], deadline_s=0.5)[0].fault == "timeout"
-        assert time.perf_counter() - started < 1.5
+def test_a_task_that_misses_its_deadline_is_not_tried_again(pool: KillablePool, tmp_path: Path) -> None:
+    assert [o.fault for o in pool.run(note_and_hang, [(str(tmp_path / "notes"),)], deadline_s=1.0)] == ["timeout"]
+    assert (tmp_path / "notes").read_text() == "begun\n"
 
 
 def test_what_a_task_raises_stays_text_whatever_its_class(pool: KillablePool) -> None:
@@ -166,25 +157,23 @@ def _gone(process: int) -> None:
 # ------------------------------------------------------------------------------------- limits of the system
 
 
-def test_limits_of_the_system_are_kept_and_said_and_tasks_have_their_results() -> None:
+def test_limits_of_the_system_are_kept_and_said_and_what_tasks_print_goes_to_stderr() -> None:
     code = """
 import resource
 for kind, amount in ((resource.RLIMIT_AS, 6 * 2**30), (resource.RLIMIT_CPU, 21)):
     resource.setrlimit(kind, (amount, amount))
 from stages.reward.pool import KillablePool
-from tests.stages.reward.tasks import double
+from tests.stages.reward.tasks import say
 if __name__ == "__main__":
     pool = KillablePool(workers=1, memory_mb=8192)
-    print([o.value for o in pool.run(double, [(2,), (3,)], deadline_s=20)])
+    print([o.value for o in pool.run(say, [(2,), (3,)], deadline_s=20)])
     pool.close()
 """
     done = _python(code)
-    assert done.stdout == "[4, 6]\n", done.stderr
-    assert re.search(
-        r"UserWarning: the reward's worker processes run without: memory of 8192 MiB \(the system's own limit is lower: "
-        r"6442450944\); processor time by the deadline alone \(the system ends a worker after 21 s, `ulimit -t`\)",
-        done.stderr,
-    )
+    assert done.stdout == "[2, 3]\n", done.stderr
+    assert "printed by a task" in done.stderr
+    assert "written by a task" in done.stderr
+    assert re.search(r"UserWarning: .*8192 MiB .*6442450944\); .*21 s, `ulimit -t`", done.stderr)
 
 
 def _python(code: str) -> subprocess.CompletedProcess[str]:
@@ -245,15 +234,9 @@ class LostPool(KillablePool):
 
 
 def test_a_comparison_whose_worker_is_lost_twice_is_no_verdict() -> None:
-    pairs = [("\\sqrt{2}", "\\boxed{2^{1/2}}")]
-    with pytest.raises(VerifierLostError, match=r"lost twice \(the pool is gone\)"):
-        grade_answers(
-            pairs,
-            conventions=("boxed",),
-            verifier="math_verify",
-            pool=LostPool(workers=1, memory_mb=256),
-            deadline_s=1.0,
-        )
+    pairs, lost = [("\\sqrt{2}", "\\boxed{2^{1/2}}")], LostPool(workers=1, memory_mb=256)
+    with pytest.raises(VerifierLostError, match="the pool is gone"):
+        grade_answers(pairs, conventions=("boxed",), verifier="math_verify", pool=lost, deadline_s=1.0)
 
 
 def test_a_task_that_alone_uses_up_the_system_s_processor_time_is_lost_no_more() -> None:

@@ -265,8 +265,8 @@ def test_a_search_takes_the_only_label_that_is_not_denied() -> None:
 
 def test_bait_costs_milliseconds() -> None:
     baits = ["not A or " * 600, "A," * 3000, "(" * 5000, "不是A" * 1500, "A " * 3000]
-    started = time.perf_counter()
+    started = time.process_time()
     for bait in baits:
         status("B", f"The answer is {bait}")
         choice_label(bait)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,24 +12,23 @@ from stages.reward import AccuracyConfig, FunctionConfig, RewardConfig, count_vo
 from stages.reward.rules.exact import canonical
 from stages.reward.votes import _merge
 from stages.tables import Rewards
+from tests.stages.rows import reward_row
 
 pytestmark = pytest.mark.usefixtures("store")
 
 PATIENT = RewardConfig(deadline_s=60)
 """No comparison here takes seconds, whatever else the machine does."""
-NO_STEPS = {"step_rewards": None, "step_ends": None, "scorer": None}
 
 
 def rewards(answers: Mapping[str, Sequence[tuple[str, str | None]]]) -> Rewards:
     """Question -> (status, extracted answer) of each sample."""
-    rows: list[dict[str, Any]] = [
-        {"question_id": question, "sample": sample, "reward": float(status == "ok"), "status": status}
-        | {"extracted": extracted, "components": []}
-        | NO_STEPS
-        for question, given in answers.items()
-        for sample, (status, extracted) in enumerate(given)
-    ]
-    return Rewards.write(rows)
+    return Rewards.write(
+        [
+            reward_row(question, sample, float(status == "ok"), status=status, extracted=extracted)
+            for question, given in answers.items()
+            for sample, (status, extracted) in enumerate(given)
+        ]
+    )
 
 
 def wrong(*answers: str) -> list[tuple[str, str | None]]:
@@ -134,12 +132,9 @@ def test_a_pair_is_compared_once_whatever_the_questions_that_have_it() -> None:
 
 def test_a_comparison_that_misses_its_deadline_is_not_equal() -> None:
     hard = wrong(r"(x+1)^{40}(y+1)^{40}", r"(y+1)^{40}(x+1)^{40}+z-z")
-    config = RewardConfig(deadline_s=0.001)
-    started = time.monotonic()
-    made = count_votes(rewards({"q": [*hard, *wrong("3", "3.0")]}), config)
+    made = count_votes(rewards({"q": [*hard, *wrong("3", "3.0")]}), RewardConfig(deadline_s=0.001))
     assert made.rows()[0]["wrong"] == [2, 1, 1]
     assert made.metrics["votes/no_verdict"] > 0
-    assert time.monotonic() - started < 60
 
 
 def merged(

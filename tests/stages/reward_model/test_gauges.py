@@ -18,6 +18,7 @@ from stages.reward_model import (
     measure_reward_model,
 )
 from stages.tables import RewardGauges, Rewards, Rollouts
+from tests.stages.rows import output_row, reward_row
 
 # question, sample, model score (a logit), rule reward, status, tokens
 ROWS = [
@@ -32,41 +33,15 @@ ROWS = [
 def rewards(values: list[float | None], *, scorer: str | None = None, **changes: Any) -> Rewards:
     return Rewards.write(
         [
-            {
-                "question_id": row[0],
-                "sample": row[1],
-                "reward": value,
-                "status": row[4],
-                "extracted": None,
-                "components": [],
-                "step_rewards": None,
-                "step_ends": None,
-                "scorer": scorer,
-                **{name: column[place] for name, column in changes.items()},
-            }
+            reward_row(row[0], row[1], value, status=row[4], scorer=scorer, components=[])
+            | {name: column[place] for name, column in changes.items()}
             for place, (row, value) in enumerate(zip(ROWS, values, strict=True))
         ]
     )
 
 
 def outputs() -> Rollouts:
-    return Rollouts.write(
-        [
-            {
-                "question_id": row[0],
-                "sample": row[1],
-                "prompt_ids": [1],
-                "output_ids": [2] * row[5],
-                "logprobs": None,
-                "finish_reason": "stop",
-                "text": "",
-                "text_ends": [0] * row[5],
-                "temperature": 1.0,
-                "seed": 0,
-            }
-            for row in ROWS
-        ]
-    )
+    return Rollouts.write([output_row(row[0], row[1], tokens=row[5], logprobs=None) for row in ROWS])
 
 
 def measured(scores: Rewards | None = None, rules: Rewards | None = None, **scoring: Any) -> RewardGauges:
@@ -115,7 +90,7 @@ def test_calibration_is_that_of_the_probability_on_either_scale(store: Store) ->
     assert squeezed["auc"] == values(measured())["auc"]
 
 
-def test_steps_are_held_against_the_labels_of_steps(store: Store) -> None:
+def test_steps_are_compared_with_the_labels_of_steps(store: Store) -> None:
     ends = [[1, 3], [4], [1], [7], [5]]
     scores = rewards([row[2] for row in ROWS], step_rewards=[[2.0, -1.0], [1.0], [-1.0], [-2.0], [0.5]], step_ends=ends)
     labels = [[1.0, 0.0], [0.0], [1.0], [0.0], [0.0]]
@@ -125,9 +100,7 @@ def test_steps_are_held_against_the_labels_of_steps(store: Store) -> None:
     assert values(gauges)["step_auc"] == pytest.approx((4 + 1.5) / 8)
     assert {row["gauge"]: row["rows"] for row in gauges.rows()}["step_auc"] == 6
     shifted = rewards([row[3] for row in ROWS], step_rewards=labels, step_ends=[[0, 3], *ends[1:]])
-    with pytest.raises(
-        ValueError, match=r"output \('a', 0\): the model's steps end at \[1, 3\], the rules' at \[0, 3\]"
-    ):
+    with pytest.raises(ValueError, match=r"\('a', 0\): .*\[1, 3\].*\[0, 3\]"):
         measured(scores, shifted)
 
 

@@ -12,6 +12,7 @@ import pytest
 from pipeline.store import Store
 from stages.environment import ArithmeticConfig, Author, render_question, unique_chains, write_solution
 from stages.environment.arithmetic import Chain, parse_question
+from stages.join import JoinError
 from stages.reward import RewardConfig, score
 from stages.reward_training import MonteCarloConfig, estimate_step_labels, label_outputs
 from stages.rollout import HFBackendConfig, RolloutConfig, continue_outputs, cut_into_prefixes
@@ -21,6 +22,7 @@ from stages.tables import Questions, RewardLabels, Rewards, Rollouts, StepPrefix
 from stages.text import CharacterTokenizerConfig, build_tokenizer, decode_outputs
 from stages.text.tokenizers import EOS
 from tests.stages.rollout.markov import ids_of, markov_policy
+from tests.stages.rows import label_row, output_row, question_table, reward_row
 
 ACCURACY: dict[str, Any] = {"kind": "accuracy", "conventions": ["hashes"], "verifier": "exact"}
 
@@ -35,18 +37,8 @@ RIGHT = {0: 1.0, 1: 0.0, 2: 0.0}
 def labels(exact: dict[int, list[float]] | None = None) -> RewardLabels:
     return RewardLabels.write(
         [
-            {
-                "question_id": "q",
-                "sample": sample,
-                "prompt_ids": [2],
-                "output_ids": list(range(3, ends[-1] + 4)),
-                "scored_index": ends[-1],
-                "label": RIGHT[sample],
-                "step_ends": ends if exact else None,
-                "step_labels": exact[sample] if exact else None,
-                "origin": "a" * 64,
-                "vocabulary": "b" * 64,
-            }
+            label_row("q", sample, list(range(3, ends[-1] + 4)), RIGHT[sample])
+            | ({"step_ends": ends, "step_labels": exact[sample]} if exact else {})
             for sample, ends in ENDS.items()
         ]
     )
@@ -64,23 +56,12 @@ def prefixes(samples: Sequence[int] = (0, 1, 2)) -> StepPrefixes:
 
 def verdicts(*statuses: str, **changes: Any) -> Rewards:
     """Of continuations 0, 1, ...; a dash is an output taken out for its length."""
-    return Rewards.write(
-        [
-            {
-                "question_id": "q",
-                "sample": sample,
-                "reward": None if status in ("error", "-") else float(status == "ok"),
-                "status": "truncated" if status == "-" else status,
-                "extracted": None,
-                "components": [],
-                "step_rewards": None,
-                "step_ends": None,
-                "scorer": None,
-                **changes,
-            }
-            for sample, status in enumerate(statuses)
-        ]
-    )
+    rows = [
+        reward_row("q", sample, None if status in ("error", "-") else float(status == "ok"))
+        | {"status": "truncated" if status == "-" else status, **changes}
+        for sample, status in enumerate(statuses)
+    ]
+    return Rewards.write(rows)
 
 
 def estimated(rewards: Rewards, config: MonteCarloConfig, **given: Any) -> list[list[float] | None]:
@@ -118,7 +99,7 @@ def test_continuations_without_a_verdict_do_not_count() -> None:
 
 
 @pytest.mark.usefixtures("store")
-def test_an_output_with_a_step_nobody_could_judge_has_no_step_labels() -> None:
+def test_an_output_with_a_step_without_verdicts_has_no_step_labels() -> None:
     rewards = verdicts("ok", "wrong", "error", "error")
     config = MonteCarloConfig(samples=2)
     made = estimate_step_labels(labels(), prefixes(), rewards, config)
@@ -149,14 +130,15 @@ def test_agreement_counts_steps_on_the_same_side_of_one_half() -> None:
 @pytest.mark.usefixtures("store")
 def test_rewards_that_do_not_fit_are_refused_by_row() -> None:
     config = MonteCarloConfig(samples=4)
-    with pytest.raises(ValueError, match=r"prefix \('q', 1\): expected 4 continuations, found 3"):
+    with pytest.raises(ValueError, match=r"\('q', 1\): expected 4 continuations, found 3"):
         estimate_step_labels(labels(), prefixes(), verdicts(*MIXED[:7]), config)
-    with pytest.raises(ValueError, match=r"output \('q', 0\): no continuation of its step 1 \(prefix 1\) is there"):
+    with pytest.raises(JoinError) as refused:
         estimate_step_labels(labels(), prefixes(), verdicts(*MIXED[:4]), config)
-    with pytest.raises(ValueError, match=r"continuation \('q', 0\) was rewarded by a model \(cccccccccccc\)"):
+    assert (refused.value.table, refused.value.missing) == ("continuations", ("q", 1))
+    with pytest.raises(ValueError, match=r"\('q', 0\) .*cccccccccccc"):
         estimate_step_labels(labels(), prefixes(), verdicts(*MIXED, scorer="c" * 64), config)
     longer = RewardLabels.write([labels().rows()[0] | {"output_ids": list(range(3, 20))}])
-    with pytest.raises(ValueError, match=r"output \('q', 0\) has 17 tokens, its steps end at \[1, 3, 6\]"):
+    with pytest.raises(ValueError, match=r"\('q', 0\) has 17 tokens, its steps end at \[1, 3, 6\]"):
         estimate_step_labels(longer, prefixes((0,)), verdicts(*MIXED), config)
 
 
@@ -177,12 +159,11 @@ def test_shares_are_the_chances_of_a_known_policy_to_be_right_from_there() -> No
     lines = ("sure\n", "half\n", "lost\n")
     ids = [ids_of(tokenizer, line, "#### 1", EOS) for line in lines]
     outputs = rollouts([("q", sample, [2], each) for sample, each in enumerate(ids)], tokenizer)
-    questions = Questions.write([{"question_id": "q", "question": "?", "answer": "1", "solution": None}])
     reward = RewardConfig.parse({"components": [ACCURACY]})
-    made = label_outputs(outputs, score(outputs, questions, reward), policy)
+    made = label_outputs(outputs, score(outputs, question_table(), reward), policy)
     cut = cut_into_prefixes(outputs)
     sampling = RolloutConfig(max_output_tokens=4, backend=HFBackendConfig(dtype="float32", threads=1))
-    continued = score(continue_outputs(policy, outputs, cut, sampling, samples=100, seed=0), questions, reward)
+    continued = score(continue_outputs(policy, outputs, cut, sampling, samples=100, seed=0), question_table(), reward)
     shares = estimate_step_labels(made, cut, continued, MonteCarloConfig(samples=100, estimate="share")).rows()
     assert [row["step_labels"][0] for row in shares] == [1.0, pytest.approx(0.5, abs=0.2), 0.0]  # 4 deviations of 100
     hard = estimate_step_labels(made, cut, continued, MonteCarloConfig(samples=100)).rows()
@@ -216,18 +197,12 @@ def rollouts(rows: Sequence[tuple[str, int, Sequence[int], Sequence[int]]], toke
     """Of (question, sample, prompt, output)."""
     decoded = decode_outputs(tokenizer, [ids for *_, ids in rows])
     return Rollouts.write(
-        {
-            "question_id": [row[0] for row in rows],
-            "sample": [row[1] for row in rows],
-            "prompt_ids": [list(row[2]) for row in rows],
-            "output_ids": [list(row[3]) for row in rows],
-            "logprobs": [None] * len(rows),
-            "finish_reason": ["stop"] * len(rows),
-            "text": decoded.texts,
-            "text_ends": decoded.ends,
-            "temperature": [1.0] * len(rows),
-            "seed": [0] * len(rows),
-        }
+        [
+            output_row(
+                question, sample, text, prompt_ids=list(prompt), output_ids=list(ids), logprobs=None, text_ends=ends
+            )
+            for (question, sample, prompt, ids), text, ends in zip(rows, *decoded, strict=True)
+        ]
     )
 
 

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import pytest
 
 from pipeline.store import Store
 from stages.reward_training import ReplayConfig, mix_with_history
 from stages.tables import RewardLabels
+from tests.stages.rows import label_row
 
 
 def table(origin: str, questions: int, *, G: int = 4, vocabulary: str = "v") -> RewardLabels:
-    rows: list[dict[str, Any]] = [
-        {
-            "question_id": f"{origin}-q{question}",
-            "sample": sample,
-            "prompt_ids": [5],
-            "output_ids": [6, 1],
-            "scored_index": 1,
-            "label": float(sample % 2),
-            "step_ends": None,
-            "step_labels": None,
-            "origin": origin,
-            "vocabulary": vocabulary,
-        }
+    rows = [
+        label_row(f"{origin}-q{question}", sample, [6, 1], float(sample % 2), origin=origin, vocabulary=vocabulary)
         for question in range(questions)
         for sample in range(G)
     ]
@@ -57,15 +46,16 @@ def test_a_tenth_of_the_old_pool_is_replayed(store: Store) -> None:
     assert (metrics["rm/replayed_from_0"], metrics["rm/replayed_from_1"]) == (found["first"], found["second"])
 
 
-@pytest.mark.parametrize("share_of", ["training_set", "old_pool"])
-def test_without_history_the_fresh_labels_are_all(store: Store, share_of: Any) -> None:
+@pytest.mark.parametrize(
+    ("history", "config"),
+    [(0, ReplayConfig()), (0, ReplayConfig(share_of="old_pool")), (9, ReplayConfig(share=0))],
+)
+def test_without_history_or_with_a_share_of_0_the_fresh_labels_are_all(
+    store: Store, history: int, config: ReplayConfig
+) -> None:
+    old = [table("old", history)] if history else []
     fresh = table("new", 5)
-    assert mix_with_history(fresh, [], ReplayConfig(share_of=share_of), seed=0).digest == fresh.digest
-
-
-def test_a_share_of_zero_replays_nothing(store: Store) -> None:
-    fresh = table("new", 5)
-    assert mix_with_history(fresh, [table("old", 9)], ReplayConfig(share=0), seed=0).digest == fresh.digest
+    assert mix_with_history(fresh, old, config, seed=0).digest == fresh.digest
 
 
 def test_no_more_is_replayed_than_there_is(store: Store) -> None:
@@ -96,5 +86,5 @@ def test_a_row_is_replayed_once(store: Store) -> None:
 
 
 def test_labels_of_another_vocabulary_are_not_replayed(store: Store) -> None:
-    with pytest.raises(ValueError, match="labels of 2 vocabularies"):
+    with pytest.raises(ValueError, match="2 vocabularies"):
         mix_with_history(table("new", 9), [table("old", 9, vocabulary="w")], ReplayConfig(), seed=0)

@@ -13,6 +13,7 @@ from stages.models import WEIGHTS, Checkpoint, RewardKind, copy_description, sav
 from stages.reward_training import RewardModelConfig, RewardTrainingConfig, create_reward_model
 from stages.tables import RewardLabels, Rewards, Rollouts
 from stages.training import AdamWConfig, TrainingConfig
+from tests.stages.rows import label_row, output_row, reward_row
 from tests.stages.training.tiny import VOCABULARY, tiny_checkpoint, tiny_model, tiny_tokenizer
 
 Q, G = 4, 4
@@ -38,20 +39,9 @@ def label_rows(base: Checkpoint, *, steps: bool = True) -> list[dict[str, Any]]:
             ids = [rng.randrange(3, VOCABULARY) for _ in range(rng.randint(2, 7))] + [EOS]
             within = range(1, len(ids) - 1, 2)  # no step of a single token: its line would have no letter
             ends = [*sorted(rng.sample(within, rng.randint(0, min(2, len(within))))), len(ids) - 1]
-            rows.append(
-                {
-                    "question_id": f"q{question}",
-                    "sample": sample,
-                    "prompt_ids": prompt,
-                    "output_ids": ids,
-                    "scored_index": len(ids) - 1,
-                    "label": float(sample in RIGHT[question]),
-                    "step_ends": ends if steps else None,
-                    "step_labels": [float(rng.random() < 0.5) for _ in ends] if steps else None,
-                    "origin": base.digest,
-                    "vocabulary": vocabulary,
-                }
-            )
+            cut = {"step_ends": ends, "step_labels": [float(rng.random() < 0.5) for _ in ends]} if steps else {}
+            known = {"prompt_ids": prompt, "origin": base.digest, "vocabulary": vocabulary, **cut}
+            rows.append(label_row(f"q{question}", sample, ids, float(sample in RIGHT[question]), **known))
     return rows
 
 
@@ -87,17 +77,11 @@ def base_with_pad_as_eos() -> Checkpoint:
 
 def outputs_of(rows: list[dict[str, Any]]) -> Rollouts:
     """Rollouts whose text has a letter for each token, and a newline for the token that ends a step."""
+    kept = ("prompt_ids", "output_ids")
     return Rollouts.write(
         [
-            {
-                **{name: row[name] for name in ("question_id", "sample", "prompt_ids", "output_ids")},
-                "logprobs": None,
-                "finish_reason": "stop",
-                "text": (text := _lines(row)),
-                "text_ends": list(range(1, len(text) + 1)),
-                "temperature": 1.0,
-                "seed": 0,
-            }
+            output_row(row["question_id"], row["sample"], _lines(row), cut=True, logprobs=None)
+            | {"finish_reason": "stop", **{name: row[name] for name in kept}}
             for row in rows
         ]
     )
@@ -106,18 +90,8 @@ def outputs_of(rows: list[dict[str, Any]]) -> Rollouts:
 def rules_of(rows: list[dict[str, Any]], **changes: Any) -> Rewards:
     return Rewards.write(
         [
-            {
-                "question_id": row["question_id"],
-                "sample": row["sample"],
-                "reward": row["label"],
-                "status": "ok" if row["label"] else "wrong",
-                "extracted": str(row["sample"]),
-                "components": [("accuracy", row["label"])],
-                "step_rewards": row["step_labels"],
-                "step_ends": row["step_ends"],
-                "scorer": None,
-                **changes,
-            }
+            reward_row(row["question_id"], row["sample"], row["label"], extracted=str(row["sample"]))
+            | {"step_rewards": row["step_labels"], "step_ends": row["step_ends"], **changes}
             for row in rows
         ]
     )

@@ -69,6 +69,13 @@ def _etag(file: Path) -> str:
     return hashlib.sha1(file.read_bytes()).hexdigest()
 
 
+def describe(folder: Path, name: str, **changes: Any) -> None:
+    """Change entries of a JSON file of a model folder."""
+    file = folder / name
+    known = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(known | changes))
+
+
 @contextlib.contextmanager
 def serving(hub: Hub) -> Iterator[Hub]:
     """The hub behind `hub.url`, for the block."""

@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pipeline.artifact import ArtifactError
 from pipeline.residency import evict
 from pipeline.store import Store
 from stages.advantage import GroupConfig, estimate_advantages
@@ -37,6 +36,7 @@ from stages.training import AdamWConfig, TrainingConfig
 from stages.training.batching import Row, micro_batches
 from stages.training.forward import completion_logprobs
 from stages.update import GRPOConfig, UpdateConfig, update_policy
+from tests.stages.rows import reward_row
 
 VOCABULARY: Final = 300
 SMALL: Final = {
@@ -182,7 +182,7 @@ def test_greedy_outputs_are_those_of_transformers(policy: Checkpoint, case: Case
 
 
 def test_log_probabilities_are_those_of_a_full_softmax(policy: Checkpoint, case: Case) -> None:
-    """Of the sampler and of the trainer, with and without all logits, against one forward of each row alone."""
+    """Of the sampler and of the trainer, with and without all logits, against one forward of each row."""
     model = load_model(policy, dtype=torch.float32)
     rows = sampled(policy, case, G=2).rows()
     pairs = [Row(row["prompt_ids"], row["output_ids"]) for row in rows]
@@ -222,21 +222,15 @@ def test_a_grpo_update_changes_the_weights_and_leaves_a_checkpoint_that_loads(po
     assert all(tensor.equal(new[name]) for name, tensor in before.named_parameters())
 
 
-def reward_row(question: str, sample: int, reward: float) -> dict[str, Any]:
-    row = {"question_id": question, "sample": sample, "reward": reward, "status": "ok", "extracted": None}
-    empty = {name: None for name in Rewards.schema.names if name not in row}
-    return {**empty, **row, "components": []} if "components" in empty else {**empty, **row}
-
-
 def test_the_folders_are_as_various_as_they_are_meant_to_be(store: Store, tmp_path: Path) -> None:
     sharded = import_checkpoint(ExternalCheckpointConfig(path=make(CASES["qwen2.5-7b"], tmp_path / "a")))
     assert len(weight_files(sharded.path)) > 1
     with safe_open(weight_files(sharded.path)[0], framework="pt") as stored:
         assert {stored.get_tensor(name).dtype for name in stored.keys()} == {torch.bfloat16}  # noqa: SIM118
     assert load_tokenizer(sharded).pad_token == "<|pad|>"
-    bare = import_checkpoint(ExternalCheckpointConfig(path=make(CASES["deepseek-math-7b"], tmp_path / "b")))
-    assert load_tokenizer(bare).pad_token is None
-    described = load_model(bare, dtype=torch.float32).config
+    unpadded = import_checkpoint(ExternalCheckpointConfig(path=make(CASES["deepseek-math-7b"], tmp_path / "b")))
+    assert load_tokenizer(unpadded).pad_token is None
+    described = load_model(unpadded, dtype=torch.float32).config
     assert (described.max_position_embeddings, described.rms_norm_eps) == (4096, 1e-6)
     assert described.rope_parameters["rope_theta"] == 10_000.0
 
@@ -247,9 +241,7 @@ def test_a_model_without_an_end_of_sequence_is_refused_with_what_to_set(store: S
         described = {key: value for key, value in json.loads((folder / name).read_text()).items() if "eos" not in key}
         (folder / name).write_text(json.dumps(described))
     policy = import_checkpoint(ExternalCheckpointConfig(path=folder))
-    with pytest.raises(
-        ValueError, match=r"eos_token_id in generation_config\.json or config\.json.* name the token in"
-    ):
+    with pytest.raises(ValueError, match=r"eos_token_id in generation_config\.json or config\.json"):
         sampled(policy, CASES["llama-2"], G=1, temperature=0.0)
 
 
@@ -259,14 +251,3 @@ def test_an_end_of_sequence_in_the_model_configuration_alone_is_found(store: Sto
     (folder / "generation_config.json").unlink()
     policy = import_checkpoint(ExternalCheckpointConfig(path=folder))
     assert stop_ids(policy, load_tokenizer(policy)) == (0, 5, 6)
-
-
-def test_weights_that_do_not_fit_their_architecture_are_refused(store: Store, tmp_path: Path) -> None:
-    folder = make(CASES["llama-2"], tmp_path / "model")
-    described = json.loads((folder / "config.json").read_text()) | {
-        "model_type": "qwen2",
-        "architectures": ["Qwen2ForCausalLM"],
-    }
-    (folder / "config.json").write_text(json.dumps(described))
-    with pytest.raises(ArtifactError, match=r"weights do not fit the architecture: missing .*bias"):
-        load_model(import_checkpoint(ExternalCheckpointConfig(path=folder)), dtype=torch.float32)

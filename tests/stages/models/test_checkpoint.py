@@ -67,7 +67,7 @@ def test_equal_models_have_one_digest(store: Store) -> None:
 
 
 def test_weights_of_another_shape_are_refused_by_name(store: Store) -> None:
-    with pytest.raises(ArtifactError, match=r"embed_tokens.weight: \(26, 32\) stored, \(26, 48\) in the model"):
+    with pytest.raises(ArtifactError, match=r"embed_tokens.weight: \(26, 32\) .*\(26, 48\)"):
         load_weights(tiny_model(hidden_size=48), tiny_checkpoint())
 
 
@@ -112,7 +112,7 @@ def test_a_missing_shard_is_named(store: Store, external: Path) -> None:
     index = json.loads((external / "model.safetensors.index.json").read_text())
     shard = sorted(index["weight_map"].values())[0]
     (external / shard).unlink()
-    with pytest.raises(ArtifactError, match=f"shard {shard} is named by model.safetensors.index.json but missing"):
+    with pytest.raises(ArtifactError, match=shard):
         import_checkpoint(ExternalCheckpointConfig(path=external))
 
 
@@ -128,7 +128,7 @@ def test_pickled_weights_are_refused(store: Store, external: Path) -> None:
     for file in external.glob("model*"):
         file.unlink()
     (external / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(ArtifactError, match=r"pytorch_model\.bin is a pickle and refused"):
+    with pytest.raises(ArtifactError, match=r"pytorch_model\.bin"):
         import_checkpoint(ExternalCheckpointConfig(path=external))
 
 
@@ -171,9 +171,7 @@ def test_a_checkpoint_without_an_architecture_is_a_policy(store: Store, named: l
 
 
 def test_a_head_of_another_kind_is_refused_by_its_architecture(store: Store) -> None:
-    with pytest.raises(
-        ArtifactError, match=r"names the architecture Qwen2ForQuestionAnswering; expected one that ends in"
-    ):
+    with pytest.raises(ArtifactError, match="Qwen2ForQuestionAnswering"):
         load_model(renamed(["Qwen2ForQuestionAnswering"]), dtype=torch.float32)
 
 

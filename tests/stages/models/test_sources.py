@@ -1,10 +1,8 @@
-"""Models of the hub: what is fetched is one commit, what cannot be fetched says why, and nobody's code runs unasked."""
+"""Models of the hub: what is fetched is one commit, what cannot be fetched says why, and no code runs unasked."""
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,8 +27,7 @@ from stages.models import (
     resolve_revision,
 )
 from stages.models.trusted_code import code_digest
-from stages.text import CharacterTokenizerConfig, build_tokenizer
-from tests.stages.models.hub import Hub, serving
+from tests.stages.models.hub import Hub, describe, serving
 from tests.stages.training.tiny import tiny_model
 
 FIRST, SECOND = "a" * 40, "b" * 40
@@ -57,17 +54,13 @@ class DoubledForCausalLM(Qwen2ForCausalLM):
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A tiny model with a tokenizer that reads text."""
-    made = tmp_path / "model"
-    tokenizer = build_tokenizer(["what is 12 + 345 * 67890?\n####"], CharacterTokenizerConfig())
-    tiny_model(vocab_size=len(tokenizer)).save_pretrained(made)
-    tokenizer.save_pretrained(made)
-    (made / "extra").mkdir()
-    (made / "extra" / "other.json").write_text("{}")
-    (made / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    (made / "evil.py").write_text("raise SystemExit")
-    return made
+def folder(plain: Path) -> Path:
+    """A tiny model among files that nothing asks for."""
+    (plain / "extra").mkdir()
+    (plain / "extra" / "other.json").write_text("{}")
+    (plain / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    (plain / "evil.py").write_text("raise SystemExit")
+    return plain
 
 
 @pytest.fixture
@@ -82,23 +75,12 @@ def hub(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 def own_code(folder: Path, marker: Path) -> Path:
     """Make the model one of an architecture that transformers lacks; running its code touches `marker`."""
-    described = json.loads((folder / "config.json").read_text())
-    classes = {
-        "AutoConfig": "modeling_doubled.DoubledConfig",
-        "AutoModelForCausalLM": "modeling_doubled.DoubledForCausalLM",
-    }
-    described |= {"model_type": "cohort_doubled", "architectures": ["DoubledForCausalLM"], "auto_map": classes}
-    (folder / "config.json").write_text(json.dumps(described))
+    names = {"AutoConfig": "DoubledConfig", "AutoModelForCausalLM": "DoubledForCausalLM"}
+    classes = {auto: f"modeling_doubled.{name}" for auto, name in names.items()}
+    describe(folder, "config.json", model_type="cohort_doubled", architectures=["DoubledForCausalLM"], auto_map=classes)
     (folder / "evil.py").unlink()
     (folder / "modeling_doubled.py").write_text(MODELING.format(marker=str(marker)))
     return folder
-
-
-@pytest.fixture
-def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of the test's own for the code that transformers copies before it runs it."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
 
 
 def names(checkpoint: Checkpoint) -> set[str]:
@@ -122,9 +104,7 @@ def test_a_branch_is_resolved_once_and_does_not_move_a_run_that_is_continued(
     store: Store, hub: Hub, folder: Path, tmp_path: Path
 ) -> None:
     policy = PretrainedPolicy(path="owner/tiny")
-    with pytest.warns(
-        UserWarning, match=f"main is commit {FIRST}, which this and later runs use; set policy.revision={FIRST}"
-    ):
+    with pytest.warns(UserWarning, match=f"main is commit {FIRST}.* policy.revision={FIRST}"):
         first = pretrained_model(policy)
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
@@ -157,21 +137,20 @@ def test_a_hub_that_cannot_be_reached_is_an_error_that_says_what_to_do(
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(
-        HubError, match=r"owner/tiny: http://127.0.0.1:1 cannot be reached \(ConnectError.*set policy\.path to a"
-    ):
+    with pytest.raises(HubError, match=r"owner/tiny: http://127.0.0.1:1 .*ConnectError.* policy\.path"):
         pretrained_model(PretrainedPolicy(path="owner/tiny", revision=revision))
 
 
-def test_what_the_hub_refuses_is_told_apart(store: Store, hub: Hub) -> None:
-    with pytest.raises(HubError, match="owner/none: neither a folder here nor a model at"):
-        pretrained_model(PretrainedPolicy(path="owner/none"))
-    with pytest.raises(HubError, match=f"owner/none: neither a folder here nor a model at {hub.url} that you may read"):
-        pretrained_model(PretrainedPolicy(path="owner/none", revision=FIRST))
-    with pytest.raises(HubError, match="owner/tiny has no branch, tag or commit v2"):
-        pretrained_model(PretrainedPolicy(path="owner/tiny", revision="v2"))
+def test_each_refusal_of_the_hub_names_what_is_at_fault(store: Store, hub: Hub) -> None:
+    for repository, revision, fault in (
+        ("owner/none", None, "owner/none: .* policy.path"),
+        ("owner/none", FIRST, f"owner/none: .* {hub.url} "),
+        ("owner/tiny", "v2", "owner/tiny has no .* v2; correct policy.revision"),
+    ):
+        with pytest.raises(HubError, match=fault):
+            pretrained_model(PretrainedPolicy(path=repository, revision=revision))
     hub.gated.add("owner/tiny")
-    with pytest.raises(HubError, match=f"gated: accept its terms at {hub.url}/owner/tiny, then log in"):
+    with pytest.raises(HubError, match=f"gated: .*{hub.url}/owner/tiny"):
         pretrained_model(PretrainedPolicy(path="owner/tiny", revision=FIRST))
 
 
@@ -183,7 +162,7 @@ def test_a_folder_goes_before_the_hub_and_has_no_revision(
     folder.rename(folder.parent / "owner" / "tiny")
     assert "config.json" in names(pretrained_model(PretrainedPolicy(path="owner/tiny")))
     assert not hub.asked
-    with pytest.raises(ConfigError, match="owner/tiny is a folder, whose content decides"):
+    with pytest.raises(ConfigError, match="owner/tiny is a folder"):
         pretrained_model(PretrainedPolicy(path="owner/tiny", revision="main"))
     with pytest.raises(ArtifactError, match="no such folder"):
         pretrained_model(PretrainedPolicy(path="./owner/none"))
@@ -232,9 +211,7 @@ def test_pinned_code_of_a_folder_runs_and_follows_the_model(store: Store, folder
 @pytest.mark.usefixtures("modules")
 def test_pinned_code_of_the_hub_is_that_of_the_commit(store: Store, hub: Hub, folder: Path, tmp_path: Path) -> None:
     own_code(folder, tmp_path / "ran")
-    with pytest.raises(
-        ArtifactError, match=f"owner/tiny: .*set policy.trust_remote_code=true and policy.revision={FIRST}"
-    ):
+    with pytest.raises(ArtifactError, match=f"owner/tiny: .*policy.revision={FIRST}"):
         pretrained_model(PretrainedPolicy(path="owner/tiny", revision=FIRST))
     trusted = pretrained_model(PretrainedPolicy(path="owner/tiny", revision=FIRST, trust_remote_code=True))
     assert type(load_model(trusted, dtype=torch.float32)).__name__ == "DoubledForCausalLM"
@@ -244,28 +221,21 @@ def test_code_that_changed_since_it_was_read_is_refused(store: Store, folder: Pa
     own_code(folder, tmp_path / "ran")
     pin = code_digest(code_files(folder))
     (folder / "modeling_doubled.py").write_text("raise SystemExit")
-    with pytest.raises(
-        ArtifactError, match=rf"\(modeling_doubled\.py\) has the digest .*, not the {pin} that was pinned"
-    ):
+    with pytest.raises(ArtifactError, match=rf"modeling_doubled\.py.* not the {pin} "):
         pretrained_model(PretrainedPolicy(path=str(folder), revision=pin, trust_remote_code=True))
 
 
 def test_code_of_another_repository_is_refused(store: Store, folder: Path, tmp_path: Path) -> None:
     own_code(folder, tmp_path / "ran")
-    described = json.loads((folder / "config.json").read_text())
-    described["auto_map"]["AutoConfig"] = "stranger/repo--modeling_doubled.DoubledConfig"
-    (folder / "config.json").write_text(json.dumps(described))
+    describe(folder, "config.json", auto_map={"AutoConfig": "stranger/repo--modeling_doubled.DoubledConfig"})
     pin = code_digest(code_files(folder))
-    with pytest.raises(
-        ArtifactError, match=r"names stranger/repo--modeling_doubled\.DoubledConfig, code of another repository"
-    ):
+    with pytest.raises(ArtifactError, match=r"stranger/repo--modeling_doubled\.DoubledConfig"):
         pretrained_model(PretrainedPolicy(path=str(folder), revision=pin, trust_remote_code=True))
 
 
-def test_an_architecture_that_nobody_knows_is_refused(store: Store, folder: Path) -> None:
-    described = json.loads((folder / "config.json").read_text()) | {"model_type": "unheard_of"}
-    (folder / "config.json").write_text(json.dumps(described))
-    with pytest.raises(ArtifactError, match="knows no model_type 'unheard_of' and the model brings no code for it"):
+def test_an_unknown_architecture_without_code_is_refused(store: Store, folder: Path) -> None:
+    describe(folder, "config.json", model_type="unheard_of")
+    with pytest.raises(ArtifactError, match="'unheard_of'"):
         pretrained_model(PretrainedPolicy(path=str(folder)))
 
 

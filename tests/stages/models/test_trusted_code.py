@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,12 @@ from stages.rollout.probe import vocabulary_and_window
 from stages.rollout.vllm import _model_folder
 from stages.sft import PolicyConfig, create_policy
 from stages.tables import Demonstrations
-from stages.text import CharacterTokenizerConfig, PromptConfig, build_tokenizer
-from tests.stages.models.hub import Hub, serving
-from tests.stages.training.tiny import tiny_model
+from stages.text import PromptConfig
+from tests.stages.models.hub import Hub, describe, serving
 
 COMMIT = "a" * 40
+pytestmark = pytest.mark.usefixtures("modules")
+
 CODE = """
 import pathlib
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -67,32 +68,9 @@ def generate(*args, **kwargs):
 OWN = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoModel": "own.Model"}
 
 
-@pytest.fixture(autouse=True)
-def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of the test's own for the code that transformers copies before it runs it."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-
-@pytest.fixture
-def plain(tmp_path: Path) -> Path:
-    """A tiny model without code."""
-    made = tmp_path / "model"
-    tokenizer = build_tokenizer(["what is 12 + 345 * 67890?\n####"], CharacterTokenizerConfig())
-    tiny_model(vocab_size=len(tokenizer)).save_pretrained(made)
-    tokenizer.save_pretrained(made)
-    return made
-
-
 @pytest.fixture
 def marker(tmp_path: Path) -> Path:
     return tmp_path / "ran"
-
-
-def describe(folder: Path, name: str, **changes: Any) -> None:
-    file = folder / name
-    known = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps(known | changes))
 
 
 def own_architecture(folder: Path) -> None:
@@ -158,7 +136,7 @@ def test_no_loader_runs_code_that_an_artifact_brings(
     store: Store, plain: Path, marker: Path, loader: str, way: Callable[[Path], None]
 ) -> None:
     made = smuggled(plain, marker, way)
-    with pytest.raises(ArtifactError, match=r"brings Python code \(.*own\.py.*does not pin: none of it ran"):
+    with pytest.raises(ArtifactError, match=r"own\.py.*does not pin"):
         LOADERS[loader](made)
     assert not marker.exists()
 
@@ -196,7 +174,7 @@ def test_a_pin_covers_no_code_of_another_repository_in_any_file(
 
     made = smuggled(plain, marker, way)
     trust(code_digest(code_files(made.path)))
-    with pytest.raises(ArtifactError, match=r"names stranger/repo--own\.Config, code of another repository"):
+    with pytest.raises(ArtifactError, match=r"stranger/repo--own\.Config"):
         load_model(made, dtype=torch.float32)
 
 
@@ -214,7 +192,7 @@ def test_an_adapter_beside_a_model_is_not_loaded_into_it(store: Store, plain: Pa
         describe(folder, "adapter_config.json", base_model_name_or_path="/elsewhere", peft_type="LORA")
         (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
 
-    with pytest.raises(ArtifactError, match=r"adapter_config\.json beside the model"):
+    with pytest.raises(ArtifactError, match=r"adapter_config\.json"):
         load_model(smuggled(plain, marker, way), dtype=torch.float32)
 
 
@@ -361,8 +339,6 @@ def test_an_index_of_another_shape_is_refused(store: Store, plain: Path, content
 
 
 def test_files_of_other_names_stay_behind(store: Store, plain: Path, tmp_path: Path) -> None:
-    import os
-
     strangers = [
         "trusted_code.json",
         "adapter_config.json",

@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
-from stages.reward.components import label_steps
 from stages.text import BPETokenizerConfig, CharacterTokenizerConfig, build_tokenizer, decode_outputs, step_ends
 
 TEXTS = ["7加5等于12\n12减3等于9 🙂", "the answer is 42.\n#### 42"]
@@ -35,6 +34,7 @@ def test_with_one_token_a_character_the_ends_count_the_characters_and_a_skipped_
     assert ends_of(CHARACTERS, [*ids_of(CHARACTERS, "7加5\n🙂"), EOS]) == ("7加5\n🙂", [1, 2, 3, 4, 5, 5])
 
 
+@pytest.mark.claim("step borders by encoding text anew")
 def test_the_text_up_to_an_end_is_what_the_tokens_up_to_it_decode_to() -> None:
     ids = ids_of(BPE, "the answer is 42.\n#### 42")
     text, ends = ends_of(BPE, ids)
@@ -109,27 +109,6 @@ def test_another_kind_of_tokenizer_is_decoded_token_by_token() -> None:
     assert ends_of(tokenizer, [0, 1, 2]) == ("the answer.", [3, 10, 11])
 
 
-@pytest.mark.claim("step borders by encoding text anew")
-@pytest.mark.parametrize("text", TEXTS)
-def test_ends_lead_from_the_end_of_a_line_to_the_token_that_ends_it(text: str) -> None:
-    ids = ids_of(BPE, text)
-    decoded, ends = ends_of(BPE, ids)
-    stop = decoded.index("\n") + 1
-    token = next(t for t, end in enumerate(ends) if end >= stop)
-    assert BPE.decode(ids[: token + 1]).startswith(decoded[:stop])
-    assert "\n" not in BPE.decode(ids[:token])
-
-
-STEPPED = [
-    "7+5=12\n12-3=9\n#### 9",
-    "7+5=12\n\n12-3=9\n\n\n#### 9\n",
-    "\n\n",
-    "7+5",
-    "no line of this world\nnor this",
-    "\n9",
-]
-
-
 def one_token_per_character(text: str, *, stopped: bool = True) -> list[int]:
     return [*range(1, len(text) + 1), *([len(text)] if stopped else [])]
 
@@ -151,15 +130,3 @@ def test_an_output_without_a_line_is_one_step_and_one_without_tokens_has_none() 
 
 def test_a_token_that_spans_lines_ends_the_steps_it_completes() -> None:
     assert step_ends("ab\ncd\ne", [2, 4, 6, 7]) == [1, 2, 3]
-
-
-@pytest.mark.parametrize("tokenizer_config", [CharacterTokenizerConfig(), BPETokenizerConfig(vocab_size=300)])
-def test_steps_end_where_the_process_labels_of_the_built_in_world_do(
-    tokenizer_config: CharacterTokenizerConfig | BPETokenizerConfig,
-) -> None:
-    tokenizer = build_tokenizer([*STEPPED, "Compute 7+5-3."], tokenizer_config)
-    ids = [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in STEPPED]
-    texts, ends = decode_outputs(tokenizer, ids)
-    for text, each in zip(texts, ends, strict=True):
-        labelled = label_steps("Compute 7+5-3.", text, each.tolist(), "right")
-        assert step_ends(text, each.tolist()) == labelled.ends

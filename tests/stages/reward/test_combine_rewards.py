@@ -62,7 +62,7 @@ def combined(reward: RewardConfig, *, weight: float = 2.0, bounded: bool = False
     return combine_rewards(scores(steps=steps), outputs, questions(), reward, weight=weight, bounded=bounded)
 
 
-@pytest.mark.claim("components ignored beside a reward model")
+@pytest.mark.claim("components ignored with a reward model")
 @pytest.mark.parametrize(
     ("truncated", "bounded", "last", "model", "last_steps"),
     [

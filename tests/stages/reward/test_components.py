@@ -84,7 +84,7 @@ def test_an_answer_line_alone_decides_the_status_where_nothing_else_reads_the_an
     assert [row["status"] for row in made.rows()] == ["ok", "wrong", "unparseable"]
 
 
-@pytest.mark.claim("step borders by encoding text anew")
+@pytest.mark.claim("step borders from encoding text again")
 @pytest.mark.parametrize("text", [RIGHT, "7加5等于12\n12减3等于9\n#### 9"])
 @pytest.mark.parametrize("config", [CharacterTokenizerConfig(), BPETokenizerConfig(vocab_size=300)])
 def test_the_token_that_ends_a_step_is_the_first_to_reach_behind_its_newline(text: str, config: Any) -> None:

@@ -34,7 +34,7 @@ def test_with_one_token_a_character_the_ends_count_the_characters_and_a_skipped_
     assert ends_of(CHARACTERS, [*ids_of(CHARACTERS, "7加5\n🙂"), EOS]) == ("7加5\n🙂", [1, 2, 3, 4, 5, 5])
 
 
-@pytest.mark.claim("step borders by encoding text anew")
+@pytest.mark.claim("step borders from encoding text again")
 def test_the_text_up_to_an_end_is_what_the_tokens_up_to_it_decode_to() -> None:
     ids = ids_of(BPE, "the answer is 42.\n#### 42")
     text, ends = ends_of(BPE, ids)

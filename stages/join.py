@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 
 from pipeline.artifact import take_rows
 
-__all__ = ["KEY", "JoinError", "Ragged", "align", "group_rows", "key_at", "per_token", "require_unique", "same_keys"]
-
 KEY: Final = ("question_id", "sample")
 """Columns that name an output."""
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["RESERVED", "STATUSES", "RewardMetric", "status_metric"]
-
 STATUSES: Final = ("ok", "wrong", "unparseable", "truncated", "timeout", "error")
 """What the rules say of an output."""
 

@@ -27,28 +27,6 @@ import pyarrow as pa
 
 from pipeline.artifact import Table
 
-__all__ = [
-    "VERDICTS",
-    "Advantages",
-    "DataError",
-    "Demonstrations",
-    "Evaluation",
-    "Logprobs",
-    "Questions",
-    "ReferenceLogprobs",
-    "RewardGauges",
-    "RewardLabels",
-    "Rewards",
-    "Rollouts",
-    "StepPrefixes",
-    "Values",
-    "Votes",
-    "has_verdict",
-    "identify",
-    "is_held_out",
-]
-
-
 VERDICTS: Final = ("ok", "wrong", "unparseable", "truncated")
 """The statuses of `Rewards` that are a verdict of the rules on an output; the others say why there is none."""
 

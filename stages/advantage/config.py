@@ -8,16 +8,6 @@ from pydantic import Field, model_validator
 
 from pipeline.config import Config
 
-__all__ = [
-    "AdvantageConfig",
-    "BatchConfig",
-    "CorrectConfig",
-    "GAEConfig",
-    "GroupConfig",
-    "OneConfig",
-    "PairsConfig",
-]
-
 
 class OneConfig(Config):
     """A = 1 at every token: supervised fine-tuning (DeepSeekMath, A.1.1: GC = 1). Needs no rewards."""

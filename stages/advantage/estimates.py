@@ -15,16 +15,6 @@ from stages.kernels.advantage import centre, group_statistics, normalise_batch, 
 from stages.kernels.gae import gae
 from stages.reward_metrics import RewardMetric
 
-__all__ = [
-    "Estimate",
-    "batch_advantages",
-    "critic_advantages",
-    "kl_penalties",
-    "one_everywhere",
-    "one_where_right",
-    "pair_advantages",
-]
-
 _CELLS: Final = 2**21
 """Places of a block of padded outputs: one long output among short ones must not pad all of them."""
 

@@ -20,8 +20,6 @@ from stages.kernels.advantage import (
 )
 from stages.reward_metrics import RewardMetric
 
-__all__ = ["group_advantages", "require_steps"]
-
 Floats = NDArray[np.float64]
 
 

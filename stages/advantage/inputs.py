@@ -21,18 +21,6 @@ from numpy.typing import NDArray
 from stages.join import KEY, Ragged, align, group_rows, key_at, per_token, require_unique, same_keys
 from stages.tables import Logprobs, Rewards, Rollouts, Values
 
-__all__ = [
-    "CHUNK_TOKENS",
-    "Exploration",
-    "Outputs",
-    "Scored",
-    "read_exploration",
-    "read_k1",
-    "read_outputs",
-    "read_rewards",
-    "read_values",
-]
-
 CHUNK_TOKENS: Final = 2**21
 """Output tokens of a chunk, up to those of one question more: 16 MiB for each array of a float64 a token."""
 _ROW: Final = 16

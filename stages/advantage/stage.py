@@ -32,8 +32,6 @@ from stages.advantage.inputs import Exploration, Outputs, Scored, read_explorati
 from stages.reward_metrics import RewardMetric
 from stages.tables import Advantages, Logprobs, Rewards, Rollouts, Values
 
-__all__ = ["advantages_of", "estimate_advantages"]
-
 
 @stage(version="2")
 def estimate_advantages(

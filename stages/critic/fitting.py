@@ -22,8 +22,6 @@ from stages.training.engine import Engine, StepReport
 from stages.training.loop import train
 from stages.training.scores import scores_at
 
-__all__ = ["Example", "Fit", "Part", "join", "values_before"]
-
 
 @dataclass(frozen=True)
 class Example:

@@ -19,8 +19,6 @@ from stages.training.batching import deal
 from stages.training.config import AdamWConfig, TrainingConfig
 from stages.training.ranks import on_ranks
 
-__all__ = ["CriticConfig", "create_critic", "estimate_values", "update_critic"]
-
 
 class CriticConfig(Config):
     """How the value function is trained. The paper says no more than that PPO has one, and that it is costly (4.1.1)."""

@@ -15,18 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = [
-    "GroupStatistics",
-    "centre",
-    "group_statistics",
-    "leave_one_out",
-    "normalise",
-    "normalise_batch",
-    "process_advantages",
-    "to_go",
-    "token_rewards",
-]
-
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 

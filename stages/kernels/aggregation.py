@@ -12,8 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["constant_weights", "sequence_mean_weights", "token_mean_weights"]
-
 
 def sequence_mean_weights(mask_BT: Tensor, weight_B: Tensor, *, outputs: float) -> Tensor:
     """(1/G) sum_i (1/|o_i|) sum_t: the paper's (DeepSeekMath, Eq. 3). For lengths 2 and 6: 1/4 and 1/12 a token.

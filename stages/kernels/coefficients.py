@@ -11,8 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["dpo", "grpo", "online_rft", "ppo", "rft", "sft"]
-
 
 def sft(logp_BT: Tensor) -> Tensor:
     """GC = 1: o comes from the demonstrations (Eq. 7)."""

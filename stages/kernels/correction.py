@@ -13,8 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["sequence_truncated", "token_truncated"]
-
 
 def token_truncated(old_logp_BT: Tensor, rollout_logp_BT: Tensor, *, cap: float) -> Tensor:
     """w_t = min(pi_old(o_t) / pi_rollout(o_t), C) at each token."""

@@ -15,8 +15,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["k1", "k2", "k3", "k3_unbiased"]
-
 
 def k1(logp_BT: Tensor, ref_logp_BT: Tensor) -> Tensor:
     """log(pi_theta / pi_ref); of either sign. The penalty inside PPO's reward (DeepSeekMath, Eq. 2)."""

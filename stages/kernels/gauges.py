@@ -10,8 +10,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from stages.kernels.voting import Interval
 
-__all__ = ["auc", "auc_interval", "calibration_error", "pair_accuracy", "pearson", "spearman"]
-
 Floats = NDArray[np.float64]
 
 

@@ -18,8 +18,6 @@ from torch.nn import functional as F
 
 from stages.kernels.logprobs import entropy_given, precision
 
-__all__ = ["HeadScores", "LogitTransform", "head_logprobs"]
-
 
 class LogitTransform(NamedTuple):
     """What a model does to the output z of its head: x = cap tanh(scale z / cap), or scale z without a cap."""

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["entropies", "entropy_given", "precision", "token_logprobs"]
-
 _CHUNK = 1 << 22
 """Logits widened to float32 at a time (16 MiB): the [N, V] logits themselves are kept in their own precision only."""
 

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from stages.kernels.divergence import k3
 
-__all__ = ["TokenMismatch", "WeightSums", "effective_share", "token_mismatch", "weight_sums"]
-
 
 class TokenMismatch(NamedTuple):
     """Sums over the tokens of R outputs, so that parts of a batch add up."""

@@ -11,8 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["orthogonalise"]
-
 
 def orthogonalise(
     matrices_NRC: Tensor, *, coefficients: tuple[float, float, float], steps: int, eps: float, dtype: torch.dtype

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Surrogate", "clipped", "clipped_weight", "sequence_clipped", "weighted_likelihood"]
-
 
 @dataclass(frozen=True)
 class Surrogate:

@@ -11,8 +11,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from stages.kernels.objective import Surrogate
 
-__all__ = ["bradley_terry", "dpo", "log_ratio_of_outputs", "pointwise"]
-
 
 def dpo(logp_BT: Tensor, ref_logp_BT: Tensor, mask_BT: Tensor, *, beta: float, length_normalised: bool) -> Surrogate:
     """log sigma( beta m(o+) - beta m(o-) ) with m(o) = (1/|o|) sum_t log[pi_theta(o_t)/pi_ref(o_t)] (DeepSeekMath, Eq. 12).

@@ -15,8 +15,6 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Interval", "bootstrap_interval", "maj_at_k", "pass_at_k", "share_interval", "wilson_interval"]
-
 _LARGEST_N = 1000
 """Above it the number of subsets, C(n, n/2), leaves the range of a double."""
 

@@ -23,8 +23,6 @@ from stages.training.ranks import on_ranks
 if TYPE_CHECKING:
     from stages.training.batching import Row
 
-__all__ = ["LogprobsConfig", "compare_policies", "score_reference"]
-
 
 class LogprobsConfig(Config):
     """How outputs are scored under policy and reference, or the reference alone."""

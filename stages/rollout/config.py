@@ -13,17 +13,6 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from pipeline.config import UNKEYED, Config, ConfigError
 
-__all__ = [
-    "BackendConfig",
-    "HFBackendConfig",
-    "RolloutConfig",
-    "VLLMBackendConfig",
-    "VLLMServerConfig",
-    "environment_of",
-    "require_backend",
-    "require_vllm",
-]
-
 _INHERITED: Final = (
     "RANK",
     "WORLD_SIZE",

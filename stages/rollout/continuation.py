@@ -25,8 +25,6 @@ from stages.text import decode_outputs, step_ends
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["Prefix", "complete", "continue_outputs", "cut_into_prefixes"]
-
 
 @stage(version="1")
 def cut_into_prefixes(outputs: Rollouts, *, outputs_per_question: int | None = None) -> StepPrefixes:

@@ -20,8 +20,6 @@ from stages.rollout.generator import Output, Sampling, UnsoundOutputError, objec
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SAMPLED", "Answer", "StaleWeightsError", "check_answer", "probe_ids", "vocabulary_and_window"]
-
 SAMPLED: Final = 8
 """Tokens that the engine samples behind the probe."""
 _PROMPT: Final = 24

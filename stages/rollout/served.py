@@ -28,8 +28,6 @@ from stages.rollout.probe import SAMPLED, Answer, StaleWeightsError, check_answe
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ServedGenerator", "ServerError"]
-
 _KEY: Final = "VLLM_API_KEY"
 """Variable with the key that the server asks for, if it does; the name that vLLM itself reads."""
 _OVERLOADED: Final = (429, 502, 503, 504)

@@ -28,8 +28,6 @@ from stages.rollout.probe import SAMPLED, Answer, StaleWeightsError, check_answe
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["VLLMGenerator", "vllm_generator"]
-
 _HANDLER: Final = Path(__file__).with_name("vllm_worker.py")
 _PROBE_TEMPERATURE: Final = 0.7
 """Not 1: there `raw_logprobs` and `processed_logprobs` are the same."""

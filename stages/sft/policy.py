@@ -14,8 +14,6 @@ from stages.models import Checkpoint, require_buildable, save
 from stages.tables import Demonstrations
 from stages.text import CharacterTokenizerConfig, PromptConfig, TokenizerConfig, build_tokenizer
 
-__all__ = ["PolicyConfig", "create_policy", "policy_texts"]
-
 
 class PolicyConfig(Config):
     """A causal language model with random weights."""

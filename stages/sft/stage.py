@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from stages.training.batching import Batch, Row
     from stages.training.engine import Engine
 
-__all__ = ["SFTConfig", "demonstrated_outputs", "supervised_finetuning"]
-
 Ids = tuple[list[int], list[int]]
 Part = tuple["Batch", "Tensor"]
 """A micro-batch, and the weight of each of its tokens [B, O] in the mean over the whole batch."""

@@ -34,17 +34,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-__all__ = [
-    "ADAPTER_SETTINGS",
-    "Adapter",
-    "adapter_base",
-    "load_trainable",
-    "merge",
-    "reload_trainable",
-    "write_adapter",
-    "write_adapter_state",
-]
-
 FOLDER = "adapter"
 FACTORS = "adapter_model.safetensors"
 ADAPTER_SETTINGS = "adapter_config.json"

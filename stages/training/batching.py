@@ -19,18 +19,6 @@ from stages.tables import DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "Batch",
-    "Row",
-    "collate",
-    "deal",
-    "epoch_order",
-    "micro_batches",
-    "own_share",
-    "sample_positions",
-    "spread",
-]
-
 
 class _OfQuestion(Protocol):
     @property

@@ -16,16 +16,6 @@ from pydantic import (
 
 from pipeline.config import UNKEYED, Config
 
-__all__ = [
-    "AdamWConfig",
-    "DeepSpeedEngineConfig",
-    "HostConfig",
-    "LoRAConfig",
-    "MuonConfig",
-    "TorchEngineConfig",
-    "TrainingConfig",
-]
-
 
 class TorchEngineConfig(Config):
     """Plain torch on one device."""

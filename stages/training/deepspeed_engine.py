@@ -45,8 +45,6 @@ from stages.training.optimizers import (
 )
 from stages.training.process_group import import_deepspeed, join_group, launched
 
-__all__ = ["DeepSpeedEngine"]
-
 
 class DeepSpeedEngine(CheckpointedEngine):
     """See `stages.training.engine.Engine`."""

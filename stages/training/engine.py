@@ -23,19 +23,6 @@ from stages.training.config import TrainingConfig
 from stages.training.hardware import training_device
 from stages.training.optimizers import TrainerState, write_checkpoint
 
-__all__ = [
-    "CheckpointedEngine",
-    "Engine",
-    "GradientError",
-    "StepReport",
-    "autocast",
-    "check_skipped",
-    "checkpoint_activations",
-    "clip_gradients",
-    "largest",
-    "name_of_broken_gradient",
-]
-
 
 class GradientError(ValueError):
     """Too many steps in a row had a gradient that is not finite; names what is not finite and what to do."""

@@ -22,8 +22,6 @@ from stages.kernels.logprobs import entropies, token_logprobs
 from stages.tables import Rollouts
 from stages.training.batching import Batch, spread
 
-__all__ = ["CompletionLogprobs", "completion_logprobs", "head_only_at", "logit_transform", "sampling_temperature"]
-
 _HIGHEST = 64.0
 """Where the ramp ends: a power of two, so that a factor is read off its last value without rounding."""
 

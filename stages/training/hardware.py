@@ -13,16 +13,6 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "PeakMemory",
-    "inference_dtype",
-    "live_tensors_mib",
-    "native_bf16",
-    "peak_memory",
-    "threads",
-    "training_device",
-]
-
 _KIB_A_MIB = 1024
 _BYTES_A_MIB = 1 << 20
 

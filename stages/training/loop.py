@@ -22,8 +22,6 @@ from stages.training.batching import Batch, Row, micro_batches, own_share
 from stages.training.config import DeepSpeedEngineConfig, TorchEngineConfig, TrainingConfig
 from stages.training.engine import Engine, StepReport
 
-__all__ = ["optimizer_step", "publish", "reference_model", "resident_engine", "score_rows", "train"]
-
 Part = TypeVar("Part")
 
 

@@ -25,20 +25,6 @@ from stages.models import (
 from stages.training.adapters import Adapter, adapter_base, merge, write_adapter_state
 from stages.training.config import AdamWConfig, MuonConfig, TrainingConfig
 
-__all__ = [
-    "TrainerState",
-    "build_optimizer",
-    "learning_rate_factor",
-    "matrix_names",
-    "optimizer_state",
-    "read_trainer_state",
-    "restore_optimizer_state",
-    "set_learning_rate",
-    "trainable",
-    "trained_values",
-    "write_checkpoint",
-]
-
 
 def build_optimizer(model: nn.Module, config: AdamWConfig | MuonConfig) -> torch.optim.Optimizer:
     """The configured optimizer over the parameters of `model` that are trained."""

@@ -20,8 +20,6 @@ from pipeline.workers.rpc import perform
 from stages.training.hardware import training_device
 from stages.training.ranks import RANK_VARIABLES, RENDEZVOUS, body_called, select_interface
 
-__all__ = ["import_deepspeed", "join_group", "launched", "make_handler"]
-
 
 def import_deepspeed(device: str) -> None:
     """Import DeepSpeed quietly, and on the CPU when that is where we train."""

@@ -38,18 +38,6 @@ from pipeline.workers.group import Group, RefusedError, WorkerError
 from pipeline.workers.rpc import accept, order_of
 from stages.training.config import DeepSpeedEngineConfig, HostConfig
 
-__all__ = [
-    "ADDRESS",
-    "RANK_VARIABLES",
-    "RENDEZVOUS",
-    "body_called",
-    "environments",
-    "environments_of",
-    "interface_of",
-    "on_ranks",
-    "select_interface",
-]
-
 P = ParamSpec("P")
 A = TypeVar("A", bound=Artifact)
 

@@ -18,8 +18,6 @@ from torch.nn import functional as F
 
 from stages.training.batching import Batch
 
-__all__ = ["places_in", "score_head", "scores_at"]
-
 
 def places_in(batch: Batch, places: Sequence[Sequence[int]]) -> Tensor:
     """Flattened positions [N] in `[B*T]` of the named output tokens, row after row.

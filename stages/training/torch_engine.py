@@ -28,8 +28,6 @@ from stages.training.optimizers import (
     set_learning_rate,
 )
 
-__all__ = ["TorchEngine"]
-
 
 class TorchEngine(CheckpointedEngine):
     """See `stages.training.engine.Engine`.

@@ -10,8 +10,6 @@ from pipeline.config import UNKEYED, Config
 from stages.training.config import TrainingConfig
 from stages.update.objectives import GRPOConfig, Level, ObjectiveConfig
 
-__all__ = ["MismatchLimits", "NoCorrectionConfig", "TruncatedCorrectionConfig", "UpdateConfig"]
-
 
 class NoCorrectionConfig(Config):
     """The rollout engine's own log-probabilities are not used: pi_old is what the trainer computes (the paper's setting)."""

@@ -27,18 +27,6 @@ from stages.training.forward import completion_logprobs
 from stages.update.config import NoCorrectionConfig, TruncatedCorrectionConfig, UpdateConfig
 from stages.update.objectives.method import Method, Tokens
 
-__all__ = [
-    "Correction",
-    "Example",
-    "MicroBatch",
-    "MiniBatch",
-    "Recorded",
-    "Terms",
-    "drop_idle",
-    "micro_batch_terms",
-    "policy_loss",
-]
-
 Correction = NoCorrectionConfig | TruncatedCorrectionConfig
 LARGEST_WEIGHT: Final = math.exp(20)
 """What a weight before its cap is shown as at most."""

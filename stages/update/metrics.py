@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from stages.training.engine import Engine, StepReport
     from stages.update.loss import MicroBatch, Terms
 
-__all__ = ["Mismatch", "MismatchError", "UpdateMetrics", "check_mismatch"]
-
 MEAN: Final = "rollout/mismatch_mean"
 LARGEST: Final = "rollout/mismatch_max"
 DIVERGENCE: Final = "rollout/mismatch_kl"

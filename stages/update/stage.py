@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from stages.update.loss import Example, MiniBatch
     from stages.update.objectives import Method
 
-__all__ = ["join", "merge_equal", "pair_up", "update_policy"]
-
 _RECORDS: Final = "rollout log-probabilities"
 _REFERENCE: Final = "reference log-probabilities"
 

@@ -12,8 +12,6 @@ from stages.update.objectives.method import Method, Row, Tokens
 if TYPE_CHECKING:
     from stages.kernels.objective import Surrogate
 
-__all__ = ["CISPOConfig", "cispo"]
-
 
 class CISPOConfig(Config):
     """CISPO (its Eq. 4-5): sg[ min(r, 1 + eps_high) ] A log pi_theta, mean over all tokens, no KL term."""

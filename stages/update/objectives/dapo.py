@@ -9,8 +9,6 @@ from pydantic import Field
 from pipeline.config import Config
 from stages.update.objectives.method import Method, Row, clipped_ratio
 
-__all__ = ["DAPOConfig", "dapo"]
-
 
 class DAPOConfig(Config):
     """DAPO (its Eq. 8): clip-higher, token-level mean, no KL term.

@@ -12,8 +12,6 @@ from stages.update.objectives.method import Method, Row, Tokens
 if TYPE_CHECKING:
     from stages.kernels.objective import Surrogate
 
-__all__ = ["DPOConfig", "dpo"]
-
 
 class DPOConfig(Config):
     """DPO (DeepSeekMath, Eq. 12), pairs from one question: o+ with a right answer, o- with a wrong one (5.2.1)."""

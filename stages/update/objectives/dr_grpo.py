@@ -9,8 +9,6 @@ from pydantic import Field, PositiveInt
 from pipeline.config import Config
 from stages.update.objectives.method import Method, Row, clipped_ratio
 
-__all__ = ["DrGRPOConfig", "dr_grpo"]
-
 
 class DrGRPOConfig(Config):
     """Dr. GRPO: one divisor for all outputs, rewards centred but not scaled (`advantage.scale = none`), no KL term."""

@@ -9,8 +9,6 @@ from pydantic import Field, PositiveInt, model_validator
 from pipeline.config import Config
 from stages.update.objectives.method import Aggregation, Divergence, Method, Row, clipped_ratio
 
-__all__ = ["GRPOConfig", "grpo"]
-
 
 class GRPOConfig(Config):
     """GRPO (DeepSeekMath, Eq. 3 and 4): clipped ratio times group-relative advantage, KL to the reference in the loss."""

@@ -12,8 +12,6 @@ from stages.update.objectives.method import Method, Row, Tokens
 if TYPE_CHECKING:
     from stages.kernels.objective import Surrogate
 
-__all__ = ["GSPOConfig", "gspo"]
-
 
 class GSPOConfig(Config):
     """GSPO (its Eq. 5-7): s_i = (pi_theta(o_i) / pi_old(o_i))^(1/|o_i|) in place of the token's ratio.

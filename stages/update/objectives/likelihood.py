@@ -10,8 +10,6 @@ from stages.update.objectives.method import Method, Row, Tokens
 if TYPE_CHECKING:
     from stages.kernels.objective import Surrogate
 
-__all__ = ["OnlineRFTConfig", "RFTConfig", "SFTObjectiveConfig", "likelihood"]
-
 
 class SFTObjectiveConfig(Config):
     """Supervised fine-tuning (DeepSeekMath, Eq. 6-7): E[(1/|o|) sum_t log pi_theta], o from the demonstrations."""

@@ -11,18 +11,6 @@ if TYPE_CHECKING:
 
     from stages.kernels.objective import Surrogate
 
-__all__ = [
-    "Aggregation",
-    "DataSource",
-    "Divergence",
-    "Level",
-    "Method",
-    "RewardSource",
-    "Row",
-    "Tokens",
-    "clipped_ratio",
-]
-
 DataSource = Literal["demonstrations", "initial_policy", "policy"]
 """Where outputs come from: P_sft(Q, O), pi_sft(O|q), or pi_theta(O|q)."""
 Aggregation = Literal["sequence_mean", "token_mean", "constant"]

@@ -9,8 +9,6 @@ from pydantic import Field
 from pipeline.config import Config
 from stages.update.objectives.method import Method, Row, clipped_ratio
 
-__all__ = ["PPOConfig", "ppo"]
-
 
 class PPOConfig(Config):
     """PPO (DeepSeekMath, Eq. 1): clipped ratio times the advantage of a critic; the KL penalty is in the reward (Eq. 2).

@@ -9,8 +9,6 @@ from pydantic import Field
 from pipeline.config import Config
 from stages.update.objectives.method import Method, Row, clipped_ratio
 
-__all__ = ["ReinforcePlusPlusConfig", "reinforce_plus_plus"]
-
 
 class ReinforcePlusPlusConfig(Config):
     """REINFORCE++: the KL penalty per token in the reward, returns normalised over the batch (`advantage.kind = batch`)."""

@@ -10,8 +10,6 @@ from stages.update.objectives.method import Method, Row, Tokens
 if TYPE_CHECKING:
     from stages.kernels.objective import Surrogate
 
-__all__ = ["RLOOConfig", "rloo"]
-
 
 class RLOOConfig(Config):
     """RLOO: A_i log pi_theta(o_i | q), an output being one action: its tokens are summed, not averaged.

@@ -17,7 +17,7 @@ _USER: Final = "transformers.generation.candidate_generator"
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds nothing; sees when the module is about to be imported, which is when transformers' own switch is there."""
+    """Find nothing; notice when the module is about to be imported, which is when transformers' own switch is there."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
         if fullname == _USER:
@@ -27,10 +27,5 @@ class _Finder(importlib.abc.MetaPathFinder):
             transformers.utils.is_sklearn_available = lambda: False
 
 
-def leave_out_scikit_learn() -> None:
-    """Whatever imports transformers' models later in this process imports them without scikit-learn."""
-    if _USER not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
-
-
-leave_out_scikit_learn()
+if _USER not in sys.modules:
+    sys.meta_path.insert(0, _Finder())

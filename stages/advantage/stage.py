@@ -23,11 +23,12 @@ from stages.advantage.estimates import (
     Estimate,
     batch_advantages,
     critic_advantages,
+    group_advantages,
     one_everywhere,
     one_where_right,
     pair_advantages,
+    require_steps,
 )
-from stages.advantage.group import group_advantages, require_steps
 from stages.advantage.inputs import Exploration, Outputs, Scored, read_exploration, read_outputs, read_rewards
 from stages.reward_metrics import RewardMetric
 from stages.tables import Advantages, Logprobs, Rewards, Rollouts, Values

@@ -25,7 +25,7 @@ from stages.training.scores import scores_at
 
 @dataclass(frozen=True)
 class Example:
-    """An output with what the critic shall predict before each of its tokens."""
+    """Hold an output with what the critic shall predict before each of its tokens."""
 
     question_id: str
     prompt_ids: tuple[int, ...]
@@ -37,7 +37,7 @@ class Example:
 
 
 def join(outputs: Rollouts, advantages: Advantages) -> list[Example]:
-    """One example per distinct output that has advantages, weighted by its count; masked rows (null) take no part.
+    """Return one example per distinct output that has advantages, weighted by its count; masked rows (null) take no part.
 
     Raises:
         ValueError: an output without a row of advantages or without returns, returns of another number than tokens or not
@@ -71,7 +71,7 @@ def values_before(model: torch.nn.Module, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Part:
-    """A micro-batch; tensors are [B, O] of `batch`."""
+    """Hold a micro-batch; tensors are [B, O] of `batch`."""
 
     batch: Batch
     return_BO: Tensor
@@ -81,7 +81,7 @@ class Part:
 
 
 class Fit:
-    """Squared errors over this rank's micro-batches, and what the steps over them found."""
+    """Sum squared errors over this rank's micro-batches, and keep what the steps over them found."""
 
     def __init__(self, hands: Sequence[Sequence[Example]], engine: Engine, micro_batch_tokens: int) -> None:
         self._engine = engine

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from pathlib import Path
@@ -15,7 +14,7 @@ from pipeline.progress import report
 from pipeline.stage import record_metrics, stage
 from stages.models import WEIGHTS, Checkpoint, copy_description, model_weights, untrained_classifier, write_tensors
 from stages.tables import Advantages, Rollouts, Values
-from stages.training.batching import deal
+from stages.training.batching import deal, rows_of, with_scores
 from stages.training.config import AdamWConfig, TrainingConfig
 from stages.training.ranks import on_ranks
 
@@ -44,7 +43,7 @@ class CriticConfig(Config):
 
 @stage(version="1")
 def create_critic(policy: Checkpoint, config: CriticConfig) -> Checkpoint:
-    """V with the policy's trunk and tokenizer; a token classifier of one label, as plain transformers loads it.
+    """Make V with the policy's trunk and tokenizer; a token classifier of one label, as plain transformers loads it.
 
     V = 0 before the first update: advantages then are those without a baseline, instead of those with a random one.
 
@@ -69,7 +68,7 @@ def create_critic(policy: Checkpoint, config: CriticConfig) -> Checkpoint:
 @stage(version="1")
 @on_ranks
 def estimate_values(critic: Checkpoint, outputs: Rollouts, config: CriticConfig) -> Values:
-    """V(q, o_<t): the value before every output token, in the order of `outputs`.
+    """Compute V(q, o_<t), the value before every output token, in the order of `outputs`.
 
     Raises:
         ValueError: a value that is not finite, by its row.
@@ -78,12 +77,11 @@ def estimate_values(critic: Checkpoint, outputs: Rollouts, config: CriticConfig)
 
     from stages.critic.fitting import values_before
     from stages.training import threads
-    from stages.training.batching import Batch, Row
+    from stages.training.batching import Batch
     from stages.training.loop import resident_engine, score_rows
 
     started = time.perf_counter()
-    table = outputs.read().select(["question_id", "sample", "prompt_ids", "output_ids"]).to_pylist()
-    rows = [Row(row["prompt_ids"], row["output_ids"]) for row in table]
+    keys, rows = rows_of(outputs)
     with threads(config.training.threads):
         engine = resident_engine(critic, config.training, slot="critic")
 
@@ -92,17 +90,10 @@ def estimate_values(critic: Checkpoint, outputs: Rollouts, config: CriticConfig)
                 return values_before(engine.model, batch.to(engine.device))
 
         value = score_rows(rows, config.micro_batch_tokens, score, engine)
-    for row, values in zip(table, value, strict=True):
-        if not all(map(math.isfinite, values)):
-            key = (row["question_id"], row["sample"])
-            raise ValueError(f"critic {critic}: a value of output {key} is not finite; continue from an earlier critic")
+    unsound = f"a {{name}} of critic {critic} is not finite; continue from an earlier critic"
+    valued = with_scores(keys, unsound, value=value)
     record_metrics({"time/values": time.perf_counter() - started})
-    return Values.write(
-        [
-            {"question_id": row["question_id"], "sample": row["sample"], "value": values}
-            for row, values in zip(table, value, strict=True)
-        ]
-    )
+    return Values.write(valued)
 
 
 @stage(version="2")

@@ -1,11 +1,16 @@
-"""How far the trainer's log-probabilities lie from those that the rollout engine recorded for the tokens it sampled.
+"""Rollout engine and trainer: how far their log-probabilities of the sampled tokens differ, and weights that correct for it.
 
     d_t = log pi_trainer(o_t) - log pi_engine(o_t), in nats, o_t drawn from pi_engine
 
-With equal weights, temperature and filters only rounding makes d other than 0. Everything here is in float64: the differences
-of interest are the last bits of float32 numbers.
+With equal weights, temperature and filters only rounding makes d other than 0: engines round differently (other kernels, other
+precision). Differences are measured in float64: those of interest are the last bits of float32 numbers.
 
-Shapes: R outputs, O tokens of the longest, N any number of outputs; `mask_RO` is True on output tokens.
+A correction weighs the surrogate by w = pi_old / pi_engine, truncated at a cap C and constant with respect to theta. It is not
+the ratio pi_theta / pi_old, which keeps its own clipping (Yao et al. 2025, "Your efficient RL framework secretly brings you
+off-policy RL training"; Ionides 2008 for the truncation).
+
+Shapes: R outputs, O tokens of the longest, N any number of outputs; `mask_RO` is True on output tokens. Corrections: B rows, T
+tokens.
 """
 
 from __future__ import annotations
@@ -73,3 +78,23 @@ def effective_share(sums: WeightSums, count: int) -> float:
     1: every output counts alike, as if the trainer's policy had sampled them; 1/n: a single one decides everything.
     """
     return sums.weights**2 / (count * sums.squares)
+
+
+def token_truncated(old_logp_BT: Tensor, rollout_logp_BT: Tensor, *, cap: float) -> Tensor:
+    """w_t = min(pi_old(o_t) / pi_rollout(o_t), C) at each token."""
+    return torch.exp(old_logp_BT - rollout_logp_BT).clamp(max=cap).detach()
+
+
+def sequence_truncated(
+    old_logp_BT: Tensor, rollout_logp_BT: Tensor, mask_BT: Tensor, *, cap: float, normalised: bool = False
+) -> Tensor:
+    """w = min(pi_old(o) / pi_rollout(o), C) of the whole output, at each of its tokens: unbiased up to the cap, but of
+    higher variance the longer the output.
+
+    `normalised`: w = min((pi_old(o) / pi_rollout(o))^(1 / |o|), C), the geometric mean of the tokens' weights, as in GSPO's
+    ratio: biased, and of the same spread for any length.
+    """
+    log_ratio_B1 = (mask_BT * (old_logp_BT - rollout_logp_BT)).sum(-1, keepdim=True)
+    if normalised:
+        log_ratio_B1 = log_ratio_B1 / mask_BT.sum(-1, keepdim=True).clamp(min=1)
+    return torch.exp(log_ratio_B1).clamp(max=cap).expand_as(old_logp_BT).detach()

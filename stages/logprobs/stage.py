@@ -6,22 +6,22 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final
 
-import numpy as np
-import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config import Config
 from pipeline.stage import record_metrics, stage
-from stages.join import KEY, Ragged, key_at
 from stages.models import Checkpoint
 from stages.tables import Logprobs, ReferenceLogprobs, Rollouts
+from stages.training.batching import rows_of, with_scores
 from stages.training.config import TrainingConfig
 from stages.training.ranks import on_ranks
 
-if TYPE_CHECKING:
-    from stages.training.batching import Row
+_UNSOUND: Final = (
+    "a log-probability under the {name} is not finite; does the {name} have NaN weights, or was a token sampled that it "
+    "cannot say?"
+)
 
 
 class LogprobsConfig(Config):
@@ -59,7 +59,7 @@ def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollout
 
     started = time.perf_counter()
     temperature = sampling_temperature(outputs)
-    keys, rows = _rows_of(outputs)
+    keys, rows = rows_of(outputs)
     with threads(config.training.threads):
         engine = resident_engine(policy, config.training)
 
@@ -72,7 +72,7 @@ def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollout
             return score_rows(rows, config.micro_batch_tokens, score, engine)
 
         current, frozen = under(engine.model), under(reference_model(reference, engine, config.training))
-    compared = _with_logprobs(keys, policy=current, reference=frozen)
+    compared = with_scores(keys, _UNSOUND, policy=current, reference=frozen)
     record_metrics({"policy/kl_k1": _mean_k1(current, frozen), "time/logprobs": time.perf_counter() - started})
     return Logprobs.write(compared)
 
@@ -109,7 +109,7 @@ def score_reference(reference: Checkpoint, outputs: Rollouts, config: LogprobsCo
 
     started, device, training = time.perf_counter(), training_device(), config.training
     temperature = sampling_temperature(outputs)
-    keys, rows = _rows_of(outputs)
+    keys, rows = rows_of(outputs)
     with threads(training.threads), peak_memory() as peak:
         model = load_trainable(reference, training, torch.float32)[0].to(device).requires_grad_(False)
 
@@ -118,37 +118,9 @@ def score_reference(reference: Checkpoint, outputs: Rollouts, config: LogprobsCo
                 return completion_logprobs(model, batch.to(device), temperature, max_logits=training.max_logits).logp_BO
 
         found = score_rows(rows, config.micro_batch_tokens, score)
-    scored = _with_logprobs(keys, reference=found)
+    scored = with_scores(keys, _UNSOUND, reference=found)
     record_metrics({"time/reference": time.perf_counter() - started, "memory/reference_mb": peak.mib})
     return ReferenceLogprobs.write(scored)
-
-
-def _rows_of(outputs: Rollouts) -> tuple[pa.Table, list[Row]]:
-    """The keys of the outputs, and their ids, in their order."""
-    from stages.training.batching import Row
-
-    table = outputs.read([*KEY, "prompt_ids", "output_ids"])
-    ids = zip(Ragged.of(table["prompt_ids"]), Ragged.of(table["output_ids"]), strict=True)
-    return table.select(list(KEY)), [Row(prompt.tolist(), output.tolist()) for prompt, output in ids]
-
-
-def _with_logprobs(keys: pa.Table, **columns: Sequence[Sequence[float]]) -> pa.Table:
-    """Append a column for each policy.
-
-    Raises:
-        ValueError: a log-probability is not finite; names row and policy.
-    """
-    table = keys
-    for name, values in columns.items():
-        table = table.append_column(name, pa.array(values, pa.list_(pa.float32())))
-        found = Ragged.of(table[name])
-        bad = found.row_of_value[~np.isfinite(found.values)]
-        if len(bad):
-            raise ValueError(
-                f"output {key_at(keys, bad[0])}: a log-probability under the {name} is not finite; does the {name} have NaN "
-                "weights, or was a token sampled that it cannot say?"
-            )
-    return table
 
 
 def _mean_k1(policy: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]) -> float:

@@ -1,16 +1,15 @@
-"""LoRA adapters through peft: what an engine trains, and how a checkpoint holds it.
+"""Train LoRA adapters through peft, and hold them in checkpoints.
 
-A checkpoint of an adapted policy is a policy like any other, complete by itself:
+A checkpoint of an adapted policy is complete by itself:
 
-* `model.safetensors`: the merged weights W + s B A in float32, which everything that reads a policy (rollouts, evaluation,
-  reference, export) loads without knowing of adapters;
-* `adapter/adapter_model.safetensors` and `adapter/adapter_config.json`: A and B in peft's own format, so that this folder is an
-  adapter that peft loads; `base_model_name_or_path` is the digest of the checkpoint on which the adapter was begun;
-* `adapter/base.safetensors`: W of the adapted matrices, since it cannot be had back from the merged ones without rounding.
-  Every checkpoint of an adapter has the same file: a hard link where the file system has them.
+* `model.safetensors`: the merged weights W + s B A in float32, which everything that reads a policy loads without knowing of
+  adapters;
+* `adapter/adapter_model.safetensors` and `adapter/adapter_config.json`: A and B in peft's own format, so that peft loads this
+  folder; `base_model_name_or_path` is the digest of the checkpoint on which the adapter was begun;
+* `adapter/base.safetensors`: W of the adapted matrices, which the merged ones give back only with rounding. Every checkpoint of
+  an adapter has the same file: a hard link where the file system has them.
 
-The folder's name keeps the files from loaders that would add the adapter to weights that hold it already (transformers does so
-where `adapter_config.json` is in the folder of the weights).
+The files lie in a folder of their own: transformers adds an adapter to the weights where `adapter_config.json` lies with them.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _BASE_NAME = "base_model_name_or_path"
 
 
 class Adapter(NamedTuple):
-    """The adapter of a model in an engine."""
+    """Describe the adapter of a model in an engine."""
 
     settings: Mapping[str, Any]
     """What adapter_config.json says."""
@@ -54,22 +53,19 @@ class Adapter(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """s: alpha / r, or alpha / sqrt(r)."""
+        """Return s: alpha / r, or alpha / sqrt(r)."""
         r: int = self.settings["r"]
         return float(self.settings["lora_alpha"]) / (math.sqrt(r) if self.settings["use_rslora"] else r)
 
 
-# ------------------------------------------------------------------------------------------------ loading
-
-
 def load_trainable(checkpoint: Checkpoint, config: TrainingConfig, dtype: torch.dtype) -> tuple[Any, Adapter | None]:
-    """The checkpoint as a model to train or, frozen, to compare with; with adapter layers where the config asks for them.
+    """Load the checkpoint as a model to train or, frozen, to compare with; with adapter layers where the config asks for them.
 
     The same function makes policy and reference, so that a checkpoint is computed alike as either and their KL is exactly 0.
 
     Raises:
-        ConfigError: peft is not installed, a target module does not exist or is none that can be adapted, or the model is no
-            causal language model.
+        ConfigError: peft is not installed, a target module does not exist or cannot be adapted, or the model is no causal
+            language model.
     """
     if config.adapter is None:
         return load_model(checkpoint, dtype=dtype, attention=config.attention), None
@@ -98,7 +94,7 @@ def reload_trainable(
 
 
 def _fill(model: Any, checkpoint: Checkpoint, settings: Mapping[str, Any], seed: int) -> Adapter:
-    """Into a model that has the checkpoint's merged weights: its adapter, on its base, if that is asked for; else a new one."""
+    """Load the checkpoint's adapter, on its base, into a model that has its merged weights, or draw a new one."""
     from safetensors.torch import load_file
 
     parameters = dict(model.named_parameters())
@@ -117,7 +113,7 @@ def _fill(model: Any, checkpoint: Checkpoint, settings: Mapping[str, Any], seed:
 
 
 def _draw(parameters: Mapping[str, Tensor], seed: int) -> None:
-    """A uniform, B zero; drawn on the CPU, so that devices and ranks agree."""
+    """Draw A uniform and set B to zero; on the CPU, so that devices and ranks agree."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -129,11 +125,8 @@ def _draw(parameters: Mapping[str, Tensor], seed: int) -> None:
             parameter.data.zero_()
 
 
-# ------------------------------------------------------------------------------------------------ writing
-
-
 def merge(weights: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
-    """The policy's weights under their plain names: W + s B A in float32 on the CPU, wherever they were trained."""
+    """Return the policy's weights under their plain names: W + s B A in float32 on the CPU, wherever they were trained."""
     merged = {_plain(name): tensor for name, tensor in _without_factors(weights)}
     for name, tensor in weights.items():
         if name.endswith(_A):
@@ -164,7 +157,7 @@ def write_adapter_state(
 
 
 def _shared(previous: Checkpoint, adapter: Adapter, target: Path) -> bool:
-    """Whether `target` is now a link to the base weights of `previous`: not where that was pruned, nor across file systems."""
+    """Link `target` to the base weights of `previous`; False where that was pruned, or across file systems."""
     try:
         if _stored_settings(previous) != adapter.settings:
             return False
@@ -174,11 +167,8 @@ def _shared(previous: Checkpoint, adapter: Adapter, target: Path) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------------------ what a checkpoint has
-
-
 def adapter_base(checkpoint: Checkpoint) -> str | None:
-    """Digest of the checkpoint on which the checkpoint's adapter was begun; None where it has no adapter."""
+    """Return the digest of the checkpoint on which the adapter was begun; None where there is no adapter."""
     settings = _stored_settings(checkpoint)
     return None if settings is None else str(settings[_BASE_NAME])
 
@@ -219,20 +209,17 @@ def _without_factors(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tenso
 
 
 def _plain(name: str) -> str:
-    """The name a weight has without adapters."""
+    """Return the name a weight has without adapters."""
     return name.replace(f"{_LAYER}.", ".")
 
 
 def _name_in_peft(name: str) -> str:
-    """The name a factor has in peft's files."""
+    """Return the name a factor has in peft's files."""
     return "base_model.model." + name.replace(".default.", ".")
 
 
-# ------------------------------------------------------------------------------------------------ adapted layers
-
-
 def adapter_settings(model: Any, config: LoRAConfig) -> dict[str, Any]:
-    """adapter_config.json for a model, but for the base's name; also the arguments of peft's `LoraConfig`.
+    """Return adapter_config.json for a model, but for the base's name; also the arguments of peft's `LoraConfig`.
 
     Raises:
         ConfigError: a target module that does not exist or cannot be adapted, or a model that is no causal language model.
@@ -261,7 +248,7 @@ def adapter_settings(model: Any, config: LoRAConfig) -> dict[str, Any]:
 
 
 def _targets(model: Any, config: LoRAConfig) -> set[str]:
-    """Full names of the layers to adapt."""
+    """Return the full names of the layers to adapt."""
     head = model.get_output_embeddings()
     if head is None:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Which rows a step learns from, and how they become micro-batches under a token budget.
+"""Choose the rows that a step learns from, and cut them into micro-batches under a token budget.
 
 Epochs are a function of (seed, step) alone, mini-batches of the questions and a seed. Padding is on the right and lengths are
 explicit: a mask is never guessed from `ids != pad`, since pad and EOS may be one token. Shapes: B rows, T padded tokens, O
@@ -14,7 +14,11 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-from stages.tables import DataError
+import numpy as np
+import pyarrow as pa
+
+from stages.join import KEY, Ragged, key_at
+from stages.tables import DataError, Rollouts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,9 +33,9 @@ T = TypeVar("T", bound=_OfQuestion)
 
 
 def deal(examples: Sequence[T], *, mini_batches: int, seed: int) -> list[list[T]]:
-    """Examples dealt to mini-batches by question, so that groups stay whole; one mini-batch keeps their order.
+    """Deal examples to mini-batches by question, so that groups stay whole; one mini-batch keeps their order.
 
-    Where masked rows leave fewer questions than mini-batches the last ones are empty: steps that have nothing to learn from.
+    Where there are fewer questions than mini-batches the last ones are empty: steps that have nothing to learn from.
     """
     if mini_batches == 1 or not examples:
         return [list(examples)] * mini_batches
@@ -45,7 +49,7 @@ def deal(examples: Sequence[T], *, mini_batches: int, seed: int) -> list[list[T]
 
 
 def sample_positions(count: int, *, size: int, step: int, seed: int) -> list[int]:
-    """Row numbers of the batch of `step` among `count` rows.
+    """Return the row numbers of the batch of `step` among `count` rows.
 
     Raises:
         DataError: `size` is above `count` or below 1, or `step` is negative.
@@ -85,10 +89,36 @@ def epoch_order(count: int, size: int, epoch: int, seed: int) -> tuple[int, ...]
 
 
 class Row(NamedTuple):
-    """One sequence: what the policy was given and what it is trained to say."""
+    """Hold one sequence: what the policy was given and what it is trained to say."""
 
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
+
+
+def rows_of(outputs: Rollouts) -> tuple[pa.Table, list[Row]]:
+    """Return the keys of the outputs, and their ids, in their order."""
+    table = outputs.read([*KEY, "prompt_ids", "output_ids"])
+    ids = zip(Ragged.of(table["prompt_ids"]), Ragged.of(table["output_ids"]), strict=True)
+    return table.select(list(KEY)), [Row(prompt.tolist(), output.tolist()) for prompt, output in ids]
+
+
+def with_scores(keys: pa.Table, unsound: str, **columns: Sequence[Sequence[float]]) -> pa.Table:
+    """Append columns of one number per token.
+
+    Args:
+        unsound: what an error says of a number that is not finite; `{name}` in it is the column's.
+
+    Raises:
+        ValueError: a number is not finite; names the row.
+    """
+    table = keys
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values, pa.list_(pa.float32())))
+        found = Ragged.of(table[name])
+        bad = found.row_of_value[~np.isfinite(found.values)]
+        if len(bad):
+            raise ValueError(f"output {key_at(keys, bad[0])}: {unsound.format(name=name)}")
+    return table
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,7 +140,7 @@ class Batch:
     rows: tuple[int, ...]
 
     def to(self, device: str) -> Batch:
-        """The same batch on a device."""
+        """Return the batch on a device."""
         if device == "cpu":
             return self
         names = [field.name for field in dataclasses.fields(self) if field.name != "rows"]
@@ -119,14 +149,14 @@ class Batch:
 
 
 def micro_batches(rows: Sequence[Row], max_tokens: int, *, together: int = 1) -> Iterator[Batch]:
-    """`rows` as micro-batches of at most `max_tokens` tokens, padding included, longest rows first.
+    """Cut `rows` into micro-batches of at most `max_tokens` tokens, padding included, longest rows first.
 
-    Rows of like length share a batch, so little is padded; the longest come first, so that what does not fit into memory
-    fails at once. A unit longer than the budget makes a batch of its own. The order of equal lengths is the order given.
+    Rows of like length share a batch, so that little is padded; what does not fit into memory fails at once. A unit longer
+    than the budget makes a batch of its own. Equal lengths keep their order.
 
     Args:
-        together: rows k * together .. (k + 1) * together - 1 form a unit, placed by its longest row: in every micro-batch the
-            rows of a unit follow one another, in their order (2 for preference pairs).
+        together: rows k * together .. (k + 1) * together - 1 form a unit, placed by its longest row, that no cut divides (2 for
+            preference pairs).
 
     Raises:
         ValueError: a row without prompt or without output, by its index; rows that do not divide into units.
@@ -146,10 +176,10 @@ def micro_batches(rows: Sequence[Row], max_tokens: int, *, together: int = 1) ->
 
 
 def own_share(batches: Sequence[Batch], *, rank: int, world_size: int) -> list[tuple[Batch, float]]:
-    """Every `world_size`-th micro-batch, as (batch, factor of its loss): what one rank computes of a batch.
+    """Return every `world_size`-th micro-batch, as (batch, factor of its loss): what one rank computes of a batch.
 
-    All ranks get equally many, since they must take part in equally many backward passes: one that would be short forwards a
-    batch of another rank with factor 0. Longest first as given, the ranks' passes are of like length.
+    All ranks get equally many, since they take part in equally many backward passes: one that would be short forwards a batch
+    of another rank with factor 0.
     """
     own = [(batch, 1.0) for batch in batches[rank::world_size]]
     if len(own) < -(-len(batches) // world_size):
@@ -159,7 +189,6 @@ def own_share(batches: Sequence[Batch], *, rank: int, world_size: int) -> list[t
 
 def collate(rows: Sequence[Row], indices: Sequence[int]) -> Batch:
     """Return one batch of the rows named by `indices`, padded to the longest of them."""
-    import numpy as np
     import torch
 
     prompts = np.array([len(rows[index].prompt_ids) for index in indices])
@@ -188,5 +217,5 @@ def collate(rows: Sequence[Row], indices: Sequence[int]) -> Batch:
 
 
 def spread(values_N: Tensor, mask_BO: Tensor) -> Tensor:
-    """Values of output tokens, row after row, in the layout [B, O] of their mask; 0 on padding."""
+    """Return values of output tokens, row after row, in the layout [B, O] of their mask; 0 on padding."""
     return values_N.new_zeros(mask_BO.shape).masked_scatter(mask_BO, values_N)

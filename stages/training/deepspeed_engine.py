@@ -47,7 +47,7 @@ from stages.training.process_group import import_deepspeed, join_group, launched
 
 
 class DeepSpeedEngine(CheckpointedEngine):
-    """See `stages.training.engine.Engine`."""
+    """Implement `stages.training.engine.Engine`."""
 
     def __init__(self, checkpoint: Checkpoint, config: TrainingConfig) -> None:
         assert isinstance(config.engine, DeepSpeedEngineConfig)
@@ -105,7 +105,7 @@ class DeepSpeedEngine(CheckpointedEngine):
             self._write(folder, weights, moments)
 
     def total(self, value: float) -> float:
-        """Sum of a number over the ranks."""
+        """Sum a number over the ranks."""
         summed = torch.tensor(value, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(summed)
         return summed.item()
@@ -117,10 +117,8 @@ class DeepSpeedEngine(CheckpointedEngine):
             self.model.destroy()
             self.model = None
 
-    # -------------------------------------------------------------------------------------------- stepping
-
     def _step_replicated(self) -> tuple[float, bool, str]:
-        """Under stage 0 DeepSpeed neither reports the norm nor looks for NaN."""
+        """Step under stage 0, where DeepSpeed neither reports the norm nor looks for NaN."""
         norm = clip_gradients(self.model.module, self._config.max_grad_norm)
         if math.isfinite(norm):
             self.model.step()
@@ -130,11 +128,9 @@ class DeepSpeedEngine(CheckpointedEngine):
         return norm, True, gradient
 
     def _step_partitioned(self) -> tuple[float, bool, str]:
-        """The ZeRO optimizers clip, and skip a step whose norm is not finite."""
+        """Step under ZeRO, whose optimizers clip, and skip a step whose norm is not finite."""
         self.model.step()
         return float(self.model.get_global_grad_norm()), bool(self.model.optimizer.overflow), ""
-
-    # -------------------------------------------------------------------------------------------- building
 
     def _initialize(self, model: Any) -> Any:
         import deepspeed
@@ -148,7 +144,7 @@ class DeepSpeedEngine(CheckpointedEngine):
         return engine
 
     def _measure_head(self) -> None:
-        """On all ranks now: later, one whose micro-batch is small would not take part in the forward that it needs."""
+        """Measure on all ranks now: later, one whose micro-batch is small would not take part in the forward that it needs."""
         if self.max_logits is not None and self.model.module.get_output_embeddings() is not None:
             logit_transform(self.model)
 
@@ -181,8 +177,6 @@ class DeepSpeedEngine(CheckpointedEngine):
         parts = {"none": [], "optimizer": ["optimizer"], "parameters": ["optimizer", "param"]}
         host = {"device": "cpu", "pin_memory": self.device == "cuda"}
         return {f"offload_{part}": host for part in parts[self._config.engine.offload]}
-
-    # -------------------------------------------------------------------------------------------- state
 
     def _restore(self, state: TrainerState) -> None:
         """Bring the optimizer's state into being, then make it that of the checkpoint."""
@@ -260,7 +254,7 @@ class DeepSpeedEngine(CheckpointedEngine):
 
 
 def _gathered(parameter: Any) -> Tensor:
-    """The whole of a partitioned parameter; all ranks call it together."""
+    """Return the whole of a partitioned parameter; all ranks call it together."""
     from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters([parameter]):
@@ -269,6 +263,6 @@ def _gathered(parameter: Any) -> Tensor:
 
 
 def _full_shape(parameter: Any) -> torch.Size:
-    """Shape of the whole parameter; under ZeRO 3 the tensor itself is an empty placeholder."""
+    """Return the shape of the whole parameter; under ZeRO 3 the tensor itself is an empty placeholder."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape

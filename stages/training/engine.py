@@ -42,11 +42,10 @@ class StepReport(NamedTuple):
 
 
 class Engine(Protocol):
-    """Runs forward, backward and step of one model, as the only process or as one of several ranks that share the rows.
+    """Run forward, backward and step of one model, as the only process or as one of several ranks that share the rows.
 
-    Ranks act in lockstep: every rank makes equally many forward passes with `backward`, and every rank calls `step`, `load`,
-    `save` and `total`, in the same order. A rank that has fewer micro-batches than another (or none) forwards any batch and
-    multiplies its loss by 0.
+    Ranks act in lockstep: each makes equally many forward passes with `backward`, and each calls `step`, `load`, `save` and
+    `total` in the same order. A rank with fewer micro-batches than another forwards any batch and multiplies its loss by 0.
     """
 
     model: Any
@@ -65,15 +64,14 @@ class Engine(Protocol):
     """How many ranks there are; 1 where one process trains."""
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Context for forward passes, with and without gradient."""
+        """Return a context for forward passes, with and without gradient."""
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate the gradient of `loss`, which is already divided by the global denominator.
-
-        Global: the count of the whole batch, over all micro-batches and ranks. Gradients are summed over both, never averaged.
+        """Accumulate the gradient of `loss`, summed over micro-batches and ranks, never averaged.
 
         Args:
+            loss: already divided by the count of the whole batch, over all micro-batches and ranks.
             last: this is the final micro-batch before `step`.
         """
         ...
@@ -98,12 +96,12 @@ class Engine(Protocol):
         ...
 
     def total(self, value: float) -> float:
-        """Sum of a number over the ranks: of each rank's part of a loss, for example."""
+        """Sum a number over the ranks: each rank's part of a loss, for example."""
         ...
 
 
 class CheckpointedEngine:
-    """What the engines share: counters, the checkpoint they hold, and what is written of them."""
+    """Keep what the engines share: counters, the checkpoint they hold, and what is written of them."""
 
     model: Any
     rank = 0
@@ -204,18 +202,18 @@ def largest(engine: Engine, value: float) -> float:
 
 
 def autocast(device: str, config: TrainingConfig) -> AbstractContextManager[Any]:
-    """bfloat16 matrix products with float32 parameters, or float32 throughout."""
+    """Return a context of bfloat16 matrix products with float32 parameters, or of float32 throughout."""
     return torch.autocast(device, dtype=torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def name_of_broken_gradient(model: nn.Module) -> str:
-    """The first parameter whose gradient is not finite; empty where there is none."""
+    """Return the first parameter whose gradient is not finite; empty where there is none."""
     named = ((name, parameter.grad) for name, parameter in model.named_parameters())
     return next((name for name, gradient in named if gradient is not None and not gradient.isfinite().all()), "")
 
 
 def clip_gradients(model: nn.Module, limit: float) -> float:
-    """Global L2 norm of the gradient, which is scaled down to `limit` where it is finite and larger (0: never)."""
+    """Return the global L2 norm of the gradient, after scaling it down to `limit` where it is larger and finite (0: never)."""
     parameters = list(model.parameters())
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     value = norm.item()
@@ -231,8 +229,8 @@ def checkpoint_activations(model: nn.Module, *, reentrant: bool = False) -> None
     dropout nothing is random, so no state of random numbers is kept.
 
     Args:
-        reentrant: backward of a layer is a graph of its own, made by the recomputation. ZeRO 3 needs it: its hooks gather
-            partitioned parameters for the graph they were set in, and recomputation releases them again.
+        reentrant: make backward of a layer a graph of its own. ZeRO 3 needs it: its hooks gather partitioned parameters for the
+            graph they were set in, and recomputation releases them again.
 
     Raises:
         ValueError: an architecture whose layers transformers does not mark as ones that can be recomputed.

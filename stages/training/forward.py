@@ -29,7 +29,7 @@ _measured: weakref.WeakKeyDictionary[nn.Module, LogitTransform | None] = weakref
 
 
 class CompletionLogprobs(NamedTuple):
-    """Per output token; column o of row b is output token o of row `batch.rows[b]`."""
+    """Hold a value per output token; column o of row b is output token o of row `batch.rows[b]`."""
 
     logp_BO: Tensor
     """log pi(o_t | q, o_<t) in nats, 0 on padding; float32, or float64 where the logits are."""
@@ -47,7 +47,7 @@ def completion_logprobs(
     with_entropy: bool = False,
     max_logits: int | None = None,
 ) -> CompletionLogprobs:
-    """log pi of every output token of the batch, at the temperature it was sampled at.
+    """Compute log pi of every output token of the batch, at the temperature it was sampled at.
 
     The output head sees only the N positions whose next token is scored: neither prompts nor padding cost logits.
 
@@ -67,12 +67,7 @@ def completion_logprobs(
 
 def _in_full(model: nn.Module, batch: Batch, temperature: float, with_entropy: bool) -> HeadScores:
     with head_only_at(model, batch.target_index_N - 1):
-        logits_NV = model(
-            input_ids=batch.input_ids_BT,
-            attention_mask=batch.attention_mask_BT,
-            position_ids=batch.position_ids_BT,
-            use_cache=False,
-        ).logits.squeeze(0)
+        logits_NV = logits_of(model, batch.input_ids_BT, batch.attention_mask_BT, batch.position_ids_BT).squeeze(0)
     logp_N = token_logprobs(logits_NV, batch.targets_N, temperature=temperature)
     return HeadScores(logp_N, entropies(logits_NV, temperature=temperature) if with_entropy else None)
 
@@ -80,7 +75,7 @@ def _in_full(model: nn.Module, batch: Batch, temperature: float, with_entropy: b
 def _in_chunks(
     model: nn.Module, batch: Batch, temperature: float, with_entropy: bool, max_logits: int | None
 ) -> HeadScores | None:
-    """None where the logits are few enough, or the model's head cannot be taken apart."""
+    """Return the scores by chunks; None where the logits are few enough, or the model's head cannot be taken apart."""
     if max_logits is None:
         return None
     inner: Any = getattr(model, "module", model)
@@ -97,20 +92,20 @@ def _in_chunks(
 
 
 def head_of(model: nn.Module) -> nn.Module:
-    """The output head, also of a model that an engine wraps."""
+    """Return the output head, also of a model that an engine wraps."""
     inner: Any = getattr(model, "module", model)
     head: nn.Module = inner.get_output_embeddings()
     return head
 
 
 def partitioned(model: nn.Module) -> bool:
-    """Whether the head's weight is spread over ranks (ZeRO 3), which then take turns in gathering it."""
+    """Return whether the head's weight is spread over ranks (ZeRO 3), which then take turns in gathering it."""
     return hasattr(getattr(head_of(model), "weight", None), "ds_id")
 
 
 @contextlib.contextmanager
 def head_only_at(model: nn.Module, positions_N: Tensor) -> Iterator[None]:
-    """Inside the block the model's output head is applied to the flattened positions [N] only, as one row.
+    """Apply the model's output head, inside the block, to the flattened positions [N] only, as one row.
 
     A hook on the head instead of calling trunk and head ourselves: whatever the model does after its head (scaling,
     soft-capping) still happens, and an engine that wraps the model (DeepSpeed) still sees a forward of the whole.
@@ -136,10 +131,10 @@ def chunked_scores(
     max_logits: int,
     with_entropy: bool,
 ) -> HeadScores:
-    """Log-probabilities of the batch's targets without their logits: the head turns hidden states into them itself.
+    """Compute log-probabilities of the batch's targets without their logits: the head turns hidden states into them itself.
 
-    The head's parameters are used inside its own forward, where an engine that partitions them (ZeRO 3) has gathered them, and
-    its output is what gradients come back through, for which the engine gathers them again.
+    The head's parameters are used inside its own forward, where an engine that partitions them (ZeRO 3) has gathered them.
+    Gradients come back through its output, for which the engine gathers them again.
 
     Raises:
         RuntimeError: the model no longer does to its logits what was measured.
@@ -168,7 +163,7 @@ def chunked_scores(
 
     ramp = _ramp(head)
     with _replaced(head, score, keep):
-        seen = _forward(model, batch.input_ids_BT, batch.attention_mask_BT, batch.position_ids_BT)
+        seen = logits_of(model, batch.input_ids_BT, batch.attention_mask_BT, batch.position_ids_BT)
     if len(found) != 1 or not _agrees(transform, ramp, seen):
         raise RuntimeError(
             f"{type(model).__name__}: what the model does to its logits is no longer what was measured ({transform}); "
@@ -178,7 +173,7 @@ def chunked_scores(
 
 
 def logit_transform(model: nn.Module) -> LogitTransform | None:
-    """What the model does to the output of its head; None, with a warning, where chunks cannot follow it.
+    """Return what the model does to the output of its head; None, with a warning, where chunks cannot follow it.
 
     Measured once, by a forward of two tokens. Where parameters are partitioned every rank has to ask for it at the same time.
     """
@@ -209,7 +204,7 @@ def _measure(model: nn.Module, head: nn.Module) -> LogitTransform | None:
         return ramp
 
     with _replaced(head, None, follow):
-        seen = _forward(model, ids, torch.ones_like(ids), torch.arange(2, device=ramp.device).unsqueeze(0))
+        seen = logits_of(model, ids, torch.ones_like(ids), torch.arange(2, device=ramp.device).unsqueeze(0))
     if len(calls) != 1 or seen.shape != ramp.shape:
         return None
     text = getattr(model, "module", model).config.get_text_config()  # type: ignore[union-attr, operator]
@@ -220,7 +215,7 @@ def _measure(model: nn.Module, head: nn.Module) -> LogitTransform | None:
 
 
 def _agrees(transform: LogitTransform, ramp: Tensor, seen: Tensor) -> bool:
-    """Whether the model makes of the ramp what `transform` does."""
+    """Return whether the model makes of the ramp what `transform` does."""
     if seen.shape != ramp.shape:
         return False
     expected = transform.apply_(ramp.clone())
@@ -228,12 +223,13 @@ def _agrees(transform: LogitTransform, ramp: Tensor, seen: Tensor) -> bool:
 
 
 def _ramp(head: Any) -> Tensor:
-    """Values from -64 to 64 in place of one position's logits: [1, 1, V]."""
+    """Return values from -64 to 64 in place of one position's logits: [1, 1, V]."""
     dtype = torch.promote_types(head.weight.dtype, torch.float32)
     return torch.linspace(-_HIGHEST, _HIGHEST, head.out_features, dtype=dtype, device=head.weight.device)[None, None]
 
 
-def _forward(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor) -> Tensor:
+def logits_of(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor) -> Tensor:
+    """Return what the model makes of a batch, under whatever hooks its head has."""
     logits: Tensor = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False).logits
     return logits
 
@@ -242,7 +238,7 @@ def _forward(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Te
 def _replaced(
     head: nn.Module, forward: Callable[[Tensor], Tensor] | None, hook: Callable[..., Tensor]
 ) -> Iterator[None]:
-    """Inside the block the head computes `forward` (None: its own), and the model gets what `hook` returns.
+    """Let the head compute `forward` (None: its own), inside the block, and the model get what `hook` returns.
 
     The hook is the last one: it sees what an engine's hooks made of the output.
     """
@@ -257,10 +253,10 @@ def _replaced(
 
 
 def sampling_temperature(outputs: Rollouts, expected: float | None = None) -> float:
-    """The one temperature of `outputs`, which scales the logits of every policy that scores them.
+    """Return the one temperature of `outputs`, which scales the logits of every policy that scores them.
 
-    Sampled at T and scored at 1, a policy has a ratio other than 1 to itself: logits 2, 1, 0 give the second token -1.41 at
-    T = 1 and -1.69 at T = 0.7, a ratio of 1.3 out of nothing.
+    Sampled at T and scored at 1, a policy has a ratio other than 1 to itself: logits 2, 1, 0 give the second token -1.41 at T
+    = 1 and -1.69 at T = 0.7, a ratio of 1.3.
 
     Args:
         expected: refuse any other.

@@ -1,4 +1,4 @@
-"""What this machine computes with: device, threads, bfloat16, and how much memory a block of work needs at its worst."""
+"""Tell what this machine computes with: device, threads, bfloat16, and how much memory a block of work needs at its worst."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _BYTES_A_MIB = 1 << 20
 
 @functools.cache
 def native_bf16() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware (AMX or AVX512-BF16), read without importing torch.
+    """Return whether the CPU multiplies bfloat16 in hardware (AMX or AVX512-BF16), without importing torch.
 
-    Without it bfloat16 is emulated: measured on AVX2 1-2 GFLOP/s against 70 in float32, so that "bf16" is no speed-up but a
-    forty-fold loss. Every CUDA device that can train these models has it.
+    Without it bfloat16 is emulated: measured on AVX2 1-2 GFLOP/s against 70 in float32. Every CUDA device that can train these
+    models has it.
     """
     with contextlib.suppress(OSError):
         flags = Path("/proc/cpuinfo").read_text().split()
@@ -31,14 +31,14 @@ def native_bf16() -> bool:
 
 
 def training_device() -> str:
-    """`cuda` where there is one, else `cpu`."""
+    """Return `cuda` where there is one, else `cpu`."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def inference_dtype(chosen: Literal["auto", "bfloat16", "float32"]) -> torch.dtype:
-    """What outputs are computed in; `auto`: bfloat16 where it is native, else float32."""
+    """Return what outputs are computed in; `auto`: bfloat16 where it is native, else float32."""
     import torch
 
     if chosen == "auto":
@@ -61,7 +61,7 @@ def threads(count: int | None) -> Iterator[None]:
 
 @dataclasses.dataclass
 class PeakMemory:
-    """The peak of a block, known once the block is over."""
+    """Hold the peak of a block, known once the block is over."""
 
     mib: float = 0.0
     """In MiB: on CUDA what tensors took on the device, on a CPU the resident memory of the whole process."""
@@ -69,11 +69,11 @@ class PeakMemory:
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[PeakMemory]:
-    """The largest memory in use at any moment of the block, what was there before it included. Blocks do not nest.
+    """Measure the largest memory in use at any moment of the block, what was there before it included. Blocks do not nest.
 
     CUDA: `torch.cuda.max_memory_allocated` of the current device, reset at the start. CPU: the process's high-water mark
-    (`VmHWM`), reset through /proc/self/clear_refs (proc(5)). Where the system refuses the reset or has no /proc, the mark is
-    `ru_maxrss`, the highest since the process began: never too low, but it does not fall again from block to block.
+    (`VmHWM`), reset through /proc/self/clear_refs (proc(5)). Where that cannot be reset it is `ru_maxrss`, the highest since
+    the process began: never too low, but it does not fall again from block to block.
     """
     import torch
 
@@ -92,10 +92,10 @@ def peak_memory() -> Iterator[PeakMemory]:
 
 
 def live_tensors_mib() -> float:
-    """MiB of all tensors that Python code holds right now, shared storage once: weights, optimizer state, buffers of engines.
+    """Return the MiB of all tensors that Python code holds, shared storage once: weights, optimizer state, buffers of engines.
 
     Between two steps that is what training keeps for good, exact to the byte, where the memory of a CPU process is mostly
-    libraries and what the allocator does not give back. Activations in flight are not among it.
+    libraries. Activations in flight are not among it.
     """
     import gc
 
@@ -118,7 +118,7 @@ def _subclasses(kind: type) -> Iterator[type]:
 
 
 def _reset_high_water_mark() -> bool:
-    """Whether the system let us."""
+    """Return whether the system let the mark be reset."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -1,7 +1,7 @@
-"""What every stage that trains does: an engine for a checkpoint, optimizer steps, a published checkpoint.
+"""Give a stage an engine for its checkpoint, make optimizer steps, publish a checkpoint, score rows.
 
-Supervised fine-tuning, critic, reward models and the policy update differ in what a micro-batch is and in its loss. The loss of
-a micro-batch is divided by the count of the whole mini-batch, over all micro-batches and ranks, so that gradients add up.
+The loss of a micro-batch is divided by the count of the whole mini-batch, over all micro-batches and ranks, so that gradients
+add up.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Part = TypeVar("Part")
 
 
 def resident_engine(checkpoint: Checkpoint, config: TrainingConfig, slot: str = "trainer") -> Engine:
-    """The engine kept warm in `slot`, holding exactly `checkpoint`; it loads only when it holds something else."""
+    """Return the engine kept in `slot`, holding exactly `checkpoint`; load only when it holds something else."""
     key = (json.dumps(config.key(), sort_keys=True), config.max_skipped_steps, architecture_of(checkpoint))
     engine = resident(slot, key, lambda: _make_engine(checkpoint, config))
     if engine.holds != checkpoint.digest or config.optimizer_state == "none":
@@ -49,10 +49,10 @@ def _make_engine(checkpoint: Checkpoint, config: TrainingConfig) -> Engine:
 
 
 def reference_model(reference: Checkpoint, like: Engine, config: TrainingConfig) -> torch.nn.Module:
-    """pi_ref, frozen and kept warm for as long as it is the reference; its parameters have the dtype of the engine's.
+    """Return pi_ref, frozen and kept for as long as it is the reference; its parameters have the dtype of the engine's.
 
-    An adapted policy is computed as the engine computes its own (W x + s B A x): not as the base under a disabled adapter,
-    which is the policy before any training, and not from the merged weights, whose rounding would be a KL above 0.
+    An adapted policy is computed as the engine computes its own (W x + s B A x). The base under a disabled adapter would be the
+    policy before any training, and the rounding of merged weights a KL above 0.
     """
     dtype = next(like.model.parameters()).dtype
 
@@ -73,9 +73,9 @@ def train(
     """Make optimizer steps and yield what each did.
 
     Args:
-        steps: for each step this rank's micro-batches and the factor of its learning rate. Read one at a time: a generator
-            may decide what comes next by what the caller made of the steps before.
-        loss: as `optimizer_step`; so is `before_step`.
+        steps: for each step this rank's micro-batches and the factor of its learning rate. Read one at a time: a generator may
+            decide what comes next by what the caller made of the steps before.
+        loss, before_step: as `optimizer_step`.
 
     Raises:
         GradientError: more steps in a row were skipped than `TrainingConfig.max_skipped_steps` allows.
@@ -139,7 +139,7 @@ def publish(engine: Engine, *, optimizer: bool = True, files: Mapping[str, str] 
 
 
 def _digest_of_rank_zero(digest: str, device: str) -> str:
-    """`digest` of rank 0 on every rank, sent as bytes: collectives of objects would unpickle what they receive."""
+    """Return `digest` of rank 0 on every rank, sent as bytes: collectives of objects unpickle what they receive."""
     sent = torch.zeros(32, dtype=torch.uint8, device=device)
     if digest:
         sent.copy_(torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8))
@@ -151,12 +151,12 @@ def _digest_of_rank_zero(digest: str, device: str) -> str:
 def score_rows(
     rows: Sequence[Row], max_tokens: int, score: Callable[[Batch], Tensor], engine: Engine | None = None
 ) -> list[list[float]]:
-    """The values of `score` for each row, one per output token, in the order of `rows`.
+    """Return the values of `score` for each row, one per output token, in the order of `rows`.
 
-    Of several ranks, which call it together, each computes a share of the micro-batches, and all get all values.
+    Ranks call it together; each computes a share of the micro-batches, and all get all values. Equal rows (a sampled group
+    holds many) are computed once.
 
     Args:
-        rows: equal ones (a sampled group holds many) are computed once.
         max_tokens: padded tokens of a micro-batch.
         score: values of a micro-batch in the layout [B, O] of its output mask.
         engine: whose ranks share the work; None: those of this process's group, where it is in one.
@@ -177,7 +177,7 @@ def score_rows(
 def _score_distinct(
     rows: Sequence[Row], max_tokens: int, score: Callable[[Batch], Tensor], rank: int, world_size: int
 ) -> list[list[float]]:
-    """Values by row, padded to the longest output."""
+    """Return values by row, padded to the longest output."""
     if not rows:
         return []
     longest = max(len(row.output_ids) for row in rows)
@@ -196,7 +196,7 @@ def _score_distinct(
 
 
 def _place() -> tuple[int, int]:
-    """This process's rank and how many there are."""
+    """Return this process's rank and how many there are."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()

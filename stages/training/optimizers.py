@@ -1,4 +1,4 @@
-"""Optimizers over named parameters, their schedule, and their state: kept by parameter name, restored by any engine."""
+"""Make optimizers over named parameters, their schedule, and their state: kept by parameter name, restored by any engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from stages.training.config import AdamWConfig, MuonConfig, TrainingConfig
 
 
 def build_optimizer(model: nn.Module, config: AdamWConfig | MuonConfig) -> torch.optim.Optimizer:
-    """The configured optimizer over the parameters of `model` that are trained."""
+    """Return the configured optimizer over the parameters of `model` that are trained."""
     match config:
         case AdamWConfig():
             return _adamw(_decay_groups(trainable(model).values(), config), config)
@@ -38,17 +38,17 @@ def build_optimizer(model: nn.Module, config: AdamWConfig | MuonConfig) -> torch
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name: all, or those of an adapter."""
+    """Return the parameters that are trained, by name: all, or those of an adapter."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def trained_values(model: nn.Module) -> int:
-    """How many numbers are trained, over all ranks: parameters that ZeRO 3 partitions count whole."""
+    """Count the numbers that are trained, over all ranks: parameters that ZeRO 3 partitions count whole."""
     return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trainable(model).values())
 
 
 def matrix_names(model: nn.Module) -> set[str]:
-    """Names of the hidden layers' matrices: two-dimensional, and neither embedding nor output head."""
+    """Return the names of the hidden layers' matrices: two-dimensional, and neither embedding nor output head."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     find_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
     for head in (find_head(), getattr(model, "score", None), getattr(model, "classifier", None)):
@@ -58,7 +58,7 @@ def matrix_names(model: nn.Module) -> set[str]:
 
 
 def set_learning_rate(optimizer: Any, factor: float) -> float:
-    """Give every group `factor` times its configured rate; returns the first group's."""
+    """Give every group `factor` times its configured rate; return the first group's."""
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("configured_lr", group["lr"]) * factor
     rate: float = optimizer.param_groups[0]["lr"]
@@ -66,7 +66,7 @@ def set_learning_rate(optimizer: Any, factor: float) -> float:
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every tensor of the optimizer's state as `<parameter name>/<slot>`."""
+    """Return every tensor of the optimizer's state as `<parameter name>/<slot>`."""
     return {
         f"{name}/{slot}": tensor
         for name, parameter in model.named_parameters()
@@ -87,7 +87,7 @@ def restore_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, 
 
 
 def _decay_groups(parameters: Iterable[Tensor], config: AdamWConfig) -> list[dict[str, Any]]:
-    """Parameter groups: one, or where norms and biases are spared the decay these in a second."""
+    """Return one parameter group, or a second one with the norms and biases that are spared the decay."""
     given = list(parameters)
     if config.weight_decay == 0 or config.decayed == "all":
         return [{"params": given}]
@@ -108,9 +108,9 @@ def _adamw(groups: list[dict[str, Any]], config: AdamWConfig) -> torch.optim.Ada
 
 
 class _Muon(torch.optim.Muon):
-    """`torch.optim.Muon` with its orthogonalisation over all matrices of a shape at once, in float32 on a CPU.
+    """Run `torch.optim.Muon` with its orthogonalisation over all matrices of a shape at once, in float32 on a CPU.
 
-    The update rule is the library's; only where it calls Newton-Schulz in bfloat16, matrix by matrix, this does not.
+    The update rule is the library's; only it calls Newton-Schulz in bfloat16, matrix by matrix.
     """
 
     @torch.no_grad()
@@ -147,7 +147,7 @@ def _shape_factor(scale: str, shape: torch.Size) -> float:
 
 
 class _MuonWithAdamW(torch.optim.Optimizer):
-    """Two optimizers that share this one's groups and state, so that an engine sees a single optimizer."""
+    """Let two optimizers share this one's groups and state, so that an engine sees a single optimizer."""
 
     def __init__(self, model: nn.Module, config: MuonConfig) -> None:
         names = matrix_names(model)
@@ -175,7 +175,7 @@ class _MuonWithAdamW(torch.optim.Optimizer):
 
 
 def learning_rate_factor(updates: int, config: TrainingConfig) -> float:
-    """Factor for the update that follows `updates` applied ones: linear warm-up, then the schedule.
+    """Return the factor for the update that follows `updates` applied ones: linear warm-up, then the schedule.
 
     Counted in optimizer updates, never in micro-batches; skipped updates do not count.
     """
@@ -193,7 +193,7 @@ def learning_rate_factor(updates: int, config: TrainingConfig) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class TrainerState:
-    """Counters and moments of a training."""
+    """Hold the counters and moments of a training."""
 
     updates: int = 0
     """Optimizer updates applied; the schedule counts these."""
@@ -206,14 +206,13 @@ class TrainerState:
 
 
 def read_trainer_state(checkpoint: Checkpoint, config: TrainingConfig, adapter: Adapter | None) -> TrainerState:
-    """What the checkpoint stores of a trainer: its counters, and moments as `TrainingConfig.optimizer_state` says.
+    """Return what the checkpoint stores of a trainer: its counters, and moments as `TrainingConfig.optimizer_state` says.
 
     Args:
         adapter: what is trained in place of the weights.
 
     Raises:
-        ValueError: moments to be carried are of another kind of optimizer, of an adapter where none or another is trained, or
-            of the weights where an adapter is.
+        ValueError: moments to be carried are of another kind of optimizer, or of other trained parameters.
     """
     stored = load_trainer_state(checkpoint)
     state = TrainerState(
@@ -237,7 +236,7 @@ def read_trainer_state(checkpoint: Checkpoint, config: TrainingConfig, adapter: 
 
 
 def _objection(checkpoint: Checkpoint, kind: str, config: TrainingConfig, adapter: Adapter | None) -> str | None:
-    """Why the moments that a checkpoint holds cannot be those of what is trained."""
+    """Say why the moments that a checkpoint holds cannot be those of what is trained; None where they can."""
     if kind != config.optimizer.kind:
         return f"{kind}, the config asks for {config.optimizer.kind}"
     continued = adapter_base(checkpoint) is None if adapter is None else adapter.continued
@@ -262,8 +261,8 @@ def write_checkpoint(
     """Write weights, adapter, and `state` unless it is None, and the files that describe the model.
 
     Args:
-        description: the files that describe the model, by name (`read_description`); kept in memory, since the checkpoint
-            that they came with may be pruned by now.
+        description: these files, by name (`read_description`); in memory, since the checkpoint they came with may be pruned
+            by now.
         previous: the checkpoint that training went on from.
     """
     for name, content in description.items():

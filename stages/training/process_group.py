@@ -1,4 +1,4 @@
-"""The process group that DeepSpeed trains in: with one process only, or as one rank of several.
+"""Join the process group that DeepSpeed trains in: with one process only, or as one rank of several.
 
 Of several, `pipeline/workers` runs this file: `make_handler` joins the group, then carries out the bodies of stages.
 """
@@ -35,7 +35,7 @@ def import_deepspeed(device: str) -> None:
 
 
 def join_group(device: str) -> None:
-    """The process group that this process is in already, else one with it as the only rank.
+    """Join the process group that this process is in already, else one with it as the only rank.
 
     The rendezvous of the latter is in memory: no port that another run could take, no address in the environment.
     """
@@ -59,7 +59,7 @@ def _leave_group() -> None:
 
 @contextlib.contextmanager
 def launched() -> Iterator[None]:
-    """While DeepSpeed reads the environment: it agrees with the process group."""
+    """Make the environment agree with the process group while DeepSpeed reads it."""
     if torch.distributed.get_world_size() > 1:
         # Whoever started several ranks sets it (`stages/training/ranks.py`); else it is the rank, as on one host.
         os.environ.setdefault("LOCAL_RANK", str(torch.distributed.get_rank()))
@@ -79,7 +79,7 @@ def launched() -> Iterator[None]:
 
 
 def make_handler() -> Callable[[dict[str, Any], Callable[[str, dict[str, Any]], None]], Any]:
-    """Join the group; the handler of orders, each of which names a stage's body."""
+    """Join the group; return the handler of orders, each of which names a stage's body."""
     select_interface()
     rank = int(os.environ["RANK"])
     torch.distributed.init_process_group(
@@ -98,4 +98,4 @@ def make_handler() -> Callable[[dict[str, Any], Callable[[str, dict[str, Any]], 
 
 
 def _silent(topic: str, values: dict[str, Any]) -> None:
-    """Every rank makes the same progress; the first one's is shown."""
+    """Report nothing: every rank makes the same progress, and the first one's is shown."""

@@ -1,14 +1,12 @@
-"""Stages on several ranks: their body runs in a group of processes that is started once and stays warm between calls.
+"""Run the body of a stage in a group of processes that is started once and stays warm between calls.
 
-The flow's process asks the cache, holds the lock and records the call; the body computes on every rank of the group, in
-lockstep, and rank 0 says what came of it. A group that failed is gone: the next call starts another, and its engines load what
-they need from artifacts.
+The flow's process asks the cache, holds the lock and records the call; every rank computes the body in lockstep, and rank 0
+reports. A group that failed is gone: the next call starts another, whose engines load what they need from artifacts.
 
-Each rank is a process in a session of its own, so that its exit code is known and a kill reaches what it started; the workers
-of torchrun have sessions too, but are its children, and a killed torchrun leaves them behind. The rendezvous is a file: there
-is no port that could be taken, or that others could reach.
-
-Several hosts differ in how a rank is started; the file then lies in the store's folder, which all hosts see.
+Each rank is a process in a session of its own, so that its exit code is known and a kill reaches what it started. (Workers of
+torchrun have sessions too, but a killed torchrun leaves them behind.) The rendezvous is a file: there is no port that could be
+taken, or that others could reach. Several hosts differ in how a rank is started; the file then lies in the store's folder,
+which all hosts see.
 """
 
 from __future__ import annotations
@@ -75,8 +73,8 @@ _bodies: dict[str, Callable[..., Artifact]] = {}
 def on_ranks(function: Callable[P, A]) -> Callable[P, A]:
     """Let the body of a stage run on the ranks that its parameter `config` asks for; with one, in this process.
 
-    Goes under `@stage`. On several ranks the body is called by each with the same arguments: it trains through
-    `resident_engine` and `publish`, which know their rank.
+    Goes under `@stage`. Each rank calls the body with the same arguments: it trains through `resident_engine` and `publish`,
+    which know their rank.
     """
     name = f"{function.__module__}:{function.__name__}"
     signature = inspect.signature(function)
@@ -111,7 +109,7 @@ def body_called(name: str) -> Callable[..., Artifact]:
 
 
 class Ranks:
-    """The group as a resident of the flow's process, with its folder of logs."""
+    """Keep the group as a resident of the flow's process, with its folder of logs."""
 
     def __init__(self, engine: DeepSpeedEngineConfig) -> None:
         from stages.training.hardware import training_device
@@ -194,7 +192,7 @@ def _shared(count: int, here: int, *, cuda: bool) -> dict[str, str]:
 
 
 def _place(rank: int, devices: Sequence[str] | None) -> dict[str, str]:
-    """Which rank it is. One that sees a single device has the first of those it sees."""
+    """Return the variables that say which rank it is. One that sees a single device has the first of those it sees."""
     if devices is None:
         return {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     return {"RANK": str(rank), "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": devices[rank]}

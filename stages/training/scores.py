@@ -1,4 +1,4 @@
-"""Scores of a classification head of one output at tokens that are named, never guessed.
+"""Read the scores of a classification head of one output at tokens that are named, never guessed.
 
 transformers reads a sequence classifier at the last token that is not padding, by comparing ids; where padding and end of
 sequence are one token, that is the token before the end. Here the index is given.
@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stages.training.batching import Batch
+from stages.training.forward import logits_of
 
 
 def places_in(batch: Batch, places: Sequence[Sequence[int]]) -> Tensor:
-    """Flattened positions [N] in `[B*T]` of the named output tokens, row after row.
+    """Return flattened positions [N] in `[B*T]` of the named output tokens, row after row.
 
     Args:
         places: for each row of the batch, in its order, indices into its output ids.
@@ -32,23 +33,16 @@ def places_in(batch: Batch, places: Sequence[Sequence[int]]) -> Tensor:
 
 
 def scores_at(model: torch.nn.Module, batch: Batch, positions_N: Tensor) -> Tensor:
-    """The head's output [N] at flattened positions, in the precision of the parameters; it has read the tokens there.
+    """Return the head's output [N] at flattened positions, in the precision of the parameters; it has read the tokens there.
 
     A sequence classifier is read at exactly one position of each row, in the order of rows.
     """
     with _head_at(model, positions_N):
-        logits = model(
-            input_ids=batch.input_ids_BT,
-            attention_mask=batch.attention_mask_BT,
-            position_ids=batch.position_ids_BT,
-            use_cache=False,
-        ).logits
-    score_N: Tensor = logits.flatten()
-    return score_N
+        return logits_of(model, batch.input_ids_BT, batch.attention_mask_BT, batch.position_ids_BT).flatten()
 
 
 def score_head(model: Any) -> torch.nn.Linear:
-    """The last layer of a classifier, which transformers calls `score` or, in older architectures, `classifier`.
+    """Return the last layer of a classifier, which transformers calls `score` or, in older architectures, `classifier`.
 
     Raises:
         ValueError: no such layer, or one of more than a single output.
@@ -65,12 +59,12 @@ def score_head(model: Any) -> torch.nn.Linear:
 
 @contextlib.contextmanager
 def _head_at(model: torch.nn.Module, positions_N: Tensor) -> Iterator[None]:
-    """Inside the block the head is applied to the flattened positions [N] only, and never in less than its own precision.
+    """Apply the head, inside the block, to the flattened positions [N] only, and never in less than its own precision.
 
     Under autocast a value of 0.7 would be rounded to steps of 0.004, and a temporal-difference error is a difference of two.
     The layer's `forward` is replaced instead of calling trunk and head ourselves, so that an engine that wraps the model
-    (DeepSpeed) still sees a forward of the whole, hooks on the layer included. A sequence classifier picks one token of each
-    row from what the head returns: it gets the row's one score at every token, so that whichever it picks is the right one.
+    (DeepSpeed) still sees a forward of the whole. A sequence classifier picks one token of each row from what the head
+    returns: it gets the row's one score at every token, so that whichever it picks is the right one.
     """
     inner: Any = getattr(model, "module", model)
     head: Any = score_head(model)

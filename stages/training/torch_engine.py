@@ -30,7 +30,7 @@ from stages.training.optimizers import (
 
 
 class TorchEngine(CheckpointedEngine):
-    """See `stages.training.engine.Engine`.
+    """Implement `stages.training.engine.Engine`.
 
     Raises:
         ValueError: this process is one of several ranks.

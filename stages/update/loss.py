@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stages.kernels import divergence
 from stages.kernels.aggregation import constant_weights, sequence_mean_weights, token_mean_weights
-from stages.kernels.correction import sequence_truncated, token_truncated
+from stages.kernels.mismatch import sequence_truncated, token_truncated
 from stages.kernels.objective import Surrogate
 from stages.training.batching import Batch, Row, micro_batches, own_share, spread
 from stages.training.engine import Engine
@@ -34,7 +34,7 @@ LARGEST_WEIGHT: Final = math.exp(20)
 
 @dataclass(frozen=True)
 class Example:
-    """An output o_i with its advantages, standing for `weight` equal ones."""
+    """Hold an output o_i with its advantages, standing for `weight` equal ones."""
 
     question_id: str
     prompt_ids: tuple[int, ...]
@@ -55,26 +55,26 @@ class Example:
 
 
 def drop_idle(examples: Sequence[Example]) -> list[Example]:
-    """Examples with an advantage other than 0: without a KL term the others have no gradient, so they cost nothing."""
+    """Keep examples with an advantage other than 0: without a KL term the others have no gradient, so they cost nothing."""
     return [example for example in examples if any(example.advantage)]
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What the rollout engine recorded, a row for each output that was sampled: R of them, equal ones not merged."""
+    """Hold what the rollout engine recorded, a row for each output that was sampled: R of them, equal ones not merged."""
 
     logp_RO: Tensor
     row_R: Tensor
     """The row of the micro-batch that the output is computed in."""
 
     def to(self, device: str) -> Recorded:
-        """The same on a device."""
+        """Return the record on a device."""
         return Recorded(self.logp_RO.to(device), self.row_R.to(device))
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward and backward; tensors are [B, O] of `batch`."""
+    """Hold one forward and backward; tensors are [B, O] of `batch`."""
 
     batch: Batch
     advantage: Tensor
@@ -94,7 +94,7 @@ class MicroBatch:
     """False: another rank accounts for it, and this one computes it to stay in step; its weights are 0."""
 
     def to(self, device: str) -> MicroBatch:
-        """The same on a device."""
+        """Return the micro-batch on a device."""
         moved: dict[str, Any] = {
             field.name: part.to(device)
             for field in dataclasses.fields(self)
@@ -103,14 +103,14 @@ class MicroBatch:
         return dataclasses.replace(self, **moved)
 
     def share(self, factor: float) -> MicroBatch:
-        """What a rank computes of it, `factor` being 0 where another rank accounts for it."""
+        """Return what a rank computes of it, `factor` being 0 where another rank accounts for it."""
         recorded = self.recorded if factor else None
         return dataclasses.replace(self, weight=factor * self.weight, recorded=recorded, counts=bool(factor))
 
 
 @dataclass
 class MiniBatch:
-    """The micro-batches of one optimizer step."""
+    """Hold the micro-batches of one optimizer step."""
 
     parts: list[MicroBatch]
     temperature: float
@@ -119,7 +119,7 @@ class MiniBatch:
     def of(
         cls, examples: Sequence[Example], engine: Engine, temperature: float, config: UpdateConfig, method: Method
     ) -> Self:
-        """This rank's micro-batches of `examples`, on its device.
+        """Return this rank's micro-batches of `examples`, on its device.
 
         Denominators count every example of the mini-batch, whatever rank computes it and whether it needs computing at all.
         """
@@ -133,10 +133,11 @@ class MiniBatch:
 
     @torch.no_grad()
     def logprobs(self, model: torch.nn.Module, engine: Engine) -> list[Tensor]:
-        """log pi of the outputs under `model`, computed just as the engine computes its own.
+        """Compute log pi of the outputs under `model`, just as the engine computes its own.
 
         Same micro-batches, same precision: a model of equal weights gives bit-equal values, so that KL is exactly 0 at the
-        first step of an iteration.
+            first step of
+        an iteration.
         """
         with engine.autocast():
             return [
@@ -150,7 +151,7 @@ class MiniBatch:
         self.parts = [dataclasses.replace(part, ref_logp=logp) for part, logp in zip(self.parts, found, strict=True)]
 
     def take_policy_as_reference(self) -> None:
-        """pi_ref is the policy before the step that this is learned from: KL is 0, and no forward is needed to say so."""
+        """Take the policy before the step for pi_ref: KL is 0, and no forward is needed to know it."""
         self.parts = [dataclasses.replace(part, ref_is_policy=True) for part in self.parts]
 
     def remember_policy(self, engine: Engine) -> None:
@@ -177,7 +178,7 @@ def _micro_batch(batch: Batch, computed: Sequence[Example], examples: Sequence[E
 
 
 def _recorded(members: Sequence[Example], mask_BO: Tensor) -> Recorded | None:
-    """What was recorded for the outputs behind `members`; None where nothing was."""
+    """Return what was recorded for the outputs behind `members`; None where nothing was."""
     row_R = torch.tensor([row for row, member in enumerate(members) for _ in member.recorded], dtype=torch.long)
     if not len(row_R):
         return None
@@ -186,7 +187,7 @@ def _recorded(members: Sequence[Example], mask_BO: Tensor) -> Recorded | None:
 
 
 def _where_all(rows: Sequence[Sequence[float] | None], mask_BO: Tensor) -> Tensor | None:
-    """Per-token values in the layout of the mask; None unless every row has them."""
+    """Return per-token values in the layout of the mask; None unless every row has them."""
     given = [row for row in rows if row is not None]
     return _per_token(given, mask_BO) if len(given) == len(rows) else None
 
@@ -211,7 +212,7 @@ def _weights(mask_BO: Tensor, weight_B: Tensor, examples: Sequence[Example], met
 
 @dataclass(frozen=True)
 class Terms:
-    """The parts of J for each token of a micro-batch, [B, O]."""
+    """Hold the parts of J for each token of a micro-batch, [B, O]."""
 
     objective_BO: Tensor
     """c surrogate - beta D, with gradient."""
@@ -249,7 +250,7 @@ def policy_loss(
 
 
 def micro_batch_terms(logp_BO: Tensor, part: MicroBatch, method: Method, correction: Correction) -> Terms:
-    """The objective of every token of a micro-batch, given log pi_theta."""
+    """Compute the objective of every token of a micro-batch, given log pi_theta."""
     # Where nothing was computed before, pi_old = pi_theta: its own values, detached, make the ratio exactly 1.
     old_logp_BO = logp_BO.detach() if part.old_logp is None else part.old_logp
     mask_BO = part.batch.output_mask_BO
@@ -283,7 +284,7 @@ def _divergence(logp_BO: Tensor, ref_logp_BO: Tensor, old_logp_BO: Tensor, metho
 def _correction(
     old_logp_BO: Tensor, rollout_logp_BO: Tensor | None, mask_BO: Tensor, correction: Correction
 ) -> tuple[Tensor | None, Tensor | None]:
-    """c at every token, and what it was before its cap; None without a correction."""
+    """Return c at every token, and what it was before its cap; None without a correction."""
     if isinstance(correction, NoCorrectionConfig):
         return None, None
     assert rollout_logp_BO is not None

@@ -1,9 +1,9 @@
-"""What an update's optimizer steps did, as metrics of the same names for every method; and rollout engine against trainer.
+"""Sum up an update's optimizer steps as metrics of the same names for every method, and compare rollout engine with trainer.
 
 The figures of mismatch cost no forward: they compare what the engine recorded with the log-probabilities that the update
-computes anyhow, from the policy as it is before its first step. So they cover the outputs that the update computes: not those
-masked out (null advantage), nor, where there is no KL term, those whose advantage is 0. Equal outputs of a question, though
-computed once, count each with what the engine recorded for it. All tokens weigh alike, whatever the loss does.
+computes anyhow, from the policy before its first step. So they cover the outputs that the update computes: not those masked
+out (null advantage) nor, without a KL term, those whose advantage is 0. Equal outputs of a question, though computed once,
+count each with its own record. All tokens weigh alike, whatever the loss does.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def check_mismatch(figures: Mapping[str, float], limits: MismatchLimits) -> None
 
 @dataclass
 class Mismatch:
-    """Sums over micro-batches; a second pass over the same outputs changes none of the figures."""
+    """Sum over micro-batches; a second pass over the same outputs changes none of the figures."""
 
     limits: MismatchLimits = field(default_factory=MismatchLimits)
     tokens: float = 0
@@ -89,10 +89,11 @@ class Mismatch:
         self.log_weights += found.log_weight_R.tolist()
 
     def figures(self, engine: Engine) -> dict[str, float]:
-        """`rollout/mismatch_*` over the outputs of all ranks, which call it together; empty where nothing was measured.
+        """Return `rollout/mismatch_*` over the outputs of all ranks, which call it together; empty where nothing was measured.
 
         `mean`, `max`: of |log pi_trainer - log pi_engine|, in nats, over tokens. `kl`: D_KL[pi_engine || pi_trainer] in nats
-        per token, estimated by k3. `ess`: effective sample size of the outputs' importance ratios, as a share of the outputs.
+            per token,
+        estimated by k3. `ess`: effective sample size of the outputs' importance ratios, as a share of the outputs.
         """
         import torch
 
@@ -123,7 +124,7 @@ class Mismatch:
 
 @dataclass
 class UpdateMetrics:
-    """Sums over micro-batches and steps, weighted like the loss itself."""
+    """Sum over micro-batches and steps, weighted like the loss itself."""
 
     sums: dict[str, float] = field(default_factory=dict)
     shown: set[str] = field(default_factory=set)
@@ -183,7 +184,7 @@ class UpdateMetrics:
         self.ratio_max, self.ratio_min = largest(engine, self.ratio_max), -largest(engine, -self.ratio_min)
 
     def metrics(self, *, beta: float, seconds: float, computed: int) -> dict[str, float]:
-        """Means over the exploration stage's optimizer steps, under the names MLflow shows."""
+        """Return means over the exploration stage's optimizer steps, under the names MLflow shows."""
         mean = {name: value / self.steps for name, value in self.sums.items()}
         # The loss holds beta times the weighted sum of D, which is the mean of D only where the weights add up to 1.
         policy_loss = mean.get("loss", 0.0) - beta * mean.get("kl", 0.0)
@@ -208,5 +209,5 @@ class UpdateMetrics:
 
 
 def _above(raw_BO: Tensor | None, kept_BO: Tensor | None) -> Tensor | None:
-    """1 where a weight was cut at its cap."""
+    """Return 1 where a weight was cut at its cap."""
     return None if raw_BO is None or kept_BO is None else (raw_BO > kept_BO).to(raw_BO.dtype)

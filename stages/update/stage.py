@@ -121,7 +121,7 @@ def _mini_batches(
     temperature: float,
     config: UpdateConfig,
 ) -> list[MiniBatch]:
-    """Mini-batches with the log-probabilities of every policy that stays fixed while they are learned from."""
+    """Return mini-batches with the log-probabilities of every policy that stays fixed while they are learned from."""
     from stages.update.loss import MiniBatch
 
     method = method_of(config.objective)
@@ -212,7 +212,7 @@ def _tuples(column: Ragged) -> list[tuple[Any, ...]]:
 
 
 def merge_equal(examples: Sequence[Example]) -> list[Example]:
-    """Equal outputs (with equal advantages) of one question as one example of their summed weight, in first-seen order."""
+    """Merge equal outputs of one question that have equal advantages; weights add up, the first one's place stays."""
     equal: dict[Example, list[Example]] = {}
     for example in examples:
         equal.setdefault(example, []).append(example)

@@ -63,7 +63,7 @@ ObjectiveConfig = Annotated[
 
 
 def method_of(objective: ObjectiveConfig) -> Method:
-    """What the training loop needs to know of the objective."""
+    """Return what the training loop needs to know of the objective."""
     match objective:
         case SFTObjectiveConfig() | RFTConfig() | OnlineRFTConfig():
             return likelihood()

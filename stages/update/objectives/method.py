@@ -20,7 +20,7 @@ Divergence = Literal["k1", "k2", "k3", "k3_unbiased"]
 RewardSource = Literal["rules", "model"]
 """What r is: the rules' score or a learned model's (Table 10: Rule, Model)."""
 Level = Literal["token", "sequence", "sequence_mean"]
-"""What an importance weight between rollout engine and trainer belongs to: see `stages/kernels/correction.py`."""
+"""What an importance weight between rollout engine and trainer belongs to: see `stages/kernels/mismatch.py`."""
 
 
 class Row(NamedTuple):
@@ -59,7 +59,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokens:
-    """What an objective sees of a micro-batch: per output token, [B, O]."""
+    """Hold what an objective sees of a micro-batch: per output token, [B, O]."""
 
     logp: Tensor
     """log pi_theta, with gradient."""
@@ -74,7 +74,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Method:
-    """What the training loop needs to know of an objective."""
+    """Hold what the training loop needs to know of an objective."""
 
     surrogate: Callable[[Tokens], Surrogate]
     """The values to maximise, before the KL term."""
@@ -102,7 +102,7 @@ class Method:
 
 
 def clipped_ratio(eps_low: float, eps_high: float) -> Callable[[Tokens], Surrogate]:
-    """The surrogate that PPO, GRPO and their descendants share: min[ r A, clip(r, 1 - eps_low, 1 + eps_high) A ]."""
+    """Return the surrogate of PPO, GRPO and their descendants: min[ r A, clip(r, 1 - eps_low, 1 + eps_high) A ]."""
     from stages.kernels.objective import clipped
 
     def surrogate(tokens: Tokens) -> Surrogate:

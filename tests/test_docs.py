@@ -21,7 +21,7 @@ from flows.config.resolve import choose
 from pipeline.config import flatten
 from pipeline.store import Store
 from stages.tables import Rollouts
-from tests.stages.tables import rollout_row
+from tests.stages.rows import rollout_row
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from stages.tables import Questions
@@ -44,3 +45,31 @@ def label_row(question_id: str, sample: int, output_ids: list[int], label: float
     read = {"prompt_ids": [5], "output_ids": output_ids, "scored_index": len(output_ids) - 1, "label": label}
     unsaid = {"step_ends": None, "step_labels": None, "origin": "a" * 64, "vocabulary": "b" * 64}
     return {"question_id": question_id, "sample": sample, **read, **unsaid, **changes}
+
+
+def rollout_row(question: str, sample: int, ids: Sequence[int], prompt: Sequence[int] = (1, 2), **changes: Any) -> Row:
+    """Return an output that ended by itself, of log-probability -1 at every token."""
+    return {
+        "question_id": question,
+        "sample": sample,
+        "prompt_ids": list(prompt),
+        "output_ids": list(ids),
+        "logprobs": [-1.0] * len(ids),
+        "finish_reason": "stop",
+        "text": "",
+        "text_ends": [0] * len(ids),
+        "temperature": 1.0,
+        "seed": 0,
+        **changes,
+    }
+
+
+def advantage_row(question: str, sample: int, advantage: Sequence[float] | None, **changes: Any) -> Row:
+    """Return the advantages of an output; null ones mask it."""
+    row = {"question_id": question, "sample": sample, "advantage": advantage, "returns": None, "pair": None}
+    return row | changes
+
+
+def question_rows(*texts: str) -> list[Row]:
+    """Return questions named q0, q1, ... with the answer 0."""
+    return [{"question_id": f"q{i}", "question": t, "answer": "0", "solution": None} for i, t in enumerate(texts)]

@@ -15,7 +15,7 @@ from pipeline.config import ConfigError
 from pipeline.store import use_store
 from stages.tables import Rollouts
 from tests.flows.planning.conftest import Planned
-from tests.stages.tables import rollout_row
+from tests.stages.rows import rollout_row
 
 CPU = PRESETS["cpu"]
 

@@ -13,7 +13,7 @@ from stages.critic import estimate_values
 from stages.models import Checkpoint
 from stages.tables import Rollouts
 from tests.stages.critic.worlds import exact, exploration, outspoken_critic, tables
-from tests.stages.tables import rollout_row
+from tests.stages.rows import rollout_row
 from tests.stages.training.tiny import changed
 
 

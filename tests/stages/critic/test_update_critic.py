@@ -20,7 +20,7 @@ from stages.training import DeepSpeedEngineConfig
 from stages.training.batching import deal
 from stages.update.stage import join
 from tests.stages.critic.worlds import exact, exploration, outspoken_critic, tables, tiny_critic
-from tests.stages.tables import rollout_row
+from tests.stages.rows import rollout_row
 from tests.stages.training.tiny import random_rows, tiny_checkpoint, update
 from tests.stages.update.exact import gradient_of, relative
 

@@ -11,7 +11,7 @@ from stages.critic import CriticConfig, create_critic
 from stages.models import Checkpoint
 from stages.tables import Advantages, Rollouts
 from stages.training import AdamWConfig, TrainingConfig
-from tests.stages.tables import advantage_row, rollout_row
+from tests.stages.rows import advantage_row, rollout_row
 from tests.stages.training.tiny import VOCABULARY, changed, tiny_checkpoint
 
 Q, G = 2, 3

@@ -15,7 +15,7 @@ from stages.models import Checkpoint, load_model
 from stages.tables import Rollouts
 from stages.training import AdamWConfig, TrainingConfig
 from stages.training.loop import publish, resident_engine
-from tests.stages.tables import rollout_row
+from tests.stages.rows import rollout_row
 from tests.stages.training.tiny import changed, random_rows, tiny_checkpoint, update
 
 

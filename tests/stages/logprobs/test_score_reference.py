@@ -16,7 +16,7 @@ from stages.models import WEIGHTS, Checkpoint
 from stages.tables import Advantages, ReferenceLogprobs, Rollouts
 from stages.update import DPOConfig, GRPOConfig, UpdateConfig, update_policy
 from tests.stages.logprobs.test_compare_policies import exact, output_rows, trained
-from tests.stages.tables import advantage_row
+from tests.stages.rows import advantage_row
 from tests.stages.training.tiny import tiny_checkpoint
 
 SLOW = pytest.mark.slow

@@ -8,7 +8,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from stages.models import Checkpoint, save
 from stages.tables import Questions
 from stages.text import CharacterTokenizerConfig, build_tokenizer
-from tests.stages.tables import question_rows
+from tests.stages.rows import question_rows
 
 SECOND_STOP = 3
 """An id that ends outputs besides the tokenizer's end of sequence."""

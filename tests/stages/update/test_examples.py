@@ -12,7 +12,7 @@ from stages.tables import Advantages, Rollouts
 from stages.training.batching import deal
 from stages.update.loss import Example, drop_idle
 from stages.update.stage import join, merge_equal, pair_up
-from tests.stages.tables import advantage_row, rollout_row
+from tests.stages.rows import advantage_row, rollout_row
 
 
 def outputs_of(*rows: tuple[str, int, list[int]]) -> Rollouts:

@@ -12,7 +12,7 @@ from stages.text import PromptConfig
 from stages.training import AdamWConfig, TrainingConfig
 from stages.update import GRPOConfig, UpdateConfig, update_policy
 from tests.stages.rollout.policies import questions, tiny_policy
-from tests.stages.tables import advantage_row
+from tests.stages.rows import advantage_row
 
 PADDED = 7
 """Rows of the embedding behind the tokenizer's last id, as models of others have them."""

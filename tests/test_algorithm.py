@@ -67,14 +67,14 @@ def test_the_reference_is_the_policy_at_the_start_of_each_iteration(run: Run) ->
 
 
 @pytest.mark.claim("a reference loaded for beta = 0", "line 3")
-def test_the_kl_to_the_reference_is_exactly_zero_at_the_first_update_of_each_iteration_only(run: Run) -> None:
+def test_kl_is_exactly_zero_at_the_first_update_of_an_iteration_only(run: Run) -> None:
     kl = [run.points[step]["policy/kl"] for step in (1, 2, 3, 4)]
     assert (kl[0], kl[2]) == (0.0, 0.0)
     assert min(kl[1], kl[3]) > 0
 
 
 @pytest.mark.claim("line 6")
-def test_outputs_are_sampled_by_the_policy_that_learns_from_them_so_that_its_ratio_is_one(run: Run) -> None:
+def test_outputs_are_sampled_by_the_policy_that_learns_from_them(run: Run) -> None:
     samplers = {call["result"]: call["policy"] for call in run.calls["rollout"]}  # lines 6 and 7
     assert [samplers[update["outputs"]] for update in updates(run)] == [update["policy"] for update in updates(run)]
     for step in (1, 2, 3, 4):

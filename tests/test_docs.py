@@ -207,7 +207,7 @@ UNBUILT = {
 }
 
 
-def test_what_the_paper_has_and_a_row_says_is_not_built_has_neither_file_nor_setting() -> None:
+def test_what_a_row_says_is_not_built_has_neither_file_nor_setting() -> None:
     rows = [row for row in rows_of("paper-to-code.md") if row[-1].startswith("not built")]
     assert {row[0] for row in rows} == set(UNBUILT), "name the word that would show that it is built"
     files = [file.stem for package in ("pipeline", "stages", "flows") for file in (ROOT / package).rglob("*.py")]

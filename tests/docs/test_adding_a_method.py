@@ -66,7 +66,7 @@ def test_a_method_is_one_new_file_two_places_and_one_test() -> None:
 
 
 @pytest.mark.slow  # a process that imports everything and trains
-def test_the_page_applied_gives_a_method_that_trains_with_the_gradient_of_its_paper(tmp_path: Path) -> None:
+def test_the_page_applied_trains_with_the_gradient_of_its_paper(tmp_path: Path) -> None:
     for folder in ("pipeline", "stages", "flows", "tests"):
         shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)

@@ -1,11 +1,19 @@
-"""Every method as a whole run: two steps of the smallest recipe, all from one supervised policy in one store."""
+"""Every method as settings of any recipe, and as a whole run: two steps from one supervised policy in one store."""
 
 from __future__ import annotations
 
+import copy
+import itertools
+from pathlib import Path
+
 import pytest
 
-from flows.config.methods import METHODS
+from flows.config import IterativeRLConfig
+from flows.config.methods import METHODS, PAPER, method_settings
+from flows.config.recipes import RECIPES, arithmetic_smoke
+from flows.config.resolve import choose
 from flows.inspection.groups import groups_of
+from pipeline.config import ConfigError
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
 from stages.tables import Advantages, Rewards
@@ -173,6 +181,100 @@ def test_the_groups_of_every_method_can_be_shown(runs: dict[str, Run], method: s
         outputs = [output for group in found for output in group.outputs]
     assert len(outputs) == 24
     assert all((output.reward is None) == (method == "sft") for output in outputs)
+
+
+# ------------------------------------------------------------------------------------- as settings
+
+
+def become(base: IterativeRLConfig, method: str) -> IterativeRLConfig:
+    return base.override(method_settings(method, base))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_a_valid_config_of_every_recipe(recipe: str, method: str) -> None:
+    config = become(RECIPES[recipe](), method)
+    assert config.name == f"{recipe}-{method}"
+    assert IterativeRLConfig.from_yaml(config.to_yaml()) == config
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(METHODS, 2)))
+def test_a_method_leaves_nothing_of_the_one_before(first: str, second: str) -> None:
+    base = arithmetic_smoke()
+    assert become(become(base, first), second) == become(base, second)
+
+
+def test_grpo_of_the_recipe_is_the_recipe() -> None:
+    base = arithmetic_smoke()
+    assert become(base, "grpo").override({"name": base.name}) == base
+
+
+def test_the_methods_of_the_paper_come_first_and_are_rows_of_their_own() -> None:
+    assert tuple(METHODS)[: len(PAPER)] == PAPER
+    titles = [become(arithmetic_smoke(), method).update.objective.ROW.title for method in PAPER]
+    assert titles == ["SFT", "RFT", "DPO", "Online RFT", "PPO", "GRPO"]
+
+
+def test_process_supervision_adds_what_scores_steps_and_takes_only_its_own_away() -> None:
+    base = arithmetic_smoke()
+    process = become(base, "grpo_process")
+    assert [component.kind for component in process.reward.components] == ["format", "accuracy", "steps"]
+    weighted = base.override({"reward.components": [{"kind": "accuracy"}, {"kind": "steps", "weight": 0.5}]})
+    assert become(weighted, "grpo_process").reward == weighted.reward
+    assert become(weighted, "grpo").reward == weighted.reward
+
+
+def test_methods_that_learn_from_others_outputs_drop_the_correction_for_the_engine() -> None:
+    corrected = arithmetic_smoke().override({"update.correction": {"kind": "truncated", "level": "sequence"}})
+    kinds = {method: become(corrected, method).update.correction.kind for method in METHODS}
+    assert {method for method, kind in kinds.items() if kind == "none"} == {"sft", "rft", "dpo"}
+
+
+def test_an_unknown_method_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"'onlin_rft' .*'online_rft'"):
+        method_settings("onlin_rft", arithmetic_smoke())
+    with pytest.raises(ConfigError, match=r"'zzz' .* sft, rft"):
+        method_settings("zzz", arithmetic_smoke())
+
+
+def test_settings_come_after_the_method() -> None:
+    config = choose("arithmetic_smoke", settings=["advantage.lam=0.5", "critic.mu=3"], method="ppo").config
+    assert config.advantage.kind == "gae"
+    assert config.advantage.lam == 0.5
+    assert config.critic is not None
+    assert config.critic.mu == 3
+
+
+def test_settings_of_one_run_change_no_method() -> None:
+    before = copy.deepcopy(METHODS)
+    choose("arithmetic_smoke", settings=["update.objective.beta=0.5", "advantage.ddof=0"], method="grpo")
+    assert before == METHODS
+
+
+def test_what_a_method_takes_from_its_base_follows_the_settings() -> None:
+    length = choose("arithmetic_smoke", settings=["rollout.max_output_tokens=30"], method="dr_grpo").config
+    assert length.update.objective.kind == "dr_grpo"
+    assert length.update.objective.length == 30
+    rate = choose("arithmetic_smoke", settings=["update.training.optimizer.learning_rate=0.5"], method="ppo").config
+    assert rate.critic is not None
+    assert rate.critic.training.optimizer.learning_rate == 0.5
+
+
+def test_a_file_that_tunes_its_own_method_may_be_trained_by_another(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("recipe: arithmetic_smoke\nupdate.objective.beta: 0.5\nseed: 3\n")
+    config = choose(str(file), method="sft").config
+    assert (config.update.objective.kind, config.seed) == ("sft", 3)
+
+
+def test_differences_leave_out_what_went_with_its_kind() -> None:
+    assert choose("arithmetic_smoke", method="sft").differences() == {
+        "name": ("arithmetic_smoke", "arithmetic_smoke-sft"),
+        "data_source": ("policy", "demonstrations"),
+        "advantage.kind": ("group", "one"),
+        "update.objective.kind": ("grpo", "sft"),
+    }
+    assert choose("arithmetic_smoke", settings=["sft=null"]).differences() == {"sft": ("...", None)}
 
 
 # ------------------------------------------------------------------------------------- reading

@@ -256,6 +256,19 @@ def asked_of(choice: Choice) -> list[tuple[str, Any, str, bool]]:
     return [(each.setting, each.value, each.source, each.undone) for each in choice.asked.overrides]
 
 
+def recorded(places: Places, choice: Choice) -> RunRecord:
+    RunRecord.begin(places, choice.config, command="cohort run", engine="inline", asked=choice.asked)
+    (record,) = read_records(places)
+    return record
+
+
+def shown_of(record: RunRecord, places: Places, choice: Choice) -> str:
+    console = Console(width=300, file=io.StringIO(), record=True)
+    history = History(record=record, config=choice.config, ledger=Ledger(), points={}, note="")
+    show_run(places.open_store(), history, console, limit=None)
+    return console.export_text()
+
+
 def test_the_choice_keeps_every_override_in_order_with_its_source(write: Write) -> None:
     mine, more = write("recipe: gsm8k_cpu\nname: gsm8k_one_gpu\nseed: 3\n"), write("rollout: {G: 8}\n")
     choice = choose(str(mine), [more], ["rollout.G=4", "sft.max_steps=2", "sft=null"], method="gspo")
@@ -304,13 +317,9 @@ def test_the_record_keeps_what_was_asked_and_show_names_that_recipe(tmp_path: Pa
     mine = write("recipe: arithmetic_cpu\nname: arithmetic_smoke\nsft.max_steps: 5\n")
     choice = choose(str(mine), settings=["sft.max_steps=6", "rollout.G=4"])
     places = Places(tmp_path / "root")
-    RunRecord.begin(places, choice.config, command="cohort run", engine="inline", asked=choice.asked)
-    (record,) = read_records(places)
+    record = recorded(places, choice)
     assert (record.attempts[-1].recipe, len(record.attempts[-1].overrides)) == ("arithmetic_cpu", 4)
-    console = Console(width=300, file=io.StringIO(), record=True)
-    history = History(record=record, config=choice.config, ledger=Ledger(), points={}, note="")
-    show_run(places.open_store(), history, console, limit=None)
-    shown = console.export_text()
+    shown = shown_of(record, places, choice)
     assert "differs from the recipe arithmetic_cpu in" in shown
     rows = [line.split()[:2] for line in shown.splitlines()]
     assert rows.index(["sft.max_steps", "5"]) < rows.index(["sft.max_steps", "6"]) < rows.index(["rollout.G", "4"])
@@ -320,12 +329,7 @@ def test_the_record_keeps_what_was_asked_and_show_names_that_recipe(tmp_path: Pa
 def test_overrides_of_a_complete_file_are_shown_and_the_recipe_is_a_guess(tmp_path: Path, write: Write) -> None:
     mine = write(RECIPES["gsm8k_cpu"]().override({"name": "gsm8k_one_gpu"}).to_yaml())
     choice, places = choose(str(mine), settings=["steps=3"]), Places(tmp_path / "root")
-    RunRecord.begin(places, choice.config, command="", engine="inline", asked=choice.asked)
-    (record,) = read_records(places)
-    console = Console(width=300, file=io.StringIO(), record=True)
-    history = History(record=record, config=choice.config, ledger=Ledger(), points={}, note="")
-    show_run(places.open_store(), history, console, limit=None)
-    shown = console.export_text()
+    shown = shown_of(recorded(places, choice), places, choice)
     assert f"made from {mine} by, in this order" in shown
     assert ["steps", "3", "--set"] in [line.split() for line in shown.splitlines()]
     assert "differs from the nearest recipe, gsm8k_cpu, in" in shown
@@ -333,13 +337,9 @@ def test_overrides_of_a_complete_file_are_shown_and_the_recipe_is_a_guess(tmp_pa
 
 def test_overrides_of_a_record_of_others_are_shown_escaped(tmp_path: Path) -> None:
     choice, places = choose("arithmetic_smoke", settings=["seed=3"]), Places(tmp_path)
-    RunRecord.begin(places, choice.config, command="", engine="inline", asked=choice.asked)
-    (record,) = read_records(places)
+    record = recorded(places, choice)
     record.attempts[-1].overrides = [{"setting": "\x1b[2J[red]a", "value": "\x9b2J", "source": "[link=x]b"}, {}]
-    console = Console(width=300, file=io.StringIO(), record=True)
-    history = History(record=record, config=choice.config, ledger=Ledger(), points={}, note="")
-    show_run(places.open_store(), history, console, limit=None)
-    shown = console.export_text()
+    shown = shown_of(record, places, choice)
     assert not {"\x1b", "\x9b"} & set(shown)
     assert "\\u001b[2J[red]a" in shown
     assert "[link=x]b" in shown
@@ -353,3 +353,24 @@ def test_the_same_settings_make_an_equal_configuration_in_any_way(write: Write) 
         choose(str(write(RECIPES["arithmetic_smoke"]().override({"rollout.G": 8, "steps": 3}).to_yaml()))),
     ]
     assert all(choice.config == ways[0].config for choice in ways)
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("no_such_rewards:reward", "function 'no_such_rewards:reward': no module 'no_such_rewards' in"),
+        ("my_rewards:rewrad", "it has no 'rewrad'; did you mean 'reward'?"),
+        ("broken_rewards:reward", "not Python source"),
+    ],
+)
+def test_a_reward_function_that_is_not_there_is_found_when_the_configuration_is_chosen(
+    function: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards.py").write_text("def reward(completions, **columns):\n    raise SystemExit\n")
+    (tmp_path / "broken_rewards.py").write_text("def reward(completions:\n")
+    component = "[{kind: function, function: '%s'}]"
+    with pytest.raises(ConfigError) as caught:
+        choose("arithmetic_smoke", settings=["reward.components=" + component % function])
+    assert said in str(caught.value)
+    choose("arithmetic_smoke", settings=["reward.components=" + component % "my_rewards:reward"])

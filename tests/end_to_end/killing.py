@@ -17,22 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from flows.config.recipes import arithmetic_smoke
-from flows.iterative_rl import iterative_rl
-from pipeline.events import Event, StageDone, recording
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
+from tests.flows.short_runs import executed_by
 
 
 def run(root: Path) -> dict[str, Any]:
     """Run the recipe in `root`: its final digest and how many stages were executed."""
-    executed: list[str] = []
-
-    def note(event: Event) -> None:
-        if isinstance(event, StageDone) and not event.cached:
-            executed.append(event.stage)
-
-    with use_store(Store(root)), recording(note):
-        digest = iterative_rl(arithmetic_smoke()).digest
+    with use_store(Store(root)):
+        digest, executed = executed_by(arithmetic_smoke())
     evict()
     return {"digest": digest, "executed": len(executed)}
 

@@ -13,27 +13,12 @@ from typing import Any
 
 import pytest
 
-from flows.config import IterativeRLConfig
 from flows.config.recipes import arithmetic_smoke
-from flows.iterative_rl import iterative_rl
-from pipeline.events import Event, StageDone, recording
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
+from tests.flows.short_runs import executed_by
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-def run(config: IterativeRLConfig) -> tuple[str, list[str]]:
-    """Final digest, and names of the stages that were executed."""
-    executed: list[str] = []
-
-    def note(event: Event) -> None:
-        if isinstance(event, StageDone) and not event.cached:
-            executed.append(event.stage)
-
-    with recording(note):
-        digest = iterative_rl(config).digest
-    return digest, executed
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +26,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A store in which the smallest recipe ran to its end, and the final digest."""
     root = tmp_path_factory.mktemp("finished")
     with use_store(Store(root)):
-        digest, _ = run(arithmetic_smoke())
+        digest, _ = executed_by(arithmetic_smoke())
     evict()
     return root, digest
 
@@ -67,7 +52,7 @@ def test_a_run_killed_at_any_instant_resumes_to_the_same_bits(tmp_path: Path) ->
 def test_a_second_run_executes_nothing(finished: tuple[Path, str]) -> None:
     root, digest = finished
     with use_store(Store(root)):
-        assert run(arithmetic_smoke()) == (digest, [])
+        assert executed_by(arithmetic_smoke()) == (digest, [])
 
 
 @pytest.mark.claim("lines 2, 4")
@@ -76,7 +61,7 @@ def test_another_iteration_executes_the_new_steps_only(finished: tuple[Path, str
     root, _ = finished
     longer = arithmetic_smoke().override({"iterations": 3})
     with use_store(Store(root)):
-        _, executed = run(longer)
+        _, executed = executed_by(longer)
     evict()
     assert executed.count("update_policy") == longer.steps
     assert {"create_policy", "supervised_finetuning", "arithmetic_questions"}.isdisjoint(executed)
@@ -95,7 +80,7 @@ def test_a_lost_or_damaged_artifact_is_recomputed_and_nothing_after_it(
         makers = [action["stage"] for action in store.actions() if action["result"] == victim]
         DAMAGES[damage](store, victim)
     with use_store(Store(root)), pytest.warns(UserWarning, match="computing it again"):
-        found, executed = run(arithmetic_smoke())
+        found, executed = executed_by(arithmetic_smoke())
     evict()
     assert found == digest
     # Calls that gave equal content share the object; the first to miss restores it for all of them.

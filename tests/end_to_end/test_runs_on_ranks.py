@@ -16,13 +16,12 @@ import psutil
 import pytest
 
 from flows.config.recipes import arithmetic_smoke
-from flows.iterative_rl import iterative_rl
 from pipeline.config import parse_settings
-from pipeline.events import Event, StageDone, recording
 from pipeline.progress import listen
 from pipeline.store import Store, use_store
 from pipeline.workers.group import WorkerError
 from stages.update import MismatchError
+from tests.flows.short_runs import executed_by
 from tests.stages.training.groups import gone, rank_processes
 
 pytestmark = pytest.mark.engines
@@ -47,13 +46,8 @@ def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(settings: Sequence[str] = (), *, kill: tuple[str, int, int] | None = None) -> tuple[str, list[str]]:
-    """Final digest and executed stages; `kill`: topic, at how manieth report of it, rank."""
-    executed: list[str] = []
+    """Final digest and executed stages; `kill`: topic, at which report of it, rank."""
     reports = 0
-
-    def take(event: Event) -> None:
-        if isinstance(event, StageDone) and not event.cached:
-            executed.append(event.stage)
 
     def note(topic: str, values: dict[str, Any]) -> None:
         nonlocal reports
@@ -62,9 +56,8 @@ def run(settings: Sequence[str] = (), *, kill: tuple[str, int, int] | None = Non
             if reports == kill[1]:
                 rank_processes()[kill[2]].kill()
 
-    with listen(note), recording(take):
-        digest = iterative_rl(arithmetic_smoke().override(parse_settings([*SETTINGS, *settings]))).digest
-    return digest, executed
+    with listen(note):
+        return executed_by(arithmetic_smoke().override(parse_settings([*SETTINGS, *settings])))
 
 
 def test_a_run_on_ranks_that_loses_one_twice_ends_where_an_undisturbed_one_does(store: Store, tmp_path: Path) -> None:

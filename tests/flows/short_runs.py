@@ -81,6 +81,19 @@ def train(store: Store, method: str, *, run: Run | None = None, **changes: Any) 
     return run
 
 
+def executed_by(config: IterativeRLConfig) -> tuple[str, list[str]]:
+    """Run in the current store: the final digest, and the names of the stages that were executed."""
+    executed: list[str] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, StageDone) and not event.cached:
+            executed.append(event.stage)
+
+    with recording(note):
+        digest = iterative_rl(config).digest
+    return digest, executed
+
+
 def copied(store: Store, folders: pytest.TempPathFactory) -> Store:
     """Another store that holds the same."""
     root = folders.mktemp("store")

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from flows.cli import run_command
-from flows.inspection.history import BETWEEN_STEPS, PlacedCall, find_run, history_of, placed_calls
+from flows.inspection.history import BETWEEN_STEPS, History, PlacedCall, find_run, history_of, placed_calls
 from flows.inspection.replay import choose_call, prepare_replay
 from flows.runs.ledger import Ledger, read_ledger
 from flows.runs.paths import Places
+from flows.runs.record import RunRecord
 from pipeline.residency import evict
 from pipeline.stage import describe
 from pipeline.store import Store, use_store
@@ -63,12 +64,21 @@ def said(root: Path, capsys: pytest.CaptureFixture[str]) -> Say:
     return say
 
 
-def ledger(root: Path, name: str) -> Ledger:
+def record(root: Path, name: str) -> RunRecord:
     run = find_run(Places(root), name)
     assert run is not None
-    found = read_ledger(run.folder)
+    return run
+
+
+def ledger(root: Path, name: str) -> Ledger:
+    found = read_ledger(record(root, name).folder)
     assert found is not None
     return found
+
+
+def history(root: Path, name: str = "one") -> tuple[Store, History]:
+    store = Store(Places(root).store)
+    return store, history_of(Places(root), store, record(root, name))
 
 
 # ------------------------------------------------------------------------------------------------------------- show
@@ -106,17 +116,13 @@ def test_a_step_that_is_not_there_is_an_error_that_says_which_are(said: Say) -> 
 
 def test_a_run_that_did_not_end_is_shown_as_far_as_its_log_goes(root: Path, tmp_path: Path) -> None:
     places = Places(Path(shutil.copytree(root, tmp_path / "copy")))
-    run = find_run(places, "two")
-    assert run is not None
-    whole = ledger(places.root, "two")
+    run, whole = record(places.root, "two"), ledger(places.root, "two")
     lines = run.log.file.read_bytes().splitlines(keepends=True)
     ends = [number for number, line in enumerate(lines) if line.startswith(b'{"type":"StepDone"')]
     run.log.file.write_bytes(b"".join(lines[: ends[1]]) + lines[ends[1]][:40])  # killed while the second step was noted
     (run.folder / "summary.json").unlink()
     before = sorted(path.name for path in places.store.glob("*/*/*"))
-    killed = find_run(places, "two")
-    assert killed is not None
-    found = history_of(places, Store(places.store), killed)
+    _, found = history(places.root, "two")
     assert found.ledger.steps == {1: whole.steps[1]}
     assert "known up to step 1" in found.note
     assert list(found.ledger.calls) == list(whole.calls)[: len(found.ledger.calls)]
@@ -126,19 +132,19 @@ def test_a_run_that_did_not_end_is_shown_as_far_as_its_log_goes(root: Path, tmp_
 
 
 def test_points_without_a_summary_are_those_of_the_records_that_are_left(root: Path, tmp_path: Path) -> None:
-    places = Places(Path(shutil.copytree(root, tmp_path / "copy")))
-    store, run = Store(places.store), find_run(places, "two")
-    assert run is not None
-    summary = json.loads((run.folder / "summary.json").read_text())["curve"]
-    (run.folder / "summary.json").unlink()
-    points = history_of(places, store, run).points
+    copy = Path(shutil.copytree(root, tmp_path / "copy"))
+    file = record(copy, "two").folder / "summary.json"
+    summary = json.loads(file.read_text())["curve"]
+    file.unlink()
+    store, run = history(copy, "two")
+    points = run.points
     assert {step: points[int(step)].items() >= part.items() for step, part in summary.items()} == dict.fromkeys(
         summary, True
     )
     for call in list(store.actions()):
         if call["stage"] == "evaluate":
             store.forget(call["result"])
-    left = history_of(places, store, run).points
+    left = history(copy, "two")[1].points
     assert left[2]["reward/mean"] == points[2]["reward/mean"]
     assert "eval/in_domain/accuracy" not in left[2]
 
@@ -233,21 +239,15 @@ def test_replayed_advantages_are_those_of_the_other_formula(said: Say, root: Pat
 
 
 def test_every_recorded_call_is_rebuilt_with_the_arguments_it_had(root: Path) -> None:
-    places = Places(root)
-    store, run = Store(places.store), find_run(places, "one")
-    assert run is not None
-    history = history_of(places, store, run)
-    for call in placed_calls(history.ledger):
-        replay = prepare_replay(store, history, call, [])
+    store, run = history(root)
+    for call in placed_calls(run.ledger):
+        replay = prepare_replay(store, run, call, [])
         assert {name: describe(value) for name, value in replay.arguments.items()} == replay.recorded["arguments"], call
 
 
 def test_a_replay_keeps_what_the_record_does_not_hold_of_the_runs_own_settings(root: Path) -> None:
-    places = Places(root)
-    store, run = Store(places.store), find_run(places, "one")
-    assert run is not None
-    history = history_of(places, store, run)
-    patient = replace(history, config=history.config.override({"reward.deadline_s": 60.0}))
+    store, run = history(root)
+    patient = replace(run, config=run.config.override({"reward.deadline_s": 60.0}))
     call = choose_call(patient, "score", 1, None)
     config = prepare_replay(store, patient, call, ["truncated=as_is"]).arguments["config"]
     assert (config.deadline_s, config.truncated) == (60.0, "as_is")
@@ -255,11 +255,8 @@ def test_a_replay_keeps_what_the_record_does_not_hold_of_the_runs_own_settings(r
 
 def test_artifacts_are_rebuilt_in_the_containers_that_stages_take(root: Path, tmp_path: Path) -> None:
     """No stage of these runs takes lists of artifacts; `keep_informative` does."""
-    places = Places(Path(shutil.copytree(root, tmp_path / "copy")))
-    store, run = Store(places.store), find_run(places, "one")
-    assert run is not None
-    history = history_of(places, store, run)
-    made = history.ledger.steps
+    store, run = history(Path(shutil.copytree(root, tmp_path / "copy")))
+    made = run.ledger.steps
     outputs, rewards = ([made[step][stage] for step in (1, 2)] for stage in ("rollout", "score"))
     with use_store(store):
         kept = keep_informative(
@@ -267,7 +264,7 @@ def test_artifacts_are_rebuilt_in_the_containers_that_stages_take(root: Path, tm
         )
     assert kept.action is not None
     call = PlacedCall(2, "", "keep_informative", kept.action, kept.digest)
-    replay = prepare_replay(store, history, call, ["size=3"])
+    replay = prepare_replay(store, run, call, ["size=3"])
     assert replay.arguments == {
         "outputs": [Rollouts(digest) for digest in outputs],
         "rewards": [Rewards(digest) for digest in rewards],

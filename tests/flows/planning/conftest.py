@@ -9,9 +9,18 @@ import pytest
 from flows.config.resolve import choose
 from flows.planning.plan import Plan, plan_of
 from flows.planning.request import Request, subject_of
+from flows.planning.shapes import KNOWN_SHAPES, ModelShape
 from flows.runs.paths import Places
+from stages.training import TrainingConfig
 
 Planned = Callable[..., Plan]
+SHAPE = ModelShape("small", 2, 3, 2, 1, 1, 2, 10, tied=False)
+"""Layers of 4 x 4 + 18 = 34 numbers in matrices and 4 of norms; an embedding of 20, and a head of 20."""
+SEVEN_B = KNOWN_SHAPES["deepseek-math-7b"]
+
+
+def config(**settings: object) -> TrainingConfig:
+    return TrainingConfig.model_validate({"precision": "fp32", **settings})
 
 
 @pytest.fixture

@@ -4,12 +4,9 @@ from pathlib import Path
 
 from flows.config.resolve import choose
 from flows.planning.cached import calls_of, progress_of
-from flows.planning.machine import PRESETS
 from flows.runs.paths import Places
 from pipeline.store import use_store
 from stages.data import arithmetic_questions
-
-CPU = PRESETS["cpu"]
 
 
 def test_a_plan_counts_the_calls_that_runs_were_seen_to_make() -> None:

@@ -15,17 +15,9 @@ from flows.planning.memory import (
     training_state,
     vllm_memory,
 )
-from flows.planning.shapes import KNOWN_SHAPES, ModelShape
 from stages.rollout import HFBackendConfig, VLLMBackendConfig
 from stages.training import TrainingConfig
-
-SHAPE = ModelShape("small", 2, 3, 2, 1, 1, 2, 10, tied=False)
-"""Layers of 4 x 4 + 18 = 34 numbers in matrices and 4 of norms; an embedding of 20, and a head of 20."""
-SEVEN_B = KNOWN_SHAPES["deepseek-math-7b"]
-
-
-def config(**settings: object) -> TrainingConfig:
-    return TrainingConfig.model_validate({"precision": "fp32", **settings})
+from tests.flows.planning.conftest import SEVEN_B, SHAPE, config
 
 
 def zero(stage: int, ranks: int, offload: str = "none") -> TrainingConfig:

@@ -5,11 +5,8 @@ import json
 import pytest
 
 from flows.config.resolve import choose
-from flows.planning.machine import PRESETS
 from flows.planning.plan import changes_of, evaluations_of, remedy_for
 from tests.flows.planning.conftest import Planned, one
-
-CPU = PRESETS["cpu"]
 
 
 def test_the_first_and_the_last_policy_are_evaluated_whatever_is_due() -> None:

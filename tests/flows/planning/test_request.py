@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from flows.config.resolve import choose
-from flows.planning.machine import PRESETS
 from flows.planning.request import lengths_for
 from flows.planning.work import Lengths
 from flows.runs.ledger import Ledger
@@ -16,8 +15,6 @@ from pipeline.store import use_store
 from stages.tables import Rollouts
 from tests.flows.planning.conftest import Planned
 from tests.stages.rows import rollout_row
-
-CPU = PRESETS["cpu"]
 
 
 def test_a_model_that_nobody_knows_needs_its_config(planned: Planned, tmp_path: Path) -> None:

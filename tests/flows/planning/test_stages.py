@@ -8,23 +8,10 @@ import pytest
 from flows.config.methods import method_settings
 from flows.planning.plan import plan_of
 from flows.planning.request import Request, subject_of
-from flows.planning.shapes import KNOWN_SHAPES, ModelShape
 from flows.planning.stages import checkpoint_bytes
 from flows.runs.paths import Places
-from stages.training import TrainingConfig
+from tests.flows.planning.conftest import SEVEN_B, config
 from tests.flows.short_runs import BASE, Run, train
-
-SHAPE = ModelShape("small", 2, 3, 2, 1, 1, 2, 10, tied=False)
-"""Layers of 4 x 4 + 18 = 34 numbers in matrices and 4 of norms; an embedding of 20, and a head of 20."""
-SEVEN_B = KNOWN_SHAPES["deepseek-math-7b"]
-
-
-def config(**settings: object) -> TrainingConfig:
-    return TrainingConfig.model_validate({"precision": "fp32", **settings})
-
-
-def zero(stage: int, ranks: int, offload: str = "none") -> TrainingConfig:
-    return config(engine={"kind": "deepspeed", "zero_stage": stage, "ranks": ranks, "offload": offload})
 
 
 def test_a_checkpoint_holds_weights_and_two_moments_in_float32() -> None:

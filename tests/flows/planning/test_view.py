@@ -6,9 +6,6 @@ from pathlib import Path
 import pytest
 
 from flows.cli import run_command
-from flows.planning.machine import PRESETS
-
-CPU = PRESETS["cpu"]
 
 
 def test_the_command_prints_one_json_object_whose_parts_add_up(

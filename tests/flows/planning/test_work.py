@@ -3,21 +3,8 @@ from __future__ import annotations
 import pytest
 
 from flows.planning.machine import PRESETS
-from flows.planning.shapes import KNOWN_SHAPES, ModelShape
 from flows.planning.work import Work, decoding_work, scoring_work, seconds_of, training_work
-from stages.training import TrainingConfig
-
-SHAPE = ModelShape("small", 2, 3, 2, 1, 1, 2, 10, tied=False)
-"""Layers of 4 x 4 + 18 = 34 numbers in matrices and 4 of norms; an embedding of 20, and a head of 20."""
-SEVEN_B = KNOWN_SHAPES["deepseek-math-7b"]
-
-
-def config(**settings: object) -> TrainingConfig:
-    return TrainingConfig.model_validate({"precision": "fp32", **settings})
-
-
-def zero(stage: int, ranks: int, offload: str = "none") -> TrainingConfig:
-    return config(engine={"kind": "deepspeed", "zero_stage": stage, "ranks": ranks, "offload": offload})
+from tests.flows.planning.conftest import SEVEN_B, SHAPE, config
 
 
 def test_training_is_six_times_parameters_times_tokens_and_attention() -> None:

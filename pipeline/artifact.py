@@ -113,11 +113,7 @@ class Table(Artifact):
         return cls(current_store().publish(fill, about=about, schema=str(cls.schema)))
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return the rows, memory-mapped; the file's hash was verified before it was parsed.
-
-        Args:
-            columns: those to read, in this order; all by default.
-        """
+        """Return the rows, or these columns in this order, memory-mapped; the file's hash was verified before it was parsed."""
         path = current_store().path(self.digest) / _TABLE_FILE
         try:
             # Without `included_fields`, with which pyarrow copies what it is asked for.

@@ -94,9 +94,7 @@ class TableDifference:
 def read_rows(store: Store, digest: str) -> pa.Table | None:
     """Return the rows of any table in the store, whatever its schema; None: the artifact is no table.
 
-    Raises:
-        StoreError: the payload is missing, damaged or pruned.
-        ArtifactError: the file holds no table.
+    Raise StoreError where the payload is missing, damaged or pruned, ArtifactError where the file holds no table.
     """
     path = store.path(digest) / "table.arrow"
     if not path.exists():
@@ -236,11 +234,7 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def pieces(self) -> Iterator[npt.NDArray[numpy.float64]]:
-        """Return the values in order, some millions at a time.
-
-        Raises:
-            ValueError: a type that numpy cannot hold (the 8-bit floats).
-        """
+        """Yield the values in order, some millions at a time; raise ValueError for a type that numpy lacks (8-bit floats)."""
         if self.kind not in _TYPES:
             raise ValueError(f"{self.file}: tensors of type {self.kind} cannot be compared; known: {', '.join(_TYPES)}")
         if not self.size:
@@ -279,11 +273,7 @@ class TensorDifference:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a model folder (`model*.safetensors`, all shards) by name.
-
-    Raises:
-        ValueError: a file that is not in the format.
-    """
+    """Return the tensors of a model folder (`model*.safetensors`, all shards) by name; raise ValueError for another format."""
     found: dict[str, StoredTensor] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         with file.open("rb") as stream:

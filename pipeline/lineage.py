@@ -112,11 +112,7 @@ def _word(text: str) -> str:
 
 
 def tree(ancestors: Mapping[str, Ancestor], *, depth: int | None = None) -> str:
-    """Return the graph as indented text, result first; what was shown above is not repeated.
-
-    Args:
-        depth: generations to show; None shows all.
-    """
+    """Return the graph as indented text, result first, `depth` generations; what was shown above is not repeated."""
     shown: set[str] = set()
     lines: list[str] = []
     # An explicit stack: a long training is one chain of thousands of generations.
@@ -134,11 +130,7 @@ def tree(ancestors: Mapping[str, Ancestor], *, depth: int | None = None) -> str:
 
 
 def explain(store: Store, record: Record) -> Explanation:
-    """Compare a call, made or about to be made, with the earlier call of its stage that differs in the fewest parts.
-
-    Args:
-        record: an action record (`store.action(key)`), or any mapping with stage, version, arguments and key.
-    """
+    """Compare a call, made or about to be made, with the earlier call of its stage that differs in the fewest parts."""
     created = record.get("created", float("inf"))
     earlier = [
         other
@@ -153,20 +145,12 @@ def explain(store: Store, record: Record) -> Explanation:
 
 
 def compare_calls(makers: Mapping[str, Record], before: Record, after: Record) -> Explanation:
-    """Return what differs between two calls of one stage, and which of the differences were not computed.
-
-    Args:
-        makers: `producers` of the calls in which causes are looked for.
-    """
+    """Return what differs between two calls of one stage, and which of it no call in `makers` (`producers`) computed."""
     return Explanation(after, before, tuple(_changes(before, after)), tuple(_causes(makers, before, after)))
 
 
 def producers(records: Iterable[Record]) -> dict[str, Record]:
-    """Return the origin of each artifact: the earliest call that was not given the artifact itself.
-
-    Args:
-        records: calls, oldest first, as `store.actions()` has them.
-    """
+    """Return the origin of each artifact: of these records, oldest first, the earliest call that was not given the artifact."""
     found: dict[str, Record] = {}
     for record in records:
         given = {digest for _, digest in inputs(record["arguments"])}

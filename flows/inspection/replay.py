@@ -42,20 +42,14 @@ class Replay:
     """The record of the call it repeats."""
 
     def run(self) -> Artifact:
-        """Make the call; its result is cached like that of any other.
-
-        Raises:
-            StoreError: an input is gone or pruned; the text says which command recomputes it.
-            Exception: whatever the stage raises.
-        """
+        """Make the call, cached like any other; raise StoreError, with the command to recompute it, where an input is gone."""
         return self.stage(**self.arguments)
 
 
 def choose_call(run: History, stage: str, step: int, evaluation: str | None) -> PlacedCall:
     """Return the call of a stage at a step of a run, or in an evaluation (`in_domain/sampled`) after it.
 
-    Raises:
-        ConfigError: no such stage (the nearest is named), or not called there (where it was called is said).
+    Raise ConfigError where there is no such stage (the nearest is named), or none there (the steps of its calls are named).
     """
     name = run.record.folder.name
     calls = placed_calls(run.ledger)

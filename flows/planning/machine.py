@@ -108,11 +108,7 @@ class Machine:
 def machine_of(
     places: Places, *, device: str | None, gpus: int | None, gpu_memory: float | None, nodes: int | None
 ) -> Machine:
-    """Return the machine that the options describe; without any, this one.
-
-    Raises:
-        ConfigError: a number that is not positive, an unknown profile, or a file that is none.
-    """
+    """Return the machine that the options describe; without any, this one. Raise ConfigError where they make no sense."""
     for option, value in (("--gpus", gpus), ("--gpu-memory", gpu_memory), ("--nodes", nodes)):
         if value is not None and value <= 0:
             raise ConfigError(f"{option}: expected a positive number, found {value:g}")

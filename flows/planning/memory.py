@@ -83,11 +83,9 @@ def zero_stage_of(config: TrainingConfig) -> int:
 
 
 def training_state(parameters: float, shape: ModelShape, config: TrainingConfig, trained: float) -> Memory:
-    """Return weights, gradients and optimizer state on one device, offloaded parts left out.
+    """Return weights, gradients and optimizer state on one device, of `parameters` of which `trained` have a gradient.
 
-    Args:
-        parameters: all of the model's.
-        trained: those that have a gradient: all, or an adapter's.
+    Offloaded parts are left out.
     """
     engine, stage, ranks = config.engine, zero_stage_of(config), ranks_of(config)
     offload = engine.offload if isinstance(engine, DeepSpeedEngineConfig) else "none"

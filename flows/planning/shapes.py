@@ -121,11 +121,7 @@ class ModelShape:
 
 
 def shape_of(description: Mapping[str, Any], name: str) -> ModelShape:
-    """Return the shape that a config.json describes.
-
-    Raises:
-        ConfigError: fields are missing or no positive integers, or the formulas of the model type are not known here.
-    """
+    """Return the shape that a config.json describes; raise ConfigError for a wrong field or a model type without formulas."""
     kind = description.get("model_type", "llama")
     if kind not in _QKV_BIAS:
         raise ConfigError(

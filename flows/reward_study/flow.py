@@ -94,8 +94,7 @@ class _Side:
 def reward_model_study(config: RewardModelStudyConfig) -> Study:
     """Train reward models and baselines as `config` says; return how both do on the other questions.
 
-    Raises:
-        DataError: the rules contradict more of the file's labels than `max_disagreement`.
+    Raise DataError where the rules contradict more of the file's labels than `max_disagreement`.
     """
     source = below(config.path, config.solutions.source)
     solutions = read_solutions(config.solutions.model_copy(update={"source": source}))

@@ -107,11 +107,7 @@ def _sampler(record: Record) -> str:
 
 
 def needed_again(records: Records, digest: str, freed: Callable[[str], Freed | None]) -> set[str]:
-    """Return what must be computed again so that an artifact can be: itself, and as far back as it takes, what was freed.
-
-    Args:
-        freed: what `prune` took of an artifact; None: nothing.
-    """
+    """Return what must be computed again to get an artifact: itself, and as far back as it takes, what was freed (`freed`)."""
     found: set[str] = set()
     waiting = [digest]
     while waiting:

@@ -81,8 +81,7 @@ class Config(BaseModel):
     def override(self, changes: Mapping[str, Any] | Iterable[Override], *, source: str = "override") -> Self:
         """Return this config with the changes, or a mapping of dotted keys to values, applied in their order (`changed`).
 
-        Raises:
-            ConfigError: all that is wrong in the result, each line with the source of the change.
+        Raise ConfigError with all that is wrong in the result, each line with the source of the change.
         """
         pairs = [Override(*pair) for pair in changes.items()] if isinstance(changes, Mapping) else list(changes)
         return type(self).parse(self.changed(pairs), source=source, changes=pairs)

@@ -134,8 +134,7 @@ def ensure_server(home: Path, *, timeout: float = START_SECONDS) -> str:
 def start_server_soon(home: Path) -> bool:
     """Start the project's server, without waiting, unless it runs or another is configured; return whether it was started.
 
-    Raises:
-        ServerError: its folder cannot be written, or COHORT_SERVER_IDLE_MINUTES is no number.
+    Raise ServerError where its folder cannot be written, or COHORT_SERVER_IDLE_MINUTES is no number.
     """
     if configured_url() is not None:
         return False

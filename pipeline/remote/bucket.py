@@ -61,12 +61,7 @@ class Bucket:
         self._opened: tuple[int, Any, str] | None = None
 
     def read(self, name: str) -> bytes:
-        """Return the content of a file.
-
-        Raises:
-            FileNotFoundError: there is no such file, in a bucket that is there.
-            StoreError: says what is wrong and what to do; as all other calls.
-        """
+        """Return a file's content; raise FileNotFoundError for no file in a bucket that is there, else StoreError, as all calls."""
         data: bytes = self._ask(lambda fs, path: fs.cat_file(path, **self._whole), name)
         return data
 
@@ -154,8 +149,7 @@ def is_url(text: str) -> bool:
 def checked_url(url: str) -> str:
     """Return the URL of a store, which messages and files may contain.
 
-    Raises:
-        ConfigError: no URL, credentials in it, an unknown scheme, or one whose package is not installed.
+    Raise ConfigError for no URL, credentials in it, an unknown scheme, or one whose package is not installed.
     """
     parts = urlsplit(url)
     if not is_url(url) or "://" not in url:

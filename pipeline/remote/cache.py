@@ -137,11 +137,7 @@ class RemoteCache:
         self._pending.add(kind, name)
 
     def flush(self) -> None:
-        """Upload all that is noted, by whichever process.
-
-        Raises:
-            StoreError: says what is wrong; what was not uploaded stays noted.
-        """
+        """Upload all that is noted, by whichever process; raise StoreError where that fails, and keep the note."""
         if not self._pending.notes():
             return
         remote = self._open()  # which may add notes
@@ -176,8 +172,7 @@ class RemoteCache:
     def pull(self, digest: str, into: Path) -> bool:
         """Fetch an object, verified, into a folder named by its digest; return False if the remote store has none.
 
-        Raises:
-            DamagedArtifactError: it is damaged there too, and was removed.
+        Raise DamagedArtifactError where it is damaged there too; it is removed then.
         """
         self._pin(digest)
         try:

@@ -86,8 +86,7 @@ class Pending:
 def evict(root: Path, limit: float, *, keep: Callable[[str], bool], grace: float = GRACE) -> int:
     """Remove objects, least recently used first, until the rest takes `limit` bytes; return the bytes freed.
 
-    Args:
-        keep: whether an object must stay; called again under its lock, so that the answer cannot change meanwhile.
+    Call `keep`, which says whether an object must stay, again under its lock, so that the answer cannot change meanwhile.
     """
     found = [(folder.stat().st_mtime, _size(folder), folder) for folder in (root / "objects").glob("*/*")]
     excess, freed, mapped = sum(size for _, size, _ in found) - limit, 0, mapped_digests(root)

@@ -57,8 +57,7 @@ class ServerClock:
     def now(self) -> float:
         """Return seconds since the epoch, late by up to a second and one request: nothing is found dead too early.
 
-        Raises:
-            StoreError: the clock of this host is off by more than five minutes.
+        Raise StoreError where the clock of this host is off by more than five minutes.
         """
         if time.monotonic() >= self._until:
             self.measured()

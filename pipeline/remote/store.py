@@ -45,11 +45,7 @@ class RemoteStore:
     # -------------------------------------------------------------------------------------------- which store
 
     def identity(self, *, create: bool = True) -> str | None:
-        """Return the name that this store got when it was first used.
-
-        Args:
-            create: give it one if it has none, instead of returning None.
-        """
+        """Return the name that this store got when it was first used, now if `create`; None: it has none."""
         found = self._identity()
         if found is not None or not create:
             return found
@@ -76,8 +72,7 @@ class RemoteStore:
     def push(self, folder: Path) -> None:
         """Upload a sealed object, named by its folder, unless it is there: payload, then, once all sizes fit, the manifest.
 
-        Raises:
-            StoreError: files arrive in another size again and again; the object is not visible then.
+        Raise StoreError where files arrive in another size again and again; the object is not visible then.
         """
         expected = _payload(folder)
         there = self._entries(folder.name)
@@ -157,8 +152,7 @@ class RemoteStore:
     def prune(self, folder: Path) -> int:
         """Free what the note of pruned files in an object's local folder names, the note first; return the bytes freed.
 
-        Raises:
-            PinnedArtifactError: a live process on another machine has yet to fetch it; nothing was freed here.
+        Raise PinnedArtifactError where a live process on another machine has yet to fetch it; nothing was freed then.
         """
         freed = freed_files(folder)
         there = self._entries(folder.name)
@@ -225,11 +219,7 @@ class RemoteStore:
         return self._locks.held(key)
 
     def probe(self) -> float:
-        """Write, list and delete below the URL; return how many seconds this host's clock is ahead.
-
-        Raises:
-            StoreError: says what is wrong and what to do.
-        """
+        """Write, list and delete below the URL, or raise StoreError; return how many seconds this host's clock is ahead."""
         return self._clock.measured()
 
 

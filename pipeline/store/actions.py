@@ -99,9 +99,7 @@ def complaint(error: ValidationError) -> str:
 def read_call(path: Path) -> dict[str, Any]:
     """Return the record in a sealed file named by its key; every name in it is a digest, every number finite.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        DamagedArtifactError: it was altered, is that of another call, or lacks a field or has one of another type.
+    Raise FileNotFoundError without the file, DamagedArtifactError where it was altered or is not the record of that call.
     """
     record = read_sealed(path)
     try:
@@ -147,12 +145,7 @@ class Actions:
         fsync(path.parent)
 
     def read(self, key: str) -> dict[str, Any]:
-        """Return a record.
-
-        Raises:
-            MissingArtifactError: there is none, or it was forgotten.
-            DamagedArtifactError: its file was altered, is that of another call, or no record of one.
-        """
+        """Return a record; raise MissingArtifactError where there is none (any more), DamagedArtifactError as `read_call`."""
         path = self.path(key)
         with named_errors(self._root):
             try:

@@ -67,8 +67,7 @@ class Imported:
 def write_archive(file: Path, store: Store, digests: Iterable[str], keys: Iterable[str], runs: Iterable[Path]) -> int:
     """Write objects, records of calls and run folders into a new file, which appears when it is whole; return its bytes.
 
-    Raises:
-        StoreError: an object or record is missing or damaged, or the file cannot be written.
+    Raise StoreError where an object or record is missing or damaged, or the file cannot be written.
     """
     draft = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
     try:

@@ -66,22 +66,14 @@ class DiskWatch:
         self._found[stage] = digest
 
     def estimate(self, stage: str, manifest: Callable[[str], Mapping[str, Any]]) -> int:
-        """Return the bytes that a stage will write; 0 where nothing is known of it.
-
-        Args:
-            manifest: returns the manifest of a digest, pruned or not.
-        """
+        """Return the bytes that a stage will write, by `manifest` of its last result; 0 where nothing is known of it."""
         if stage not in self._sizes and stage in self._found:
             files = manifest(self._found[stage])["files"]
             self._sizes[stage] = deque([sum(file["size"] for file in files)], _LAST)
         return max(self._sizes.get(stage, ()), default=0)
 
     def before(self, stage: str, manifest: Callable[[str], Mapping[str, Any]]) -> None:
-        """Refuse to start a stage that would fill the disk.
-
-        Raises:
-            DiskFullError: says what is needed, what is free and what can be done.
-        """
+        """Raise DiskFullError, with what is needed and what can be done, where a stage would fill the disk."""
         needed, free = self.estimate(stage, manifest), self.free(self.folder)
         if free >= needed + self.margin:
             return

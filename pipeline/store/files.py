@@ -62,12 +62,7 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Return the value in a sealed file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        DamagedArtifactError: a byte differs from what `write_sealed` wrote, other than line breaks and indentation.
-    """
+    """Return the value in a sealed file; raise FileNotFoundError, or DamagedArtifactError where a byte was altered."""
     try:
         return parse_sealed(path.read_bytes())
     except ValueError as error:

@@ -51,11 +51,7 @@ def private_folder(path: Path) -> Path:
 
 
 def write_note(path: Path, text: str) -> None:
-    """Write a note into the file of a lock that is held.
-
-    Raises:
-        OSError: it is no plain file of this user under one name, or a link.
-    """
+    """Write a note into the file of a held lock; raise OSError for a link, or for no plain file of this user."""
     handle = os.open(path, os.O_WRONLY | _PLAIN)
     try:
         state = _require_plain(handle, path)

@@ -75,8 +75,7 @@ def digest_of(files: list[dict[str, Any]], schema: str | None) -> str:
 def seal_folder(folder: Path, about: Mapping[str, Any], schema: str | None) -> str:
     """Seal a draft and return its digest: files measured, read-only and fsynced, then the manifest, then the folders.
 
-    Raises:
-        StoreError: an entry is no plain file (a link may change, or lead out of the store) or has a name of the store's.
+    Raise StoreError where an entry is no plain file (a link may change, or lead out of the store) or has a name of the store's.
     """
     entries = sorted(folder.rglob("*"))
     for path in entries:
@@ -245,8 +244,7 @@ class Objects:
     def check(self, digest: str) -> None:
         """Verify an object, unless this process did and size, time and inode of every file are the same since.
 
-        Raises:
-            MissingArtifactError, DamagedArtifactError, PrunedArtifactError: with the file and what to do.
+        Raise MissingArtifactError, DamagedArtifactError or PrunedArtifactError, with the file and what to do.
         """
         if digest not in self._verified or self._verified[digest] != signature(self.folder(digest)):
             self.verify(digest)
@@ -273,8 +271,7 @@ class Objects:
     def free(self, digest: str, files: Collection[str] | None, *, require: Callable[[str], None]) -> int:
         """Free files of an object (None: all), after a note of them; return the bytes freed. The caller holds its lock.
 
-        Args:
-            require: raises where the object may not be freed; called unless all was freed before.
+        Call `require`, which raises where the object may not be freed, unless all was freed before.
         """
         folder = self.folder(digest)
         payload = read_manifest(folder)["files"]

@@ -77,11 +77,7 @@ class Pins:
 
     @contextlib.contextmanager
     def open(self, run: str) -> Iterator[None]:
-        """Keep a file of pins inside the block. Pins that a dead process of the same run left are dropped.
-
-        Args:
-            run: name of the run, for the errors of other processes.
-        """
+        """Keep a file of pins for `run` inside the block. Pins that a dead process of the same run left are dropped."""
         with contextlib.ExitStack() as stack:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)

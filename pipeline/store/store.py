@@ -223,8 +223,7 @@ class Store:
     def find(self, key: str, *, own: bool = False) -> dict[str, Any] | None:
         """Return the record of a call whose result is present and sound (or pruned); None: the call must be computed.
 
-        Args:
-            own: find only calls that `sign` marked as executed in this folder, since others may forge records.
+        With `own` only calls that `sign` marked as executed in this folder, since others may forge records.
         """
         self._cache.settle()
         try:
@@ -269,12 +268,7 @@ class Store:
         self._cache.flush()
 
     def action(self, key: str) -> dict[str, Any]:
-        """Return the record of a stage call.
-
-        Raises:
-            MissingArtifactError: there is none, or it was forgotten.
-            DamagedArtifactError: its file was altered, or is that of another call.
-        """
+        """Return the record of a stage call; raise MissingArtifactError or DamagedArtifactError as `Actions.read`."""
         if not self._actions.path(key).exists():
             self._cache.fetch_record(key)
         return self._actions.read(key)

@@ -30,8 +30,7 @@ _OURS: Final = tuple(str(Path(__file__).parents[2] / package) + os.sep for packa
 def order_of(name: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the order to call `function`, which the other side knows as `name`, for the running stage and its store.
 
-    Raises:
-        TypeError: an argument that is not of the class its parameter is annotated with.
+    Raise TypeError for an argument that is not of the class its parameter is annotated with.
     """
     kinds, call = _kinds(function), current_call()
     return {
@@ -49,9 +48,7 @@ def perform(
 ) -> dict[str, Any]:
     """Execute an order: call `function` on what it names and pass on its progress.
 
-    Raises:
-        ValueError: the arguments are not those that were sent; the two sides run different code.
-        Exception: whatever the function raises.
+    Raise ValueError where the arguments are not those that were sent: the two sides run different code.
     """
     kinds, given = _kinds(function), order["arguments"]
     arguments = {parameter: _read(value, kinds[parameter]) for parameter, value in given.items()}

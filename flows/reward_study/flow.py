@@ -55,7 +55,7 @@ class Gauge:
 
 @dataclass
 class Study:
-    """The results of a study, by part: `learned`, the rows that model and baselines learn from, and `judged`, the others."""
+    """The results of a study, by part: `learned`, the rows that model and baselines learn from, and `measured`, the others."""
 
     rows: dict[str, int]
     """Part -> solutions."""
@@ -107,7 +107,7 @@ def reward_model_study(config: RewardModelStudyConfig) -> Study:
     other = _side(config, trunk, take_solutions(solutions, start=start, stop=border))
     share = _disagreement(config, [train, other])
     shortcuts = {name: shortcut_scores(train.parts, other.parts, each) for name, each in config.shortcuts.items()}
-    study = _begin(config, {"learned": train, "judged": other}, shortcuts, share)
+    study = _begin(config, {"learned": train, "measured": other}, shortcuts, share)
     labels = label_outputs(train.outputs, train.rules, trunk)
     untrained = create_reward_model(trunk, RewardModelConfig(kind="outcome"))
     for seed in range(config.seed, config.seed + config.seeds):
@@ -122,7 +122,7 @@ def reward_model_study(config: RewardModelStudyConfig) -> Study:
 
 
 def _trunk(config: RewardModelStudyConfig, learned: Solutions) -> Checkpoint:
-    """Return the model that gets a head, after supervised training where there is any; the judged rows are not used."""
+    """Return the model that gets a head, after supervised training where there is any; the measured rows are not used."""
     if isinstance(config.policy, PretrainedPolicy):
         base = pretrained_model(config.policy)
     else:
@@ -181,7 +181,7 @@ def _begin(
         right={name: sum(row["status"] == "ok" for row in rows) / len(rows) for name, rows in rules.items()},
         left_out={name: int(side.outputs.metrics["data/left_out"]) for name, side in sides.items()},
         disagreement=share,
-        shortcuts={name: _gauges(_measure(config, each, sides["judged"], {})) for name, each in shortcuts.items()},
+        shortcuts={name: _gauges(_measure(config, each, sides["measured"], {})) for name, each in shortcuts.items()},
     )
 
 

@@ -181,17 +181,17 @@ def _facts(study: Study) -> list[str]:
     """State rows, questions and labels, a line each."""
     lines = [
         f"{what}: {study.rows[part]:,} solutions of {study.questions[part]:,} questions, {study.right[part]:.1%} right."
-        for part, what in (("learned", "Learned from"), ("judged", "Judged on"))
+        for part, what in (("learned", "Learned from"), ("measured", "Measured on"))
     ]
     if any(study.left_out.values()):
-        lines.append(f"Left out for their length: {study.left_out['learned']} and {study.left_out['judged']}.")
+        lines.append(f"Left out for their length: {study.left_out['learned']} and {study.left_out['measured']}.")
     if study.disagreement is not None:
         lines.append(f"Labels of the file that the rules contradict: {study.disagreement:.2%}.")
     return ["  \n".join(lines)]
 
 
 def _tables(study: Study) -> Iterator[Grid]:
-    where = f"{study.rows['judged']:,} solutions of {study.questions['judged']:,} questions not learned from"
+    where = f"{study.rows['measured']:,} solutions of {study.questions['measured']:,} questions not learned from"
     every = {f"baseline: {name}": found for name, found in study.shortcuts.items()}
     every |= {f"reward model, seed {seed}": found for seed, found in study.models.items()}
     scores = _grid(f"{where}: AUC, and pairs within a question", every, _GAUGES, _bounded)

@@ -61,7 +61,7 @@ class Bucket:
         self._opened: tuple[int, Any, str] | None = None
 
     def read(self, name: str) -> bytes:
-        """Return a file's content; raise FileNotFoundError for no file in a bucket that is there, else StoreError, as all calls."""
+        """Return a file's content; raise FileNotFoundError where a bucket lacks it, else StoreError, as all calls."""
         data: bytes = self._ask(lambda fs, path: fs.cat_file(path, **self._whole), name)
         return data
 

@@ -119,19 +119,6 @@ def test_an_override_changes_what_it_names_and_nothing_else() -> None:
     assert base.G == 64
 
 
-def test_an_override_of_a_kind_drops_the_fields_of_the_other_kind() -> None:
-    base = Study().override({"objective.eps": 0.9, "objective.beta": 0.7})
-    assert base.override({"objective.kind": "dpo"}).objective == DPO(beta=0.1)
-    kind_first = {"objective.kind": "dpo", "objective.verifier.strict": True}
-    assert base.override(kind_first).objective == DPO(verifier=Verifier(strict=True))
-    kind_last = {"objective.verifier.strict": True, "objective.kind": "dpo"}
-    assert base.override(kind_last).objective == DPO()
-
-
-def test_an_override_with_the_same_kind_keeps_the_other_values() -> None:
-    assert Study().override({"objective.eps": 0.9}).override({"objective.kind": "grpo"}).objective == GRPO(eps=0.9)
-
-
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -145,6 +132,10 @@ def test_an_override_with_the_same_kind_keeps_the_other_values() -> None:
         (["objective={beta: 0.3}", "objective.kind=dpo"], DPO(beta=0.3)),  # not another kind: there was none
         (["objective.eps.x=1", "objective.eps=0.3"], GRPO(eps=0.3)),
         (["objective.eps.x=1", "objective.kind=dpo"], DPO()),
+        (["objective.eps=0.9", "objective.beta=0.7", "objective.kind=dpo"], DPO(beta=0.1)),
+        (["objective.kind=dpo", "objective.verifier.strict=true"], DPO(verifier=Verifier(strict=True))),
+        (["objective.verifier.strict=true", "objective.kind=dpo"], DPO()),
+        (["objective.eps=0.9", "objective.kind=grpo"], GRPO(eps=0.9)),
     ],
 )
 def test_settings_are_applied_one_after_the_other(settings: list[str], expected: GRPO | DPO) -> None:
@@ -159,6 +150,7 @@ def test_settings_are_applied_one_after_the_other(settings: list[str], expected:
         (["reference={strict: true, deadline: 5}", "reference={deadline: 1}"], Verifier(deadline=1.0)),
         (["reference={strict: true}", "reference={}"], Verifier()),
         (["reference=null", "reference.strict=true"], Verifier(strict=True)),
+        (["reference.strict=true"], Verifier(strict=True)),
     ],
 )
 def test_null_and_wholes_forget_what_was_set_before(settings: list[str], expected: Verifier | None) -> None:
@@ -248,18 +240,16 @@ def test_nested_mappings_are_changes_of_parts_with_the_kind_first() -> None:
     ]
 
 
-def test_an_override_can_fill_a_section_that_is_absent() -> None:
-    assert Study().override({"reference.strict": True}).reference == Verifier(strict=True)
-
-
-def test_an_override_below_a_plain_value_says_so() -> None:
-    with pytest.raises(ConfigError, match=r"G\.x: G is a value \(64\), not a section"):
-        Study().override({"G.x": 1})
-
-
-def test_an_override_of_an_unknown_key_suggests_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"objective\.epz: unknown key; did you mean 'eps'\?"):
-        Study().override({"objective.epz": 1})
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"G.x": 1}, r"G\.x: G is a value \(64\), not a section"),
+        ({"objective.epz": 1}, r"objective\.epz: unknown key; did you mean 'eps'\?"),
+    ],
+)
+def test_an_override_of_what_is_not_there_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Study().override(changes)
 
 
 def test_the_key_holds_every_field_but_the_unkeyed_ones_at_any_depth() -> None:
@@ -277,20 +267,14 @@ def test_the_key_holds_every_field_but_the_unkeyed_ones_at_any_depth() -> None:
 
 
 def test_the_key_of_a_set_does_not_depend_on_the_process() -> None:
-    code = "from tests_config_probe import Study; print(Study(labels=frozenset('abcdefgh')).key()['labels'])"
-    probe = "import importlib.util as u, sys; s = u.spec_from_file_location('tests_config_probe', sys.argv[1]);"
-    probe += (
-        "m = u.module_from_spec(s); sys.modules['tests_config_probe'] = m; s.loader.exec_module(m); exec(sys.argv[2])"
+    code = (
+        "from pipeline.config import Config\nclass Study(Config):\n    labels: frozenset[str]\n"
+        "print(Study(labels=frozenset('abcdefgh')).key()['labels'])"
     )
     outputs = {
-        subprocess.run(
-            [sys.executable, "-c", probe, __file__, code],
-            env={"PYTHONHASHSEED": seed},
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        subprocess.check_output(
+            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, cwd=Path(__file__).parents[2], text=True
+        )
         for seed in ("1", "2")
     }
     assert outputs == {"['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h']\n"}
@@ -302,11 +286,17 @@ def test_yaml_reads_back_to_an_equal_config_even_where_text_looks_like_a_number(
         assert Study.from_yaml(config.to_yaml()) == config
 
 
-def test_yaml_with_a_key_twice_is_refused_with_its_line() -> None:
-    with pytest.raises(ConfigError, match=r"study.yaml: line 3: the key 'G' occurs twice"):
-        Study.from_yaml("G: 1\nname: x\nG: 2\n", source="study.yaml")
-    with pytest.raises(ConfigError, match="the key 'eps' occurs twice"):
-        Study.from_yaml("objective: {kind: grpo, eps: 1, eps: 2}")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("G: 1\nname: x\nG: 2\n", "line 3: the key 'G' occurs twice"),
+        ("objective: {kind: grpo, eps: 1, eps: 2}", "the key 'eps' occurs twice"),
+        ("name: a\nG: 0640\n", "line 2: 0640 is a number of base 8 or 60"),
+    ],
+)
+def test_ambiguous_yaml_is_refused_with_its_line(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"study.yaml: .*{message}"):
+        Study.from_yaml(text, source="study.yaml")
 
 
 def test_yaml_anchors_and_merge_keys_work() -> None:
@@ -328,7 +318,7 @@ MERGED = "m0: &m0 {k: 1}\n" + "".join(f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 
         (MERGED, "more than 100,000 values"),
         ("a: &a [*a]", "an alias refers to a value that it is part of"),
         ("a: &a {b: {c: *a}}", "an alias refers to a value that it is part of"),
-        ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("a: " + "[" * 1000 + "]" * 1000, "nested too deeply"),
         ("a: 2001-13-45", "month must be in 1..12"),
         ("a: " + "9" * 5000, "limit"),
     ],
@@ -387,11 +377,6 @@ def test_a_setting_that_cannot_be_read_names_itself(setting: str, message: str) 
 def test_zeros_decimals_and_prefixed_numbers_are_read_as_they_look() -> None:
     settings = ["a=0", "b=0.5", "c=0x1F", "d=1_000", "e='010'", "f=0e1", "g=-0"]
     assert [change.value for change in parse_settings(settings)] == [0, 0.5, 31, 1000, "010", 0.0, 0]
-
-
-def test_a_number_of_another_base_in_a_file_is_refused_with_its_line() -> None:
-    with pytest.raises(ConfigError, match=r"study.yaml: line 2: 0640 is a number of base 8 or 60"):
-        Study.from_yaml("name: a\nG: 0640\n", source="study.yaml")
 
 
 def test_a_config_is_frozen_and_refuses_values_that_are_not_finite() -> None:

@@ -81,12 +81,12 @@ def asked(store: Store, stage: str) -> list[dict[str, Any]]:
     return [record for record in store.actions() if record["stage"] == stage]
 
 
-def test_nothing_is_learned_from_the_questions_that_are_judged(ran: tuple[Study, Store]) -> None:
+def test_nothing_is_learned_from_the_questions_that_are_measured_on(ran: tuple[Study, Store]) -> None:
     study, store = ran
     with use_store(store):
         held_out = {row["question_id"] for row in Solutions(asked_part(store, start=0.0)).rows()}
         learned = {row["question_id"] for row in RewardLabels(asked(store, "label_outputs")[0]["result"]).rows()}
-    assert len(held_out) == study.questions["judged"] == sum(is_held_out(row["question"], 0.25) for row in rows())
+    assert len(held_out) == study.questions["measured"] == sum(is_held_out(row["question"], 0.25) for row in rows())
     assert learned.isdisjoint(held_out)
     assert len(learned) == study.questions["learned"] == QUESTIONS - len(held_out)
 
@@ -125,7 +125,7 @@ def test_validation_leaves_the_held_out_questions_alone(data: Path, store: Store
     study = reward_model_study(config(data, judged_on="validation", validation_share=0.3))
     texts = [row["question"] for row in rows()]
     between = {text for text in texts if is_held_out(text, 0.55) and not is_held_out(text, 0.25)}
-    assert study.questions == {"learned": sum(not is_held_out(text, 0.55) for text in texts), "judged": len(between)}
+    assert study.questions == {"learned": sum(not is_held_out(text, 0.55) for text in texts), "measured": len(between)}
 
 
 def test_labels_that_the_rules_contradict_stop_the_study_or_are_told(tmp_path: Path, store: Store) -> None:
@@ -207,9 +207,9 @@ def study(*intervals: tuple[float, float]) -> Study:
     gauges = [Gauge((low + high) / 2, low, high) for low, high in intervals]
     names = ("auc", "auc_within_authors", "pair_accuracy", "auc_gain/length", "auc_within_authors_gain/length")
     models = {seed: dict.fromkeys(names, gauge) for seed, gauge in enumerate(gauges)}
-    counts = {"learned": 10, "judged": 5}
+    counts = {"learned": 10, "measured": 5}
     return Study(
-        counts, counts, {"learned": 0.5, "judged": 0.4}, {"learned": 0, "judged": 1}, 0.0, {"length": {}}, models
+        counts, counts, {"learned": 0.5, "measured": 0.4}, {"learned": 0, "measured": 1}, 0.0, {"length": {}}, models
     )
 
 

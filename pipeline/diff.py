@@ -109,7 +109,7 @@ def read_rows(store: Store, digest: str) -> pa.Table | None:
 
 def schema_changes(before: pa.Schema, after: pa.Schema) -> dict[str, tuple[str, str]]:
     """Return column -> its type before and after, where they differ; `-` where there is no such column."""
-    old, new = ({field.name: _type(field) for field in schema} for schema in (before, after))
+    old, new = ({each.name: f"{each.type}{'?' if each.nullable else ''}" for each in side} for side in (before, after))
     names = dict.fromkeys([*old, *new])
     return {name: (old.get(name, "-"), new.get(name, "-")) for name in names if old.get(name) != new.get(name)}
 
@@ -141,10 +141,6 @@ def compare_tables(before: pa.Table, after: pa.Table, *, key: Sequence[str]) -> 
         _masks=masks,
         _keys=keys,
     )
-
-
-def _type(field: pa.Field) -> str:
-    return f"{field.type}{'?' if field.nullable else ''}"
 
 
 def _places(table: pa.Table, key: Sequence[str]) -> dict[Key, int]:

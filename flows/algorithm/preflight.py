@@ -121,7 +121,7 @@ def _count_silent(groups: Sequence[Sequence[Row]], advantage: AdvantageConfig) -
         case PairsConfig():
             return sum(_verdicts(group) != {True, False} for group in groups)
         case GroupConfig(supervision="process"):
-            return sum(not _steps_differ(group) for group in groups)
+            return sum(len({step for row in group for step in row["step_rewards"] or ()}) < 2 for group in groups)
         case GroupConfig():
             return sum(not _differ(group) for group in groups)
         case BatchConfig(baseline="group_mean"):
@@ -134,10 +134,6 @@ def _count_silent(groups: Sequence[Sequence[Row]], advantage: AdvantageConfig) -
 
 def _differ(rows: Sequence[Row]) -> bool:
     return len({row["reward"] for row in rows if row["reward"] is not None}) > 1
-
-
-def _steps_differ(rows: Sequence[Row]) -> bool:
-    return len({reward for row in rows for reward in row["step_rewards"] or ()}) > 1
 
 
 def _verdicts(rows: Sequence[Row]) -> set[bool]:

@@ -7,7 +7,6 @@ import http.client
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from pipeline.orchestration import guarded_server
 from pipeline.orchestration.interruption import settle
 from pipeline.orchestration.server import configured_url, ensure_server, start_server_soon, stop_server
 from pipeline.orchestration.server import server_status as status_of
-from pipeline.orchestration.server_process import running_servers
+from pipeline.orchestration.server_process import free_port, running_servers
 from pipeline.tracking import sync, tracking_uri
 from pipeline.tracking.database import artifact_folder, is_database, making_tables, with_driver
 
@@ -53,7 +52,7 @@ def ui(*, port: int = 5000, root: Root = None) -> int:
     out.print("starting ...", style="dim")
     _reach(uri)
     sync(places.root)
-    chosen = _free_port(port)
+    chosen = free_port(port)
     log = places.root / "mlflow-ui.log"
     process = _start_mlflow(places, uri, files, chosen, log)
     try:
@@ -194,13 +193,3 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, number)
             process.wait(timeout=10.0)
-
-
-def _free_port(wanted: int) -> int:
-    """The port asked for where it is free, else any."""
-    for port in (wanted, 0):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
-            return int(probe.getsockname()[1])
-    raise RuntimeError("no free port on 127.0.0.1")

@@ -128,9 +128,8 @@ def shape_of(description: Mapping[str, Any], name: str) -> ModelShape:
             f"{name}: model_type {kind!r} is not one that `cohort plan` knows ({', '.join(_QKV_BIAS)}); give the figures of a "
             "model of like size with --model-config"
         )
-    wrong = [
-        f"{field} (found {description.get(field)!r})" for field in _NEEDED if not _positive(description.get(field))
-    ]
+    given = {field: description.get(field) for field in _NEEDED}
+    wrong = [f"{field} (found {value!r})" for field, value in given.items() if type(value) is not int or value <= 0]
     if wrong:
         raise ConfigError(f"{name}: expected positive integers, missing or wrong: {', '.join(wrong)}")
     heads = description["num_attention_heads"]
@@ -228,10 +227,6 @@ def _in_hub_cache(policy: PretrainedPolicy) -> Path | None:
         found = try_to_load_from_cache(policy.path, "config.json", revision=policy.revision)
         return Path(found) if isinstance(found, str) else None
     return None
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _qwen(hidden: int, intermediate: int, layers: int, heads: int) -> ModelShape:

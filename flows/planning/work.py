@@ -12,7 +12,7 @@ only read have a rate of their own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Final, Literal
 
 from flows.config import IterativeRLConfig
@@ -140,18 +140,15 @@ def training_work(
     head: bool = True,
 ) -> Work:
     """Return forward and backward of so many rows, in micro-batches of `budget` tokens, and the optimizer's step."""
-    passes, batch = _passes(rows, prompt, output, budget)
-    scored = rows * output if head else 0.0
-    once = _forward_flops(shape, rows * batch.length, batch.length, scored)
-    kept = passes * shape.layers * kept_by_layer(shape, batch, config.precision, config.attention)
-    logits = FLOAT * scored * shape.vocabulary
-    again = 1 if config.activation_checkpointing else 0
+    how = {"precision": config.precision, "attention": config.attention}
+    forward = scoring_work(shape, rows, prompt, output, budget, head=head, **how)
     parameters = shape.parameters if head else shape.trunk
     trained = parameters if config.adapter is None else shape.adapter(config.adapter.r)
-    # Written and read in forward, twice as much in backward; AdamW reads four and writes three numbers a parameter.
-    traffic = (3 + again) * 2 * (kept + logits) + 8 * FLOAT * trained
-    traffic += 2 * FLOAT * parameters * _copies(config, passes)
-    return Work((3 + again) * once, traffic, layers=(3 + again) * passes * shape.layers, tokens=rows * batch.length)
+    passes = forward.layers / shape.layers
+    # Backward is twice a forward. AdamW reads four and writes three numbers a parameter.
+    work = forward.times(4 if config.activation_checkpointing else 3)
+    copied = 8 * FLOAT * trained + 2 * FLOAT * parameters * _copies(config, passes)
+    return replace(work, traffic=work.traffic + copied, tokens=forward.tokens)
 
 
 def scoring_work(
@@ -170,7 +167,7 @@ def scoring_work(
     scored = rows * output if head else 0.0
     flops = _forward_flops(shape, rows * batch.length, batch.length, scored)
     kept = passes * shape.layers * kept_by_layer(shape, batch, precision, attention)
-    traffic = 2 * (kept + FLOAT * scored * shape.vocabulary)
+    traffic = 2 * (kept + FLOAT * scored * shape.vocabulary)  # written and read
     return Work(flops, traffic, layers=passes * shape.layers, tokens=rows * batch.length)
 
 

@@ -161,7 +161,7 @@ def spawn(
         password: what it asks its clients for.
         idle: seconds without a request after which it ends; 0: never.
     """
-    port = _free_port(wanted_port)
+    port = free_port(wanted_port)
     environment = {
         **os.environ,
         **settings,
@@ -248,7 +248,8 @@ def end(process: psutil.Process) -> None:
     _children.pop(process.pid, None)
 
 
-def _free_port(wanted: int | None) -> int:
+def free_port(wanted: int | None) -> int:
+    """Return the wanted port of 127.0.0.1 where it is free, else any free one."""
     for port in (wanted or 0, 0):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free

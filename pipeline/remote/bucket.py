@@ -162,7 +162,10 @@ def checked_url(url: str) -> str:
         )
     package = _EXTRAS.get(parts.scheme)
     if package and importlib.util.find_spec(package) is None:
-        raise ConfigError(f"{parts.scheme}:// needs the package {package}, which is not installed: {_how(package)}")
+        wanted = "'cohort-rl[s3]'" if package == "s3fs" else package
+        raise ConfigError(
+            f"{parts.scheme}:// needs the package {package}, which is not installed: pip install {wanted}"
+        )
     if not package:
         from fsspec.registry import known_implementations, registry
 
@@ -171,10 +174,6 @@ def checked_url(url: str) -> str:
                 f"unknown scheme {parts.scheme}://; expected s3://, gs://, file:// or another of fsspec's"
             )
     return url.rstrip("/")
-
-
-def _how(package: str) -> str:
-    return "pip install 'cohort-rl[s3]'" if package == "s3fs" else f"pip install {package}"
 
 
 def _contents(fs: Any, root: str, names: list[str], how: Mapping[str, Any]) -> dict[str, bytes]:

@@ -1,10 +1,10 @@
-"""Persistent worker processes, one or a group of ranks, that are fed orders and killed as a whole.
+"""Run persistent worker processes, one or a group of ranks, that take orders and are killed as a whole.
 
 For work that must not or cannot happen in the flow's own process: ranks of a training group, an inference engine with an
 environment of its own. A group is started once and kept warm (`pipeline/residency.py`); between orders it holds a cache of
 artifacts, never state. What goes over the wire is small JSON; tensors and tables go through files.
 
-Each process has a session of its own, so that Ctrl-C reaches the flow alone and a kill reaches whatever the process started.
+Each process has a session of its own, so that Ctrl-C reaches only the flow and a kill reaches whatever the process started.
 A process that dies, hangs or fails ends the order, and the group, with an error that has its rank, exit code and last lines.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -36,7 +37,7 @@ _TICK: Final = 0.2
 _ENDING: Final = 3.0
 """Seconds until a process that hung up has ended, so that its exit code is known."""
 _DEATHS: Final = 0.5
-"""Seconds in which the death of a rank shows, once another says that it was left alone."""
+"""Seconds in which the death of a rank shows, once another reports that it lost its peers."""
 
 
 class WorkerError(RuntimeError):
@@ -108,13 +109,14 @@ class Group:
                 start = None if starts is None else starts[rank]
                 self._processes.append(_started(command, {**surroundings, **launcher}, self._logs[rank], start))
             end = time.monotonic() + deadline
-            self._connections = self._accept(server, key, end, deadline)
+            look = functools.partial(self._look, end, deadline=deadline)
+            self._connections = accept_ranks(server, key, len(self._processes), look)
             self._replies(end, deadline)
 
     def order(
         self, order: Mapping[str, Any], *, deadline: float, renewed: bool = False, hear: Listener | None = None
     ) -> list[Any]:
-        """Give every process the same order; the reply of each, by rank. Rank 0's progress is reported as it comes.
+        """Give every process the same order; return the reply of each, by rank. Rank 0's progress is reported as it comes.
 
         Args:
             deadline: seconds until every process must have replied.
@@ -137,12 +139,12 @@ class Group:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids by rank, for as long as the group is there; each leads a process group of its own."""
+        """Return process ids by rank, for as long as the group is there; each leads a process group of its own."""
         return [process.pid for process in self._processes]
 
     @property
     def alive(self) -> bool:
-        """Whether every process is there and can take orders."""
+        """Return whether every process is there and can take orders."""
         return bool(self._processes) and all(process.poll() is None for process in self._processes)
 
     def close(self) -> None:
@@ -178,15 +180,11 @@ class Group:
             process.wait()
         self._processes, self._connections = [], []
 
-    def _accept(self, server: socket.socket, key: bytes, end: float, deadline: float) -> list[Connection]:
-        """One connection per process, by rank."""
-        return accept_ranks(server, key, len(self._processes), lambda missing: self._look(end, missing, deadline))
-
     def _replies(self, end: float, deadline: float, *, renewed: bool = False) -> list[Any]:
         replies: dict[int, Any] = {}
         while len(replies) < len(self._connections):
             missing = [rank for rank in range(len(self._connections)) if rank not in replies]
-            self._look(end, missing, deadline)
+            self._look(end, missing, deadline=deadline)
             for connection in wait([self._connections[rank] for rank in missing], timeout=_TICK):
                 assert isinstance(connection, Connection)
                 self._take(self._connections.index(connection), replies)
@@ -208,7 +206,7 @@ class Group:
             replies[rank] = message["reply"]
 
     def _refusal(self, rank: int, message: Mapping[str, Any]) -> WorkerError:
-        """What a process complains of; or the death of another, where that is what it complains of."""
+        """Return what a process reports as wrong; or the death of another, where that is the cause."""
         end = time.monotonic() + _DEATHS
         while len(self._processes) > 1 and time.monotonic() < end:
             for other, process in enumerate(self._processes):
@@ -217,11 +215,12 @@ class Group:
             time.sleep(0.01)
         return RefusedError(self._called(rank), message["kinds"], message["error"], rank=rank)
 
-    def _look(self, end: float, missing: Sequence[int], deadline: float) -> None:
+    def _look(self, end: float, missing: Sequence[int], *, deadline: float) -> None:
         """Raise for a process that is dead, or for those that are late."""
         check()
         for rank, process in enumerate(self._processes):
-            if process.poll() is not None and not self._has_news(rank):
+            news = rank < len(self._connections) and self._connections[rank].poll()
+            if process.poll() is not None and not news:
                 raise self._death(rank)
         if time.monotonic() > end:
             late = " and ".join(map(str, missing))
@@ -231,11 +230,8 @@ class Group:
                 rank=missing[0],
             )
 
-    def _has_news(self, rank: int) -> bool:
-        return rank < len(self._connections) and self._connections[rank].poll()
-
     def _death(self, rank: int) -> WorkerError:
-        """What a process died of."""
+        """Return why a process died."""
         end = time.monotonic() + _ENDING
         while self._processes[rank].poll() is None and time.monotonic() < end:
             time.sleep(0.01)
@@ -261,17 +257,10 @@ def _report(topic: str, values: dict[str, Any]) -> None:
     report(topic, **values)
 
 
-def free_port() -> int:
-    """Return a port of the loopback interface that is free right now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
 def _started(
     command: Sequence[str], environment: Mapping[str, str], log: Path, start: str | None
 ) -> subprocess.Popen[bytes]:
-    """The process, or what runs it on another host and ends with it."""
+    """Start the process, or the command that runs it on another host and ends with it."""
     if start is not None:
         there = shlex.join([*command, worker.ELSEWHERE])
         command = [part.replace("{command}", there) for part in shlex.split(start)]

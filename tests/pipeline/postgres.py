@@ -89,7 +89,7 @@ def postgres() -> Iterator[Postgres]:
     if os.geteuid() == 0:
         for path in (folder, secret):
             os.chown(path, _account().pw_uid, -1)
-    server = Postgres(folder, _free_port())
+    server = Postgres(folder, free_port())
     try:
         rights = ["-U", "cohort", "-A", "scram-sha-256", f"--pwfile={secret}", "--no-sync", "-E", "UTF8"]
         subprocess.run(
@@ -122,7 +122,8 @@ def _not_root() -> dict[str, Any]:
     return {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of the loopback interface that is free right now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from pipeline.progress import listen
-from pipeline.workers.group import Group, RefusedError, WorkerError, free_port
+from pipeline.workers.group import Group, RefusedError, WorkerError
 
 HANDLER = """
 import os, subprocess, sys, time
@@ -289,9 +289,3 @@ def _command(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
-
-
-def test_a_free_port_can_be_listened_on() -> None:
-    with socket.create_server(("127.0.0.1", free_port())) as server:
-        found: Any = server.getsockname()
-    assert found[0] == "127.0.0.1"

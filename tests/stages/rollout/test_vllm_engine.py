@@ -18,7 +18,7 @@ import torch
 
 from pipeline.residency import _residents, evict
 from pipeline.store import Store, use_store
-from pipeline.workers.group import RefusedError, WorkerError, free_port
+from pipeline.workers.group import RefusedError, WorkerError
 from stages.models import Checkpoint, load_model
 from stages.rollout import (
     BackendConfig,
@@ -37,6 +37,7 @@ from stages.rollout.served import ServedGenerator
 from stages.rollout.stage import generator_of
 from stages.rollout.vllm import Engine
 from stages.text import PromptConfig
+from tests.pipeline.postgres import free_port
 from tests.stages.rollout.policies import questions, tiny_policy
 
 ROOT = Path(__file__).parents[3]

@@ -77,9 +77,7 @@ def ended(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.scale
-def test_a_run_and_then_two_at_a_time_are_in_both_databases_and_no_file_has_the_password(
-    database: Postgres, root: Path
-) -> None:
+def test_runs_are_in_both_databases_and_no_file_has_the_password(database: Postgres, root: Path) -> None:
     environment = settings(database, root)
     said = [ended(run(root, environment, 0))]
     said += [ended(process) for process in [run(root, environment, 1), run(root, environment, 2)]]
@@ -99,9 +97,7 @@ def test_a_run_and_then_two_at_a_time_are_in_both_databases_and_no_file_has_the_
 
 
 @pytest.mark.scale
-def test_the_user_interface_of_a_database_is_served_on_loopback_without_the_password_among_its_arguments(
-    database: Postgres, root: Path
-) -> None:
+def test_the_user_interface_of_a_database_has_no_password_in_its_arguments(database: Postgres, root: Path) -> None:
     environment, said = settings(database, root), list[str]()
     process = start(root, environment, "ui", "--port", "0")
     assert process.stdout
@@ -118,9 +114,7 @@ def test_the_user_interface_of_a_database_is_served_on_loopback_without_the_pass
 
 
 @pytest.mark.scale
-def test_a_wrong_password_of_prefects_database_is_told_with_what_to_do_and_the_right_one_continues(
-    database: Postgres, root: Path
-) -> None:
+def test_a_wrong_database_password_is_an_error_and_the_right_one_continues(database: Postgres, root: Path) -> None:
     environment, wrong = settings(database, root), "Wr0ng-Pa55"
     stop_server(root / "prefect")
     url = database.url("prefect", driver="postgresql+asyncpg", password=wrong)
@@ -133,9 +127,7 @@ def test_a_wrong_password_of_prefects_database_is_told_with_what_to_do_and_the_r
 
 
 @pytest.mark.scale
-def test_databases_that_go_away_in_the_middle_lose_nothing_and_the_same_command_continues(
-    database: Postgres, root: Path
-) -> None:
+def test_databases_that_go_away_in_the_middle_lose_nothing(database: Postgres, root: Path) -> None:
     environment = settings(database, root)
     process = run(root, environment, 4)
     actions = root / "store" / "actions"

@@ -80,9 +80,7 @@ def test_a_run_on_ranks_that_loses_one_twice_ends_where_an_undisturbed_one_does(
     assert len(rest) == len(executed) - done, "nothing was computed again"
 
 
-def test_a_run_whose_engine_and_trainer_disagree_stops_before_the_step_and_names_it(
-    store: Store, tmp_path: Path
-) -> None:
+def test_a_run_whose_engine_and_trainer_disagree_stops_before_that_step(store: Store, tmp_path: Path) -> None:
     """The limit lies between what the two steps have, so that the other one passes it."""
     settings = ["iterations=1", "steps=2", "update.training.precision=bf16"]
     golden, executed = run(settings)

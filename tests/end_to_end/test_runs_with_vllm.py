@@ -37,7 +37,7 @@ pytestmark = [
 ]
 
 
-def test_ctrl_c_in_a_rollout_leaves_no_engine_and_the_same_command_computes_what_is_missing(tmp_path: Path) -> None:
+def test_ctrl_c_in_a_rollout_leaves_no_engine_and_the_command_resumes(tmp_path: Path) -> None:
     """In the second step. What was recorded stays; the rest is sampled by a fresh engine, so its last bits are its own."""
     arguments = [part for setting in SETTINGS for part in ("--set", setting)]
     command = [sys.executable, "-m", "flows.cli", "run", "arithmetic_smoke", "--engine", "inline", *arguments]

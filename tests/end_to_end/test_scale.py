@@ -53,7 +53,7 @@ def require_flat(steps: list[Line], *, kib_a_step: float) -> None:
     assert grown_kib / (looks[-1]["step"] - looks[0]["step"]) < kib_a_step
 
 
-def test_two_thousand_steps_read_write_and_hold_the_same_to_the_end_and_so_does_the_cached_rerun(
+def test_two_thousand_steps_and_their_rerun_cost_the_same_to_the_end(
     tmp_path: Path,
 ) -> None:
     *steps, end = worker("scale_worker", str(tmp_path), "2000", "inline")

@@ -99,9 +99,7 @@ def test_all_errors_are_reported_at_once_each_with_its_dotted_key() -> None:
         ({"objective": {"kind": "grpo", "zzz": 1}}, "objective.zzz: unknown key; known keys: beta, eps, kind"),
     ],
 )
-def test_an_unknown_key_comes_with_the_nearest_name_of_the_place_where_it_stands(
-    values: dict[str, object], line: str
-) -> None:
+def test_an_unknown_key_comes_with_the_nearest_name_of_its_section(values: dict[str, object], line: str) -> None:
     assert complaint(values).splitlines()[1].strip() == line
 
 

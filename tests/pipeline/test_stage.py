@@ -99,7 +99,7 @@ def test_unkeyed_fields_and_the_history_of_an_input_do_not_change_the_key() -> N
 
 
 @pytest.mark.usefixtures("store")
-def test_a_hit_replays_the_metrics_of_its_own_call_though_another_published_equal_content_first() -> None:
+def test_a_hit_replays_its_own_calls_metrics_among_calls_of_equal_content() -> None:
     two = scale(Numbers.write({"x": [0]}), Scale(factor=2))
     three = scale(Numbers.write({"x": [0]}), Scale(factor=3))
     assert two.digest == three.digest
@@ -165,7 +165,7 @@ def test_a_failing_stage_leaves_nothing_and_reports(store: Store) -> None:
         assert list((store.root / folder).iterdir()) == []
 
 
-def test_a_stage_that_returns_something_else_than_it_says_fails_and_is_not_recorded(store: Store) -> None:
+def test_a_stage_that_returns_another_type_fails_and_is_not_recorded(store: Store) -> None:
     @stage(version="1")
     def forgetful(x: int) -> Numbers:
         return None  # type: ignore[return-value]

@@ -81,15 +81,13 @@ def passes(checked: IterativeRLConfig, *groups: list[Verdict], step: int = 0) ->
         (BatchConfig(baseline="group_mean"), 0),
     ],
 )
-def test_each_kind_of_advantage_has_its_own_reason_to_learn_nothing_from_a_question(
-    advantage: Any, silent: int
-) -> None:
+def test_each_advantage_has_its_own_reason_to_learn_nothing(advantage: Any, silent: int) -> None:
     # One of each: mixed, all right, all wrong, and one right that has no reward.
     found = examine(rows([OK, WRONG], [OK, OK], [WRONG, CUT], [("ok", None), WRONG]), advantage)
     assert (found.questions, found.equal, found.silent) == (4, 3, silent)
 
 
-def test_a_batch_of_one_reward_teaches_ppo_nothing_and_one_whose_groups_agree_teaches_only_without_their_mean() -> None:
+def test_ppo_learns_from_no_batch_of_one_reward_a_group_mean_from_no_agreeing() -> None:
     assert examine(rows([WRONG, WRONG], [CUT, WRONG]), GAEConfig()).silent == 2
     agreeing = rows([WRONG, WRONG], [OK, OK])
     assert [examine(agreeing, kind).silent for kind in (GAEConfig(), BatchConfig(baseline="group_mean"))] == [0, 2]
@@ -115,7 +113,7 @@ def test_outputs_cut_at_the_limit_are_told_to_get_more_tokens() -> None:
 
 
 @pytest.mark.usefixtures("store")
-def test_outputs_without_an_answer_are_shown_with_the_conventions_that_found_none() -> None:
+def test_outputs_without_an_answer_are_shown_with_the_conventions() -> None:
     answers = [{"kind": "accuracy", "verifier": "exact", "conventions": ["boxed", "hashes"]}]
     # A component for form makes the rewards differ: that alone is no signal.
     message = refusal(config(**{"reward.components": answers}), [SILENT, ("unparseable", 0.1)], [SILENT, LATE])
@@ -161,7 +159,7 @@ def test_a_lack_of_signal_is_put_down_to_what_most_outputs_have_in_common() -> N
 
 
 @pytest.mark.usefixtures("store")
-def test_a_reward_model_that_tells_nothing_apart_is_named_in_place_of_the_questions() -> None:
+def test_a_reward_model_of_equal_scores_is_named_in_place_of_questions() -> None:
     checked = config(reward_model={"models": [{"kind": "outcome"}]})
     message = refusal(checked, [("ok", 0.5), ("wrong", 0.5)])
     assert "the reward model tells no outputs apart" in message

@@ -144,7 +144,7 @@ def completed(supervised: Run, tmp_path_factory: pytest.TempPathFactory) -> Iter
     evict()
 
 
-def test_step_labels_are_what_the_policy_of_the_iteration_makes_of_its_own_steps(completed: Run) -> None:
+def test_step_labels_are_what_the_policy_makes_of_its_own_steps(completed: Run) -> None:
     assert completed.given("continue_outputs", "policy") == completed.given("label_outputs", "policy")
     labelled = completed.given("label_outputs", "outputs")
     assert completed.given("continue_outputs", "outputs") == completed.given("cut_into_prefixes", "outputs") == labelled
@@ -237,7 +237,7 @@ def retrained(checked: IterativeRLConfig, first: RewardModels, *, iteration: int
     ("objective", "reason"),
     [("pointwise", "all 96 labels are 0"), ("bradley_terry", r"no question has both .* \(0 of 96 are right\)")],
 )
-def test_a_model_stays_where_all_labels_are_equal_and_learns_on_where_they_differ(objective: str, reason: str) -> None:
+def test_a_model_stays_where_all_labels_are_equal_and_else_learns_on(objective: str, reason: str) -> None:
     plan = {"training": TRAINING | {"objective": {"kind": objective}}}
     first = trained(config(**plan))
     with pytest.warns(UserWarning, match=f"outcome reward model stays as it was after iteration 1: {reason}"):
@@ -265,7 +265,7 @@ def refusal(**changes: Any) -> str:
     return str(caught.value)
 
 
-def test_a_process_model_without_labels_of_steps_is_refused_before_anything_runs() -> None:
+def test_a_process_model_without_labels_of_steps_is_refused() -> None:
     message = refusal(reward_model=PROCESS)
     assert "reward_model.step_labels: no rule labels the steps that the process model learns from" in message
     assert "set reward_model.step_labels.kind=monte_carlo" in message

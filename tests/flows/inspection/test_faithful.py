@@ -160,7 +160,7 @@ def test_what_a_section_selects_deviates_by_its_kind() -> None:
     assert keys(formed) == ["reward.components"]
 
 
-def test_rules_in_place_of_a_reward_model_deviate_for_grpo_and_not_for_rejection_sampling() -> None:
+def test_rules_in_place_of_a_reward_model_deviate_for_grpo_only() -> None:
     assert keys(FAITHFUL.override({"reward_model": None})) == ["reward_model"]
     rejection = FAITHFUL.override({"reward_model": None} | method_settings("rft", FAITHFUL))
     assert keys(rejection) == []

@@ -292,7 +292,7 @@ def test_an_update_is_replayed_with_another_learning_rate_or_seed(said: Say) -> 
     assert (code, "the same content" in text) == (0, True)  # one mini-batch: the order of its questions does not count
 
 
-def test_the_calls_of_an_evaluation_and_those_before_the_first_step_are_replayed(said: Say) -> None:
+def test_calls_of_an_evaluation_and_before_the_first_step_are_replayed(said: Say) -> None:
     place = ("--run", "one", "--step", "2", "--evaluation", "in_domain/sampled")
     code, text = said("replay", "evaluate", *place, "--set", "ks=[1]")
     assert code == 0

@@ -27,7 +27,7 @@ def test_micro_batches_enter_every_layer_anew() -> None:
     )  # forward and backward, two batches, two layers
 
 
-def test_zero_copies_gradients_and_weights_and_gathers_them_in_every_micro_batch_at_stage_3() -> None:
+def test_zero_3_gathers_weights_in_every_micro_batch() -> None:
     """Of 8 tokens in two micro-batches; each copy is read and written."""
     plain, first, third = (
         training_work(SHAPE, config(engine={"kind": "deepspeed", "zero_stage": stage}), 4, 1, 3, 8)

@@ -115,7 +115,7 @@ def test_what_is_refused_does_not_reach_the_server_and_a_web_socket_is_closed() 
     assert served.count == 1
 
 
-def test_a_request_a_socket_and_a_word_of_a_run_keep_a_server_and_a_look_for_it_does_not() -> None:
+def test_requests_of_runs_and_pages_keep_a_server_and_health_checks_do_not() -> None:
     served = Served()
     for path, kept in (("/api/health", False), ("/api/flows/filter", True), (ALIVE, True), ("/runs", True)):
         time.sleep(0.05)

@@ -52,9 +52,7 @@ def commit(store: Store, key: str = KEY, text: str = "a") -> str:
         ("s3:/bucket/x", "expected a URL such as s3://bucket/folder"),
     ],
 )
-def test_a_url_that_cannot_be_a_stores_is_refused_before_anything_is_asked_and_no_secret_is_told(
-    tmp_path: Path, url: str, said: str
-) -> None:
+def test_a_url_that_cannot_be_a_stores_is_refused_without_its_secrets(tmp_path: Path, url: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as raised:
         Store(tmp_path, url)
     assert "secret" not in str(raised.value)
@@ -136,9 +134,7 @@ def test_what_a_live_run_on_another_machine_has_looked_up_is_not_freed(tmp_path:
     assert not [path for path in (tmp_path / "remote" / "pins").rglob("*") if path.is_file()]
 
 
-def test_an_object_damaged_here_is_fetched_again_and_one_damaged_there_is_computed_again(
-    tmp_path: Path, url: str
-) -> None:
+def test_objects_damaged_here_are_fetched_and_those_damaged_there_recomputed(tmp_path: Path, url: str) -> None:
     store = Store(tmp_path / "a", url)
     digest = commit(store)
     (store.path(digest) / "a.txt").unlink()
@@ -213,7 +209,7 @@ def test_a_cache_remembers_its_store_and_refuses_another(tmp_path: Path, url: st
 # ---------------------------------------------------------------- locks, marks
 
 
-def test_a_lock_is_one_entry_that_is_gone_afterwards_and_a_dead_entry_is_removed(url: str, tmp_path: Path) -> None:
+def test_a_lock_is_one_entry_while_it_is_held_and_dead_ones_are_removed(url: str, tmp_path: Path) -> None:
     bucket = Bucket(url)
     locks = RemoteLocks(bucket, ServerClock(bucket))
     entry = tmp_path / "remote" / "locks" / KEY / "dead"

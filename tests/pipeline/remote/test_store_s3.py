@@ -68,9 +68,7 @@ def names(url: str) -> list[str]:
 # ---------------------------------------------------------------- two machines
 
 
-def test_what_one_machine_wrote_another_reads_with_the_manifest_alone_until_the_payload_is_wanted(
-    cloud: Cloud, tmp_path: Path
-) -> None:
+def test_another_machine_reads_only_the_manifest_until_it_needs_the_payload(cloud: Cloud, tmp_path: Path) -> None:
     url = cloud.url()
     digest = commit(opened(tmp_path / "a", url))
     other = opened(tmp_path / "b", url)
@@ -145,9 +143,7 @@ def _hold(root: Path, url: str, held: multiprocessing.synchronize.Event) -> None
         time.sleep(120)
 
 
-def test_a_killed_holders_lock_is_taken_over_when_it_has_expired_and_a_live_ones_is_not(
-    cloud: Cloud, tmp_path: Path
-) -> None:
+def test_only_a_killed_holders_lock_is_taken_over(cloud: Cloud, tmp_path: Path) -> None:
     url, held, told = cloud.url(), SPAWN.Event(), []
     holder = SPAWN.Process(target=_hold, args=(tmp_path / "a", url, held))
     holder.start()
@@ -216,9 +212,7 @@ def test_a_download_that_goes_wrong_once_is_repeated(cloud: Cloud, tmp_path: Pat
     assert cloud.asked("GET", "weights.bin") == 2
 
 
-def test_an_upload_that_is_truncated_every_time_is_never_visible_and_is_made_good_by_the_next_run(
-    cloud: Cloud, tmp_path: Path
-) -> None:
+def test_an_upload_that_is_always_truncated_is_never_visible(cloud: Cloud, tmp_path: Path) -> None:
     url = cloud.url()
     cloud.faults.append(Fault("truncate", "PUT", "weights.bin", 100))
     with pytest.raises(StoreError, match=r"do not arrive whole: expected bytes .*10240.*found .*5120"):
@@ -245,7 +239,7 @@ def test_an_upload_that_is_truncated_every_time_is_never_visible_and_is_made_goo
     ],
     ids=lambda value: value.code if isinstance(value, Fault) else "",
 )
-def test_a_refusal_is_named_at_once_and_what_was_computed_is_uploaded_by_the_next_run(
+def test_a_refusal_is_named_at_once_and_the_next_run_uploads(
     cloud: Cloud, tmp_path: Path, fault: Fault, said: str
 ) -> None:
     url = cloud.url()
@@ -316,9 +310,7 @@ def test_a_file_missing_or_cut_upstream_is_a_miss_and_computing_again_mends_it(
     opened(tmp_path / "c", url).path(digest)
 
 
-def test_a_flipped_bit_upstream_is_found_at_download_removed_and_mended_by_computing_again(
-    cloud: Cloud, tmp_path: Path
-) -> None:
+def test_a_flipped_bit_upstream_is_found_at_download_and_recomputed(cloud: Cloud, tmp_path: Path) -> None:
     url = cloud.url()
     digest = commit(opened(tmp_path / "a", url))
     _spoil(url, "weights.bin", b"\1" + (bytes(range(256)) * 40)[1:])

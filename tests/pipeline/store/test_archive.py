@@ -71,7 +71,7 @@ def test_another_store_has_the_same_artifacts_calls_and_runs_after_an_import(
     assert (again.new_objects, again.new_records, again.runs) == (0, 0, ())
 
 
-def test_an_import_completes_what_was_pruned_and_takes_nothing_from_what_is_whole(
+def test_an_import_completes_what_was_pruned_and_keeps_what_is_whole(
     origin: tuple[Store, dict[str, str], Path], tmp_path: Path
 ) -> None:
     _, digests, file = origin

@@ -32,7 +32,7 @@ def watch_of(store: Store, free: int, margin: int = 0) -> DiskWatch:
     return DiskWatch(store.root, margin, lambda: "`cohort store prune --optimizer 1` frees 3 GB", lambda folder: free)
 
 
-def test_a_stage_starts_where_its_last_result_and_the_margin_fit_and_not_with_a_byte_less(store: Store) -> None:
+def test_a_stage_starts_where_its_last_result_and_the_margin_just_fit(store: Store) -> None:
     with use_store(store), watching_disk(watch_of(store, 0)) as watch:
         train(50_000)
         written = watch.estimate("train", store.manifest)

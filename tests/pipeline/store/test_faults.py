@@ -191,7 +191,7 @@ def test_a_kill_at_any_operation_leaves_nothing_or_a_whole_artifact(
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES], ids=errno.errorcode.get)
-def test_an_error_at_any_operation_names_the_store_and_leaves_nothing_half_written(
+def test_an_error_at_any_operation_names_the_store_and_leaves_no_halves(
     tmp_path: Path, expected: str, number: int
 ) -> None:
     outcomes = []
@@ -263,7 +263,7 @@ def heavy(folder: Path) -> None:
     (folder / "w").write_bytes(b"w" * 10_000_000)
 
 
-def test_a_full_disk_is_a_store_error_for_tables_and_folders_and_space_is_given_back(tmp_path: Path) -> None:
+def test_a_full_disk_is_a_store_error_and_space_is_given_back(tmp_path: Path) -> None:
     root = tmp_path / "store"
     root.mkdir()
 

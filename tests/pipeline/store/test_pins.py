@@ -25,7 +25,7 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
-def test_what_a_live_run_made_or_looked_up_is_refused_to_others_and_free_to_itself(store: Store) -> None:
+def test_only_a_live_run_itself_may_free_what_it_made_or_looked_up(store: Store) -> None:
     with use_store(store):
         before = make("looked up").digest
     running, other = Store(store.root), Store(store.root)
@@ -128,7 +128,7 @@ def test_a_lookup_waits_for_a_process_about_to_free(store: Store) -> None:
 
 
 @pytest.mark.scale
-def test_a_lookup_beside_a_prune_either_finds_the_object_freed_or_keeps_it_from_being_freed(store: Store) -> None:
+def test_a_lookup_during_a_prune_finds_the_object_freed_or_keeps_it(store: Store) -> None:
     """200 races of one look-up and one prune: never does a look-up find a payload that is then freed under its pin."""
     with use_store(store):
         digests = [make(str(number)).digest for number in range(200)]

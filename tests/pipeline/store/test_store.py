@@ -198,7 +198,7 @@ def test_a_file_put_beside_the_payload_is_found_a_hidden_one_is_the_systems(stor
         store.path(digest)
 
 
-def test_quarantine_leaves_a_sound_object_alone_and_moves_a_damaged_one_with_its_files(store: Store) -> None:
+def test_quarantine_moves_a_damaged_object_and_no_sound_one(store: Store) -> None:
     digest = publish(store)
     assert store.quarantine(digest) is None
     alter(store.path(digest) / "a.txt", b"b")
@@ -349,7 +349,7 @@ def test_the_draft_of_a_live_process_is_kept_and_that_of_a_killed_one_swept(stor
     assert list((store.root / "locks").iterdir()) == []
 
 
-def test_a_lock_is_free_when_its_holder_is_killed_though_a_forked_worker_lives_on(store: Store) -> None:
+def test_a_killed_holders_lock_is_free_though_a_forked_worker_lives_on(store: Store) -> None:
     read, write = os.pipe()
     holder = os.fork()
     if holder == 0:

@@ -95,7 +95,7 @@ def test_runs_that_fit_side_by_side_see_different_devices(monkeypatch: pytest.Mo
     assert list(lock_folder().iterdir()) == []
 
 
-def test_a_run_waits_for_a_device_says_who_has_it_and_gets_it_when_that_one_ends(
+def test_a_run_waits_for_a_device_and_says_who_has_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")

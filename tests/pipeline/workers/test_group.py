@@ -93,7 +93,7 @@ def _gone(pids: list[int]) -> bool:
     return False
 
 
-def test_every_rank_replies_to_an_order_and_the_first_one_s_progress_is_reported(start: Start) -> None:
+def test_every_rank_replies_and_the_first_ones_progress_is_reported(start: Start) -> None:
     group, heard = start(ranks=2), []
     with listen(lambda topic, values: heard.append((topic, values))):
         replies = group.order({"do": "echo", "text": "größer"}, deadline=10)
@@ -113,7 +113,7 @@ def test_closing_leaves_no_process_nor_what_it_started(start: Start) -> None:
     assert not group.alive
 
 
-def test_a_rank_that_dies_is_named_with_exit_code_and_last_lines_and_takes_the_group_along(start: Start) -> None:
+def test_a_rank_that_dies_is_named_with_last_lines_and_ends_the_group(start: Start) -> None:
     group = start(ranks=2)
     pids = [pid for own in group.order({"do": "pids"}, deadline=10) for pid in own]
     began = time.monotonic()
@@ -192,7 +192,7 @@ def test_a_process_that_never_becomes_ready_is_killed_at_the_deadline(start: Sta
         start(handler="import time\ndef make_handler():\n    time.sleep(600)", deadline=1)
 
 
-def test_strangers_who_say_nothing_or_the_wrong_thing_hold_up_neither_the_start_nor_its_deadline(
+def test_foreign_connections_delay_neither_the_start_nor_its_deadline(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They come first; in the second group the process never becomes ready."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final
+import math
+from collections.abc import Mapping
+from typing import Any, Final
 
 STATUSES: Final = ("ok", "wrong", "unparseable", "truncated", "timeout", "error")
 """What the rules say of an output."""
@@ -32,6 +34,13 @@ class RewardMetric:
 def status_metric(status: str) -> str:
     """The metric of the share of outputs with a status."""
     return f"reward/status_{status}"
+
+
+def gauge_metrics(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Return `rm/<gauge>` of each gauge, `rm/<gauge>_low` and `_high` of those with an interval; undefined ones have none."""
+    columns = {"": "value", "_low": "low", "_high": "high"}
+    found = {f"rm/{gauge}{end}": row[name] for gauge, row in measured.items() for end, name in columns.items()}
+    return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
 _NAMED: Final = [name for key, name in vars(RewardMetric).items() if key.isupper()]

@@ -16,20 +16,6 @@ from typing import Any, Final, NamedTuple
 
 from stages.tables import DataError
 
-__all__ = [
-    "Row",
-    "Unreadable",
-    "cell",
-    "decimal_of",
-    "has_cell",
-    "json_constant",
-    "json_decimal",
-    "json_integer",
-    "missing_column",
-    "required_text",
-    "text_of",
-]
-
 DOUBLE: Final = 53
 """Bits of float64's significand."""
 _ABSENT: Final = object()

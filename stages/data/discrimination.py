@@ -22,13 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.stage import record_metrics, stage
-from stages.join import Ragged, align
-from stages.tables import VERDICTS, RewardGauges, Rewards, Rollouts, Solutions
+from stages.join import KEY, Ragged, align
+from stages.reward_metrics import gauge_metrics
+from stages.tables import RewardGauges, Rewards, Rollouts, Solutions, has_verdict
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-__all__ = ["Feature", "measure_discrimination", "shortcut_scores"]
 
 Floats = NDArray[np.float64]
 Places = NDArray[np.int64]
@@ -75,9 +74,7 @@ def measure_discrimination(
     """
     data = _with_verdict(scores, rules, solutions, baselines)
     measured = _intervals(data, _statistics(data), resamples=resamples, seed=seed)
-    bounds = {"": "value", "_low": "low", "_high": "high"}
-    values = {f"rm/{gauge}{end}": row[name] for gauge, row in measured.items() for end, name in bounds.items()}
-    record_metrics({name: value for name, value in values.items() if value is not None})
+    record_metrics(gauge_metrics(measured))
     return RewardGauges.write([{"gauge": gauge, **row} for gauge, row in measured.items()])
 
 
@@ -95,22 +92,24 @@ class _Data:
 
 
 def _with_verdict(scores: Rewards, rules: Rewards, solutions: Solutions, baselines: Mapping[str, Rewards]) -> _Data:
-    score = scores.read()
+    import pyarrow.compute as pc
 
-    def column(table: Rewards | Solutions, name: str, of: str) -> NDArray[Any]:
-        joined = align(score, table.read().select(["question_id", "sample", name]), of, to="scores", extra=True)
-        return np.array(joined[name].to_numpy(zero_copy_only=False))
+    score = scores.read([*KEY, "reward"])
 
-    status_N, verdict_N = column(rules, "status", "verdicts"), column(rules, "reward", "verdicts").astype(np.float64)
-    author_N = column(solutions, "author", "solutions")
-    others = {name: column(table, "reward", f"scores of {name}") for name, table in baselines.items()}
-    kept = np.isin(status_N.astype(str), VERDICTS) & ~np.isnan(verdict_N)
+    def joined(table: Rewards | Solutions, columns: Sequence[str], of: str) -> pa.Table:
+        return align(score, table.read([*KEY, *columns]), of, to="scores", extra=True)
+
+    verdict = joined(rules, ["reward", "status"], "verdicts")
+    author = joined(solutions, ["author"], "solutions")["author"]
+    others = {name: joined(table, ["reward"], f"scores of {name}")["reward"] for name, table in baselines.items()}
+    kept = has_verdict(verdict)
+    question_id = np.array(score["question_id"].filter(kept).to_pylist(), dtype=str)
     return _Data(
-        score_N=score["reward"].to_numpy().astype(np.float64)[kept],
-        right_N=(status_N == "ok")[kept],
-        question_N=np.unique(np.array(score["question_id"].to_pylist(), dtype=str)[kept], return_inverse=True)[1],
-        author_N=author_N[kept],
-        baselines={name: other.astype(np.float64)[kept] for name, other in others.items()},
+        score_N=score["reward"].filter(kept).to_numpy(),
+        right_N=pc.equal(verdict["status"].filter(kept), "ok").to_numpy(),
+        question_N=np.unique(question_id, return_inverse=True)[1],
+        author_N=author.filter(kept).to_numpy(),
+        baselines={name: other.filter(kept).to_numpy() for name, other in others.items()},
     )
 
 
@@ -249,12 +248,12 @@ def shortcut_scores(
 
 def _joined(solutions: Solutions, outputs: Rollouts, rules: Rewards) -> pa.Table:
     """Return what is known of each output, in their order."""
-    table = outputs.read().select(["question_id", "sample", "output_ids", "prompt_ids"])
+    table = outputs.read([*KEY, "output_ids", "prompt_ids"])
     for found, name, columns in (
         (solutions, "solutions", ["solution", "author"]),
         (rules, "verdicts", ["reward", "status", "extracted"]),
     ):
-        joined = align(table, found.read().select(["question_id", "sample", *columns]), name, extra=True)
+        joined = align(table, found.read([*KEY, *columns]), name, extra=True)
         for column in columns:
             table = table.append_column(column, joined[column])
     return table

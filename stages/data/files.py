@@ -22,17 +22,6 @@ from stages.data.cells import Row, missing_column, required_text, text_of
 from stages.data.reading import csv_rows, datasets_rows, hub_rows, jsonl_rows, parquet_rows
 from stages.tables import DataError, identify
 
-__all__ = [
-    "ColumnsConfig",
-    "LoadedQuestions",
-    "QuestionFileConfig",
-    "answer_of",
-    "load_questions",
-    "question_of",
-    "rows_of",
-    "without_calculator_marks",
-]
-
 Name = Annotated[str, Field(min_length=1)]
 Format = Literal["jsonl", "csv", "tsv", "parquet", "datasets", "hub"]
 

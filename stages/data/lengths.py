@@ -18,8 +18,6 @@ from stages.text import PromptConfig, encode_prompts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["PromptLengths", "PromptLimitConfig", "PromptRoom", "limit_prompts", "measure_prompts"]
-
 _BATCH: Final = 4096
 
 

@@ -27,15 +27,6 @@ from stages.environment import (
 from stages.tables import DataError, Demonstrations, Questions, identify
 from stages.training.batching import sample_positions
 
-__all__ = [
-    "DemonstrationConfig",
-    "arithmetic_demonstrations",
-    "arithmetic_questions",
-    "demonstrations_from_solutions",
-    "read_questions",
-    "sample_batch",
-]
-
 _AUTHORS: Final[tuple[Author, ...]] = get_args(Author)
 
 

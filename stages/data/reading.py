@@ -20,8 +20,6 @@ from stages.tables import DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["csv_rows", "datasets_rows", "hub_rows", "jsonl_rows", "parquet_rows"]
-
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
     """One JSON object a line; blank lines do not count. Numbers are exact, whatever their size."""

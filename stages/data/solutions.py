@@ -18,15 +18,6 @@ from stages.models import Checkpoint, load_tokenizer
 from stages.tables import DataError, Demonstrations, Questions, Rollouts, Solutions, identify, is_held_out
 from stages.text import PromptConfig, decode_outputs, encode_completions, encode_prompts
 
-__all__ = [
-    "SolutionFileConfig",
-    "demonstrations_of",
-    "questions_of",
-    "read_solutions",
-    "solution_outputs",
-    "take_solutions",
-]
-
 
 class SolutionFileConfig(Config):
     """A file of labelled solutions, in one of two forms.

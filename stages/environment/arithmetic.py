@@ -32,23 +32,6 @@ from pydantic import Field, model_validator
 from pipeline.config import Config
 from stages.tables import DataError, is_held_out
 
-__all__ = [
-    "ArithmeticConfig",
-    "Author",
-    "AuthorShares",
-    "Chain",
-    "Language",
-    "LineCheck",
-    "Split",
-    "check_solution",
-    "draw_chains",
-    "longest_question",
-    "parse_question",
-    "render_question",
-    "unique_chains",
-    "write_solution",
-]
-
 Language = Literal["en", "zh"]
 Split = Literal["train", "held_out"]
 Author = Literal["careful", "drops_carries_and_borrows", "drops_borrows", "stops_early"]

@@ -16,8 +16,6 @@ from stages.join import KEY, Ragged, align, group_rows
 from stages.kernels.voting import maj_at_k, pass_at_k, share_interval
 from stages.tables import Evaluation, Rewards, Rollouts, Votes
 
-__all__ = ["EvaluationConfig", "evaluate"]
-
 
 class EvaluationConfig(Config):
     """What is estimated from the samples of an evaluation."""

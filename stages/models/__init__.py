@@ -1,11 +1,8 @@
 """Models: checkpoints in the store, where they come from, whether their code may run, and models that give one number."""
 
 from stages.models.checkpoint import (
-    TRAINER,
-    WEIGHTS,
     Checkpoint,
     architecture_of,
-    copy_description,
     load_model,
     load_optimizer_state,
     load_tokenizer,
@@ -26,8 +23,11 @@ from stages.models.classifiers import (
 )
 from stages.models.folders import (
     OPTIMIZER,
+    TRAINER,
     WEIGHT_INDEX,
+    WEIGHTS,
     PlainType,
+    copy_description,
     read_description,
     require_buildable,
     weight_files,

@@ -20,7 +20,6 @@ from stages.models.folders import (
     OPTIMIZER,
     TRAINER,
     WEIGHTS,
-    copy_description,
     require_buildable,
     weight_files,
 )
@@ -29,23 +28,6 @@ from stages.models.trusted_code import code_digest, code_files, may_run_code, re
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-__all__ = [
-    "OPTIMIZER",
-    "TRAINER",
-    "WEIGHTS",
-    "Checkpoint",
-    "architecture_of",
-    "copy_description",
-    "load_model",
-    "load_optimizer_state",
-    "load_tokenizer",
-    "load_trainer_state",
-    "load_weights",
-    "model_weights",
-    "save",
-    "write_tensors",
-]
 
 _HEADS = {
     "ForCausalLM": "AutoModelForCausalLM",

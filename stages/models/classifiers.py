@@ -11,16 +11,6 @@ from typing import Any, Literal
 from stages.models.checkpoint import Checkpoint, load_model, load_tokenizer
 from stages.models.trusted_code import read_object
 
-__all__ = [
-    "LABELS",
-    "RewardKind",
-    "check_lengths",
-    "reward_kind",
-    "same_vocabulary",
-    "untrained_classifier",
-    "vocabulary_of",
-]
-
 
 def untrained_classifier(trunk: Checkpoint, *, reads: Literal["sequence", "token"], label: str) -> Any:
     """The trunk of `trunk` under a new head of one output that says 0, as plain transformers loads it; float32.

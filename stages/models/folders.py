@@ -17,21 +17,6 @@ from pipeline.store.files import is_plain_name
 from stages.models.trusted_code import code_files, copy_code, read_object, require_known
 from stages.text import require_faithful, settle_tokenizer
 
-__all__ = [
-    "OPTIMIZER",
-    "TRAINER",
-    "WEIGHTS",
-    "WEIGHT_INDEX",
-    "PlainType",
-    "copy_description",
-    "copy_model",
-    "model_files",
-    "read_description",
-    "require_buildable",
-    "weight_files",
-    "write_plain",
-]
-
 WEIGHTS: Final = "model.safetensors"
 WEIGHT_INDEX: Final = "model.safetensors.index.json"
 OPTIMIZER: Final = "optimizer.safetensors"

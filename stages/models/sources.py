@@ -26,20 +26,6 @@ from stages.models.checkpoint import Checkpoint
 from stages.models.folders import copy_model, model_files
 from stages.models.trusted_code import code_digest, code_files
 
-__all__ = [
-    "COMMIT",
-    "REPOSITORY",
-    "ExternalCheckpointConfig",
-    "HubCheckpointConfig",
-    "HubError",
-    "Revision",
-    "code_of_commit",
-    "fetch_checkpoint",
-    "fetch_description",
-    "import_checkpoint",
-    "resolve_revision",
-]
-
 REPOSITORY: Final = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 """`owner/name`."""
 COMMIT: Final = r"[0-9a-f]{40}"

@@ -18,8 +18,6 @@ from pipeline.artifact import ArtifactError
 from pipeline.store.context import current_store
 from pipeline.store.files import measure
 
-__all__ = ["code_digest", "code_files", "copy_code", "may_run_code", "read_object", "require_known", "trust"]
-
 _NAMED: Final = 5
 """Files that a message names."""
 _ADAPTER: Final = "adapter_config.json"

@@ -26,8 +26,6 @@ from stages.reward.rules.prose import LAST_CHARACTERS, outside_thinking
 from stages.tables import DataError
 from stages.text import step_ends
 
-__all__ = ["Credit", "label_steps", "score_component"]
-
 
 def score_component(rows: Sequence[Output], component: ComponentConfig, config: RewardConfig) -> list[ComponentScore]:
     """Return one result per row, in order, always; truncated outputs as `config` declares.
@@ -77,7 +75,7 @@ def _score(rows: Sequence[Output], component: ComponentConfig, config: RewardCon
     match component:
         case AccuracyConfig():
             grades = grade_answers(
-                [(row.gold, _read(row.text, config)) for row in rows],
+                [(row.answer, _read(row.text, config)) for row in rows],
                 conventions=component.conventions,
                 mark=component.mark,
                 verifier=component.verifier,

@@ -12,21 +12,6 @@ from typing import Final
 from stages.reward.config import AccuracyConfig, ComponentConfig, Missing, OverlongConfig, RewardConfig, StepsConfig
 from stages.reward_metrics import STATUSES, RewardMetric, status_metric
 
-__all__ = [
-    "STATUSES",
-    "ComponentScore",
-    "Output",
-    "Part",
-    "StepLabels",
-    "Tally",
-    "answer_component",
-    "compose",
-    "compose_steps",
-    "labels_only",
-    "outcome_components",
-    "unlearned_components",
-]
-
 
 @dataclass(frozen=True)
 class StepLabels:
@@ -47,7 +32,7 @@ class Output:
     question_id: str
     sample: int
     question: str
-    gold: str
+    answer: str
     solution: str | None
     text: str
     output_ids: Sequence[int]

@@ -14,19 +14,6 @@ from stages.reward.rules.extraction import Convention, Mark
 from stages.reward.rules.format import Form
 from stages.reward_metrics import RESERVED
 
-__all__ = [
-    "AccuracyConfig",
-    "ComponentConfig",
-    "FormatConfig",
-    "FunctionConfig",
-    "LanguageConfig",
-    "Missing",
-    "OverlongConfig",
-    "RewardConfig",
-    "StepsConfig",
-    "ThinkingConfig",
-]
-
 Missing = Literal["no_reward", "zero", "rescale"]
 Column = Literal["question_id", "sample", "question", "answer", "solution", "finish_reason"]
 _NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"

@@ -23,8 +23,6 @@ from typing import Any, Final
 
 from pipeline.config import ConfigError
 
-__all__ = ["FunctionSource", "call_function", "find_source", "load_function", "objection_to"]
-
 _ANY_NAME: Final = frozenset({"*", "__getattr__", "globals", "exec", "setattr"})
 """What may bind names that the source does not spell out."""
 

@@ -21,17 +21,6 @@ from stages.reward.rules.accuracy import VERIFIER_MODULES
 from stages.reward.rules.format import is_quick, match_pattern
 from stages.reward.rules.prose import tail
 
-__all__ = [
-    "AnswerError",
-    "FunctionScore",
-    "RewardFunctionError",
-    "call_in_pieces",
-    "require_callable",
-    "score_by_function",
-    "score_by_pattern",
-    "verifier_pool",
-]
-
 ROWS_PER_CALL = 16
 _CHECK_S = 30.0
 
@@ -223,7 +212,7 @@ def _columns(rows: Sequence[Output], component: FunctionConfig) -> dict[str, lis
         for name, role in (("prompts", "user"), ("completions", "assistant")):
             columns[name] = [[{"role": role, "content": text}] for text in texts[name]]
     for name in component.columns:
-        columns[name] = [row.gold if name == "answer" else getattr(row, name) for row in rows]
+        columns[name] = [getattr(row, name) for row in rows]
     return columns
 
 

@@ -26,8 +26,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-__all__ = ["KillablePool", "Outcome"]
-
 _MARK: Final = "COHORT_REWARD_WORKER"
 """Variable by which programs that a worker starts are found again, whatever session they are in."""
 _DEATH_SIGNAL: Final = 1

@@ -31,8 +31,6 @@ from stages.reward.rules.accuracy import GoldError, read_gold
 from stages.reward_metrics import RewardMetric
 from stages.tables import Questions, Rewards, Rollouts
 
-__all__ = ["CHUNK_ROWS", "combine_rewards", "score"]
-
 CHUNK_ROWS: Final = 4096
 """Outputs that are scored at a time; no verdict depends on which are together. Rewards by functions, and by patterns that may
 need processes, see all at once."""
@@ -260,20 +258,7 @@ def _read(table: pa.Table, asked: pa.Table) -> list[Output]:
                 f"rollout ({row['question_id']!r}, {row['sample']}): expected one of text_ends for each of "
                 f"{len(row['output_ids'])} tokens, found {len(row['text_ends'])}"
             )
-    return [
-        Output(
-            question_id=row["question_id"],
-            sample=row["sample"],
-            question=row["question"],
-            gold=row["answer"],
-            solution=row["solution"],
-            text=row["text"],
-            output_ids=row["output_ids"],
-            text_ends=row["text_ends"],
-            finish_reason=row["finish_reason"],
-        )
-        for row in rows
-    ]
+    return [Output(**row) for row in rows]
 
 
 def _questions_of(outputs: pa.Table, questions: Questions) -> pa.Table:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import numpy as np
 
 from pipeline.stage import record_metrics, stage
+from stages.join import group_rows
 from stages.reward.config import AccuracyConfig, RewardConfig
 from stages.reward.functions import verifier_pool
 from stages.reward.rules.accuracy import grade_answers
 from stages.tables import Rewards, Votes
-
-__all__ = ["count_votes"]
 
 Pair = tuple[str, str]
 _MOST_FAULTS: Final = 2
@@ -36,53 +36,32 @@ def count_votes(rewards: Rewards, config: RewardConfig) -> Votes:
 
     Metrics: `votes/pairs` (compared), `votes/equal`, `votes/no_verdict` (pairs that timed out or failed).
     """
-    rows = rewards.read(["question_id", "status", "extracted"]).to_pylist()
-    ballots = _ballots(rows)
+    import pyarrow.compute as pc
+
+    table = rewards.read(["question_id", "status", "extracted"])
+    questions, question_N = group_rows(table["question_id"])
+    wrong_N = pc.equal(table["status"], "wrong").to_numpy()
+    answered_N = table["extracted"].is_valid().to_numpy()
+    answers_Q: list[Counter[str]] = [Counter() for _ in questions]
+    named_N = wrong_N & answered_N
+    for question, answer in zip(question_N[named_N], table["extracted"].filter(named_N).to_pylist(), strict=True):
+        answers_Q[question][answer] += 1
+    unknown_Q = np.bincount(question_N[wrong_N & ~answered_N], minlength=len(questions)) > 0
+    known = np.flatnonzero(~unknown_Q).tolist() if answered_N.any() else []
     comparison = _Comparison(config)
-    if any(row["extracted"] is not None for row in rows):
-        known = [ballot for ballot in ballots.values() if ballot.wrong is not None]
-        for ballot, merged in zip(known, _merge([b.wrong or Counter() for b in known], comparison), strict=True):
-            ballot.wrong = merged
-    else:
-        for ballot in ballots.values():
-            ballot.wrong = None
+    merged = dict(zip(known, _merge([answers_Q[question] for question in known], comparison), strict=True))
     record_metrics({f"votes/{name}": comparison.counts[name] for name in ("pairs", "equal", "no_verdict")})
     return Votes.write(
         {
-            "question_id": list(ballots),
-            "samples": [ballot.samples for ballot in ballots.values()],
-            "correct": [ballot.correct for ballot in ballots.values()],
+            "question_id": questions,
+            "samples": np.bincount(question_N, minlength=len(questions)),
+            "correct": np.bincount(question_N[pc.equal(table["status"], "ok").to_numpy()], minlength=len(questions)),
             "wrong": [
-                None if ballot.wrong is None else sorted(ballot.wrong.values(), reverse=True)
-                for ballot in ballots.values()
+                sorted(merged[question].values(), reverse=True) if question in merged else None
+                for question in range(len(questions))
             ],
         }
     )
-
-
-@dataclass
-class _Ballot:
-    """The samples of one question."""
-
-    samples: int = 0
-    correct: int = 0
-    wrong: Counter[str] | None = field(default_factory=Counter)
-    """How many samples gave each wrong answer; None where one of them is not known."""
-
-
-def _ballots(rows: Iterable[dict[str, Any]]) -> dict[str, _Ballot]:
-    ballots: dict[str, _Ballot] = {}
-    for row in rows:
-        ballot = ballots.setdefault(row["question_id"], _Ballot())
-        ballot.samples += 1
-        ballot.correct += row["status"] == "ok"
-        if row["status"] != "wrong" or ballot.wrong is None:
-            continue
-        if row["extracted"] is None:
-            ballot.wrong = None
-        else:
-            ballot.wrong[row["extracted"]] += 1
-    return ballots
 
 
 class _Comparison:

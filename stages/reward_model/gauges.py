@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +14,9 @@ from pipeline.config import Config
 from pipeline.stage import record_metrics, stage
 from stages.join import KEY, Ragged, align, key_at
 from stages.kernels import gauges as kernels
-from stages.kernels.voting import Interval
+from stages.reward_metrics import gauge_metrics
 from stages.reward_model.stage import ScoringConfig
-from stages.tables import VERDICTS, RewardGauges, Rewards, Rollouts
-
-__all__ = ["GaugeConfig", "GaugeLimits", "RewardModelError", "check_gauges", "measure_reward_model"]
+from stages.tables import RewardGauges, Rewards, Rollouts, has_verdict
 
 
 class GaugeConfig(Config):
@@ -79,8 +75,8 @@ def measure_reward_model(
         ValueError: by row: a counterpart is missing, or its steps end at other tokens.
     """
     measures = _measure(_join(scores, rules, outputs), scoring, config)
-    record_metrics(_metrics(measures))
-    return RewardGauges.write([{"gauge": name, **measure.row()} for name, measure in measures.items()])
+    record_metrics(gauge_metrics(measures))
+    return RewardGauges.write([{"gauge": name, **measure} for name, measure in measures.items()])
 
 
 def check_gauges(gauges: RewardGauges, limits: GaugeLimits) -> None:
@@ -109,23 +105,6 @@ def check_gauges(gauges: RewardGauges, limits: GaugeLimits) -> None:
 
 
 @dataclass(frozen=True)
-class _Measure:
-    value: float | None
-    rows: int
-    low: float | None = None
-    high: float | None = None
-
-    @classmethod
-    def of(cls, interval: Interval | None, rows: int) -> _Measure:
-        if interval is None:
-            return cls(None, rows)
-        return cls(interval.estimate, rows, interval.low, interval.high)
-
-    def row(self) -> dict[str, Any]:
-        return {"value": self.value, "low": self.low, "high": self.high, "rows": self.rows}
-
-
-@dataclass(frozen=True)
 class _Joined:
     """Rows with a verdict, N of them, and their steps, S in all."""
 
@@ -147,8 +126,7 @@ def _join(scores: Rewards, rules: Rewards, outputs: Rollouts) -> _Joined:
     rule = align(scored, rules.read([*KEY, "reward", "status", *steps]), "rule rewards", to="scores", extra=True)
     sampled = align(scored, outputs.read([*KEY, "output_ids"]), "outputs", to="scores", extra=True)
     length = pc.list_value_length(sampled["output_ids"])
-    has_verdict = pc.is_in(rule["status"], pa.array(VERDICTS))
-    counts = pc.and_(has_verdict, pc.and_(rule["reward"].is_valid(), scored["reward"].is_valid()))
+    counts = pc.and_(has_verdict(rule), scored["reward"].is_valid())
     scored, rule, length = scored.filter(counts), rule.filter(counts), length.filter(counts)
     step_score_S, step_label_S = _steps(scored, rule)
     return _Joined(
@@ -191,7 +169,7 @@ def _steps(scored: pa.Table, rule: pa.Table) -> tuple[NDArray[np.float64], NDArr
     return score.values, label.values
 
 
-def _measure(joined: _Joined, scoring: ScoringConfig, config: GaugeConfig) -> dict[str, _Measure]:
+def _measure(joined: _Joined, scoring: ScoringConfig, config: GaugeConfig) -> dict[str, dict[str, Any]]:
     score, right, count = joined.score_N, joined.right_N, len(joined.score_N)
     interval = kernels.auc_interval(score, right, joined.question_N, resamples=config.resamples, seed=config.seed)
     score_length, rule_length = (kernels.spearman(each, joined.length_N) for each in (score, joined.rule_N))
@@ -213,10 +191,14 @@ def _measure(joined: _Joined, scoring: ScoringConfig, config: GaugeConfig) -> di
         "step_accuracy": _accuracy(joined.step_score_S, joined.step_right_S, scoring),
         "step_auc": kernels.auc(joined.step_score_S, joined.step_right_S),
     }
+    undefined = {"value": None, "low": None, "high": None}
+    bounds = {} if interval is None else {"value": interval.estimate, "low": interval.low, "high": interval.high}
     return {
-        "auc": _Measure.of(interval, count),
-        **{name: _Measure(value, count) for name, value in values.items()},
-        **{name: _Measure(value, len(joined.step_score_S)) for name, value in step_values.items()},
+        "auc": {**undefined, **bounds, "rows": count},
+        **{name: {**undefined, "value": value, "rows": count} for name, value in values.items()},
+        **{
+            name: {**undefined, "value": value, "rows": len(joined.step_score_S)} for name, value in step_values.items()
+        },
     }
 
 
@@ -231,12 +213,3 @@ def _probability(score: NDArray[np.float64], scoring: ScoringConfig) -> NDArray[
     # tanh neither overflows nor leaves [-1, 1].
     probability: NDArray[np.float64] = (1 + np.tanh(score / 2)) / 2
     return probability
-
-
-def _metrics(measures: Mapping[str, _Measure]) -> dict[str, float | None]:
-    metrics: dict[str, float | None] = {}
-    for name, measure in measures.items():
-        metrics[f"rm/{name}"] = measure.value
-        if measure.low is not None:
-            metrics |= {f"rm/{name}_low": measure.low, f"rm/{name}_high": measure.high}
-    return {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}

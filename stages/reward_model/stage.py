@@ -25,8 +25,6 @@ from stages.text import step_ends
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ScoringConfig", "score_outputs"]
-
 UNJUDGED = "unjudged"
 """Status where no rule has looked at the output."""
 

@@ -15,19 +15,6 @@ from pipeline.config import Config
 from stages.models import Checkpoint, RewardKind, check_lengths, reward_kind, vocabulary_of
 from stages.tables import RewardLabels
 
-__all__ = [
-    "BradleyTerryConfig",
-    "Example",
-    "Pair",
-    "PointwiseConfig",
-    "RewardObjectiveConfig",
-    "Unit",
-    "draw_updates",
-    "nothing_to_learn",
-    "read_examples",
-    "units_of",
-]
-
 
 class BradleyTerryConfig(Config):
     """-log sigma(s+ - s-) of pairs of a right and a wrong output of one question; outcome models only.

@@ -20,8 +20,6 @@ from stages.training.engine import Engine, StepReport
 from stages.training.loop import train
 from stages.training.scores import places_in, scores_at
 
-__all__ = ["Fit"]
-
 
 @dataclass(frozen=True)
 class _Part:

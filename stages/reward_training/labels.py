@@ -20,8 +20,6 @@ from stages.join import KEY, Ragged, align, key_at
 from stages.models import Checkpoint, vocabulary_of
 from stages.tables import RewardLabels, Rewards, Rollouts, StepPrefixes, has_verdict
 
-__all__ = ["MonteCarloConfig", "RuleStepsConfig", "StepLabelsConfig", "estimate_step_labels", "label_outputs"]
-
 
 class RuleStepsConfig(Config):
     """Step labels are the rules' step rewards: the built-in world's own checker, by a reward component of kind `steps`."""

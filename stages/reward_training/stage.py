@@ -39,15 +39,6 @@ from stages.training.ranks import on_ranks
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = [
-    "ReplayConfig",
-    "RewardModelConfig",
-    "RewardTrainingConfig",
-    "create_reward_model",
-    "mix_with_history",
-    "train_reward_model",
-]
-
 _READS: Final[dict[RewardKind, Literal["sequence", "token"]]] = {"outcome": "sequence", "process": "token"}
 
 

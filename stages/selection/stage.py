@@ -16,8 +16,6 @@ from pipeline.stage import record_metrics, stage
 from stages.join import KEY, align, group_rows
 from stages.tables import Rewards, Rollouts
 
-__all__ = ["keep_informative"]
-
 
 @stage(version="1")
 def keep_informative(outputs: list[Rollouts], rewards: list[Rewards], *, size: int) -> Rollouts:

@@ -1,10 +1,9 @@
 """Text and ids: prompts, tokenizers, decoding and the steps of an output."""
 
 from stages.text.decoding import decode_outputs, step_ends
-from stages.text.plain_text import plain_of
+from stages.text.plain_text import PromptError, plain_of
 from stages.text.prompts import (
     PromptConfig,
-    PromptError,
     encode_completions,
     encode_prompt,
     encode_prompts,

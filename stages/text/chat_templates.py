@@ -20,8 +20,6 @@ from stages.text.plain_text import PromptError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["RESERVED", "ChatTurn", "chat_turn"]
-
 RESERVED: Final = ("messages", "add_generation_prompt", "tools", "documents", "strftime_now", "raise_exception")
 """What a template is given by Cohort, or never is."""
 _SECONDS: Final = 5

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["Decoded", "decode_outputs", "step_ends"]
-
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["Plain", "PromptError", "encode_texts", "plain_of"]
-
 
 class PromptError(ValueError):
     """Text that cannot become a prompt; names the character, token or template at fault."""

@@ -27,18 +27,6 @@ from stages.text.plain_text import Plain, PromptError, encode_texts, plain_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = [
-    "INSTRUCTIONS",
-    "PromptConfig",
-    "PromptError",
-    "encode_completion",
-    "encode_completions",
-    "encode_prompt",
-    "encode_prompts",
-    "encode_text",
-    "prompt_text",
-]
-
 INSTRUCTIONS: Final = {
     "raw": "",
     "deepseek_math_en": "\nPlease reason step by step, and put your final answer within \\boxed{}.",

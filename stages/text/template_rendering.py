@@ -19,8 +19,6 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-__all__ = ["render"]
-
 _MEMORY: Final = 2**30
 _LONGEST: Final = 1_000_000
 """Characters of a rendered conversation without its question."""

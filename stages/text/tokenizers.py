@@ -32,19 +32,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-__all__ = [
-    "EOS",
-    "PAD",
-    "BPETokenizerConfig",
-    "CharacterTokenizerConfig",
-    "TokenizerConfig",
-    "build_tokenizer",
-    "byte_symbols",
-    "require_faithful",
-    "settle_start",
-    "settle_tokenizer",
-]
-
 # Qwen2Tokenizer adds this very token to any vocabulary that lacks it (as its unknown token): any other name for the end of
 # sequence would make the vocabulary grow by one when reloaded, past the model's embedding.
 EOS: Final = "<|endoftext|>"

@@ -16,8 +16,6 @@ from stages.reward.rules.formula import as_formula
 from stages.reward.rules.prose import choice_label, doubts, find_choice, last_lines, without_words, words_apart
 from stages.reward.rules.verifier import compare_symbolically
 
-__all__ = ["VERIFIER_MODULES", "GoldError", "Grade", "Status", "Verifier", "grade_answers", "read_gold"]
-
 Status = Literal["ok", "wrong", "unparseable", "timeout", "error"]
 Verifier = Literal["exact", "math_verify", "math_verify_search"]
 

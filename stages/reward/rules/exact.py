@@ -22,8 +22,6 @@ from stages.reward.rules.numerals import (
 )
 from stages.reward.rules.units import read_unit
 
-__all__ = ["Number", "canonical", "compare_exactly", "normalise_text", "read_number", "undressed"]
-
 _LONGEST: Final = 512
 _MOST_DIGITS: Final = 400
 

@@ -9,8 +9,6 @@ from typing import Final, Literal, TypeVar
 from stages.reward.rules.exact import read_number
 from stages.reward.rules.prose import LAST_CHARACTERS, retracts, valid, without_words
 
-__all__ = ["Convention", "Mark", "boxed_answers", "find_answer"]
-
 Convention = Literal["boxed", "tags", "hashes", "line", "phrase", "number"]
 Mark = Literal["last", "first"]
 T = TypeVar("T")

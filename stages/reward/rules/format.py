@@ -18,18 +18,6 @@ from typing import Any, Final, Literal, assert_never
 from stages.reward.rules.exact import read_number
 from stages.reward.rules.extraction import boxed_answers
 
-__all__ = [
-    "Form",
-    "compression",
-    "foreign_share",
-    "has_form",
-    "is_coherent",
-    "is_quick",
-    "longest_run",
-    "match_pattern",
-    "overlong_score",
-]
-
 Form = Literal["hashes", "boxed", "line", "pattern"]
 
 _ANSWER_LINE: Final = re.compile(r"A: ?\S.*")

@@ -14,8 +14,6 @@ from stages.reward.rules.exact import undressed
 from stages.reward.rules.numerals import split
 from stages.reward.rules.units import MATHEMATICAL, is_word, read_unit
 
-__all__ = ["as_formula", "is_name", "parts", "sides"]
-
 _LONGEST: Final = 512
 _FUNCTIONS: Final = split(
     "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc ln log lg exp sqrt cbrt min max gcd lcm det lim pi "

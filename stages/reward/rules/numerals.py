@@ -11,8 +11,6 @@ import unicodedata
 from fractions import Fraction
 from typing import Final
 
-__all__ = ["CHINESE_NUMERALS", "CURRENCIES", "INTEGER_WORDS", "chinese_number", "english_number", "split", "to_latin"]
-
 
 def split(words: str) -> frozenset[str]:
     """Return the words of a text, as a set."""

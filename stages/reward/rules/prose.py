@@ -13,20 +13,6 @@ from stages.reward.rules.exact import read_number
 from stages.reward.rules.numerals import split
 from stages.reward.rules.units import MATHEMATICAL, NUMBER_WORDS, RETRACTING, introduces, is_word
 
-__all__ = [
-    "LAST_CHARACTERS",
-    "choice_label",
-    "doubts",
-    "find_choice",
-    "last_lines",
-    "outside_thinking",
-    "retracts",
-    "tail",
-    "valid",
-    "without_words",
-    "words_apart",
-]
-
 LAST_CHARACTERS: Final = 4096
 _CHINESE_BORDER: Final = re.compile(r"(?<=[一-鿿])(?=[\w$\\-])|(?<=[\w%$}])(?=[一-鿿])", re.ASCII)
 

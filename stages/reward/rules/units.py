@@ -13,21 +13,6 @@ from typing import Final
 
 from stages.reward.rules.numerals import CURRENCIES, split
 
-__all__ = [
-    "COMPARING",
-    "JOINING",
-    "LEADING",
-    "MATHEMATICAL",
-    "NUMBER_WORDS",
-    "RETRACTING",
-    "SHORT_WORDS",
-    "UNIT_OF",
-    "Unit",
-    "introduces",
-    "is_word",
-    "read_unit",
-]
-
 _SAME: Final = (
     "m meter meters metre metres; cm centimeter centimeters centimetre centimetres; mm millimeter millimeters millimetre "
     "millimetres; km kilometer kilometers kilometre kilometres; inch inches; ft foot feet; yd yds yard yards; mi mile "

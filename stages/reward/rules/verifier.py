@@ -13,8 +13,6 @@ from typing import Any, Final, Literal
 
 from stages.reward.rules.formula import as_formula, is_name, parts, sides
 
-__all__ = ["Verdict", "compare_symbolically"]
-
 Verdict = Literal["equal", "different", "no_answer", "no_gold"]
 
 _FINE: Final = 120

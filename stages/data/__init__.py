@@ -1,7 +1,7 @@
 """Question sets: files of others, the built-in world of chain arithmetic, and the batch of each step.
 
 Every set is a `Questions` table with unique ids; demonstrations for supervised fine-tuning are `Demonstrations`, right and
-wrong solutions of others `Solutions`, with what their surface alone predicts.
+wrong solutions of others `Solutions`, with what their surface by itself predicts.
 """
 
 from stages.data.discrimination import Feature, measure_discrimination, shortcut_scores

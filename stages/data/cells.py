@@ -41,7 +41,7 @@ class Unreadable(NamedTuple):
 
 
 def cell(row: Row, column: str) -> Any:
-    """The value in a column, or at a path into a nested one (`prompt.0.content`); None where there is none.
+    """Return the value in a column, or at a path into a nested one (`prompt.0.content`); None where there is none.
 
     A column whose name has a dot wins over a path that reads the same; a list is entered by number, from its end by a negative
     one.
@@ -51,7 +51,7 @@ def cell(row: Row, column: str) -> Any:
 
 
 def has_cell(row: Row, column: str) -> bool:
-    """Whether the row has the column, or the place that a path names, if only with a null."""
+    """Return whether the row has the column, or the place that a path names, if only with a null."""
     return _at(row.values, column.split(".")) is not _ABSENT
 
 
@@ -71,7 +71,7 @@ def _at(value: Any, parts: Sequence[str]) -> Any:
 
 
 def missing_column(rows: Sequence[Row], column: str) -> str | None:
-    """Why `column` cannot be read in any of `rows`, with what is there in its place; None: some row has it."""
+    """Return why `column` cannot be read in any of `rows`, with what is there in its place; None: some row has it."""
     if any(has_cell(row, column) for row in rows):
         return None
     parts, places = column.split("."), [row.values for row in rows]
@@ -97,7 +97,7 @@ def _names_in(place: Any) -> Iterator[str]:
 
 
 def text_of(row: Row, column: str) -> str | None:
-    """The text of one cell; a number becomes its exact decimal, absent and blank cells None.
+    """Return the text of one cell; a number becomes its exact decimal, absent and blank cells None.
 
     Raises:
         DataError: by row and column: a value of another type, NaN, an infinity, a number that is not exact.
@@ -119,7 +119,7 @@ def text_of(row: Row, column: str) -> str | None:
 
 
 def required_text(row: Row, column: str, *, kind: str = "no value") -> str:
-    """The text of a cell that must have one.
+    """Return the text of a cell that must have one.
 
     Raises:
         DataError: it is absent or blank; `kind` says what that means.
@@ -137,7 +137,7 @@ def _kind(value: Any) -> str:
 
 
 def _digits(value: int | Decimal) -> str:
-    """No exponent, no zeros at the end of a fraction, no sign of a zero."""
+    """Return a number without exponent, zeros at the end of a fraction, or the sign of a zero."""
     text = format(value, "f") if isinstance(value, Decimal) else str(value)
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return "0" if text == "-0" else text
@@ -147,7 +147,7 @@ def _digits(value: int | Decimal) -> str:
 
 
 def decimal_of(shortest: str, *, bits: int = DOUBLE) -> Decimal | Unreadable:
-    """A binary float, given as the shortest decimal that reads back as it.
+    """Return a binary float, given as the shortest decimal that reads back as it.
 
     Args:
         bits: of its type's significand; from 2^bits on the type lacks whole numbers, so that the one meant is unknown.
@@ -164,7 +164,7 @@ def decimal_of(shortest: str, *, bits: int = DOUBLE) -> Decimal | Unreadable:
 
 
 def json_decimal(text: str) -> Decimal | Unreadable:
-    """A number as JSON writes it, with a fraction or an exponent."""
+    """Read a number as JSON writes it, with a fraction or an exponent."""
     shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     nonzero = any(digit in "123456789" for digit in text.lower().partition("e")[0])
     if math.isinf(float(text)) or (nonzero and float(text) == 0):
@@ -173,12 +173,12 @@ def json_decimal(text: str) -> Decimal | Unreadable:
 
 
 def json_integer(text: str) -> int | Unreadable:
-    """A whole number as JSON writes it."""
+    """Read a whole number as JSON writes it."""
     if len(text) > _LONGEST:
         return Unreadable(f"a number of {len(text):,} digits, expected at most {_LONGEST:,}; give it as text")
     return int(text)
 
 
 def json_constant(text: str) -> Unreadable:
-    """NaN, Infinity and -Infinity, which JSON does not have and many writers write."""
+    """Read NaN, Infinity and -Infinity, which JSON does not have and many writers write."""
     return Unreadable(f"expected a finite number, found {text}")

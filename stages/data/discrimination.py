@@ -50,7 +50,7 @@ _TAIL: Final = 0.025
 def measure_discrimination(
     scores: Rewards, rules: Rewards, solutions: Solutions, baselines: dict[str, Rewards], *, resamples: int, seed: int
 ) -> RewardGauges:
-    """Gauges with 95 % percentile bootstrap intervals over questions; undefined ones are null.
+    """Measure gauges with 95 % percentile bootstrap intervals over questions; undefined ones are null.
 
     Every resample draws whole questions, one and the same draw for every gauge and for the baselines, so that the interval of
     a difference is that of paired differences.
@@ -114,7 +114,7 @@ def _with_verdict(scores: Rewards, rules: Rewards, solutions: Solutions, baselin
 
 
 def _statistics(data: _Data) -> dict[str, tuple[Statistic, int]]:
-    """Each gauge as a function of the rows drawn and of how often each question was, and the rows that it looks at."""
+    """Return each gauge as a function of the rows drawn and of how often each question was, and the rows that it looks at."""
     count = len(data.score_N)
     authors = sorted(set(data.author_N.tolist()) - {None})
     member = {name: data.author_N == name for name in authors}
@@ -141,7 +141,7 @@ def _auc_of(score_N: Floats, data: _Data) -> Statistic:
 
 
 def _within(score_N: Floats, data: _Data, member: Mapping[str, NDArray[np.bool_]]) -> Statistic:
-    """Mean over authors; one whose rows are all right, or none, does not count."""
+    """Return the mean over authors; one whose rows are all right, or none, does not count."""
     from stages.kernels.gauges import auc
 
     def statistic(rows: Places, times_Q: Places) -> float | None:
@@ -153,7 +153,7 @@ def _within(score_N: Floats, data: _Data, member: Mapping[str, NDArray[np.bool_]
 
 
 def _pair_accuracy(data: _Data) -> Statistic:
-    """From each question's own pairs, which a resample only counts more or less often."""
+    """Count each question's own pairs, which a resample only counts more or less often."""
     questions = int(data.question_N.max(initial=-1)) + 1
     ordered_Q, pairs_Q = np.zeros(questions), np.zeros(questions)
     for question in range(questions):
@@ -207,7 +207,7 @@ def shortcut_scores(
     asked: tuple[Solutions, Rollouts, Rewards],
     features: tuple[Feature, ...],
 ) -> Rewards:
-    """The log-odds of being right of every output of `asked`, by a logistic regression on `features` fitted on `learned`.
+    """Score every output of `asked` with the log-odds of a logistic regression on `features`, fitted on `learned`.
 
     min_w  sum_n log(1 + exp(-y_n (w . x_n + b))) + (1/2) |w|^2,   y = +1 right, -1 not, x standardised on `learned`
 
@@ -294,7 +294,7 @@ _READINGS: Final[dict[Feature, tuple[str, Callable[[Any], float]]]] = {
 
 
 def _fit(x_NF: Floats, right_N: NDArray[np.bool_]) -> tuple[Floats, float]:
-    """Weights and bias of the regression above, by Newton's method; the bias is not drawn to zero."""
+    """Fit weights and bias of the regression above by Newton's method; the bias is not drawn to zero."""
     design = np.hstack([x_NF, np.ones((len(x_NF), 1))])
     ridge = np.diag([_RIDGE] * x_NF.shape[1] + [1e-9])
     weight = np.zeros(design.shape[1])

@@ -62,7 +62,7 @@ class QuestionFileConfig(Config):
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
     """Commit of a hub data set; required there, since branches move."""
     answer_marker: str = Field("####", min_length=1)
-    """What stands before the answer in a solution, used when there is no answer column."""
+    """What precedes the answer in a solution, used when there is no answer column."""
     remove_calculator_marks: bool = False
     """Take GSM8K's `<<48/2=24>>` out of the solutions."""
     duplicates: Literal["refuse", "first", "number"] = "refuse"
@@ -73,7 +73,7 @@ class QuestionFileConfig(Config):
     """Only the first rows of the file; repeated ones count."""
 
     def key(self) -> dict[str, Any]:
-        """The fields that matter, with the content in place of the path."""
+        """Return the fields that matter, with the content in place of the path."""
         kind = _format_of(self)
         if kind == "hub":
             _require_revision(self)
@@ -103,7 +103,7 @@ def _format_of(config: QuestionFileConfig) -> Format:
 
 
 def rows_of(config: QuestionFileConfig) -> Iterator[Row]:
-    """The rows of the set, in its order; `limit` is the caller's.
+    """Read the rows of the set, in its order; `limit` is the caller's.
 
     Raises:
         DataError: names the file, and the row where it is one's fault.
@@ -148,7 +148,7 @@ def _existing(path: str) -> Path:
 
 
 def _digest(path: Path) -> str:
-    """sha256 of a file, or of the names and hashes of a folder's files."""
+    """Return sha256 of a file, or of the names and hashes of a folder's files."""
     found = sorted(path.rglob("*")) if path.is_dir() else [path]
     if special := next((file for file in found if file.exists() and not (file.is_file() or file.is_dir())), None):
         raise DataError(f"{special}: a pipe, a socket or a device, of which a data set cannot be made; take it out")
@@ -166,7 +166,7 @@ _REMEMBERED: Final = 1024
 
 @functools.lru_cache(maxsize=_REMEMBERED)
 def _file_digest(path: str, _size: int, _changed: int) -> str:
-    """sha256 of a file, remembered while its size and time of change stay: a key is asked for at every stage call."""
+    """Return the sha256 of a file, remembered while its size and time of change stay: every stage call asks for a key."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -186,7 +186,7 @@ class LoadedQuestions(NamedTuple):
 
 
 def load_questions(config: QuestionFileConfig) -> LoadedQuestions:
-    """The questions of a file.
+    """Load the questions of a file.
 
     Raises:
         DataError: names the file, and the row and column where it is one's fault.
@@ -260,7 +260,7 @@ class _Questions:
 
 
 def extract_answer(solution: str, marker: str = "####") -> str | None:
-    """The answer a solution states behind the last `marker`, up to the end of that line; None where there is none."""
+    """Return the answer a solution states behind the last `marker`, up to the end of that line; None where there is none."""
     _, found, rest = solution.rpartition(marker)
     lines = rest.strip().splitlines()
     return lines[0].strip() if found and lines else None
@@ -290,7 +290,7 @@ def answer_of(row: Row, columns: ColumnsConfig, marker: str) -> str:
 
 
 def without_calculator_marks(solution: str) -> str:
-    """`48/2=<<48/2=24>>24` as `48/2=24`."""
+    """Return `48/2=<<48/2=24>>24` as `48/2=24`."""
     return re.sub(r"<<[^<>\n]*>>", "", solution)
 
 
@@ -299,7 +299,7 @@ def _names(columns: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _resolve_columns(config: QuestionFileConfig, rows: Sequence[Row]) -> ColumnsConfig:
-    """The columns to read: those named must be there; `solution` and `id` give way where they have their default names.
+    """Return the columns to read: those named must exist; `solution` and `id` may be absent under their default names.
 
     By the name and not by who gave it: a configuration that went through a file or an override names every field.
     """

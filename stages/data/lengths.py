@@ -24,12 +24,12 @@ _BATCH: Final = 4096
 class PromptLimitConfig(Config):
     """How long a prompt may be, and what becomes of a question whose prompt is longer.
 
-    A number or a policy may stand in its place: `max_prompt_tokens: 512`, `max_prompt_tokens: drop`.
+    A number or a policy may take its place: `max_prompt_tokens: 512`, `max_prompt_tokens: drop`.
     """
 
     tokens: int | None = Field(None, ge=1)
-    """Tokens of a prompt at most, with all that stands around the question; null: as many as the model's window and
-    `rollout.backend.max_model_len` leave beside `rollout.max_output_tokens`."""
+    """Tokens of a prompt at most, with all that is around the question; null: as many as the model's window and
+    `rollout.backend.max_model_len` leave next to `rollout.max_output_tokens`."""
     longer: Literal["refuse", "drop"] = "refuse"
     """`refuse`: the run does not start. `drop`: it goes on without these questions, held-out ones too, and says how many."""
 
@@ -53,7 +53,7 @@ class PromptRoom(NamedTuple):
 
     @property
     def tokens(self) -> int | None:
-        """Tokens that a prompt may have; None: any number."""
+        """Return tokens that a prompt may have; None: any number."""
         bounds = [bound - self.max_output_tokens for bound in (self.window, self.max_model_len) if bound is not None]
         return min([*bounds, *([self.limit.tokens] if self.limit.tokens else [])], default=None)
 
@@ -76,7 +76,7 @@ class PromptLengths(NamedTuple):
     """Rows above the limit."""
 
     def complaint(self, ids: Sequence[str], room: PromptRoom) -> str:
-        """Why the set cannot be used, with counts and what to do."""
+        """Return why the set cannot be used, with counts and what to do."""
         most = room.limit.tokens
         setting = "drop" if most is None else f"{{tokens: {most}, longer: drop}}"
         count, longest = f"{len(self.longer):,} of {len(ids):,} questions", ids[self.longest_row]
@@ -97,7 +97,7 @@ def limit_prompts(
     max_output_tokens: int,
     max_model_len: int | None,
 ) -> Questions:
-    """The questions whose prompts leave room for an output, in their order.
+    """Keep the questions whose prompts leave room for an output, in their order.
 
     Args:
         model: its tokenizer and window; the weights have no influence.
@@ -124,7 +124,7 @@ def limit_prompts(
 def measure_prompts(
     tokenizer: PreTrainedTokenizerFast, questions: Sequence[str], prompt: PromptConfig, room: PromptRoom
 ) -> PromptLengths:
-    """How long the prompts of `questions` are, and which exceed `room`."""
+    """Measure the prompts of `questions`, and find those that exceed `room`."""
     lengths: list[int] = []
     for start in range(0, len(questions), _BATCH):
         lengths += map(len, encode_prompts(tokenizer, questions[start : start + _BATCH], prompt))

@@ -44,13 +44,13 @@ class DemonstrationConfig(Config):
     @field_validator("chains", mode="before")
     @classmethod
     def _complete(cls, chains: Any) -> Any:
-        """A file that gives only some fields means the others of this default, not of `ArithmeticConfig`'s."""
+        """Complete a file's fields by this default, not by `ArithmeticConfig`'s."""
         return {**_SFT_CHAINS.model_dump(), **chains} if isinstance(chains, Mapping) else chains
 
 
 @stage(version="1")
 def arithmetic_questions(config: ArithmeticConfig, split: Split = "train") -> Questions:
-    """`config.count` different chains of one split, with the true answer and the careful author's solution.
+    """Make `config.count` different chains of one split, with the true answer and the careful author's solution.
 
     Raises:
         DataError: the split holds fewer such chains.
@@ -69,7 +69,7 @@ def arithmetic_questions(config: ArithmeticConfig, split: Split = "train") -> Qu
 
 @stage(version="1")
 def arithmetic_demonstrations(config: DemonstrationConfig) -> Demonstrations:
-    """Chains of the training split, each solved by an author drawn for it alone: the question does not tell whom.
+    """Make demonstrations of training chains, each by an author drawn for it: the question does not say by whom.
 
     The share of right answers is recorded as `data/accuracy`: the accuracy at T = 1 of a policy that imitates perfectly.
     """
@@ -89,7 +89,7 @@ def arithmetic_demonstrations(config: DemonstrationConfig) -> Demonstrations:
 
 @stage(version="2")
 def read_questions(config: QuestionFileConfig) -> Questions:
-    """A question set from a JSONL, CSV or Parquet file, a Hugging Face `datasets` folder or a hub data set.
+    """Read a question set from a JSONL, CSV or Parquet file, a Hugging Face `datasets` folder or a hub data set.
 
     Metrics: `data/rows` (read), `data/repeats` (of these, repeated ones: `duplicates`).
 
@@ -106,7 +106,7 @@ def read_questions(config: QuestionFileConfig) -> Questions:
 def demonstrations_from_solutions(
     questions: Questions, answer_line: str = "#### {answer}", author: str = "data"
 ) -> Demonstrations:
-    r"""The data set's own solutions as demonstrations, each ending in one line that states the answer.
+    r"""Make demonstrations of the data set's own solutions, each ending in one line that states the answer.
 
     Args:
         questions: a set with solutions.
@@ -135,7 +135,7 @@ def demonstrations_from_solutions(
 
 @stage(version="1")
 def sample_batch(questions: Questions, *, size: int, step: int, seed: int) -> Questions:
-    """D_b: the `size` questions of step `step` (Algorithm 1, line 5), drawn without replacement from (seed, step) alone.
+    """Draw D_b: the questions of step `step` (Algorithm 1, line 5), without replacement, by (seed, step) only.
 
     Steps walk through one shuffled order of the set after another: in every `len(questions)` draws each question comes once.
 
@@ -147,7 +147,7 @@ def sample_batch(questions: Questions, *, size: int, step: int, seed: int) -> Qu
 
 
 def _draw_author(point: float, shares: dict[str, float]) -> Author:
-    """The author at `point` of 0..1 when the shares lie side by side."""
+    """Return the author at `point` of 0..1 when the shares lie side by side."""
     rest = point * sum(shares.values())
     for author in _AUTHORS:
         rest -= shares[author]

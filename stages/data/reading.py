@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
-    """One JSON object a line; blank lines do not count. Numbers are exact, whatever their size."""
+    """Read one JSON object a line; blank lines do not count. Numbers are exact, whatever their size."""
     decode = json.JSONDecoder(
         parse_float=json_decimal,
         parse_int=json_integer,
@@ -38,7 +38,7 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
             except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
                 raise DataError(f"{path}: line {number} is not JSON: {error}") from None
             except _RepeatedNameError as error:
-                raise DataError(f"{path}: line {number}: the name {str(error)!r} stands there twice") from None
+                raise DataError(f"{path}: line {number}: the name {str(error)!r} is there twice") from None
             if not isinstance(values, dict):
                 raise DataError(f"{path}: line {number}: expected a JSON object, found {type(values).__name__}")
             yield Row(f"{path}: line {number}", values)
@@ -60,7 +60,7 @@ _NOT_A_NUMBER: Final = {"nan", "inf", "infinity"}
 
 
 def csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
-    """Cells are text of any size, as they stand there; an empty one is no value. A quoted cell may hold newlines.
+    """Read cells as text of any size; an empty one is no value. A quoted cell may hold newlines.
 
     A cell that is the name of no number (`nan`, `-inf`, as other programs write a missing one) cannot be read. Messages name
     the line that a row begins on.
@@ -73,7 +73,7 @@ def csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
         try:
             names = next(reader, [])
             if len(set(names)) < len(names):
-                raise DataError(f"{path}: line 1: a column stands there twice: {names}")
+                raise DataError(f"{path}: line 1: a column is there twice: {names}")
             begins = reader.line_num + 1
             for cells in reader:
                 where = f"{path}: line {begins}"
@@ -100,7 +100,7 @@ def _csv_value(text: str) -> str | Unreadable:
 
 
 def _undecodable_line(path: Path) -> int:
-    """The decoder reads ahead in blocks and does not say."""
+    """Find the line: the decoder reads ahead in blocks and does not say."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -115,7 +115,7 @@ _PARQUET_ROWS: Final = 1024
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
-    """The rows of a Parquet file, or of a folder of them; nested columns as dictionaries and lists.
+    """Read a Parquet file, or a folder of them; nested columns as dictionaries and lists.
 
     A file is read in batches: Arrow reads no nested column with 2 GiB of text in one piece.
     """
@@ -133,7 +133,7 @@ def parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def datasets_rows(path: Path, split: str | None) -> Iterator[Row]:
-    """A folder of `save_to_disk`, or a folder of data files."""
+    """Read a folder of `save_to_disk`, or a folder of data files."""
     import datasets
 
     saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
@@ -147,7 +147,7 @@ def datasets_rows(path: Path, split: str | None) -> Iterator[Row]:
 
 
 def hub_rows(path: str, *, subset: str | None, revision: str, split: str | None) -> Iterator[Row]:
-    """A data set of the hub at one commit. `datasets` >= 4 runs no scripts of a data set at all."""
+    """Read a data set of the hub at one commit. `datasets` >= 4 runs no scripts of a data set at all."""
     import datasets
 
     try:
@@ -182,7 +182,7 @@ def _pick_split(found: Any, split: str | None, source: str) -> Any:
 def _table_rows(table: pa.Table | pa.RecordBatch, source: str, start: int = 0) -> Iterator[Row]:
     names = table.schema.names
     if len(set(names)) < len(names):
-        raise DataError(f"{source}: a column stands there twice: {names}")
+        raise DataError(f"{source}: a column is there twice: {names}")
     columns = [_values_of(column) for column in table.columns]
     return (
         Row(f"{source}: row {number}", dict(zip(names, cells, strict=True)))
@@ -191,7 +191,7 @@ def _table_rows(table: pa.Table | pa.RecordBatch, source: str, start: int = 0) -
 
 
 def _values_of(column: pa.ChunkedArray | pa.Array) -> list[Any]:
-    """A column as Python's values, exact numbers among them; those that Python cannot hold are `Unreadable`."""
+    """Return a column as Python's values, exact numbers among them; those that Python cannot hold are `Unreadable`."""
     import pyarrow as pa
 
     exact = _exact_of(column.type)
@@ -212,7 +212,7 @@ def _value_of(scalar: pa.Scalar) -> Any:
 
 
 def _exact_of(kind: pa.DataType) -> Callable[[Any], Any] | None:
-    """What makes the values of an Arrow type exact; None: they are."""
+    """Return what makes the values of an Arrow type exact; None: they are."""
     import pyarrow.types as types
 
     if types.is_floating(kind):

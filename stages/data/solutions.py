@@ -14,6 +14,7 @@ from pipeline.config import Config
 from pipeline.stage import record_metrics, stage
 from stages.data.cells import Row, cell, has_cell, required_text, text_of
 from stages.data.files import QuestionFileConfig, answer_of, question_of, rows_of, without_calculator_marks
+from stages.join import key_at
 from stages.models import Checkpoint, load_tokenizer
 from stages.tables import DataError, Demonstrations, Questions, Rollouts, Solutions, identify, is_held_out
 from stages.text import PromptConfig, decode_outputs, encode_completions, encode_prompts
@@ -33,9 +34,9 @@ class SolutionFileConfig(Config):
     authors: tuple[str, ...] = ()
     """Nested form: the columns, one per author. A row without a solution by one of them is no fault. Empty: flat."""
     solution: str = Field("solution", min_length=1)
-    """Where the text stands: the column of a flat file, the key in an author's object."""
+    """Where the text is: the column of a flat file, the key in an author's object."""
     label: str | None = None
-    """Where the file's own label stands (true or false, 1 or 0), in the same way; null: it has none."""
+    """Where the file's own label is (true or false, 1 or 0), in the same way; null: it has none."""
     author: str | None = None
     """The column of a flat file that names the author; null: none."""
 
@@ -65,7 +66,7 @@ class _Found(NamedTuple):
 
 @stage(version="2")
 def read_solutions(config: SolutionFileConfig) -> Solutions:
-    """The solutions of a file, in its order; those of one question are its samples 0, 1, ...
+    """Read the solutions of a file, in its order; those of one question are its samples 0, 1, ...
 
     Metrics: `data/solutions`, `data/questions`, `data/right_share` (of the file's own labels, where it has any).
 
@@ -94,7 +95,7 @@ def read_solutions(config: SolutionFileConfig) -> Solutions:
 
 @stage(version="1")
 def take_solutions(solutions: Solutions, *, start: float, stop: float) -> Solutions:
-    """The solutions of the questions that lie between `start` and `stop`, where a hash of its text places each in 0..1.
+    """Take the solutions of the questions between `start` and `stop`, where a hash of its text puts each in 0..1.
 
     A split by question: all solutions of one are on one side of any border, whatever the order and size of the file. The
     border is `is_held_out`'s, so that the held-out part of a share s is 0 to s.
@@ -112,7 +113,7 @@ def take_solutions(solutions: Solutions, *, start: float, stop: float) -> Soluti
 
 @stage(version="1")
 def questions_of(solutions: Solutions) -> Questions:
-    """The questions of the solutions, each once, with their gold answers."""
+    """Return the questions of the solutions, each once, with their gold answers."""
     rows = {row["question_id"]: row for row in solutions.read().drop(["solution"]).to_pylist()}
     columns = ("question_id", "question", "answer")
     return Questions.write([{**{name: row[name] for name in columns}, "solution": None} for row in rows.values()])
@@ -120,7 +121,7 @@ def questions_of(solutions: Solutions) -> Questions:
 
 @stage(version="1")
 def demonstrations_of(solutions: Solutions) -> Demonstrations:
-    """The solutions, right and wrong, as demonstrations: for a tokenizer made from them, not to be imitated."""
+    """Return the solutions, right and wrong, as demonstrations: for a tokenizer made from them, not to be imitated."""
     table = solutions.read().select(["question_id", "question", "solution", "author"])
     return Demonstrations.write(table.rename_columns(Demonstrations.schema.names))
 
@@ -177,23 +178,11 @@ def _metrics(table: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 # ------------------------------------------------------------------------------------------------ as outputs
 
 
-class _Encoded(NamedTuple):
-    question_id: str
-    sample: int
-    prompt_ids: list[int]
-    output_ids: list[int]
-
-    @property
-    def length(self) -> int:
-        """Tokens, the question's included."""
-        return len(self.prompt_ids) + len(self.output_ids)
-
-
 @stage(version="1")
 def solution_outputs(
     model: Checkpoint, solutions: Solutions, prompt: PromptConfig, *, max_tokens: int | None = None
 ) -> Rollouts:
-    """Every solution as an output, its question the prompt, in ids of the model's tokenizer; the end of sequence last.
+    """Encode every solution as an output, its question as the prompt, by the model's tokenizer; end of sequence last.
 
     No policy sampled these rows: they have no log-probabilities, temperature 1, seed 0 and finish reason `stop`.
 
@@ -207,43 +196,43 @@ def solution_outputs(
         PromptError: a character that the tokenizer cannot express.
         DataError: a solution longer than the model's window, by its row; or all are left out.
     """
-    tokenizer, every = load_tokenizer(model), solutions.rows()
-    prompts = encode_prompts(tokenizer, [row["question"] for row in every], prompt)
-    outputs = encode_completions(tokenizer, [row["solution"] for row in every])
-    encoded = [
-        _Encoded(row["question_id"], row["sample"], asked, output)
-        for row, asked, output in zip(every, prompts, outputs, strict=True)
-    ]
-    rows = [row for row in encoded if max_tokens is None or row.length <= max_tokens]
-    _check_window(model, rows)
-    decoded = decode_outputs(tokenizer, [row.output_ids for row in rows])
-    lengths = [row.length for row in rows]
-    tokens = {"data/tokens_mean": sum(lengths) / len(lengths), "data/tokens_most": max(lengths)}
-    record_metrics({**tokens, "data/left_out": len(encoded) - len(rows)})
+    tokenizer, table = load_tokenizer(model), solutions.read()
+    prompts = encode_prompts(tokenizer, _column(table, "question"), prompt)
+    outputs = encode_completions(tokenizer, _column(table, "solution"))
+    lengths = [len(asked) + len(output) for asked, output in zip(prompts, outputs, strict=True)]
+    kept = [row for row, length in enumerate(lengths) if max_tokens is None or length <= max_tokens]
+    if not kept:
+        raise DataError("every solution is longer than max_tokens; choose a larger one")
+    longest = max(kept, key=lengths.__getitem__)
+    _check_window(model, key_at(table, longest), lengths[longest])
+    decoded = decode_outputs(tokenizer, [outputs[row] for row in kept])
+    tokens = {
+        "data/tokens_mean": sum(lengths[row] for row in kept) / len(kept),
+        "data/tokens_most": lengths[longest],
+        "data/left_out": len(lengths) - len(kept),
+    }
+    record_metrics(tokens)
+    rows = take_rows(table, kept)
     return Rollouts.write(
         {
-            "question_id": [row.question_id for row in rows],
-            "sample": [row.sample for row in rows],
-            "prompt_ids": [row.prompt_ids for row in rows],
-            "output_ids": [row.output_ids for row in rows],
-            "logprobs": [None] * len(rows),
-            "finish_reason": ["stop"] * len(rows),
+            "question_id": rows["question_id"],
+            "sample": rows["sample"],
+            "prompt_ids": [prompts[row] for row in kept],
+            "output_ids": [outputs[row] for row in kept],
+            "logprobs": [None] * len(kept),
+            "finish_reason": ["stop"] * len(kept),
             "text": decoded.texts,
             "text_ends": decoded.ends,
-            "temperature": [1.0] * len(rows),
-            "seed": [0] * len(rows),
+            "temperature": [1.0] * len(kept),
+            "seed": [0] * len(kept),
         }
     )
 
 
-def _check_window(model: Checkpoint, rows: Sequence[_Encoded]) -> None:
-    if not rows:
-        raise DataError("every solution is longer than max_tokens; choose a larger one")
+def _check_window(model: Checkpoint, key: Any, longest: int) -> None:
     window = json.loads((model.path / "config.json").read_text()).get("max_position_embeddings")
-    longest = max(rows, key=lambda row: row.length)
-    if window is not None and longest.length > window:
+    if window is not None and longest > window:
         raise DataError(
-            f"solution {(longest.question_id, longest.sample)}: expected at most {window} tokens with its question (the "
-            f"model's window), found {longest.length}, the longest of all; leave such out with max_tokens, or take a model "
-            "with a larger window"
+            f"solution {key}: expected at most {window} tokens with its question (the model's window), found {longest}, the "
+            "longest of all; leave such out with max_tokens, or take a model with a larger window"
         )

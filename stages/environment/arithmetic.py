@@ -95,22 +95,22 @@ class Chain(NamedTuple):
 
     @property
     def expression(self) -> str:
-        """`7+5-3`: the same in every language."""
+        """Return `7+5-3`: the same in every language."""
         return str(self.first) + "".join([f"{sign}{operand}" for sign, operand in self.operations])
 
     @property
     def answer(self) -> int:
-        """The true result."""
+        """Return the true result."""
         return self.first + sum([operand if sign == "+" else -operand for sign, operand in self.operations])
 
 
 def render_question(chain: Chain, language: Language) -> str:
-    """The question as the policy sees it."""
+    """Return the question as the policy sees it."""
     return f"Compute {chain.expression}." if language == "en" else f"计算 {chain.expression}。"
 
 
 def write_solution(chain: Chain, author: Author, language: Language) -> str:
-    """The solution `author` writes: a function of the chain and of nothing else."""
+    """Write the solution of `author`: a function of the chain and of nothing else."""
     carries = author != "drops_carries_and_borrows"
     borrows = author in ("careful", "stops_early")
     operations = chain.operations[:-1] if author == "stops_early" else chain.operations
@@ -127,7 +127,7 @@ def write_solution(chain: Chain, author: Author, language: Language) -> str:
 
 
 def draw_chains(config: ArithmeticConfig, split: Split, rng: random.Random) -> Iterator[Chain]:
-    """Chains of one split without end, repeats included."""
+    """Yield chains of one split without end, repeats included."""
     # rng.random() alone: the other methods of `random` may draw differently in another Python version.
     uniform = rng.random
     lengths = config.longest - config.shortest + 1
@@ -148,7 +148,7 @@ def draw_chains(config: ArithmeticConfig, split: Split, rng: random.Random) -> I
 
 
 def unique_chains(config: ArithmeticConfig, split: Split) -> list[Chain]:
-    """`config.count` different chains of one split; a smaller count gives the first of them.
+    """Return `config.count` different chains of one split; a smaller count gives the first of them.
 
     Raises:
         DataError: there are not that many.
@@ -168,7 +168,7 @@ def unique_chains(config: ArithmeticConfig, split: Split) -> list[Chain]:
 
 
 def longest_question(config: ArithmeticConfig, split: Split) -> int:
-    """Characters of the longest question of a set."""
+    """Return characters of the longest question of a set."""
     return max(len(render_question(chain, config.language)) for chain in unique_chains(config, split))
 
 
@@ -179,7 +179,7 @@ _FINAL: Final = re.compile(rf"#### {_NUMBER}", re.ASCII)
 
 
 def parse_question(question: str) -> Chain:
-    """The chain a question asks for.
+    """Return the chain a question asks for.
 
     Raises:
         DataError: not a question of this world.
@@ -210,7 +210,7 @@ class LineCheck:
 
 
 def check_solution(question: str, text: str) -> list[LineCheck]:
-    """Exact labels of the lines of `text`, in order; empty lines carry none.
+    """Label the lines of `text` exactly, in order; empty lines have no label.
 
     Lines behind the answer line and lines that are none of this world's are neither right nor consistent. Both languages are
     understood, whatever the question's. A solution that breaks off has no answer line, and so no label for one.

@@ -86,7 +86,7 @@ def evaluate(outputs: Rollouts, rewards: Rewards, votes: Votes, config: Evaluati
 
 
 def _right(statuses: list[str], count_QS: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many outputs of each question are right (Q)."""
+    """Return how many outputs of each question are right (Q)."""
     return count_QS[:, statuses.index("ok")] if "ok" in statuses else np.zeros(len(count_QS), dtype=np.int64)
 
 
@@ -111,7 +111,7 @@ def _votes_of(questions: list[str], sample_Q: NDArray[np.int64], right_Q: NDArra
 
 
 def _estimates(voted: pa.Table, config: EvaluationConfig) -> dict[str, float]:
-    """Accuracy, Pass@K and Maj@K with their bounds; without those that are undefined."""
+    """Return accuracy, Pass@K and Maj@K with their bounds; without those that are undefined."""
     samples, correct, wrong = (voted[name].to_pylist() for name in ("samples", "correct", "wrong"))
     shares: dict[str, list[float]] = {"accuracy": [c / n for n, c in zip(samples, correct, strict=True)]}
     for k in config.ks:

@@ -46,7 +46,7 @@ class Checkpoint(Folder):
 
 
 def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, attention: str = "eager") -> PreTrainedModel:
-    """The model in evaluation mode (no dropout: ratios must be exactly 1), its weights cast to `dtype`.
+    """Load the model in evaluation mode (no dropout: ratios must be exactly 1), its weights cast to `dtype`.
 
     Which head it has, the checkpoint's own `architectures` say: a policy's (causal language model, also where they are
     absent), a critic's (token classification) or a reward model's (sequence classification).
@@ -76,7 +76,7 @@ def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, attention: str = "
 
 
 def _auto_class(checkpoint: Checkpoint) -> Any:
-    """What loads the head that config.json names."""
+    """Return the class that loads the head that config.json names."""
     import transformers
 
     described = read_object(checkpoint.path / "config.json")
@@ -96,7 +96,7 @@ def _auto_class(checkpoint: Checkpoint) -> Any:
 
 
 def architecture_of(checkpoint: Checkpoint) -> str:
-    """What decides which module is built, whatever its weights: config.json, and the code that is to read it.
+    """Return what decides which module is built, whatever its weights: config.json, and the code that is to read it.
 
     A module kept warm may take the weights of another checkpoint of the same architecture.
     """
@@ -147,7 +147,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
 
 
 def load_optimizer_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Optimizer state as `<parameter name>/<slot>`; empty where the checkpoint has none.
+    """Load optimizer state as `<parameter name>/<slot>`; empty where the checkpoint has none.
 
     Raises:
         PrunedArtifactError: it had one, which was freed (`keep.optimizer`, `cohort store prune --optimizer`).
@@ -164,7 +164,7 @@ def load_optimizer_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def load_trainer_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Counters of the trainer, and the kind of its optimizer where moments are kept; empty where the checkpoint has none."""
+    """Load the trainer's counters, and the kind of its optimizer where moments are kept; empty where there is none."""
     file = checkpoint.path / TRAINER
     state: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     return state
@@ -190,7 +190,7 @@ def save(
 
 
 def model_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by name, a tied weight once, under the name of its first owner."""
+    """Return parameters and persistent buffers by name, a tied weight once, under the name of its first owner."""
     weights: dict[str, torch.Tensor] = dict(model.named_parameters())
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     weights |= {name: tensor for name, tensor in model.state_dict().items() if name not in tied}

@@ -13,7 +13,7 @@ from stages.models.trusted_code import read_object
 
 
 def untrained_classifier(trunk: Checkpoint, *, reads: Literal["sequence", "token"], label: str) -> Any:
-    """The trunk of `trunk` under a new head of one output that says 0, as plain transformers loads it; float32.
+    """Put a head of one output that says 0 on the trunk of `trunk`, as plain transformers loads it; float32.
 
     Zero, whatever the seed: nothing is preferred before anything was learned. The trunk has no gradient until the first update
     has moved the head.
@@ -62,7 +62,7 @@ LABELS: dict[RewardKind, str] = {"outcome": "reward", "process": "step_reward"}
 
 
 def reward_kind(checkpoint: Checkpoint) -> RewardKind:
-    """Which kind of reward model it is, by its architecture and its label.
+    """Return which kind of reward model it is, by its architecture and its label.
 
     Raises:
         ValueError: it is none.
@@ -82,7 +82,7 @@ def reward_kind(checkpoint: Checkpoint) -> RewardKind:
 
 
 def vocabulary_of(checkpoint: Checkpoint) -> str:
-    """sha256 of the tokenizer's map from id to token: what decides whether two models read the same ids alike.
+    """Return the sha256 of the tokenizer's map from id to token: it decides whether two models read ids alike.
 
     Chat template, normaliser and the roles of special tokens are no part of it: a base and an instructed model may differ in
     them and still share every id.
@@ -92,7 +92,7 @@ def vocabulary_of(checkpoint: Checkpoint) -> str:
 
 
 def same_vocabulary(policy: Checkpoint, model: Checkpoint) -> bool:
-    """Whether both know the same token by every id."""
+    """Return whether both know the same token by every id."""
     files = [checkpoint.path / "tokenizer.json" for checkpoint in (policy, model)]
     if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
         return True

@@ -54,7 +54,7 @@ _UNWANTED: Final = ("adapter_config.json", "trusted_code.json")
 
 
 def model_files(folder: Path, *, own_code: bool = False) -> list[Path]:
-    """Files of the folder that make a checkpoint; whatever could run code is left behind.
+    """Return files of the folder that make a checkpoint; whatever could run code is left behind.
 
     Args:
         own_code: whether code of the model's own comes along, which may read files of other names.
@@ -109,7 +109,7 @@ def require_buildable(described: Mapping[str, Any], source: str) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold the weights: one, or the shards that an index names.
+    """Return the safetensors files that hold the weights: one, or the shards that an index names.
 
     Raises:
         ArtifactError: no weights, a shard that the index names and the folder lacks, or one that is no safetensors file.
@@ -125,7 +125,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _indexed(folder: Path) -> list[str]:
-    """The names in the index: files of the folder, and nothing else than weights."""
+    """Return the names in the index: files of the folder, and nothing else than weights."""
     mapping = read_object(folder / WEIGHT_INDEX).get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
         raise ArtifactError(f"{folder}: {WEIGHT_INDEX} has no weight_map; copy it again")
@@ -162,7 +162,7 @@ def copy_model(source: Path, target: Path, *, pin: str | None, setting: str, nam
 
 
 def read_description(folder: Path) -> dict[str, bytes]:
-    """What describes a model and does not change with training, by file name: configuration, tokenizer, its own code."""
+    """Return what describes a model and does not change with training, by file name: configuration, tokenizer, its own code."""
     skipped = {*_TRAINED, WEIGHT_INDEX, *_SEAL, *_UNWANTED}
     files = [f for f in folder.iterdir() if _describes(f) and f.name not in skipped]
     return {file.name: file.read_bytes() for file in sorted([*files, *code_files(folder)])}
@@ -229,7 +229,7 @@ def _write_weights(tensors: Mapping[str, StoredTensor], folder: Path, dtype: Pla
 
 
 def _shards(tensors: Mapping[str, StoredTensor], dtype: PlainType, shard_bytes: int) -> Iterator[list[str]]:
-    """Names in their order, cut before what would exceed the size."""
+    """Yield names in their order, cut before what would exceed the size."""
     shard: list[str] = []
     filled = 0
     for name, tensor in tensors.items():
@@ -257,7 +257,7 @@ def _write_shard(file: Path, members: Mapping[str, StoredTensor], dtype: PlainTy
 
 
 def _size(tensor: StoredTensor, dtype: PlainType) -> int:
-    """Bytes in the folder; the digits of a type's name are its bits (`I64`, `F8_E4M3`), and a truth value has a byte."""
+    """Return the bytes in the folder; a type's name has its bits (`I64`, `F8_E4M3`), and a truth value has a byte."""
     bits = re.match(r"[A-Z]+(\d+)", tensor.kind)
     return tensor.size * (_SIZES[dtype] if tensor.kind in _CAST else int(bits[1]) // 8 if bits else 1)
 

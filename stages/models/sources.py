@@ -49,7 +49,7 @@ class ExternalCheckpointConfig(Config):
     """Run the folder's own Python code, which is pinned by these digits (`code_digest`); null: it stays behind."""
 
     def key(self) -> dict[str, Any]:
-        """The content decides, not the place."""
+        """Return the digests of the files: the content decides, not the place."""
         files = model_files(self.path, own_code=self.trusted_code is not None)
         if self.trusted_code is None:
             return {file.name: measure(file)["sha256"] for file in files}
@@ -84,7 +84,7 @@ class Revision(Folder):
 
     @property
     def commit(self) -> str:
-        """40 hexadecimal digits."""
+        """Return 40 hexadecimal digits."""
         commit: str = json.loads((self.path / _FILE).read_text(encoding="utf-8"))["commit"]
         return commit
 
@@ -102,7 +102,7 @@ class HubCheckpointConfig(Config):
 
 @stage(version="1")
 def resolve_revision(repository: str, revision: str) -> Revision:
-    """The commit that a branch or tag is now, with a warning that names it: it stays that of every later run.
+    """Resolve a branch or tag to its commit, which stays that of every later run; warn with the commit.
 
     Raises:
         HubError: no such repository or revision, no access, or no connection and nothing in the hub's cache.
@@ -141,24 +141,15 @@ def fetch_checkpoint(config: HubCheckpointConfig) -> Checkpoint:
 
 
 def code_of_commit(repository: str, revision: str) -> str:
-    """The digest of the Python code that a commit has, by the hub or its cache: no artifact is asked what it was made from.
+    """Return the digest of the Python code that a commit has, by the hub or its cache and not by any artifact.
 
     Raises:
         HubError: as `resolve_revision`.
     """
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import errors
 
     def files(*, offline: bool) -> list[Path]:
-        folder = snapshot_download(
-            repository,
-            revision=revision,
-            allow_patterns=["*.py"],
-            ignore_patterns=list(_UNWANTED),
-            cache_dir=_cache(),
-            endpoint=_endpoint(),
-            local_files_only=offline,
-        )
-        return code_files(Path(folder))
+        return code_files(_download(repository, revision, ["*.py"], offline=offline))
 
     with _explained(repository, revision):
         with contextlib.suppress(errors.LocalEntryNotFoundError):
@@ -169,25 +160,30 @@ def code_of_commit(repository: str, revision: str) -> str:
 
 
 def fetch_description(repository: str, revision: str) -> Path:
-    """The folder in the hub's cache with configuration and tokenizer of a model, fetched where they are not there.
+    """Fetch configuration and tokenizer of a model into the hub's cache; return their folder.
 
     Raises:
         HubError: as `resolve_revision`.
     """
+    with _explained(repository, revision):
+        return _download(repository, revision, [pattern for pattern in _WANTED if pattern != "*.safetensors"])
+
+
+def _download(repository: str, revision: str, patterns: list[str], *, offline: bool = False) -> Path:
+    """Return the folder of a commit in the hub's cache, with the files of these names; `offline`: only what is there."""
     from huggingface_hub import snapshot_download
 
-    wanted = [pattern for pattern in _WANTED if pattern != "*.safetensors"]
-    with _explained(repository, revision):
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                allow_patterns=wanted,
-                ignore_patterns=list(_UNWANTED),
-                cache_dir=_cache(),
-                endpoint=_endpoint(),
-            )
+    return Path(
+        snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=list(_UNWANTED),
+            cache_dir=_cache(),
+            endpoint=_endpoint(),
+            local_files_only=offline,
         )
+    )
 
 
 def _ask_quickly(repository: str, revision: str) -> None:
@@ -198,8 +194,8 @@ def _ask_quickly(repository: str, revision: str) -> None:
 
 
 def _snapshot(config: HubCheckpointConfig) -> Path:
-    """The files in the hub's cache, downloaded where they are not there and the hub answers."""
-    from huggingface_hub import errors, snapshot_download
+    """Download the files into the hub's cache where they are not there and the hub answers."""
+    from huggingface_hub import errors
 
     refusal: Exception | None = None
     unavailable: tuple[type[Exception], ...] = (errors.HfHubHTTPError, *_unreachable())
@@ -207,23 +203,15 @@ def _snapshot(config: HubCheckpointConfig) -> Path:
         _ask_quickly(config.repository, config.revision)
     except unavailable as error:
         refusal = error
+    wanted = [*_WANTED, *(["*.py"] if config.trust_remote_code else [])]
     try:
-        folder = snapshot_download(
-            config.repository,
-            revision=config.revision,
-            allow_patterns=[*_WANTED, *(["*.py"] if config.trust_remote_code else [])],
-            ignore_patterns=list(_UNWANTED),
-            cache_dir=_cache(),
-            endpoint=_endpoint(),
-            local_files_only=refusal is not None,
-        )
+        return _download(config.repository, config.revision, wanted, offline=refusal is not None)
     except errors.LocalEntryNotFoundError as error:
         raise refusal or error from None
-    return Path(folder)
 
 
 def _commit(repository: str, revision: str) -> str:
-    """What the hub says; without a connection what its cache holds, from an earlier download by whatever program."""
+    """Ask the hub; without a connection its cache, filled by an earlier download of whatever program."""
     from huggingface_hub import HfApi, errors, try_to_load_from_cache
 
     try:
@@ -247,7 +235,7 @@ def _cache() -> str | None:
 
 
 def _unreachable() -> tuple[type[Exception], ...]:
-    """What the library raises where there is no connection: none is wanted, or none comes about."""
+    """Return what the library raises where there is no connection: none is wanted, or none comes about."""
     from huggingface_hub import errors
 
     # `HTTPError` of the HTTP library in use, the parent of its connection errors.
@@ -256,7 +244,7 @@ def _unreachable() -> tuple[type[Exception], ...]:
 
 @contextlib.contextmanager
 def _explained(repository: str, revision: str) -> Iterator[None]:
-    """The library's errors as `HubError`s that say what to do."""
+    """Raise the library's errors as `HubError`s that say what to do."""
     from huggingface_hub import constants, errors
 
     place = _endpoint() or constants.ENDPOINT

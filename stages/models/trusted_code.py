@@ -21,7 +21,7 @@ from pipeline.store.files import measure
 _NAMED: Final = 5
 """Files that a message names."""
 _ADAPTER: Final = "adapter_config.json"
-"""Beside config.json it makes transformers load further weights. Our adapters have a folder of their own."""
+"""Next to config.json it makes transformers load further weights. Our adapters have a folder of their own."""
 
 
 def code_files(folder: Path) -> list[Path]:
@@ -30,7 +30,7 @@ def code_files(folder: Path) -> list[Path]:
 
 
 def code_digest(files: list[Path]) -> str:
-    """What pins the code of a folder, which has no commit: 40 hexadecimal digits of a sha256 over names and contents."""
+    """Return the pin of a folder's code, which has no commit: 40 hex digits of a sha256 over names and contents."""
     parts = "".join(f"{file.name} {measure(file)['sha256']}\n" for file in files)
     return hashlib.sha256(parts.encode()).hexdigest()[:40]
 
@@ -62,7 +62,7 @@ def trust(digest: str) -> None:
 
 
 def may_run_code(folder: Path) -> bool:
-    """Whether a loader may run code of the checkpoint in `folder`; asked before every call of transformers on one.
+    """Return whether a loader may run code of the checkpoint in `folder`; asked before every call of transformers on one.
 
     Returns:
         True: it has code, which is what the running configuration pins. False: it has none.
@@ -72,7 +72,7 @@ def may_run_code(folder: Path) -> bool:
     """
     if (folder / _ADAPTER).exists():
         raise ArtifactError(
-            f"{folder}: {_ADAPTER} beside the model would load other weights into it; remove the artifact"
+            f"{folder}: {_ADAPTER} next to the model would load other weights into it; remove the artifact"
         )
     below = sorted(file for file in folder.rglob("*") if file.suffix.lower() == ".py")
     if not below:
@@ -117,7 +117,7 @@ def require_known(folder: Path, *, setting: str, name: str) -> None:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file that describes a model; an ArtifactError where there is no such thing in it."""
+    """Read the JSON object in a file that describes a model; an ArtifactError where there is none."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -132,12 +132,12 @@ def _require_own(folder: Path, name: str) -> None:
         if "--" in reference:
             raise ArtifactError(
                 f"{name}: auto_map names {reference}, code of another repository, which the revision does not pin; copy "
-                "that code into a folder beside the weights and name its own classes in auto_map"
+                "that code into a folder next to the weights and name its own classes in auto_map"
             )
 
 
 def _references(folder: Path) -> Iterator[str]:
-    """The classes that the `auto_map`s of a model name, `module.Class` or `owner/name--module.Class`, in whichever file."""
+    """Yield the classes that the `auto_map`s of a model name, `module.Class` or `owner/name--module.Class`, in any file."""
     for file in sorted(folder.glob("*.json")):
         yield from _auto_maps(read_object(file))
 

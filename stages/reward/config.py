@@ -97,7 +97,7 @@ class LanguageConfig(Config):
     """Largest share of words in another script; a Chinese character counts as a word. Ours: a unit or a name that the question
     does not have may stand in a short Chinese sentence."""
     max_run: int = Field(4, ge=1)
-    """How often a passage of up to 24 words (numbers included, but not alone) may stand in a row."""
+    """How often a passage of up to 24 words (numbers included, but not by themselves) may be repeated in a row."""
     max_compression: float = Field(6.0, gt=1)
     """Characters per compressed byte in the most repetitive 2,048 characters (zlib): 2-3 in prose, 10 and more in loops."""
     missing: Missing = "no_reward"
@@ -168,7 +168,7 @@ class StepsConfig(Config):
     """Factor of the share of credited lines in the outcome reward. 0: steps are for process supervision, and the outcome
     reward stays what it was."""
     credit: Literal["right", "consistent"] = "right"
-    """What r^index(j) = 1 stands for, else 0. `right`: the line is the true one at its place. `consistent`: it follows from
+    """What r^index(j) = 1 means, else 0. `right`: the line is the true one at its place. `consistent`: it follows from
     what the output wrote before, right or not, so that one slip does not take the credit of every later line."""
     missing: Missing = "no_reward"
     """As for accuracy; a line is always decidable."""
@@ -211,10 +211,10 @@ ComponentConfig = Annotated[
 
 
 class ThinkingConfig(Config):
-    """Where a reasoning model thinks: what stands between the tags is not its answer."""
+    """Where a reasoning model thinks: what is between the tags is not its answer."""
 
     tags: tuple[str, str] = ("<think>", "</think>")
-    """What opens and what closes the thinking. Only what stands behind the last closing tag is read; where the thinking is not
+    """What opens and what closes the thinking. Only what follows the last closing tag is read; where the thinking is not
     closed, nothing behind its beginning is."""
     opened_by_prompt: bool = False
     """Whether the prompt's template ends in the opening tag: then an output without either tag is thinking throughout."""

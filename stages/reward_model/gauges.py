@@ -142,7 +142,7 @@ def _join(scores: Rewards, rules: Rewards, outputs: Rollouts) -> _Joined:
 
 
 def _steps(scored: pa.Table, rule: pa.Table) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Scores and labels of all steps of the rows in which both have them.
+    """Return scores and labels of all steps of the rows in which both have them.
 
     Raises:
         ValueError: the two have steps that end at different tokens; names the row.

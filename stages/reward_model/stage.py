@@ -107,7 +107,7 @@ def _by_kind(models: Sequence[Checkpoint], policy: Checkpoint) -> dict[RewardKin
 
 
 def _verdicts(outputs: pa.Table, rules: Rewards | None) -> list[Mapping[str, Any]]:
-    """Status, extracted answer and reward of each output by the rules."""
+    """Return status, extracted answer and reward of each output by the rules."""
     if rules is None:
         return [{"status": UNJUDGED, "extracted": None, "reward": None}] * outputs.num_rows
     found = align(
@@ -124,7 +124,7 @@ def _verdicts(outputs: pa.Table, rules: Rewards | None) -> list[Mapping[str, Any
 def _scores(
     rows: Sequence[dict[str, Any]], model: Checkpoint, kind: RewardKind, config: ScoringConfig
 ) -> list[tuple[list[int], list[float]]]:
-    """Where each row was read, and its scores there on the scale asked for."""
+    """Return where each row was read, and its scores there on the scale asked for."""
     from stages.training import threads
 
     check_lengths(model, rows)
@@ -152,7 +152,7 @@ class _Input(NamedTuple):
 
 
 def _scores_of(checkpoint: Checkpoint, inputs: Sequence[_Input], config: ScoringConfig) -> list[list[float]]:
-    """The model's logits at the places of each input, in batches of like length; the model stays resident."""
+    """Compute the model's logits at the places of each input, in batches of like length; the model stays resident."""
     import torch
 
     from stages.training.batching import Row, micro_batches
@@ -175,7 +175,7 @@ def _scores_of(checkpoint: Checkpoint, inputs: Sequence[_Input], config: Scoring
 
 
 def _resident(checkpoint: Checkpoint, config: ScoringConfig, device: str) -> torch.nn.Module:
-    """The model, frozen; one of each kind stays in memory."""
+    """Load the model, frozen; one of each kind stays in memory."""
 
     import torch
 

@@ -47,7 +47,7 @@ RewardObjectiveConfig = Annotated[BradleyTerryConfig | PointwiseConfig, Field(di
 
 @dataclass(frozen=True)
 class Example:
-    """An output, where its scores are read, and the label of each; it stands for `weight` equal ones."""
+    """An output, where its scores are read, and the label of each; it counts for `weight` equal ones."""
 
     question_id: str
     prompt_ids: tuple[int, ...]
@@ -60,7 +60,7 @@ class Example:
 
 
 class Pair(NamedTuple):
-    """A comparison: numbers of two examples, standing for `weight` equal ones."""
+    """A comparison: numbers of two examples, counting for `weight` equal ones."""
 
     preferred: int
     other: int
@@ -76,7 +76,7 @@ class Unit:
 
 
 def read_examples(labels: RewardLabels, model: Checkpoint, objective: RewardObjectiveConfig) -> list[Example]:
-    """The examples `model` can learn from, checked.
+    """Read the examples that `model` can learn from, and check them.
 
     For a process model those with step labels; with pairs those of questions that have a right and a wrong output.
 
@@ -100,7 +100,7 @@ def read_examples(labels: RewardLabels, model: Checkpoint, objective: RewardObje
 
 
 def draw_updates(examples: Sequence[Example], questions: int, *, epoch: int, seed: int) -> list[list[Example]]:
-    """The examples of each update of one epoch: those of so many questions, in an order drawn for the epoch."""
+    """Draw the updates of one epoch: each has the examples of `questions` questions, in an order of the epoch's own."""
     groups = list(_by_question(examples).values())
     uniform = random.Random(f"reward_training/{seed}/{epoch}").random
     groups.sort(key=lambda _: uniform())
@@ -111,7 +111,7 @@ def draw_updates(examples: Sequence[Example], questions: int, *, epoch: int, see
 
 
 def units_of(examples: Sequence[Example], objective: RewardObjectiveConfig) -> list[Unit]:
-    """What is learned from as a whole: an output, a pair, or the outputs of a question with all their pairs.
+    """Return the units that are learned from as a whole: an output, a pair, or a question's outputs with all their pairs.
 
     Equal outputs of a question are computed once, weighted by their number: the same sum, up to rounding, for less work.
     Matched pairs are left as they are.
@@ -144,7 +144,7 @@ def _compared(group: Sequence[Example], objective: BradleyTerryConfig) -> list[U
 
 
 def _merged(examples: Sequence[Example]) -> list[Example]:
-    """Each distinct example with how often it occurs, in the order first seen."""
+    """Return each distinct example with how often it occurs, in the order first seen."""
     return [dataclasses.replace(example, weight=count) for example, count in Counter(examples).items()]
 
 
@@ -181,7 +181,7 @@ def _check_vocabulary(rows: Sequence[Mapping[str, Any]], model: Checkpoint) -> N
 
 
 def nothing_to_learn(labels: RewardLabels, kind: RewardKind, objective: RewardObjectiveConfig) -> str | None:
-    """Why a model of this kind cannot learn from these labels, for which its training would fail; None where it can."""
+    """Return why the training of a model of this kind on these labels would fail; None where it would not."""
     column = "label" if kind == "outcome" else "step_labels"
     table = labels.read().select(["question_id", column])
     groups: dict[str, list[float]] = {}
@@ -211,7 +211,7 @@ def _objection(labels_by_question: Mapping[str, Sequence[float]], objective: Rew
 
 
 def _with_differences(examples: list[Example], objective: RewardObjectiveConfig) -> list[Example]:
-    """The examples that there is something to learn from: with pairs those of questions that have one."""
+    """Return the examples with something to learn from: with pairs, those of questions that have one."""
     groups = _by_question(examples)
     labels = {question: [label for example in group for label in example.labels] for question, group in groups.items()}
     objection = _objection(labels, objective)

@@ -73,7 +73,7 @@ class Fit:
             yield list(_parts(units, self._engine, self._micro_batch_tokens, self._objective)), factor
 
     def _loss(self, part: _Part) -> Tensor:
-        """Weighted loss of the scores, fitted to labels or to one another; notes the weighted share that is right."""
+        """Return the weighted loss of the scores, fitted to labels or to one another; add up the share that is right."""
         with self._engine.autocast():
             score_N = scores_at(self._engine.model, part.batch, part.positions_N)
         if isinstance(self._objective, BradleyTerryConfig):
@@ -100,7 +100,7 @@ class Fit:
 def _parts(
     units: Sequence[Unit], engine: Engine, micro_batch_tokens: int, objective: RewardObjectiveConfig
 ) -> Iterator[_Part]:
-    """This rank's parts of an update, on the engine's device."""
+    """Yield this rank's parts of an update, on the engine's device."""
     examples = [example for unit in units for example in unit.examples]
     pairs, start = [], 0
     for unit in units:
@@ -115,7 +115,7 @@ def _parts(
 def _pair_shares(
     pairs: Sequence[Pair], examples: Sequence[Example], objective: RewardObjectiveConfig
 ) -> dict[Pair, float]:
-    """The weight of each pair in the loss of the update; they sum to 1."""
+    """Return the weight of each pair in the loss of the update; they sum to 1."""
     if isinstance(objective, BradleyTerryConfig) and objective.average == "questions":
         comparisons: Counter[str] = Counter()
         for pair in pairs:
@@ -127,7 +127,7 @@ def _pair_shares(
 
 
 def _part(batch: Batch, factor: float, examples: Sequence[Example], shares: Mapping[Pair, float], device: str) -> _Part:
-    """A micro-batch with its share of the update's denominator; `factor` is 0 where it only fills up a rank's passes."""
+    """Build a micro-batch with its share of the update's denominator; `factor` is 0 where it only fills up a rank's passes."""
     held = [examples[row] for row in batch.rows]
     place = {row: number for number, row in enumerate(batch.rows)}
     here = [pair for pair in shares if pair.preferred in place]
@@ -146,7 +146,7 @@ def _part(batch: Batch, factor: float, examples: Sequence[Example], shares: Mapp
 
 
 def _micro_batches(units: Sequence[Unit], max_tokens: int) -> list[Batch]:
-    """Units as micro-batches of at most `max_tokens` tokens, padding included, longest first; a longer unit is one batch."""
+    """Build micro-batches of at most `max_tokens` tokens, padding included, longest first; a longer unit is one batch."""
     rows = [Row(example.prompt_ids, example.output_ids) for unit in units for example in unit.examples]
     borders = itertools.accumulate((len(unit.examples) for unit in units), initial=0)
     members = [range(start, end) for start, end in itertools.pairwise(borders)]

@@ -101,7 +101,7 @@ class RewardTrainingConfig(Config):
 
 @stage(version="1")
 def create_reward_model(policy: Checkpoint, config: RewardModelConfig) -> Checkpoint:
-    """r_phi before its training, with the policy's trunk and tokenizer, as plain transformers loads it.
+    """Make r_phi before its training, with the policy's trunk and tokenizer, as plain transformers loads it.
 
     Args:
         policy: whose trunk it is. The paper takes the base model, not the instructed one (4.2).
@@ -123,7 +123,7 @@ def create_reward_model(policy: Checkpoint, config: RewardModelConfig) -> Checkp
 
 
 def _padding(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The padding id in config.json, by which plain transformers finds the last token of a padded row.
+    """Return the padding id for config.json, by which plain transformers finds the last token of a padded row.
 
     None where padding and end of sequence are one token: transformers then refuses to score several rows at once, instead of
     reading each one token too early. (Here nothing depends on it: the scored token is given.)
@@ -137,7 +137,7 @@ def _padding(tokenizer: PreTrainedTokenizerFast) -> int | None:
 def mix_with_history(
     fresh: RewardLabels, history: list[RewardLabels], config: ReplayConfig, *, seed: int
 ) -> RewardLabels:
-    """All fresh labels, then n of the history.
+    """Return all fresh labels, then n of the history.
 
         n = share / (1 - share) * fresh rows    or    share * history rows        (`share_of`), rounded, all there are at most
 
@@ -190,7 +190,7 @@ def _wanted(config: ReplayConfig, *, fresh: int, old: int) -> int:
 
 
 def _questions(table: pa.Table) -> list[list[int]]:
-    """Row numbers of each question."""
+    """Return row numbers of each question."""
     groups: dict[str, list[int]] = {}
     for row, question_id in enumerate(table["question_id"].to_pylist()):
         groups.setdefault(question_id, []).append(row)
@@ -211,7 +211,7 @@ def _check_vocabulary(tables: Sequence[pa.Table]) -> None:
 def train_reward_model(
     model: Checkpoint, labels: RewardLabels, config: RewardTrainingConfig, *, seed: int
 ) -> Checkpoint:
-    """r_phi after `epochs` passes over the labels, continued from what `model` has learned (DeepSeekMath, 4.1.4).
+    """Train r_phi for `epochs` passes over the labels, from what `model` has learned (DeepSeekMath, 4.1.4).
 
     Args:
         model: from create_reward_model or from an earlier training.
@@ -221,7 +221,7 @@ def train_reward_model(
 
     Metrics: `rm/loss` (nats), `rm/train_accuracy` and `rm/grad_norm` are means over the last epoch's updates, each before its
     update: in a single epoch, of outputs not learned from before. Accuracy is the share of pairs in order, or of scores on the
-    side of their label, weighted as the loss is. Besides `rm/updates`, `rm/skipped_steps`, `rm/examples`, `rm/pairs` (of the
+    side of their label, weighted as the loss is. Further `rm/updates`, `rm/skipped_steps`, `rm/examples`, `rm/pairs` (of the
     last epoch) and `rm/learning_rate`.
 
     Raises:
@@ -254,7 +254,7 @@ def train_reward_model(
 def _updates(
     examples: Sequence[Example], config: RewardTrainingConfig, epoch: int, seed: int
 ) -> list[tuple[list[Example], float]]:
-    """The examples of each update of an epoch, and the factor of its learning rate."""
+    """Return the examples of each update of an epoch, and the factor of its learning rate."""
     drawn = draw_updates(examples, config.questions_per_update, epoch=epoch, seed=seed)
     done = [(epoch + number / len(drawn)) / config.epochs for number in range(len(drawn))]
     return [(held, 1 - part if config.decay == "linear" else 1.0) for held, part in zip(drawn, done, strict=True)]

@@ -55,7 +55,7 @@ def keep_informative(outputs: list[Rollouts], rewards: list[Rewards], *, size: i
 
 
 def _differs(reward_N: NDArray[np.float64], question_N: NDArray[np.int64], questions: int) -> NDArray[np.bool_]:
-    """Whether a question has at least two different rewards (Q); a reward that is NaN takes no part."""
+    """Return whether a question has at least two different rewards (Q); a reward that is NaN takes no part."""
     low_Q, high_Q = np.full(questions, np.inf), np.full(questions, -np.inf)
     np.fmin.at(low_Q, question_N, reward_N)
     np.fmax.at(high_Q, question_N, reward_N)

@@ -53,7 +53,7 @@ def chat_turn(
     tail: str,
     variables: Mapping[str, Any],
 ) -> ChatTurn:
-    """What the template writes before the question and behind it, up to the answer of the assistant.
+    """Return what the template writes before the question and behind it, up to the answer of the assistant.
 
     Args:
         template: in Jinja; None: the tokenizer's own.
@@ -109,7 +109,7 @@ def _own(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def _steady(renderings: Sequence[str]) -> str:
-    """The one text that is rendered whatever the time."""
+    """Return the one text that is rendered whatever the time."""
     if found := _ADDRESS.search("".join(renderings)):
         raise PromptError(
             f"the chat template writes an address of memory, which every process has another of: {found[0]}"
@@ -133,7 +133,7 @@ def _require_read(variables: Mapping[str, Any], reads: Sequence[str]) -> None:
 
 @functools.lru_cache(maxsize=128)
 def _render(given: str) -> dict[str, Any]:
-    """What the script says of a template, its variables and conversations (JSON); once a process."""
+    """Render a template with its variables and conversations (JSON) in the script; once a process."""
     template, variables, conversations = json.loads(given)
     spec = {"template": template, "variables": variables, "conversations": conversations, "clocks": _CLOCKS}
     command = [sys.executable, "-P", str(_SCRIPT), str(_SECONDS)]

@@ -33,7 +33,7 @@ class Decoded(NamedTuple):
 
 
 def decode_outputs(tokenizer: PreTrainedTokenizerFast, outputs: Sequence[Sequence[int] | NDArray[np.int32]]) -> Decoded:
-    """Text and ends of every output.
+    """Decode every output into its text and ends.
 
     Bytes that are no character become U+FFFD; those at the very end belong to the last id. A tokenizer whose `batch_decode`
     rewrites text afterwards (spaces before punctuation) has ends cut to the text, right up to the characters rewritten.
@@ -59,7 +59,7 @@ def decode_outputs(tokenizer: PreTrainedTokenizerFast, outputs: Sequence[Sequenc
 
 
 def _sizes(backend: Any, ids_M: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each id the bytes it adds to its output, in byte-level BPE: none for special tokens and ids that are no token."""
+    """Return the bytes that each id adds to its output, in byte-level BPE: none for special tokens and unknown ids."""
     import numpy as np
 
     added = backend.get_added_tokens_decoder()
@@ -75,7 +75,7 @@ def _sizes(backend: Any, ids_M: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _is_by_bytes(backend: Any, texts: Sequence[str], size_N: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Whether the bytes of an output's tokens are those of its text: else some are no character, or it is another tokenizer."""
+    """Return whether the bytes of an output's tokens are those of its text: in byte-level BPE, without broken bytes."""
     import numpy as np
     from tokenizers import decoders
 
@@ -88,7 +88,7 @@ def _is_by_bytes(backend: Any, texts: Sequence[str], size_N: NDArray[np.int64]) 
 def _ends_by_bytes(
     size_M: NDArray[np.int64], texts: Sequence[str], by_bytes_N: NDArray[np.bool_], output_M: NDArray[np.int64]
 ) -> NDArray[np.int32]:
-    """The ends of all tokens at once, by adding up sizes; only the texts that `by_bytes_N` names have bytes in it."""
+    """Return the ends of all tokens at once, by adding up sizes; texts not in `by_bytes_N` count as empty."""
     import numpy as np
 
     kept = [text if kept else "" for text, kept in zip(texts, by_bytes_N, strict=True)]
@@ -102,7 +102,7 @@ def _ends_by_bytes(
 
 
 def _ends_one_by_one(backend: Any, ids: Sequence[int] | NDArray[np.int32], text: str) -> NDArray[np.int32]:
-    """The ends by decoding id after id: for broken bytes, and for tokenizers whose tokens are not bytes."""
+    """Return the ends by decoding id after id: for broken bytes, and for tokenizers whose tokens are not bytes."""
     import numpy as np
     from tokenizers import decoders
 
@@ -114,7 +114,7 @@ def _ends_one_by_one(backend: Any, ids: Sequence[int] | NDArray[np.int32], text:
 
 
 def _byte_stream(backend: Any) -> Callable[[int], str]:
-    """What each id of byte-level BPE adds to the text, for ids given in turn."""
+    """Return what gives each id's addition to the text, for ids of byte-level BPE given in turn."""
     added = backend.get_added_tokens_decoder()
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     byte_of = {symbol: byte for byte, symbol in byte_symbols().items()}
@@ -130,7 +130,7 @@ def _byte_stream(backend: Any) -> Callable[[int], str]:
 
 
 def _token_stream(backend: Any) -> Callable[[int], str]:
-    """What each id adds to the text, for ids given in turn, by any decoder."""
+    """Return what gives each id's addition to the text, for ids given in turn, by any decoder."""
     from tokenizers.decoders import DecodeStream
 
     stream = DecodeStream(skip_special_tokens=True)

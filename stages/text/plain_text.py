@@ -39,7 +39,7 @@ _PLAIN: Final[weakref.WeakKeyDictionary[PreTrainedTokenizerFast, Plain]] = weakr
 
 
 def plain_of(tokenizer: PreTrainedTokenizerFast) -> Plain:
-    """The copies of a tokenizer, kept as long as it lives and knows no further token."""
+    """Return the copies of a tokenizer, kept as long as it lives and knows no further token."""
     decoder = tokenizer.added_tokens_decoder
     added = frozenset(decoder) | frozenset(tokenizer.all_special_ids)
     known = _PLAIN.get(tokenizer)
@@ -60,7 +60,7 @@ def _copy(description: dict[str, Any], **changes: Any) -> Tokenizer:
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Each text as ids of ordinary tokens only; nothing is added.
+    """Encode each text as ids of ordinary tokens only; nothing is added.
 
     Raises:
         PromptError: a character the tokenizer cannot express.
@@ -78,7 +78,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> li
 
 
 def _split_around(plain: Plain, text: str) -> list[int]:
-    """`text` with each forbidden match encoded character by character.
+    """Encode `text` with each forbidden match character by character.
 
     For added tokens that the model's own vocabulary also holds as a word, which encoding can then reach without them.
     """

@@ -35,7 +35,7 @@ INSTRUCTIONS: Final = {
 
 
 class PromptConfig(Config):
-    """What stands around a question. The parts nest: `prefix`, chat turn, question and instruction, end of turn, `suffix`.
+    """Set what is around a question. The parts nest: `prefix`, chat turn, question and instruction, end of turn, `suffix`.
 
     `cohort prompt RECIPE --question "..."` prints what comes of it.
     """
@@ -44,9 +44,9 @@ class PromptConfig(Config):
     """The instruction behind the question: none, or the paper's chain-of-thought prompt in English or Chinese."""
     instruction: str | None = Field(None, min_length=1)
     """An instruction of your own in place of `template`'s, in the same turn as the question and on a line of its own: a newline
-    stands between the two, and nothing else. Special tokens written here act as such."""
+    separates the two, and nothing else. Special tokens written here act as such."""
     instruction_at: Literal["behind", "before"] = "behind"
-    """Where `instruction` stands: behind the question, or before it."""
+    """Where `instruction` is: behind the question, or before it."""
     chat: Literal["none", "deepseek_math", "tokenizer"] = "none"
     """The turn around question and instruction: none, the paper's `User: ...` and `Assistant:` (no system prompt), or the
     tokenizer's own chat template with its generation prompt."""
@@ -76,7 +76,7 @@ class PromptConfig(Config):
                     )
         if self.instruction is not None and self.template != "raw":
             raise ValueError(
-                f"instruction: stands in place of template's, and template is {self.template}; set template=raw or "
+                f"instruction: replaces template's, and template is {self.template}; set template=raw or "
                 "instruction=null"
             )
         if self.instruction is None and self.instruction_at != "behind":
@@ -90,7 +90,7 @@ class PromptConfig(Config):
         return self
 
     def key(self) -> dict[str, Any]:
-        """A template of one's own counts by its text; parts that are not set are not in the key."""
+        """Return the key: a template of one's own counts by its text, parts that are not set are not in it."""
         parts = super().key()
         for name in ("instruction", "system", "chat_template", "chat_template_kwargs"):
             if not parts[name]:
@@ -100,13 +100,13 @@ class PromptConfig(Config):
         return parts | ({"chat_template": self.own_template()} if "chat_template" in parts else {})
 
     def around(self) -> tuple[str, str]:
-        """The instruction, as text before the question and text behind it."""
+        """Return the instruction, as text before the question and text behind it."""
         if self.instruction is None:
             return "", INSTRUCTIONS[self.template]
         return ("", "\n" + self.instruction) if self.instruction_at == "behind" else (self.instruction + "\n", "")
 
     def own_template(self) -> str | None:
-        """The text of `chat_template`, read from its file where it names one.
+        """Return the text of `chat_template`, read from its file where it names one.
 
         Raises:
             PromptError: the file cannot be read.
@@ -126,17 +126,17 @@ class PromptConfig(Config):
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, question: str, config: PromptConfig) -> list[int]:
-    """The prompt of one question as ids; see `encode_prompts`."""
+    """Encode the prompt of one question; see `encode_prompts`."""
     return encode_prompts(tokenizer, [question], config)[0]
 
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerFast, questions: Sequence[str], config: PromptConfig
 ) -> list[list[int]]:
-    """The prompts of `questions` as ids, in order.
+    """Encode the prompts of `questions`, in order.
 
-    A beginning-of-sequence token comes first, once, if the tokenizer adds one; where a chat template is used, the template
-    alone decides about it, as in transformers' `apply_chat_template`.
+    A beginning-of-sequence token comes first, once, if the tokenizer adds one; where a chat template is used, only the
+    template decides about it, as in transformers' `apply_chat_template`.
 
     Raises:
         PromptError: a question holds a character the tokenizer cannot express, or the chat template is missing or unusable.
@@ -147,7 +147,7 @@ def encode_prompts(
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerFast, question: str, config: PromptConfig) -> str:
-    """The text of a prompt, special tokens by name.
+    """Return the text of a prompt, special tokens by name.
 
     Raises:
         PromptError: as `encode_prompts`.
@@ -157,13 +157,8 @@ def prompt_text(tokenizer: PreTrainedTokenizerFast, question: str, config: Promp
     return f"{start}{before}{question}{after}"
 
 
-def encode_completion(tokenizer: PreTrainedTokenizerFast, completion: str) -> list[int]:
-    """A supervised target as ids: the text, then the end of sequence; see `encode_completions`."""
-    return encode_completions(tokenizer, [completion])[0]
-
-
 def encode_completions(tokenizer: PreTrainedTokenizerFast, completions: Sequence[str]) -> list[list[int]]:
-    """Supervised targets as ids. The end of sequence is part of the target: without it a policy never learns to stop.
+    """Encode supervised targets, the end of sequence included: without it a policy never learns to stop.
 
     Raises:
         PromptError: a character the tokenizer cannot express, or a tokenizer without an end of sequence.
@@ -171,15 +166,6 @@ def encode_completions(tokenizer: PreTrainedTokenizerFast, completions: Sequence
     if tokenizer.eos_token_id is None:
         raise PromptError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
     return [[*ids, tokenizer.eos_token_id] for ids in encode_texts(tokenizer, completions)]
-
-
-def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """`text` as ids of ordinary tokens only; nothing is added and no special or added token can come out.
-
-    Raises:
-        PromptError: a character the tokenizer cannot express.
-    """
-    return encode_texts(tokenizer, [text])[0]
 
 
 class _Frame(NamedTuple):
@@ -200,7 +186,7 @@ def _frame(tokenizer: PreTrainedTokenizerFast, config: PromptConfig) -> _Frame:
 
 
 def _around(tokenizer: PreTrainedTokenizerFast, config: PromptConfig) -> tuple[str, str]:
-    """All text before the question, and all behind it."""
+    """Return all text before the question, and all behind it."""
     before, after = config.around()
     if config.chat == "deepseek_math":
         before, after = "User: " + before, after + "\n\nAssistant:"
@@ -217,7 +203,7 @@ def _around(tokenizer: PreTrainedTokenizerFast, config: PromptConfig) -> tuple[s
 
 
 def _added_start(tokenizer: PreTrainedTokenizerFast, config: PromptConfig, before: str) -> list[int]:
-    """The beginning of sequence that stands before `before`; empty where a chat template decides, or the text has it."""
+    """Return the beginning of sequence that precedes `before`; empty where a chat template decides, or the text has it."""
     if config.chat == "tokenizer":
         return []
     plain = plain_of(tokenizer)
@@ -226,7 +212,7 @@ def _added_start(tokenizer: PreTrainedTokenizerFast, config: PromptConfig, befor
 
 
 def _cut_behind_last(plain: Plain, text: str) -> tuple[list[int], str]:
-    """Ids up to the last added token of `text`, and the text behind it."""
+    """Return ids up to the last added token of `text`, and the text behind it."""
     encoding = plain.template.encode(text, add_special_tokens=False)
     last = max((place for place, number in enumerate(encoding.ids) if number in plain.added), default=None)
     if last is None:
@@ -235,7 +221,7 @@ def _cut_behind_last(plain: Plain, text: str) -> tuple[list[int], str]:
 
 
 def _cut_before_first(plain: Plain, text: str) -> tuple[str, list[int]]:
-    """The text before the first added token of `text`, and ids from there on."""
+    """Return the text before the first added token of `text`, and ids from there on."""
     encoding = plain.template.encode(text, add_special_tokens=False)
     first = next((place for place, number in enumerate(encoding.ids) if number in plain.added), None)
     if first is None:
@@ -244,7 +230,7 @@ def _cut_before_first(plain: Plain, text: str) -> tuple[str, list[int]]:
 
 
 def _start_ids(plain: Plain) -> list[int]:
-    """The ids the tokenizer puts before any text: its beginning of sequence, or nothing."""
+    """Return the ids the tokenizer puts before any text: its beginning of sequence, or nothing."""
     encoding = plain.template.encode("a", add_special_tokens=True)
     mask: list[int] = encoding.special_tokens_mask
     return encoding.ids[: mask.index(0)] if 0 in mask else []

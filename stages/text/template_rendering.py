@@ -35,7 +35,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 def render(spec: dict[str, Any]) -> dict[str, Any]:
-    """Every conversation at every clock, and the variables that the template reads.
+    """Render every conversation at every clock, and find the variables that the template reads.
 
     Args:
         spec: `template`, `variables` by name, `conversations` (lists of messages), `clocks` (ISO 8601).
@@ -106,7 +106,7 @@ def _raise(message: str) -> NoReturn:
 
 
 def _limit(seconds: int) -> None:
-    """Limits of this process; the deadline of who started it holds where the system has none."""
+    """Limit this process; the deadline of the process that started it holds where the system has no limits."""
     import resource
 
     for kind, limit in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, _MEMORY)):

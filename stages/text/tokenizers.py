@@ -60,7 +60,7 @@ TokenizerConfig = Annotated[CharacterTokenizerConfig | BPETokenizerConfig, Field
 def build_tokenizer(
     texts: Iterable[str], config: CharacterTokenizerConfig | BPETokenizerConfig
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer for `texts`; equal texts and config give equal ids.
+    """Build a tokenizer for `texts`; equal texts and config give equal ids.
 
     The end of sequence has id 0, padding id 1 (never the same token: a mask made from padding must not hide the end).
 
@@ -89,7 +89,7 @@ def _as_qwen2(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> PreT
 
 
 def _character_vocabulary(texts: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Byte symbols and merges under which every character of the corpus is one token.
+    """Return byte symbols and merges under which every character of the corpus is one token.
 
     A character of several bytes is merged from left to right, over prefixes that occur in no text on their own. A merge cannot
     reach across characters: each begins with the leading byte of one, and no other byte can be a leading byte.
@@ -139,14 +139,14 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> tuple[dict[str, int], l
 
 
 def _learned(backend: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a trained model; the library offers them through its JSON only."""
+    """Return vocabulary and merges of a trained model; the library offers them through its JSON only."""
     model: dict[str, Any] = json.loads(backend.to_str())["model"]
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
     return model["vocab"], [(left, right) for left, right in merges]
 
 
 def byte_symbols() -> dict[int, str]:
-    """The printable character that byte-level BPE writes for each byte (GPT-2's table): ' ' is 'Ġ', newline 'Ċ'."""
+    """Return the printable character of each byte in byte-level BPE (GPT-2's table): ' ' is 'Ġ', newline 'Ċ'."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     symbols = {byte: chr(byte) for byte in printable}
     for byte in range(256):
@@ -182,7 +182,7 @@ class _Comparison(NamedTuple):
 
 
 def settle_tokenizer(folder: Path) -> None:
-    """See to it that transformers reads the tokenizer in `folder` as its files say; warns of what it changes in them.
+    """Make transformers read the tokenizer in `folder` as its files say; warn of what is changed in them.
 
     Where transformers would not, tokenizer_config.json is made to name the class that takes tokenizer.json whole, and a
     beginning of sequence that only `add_bos_token` asks for is written into tokenizer.json.
@@ -264,7 +264,7 @@ def _refuse(found: _Comparison) -> None:
 
 
 def _compare(folder: Path) -> _Comparison | None:
-    """None where there is no tokenizer.json to hold against, or code of the model's own reads it."""
+    """Compare; None where there is no tokenizer.json to compare with, or code of the model's own reads it."""
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 

@@ -205,15 +205,15 @@ def undressed(answer: str) -> str:
     text = _LATEX_NOISE.sub("", _SPACES.sub(" ", _STYLE.sub("", text)))
     text = _TEXT_COMMAND.sub(r" \1", text.replace("dfrac", "frac").replace("tfrac", "frac"))
     for _ in range(4):
-        bare = text.strip().rstrip("\\").strip("*` ")
-        bare = bare.strip("_") if bare.startswith("_") and bare.endswith("_") else bare
-        bare = bare if bare.endswith("..") else bare.removesuffix(".").strip()
-        bare = bare[1:-1] if len(bare) > 2 and bare[0] == bare[-1] and bare[0] in "\"'" else bare
-        bare = bare[1:-1] if bare[:1] + bare[-1:] in ("$$", "{}") and len(bare) > 2 and "}" not in bare[1:-1] else bare
-        bare = _LEAD.sub("", bare, count=1) if _LEAD.match(bare) else bare
-        if bare == text:
+        core = text.strip().rstrip("\\").strip("*` ")
+        core = core.strip("_") if core.startswith("_") and core.endswith("_") else core
+        core = core if core.endswith("..") else core.removesuffix(".").strip()
+        core = core[1:-1] if len(core) > 2 and core[0] == core[-1] and core[0] in "\"'" else core
+        core = core[1:-1] if core[:1] + core[-1:] in ("$$", "{}") and len(core) > 2 and "}" not in core[1:-1] else core
+        core = _LEAD.sub("", core, count=1) if _LEAD.match(core) else core
+        if core == text:
             break
-        text = bare
+        text = core
     return text
 
 

@@ -44,7 +44,7 @@ _HEADING: Final = re.compile(
 )
 _LABEL_ALONE: Final = re.compile(rf"\W*{_LABEL}\W*", re.IGNORECASE)
 _BOX: Final = re.compile(r"\\(?:boxed|fbox|framebox|bbox)\s*(?:\[[^\]\n]{0,20}\]\s*)*(\{)?")
-_BARE_BOX: Final = re.compile(
+_UNBRACED_BOX: Final = re.compile(
     r"[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?\\?%?|\\(?:text|mathrm|mathbf)\s?\{[^{}]*\}|\\[dt]?frac\s*(?:\{[^{}]*\}\s*\{[^{}]*\}|\d\s*\d)|(?<![A-Za-z])[A-Za-z](?![A-Za-z])"
 )
 _BRACE: Final = re.compile(r"\\[{}]|[{}]")  # an escaped brace is text
@@ -94,8 +94,8 @@ def boxed_answers(text: str) -> list[tuple[int, int, str]]:
             end = closing.get(match.end() - 1)
             if end is not None:
                 found.append((match.start(), end, text[match.end() : end - 1]))
-        elif bare := _BARE_BOX.match(text, match.end()):
-            found.append((match.start(), bare.end(), bare[0]))
+        elif core := _UNBRACED_BOX.match(text, match.end()):
+            found.append((match.start(), core.end(), core[0]))
     return found
 
 
@@ -137,7 +137,7 @@ def _closed_by_phrase(text: str) -> bool:
 
 
 def _tags(text: str, mark: Mark) -> str | None:
-    """Return what stands between `<answer>` and its `</answer>`."""
+    """Return what is between `<answer>` and its `</answer>`."""
     if mark == "first":
         answer, closing, _ = text.partition("<answer>")[2].partition("</answer>")
         return answer if closing else None
@@ -147,7 +147,7 @@ def _tags(text: str, mark: Mark) -> str | None:
 
 
 def _hashes(text: str, mark: Mark) -> str | None:
-    """GSM8K: what follows a `####` on its line; a heading of that form has its answer below, or none."""
+    """Return what follows a `####` on its line, as in GSM8K; a heading of that form has its answer below, or none."""
     places = [match.end() for match in _HASHES.finditer(text)]
     for place in places if mark == "first" else reversed(places):
         line = _line_from(text, place)
@@ -169,7 +169,7 @@ def _phrase(text: str, mark: Mark) -> str | None:
 
 
 def _line_mark(text: str, start: int) -> int | None:
-    """Return where the label ends whose word stands at `start`, if it opens its line."""
+    """Return where the label ends whose word is at `start`, if it opens its line."""
     line = max(text.rfind("\n", max(0, start - _FARTHEST), start) + 1, 0)
     if line == 0 and start > _FARTHEST:
         return None

@@ -33,9 +33,12 @@ def has_form(text: str, form: Literal["hashes", "boxed", "line"]) -> bool:
     match form:
         case "hashes":
             before, mark, answer = text.rstrip().rpartition("####")
-            alone = mark != "" and "####" not in before and (not before or before.endswith("\n"))
+            is_single = mark != "" and "####" not in before and (not before or before.endswith("\n"))
             return (
-                alone and "\n" not in answer and answer.strip(" $-+.")[:1].isdigit() and read_number(answer) is not None
+                is_single
+                and "\n" not in answer
+                and answer.strip(" $-+.")[:1].isdigit()
+                and read_number(answer) is not None
             )
         case "boxed":
             boxes = boxed_answers(text)
@@ -122,7 +125,7 @@ def foreign_share(question: str, text: str) -> float:
 
 
 def longest_run(text: str) -> int:
-    """Return how often the same passage stands in a row: 3 for "so we go so we go so we go", 1 for a text without repetition.
+    """Return how often one passage is repeated in a row: 3 for "so we go so we go so we go", 1 for a text without repetition.
 
     A passage is up to 24 words, numbers or Chinese characters and has at least one word: `2*2*2*2*2` is no repetition, nor are
     lines in which a number changes.

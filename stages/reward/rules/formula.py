@@ -56,7 +56,7 @@ _TRIGONOMETRIC: Final = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _DEGREES: Final = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\circ\s*\}?")
 _PLAIN_ROOT: Final = re.compile(r"(\\?)(sqrt|cbrt)\s*\(([^()]*(?:\([^()]*\)[^()]*)*)\)")
 _PLAIN_FRACTION: Final = re.compile(r"\\frac\s*\(([^()]*)\)\s*\(([^()]*)\)")
-_BARE_FRACTION: Final = re.compile(r"\\(frac|binom)\s*(?:(\d)|\{([^{}]*)\})\s*(?:(\d)(?!\d)|\{([^{}]*)\})")
+_LABEL_ONLY_FRACTION: Final = re.compile(r"\\(frac|binom)\s*(?:(\d)|\{([^{}]*)\})\s*(?:(\d)(?!\d)|\{([^{}]*)\})")
 _ALLOWED: Final = re.compile(r"[0-9A-Za-z+\-*/^_=<>()\[\]{}|!,.:&\\% ]*")
 _BASE: Final = re.compile(r"\d\s*_")
 _MANY_POINTS: Final = re.compile(r"\d*\.\d+\.\d|\.\s*\.")
@@ -105,7 +105,7 @@ def _operators(text: str) -> str:
     for _ in range(3):
         text = _PLAIN_ROOT.sub(lambda root: (r"\sqrt" if root[2] == "sqrt" else r"\sqrt[3]") + f"{{{root[3]}}}", text)
         text = _PLAIN_FRACTION.sub(r"\\frac{\1}{\2}", text)
-    text = _BARE_FRACTION.sub(lambda f: rf"\{f[1]}{{{f[2] or f[3]}}}{{{f[4] or f[5]}}}", text)
+    text = _LABEL_ONLY_FRACTION.sub(lambda f: rf"\{f[1]}{{{f[2] or f[3]}}}{{{f[4] or f[5]}}}", text)
     if _TRIGONOMETRIC.search(text):
         text = _DEGREES.sub(r"\\frac{\1\\pi}{180}", text)
     text = re.sub(r"\^\s*([-+]?\d+)", r"^{\1}", text)
@@ -130,8 +130,8 @@ def _worded(text: str) -> str:
 
 def _text(content: str) -> str:
     r"""Return what `\text{}` holds: its words stand apart, a single letter or a number is what it is."""
-    bare = content.strip()
-    return f" {bare} " if (len(bare) > 1 and bare.isalpha()) or " " in bare else f"{{{bare}}}" if bare else " "
+    core = content.strip()
+    return f" {core} " if (len(core) > 1 and core.isalpha()) or " " in core else f"{{{core}}}" if core else " "
 
 
 def _unit_place(text: str) -> int | None:
@@ -195,12 +195,12 @@ def _is_read(text: str) -> bool:
     if any("\\in" in _COMMAND.sub(lambda c: f" {c[0]} ", part).split() for part in parts(text)[1:]):
         return False  # `2k, k \in \mathbb{Z}`: the parser reads no condition
     inside = re.sub(r"_\{[A-Z]+\}", "_{X}", inside)  # points of a figure
-    bare = _COMMAND.sub("@", re.sub(r"\\(?:begin|end)\s?\{\w+\}", " ", inside))
-    if re.search(r"\d\s+\d", re.sub(r"\\\\", ",", re.sub(r"(?<=\d)\s+(?=\d{3}(?:\D|$))", "", bare))):
+    core = _COMMAND.sub("@", re.sub(r"\\(?:begin|end)\s?\{\w+\}", " ", inside))
+    if re.search(r"\d\s+\d", re.sub(r"\\\\", ",", re.sub(r"(?<=\d)\s+(?=\d{3}(?:\D|$))", "", core))):
         return False
     if any(
         len(run) > 3 or run.lower() in MATHEMATICAL or (len(run) > 2 and is_word(run)) or run in _STOP
-        for run in _RUN.findall(bare)
+        for run in _RUN.findall(core)
     ):
         return False
     return not _ENVIRONMENT.sub("", text).count("\\begin")

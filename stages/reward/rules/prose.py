@@ -131,11 +131,11 @@ def _explains(rest: str, separator: str) -> bool:
         return separator.strip() != ""
     if retracts(rest):
         return False
-    bare = rest.lstrip("(（[ ")
-    if bare[:5].lower().startswith(("i.e.", "e.g.")):
-        return not bare[4:].lstrip(" ,:")[:1].isdigit()
-    if _CHINESE.match(bare):
-        return _CHINESE_JOINT.match(bare) is None
+    core = rest.lstrip("(（[ ")
+    if core[:5].lower().startswith(("i.e.", "e.g.")):
+        return not core[4:].lstrip(" ,:")[:1].isdigit()
+    if _CHINESE.match(core):
+        return _CHINESE_JOINT.match(core) is None
     first = _FIRST_WORD.match(rest)
     if first is None:
         return False
@@ -181,7 +181,7 @@ def _open_brackets(head: str) -> bool:
 
 
 _WRAPPING: Final = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s?\{([^{}]*)\}|[$*]")
-_BARE: Final = re.compile(r"[(\[{]?([A-J])[)\]}]?[.。]?")
+_LABEL_ONLY: Final = re.compile(r"[(\[{]?([A-J])[)\]}]?[.。]?")
 _LABELLED: Final = re.compile(r"(?:[(\[]([A-J])[)\]]|([A-J])[).:])\s+\S.*")
 _EXPLAINED: Final = re.compile(
     r"[(\[]?([A-J])[)\]]?(?:,\s+(?!or\b|and\b)[a-z]|,?\s+(?:because|since|as|so|which|due to)\b).*", re.DOTALL
@@ -207,8 +207,8 @@ def choice_label(gold: str) -> tuple[str, bool] | None:
     None where the gold answer is not that of a multiple-choice question.
     """
     lines = [_WRAPPING.sub(r"\1", line).strip() for line in gold.split("\n")]
-    if len(lines) == 1 and (bare := _BARE.fullmatch(lines[0])):
-        return bare[1], True
+    if len(lines) == 1 and (core := _LABEL_ONLY.fullmatch(lines[0])):
+        return core[1], True
     for line in lines:
         if marked := _LABELLED.fullmatch(line):
             return marked[1] or marked[2], True
@@ -224,11 +224,11 @@ def find_choice(text: str, answer: str | None, *, marked: bool, search: bool) ->
         text: the output.
         answer: what its conventions say is the answer, where they find one.
         marked: whether the gold marks its label; otherwise only a label and nothing else counts.
-        search: whether a label that stands anywhere in the text counts, if it is the only one that is not denied.
+        search: whether a label anywhere in the text counts, if it is the only one that is not denied.
     """
     stated = _WRAPPING.sub(r"\1", text[:_OPENING_LENGTH] if answer is None else answer).strip()
-    if bare := _BARE.fullmatch(stated):
-        return bare[1]
+    if core := _LABEL_ONLY.fullmatch(stated):
+        return core[1]
     if lower := _LOWER_CASE.fullmatch(stated):
         return lower[1].upper()
     if not marked:

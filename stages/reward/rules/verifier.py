@@ -113,9 +113,9 @@ def _named_apart(gold: str, answer: str | None) -> str:
 
 
 def _value_of(part: str) -> str:
-    bare = part.strip()
-    if "=" in bare and len(sides(bare)) == 1 and bare.startswith("(") and bare.endswith(")"):
-        return f"({','.join(map(_value_of, parts(bare[1:-1])))})"
+    core = part.strip()
+    if "=" in core and len(sides(core)) == 1 and core.startswith("(") and core.endswith(")"):
+        return f"({','.join(map(_value_of, parts(core[1:-1])))})"
     match [side for side in sides(part) if side.strip()]:
         case [name, value] if is_name(name):
             return value

@@ -25,6 +25,9 @@ from stages.models import (
 from stages.sft import PolicyConfig
 from tests.stages.training.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
+BOMB = b"cbuiltins\nexec\n(S'raise SystemExit'\ntR."
+"""A pickle that ends the process that loads it."""
+
 
 @pytest.fixture
 def external(tmp_path: Path) -> Path:
@@ -124,12 +127,29 @@ def test_a_missing_description_is_named(store: Store, external: Path, name: str)
         import_checkpoint(ExternalCheckpointConfig(path=external))
 
 
-def test_pickled_weights_are_refused(store: Store, external: Path) -> None:
+def test_a_pickle_is_never_opened_whether_it_is_imported_or_planted(store: Store, external: Path) -> None:
     for file in external.glob("model*"):
         file.unlink()
-    (external / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(ArtifactError, match=r"pytorch_model\.bin"):
+    pickled = dict.fromkeys(("pytorch_model.bin", "training_args.bin", "optimizer.pt", "vocab.pkl"), BOMB)
+    for name, content in pickled.items():
+        (external / name).write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"optimizer\.pt is a pickle"):
         import_checkpoint(ExternalCheckpointConfig(path=external))
+
+    def planted(*left_out: str) -> Checkpoint:
+        def fill(folder: Path) -> None:
+            save(folder, tiny_model(), tiny_tokenizer())
+            for name, content in pickled.items():
+                (folder / name).write_bytes(content)
+            for name in left_out:
+                (folder / name).unlink()
+
+        return Checkpoint.write(fill)
+
+    load_tokenizer(next_to_weights := planted())
+    load_model(next_to_weights, dtype=torch.float32)
+    with pytest.raises(ArtifactError, match=r"optimizer\.pt is a pickle"):
+        load_model(planted("model.safetensors"), dtype=torch.float32)
 
 
 def test_a_checkpoint_of_a_store_may_be_imported_into_one(store: Store) -> None:

@@ -10,8 +10,7 @@ from pipeline.store import Store
 from stages.models import Checkpoint, load_tokenizer
 from stages.sft import PolicyConfig, create_policy, demonstrated_outputs
 from stages.tables import DataError, Demonstrations, Rollouts
-from stages.text import PromptConfig, encode_prompt
-from stages.text.prompts import encode_completion
+from stages.text import PromptConfig, encode_completions, encode_prompt
 
 PROMPT = PromptConfig(suffix="\n")
 SETTINGS = {
@@ -53,7 +52,7 @@ def test_rows_hold_what_supervised_finetuning_trains_on(store: Store) -> None:
     for row in drawn(policy, corpus, step=0, seed=7).rows():
         question = told[row["question_id"], row["text"]]
         assert row["prompt_ids"] == encode_prompt(tokenizer, question, PROMPT)
-        assert row["output_ids"] == encode_completion(tokenizer, row["text"])
+        assert row["output_ids"] == encode_completions(tokenizer, [row["text"]])[0]
         assert row["output_ids"][-1] == tokenizer.eos_token_id
         # One token a character, then the end of sequence, which adds none.
         length = len(row["text"])

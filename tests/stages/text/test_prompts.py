@@ -20,7 +20,7 @@ from stages.text import (
     encode_prompt,
     encode_prompts,
 )
-from stages.text.prompts import encode_completion, encode_text
+from stages.text.plain_text import encode_texts
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
@@ -44,6 +44,14 @@ def make_tokenizer() -> Any:
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return make_tokenizer()
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    return encode_texts(tokenizer, [text])[0]
+
+
+def encode_completion(tokenizer: Any, text: str) -> list[int]:
+    return encode_completions(tokenizer, [text])[0]
 
 
 def with_bos(tokenizer: Any) -> Any:

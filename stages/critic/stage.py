@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from pathlib import Path
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -12,7 +11,7 @@ from pydantic import Field, model_validator
 from pipeline.config import Config
 from pipeline.progress import report
 from pipeline.stage import record_metrics, stage
-from stages.models import WEIGHTS, Checkpoint, copy_description, model_weights, untrained_classifier, write_tensors
+from stages.models import Checkpoint, save_classifier, untrained_classifier
 from stages.tables import Advantages, Rollouts, Values
 from stages.training.batching import deal, rows_of, with_scores
 from stages.training.config import AdamWConfig, TrainingConfig
@@ -56,13 +55,7 @@ def create_critic(policy: Checkpoint, config: CriticConfig) -> Checkpoint:
     """
     critic = untrained_classifier(policy, reads="token", label="value")
     record_metrics({"critic/parameters": critic.num_parameters()})
-
-    def fill(folder: Path) -> None:
-        copy_description(policy.path, folder)
-        critic.config.save_pretrained(folder)
-        write_tensors(folder / WEIGHTS, model_weights(critic))
-
-    return Checkpoint.write(fill)
+    return save_classifier(policy, critic)
 
 
 @stage(version="1")

@@ -18,6 +18,7 @@ from stages.models.classifiers import (
     check_lengths,
     reward_kind,
     same_vocabulary,
+    save_classifier,
     untrained_classifier,
     vocabulary_of,
 )
@@ -82,6 +83,7 @@ __all__ = [
     "reward_kind",
     "same_vocabulary",
     "save",
+    "save_classifier",
     "trust",
     "untrained_classifier",
     "vocabulary_of",

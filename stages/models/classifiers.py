@@ -6,9 +6,11 @@ import copy
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from stages.models.checkpoint import Checkpoint, load_model, load_tokenizer
+from stages.models.checkpoint import Checkpoint, load_model, load_tokenizer, model_weights, write_tensors
+from stages.models.folders import WEIGHTS, copy_description
 from stages.models.trusted_code import read_object
 
 
@@ -50,6 +52,17 @@ def untrained_classifier(trunk: Checkpoint, *, reads: Literal["sequence", "token
             parameter.zero_()
     model.config.architectures = [type(model).__name__]
     return model
+
+
+def save_classifier(trunk: Checkpoint, model: Any) -> Checkpoint:
+    """Write a classifier that was just made from `trunk`, with the tokenizer of that."""
+
+    def fill(folder: Path) -> None:
+        copy_description(trunk.path, folder)
+        model.config.save_pretrained(folder)
+        write_tensors(folder / WEIGHTS, model_weights(model))
+
+    return Checkpoint.write(fill)
 
 
 # ------------------------------------------------------------------------------------------------ reward models

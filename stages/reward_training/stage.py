@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, Self, assert_never
 
 import pyarrow as pa
@@ -16,14 +15,11 @@ from pipeline.progress import report
 from pipeline.stage import record_metrics, stage
 from stages.models import (
     LABELS,
-    WEIGHTS,
     Checkpoint,
     RewardKind,
-    copy_description,
     load_tokenizer,
-    model_weights,
+    save_classifier,
     untrained_classifier,
-    write_tensors,
 )
 from stages.reward_training.examples import (
     Example,
@@ -113,13 +109,7 @@ def create_reward_model(policy: Checkpoint, config: RewardModelConfig) -> Checkp
     model = untrained_classifier(policy, reads=_READS[config.kind], label=LABELS[config.kind])
     model.config.pad_token_id = _padding(load_tokenizer(policy))
     record_metrics({"rm/parameters": model.num_parameters()})
-
-    def fill(folder: Path) -> None:
-        copy_description(policy.path, folder)
-        model.config.save_pretrained(folder)
-        write_tensors(folder / WEIGHTS, model_weights(model))
-
-    return Checkpoint.write(fill)
+    return save_classifier(policy, model)
 
 
 def _padding(tokenizer: PreTrainedTokenizerFast) -> int | None:

@@ -144,7 +144,7 @@ def test_the_answer_is_taken_from_the_solution_where_no_column_holds_it(store: S
         ("#### 5\nmore", "5"),
     ],
 )
-def test_the_answer_stands_behind_the_last_marker(solution: str, answer: str | None) -> None:
+def test_the_answer_is_behind_the_last_marker(solution: str, answer: str | None) -> None:
     assert extract_answer(solution) == answer
 
 
@@ -193,9 +193,7 @@ def test_an_id_column_that_was_asked_for_must_exist(store: Store, tmp_path: Path
         read_questions(config(path, columns={"id": "number"}))
 
 
-def test_a_configuration_that_was_overridden_or_written_down_asks_for_no_more_columns(
-    store: Store, tmp_path: Path
-) -> None:
+def test_an_overridden_configuration_asks_for_no_more_columns(store: Store, tmp_path: Path) -> None:
     given = config(write_jsonl(tmp_path / "q.jsonl", [{"question": "2+2?", "answer": "4"}]))
     for same in (given.override({"limit": 1}), QuestionFileConfig.from_yaml(given.to_yaml())):
         assert read_questions(same).rows()[0]["solution"] is None

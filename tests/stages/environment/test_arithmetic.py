@@ -101,27 +101,16 @@ def test_labels_of_an_early_stop_are_right_but_for_the_answer_line() -> None:
     ]
 
 
-def test_a_line_that_follows_rightly_from_a_wrong_one_is_consistent_but_not_right() -> None:
+def test_a_line_that_follows_from_a_wrong_one_is_consistent_not_right() -> None:
     checks = check_solution("Compute 7+5+3.", "7+5=2\n2+3=5\n#### 5")
     assert [(check.right, check.consistent) for check in checks] == [(False, False), (False, True), (False, True)]
 
 
 @pytest.mark.parametrize(
     "line",
-    [
-        "7+5=12 ",
-        "07+5=12",
-        "7+5= 12",
-        "7-5=12",
-        "12=7+5",
-        "7+6=13",
-        "5+7=12",
-        "nonsense",
-        "7+5=012",
-        "٧+5=12",
-        "####12",
-    ],
-)
+    ["7+5=12 ", "07+5=12", "7+5= 12", "7-5=12", "12=7+5", "7+6=13", "5+7=12", "nonsense", "7+5=012", "٧+5=12",
+     "####12"],
+)  # fmt: skip
 def test_a_first_line_in_any_other_form_is_not_right(line: str) -> None:
     (check,) = check_solution("Compute 7+5.", line)
     assert not check.right
@@ -204,7 +193,7 @@ def test_the_world_is_the_same_on_every_machine(store: Store) -> None:
     assert [row["question"] for row in first] == ["Compute 7+2+4-4+5.", "Compute 4+5+1+3."]
 
 
-def test_demonstrations_follow_the_shares_and_the_question_does_not_tell_the_author(store: Store) -> None:
+def test_demonstrations_follow_the_shares_whatever_the_question(store: Store) -> None:
     config = DemonstrationConfig(chains=ArithmeticConfig(count=8000, shortest=2, longest=2))
     demonstrations = arithmetic_demonstrations(config)
     rows = demonstrations.rows()
@@ -239,13 +228,13 @@ def test_the_english_world_has_24_characters(store: Store) -> None:
     assert characters == set("0123456789+-=.# \nCompute")
 
 
-def test_a_mixture_that_is_imitated_perfectly_is_right_on_half_of_the_chains_of_3_to_5(store: Store) -> None:
+def test_a_perfectly_imitated_mixture_is_right_on_half_of_the_chains(store: Store) -> None:
     """As the documentation says; 0.51 +- 3 standard deviations of 10,000 draws."""
     config = DemonstrationConfig(chains=ArithmeticConfig(count=10_000))
     assert arithmetic_demonstrations(config).metrics["data/accuracy"] == pytest.approx(0.51, abs=0.015)
 
 
-def test_part_of_a_demonstration_config_keeps_the_other_defaults_of_supervised_training() -> None:
+def test_part_of_a_demonstration_config_keeps_its_other_defaults() -> None:
     chains = DemonstrationConfig.parse({"chains": {"count": 10}}).chains
     assert (chains.count, chains.shortest, chains.longest) == (10, 2, 6)
 

@@ -90,7 +90,7 @@ def names(checkpoint: Checkpoint) -> set[str]:
 # ------------------------------------------------------------------------------------------------ the hub
 
 
-def test_a_commit_of_the_hub_becomes_a_checkpoint_without_pickles_code_and_folders(store: Store, hub: Hub) -> None:
+def test_a_commit_becomes_a_checkpoint_without_pickles_code_and_folders(store: Store, hub: Hub) -> None:
     fetched = fetch_checkpoint(HubCheckpointConfig(repository="owner/tiny", revision=FIRST))
     assert names(fetched) & {"evil.py", "pytorch_model.bin", "extra", "other.json"} == set()
     assert not [path for path in hub.asked if path.endswith((".py", ".bin", "other.json"))]
@@ -177,7 +177,7 @@ def test_code_is_not_trusted_without_a_pin(revision: str | None) -> None:
         PretrainedPolicy.parse({"path": "owner/tiny", "revision": revision, "trust_remote_code": True})
 
 
-def test_an_architecture_of_its_own_is_refused_by_default_and_the_error_names_the_setting(
+def test_an_architecture_of_its_own_is_refused_and_the_setting_named(
     store: Store, folder: Path, tmp_path: Path
 ) -> None:
     own_code(folder, tmp_path / "ran")

@@ -307,22 +307,9 @@ def sharded(folder: Path, *names: Any) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "trusted_code.json",
-        "own.py",
-        "pytorch_model.bin",
-        "../outside.safetensors",
-        "deep/x.safetensors",
-        "optimizer.safetensors",
-        "x.safetensors\n",
-        "/etc/passwd",
-        "",
-        ".safetensors/..",
-        None,
-        5,
-        ["x.safetensors"],
-    ],
-)
+    ["trusted_code.json", "own.py", "pytorch_model.bin", "../outside.safetensors", "deep/x.safetensors",
+     "optimizer.safetensors", "x.safetensors\n", "/etc/passwd", "", ".safetensors/..", None, 5, ["x.safetensors"]],
+)  # fmt: skip
 def test_an_index_of_weights_names_nothing_but_safetensors_of_the_folder(store: Store, plain: Path, name: Any) -> None:
     sharded(plain, name)
     for file in ("trusted_code.json", "own.py", "pytorch_model.bin", "optimizer.safetensors", "../outside.safetensors"):

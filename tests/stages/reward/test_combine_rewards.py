@@ -96,7 +96,7 @@ def test_a_model_by_itself_gives_the_very_table_of_its_scores() -> None:
     assert combined(config("as_is"), weight=1.0).digest == scores().digest
 
 
-def test_no_reward_takes_a_cut_output_s_steps_out_also_where_a_model_rewards_alone() -> None:
+def test_no_reward_takes_the_steps_of_a_cut_output_out() -> None:
     rows = combined(config("no_reward")).rows()
     assert [row["reward"] for row in rows] == [4.0, -2.0, None]
     assert [row["step_rewards"] for row in rows] == [[1.0, 3.0], [-1.0, -2.0], None]

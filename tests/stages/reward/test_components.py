@@ -33,7 +33,7 @@ def steps(rewards: Rewards) -> list[Any]:
 
 
 @pytest.mark.claim("tokens behind the last step", "4.1.3 steps")
-def test_each_line_is_a_step_that_ends_with_its_newline_and_the_last_with_the_end_of_sequence() -> None:
+def test_each_line_is_a_step_that_ends_with_its_newline() -> None:
     made = scored(RIGHT, SLIP)
     assert steps(made) == [([1.0, 1.0, 1.0], [6, 13, 20]), ([0.0, 0.0, 1.0], [5, 11, 18])]
     assert [row["components"] for row in made.rows()] == [
@@ -62,7 +62,7 @@ def test_an_output_without_any_line_is_one_step_of_reward_zero() -> None:
     assert steps(scored("", "\n\n")) == [([0.0], [0]), ([0.0], [2])]
 
 
-def test_a_broken_line_is_judged_as_it_stands_and_finished_lines_keep_their_labels() -> None:
+def test_a_broken_line_is_labelled_as_it_is_and_others_keep_their_labels() -> None:
     made = scored("7+5=12\n12-3", "7+5=12\n12-3=9\n#### 9", cut=(0, 1))
     assert steps(made) == [([1.0, 0.0], [6, 10]), ([1.0, 1.0, 1.0], [6, 13, 19])]
     assert [row["components"] for row in made.rows()] == [[("accuracy", 0.0), ("steps", 0.0)]] * 2
@@ -79,7 +79,7 @@ def test_an_output_taken_out_for_being_truncated_has_no_steps() -> None:
     assert [row["reward"] for row in made.rows()] == [None, 1.0]
 
 
-def test_an_answer_line_alone_decides_the_status_where_nothing_else_reads_the_answer() -> None:
+def test_an_answer_line_decides_the_status_where_only_steps_read_it() -> None:
     made = scored(SLIP, "7+5=12\n12-3=9\n#### 8", "7+5=12", config=RewardConfig(components=(StepsConfig(),)))
     assert [row["status"] for row in made.rows()] == ["ok", "wrong", "unparseable"]
 
@@ -115,7 +115,7 @@ def test_a_question_of_another_world_has_no_labels() -> None:
 
 
 @pytest.mark.claim("DAPO: overlong punishment")
-def test_length_is_punished_linearly_over_the_buffer_and_fully_from_the_limit_on() -> None:
+def test_length_is_punished_linearly_over_the_buffer_then_fully() -> None:
     lengths = [0, 12, 13, 14, 16, 17]
     found = [overlong_score(tokens, max_tokens=16, buffer_tokens=4) for tokens in lengths]
     assert found == [0, 0, -0.25, -0.5, -1, -1]

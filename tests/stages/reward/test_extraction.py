@@ -67,34 +67,16 @@ def test_only_the_conventions_asked_for_count() -> None:
     assert find_answer(r"\boxed{5}. The final answer is 6.", ("boxed",)) == "5"
 
 
-def test_chinese_text_stands_apart_from_what_it_touches() -> None:
+def test_chinese_text_is_set_apart_from_what_it_touches() -> None:
     assert words_apart("共有99颗，比例为13/28") == "共有 99 颗，比例为 13/28"
     assert words_apart(r"面积是$x^2$平方米") == r"面积是 $x^2$ 平方米"
 
 
 @pytest.mark.parametrize(
     "bait",
-    [
-        r"\boxed{",
-        r"\boxed ",
-        r"\boxed 4",
-        "{",
-        "answer is ",
-        "answer to ",
-        "final answer ",
-        "A:",
-        "$ ",
-        "\n",
-        " ",
-        "#",
-        "#### ",
-        "\n#### Step",
-        "</think>",
-        "<answer>",
-        "72, ",
-        "**",
-    ],
-)
+    [r"\boxed{", r"\boxed ", r"\boxed 4", "{", "answer is ", "answer to ", "final answer ", "A:", "$ ", "\n", " ",
+     "#", "#### ", "\n#### Step", "</think>", "<answer>", "72, ", "**"],
+)  # fmt: skip
 def test_the_cost_of_a_hostile_text_is_linear_in_its_length(bait: str) -> None:
     def seconds(length: int) -> float:
         text = bait * (length // len(bait))
@@ -148,21 +130,9 @@ def test_answers_of_real_problems_pass_the_screen(answer: str) -> None:
 
 @pytest.mark.parametrize(
     "answer",
-    [
-        "9^{9^{9}}",
-        "10**10**10",
-        "2^{-10^{10}}",
-        "(1+i)^{10^{8}}",
-        "(x+y)^{300}",
-        "1000000000!",
-        "((10!)!)!",
-        r"\binom{10^{9}}{7}",
-        r"\sum_{k=1}^{9} k",
-        "(" * 30 + "1" + ")" * 30,
-        "7" * 401,
-        "1," * 100,
-    ],
-)
+    ["9^{9^{9}}", "10**10**10", "2^{-10^{10}}", "(1+i)^{10^{8}}", "(x+y)^{300}", "1000000000!", "((10!)!)!",
+     r"\binom{10^{9}}{7}", r"\sum_{k=1}^{9} k", "(" * 30 + "1" + ")" * 30, "7" * 401, "1," * 100],
+)  # fmt: skip
 def test_bombs_do_not_pass_the_screen(answer: str) -> None:
     assert complexity_objection(answer, "42") is not None
 

@@ -110,7 +110,7 @@ def test_each_limit_is_the_one_declared() -> None:
         (" ".join([*"abcdefghijklmnopqrstuvw", "word"] * 3), 3),
     ],
 )
-def test_a_run_is_how_often_one_passage_stands_in_a_row(text: str, times: int) -> None:
+def test_a_run_is_how_often_one_passage_is_repeated(text: str, times: int) -> None:
     assert longest_run(text) == times
 
 

@@ -152,7 +152,7 @@ def test_one_number_for_each_completion_is_an_answer(answer: str) -> None:
 @pytest.mark.claim("one score taken for several outputs")
 @pytest.mark.parametrize("answer", BAD)
 @pytest.mark.filterwarnings("ignore:coroutine")
-def test_any_other_answer_is_refused_with_the_functions_name_whatever_max_errors(answer: str) -> None:
+def test_any_other_answer_is_refused_whatever_max_errors(answer: str) -> None:
     with pytest.raises(ConfigError, match=f"'{MODULE}:by_answer' .*'function': expected a list of 3 scores"):
         scored_by_answer(answer)
 
@@ -169,7 +169,7 @@ def test_what_has_to_be_awaited_is_awaited_in_one_loop_for_all_calls(name: str) 
     assert column(scored(config(name), *groups), "reward") == [1.0] * 48
 
 
-def test_conversational_completions_are_lists_of_messages_where_the_function_reads_them() -> None:
+def test_conversational_completions_are_lists_of_messages() -> None:
     assert column(scored(config("of_messages", conversational=True), ("0.5", "2")), "reward") == [0.5, 2.0]
     assert column(scored(config("of_texts"), ("0.5", "2")), "reward") == [0.5, 2.0]
 
@@ -177,9 +177,7 @@ def test_conversational_completions_are_lists_of_messages_where_the_function_rea
 @pytest.mark.parametrize(
     ("name", "conversational", "fault"), [("of_messages", False, "TypeError"), ("of_texts", True, "AttributeError")]
 )
-def test_a_function_for_the_other_form_of_completions_is_refused_with_what_to_set(
-    name: str, conversational: bool, fault: str
-) -> None:
+def test_a_function_for_the_other_form_of_completions_is_refused(name: str, conversational: bool, fault: str) -> None:
     reward = config(name, conversational=conversational, max_errors=0.0)
     advice = f"Set `conversational: {str(not conversational).lower()}`"
     with pytest.raises(RewardFunctionError, match=f"{MODULE}:{name} for 2 of 2 outputs.*{fault}: .*{advice}"):
@@ -213,9 +211,7 @@ def test_a_service_that_was_down_leaves_no_verdict_and_is_asked_again(
 @pytest.mark.parametrize(
     ("max_errors", "stops"), [(RewardConfig().max_errors, True), (0.24, True), (0.25, False), (1.0, False)]
 )
-def test_failures_up_to_the_share_named_cost_their_rows_and_more_of_them_the_run(
-    max_errors: float, stops: bool
-) -> None:
+def test_failures_up_to_the_share_cost_rows_and_more_the_run(max_errors: float, stops: bool) -> None:
     stopping = pytest.raises(RewardFunctionError, match=r"1 of 4 outputs, such as \('a', 1\)")
     with stopping if stops else contextlib.nullcontext():
         made = scored(config("by_text", max_errors=max_errors), ("1", "raise", "3", "none"))
@@ -240,7 +236,7 @@ def test_a_function_that_changes_the_checks_themselves_costs_its_own_rows_only()
     assert column(made, "reward") == [1.0, None, 1.0]
 
 
-def test_truncated_outputs_are_not_shown_to_the_function_unless_they_count_as_they_are() -> None:
+def test_truncated_outputs_reach_the_function_only_if_they_count() -> None:
     made = scored(config("by_text"), ("raise", "1"), cut=("raise",))
     assert column(made, "status") == ["truncated", "ok"]
     assert column(made, "reward") == [0.0, 1.0]

@@ -157,7 +157,7 @@ def _gone(process: int) -> None:
 # ------------------------------------------------------------------------------------- limits of the system
 
 
-def test_limits_of_the_system_are_kept_and_said_and_what_tasks_print_goes_to_stderr() -> None:
+def test_limits_of_the_system_are_kept_and_tasks_print_to_stderr() -> None:
     code = """
 import resource
 for kind, amount in ((resource.RLIMIT_AS, 6 * 2**30), (resource.RLIMIT_CPU, 21)):

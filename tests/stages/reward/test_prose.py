@@ -45,38 +45,11 @@ def test_words_that_explain_an_answer_are_cut_off(stated: str, answer: str) -> N
 @pytest.mark.claim("a number taken out of an unread formula")
 @pytest.mark.parametrize(
     "stated",
-    [
-        "72, 73",
-        "72, or 73",
-        "72, no, 73",
-        "72, I mean 73",
-        "72, which is wrong",
-        "72, then 73",
-        "72, so 73",
-        "72, seventy-three",
-        "72 — seventy-three",
-        "72, squared",
-        "72, minus two",
-        "72 (mod 5)",
-        "72 - pi",
-        "72, x = 3",
-        "72，不是73",
-        "72，或73",
-        "72、73",
-        "x = 1, y = 2",
-        "f (ab)",
-        "2 (x+1)",
-        "more than 72",
-        "at least 72",
-        "minus 72",
-        "f(2)=3",
-        "12 or so",
-        "apples, pears",
-        "return 1",
-        "sin = 3",
-        "3 if x > 0",
-    ],
-)
+    ["72, 73", "72, or 73", "72, no, 73", "72, I mean 73", "72, which is wrong", "72, then 73", "72, so 73",
+     "72, seventy-three", "72 — seventy-three", "72, squared", "72, minus two", "72 (mod 5)", "72 - pi", "72, x = 3",
+     "72，不是73", "72，或73", "72、73", "x = 1, y = 2", "f (ab)", "2 (x+1)", "more than 72", "at least 72", "minus 72",
+     "f(2)=3", "12 or so", "apples, pears", "return 1", "sin = 3", "3 if x > 0"],
+)  # fmt: skip
 def test_words_that_join_deny_or_compute_stay(stated: str) -> None:
     assert without_words(stated) == stated
 

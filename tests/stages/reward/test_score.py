@@ -170,7 +170,7 @@ def test_language_adds_its_share_to_the_reward_and_decides_no_status() -> None:
 
 
 @pytest.mark.claim("0.0 read as missing")
-def test_a_hanging_comparison_has_no_reward_and_the_rest_of_the_batch_keeps_its_own() -> None:
+def test_a_hanging_comparison_costs_its_own_row_only() -> None:
     bomb = r"\boxed{\sin^{40}(x)+\cos^{40}(x)-\tan^{20}(x)\sec^{20}(x)}"
     config = RewardConfig(workers=1, deadline_s=0.05)  # the comparison takes seconds
     made = score(rollouts(("a", 0, bomb), ("a", 1, r"\boxed{17}")), questions(a="17"), config)
@@ -231,7 +231,7 @@ def test_a_missing_score_counts_as_declared(parts: list[Part], expected: float |
     assert compose(parts) == expected
 
 
-def test_scoring_arithmetic_starts_no_process_and_imports_neither_sympy_nor_math_verify(store: Store) -> None:
+def test_scoring_arithmetic_starts_no_process_and_imports_no_sympy(store: Store) -> None:
     code = f"""
 import sys, multiprocessing
 from pathlib import Path

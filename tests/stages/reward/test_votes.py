@@ -162,7 +162,7 @@ def test_a_spelling_that_was_merged_is_not_compared_again() -> None:
     assert asked == [("a", "b"), ("a", "c"), ("a", "d")]
 
 
-def test_an_answer_that_hangs_stands_alone_and_does_not_keep_others_apart() -> None:
+def test_an_answer_that_hangs_does_not_keep_others_apart() -> None:
     found, asked = merged({"x": 9, "a": 2, "b": 1, "c": 1}, {frozenset("ab")}, hanging={"x"})
     assert found == {"x": 9, "a": 3, "c": 1}
     assert len(asked) == 5

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipeline.residency import evict
 from pipeline.store import Store
 from stages.join import JoinError
-from stages.models import Checkpoint, copy_description, load_model, save
+from stages.models import WEIGHTS, Checkpoint, copy_description, load_model, save, write_tensors
 from stages.reward_model import ScoringConfig, score_outputs
-from stages.tables import Rewards, Rollouts
+from stages.tables import Rollouts
 from tests.stages.reward_training.worlds import base_with_pad_as_eos, label_rows, outputs_of, outspoken, rules_of
 from tests.stages.training.tiny import VOCABULARY, tiny_checkpoint, tiny_model, tiny_tokenizer
 
@@ -86,9 +87,9 @@ def test_both_models_score_the_same_rollouts_together(store: Store) -> None:
     base = tiny_checkpoint()
     rows = label_rows(base)
     outcome, process = outspoken("outcome", base), outspoken("process", base)
-    alone = [score_outputs(outputs_of(rows), base, [model], fp32()).rows() for model in (outcome, process)]
+    single = [score_outputs(outputs_of(rows), base, [model], fp32()).rows() for model in (outcome, process)]
     together = score_outputs(outputs_of(rows), base, [process, outcome], fp32(), rules_of(rows)).rows()
-    for first, second, both in zip(*alone, together, strict=True):
+    for first, second, both in zip(*single, together, strict=True):
         assert both["reward"] == pytest.approx(first["reward"], abs=1e-6)
         assert both["step_rewards"] == pytest.approx(second["step_rewards"], abs=1e-6)
         assert dict(both["components"])["process"] == pytest.approx(second["reward"], abs=1e-6)
@@ -105,21 +106,22 @@ def test_sigmoid_squeezes_every_score_into_a_probability(store: Store) -> None:
         assert row["step_rewards"] == pytest.approx([1 / (1 + math.exp(-score)) for score in raw["step_rewards"]])
 
 
-def test_scores_far_from_zero_do_not_overflow(store: Store) -> None:
-    from safetensors.torch import load_file
-
-    from stages.models import WEIGHTS, write_tensors
-
-    base = tiny_checkpoint()
-    model = outspoken("outcome", base)
+def with_head(model: Checkpoint, change: Any) -> Checkpoint:
+    """The same model with a head that `change` has changed in place."""
     weights = load_file(model.path / WEIGHTS)
-    weights["score.weight"] *= 1e4
+    change(weights["score.weight"])
 
     def fill(folder: Path) -> None:
         copy_description(model.path, folder)
         write_tensors(folder / WEIGHTS, weights)
 
-    outputs, loud = outputs_of(label_rows(base)), Checkpoint.write(fill)
+    return Checkpoint.write(fill)
+
+
+def test_scores_far_from_zero_do_not_overflow(store: Store) -> None:
+    base = tiny_checkpoint()
+    loud = with_head(outspoken("outcome", base), lambda head: head.mul_(1e4))
+    outputs = outputs_of(label_rows(base))
     logits = [row["reward"] for row in score_outputs(outputs, base, [loud], fp32()).rows()]
     assert max(map(abs, logits)) > 1e4  # exp would overflow
     squeezed = [row["reward"] for row in score_outputs(outputs, base, [loud], fp32(scale="sigmoid")).rows()]
@@ -206,19 +208,16 @@ def test_an_input_beyond_the_window_is_named_and_not_cut(store: Store) -> None:
     narrow = outspoken("outcome", Checkpoint.write(lambda folder: save(folder, short, tiny_tokenizer())))
     rows = [{**row, "output_ids": row["output_ids"][:1], "step_ends": [0]} for row in label_rows(base)]
     rows[6]["output_ids"] = [7] * 9
-    with pytest.raises(ValueError, match=r"output \('q1', 2\): 3 prompt \+ 9 output tokens are 12, .* window of 8"):
+    with pytest.raises(ValueError, match=r"\('q1', 2\): 3 prompt \+ 9 output .*12, .* 8"):
         score_outputs(outputs_of(rows), base, [narrow], fp32())
 
 
 def test_models_that_do_not_fit_together_are_refused(store: Store) -> None:
     base = tiny_checkpoint()
     outputs, model = outputs_of(label_rows(base)), outspoken("outcome", base)
-    with pytest.raises(ValueError, match=r"expected one reward model, or one of each kind, found \[\]"):
-        score_outputs(outputs, base, [], fp32())
-    with pytest.raises(ValueError, match=r"found \['outcome', 'outcome'\]"):
-        score_outputs(outputs, base, [model, model], fp32())
-    with pytest.raises(ValueError, match="is no reward model"):
-        score_outputs(outputs, base, [base], fp32())
+    for models, found in (([], r"\[\]"), ([model, model], r"\['outcome', 'outcome'\]"), ([base], "no reward model")):
+        with pytest.raises(ValueError, match=found):
+            score_outputs(outputs, base, models, fp32())
 
 
 def test_rules_of_other_rollouts_or_by_a_model_are_refused(store: Store) -> None:
@@ -227,40 +226,20 @@ def test_rules_of_other_rollouts_or_by_a_model_are_refused(store: Store) -> None
     with pytest.raises(JoinError) as refused:
         score_outputs(outputs_of(rows), base, [model], fp32(), rules_of(rows[:-1]))
     assert (refused.value.table, refused.value.missing) == ("rewards by rules", ("q3", 3))
-    with pytest.raises(ValueError, match="expected the reward of rules, found one by a model"):
+    with pytest.raises(ValueError, match=r"\('q0', 0\)"):
         score_outputs(outputs_of(rows), base, [model], fp32(), rules_of(rows, scorer=model.digest))
 
 
 def test_a_score_that_is_not_finite_is_named(store: Store) -> None:
-    from safetensors.torch import load_file
-
-    from stages.models import WEIGHTS, write_tensors
-
     base = tiny_checkpoint()
-    model = outspoken("outcome", base)
-    weights = load_file(model.path / WEIGHTS)
-    weights["score.weight"][0, 0] = math.nan
-
-    def fill(folder: Path) -> None:
-        copy_description(model.path, folder)
-        write_tensors(folder / WEIGHTS, weights)
-
-    with pytest.raises(ValueError, match=r"a score of output \('q0', 0\) is not finite"):
-        score_outputs(outputs_of(label_rows(base)), base, [Checkpoint.write(fill)], fp32())
+    broken = with_head(outspoken("outcome", base), lambda head: head[0, :1].fill_(math.nan))
+    with pytest.raises(ValueError, match=r"\('q0', 0\) is not finite"):
+        score_outputs(outputs_of(label_rows(base)), base, [broken], fp32())
 
 
 def test_an_output_without_places_in_its_text_cannot_be_cut_into_steps(store: Store) -> None:
     base = tiny_checkpoint()
     rows = outputs_of(label_rows(base)).rows()
     rows[4]["text_ends"] = [1]
-    outputs, model = Rollouts.write(rows), outspoken("process", base)
-    with pytest.raises(
-        ValueError, match=r"output \('q1', 0\): expected one of text_ends for each of \d tokens, found 1"
-    ):
-        score_outputs(outputs, base, [model], fp32())
-
-
-def test_rewards_of_a_model_are_rewards(store: Store) -> None:
-    base = tiny_checkpoint()
-    made = score_outputs(outputs_of(label_rows(base)), base, [outspoken("outcome", base)], fp32())
-    assert isinstance(made, Rewards)
+    with pytest.raises(ValueError, match=r"\('q1', 0\): .*text_ends"):
+        score_outputs(Rollouts.write(rows), base, [outspoken("process", base)], fp32())

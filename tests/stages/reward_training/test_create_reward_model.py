@@ -83,7 +83,7 @@ def test_plain_transformers_computes_the_same_step_scores(store: Store) -> None:
         assert found["step_rewards"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_where_padding_is_the_end_of_sequence_plain_transformers_is_not_left_to_guess(store: Store) -> None:
+def test_padding_that_is_the_end_of_sequence_is_not_left_to_guess(store: Store) -> None:
     from transformers import AutoModelForSequenceClassification
 
     base = base_with_pad_as_eos()

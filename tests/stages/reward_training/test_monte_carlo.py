@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.store import Store
 from stages.environment import ArithmeticConfig, Author, render_question, unique_chains, write_solution
 from stages.environment.arithmetic import Chain, parse_question
 from stages.join import JoinError
@@ -23,6 +22,8 @@ from stages.text import CharacterTokenizerConfig, build_tokenizer, decode_output
 from stages.text.tokenizers import EOS
 from tests.stages.rollout.markov import ids_of, markov_policy
 from tests.stages.rows import label_row, output_row, question_table, reward_row
+
+pytestmark = pytest.mark.usefixtures("store")
 
 ACCURACY: dict[str, Any] = {"kind": "accuracy", "conventions": ["hashes"], "verifier": "exact"}
 
@@ -76,7 +77,6 @@ MIXED = ("ok", "wrong", "wrong", "unparseable", "wrong", "wrong", "truncated", "
 """Four continuations of each of two prefixes: one is right, then none."""
 
 
-@pytest.mark.usefixtures("store")
 def test_a_step_is_labelled_by_its_continuations_and_the_last_one_by_its_output() -> None:
     rewards = verdicts(*MIXED)
     assert estimated(rewards, MonteCarloConfig(samples=4)) == [[1.0, 0.0, 1.0], [1.0, 0.0], [0.0]]
@@ -84,21 +84,18 @@ def test_a_step_is_labelled_by_its_continuations_and_the_last_one_by_its_output(
     assert estimated(rewards, share) == [[0.25, 0.0, 1.0], [0.25, 0.0], [0.0]]
 
 
-@pytest.mark.usefixtures("store")
 def test_everything_but_the_step_labels_stays_as_it_was() -> None:
     made = estimate_step_labels(labels(), prefixes(), verdicts(*MIXED), MonteCarloConfig(samples=4))
     for before, after in zip(labels().rows(), made.rows(), strict=True):
         assert {**after, "step_ends": None, "step_labels": None} == before
 
 
-@pytest.mark.usefixtures("store")
 def test_continuations_without_a_verdict_do_not_count() -> None:
     share = MonteCarloConfig(samples=4, estimate="share")
     rewards = verdicts("ok", "wrong", "error", "-", "timeout", "wrong", "wrong", "ok")
     assert estimated(rewards, share) == [[0.5, 1 / 3, 1.0], [0.5, 0.0], [0.0]]
 
 
-@pytest.mark.usefixtures("store")
 def test_an_output_with_a_step_without_verdicts_has_no_step_labels() -> None:
     rewards = verdicts("ok", "wrong", "error", "error")
     config = MonteCarloConfig(samples=2)
@@ -108,14 +105,12 @@ def test_an_output_with_a_step_without_verdicts_has_no_step_labels() -> None:
     assert made.metrics["rm/right_steps_share"] == pytest.approx(1 / 3)
 
 
-@pytest.mark.usefixtures("store")
 def test_outputs_that_were_not_cut_lose_the_step_labels_of_the_rules() -> None:
     exact = labels({0: [1.0, 1.0, 1.0], 1: [1.0, 0.0], 2: [1.0]})
     found = estimated(verdicts(*MIXED), MonteCarloConfig(samples=4), labels=exact, prefixes=prefixes((0,)))
     assert found == [[1.0, 0.0, 1.0], None, None]
 
 
-@pytest.mark.usefixtures("store")
 def test_agreement_counts_steps_on_the_same_side_of_one_half() -> None:
     exact = labels({0: [1.0, 1.0, 1.0], 1: [1.0, 0.0], 2: [1.0]})
     config = MonteCarloConfig(samples=2, estimate="share")
@@ -127,7 +122,6 @@ def test_agreement_counts_steps_on_the_same_side_of_one_half() -> None:
     assert without.keys() == {"rm/right_steps_share", "rm/unlabelled_outputs"}
 
 
-@pytest.mark.usefixtures("store")
 def test_rewards_that_do_not_fit_are_refused_by_row() -> None:
     config = MonteCarloConfig(samples=4)
     with pytest.raises(ValueError, match=r"\('q', 1\): expected 4 continuations, found 3"):
@@ -146,7 +140,6 @@ def test_rewards_that_do_not_fit_are_refused_by_row() -> None:
 
 
 @pytest.mark.claim("4.2 step labels")
-@pytest.mark.usefixtures("store")
 def test_shares_are_the_chances_of_a_known_policy_to_be_right_from_there() -> None:
     policy, tokenizer = markov_policy(
         {
@@ -258,7 +251,7 @@ def running_values(text: str) -> list[int]:
 
 
 @pytest.mark.claim("4.2 step labels")
-def test_where_errors_stay_a_policy_that_is_always_right_labels_as_the_exact_checker_does(store: Store) -> None:
+def test_where_errors_stay_completion_labels_as_the_exact_checker_does() -> None:
     def errors_stay(chain: Chain) -> bool:
         truth = running_values(write_solution(chain, "careful", "en"))
         for author in AUTHORS:
@@ -275,7 +268,6 @@ def test_where_errors_stay_a_policy_that_is_always_right_labels_as_the_exact_che
     assert estimates.metrics["rm/step_agreement"] == estimates.metrics["rm/continued_step_agreement"] == 1
 
 
-@pytest.mark.usefixtures("store")
 def test_errors_that_cancel_are_right_by_completion_and_wrong_by_the_checker() -> None:
     # 7+5=2 drops a carry, 2-3=9 drops a borrow, and 9 is true again.
     chain = Chain(7, (("+", 5), ("-", 3), ("-", 1)))

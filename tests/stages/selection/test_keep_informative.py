@@ -28,7 +28,7 @@ def questions(outputs: Rollouts) -> list[str]:
     return list(dict.fromkeys(question for question, _ in keys(outputs)))
 
 
-def test_the_first_questions_whose_rewards_differ_stay_in_the_order_drawn_with_all_their_outputs() -> None:
+def test_the_first_questions_whose_rewards_differ_stay_in_the_order_drawn() -> None:
     kept = keep({"a": [1, 1], "b": [0, 1]}, {"c": [0, 0], "d": [1, 0], "e": [0, 1]}, size=2)
     assert keys(kept) == [("b", 0), ("b", 1), ("d", 0), ("d", 1)]
 

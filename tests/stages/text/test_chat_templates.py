@@ -86,7 +86,7 @@ def test_a_prompt_is_what_transformers_renders(
         ),
     ],
 )
-def test_an_instruction_stands_in_the_question_s_turn(tokenizer: Any, settings: dict[str, Any], prompt: str) -> None:
+def test_an_instruction_is_in_the_question_s_turn(tokenizer: Any, settings: dict[str, Any], prompt: str) -> None:
     ids = encode_prompt(tokenizer, "2+2?", PromptConfig.parse(settings))
     assert tokenizer.decode(ids, skip_special_tokens=False) == prompt
 

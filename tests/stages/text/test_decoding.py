@@ -30,7 +30,7 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def test_with_one_token_a_character_the_ends_count_the_characters_and_a_skipped_token_adds_none() -> None:
+def test_ends_count_characters_and_a_skipped_token_adds_none() -> None:
     assert ends_of(CHARACTERS, [*ids_of(CHARACTERS, "7加5\n🙂"), EOS]) == ("7加5\n🙂", [1, 2, 3, 4, 5, 5])
 
 
@@ -71,7 +71,7 @@ def test_each_output_of_a_batch_has_the_ends_it_has_alone() -> None:
 
 
 @given(st.lists(st.integers(0, len(BPE) - 1), max_size=12))
-def test_whatever_is_sampled_ends_never_fall_and_the_last_is_the_length_of_the_text(ids: list[int]) -> None:
+def test_ends_never_fall_and_the_last_is_the_length_of_the_text(ids: list[int]) -> None:
     text, ends = ends_of(BPE, ids)
     assert ends == sorted(ends)
     assert len(ends) == len(ids)
@@ -113,7 +113,7 @@ def one_token_per_character(text: str, *, stopped: bool = True) -> list[int]:
     return [*range(1, len(text) + 1), *([len(text)] if stopped else [])]
 
 
-def test_a_step_is_a_line_with_its_newline_and_the_last_one_has_the_end_of_sequence() -> None:
+def test_the_last_step_has_the_end_of_sequence() -> None:
     assert step_ends("ab\ncd\ne", one_token_per_character("ab\ncd\ne")) == [2, 5, 7]
     assert step_ends("ab\ncd\ne", one_token_per_character("ab\ncd\ne", stopped=False)) == [2, 5, 6]
 

@@ -122,7 +122,7 @@ def test_a_template_of_ones_own_stands_in_for_the_tokenizers_as_text_or_file(tok
     assert text.key() != named.key()
 
 
-def test_without_a_template_of_ones_own_the_cache_key_is_what_it_was_before_there_were_any() -> None:
+def test_parts_of_a_prompt_that_are_not_set_are_not_in_the_key() -> None:
     assert PromptConfig(chat="tokenizer").key() == {"template": "raw", "chat": "tokenizer", "prefix": "", "suffix": ""}
 
 

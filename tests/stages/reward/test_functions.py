@@ -21,7 +21,7 @@ from stages.tables import Questions, Rewards, Rollouts
 from tests.stages.reward.answers import BAD, GOOD
 from tests.stages.rows import output_row, question_table
 
-pytestmark = [pytest.mark.usefixtures("store"), pytest.mark.filterwarnings("ignore:component 'function'")]
+pytestmark = [pytest.mark.usefixtures("one_store"), pytest.mark.filterwarnings("ignore:component 'function'")]
 
 MODULE = "tests.stages.reward.reward_functions"
 
@@ -211,7 +211,7 @@ def test_a_service_that_was_down_leaves_no_verdict_and_is_asked_again(
 @pytest.mark.parametrize(
     ("max_errors", "stops"), [(RewardConfig().max_errors, True), (0.24, True), (0.25, False), (1.0, False)]
 )
-def test_failures_up_to_the_share_cost_rows_and_more_the_run(max_errors: float, stops: bool) -> None:
+def test_failures_up_to_the_share_cost_rows_and_more_the_run(store: Store, max_errors: float, stops: bool) -> None:
     stopping = pytest.raises(RewardFunctionError, match=r"1 of 4 outputs, such as \('a', 1\)")
     with stopping if stops else contextlib.nullcontext():
         made = scored(config("by_text", max_errors=max_errors), ("1", "raise", "3", "none"))

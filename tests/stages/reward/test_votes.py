@@ -14,7 +14,7 @@ from stages.reward.votes import _merge
 from stages.tables import Rewards
 from tests.stages.rows import reward_row
 
-pytestmark = pytest.mark.usefixtures("store")
+pytestmark = pytest.mark.usefixtures("one_store")
 
 PATIENT = RewardConfig(deadline_s=60)
 """No comparison here takes seconds, whatever else the machine does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,16 @@ def fp32(**changes: Any) -> ScoringConfig:
     return ScoringConfig(**({"precision": "fp32", "threads": 1} | changes))
 
 
+@functools.lru_cache(maxsize=2)
+def loaded(model: Checkpoint) -> Any:
+    return load_model(model, dtype=torch.float32)
+
+
 def by_definition(model: Checkpoint, row: dict[str, Any]) -> list[float]:
     """The head at every output token of one row, without batch or padding."""
-    loaded: Any = load_model(model, dtype=torch.float32)
     ids = torch.tensor([row["prompt_ids"] + row["output_ids"]])
     with torch.no_grad():
-        logits = loaded.score(loaded.base_model(input_ids=ids).last_hidden_state)[0, :, 0]
+        logits = loaded(model).score(loaded(model).base_model(input_ids=ids).last_hidden_state)[0, :, 0]
     scores: list[float] = logits[len(row["prompt_ids"]) :].tolist()
     return scores
 

@@ -132,7 +132,7 @@ words = st.text(alphabet="abcdefghijklmnopqrstuvwxyz", min_size=2, max_size=8)
 
 
 @settings(deadline=None)
-@given(st.text(max_size=300), st.text(max_size=300))
+@given(st.text(max_size=80), st.text(max_size=80))
 def test_any_text_has_a_share_between_0_and_1_and_a_verdict(question: str, text: str) -> None:
     assert 0.0 <= foreign_share(question, text) <= 1.0
     assert longest_run(text) >= 1

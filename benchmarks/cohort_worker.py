@@ -21,6 +21,7 @@ from benchmarks.timing import Clock, Device, cpu_seconds
 from benchmarks.workload import REWARD_PATTERN, Workload
 from flows.algorithm.sampling import derived_seed
 from flows.runs.points import Points, step_done
+from pipeline.event_log import EventLog
 from pipeline.events import recording
 from pipeline.orchestration.engine import flow, use_engine
 from pipeline.store import Store, use_store
@@ -70,15 +71,16 @@ def _surroundings(engine: str, root: Path) -> Iterator[None]:
         with recording(Points().take):
             yield
         return
+    from flows.tracking.delivery import tracked_study
+    from flows.tracking.sender import folder_of
     from pipeline.orchestration.server import ensure_server, keep_server, stop_server
-    from pipeline.tracking import track
 
     ensure_server(root / "prefect")
     try:
         with (
             keep_server(root / "prefect"),
-            track(root, experiment="benchmark", run_name="step", run_key="step", config={}) as tracker,
-            recording(Points(log=tracker).take),
+            tracked_study(root, experiment="benchmark", name="step", key="step", config={}),
+            recording(EventLog(folder_of(root) / "step").take, Points().take),
             use_engine("prefect"),
         ):
             yield

@@ -2,7 +2,7 @@
 
     python -m benchmarks.scale_worker FOLDER STEPS inline|prefect
 
-All of `cohort run` is real: store, stages, display, record, ledger, journal, the sender and MLflow's database, summary, and
+All of `cohort run` is real: store, stages, display, record, ledger, log, the sender and MLflow's database, summary, and
 on request Prefect with its server. A line a step: seconds by part; every `PROBE` steps also what the process holds.
 """
 
@@ -46,7 +46,7 @@ _WATCHED: Final = {
         f"pipeline.store.store:Store.{name}" for name in ("publish", "find", "record", "path", "manifest", "action")
     ],
     "tables": ["pipeline.artifact:Table.read", "pipeline.artifact:Table.write"],
-    "MLflow": [f"pipeline.tracking:Tracker.{name}" for name in ("log_step", "_close")],
+    "MLflow": [f"flows.tracking.delivery:Delivery.{name}" for name in ("take", "close")],
     "log": ["pipeline.event_log:EventLog.take"],
     "ledger, record": ["flows.runs.ledger:Ledger.take", "flows.runs.record:RunRecord.end"],
     "display": ["flows.runs.display:Display.take"],
@@ -97,13 +97,11 @@ class Probe:
         self._started, self._cpu, self._io = time.perf_counter(), cpu_seconds(), self._process.io_counters()
 
     def _held(self) -> dict[str, float]:
-        journal = sum(path.stat().st_size for path in self._root.glob("tracking/*/*.jsonl"))
         records = sum(path.stat().st_size for path in self._root.glob("runs/*/*.json*"))
         return {
             "rss_mib": self._process.memory_info().rss / 2**20,
             "handles": self._process.num_fds(),
             "threads": self._process.num_threads(),
-            "journal_kib": journal / 2**10,
             "records_kib": records / 2**10,
         }
 

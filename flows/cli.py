@@ -186,7 +186,7 @@ def _is_full(error: BaseException | None) -> bool:
 
 def _explain(error: Exception) -> int:
     """Print an error for people; its exit code."""
-    from flows.runs.session import InterruptedRunError
+    from flows.runs.record import InterruptedRunError
     from pipeline.config import ConfigError
 
     text = without_password(str(error))

@@ -30,8 +30,6 @@ from pipeline.events import LONGEST_TEXT, Event, StageDone
 from pipeline.store.actions import complaint
 from pipeline.store.locks import try_lock
 
-__all__ = ["LOG", "EventLog", "LogReader", "parse_events", "read_events"]
-
 LOG: Final = "events.jsonl"
 _PREFIX: Final = re.compile(rb'\{"type":"([A-Za-z]{1,30})",')
 _LONGEST_LINE: Final = 1 << 22

@@ -1,8 +1,8 @@
 """What happens in a run, as typed events: emitted once by the flow and by `@stage`, and read by folds.
 
-What shows a run here is a fold: it is given the events in order, live by `emit`, and later from the run's log
-(`pipeline/event_log.py`). MLflow alone is sent from a journal of its own (`pipeline/tracking/journal.py`). Events hold names
-(keys of calls, digests), never metrics: a fold looks those up in the action records of the store.
+Whatever shows a run is a fold: it is given the events in order, live by `emit`, and later from the run's log
+(`pipeline/event_log.py`). Events hold names (keys of calls, digests), never metrics: a fold looks those up in the action
+records of the store. A study has a log as well; what it shows in MLflow no stage makes, and is in its events (`Logged`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ __all__ = [
     "Event",
     "Fold",
     "Freed",
+    "Logged",
     "PreflightDone",
     "RunEnded",
     "RunStarted",
@@ -210,6 +211,19 @@ class Freed(Event):
     digest: Digest
     whole: bool
     bytes: _Count
+
+
+@dataclass(frozen=True)
+class Logged(Event):
+    """A study has something for MLflow: a record of `pipeline/tracking/records.py`."""
+
+    kind: Label
+    name: str
+    about: dict[str, Any]
+
+    def slot(self) -> Hashable:
+        """One thing that is shown."""
+        return (type(self).__name__, self.kind, self.name)
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import pytest
 from hypothesis import HealthCheck, settings
 
+from flows.tracking.sender import start_sender
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
-from pipeline.tracking.sender import start_sender
 
 # An example that takes long says how busy the machine is, not that the code is wrong.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -41,8 +41,8 @@ def _wait_for_no_disk() -> Iterator[None]:
 def _runs_start_no_sender() -> Iterator[None]:
     """Leave MLflow to a later sync: a sender would write to its database while tests read or copy the root."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.tracking.start_sender", lambda home: None)
-        patch.setattr("pipeline.tracking.CLOSE_SECONDS", 0.0)
+        patch.setattr("flows.tracking.delivery.start_sender", lambda home: None)
+        patch.setattr("flows.tracking.delivery.CLOSE_SECONDS", 0.0)
         yield
 
 
@@ -50,8 +50,8 @@ def _runs_start_no_sender() -> Iterator[None]:
 def sender() -> Iterator[None]:
     """Let runs start the process that sends to MLflow, and wait for it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.tracking.start_sender", start_sender)
-        patch.setattr("pipeline.tracking.CLOSE_SECONDS", 120.0)
+        patch.setattr("flows.tracking.delivery.start_sender", start_sender)
+        patch.setattr("flows.tracking.delivery.CLOSE_SECONDS", 120.0)
         yield
 
 

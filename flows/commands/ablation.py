@@ -229,7 +229,7 @@ def _conduct(
     failsafe("the table of changes")(print_changes)(changed, out)
     if pool is not None:
         require_workers_pool(planned, places, pool.name)
-    with track_experiment(planned, places) as tracker:
+    with track_experiment(planned, places) as log:
         if pool is not None:
             errors = run_on_workers(
                 planned, places, pool=pool.name, console=out, command=command, require_versions=pool.require_versions
@@ -242,7 +242,7 @@ def _conduct(
         # First: a folder that cannot be written must not hide it.
         result = collect(planned, places, command)
         failsafe("the tables of the experiment")(print_comparison)(outcomes_of(planned, result), out)
-        conclude(planned, result, places, tracker)
+        conclude(planned, result, places, log)
     failsafe("the counts of the experiment")(print_outcome)(
         planned, places, result.sharing, out, since=started, because=bool(changed)
     )

@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from flows.commands.options import Root, console
 from flows.runs.paths import Places
+from flows.tracking.sender import sync
 from flows.wording import duration, size
 from pipeline.config.passwords import unspoken, without_password
 from pipeline.orchestration import guarded_server
@@ -25,8 +26,7 @@ from pipeline.orchestration.interruption import settle
 from pipeline.orchestration.server import configured_url, ensure_server, start_server_soon, stop_server
 from pipeline.orchestration.server import server_status as status_of
 from pipeline.orchestration.server_process import free_port, running_servers
-from pipeline.tracking import sync, tracking_uri
-from pipeline.tracking.database import artifact_folder, is_database, making_tables, with_driver
+from pipeline.tracking.database import artifact_folder, is_database, making_tables, tracking_uri, with_driver
 
 __all__ = ["mlflow_sync", "server_down", "server_status", "server_up", "ui"]
 
@@ -113,7 +113,7 @@ def _list_servers() -> None:
 
 
 def mlflow_sync(*, rebuild: bool = False, root: Root = None) -> int:
-    """Send what MLflow does not have yet from the journals of all runs.
+    """Send what MLflow does not have yet from the logs of all runs.
 
     Parameters
     ----------
@@ -122,8 +122,8 @@ def mlflow_sync(*, rebuild: bool = False, root: Root = None) -> int:
     """
     report, out = sync(Places.under(root).root, rebuild=rebuild), console()
     out.print(f"{report.sent} runs complete in MLflow" + (f", {report.living} still running" if report.living else ""))
-    for journal, error in report.errors.items():
-        out.print(f"[red]{escape(str(journal))}[/]: {escape(str(error))}", soft_wrap=True)
+    for log, error in report.errors.items():
+        out.print(f"[red]{escape(log)}[/]: {escape(error)}", soft_wrap=True)
     return 1 if report.errors else 0
 
 

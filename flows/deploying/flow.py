@@ -26,8 +26,8 @@ from flows.config import IterativeRLConfig
 from flows.config.resolve import Asked, choice_of
 from flows.deploying.pool import ASKED, DIFFERENCE, TAGS, VERSIONS, check_versions
 from flows.runs.paths import Places
-from flows.runs.record import read_record, run_folder, write_json
-from flows.runs.session import InterruptedRunError, run_flow
+from flows.runs.record import InterruptedRunError, read_record, run_folder, write_json
+from flows.runs.session import run_flow
 from flows.runs.summary import print_summary
 from flows.wording import SafeConsole
 from pipeline.orchestration.flow_runs import names_living_process, owner_tag

@@ -7,7 +7,7 @@ key in one store: the first that asks computes, under a lock, and all others, in
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ from flows.experiments.results import ExperimentResult, Sharing, experiment_fold
 from flows.experiments.tables import Outcome, comparison_markdown
 from flows.runs.paths import Places
 from flows.runs.record import read_record, run_folder
-from flows.runs.session import InterruptedRunError
+from flows.tracking.delivery import tracked_study
+from flows.tracking.fold import MlflowFold
 from flows.wording import duration, number
 from pipeline.config import flatten
 from pipeline.lineage import explain
 from pipeline.progress import failsafe
-from pipeline.store import StoreError
-from pipeline.tracking import Tracker, track, tracked_models
+from pipeline.store import StoreError, use_store
+from pipeline.tracking.records import Record, alias, figure, note, table
 
 __all__ = [
     "conclude",
@@ -117,8 +118,8 @@ def _changes(file: Path, config: IterativeRLConfig) -> dict[str, tuple[Any, Any]
 
 
 @contextlib.contextmanager
-def track_experiment(planned: PlannedExperiment, places: Places) -> Iterator[Tracker]:
-    """Track the whole experiment as a run of its own in MLflow.
+def track_experiment(planned: PlannedExperiment, places: Places) -> Iterator[Callable[[Record], None]]:
+    """Track the whole experiment as a run of its own in MLflow; yields what logs a record.
 
     Raises:
         StoreError: the experiment's folder cannot be written; found before anything runs.
@@ -134,16 +135,8 @@ def track_experiment(planned: PlannedExperiment, places: Places) -> Iterator[Tra
         ) from None
     name, tags = planned.experiment.name, {"cohort.kind": "experiment"}
     study = planned.arms[0].choice.config.experiment
-    interrupted: InterruptedRunError | None = None
-    try:
-        with track(places.root, experiment=study, run_name=name, run_key=name, config={}, tags=tags) as tracker:
-            try:
-                yield tracker
-            except InterruptedRunError as stop:  # to MLflow it was stopped and did not fail
-                interrupted = stop
-                raise KeyboardInterrupt from None
-    except KeyboardInterrupt:
-        raise interrupted or KeyboardInterrupt from None
+    with tracked_study(places.root, experiment=study, name=name, key=name, config={}, tags=tags) as log:
+        yield log
 
 
 # ------------------------------------------------------------------------------------------------ results
@@ -155,15 +148,17 @@ def outcomes_of(planned: PlannedExperiment, result: ExperimentResult) -> list[Ou
     return [outcome for outcome in pairs if outcome.run.status == "finished"]
 
 
-def conclude(planned: PlannedExperiment, result: ExperimentResult, places: Places, tracker: Tracker) -> None:
+def conclude(
+    planned: PlannedExperiment, result: ExperimentResult, places: Places, log: Callable[[Record], None]
+) -> None:
     """Leave results, tables and figures in the experiment's folder and in MLflow, and the report in the folder.
 
     Raises:
         StoreError: the folder cannot be written; what was written before is kept.
     """
     write_experiment(places, result)
-    tracker.log_table("runs", list(result.rows()))
-    _point_at_best(result, places, tracker)
+    log(table("runs", list(result.rows())))
+    failsafe("the alias of the best models")(_point_at_best)(result, places, log)
     outcomes, experiment = outcomes_of(planned, result), result.experiment
     if not outcomes:
         write_report(result, places, [])
@@ -172,31 +167,36 @@ def conclude(planned: PlannedExperiment, result: ExperimentResult, places: Place
     tables_file(places, experiment.name).write_text(text, encoding="utf-8")
     notes = [text]
     try:
-        notes += _draw(result, places, tracker)
+        notes += _draw(result, places, log)
     finally:
-        tracker.set_note("\n\n".join(notes))
+        log(note("\n\n".join(notes)))
 
 
-def _point_at_best(result: ExperimentResult, places: Places, tracker: Tracker) -> None:
+def _point_at_best(result: ExperimentResult, places: Places, log: Callable[[Record], None]) -> None:
     """Let `best-<experiment>` name the final policy of the best run of the best arm, and the reward model it trained last."""
     best = result.best_run()
     if best is None:
         return
-    models = tracked_models(places.root, result.tracked_in, best.folder)
-    last = {model.name: model for model in models}  # a run logs its final policy last
+    fold = MlflowFold(places.runs / best.folder)
+    with use_store(places.open_store()):
+        fold.read()
+    # A run logs its final policy last.
+    last = {record["model"]: record for record in fold.records if record["kind"] == "model"}
     for model in last.values():
-        tracker.set_alias(f"best-{result.experiment.name}", model, run_name=best.name, run_key=best.folder)
+        began = fold.record.attempts[0].started
+        name = f"best-{result.experiment.name}"
+        log(alias(name, model, run=best.folder, run_name=best.name, began=began))
 
 
-def _draw(result: ExperimentResult, places: Places, tracker: Tracker) -> list[str]:
+def _draw(result: ExperimentResult, places: Places, log: Callable[[Record], None]) -> list[str]:
     """Leave the figures, and the report that has them; returns their captions."""
     figures: list[Figure] = []
     with failsafe("the figures of the experiment", passing=StoreError):
         figures = draw_figures(result, places, experiment_folder(places, result.experiment.name) / "figures")
     write_report(result, places, figures)
-    for file in (file for figure in figures for file in (figure.png, figure.svg)):
-        tracker.log_figure(file)
-    return [f"**{figure.title}** (figures/{figure.png.name}). {figure.caption}" for figure in figures]
+    for file in (file for drawn in figures for file in (drawn.png, drawn.svg)):
+        log(figure(file))
+    return [f"**{drawn.title}** (figures/{drawn.png.name}). {drawn.caption}" for drawn in figures]
 
 
 def tables_file(places: Places, name: str) -> Path:

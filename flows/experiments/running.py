@@ -26,8 +26,8 @@ from flows.config.resolve import Asked
 from flows.experiments.arms import Arm, PlannedExperiment
 from flows.experiments.results import experiment_folder, is_finished
 from flows.runs.paths import Places
-from flows.runs.record import read_record, run_folder
-from flows.runs.session import InterruptedRunError, run_flow
+from flows.runs.record import InterruptedRunError, read_record, run_folder
+from flows.runs.session import run_flow
 from pipeline.config import Config
 from pipeline.orchestration.engine import Engine
 from pipeline.orchestration.interruption import interruptible

@@ -25,8 +25,7 @@ from flows.experiments.arms import Arm, PlannedExperiment
 from flows.experiments.results import is_finished
 from flows.experiments.running import progress_of, run_in_turn
 from flows.runs.paths import Places
-from flows.runs.record import run_folder
-from flows.runs.session import InterruptedRunError
+from flows.runs.record import InterruptedRunError, run_folder
 from pipeline.experiment import fitted_name
 from pipeline.orchestration.flow_runs import mark_crashed
 from pipeline.orchestration.interruption import interruptible

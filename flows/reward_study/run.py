@@ -1,4 +1,4 @@
-"""Run a study with the store, live progress and the tracker, and write its report on the screen and as markdown."""
+"""Run a study with the store, live progress and a run in MLflow, and write its report on the screen and as markdown."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from flows.reward_study.config import StudyChoice
 from flows.reward_study.flow import Gauge, Study, reward_model_study
 from flows.runs.display import displaying
 from flows.runs.paths import Places
-from flows.runs.record import ARTIFACTS, write_json
-from flows.runs.session import InterruptedRunError, orchestration, starting_server
+from flows.runs.record import ARTIFACTS, InterruptedRunError, write_json
+from flows.runs.session import orchestration, starting_server
 from flows.runs.state import RunState
+from flows.tracking.delivery import tracked_study
 from flows.wording import percent
 from pipeline.orchestration.engine import Engine
 from pipeline.orchestration.interruption import interruptible, is_interruption
 from pipeline.progress import failsafe
 from pipeline.store import canonical_json, sha256_of, use_store
-from pipeline.tracking import Tracker, track
+from pipeline.tracking.records import Record, note, point, table, tags
 
 CHANCE: Final = 0.5
 """AUC, and share of pairs in order, of a score that knows nothing."""
@@ -69,16 +70,16 @@ def run_study(
             interruptible(),
             starting_server(engine, places, state),
             displaying(state, console, all_warnings=debug),
-            track(
-                places.root, experiment=config.experiment, run_name=config.name, run_key=file.stem, config=parameters
-            ) as tracker,
+            tracked_study(
+                places.root, experiment=config.experiment, name=config.name, key=file.stem, config=parameters
+            ) as log,
             use_store(places.open_store()) as store,
             store.pins.open(file.stem),
             orchestration(engine, places, warm=not file.exists()),
         ):
             study = reward_model_study(config)
             text = study_markdown(study, choice, command)
-            failsafe("the tracker")(_track)(tracker, study, text)
+            failsafe("the study in MLflow")(_track)(log, study, text)
             file.parent.mkdir(parents=True, exist_ok=True)
             # Before the pins end: at no moment do they look unused.
             write_json(file.with_suffix(f".{ARTIFACTS}"), state.artifacts)
@@ -96,16 +97,15 @@ def report_file(places: Places, choice: StudyChoice) -> Path:
     return places.runs / f"{choice.config.name}-{digest[:8]}.md"
 
 
-def _track(tracker: Tracker, study: Study, text: str) -> None:
+def _track(log: Callable[[Record], None], study: Study, text: str) -> None:
     """Log one point per seed, the first seed first; a table of all figures; the report as the run's description."""
     for step, (seed, gauges) in enumerate(study.models.items(), 1):
         measured = {f"rm/{name}": gauge.value for name, gauge in gauges.items()}
-        tracker.log_step(
-            step, measured | {key: value for key, value in study.training[seed].items() if key.startswith("rm/")}
-        )
-    tracker.log_table("gauges", list(_table(study)))
-    tracker.set_tags({f"cohort.reward_model.{seed}": model.digest for seed, model in study.trained.items()})
-    tracker.set_note(text)
+        trained = {key: value for key, value in study.training[seed].items() if key.startswith("rm/")}
+        log(point(step, measured | trained))
+    log(table("gauges", list(_table(study))))
+    log(tags({f"cohort.reward_model.{seed}": model.digest for seed, model in study.trained.items()}))
+    log(note(text))
 
 
 def _table(study: Study) -> Iterator[Mapping[str, Any]]:

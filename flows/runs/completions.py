@@ -9,8 +9,6 @@ from flows.inspection.groups import Group, groups_of
 from flows.runs.ledger import EvaluationCalls, Ledger
 from pipeline.store import Store, StoreError, use_store
 
-__all__ = ["completion_rows", "groups_made", "last_evaluation"]
-
 _SHOWN: Final = ("estimate_advantages", "score", "rollout")
 """Stages whose tables lead to groups, the one that leads to most first."""
 

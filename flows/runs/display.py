@@ -36,8 +36,6 @@ from pipeline.events import (
 )
 from pipeline.progress import describe_failure, failsafe, listen, warn_plainly
 
-__all__ = ["Display", "displaying"]
-
 _PLAIN_SECONDS: Final = 5.0
 """Plain output repeats where a long stage stands no more often than this."""
 _STEP_METRICS: Final = {

@@ -15,8 +15,6 @@ from flows.runs.record import read_record
 from pipeline.event_log import LOG, read_events
 from pipeline.events import DriftDone, EvaluationDone, Event, StageDone, StepDone
 
-__all__ = ["Call", "EvaluationCalls", "Ledger", "read_ledger"]
-
 
 @dataclass(frozen=True)
 class Call:

@@ -15,8 +15,6 @@ from pipeline.config import ConfigError
 from pipeline.remote.bucket import is_url
 from pipeline.store import Store
 
-__all__ = ["Places", "nearest"]
-
 
 @dataclass(frozen=True)
 class Places:

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from flows.runs.charts import charted
 from pipeline.artifact import Artifact
 from pipeline.events import DriftDone, EvaluationDone, Event, PreflightDone, StepDone, emit
-from pipeline.progress import failsafe
 from pipeline.store import current_store
 from stages.models import Checkpoint
 from stages.tables import Evaluation
-
-__all__ = ["Points", "StepLog", "calls_of", "evaluation_done", "step_done"]
 
 _SAMPLING: Final = "rollout/seconds"
 _GAUGES: Final = ("auc", "accuracy", "step_accuracy")
@@ -42,31 +38,29 @@ def calls_of(made: Mapping[str, Artifact]) -> dict[str, str]:
     return {name: artifact.action for name, artifact in made.items() if artifact.action}
 
 
-class StepLog(Protocol):
-    """Where metrics go, by step: MLflow's tracker is one."""
-
-    def log_step(self, step: int, metrics: dict[str, float]) -> None:
-        """Take the metrics of one step; equal keys of one step may come in several calls, none of them twice."""
-        ...
-
-
 class Points:
     """A fold: step -> metrics. What a call measured is read from the store in use, or by `find`."""
 
-    def __init__(self, find: Callable[[str], Mapping[str, Any]] | None = None, log: StepLog | None = None) -> None:
+    def __init__(
+        self,
+        find: Callable[[str], Mapping[str, Any]] | None = None,
+        log: Callable[[int, Mapping[str, float]], None] | None = None,
+    ) -> None:
+        """Take what finds the record of a call, and what is given the metrics of each part of the run, with its step."""
         self._find = find or (lambda key: current_store().action(key))
-        self.log = log
+        self._log = log
         self.by_step: dict[int, dict[str, float]] = {}
         self.last: dict[str, float] = {}
         """Metrics of the last part of the run, under the names that its record has."""
-        self._totals = {"samples": 0.0, "tokens": 0.0, "seconds": 0.0}
+        self._totals: dict[int, tuple[float, float, float]] = {0: (0.0, 0.0, 0.0)}
+        """Step -> samples, tokens and seconds up to its end. A step that is done again replaces what it came to."""
 
     def take(self, event: Event) -> None:
         """Add the metrics of an event that has some."""
         match event:
             case StepDone():
                 self.last = self._measured(event.made)
-                self._add(event.step, self.last | self._progress(event.iteration, self.last))
+                self._add(event.step, self.last | self._progress(event.step, event.iteration, self.last))
             case EvaluationDone():
                 found = self._measured(event.made)
                 self.last = (
@@ -91,19 +85,19 @@ class Points:
             metrics |= self._find(key).get("metrics", {})
         return metrics
 
-    def _progress(self, iteration: int, metrics: Mapping[str, float]) -> dict[str, float]:
+    def _progress(self, step: int, iteration: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Sampling, scoring and updating, as long as they took when they were computed: an axis to draw curves over."""
-        totals = self._totals
-        totals["samples"] += int(metrics.get("rollout/samples", 0))
-        totals["tokens"] += int(metrics.get("rollout/tokens", 0))
-        totals["seconds"] += sum(
-            value for name, value in metrics.items() if name.startswith("time/") or name == _SAMPLING
-        )
-        return {"progress/iteration": iteration, **{f"progress/{name}": value for name, value in totals.items()}}
+        before = next(number for number in range(step - 1, -1, -1) if number in self._totals)
+        samples, tokens, seconds = self._totals[before]
+        samples += int(metrics.get("rollout/samples", 0))
+        tokens += int(metrics.get("rollout/tokens", 0))
+        seconds += sum(value for name, value in metrics.items() if name.startswith("time/") or name == _SAMPLING)
+        self._totals[step] = samples, tokens, seconds
+        done = {"iteration": iteration, "samples": samples, "tokens": tokens, "seconds": seconds}
+        return {f"progress/{name}": value for name, value in done.items()}
 
     def _add(self, step: int, metrics: Mapping[str, float]) -> None:
         # Names read from records are new text each time; over thousands of steps they would be most of what is kept.
         self.by_step.setdefault(step, {}).update({sys.intern(name): value for name, value in metrics.items()})
-        if self.log is not None:
-            with failsafe("the tracker"):
-                self.log.log_step(step, charted(metrics))
+        if self._log is not None:
+            self._log(step, metrics)

@@ -1,4 +1,4 @@
-"""The record of a run: a folder per configuration with config.yaml, events.jsonl, summary.json and learning_curve.png.
+"""The record of a run: a folder with config.yaml, events.jsonl, and views for people.
 
 The folder is named after the run and a hash of its whole configuration, so that two configurations of one name never share
 one. Running a configuration again adds an attempt to its log, of which the record is a fold; the other files are views of it.
@@ -28,23 +28,6 @@ from pipeline.progress import failsafe
 from pipeline.store import StoreError, canonical_json, sha256_of
 from pipeline.store.files import is_digest
 
-__all__ = [
-    "ARTIFACTS",
-    "IMPORTED",
-    "Attempt",
-    "RunRecord",
-    "Status",
-    "check_folder",
-    "parse_record",
-    "read_artifacts",
-    "read_digests",
-    "read_record",
-    "read_records",
-    "run_folder",
-    "unreadable_records",
-    "write_json",
-]
-
 Status = Literal["running", "finished", "failed", "interrupted", "killed"]
 ARTIFACTS: Final = "artifacts.json"
 """What a study used: digest -> stage, in `<its report's name>.artifacts.json`. Of a run its log says so."""
@@ -54,6 +37,10 @@ _SUFFIXES: Final = (".json", ".jsonl", ".yaml", ".png", ".svg", ".md", ".html", 
 """Of the files in a run's folder."""
 _OF_RECORDS: Final = (RunStarted, StepDone, RunEnded)
 """What a record is a fold of: few lines of a log."""
+
+
+class InterruptedRunError(Exception):
+    """A run that was stopped from outside (a signal, a closed terminal); its text is the command that continues it."""
 
 
 @dataclass
@@ -102,14 +89,15 @@ class Attempt:
             self.status, self.error, self.seconds = event.status, event.error, event.seconds
             self.executed, self.cached = event.executed, event.cached
 
+    @property
+    def is_here(self) -> bool:
+        """Whether its process is, or was, on this machine."""
+        return self.host == socket.gethostname()
+
     def outcome(self) -> Status:
-        """The status; a run whose process is gone without a word was killed."""
-        here = self.host == socket.gethostname()
-        return (
-            "killed"
-            if self.status == "running" and here and not is_alive(self.pid, self.process_start)
-            else self.status
-        )
+        """Return the status; a run whose process is gone without a word was killed."""
+        ours = self.status == "running" and self.is_here
+        return "killed" if ours and not is_alive(self.pid, self.process_start) else self.status
 
 
 @dataclass
@@ -159,7 +147,7 @@ class RunRecord:
         folder = run_folder(places, config)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _replace(folder / "config.yaml", config.to_yaml())
+            write_text(folder / "config.yaml", config.to_yaml())
             (folder / IMPORTED).unlink(missing_ok=True)
             record = read_record(folder) or cls(folder)
             record.finished_before = record.finished
@@ -216,6 +204,16 @@ class RunRecord:
     def is_running(self) -> bool:
         """Whether the attempt of this process has not ended."""
         return any(attempt.id == self.log.attempt and attempt.status == "running" for attempt in self.attempts)
+
+    @property
+    def open(self) -> bool:
+        """Whether any attempt may go on: its process lives, or is on another machine."""
+        return any(attempt.outcome() == "running" for attempt in self.attempts)
+
+    @property
+    def lives(self) -> bool:
+        """Whether a process of this machine is at work on it."""
+        return any(attempt.is_here and attempt.outcome() == "running" for attempt in self.attempts)
 
     @property
     def finished(self) -> bool:
@@ -303,11 +301,12 @@ def read_digests(file: Path) -> set[str]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a file of JSON as `write_text` does."""
+    write_text(path, json.dumps(value, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
     """Write a file in one step: a reader, or a crash, sees the old text or the new one."""
-    _replace(path, json.dumps(value, indent=1))
-
-
-def _replace(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)

@@ -21,8 +21,6 @@ from pipeline.store import Store
 from pipeline.store.files import MissingArtifactError
 from pipeline.store.pins import PinnedArtifactError
 
-__all__ = ["KeepConfig", "Retention"]
-
 _TRIED: Final = 32
 """Artifacts held by other runs that are tried again after a step."""
 

@@ -1,4 +1,4 @@
-"""Everything around a flow: the store, live progress, the tracker, the record of the run, and on request Prefect."""
+"""Everything around a flow: the store, live progress, the log of the run and its sending, and on request Prefect."""
 
 from __future__ import annotations
 
@@ -22,28 +22,23 @@ from flows.runs.curve import draw_learning_curve
 from flows.runs.display import displaying
 from flows.runs.ledger import Ledger
 from flows.runs.paths import Places
-from flows.runs.record import RunRecord, write_json
-from flows.runs.registry import Registrar
+from flows.runs.record import InterruptedRunError, RunRecord, write_json, write_text
 from flows.runs.state import RunState
 from flows.runs.summary import Summary, summarise, summary_markdown
 from flows.runs.upkeep import upkeep
+from flows.tracking.delivery import as_params, delivered
+from flows.tracking.fold import COMPLETIONS, CURVE, NOTE
 from pipeline.config import ConfigError, flatten
 from pipeline.config.passwords import without_password
 from pipeline.events import recording
 from pipeline.orchestration.engine import Engine, joining, running_deployment, use_engine
-from pipeline.orchestration.interruption import check, interruptible, is_interruption, shielded
+from pipeline.orchestration.interruption import interruptible, is_interruption, shielded
 from pipeline.progress import failsafe, report
 from pipeline.store import PrunedArtifactError, StoreError, use_store
-from pipeline.tracking import Tracker, track
+from pipeline.tracking.records import table
 from pipeline.workers.gpu_locks import exclusive_devices
 from stages.models import Checkpoint
 from stages.rollout import require_backend
-
-__all__ = ["InterruptedRunError", "orchestration", "run_flow", "starting_server"]
-
-
-class InterruptedRunError(Exception):
-    """A run that was stopped from outside (a signal, a closed terminal); its text is the command that continues it."""
 
 
 def run_flow(
@@ -78,11 +73,8 @@ def run_flow(
     command = without_password(command or shlex.join(["cohort", *sys.argv[1:]]))
     state = RunState(steps=config.iterations * config.steps, iterations=config.iterations)
     parameters = config.identity() | {f"diff.{name}": value for name, value in (difference or {}).items()}
-    params = {
-        name: value if isinstance(value, str) else json.dumps(value) for name, value in flatten(parameters).items()
-    }
     record = RunRecord.begin(
-        places, config, command=command, engine=engine, asked=choice.asked, params=params, tags=tags
+        places, config, command=command, engine=engine, asked=choice.asked, params=as_params(parameters), tags=tags
     )
     try:
         with (
@@ -90,49 +82,32 @@ def run_flow(
             starting_server(engine, places, state),
             recording(record.log.take),
             displaying(state, console, all_warnings=debug),
-            track(
-                places.root,
-                experiment=config.experiment,
-                run_name=config.name,
-                run_key=record.folder.name,
-                config=parameters,
-                tags=tags,
-            ) as tracker,
+            delivered(record.folder, lambda status, error: record.end(status, state, error)) as delivery,
+            recording(delivery.take),
         ):
-            summary = _train_and_summarise(choice, places, engine, record, state, tracker, command, tags or {})
-            check()
+            summary = _train_and_summarise(choice, places, engine, record, state, command)
     except BaseException as error:
-        interrupted = is_interruption(error)
-        with shielded():
-            text = without_password(f"{type(error).__name__}: {error}")[:2000]
-            record.end("interrupted" if interrupted else "failed", state, text)
-        if interrupted:
+        stopped = is_interruption(error)
+        if record.is_running:  # it failed outside `delivered`
+            with shielded():
+                text = without_password(f"{type(error).__name__}: {error}")[:2000]
+                record.end("interrupted" if stopped else "failed", state, text)
+        if stopped:
             raise InterruptedRunError(command) from error
         raise
     finally:  # an interrupt may come between an error and its note
         if record.is_running and sys.exc_info()[0] is not None:
             with shielded():
                 record.end("interrupted", state)
-    with shielded():
-        record.end("finished", state)
     return summary
 
 
 def _train_and_summarise(
-    choice: Choice,
-    places: Places,
-    engine: Engine,
-    record: RunRecord,
-    state: RunState,
-    tracker: Tracker,
-    command: str,
-    tags: Mapping[str, str],
+    choice: Choice, places: Places, engine: Engine, record: RunRecord, state: RunState, command: str
 ) -> Summary | None:
-    """Train, then write what the run came to into its folder and to MLflow."""
+    """Train, then write what the run came to into its folder, from where MLflow gets it."""
     config, ledger = choice.config, Ledger()
-    registrar = Registrar(tracker, config, tags)
-    state.points.log = tracker
-    with _devices(config, cached=record.finished_before), recording(ledger.take, registrar.take):
+    with _devices(config, cached=record.finished_before), recording(ledger.take):
         policy = _train(config, places, engine, record)
     record.policy = policy.digest
     summary: Summary | None = None
@@ -140,9 +115,8 @@ def _train_and_summarise(
         summary = summarise(config, state.points.by_step, state, policy, _paths(record, places))
         record.accuracy = {"before": summary.before, "best": summary.best, "final": summary.after}
     if summary:
-        _conclude(summary, record, tracker, choice, command)
-        failsafe("the registry of models")(registrar.conclude)(summary, ledger)
-    failsafe("the table of completions")(_log_completions)(ledger, places, tracker)
+        _conclude(summary, record, choice, command)
+    failsafe("the table of completions")(_write_completions)(ledger, places, record.folder)
     return summary
 
 
@@ -242,48 +216,40 @@ def _import_heavy() -> None:
 
 
 def _paths(record: RunRecord, places: Places) -> dict[str, Path]:
-    paths = {"run": record.folder, "learning curve": record.folder / "learning_curve.png"}
+    paths = {"run": record.folder, "learning curve": record.folder / CURVE}
     policy = places.payload(record.policy)
     # Where all was found in a remote store, nothing of it was fetched.
     return {**paths, "final policy": policy} if policy.exists() else paths
 
 
-def _conclude(summary: Summary, record: RunRecord, tracker: Tracker, choice: Choice, command: str) -> None:
-    """Leave the outcome in the run's folder and in MLflow; what cannot be left must not make a trained policy a failed run."""
+def _conclude(summary: Summary, record: RunRecord, choice: Choice, command: str) -> None:
+    """Leave the outcome in the run's folder; what cannot be left must not make a trained policy a failed run."""
     with failsafe(f"the learning curve of {record.folder}"):
-        _draw(summary, record, tracker)
+        _draw(summary, record)
     with failsafe(f"summary.json of {record.folder}"):
         write_json(record.folder / "summary.json", summary.as_json())
-    with failsafe("the outcome in MLflow"):
-        _track_outcome(summary, tracker, choice, command)
+    with failsafe(f"{NOTE} of {record.folder}"):
+        write_text(record.folder / NOTE, summary_markdown(summary, command, choice.differences()))
 
 
-def _track_outcome(summary: Summary, tracker: Tracker, choice: Choice, command: str) -> None:
-    finals = {f"final/{name}/{key}": value for name, part in summary.after.items() for key, value in part.items()}
-    bests = {f"best/{name}/accuracy": accuracy for name, (_, accuracy) in summary.best.items()}
-    tracker.log_summary({key: value for key, value in finals.items() if key.endswith("accuracy")} | bests)
-    tracker.set_tags({"cohort.policy": summary.policy})
-    tracker.set_note(summary_markdown(summary, command, choice.differences()))
-
-
-def _log_completions(ledger: Ledger, places: Places, tracker: Tracker) -> None:
-    """Under one name in every run, so that MLflow's comparison shows the same questions side by side."""
+def _write_completions(ledger: Ledger, places: Places, folder: Path) -> None:
+    """Write the table that MLflow's comparison shows side by side: the same questions in every run."""
     try:
         rows = completion_rows(places.open_store(), ledger)
     except PrunedArtifactError:
-        return  # MLflow keeps the table that it was given when the outputs were there
+        return  # the table stays that was written when the outputs were there
     except StoreError as error:
         warnings.warn(f"MLflow gets no table of completions: {error}", stacklevel=2)
         return
     if rows:
-        tracker.log_table("completions", rows)
+        made = table("completions", rows)
+        write_json(folder / COMPLETIONS, {"columns": made["columns"], "data": made["data"]})
 
 
-def _draw(summary: Summary, record: RunRecord, tracker: Tracker) -> None:
-    picture = record.folder / "learning_curve.png"
+def _draw(summary: Summary, record: RunRecord) -> None:
+    picture = record.folder / CURVE
     if not (picture.exists() and _same_curve(record.folder / "summary.json", summary)):  # matplotlib takes a second
         draw_learning_curve(summary.curve, picture, title=summary.name)
-    tracker.log_figure(picture)
 
 
 def _same_curve(file: Path, summary: Summary) -> bool:

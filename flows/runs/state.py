@@ -16,8 +16,6 @@ from flows.runs.points import Points
 from pipeline.events import EvaluationDone, Event, StageDone, StageFailed, StageStarted, StepDone, Warned
 from pipeline.progress import failsafe
 
-__all__ = ["RunState", "StageTotals"]
-
 _RECENT: Final = 10
 """Steps that the forecast of the time left averages over."""
 

@@ -20,8 +20,6 @@ from flows.runs.state import RunState
 from flows.wording import at_k, code, duration, markdown, percent
 from stages.models import Checkpoint
 
-__all__ = ["Summary", "mismatch_line", "print_summary", "summarise", "summary_markdown", "worst_mismatch"]
-
 _MISMATCH: Final = "rollout/mismatch_"
 """Prefix of the figures of `stages/update/mismatch.py`."""
 

@@ -20,8 +20,6 @@ from pipeline.store import Store
 from pipeline.store.context import watching_disk
 from pipeline.store.disk import DiskWatch
 
-__all__ = ["Forecast", "upkeep", "watching", "ways_to_free"]
-
 _SUGGESTED: Final = {"optimizer": 1, "checkpoints": 2, "rollouts": 5}
 """What to keep when the disk is full, by the option of `cohort store prune`."""
 

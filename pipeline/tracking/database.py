@@ -18,17 +18,6 @@ from typing import Any, Final
 from pipeline.config.passwords import without_password
 from pipeline.store.locks import lock_file
 
-__all__ = [
-    "adopt",
-    "artifact_folder",
-    "connect",
-    "is_database",
-    "local_database",
-    "making_tables",
-    "tracking_uri",
-    "with_driver",
-]
-
 _SERVERS: Final = ("postgresql", "mysql", "mssql")
 """Databases that MLflow writes to itself, beside sqlite."""
 _LOCK: Final = 0x636F686F7274

@@ -6,15 +6,10 @@ the store, under the digest that the version's source and tags name, so that no 
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import re
-from collections.abc import Mapping
 from typing import Any, Final
 
-from pipeline.tracking.journal import Record
-
-__all__ = ["Registry", "TrackedModel", "alias_of", "source_of"]
+from pipeline.tracking.records import Record
 
 _LOGGED: Final = "cohort.logged_model"
 """Tag of a version: the logged model through which MLflow's pages lead from runs to it."""
@@ -22,33 +17,9 @@ _NOT_THERE: Final = "RESOURCE_DOES_NOT_EXIST"
 _DESCRIPTION: Final = "What runs came to, a version for each digest. The weights are in the store, under the digest."
 
 
-@dataclasses.dataclass(frozen=True)
-class TrackedModel:
-    """A model that a run came to, as MLflow's registry gets it."""
-
-    name: str
-    """The registered model: what kind of model it is."""
-    digest: str
-    """Of its artifact: it makes the version."""
-    step: int
-    """Step of the run that it was there after; 0 = before the first."""
-    tags: Mapping[str, str]
-    """What else the version says of itself."""
-
-    def record(self) -> Record:
-        """As journals hold it."""
-        own = {"model": self.name, "digest": self.digest, "step": self.step, "tags": dict(self.tags)}
-        return {"kind": "model", "name": f"{self.name}/{self.digest}", **own}
-
-
 def source_of(digest: str) -> str:
     """An artifact as a URI, from the root of the store. MLflow's server takes no path outside its own folders for a source."""
     return f"cohort:///objects/{digest[:2]}/{digest}"
-
-
-def alias_of(name: str) -> str:
-    """`name` as MLflow takes it for an alias: letters, digits, _ and - only."""
-    return re.sub(r"[^\w-]", "-", name)
 
 
 class Registry:

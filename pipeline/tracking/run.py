@@ -12,10 +12,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from pipeline.tracking.journal import Record
+from pipeline.tracking.records import Record
 from pipeline.tracking.registry import Registry, source_of
-
-__all__ = ["MlflowRun"]
 
 _METRICS_A_BATCH: Final = 1000  # MLflow's limits for one request
 _PARAMS_A_BATCH: Final = 100
@@ -49,7 +47,7 @@ class MlflowRun:
         self._last_step = {metric.key: metric.step for metric in state.to_proto().data.metrics}
 
     def send(self, records: Sequence[Record]) -> None:
-        """Project journal records, in order; what the run has already is left out.
+        """Send records, in order; points that the run has already are left out.
 
         Raises:
             Exception: whatever MLflow raises; then open the run anew and send again.
@@ -69,7 +67,7 @@ class MlflowRun:
                 case "model":
                     self._registry.add(record, self.id)
                 case "alias":
-                    # The journal of the run that has the model may come later: then the run is made here.
+                    # The run that has the model may be sent later: then it is made here.
                     run = self._run_of(record["run"], record["run_name"], record.get("began"))
                     self._registry.point(record["alias"], record["model"], run.info.run_id)
                 case "figure":
@@ -104,9 +102,8 @@ class MlflowRun:
         if found:
             return found[0]
         tags = {_RUN_KEY: key, "mlflow.source.name": "cohort", "mlflow.source.type": "LOCAL"}
-        began = (
-            None if started is None else int(started * 1000)
-        )  # not when it is first sent, which may be after its end
+        # Not when it is first sent, which may be after its end.
+        began = None if started is None else int(started * 1000)
         return self._client.create_run(self._experiment_id, start_time=began, run_name=name, tags=tags)
 
     def _send_steps(self, records: Sequence[Record]) -> None:

@@ -1,7 +1,7 @@
 """Run as a script: interrupts the smallest recipe at random instants of its run and prints how each ended.
 
 One process runs it whole, which imports and warms everything, and then forks a child for each trial, so that a hundred of them
-cost minutes and not a hundred imports of torch. Nothing is sent to MLflow; the journals are written all the same.
+cost minutes and not a hundred imports of torch. Nothing is sent to MLflow.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from flows.cli import run_command
 from flows.runs.paths import Places
 from flows.runs.record import read_records
-from pipeline import tracking
+from flows.tracking import delivery
 
 SIGNALS = (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -61,7 +61,8 @@ def trial(root: Path, number: int, delay: float) -> dict[str, Any]:
 
 def main(folder: Path, trials: int, seed: int) -> None:
     """Print one JSON object with one entry per trial."""
-    tracking.start_sender = lambda home: None
+    delivery.start_sender = lambda home: None
+    delivery.CLOSE_SECONDS = 0.0
     for name in ("cold", "warm"):
         began = time.monotonic()
         assert (

@@ -20,8 +20,9 @@ import pytest
 from flows.cli import run_command
 from flows.runs.paths import Places
 from flows.runs.record import read_records
+from flows.tracking.fold import MlflowFold
 from pipeline.progress import listen
-from pipeline.tracking.journal import Journal
+from pipeline.store import Store, use_store
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -83,8 +84,10 @@ def test_a_run_that_is_interrupted_anyhow_is_recorded_as_interrupted(
     (record,) = read_records(Places(tmp_path))
     assert began
     assert (record.attempts[-1].status, record.steps) == ("interrupted", 0)
-    (journal,) = (tmp_path / "tracking").glob("*/*.jsonl")
-    assert Journal(journal).status == "KILLED"
+    fold = MlflowFold(record.folder)
+    with use_store(Store(tmp_path / "store")):
+        fold.read()
+    assert fold.status == "KILLED"
 
 
 @pytest.mark.claim("Ctrl-C that is swallowed")

@@ -193,22 +193,21 @@ def test_a_display_that_raises_at_every_call_changes_nothing(
         # In one run none of these keeps another from being called.
         (
             *("flows.commands.training._announce", "flows.runs.display.Live.start", "flows.runs.points.Points._add"),
-            *("flows.runs.registry.Registrar.take", "flows.runs.ledger.Ledger.take", "flows.runs.session.summarise"),
+            *("flows.runs.ledger.Ledger.take", "flows.runs.session.summarise"),
         ),
         (
             *("flows.runs.display.Display._step", "flows.runs.display.Display._evaluation"),
             *("flows.runs.session.draw_learning_curve", "flows.commands.training.print_summary"),
-            "pipeline.tracking.Tracker.log_step",
+            "flows.runs.session.write_text",
         ),
         (
             *("flows.runs.display.Display.__rich__", "flows.runs.display.Display.close"),
             *("flows.runs.session.completion_rows", "flows.runs.session.summary_markdown"),
-            "pipeline.tracking.Tracker._close",
+            "flows.tracking.delivery.outcome_of",
         ),
         (
             "flows.runs.display._held_out",
-            "flows.runs.registry.Registrar.conclude",
-            "pipeline.tracking.Tracker.set_note",
+            "flows.tracking.delivery.Sent.read",
         ),
     ],
     ids=lambda places: " ".join(place.rpartition(".")[2] for place in places),

@@ -7,10 +7,21 @@ from hashlib import sha256
 from pathlib import Path
 
 from flows.runs.ledger import EvaluationCalls
+from flows.tracking.fold import MlflowFold
 from pipeline.event_log import EventLog
 from pipeline.events import EvaluationDone, RunEnded, RunStarted, StageDone, StepDone
+from pipeline.store import Store, use_store
+from pipeline.tracking.records import Record
 
 START = RunStarted("made up", "study", 4, 1, "cohort run", "inline", "elsewhere", 1, "0")
+
+
+def records_of(root: Path, log: str) -> list[Record]:
+    """Return what MLflow gets of a run (`runs/<key>`) or of a study (`tracking/<key>`)."""
+    fold = MlflowFold(root / log)
+    with use_store(Store(root / "store")):
+        fold.read()
+    return fold.records
 
 
 def write_log(

@@ -12,9 +12,9 @@ from flows.config.recipes import arithmetic_smoke
 from flows.export.model_card import _with_interval
 from flows.inspection.run_curve import measures
 from flows.inspection.run_view import _curve
-from flows.runs.charts import charted
 from flows.runs.state import RunState
 from flows.runs.summary import print_summary, summarise, summary_markdown
+from flows.tracking.charts import charted
 from flows.wording import accuracies, at_k
 from stages.models import Checkpoint
 

@@ -18,6 +18,7 @@ from pipeline.events import (
     EvaluationDone,
     Event,
     Freed,
+    Logged,
     PreflightDone,
     RunEnded,
     RunStarted,
@@ -56,6 +57,7 @@ ONE_OF_EACH: list[Event] = [
     Warned("careful"),
     Freed(A, True, 4096),
     RunEnded("finished", 9.5, 3, 1, "", C, {"held_out": {"accuracy": 0.1}}, {"held_out": (1, None)}, {"held_out": {}}),
+    Logged("table", "runs", {"columns": ["arm"], "data": [["usual"]]}),
 ]
 
 
@@ -83,7 +85,7 @@ def test_every_event_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_reading_goes_on_after_a_number_and_by_type(tmp_path: Path) -> None:
     written(tmp_path)
-    assert [type(event) for event in read_events(tmp_path / LOG, after=9)] == [Freed, RunEnded]
+    assert [type(event) for event in read_events(tmp_path / LOG, after=9)] == [Freed, RunEnded, Logged]
     assert [event.number for event in read_events(tmp_path / LOG, kinds=[StepDone, RunStarted])] == [1, 8]
 
 
@@ -112,6 +114,25 @@ def test_a_damaged_line_is_skipped_and_named(tmp_path: Path, damage: bytes) -> N
     with pytest.raises(ValueError, match="line 2"):
         parse_events(tmp_path / LOG)
     assert EventLog(tmp_path).append(Warned("next")) == 4
+
+
+@pytest.mark.claim("one flipped bit in a record")
+def test_no_flipped_bit_anywhere_stops_a_run(tmp_path: Path) -> None:
+    written(tmp_path)
+    file, whole = tmp_path / LOG, (tmp_path / LOG).read_bytes()
+    named = 0
+    places = range(0, 8 * len(whole), 11)  # every bit of a byte has its turn
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        EventLog(tmp_path).append(Warned("next"))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert read_events(file)[-1].values() == {"text": "next"}
+        assert len(caught) <= 1
+        named += bool(caught)
+    assert named > len(places) / 3  # the others changed a name or a digit, which none can tell
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from flows.experiments.running import is_finished
 from flows.runs.paths import Places
 from flows.runs.record import run_folder
 from flows.runs.session import run_flow
-from pipeline import tracking
+from flows.tracking import delivery
 from pipeline.events import Event, StageDone, StageStarted, recording
 from pipeline.experiment import Experiment
 from pipeline.residency import evict
@@ -108,7 +108,8 @@ def disturb(planned: PlannedExperiment, places: Places, kills: int, calls: int, 
 
 def main(file: Path, folder: Path, kills: int) -> None:
     """Print one JSON object: final policies undisturbed and disturbed, calls, and who was killed."""
-    tracking.start_sender = lambda home: None  # MLflow is no part of this
+    delivery.start_sender = lambda home: None  # MLflow is no part of this
+    delivery.CLOSE_SECONDS = 0.0
     planned = plan(Experiment.from_yaml(file.read_text(encoding="utf-8")))
     golden, disturbed = Places(folder / "golden"), Places(folder / "disturbed")
     work(planned, golden)

@@ -22,10 +22,12 @@ from flows.experiments.studies import EXPERIMENTS, SCALES, named_experiment
 from flows.runs.ledger import Ledger
 from flows.runs.paths import Places
 from flows.runs.record import read_records
+from pipeline.event_log import LOG, read_events
+from pipeline.events import RunEnded
 from pipeline.experiment import Experiment
 from pipeline.residency import evict
 from pipeline.store import Store
-from pipeline.tracking.journal import read_records as read_journal
+from tests.flows.logs import records_of
 
 ROOT = Path(__file__).parents[3]
 TINY: dict[str, Any] = {
@@ -283,13 +285,13 @@ def test_the_results_lead_to_differences_curves_and_artifacts(first: Path) -> No
 @pytest.mark.slow
 def test_mlflow_is_told_arm_seed_parent_and_difference(first: Path) -> None:
     (run,) = [run for run in result_of(first).runs if (run.arm, run.seed) == ("wide", 1)]
-    told = read_journal(first / "tracking" / "tiny" / f"{run.folder}.jsonl", 0)[0][0]
+    told = records_of(first, f"runs/{run.folder}")[0]
     assert (told["tags"]["arm"], told["tags"]["seed"], told["tags"]["cohort.parent_key"]) == ("wide", "1", "tiny")
     assert {key: value for key, value in told["params"].items() if key.startswith("diff.")} == {
         "diff.update.objective.eps": "0.4"
     }
-    parent = read_journal(first / "tracking" / "tiny" / "tiny.jsonl", 0)[0]
-    assert [record["kind"] for record in parent] == ["run", "table", "alias", "figure", "figure", "tags", "end"]
+    parent = records_of(first, "tracking/tiny")
+    assert [record["kind"] for record in parent] == ["run", "table", "alias", "figure", "figure", "tags"]
     assert parent[1]["columns"][:4] == ["arm", "seed", "run", "status"]
 
 
@@ -421,8 +423,9 @@ def test_an_interruption_stops_every_child_and_the_same_command_continues(tmp_pa
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 130, out
-    ended = read_journal(tmp_path / "tracking" / "tiny" / "tiny.jsonl", 0)[0][-1]
-    assert (ended["kind"], ended["status"]) == ("end", "KILLED")
+    (ended,) = read_events(tmp_path / "tracking" / "tiny" / LOG, kinds=(RunEnded,))
+    assert isinstance(ended, RunEnded)
+    assert ended.status == "interrupted"
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
     assert "tiny-usual-s1" not in [record.name for record in read_records(Places(tmp_path))]
     assert ablate(tmp_path) == 0

@@ -31,8 +31,8 @@ from pipeline.experiment import Experiment
 from pipeline.orchestration.server import stop_server
 from pipeline.residency import evict
 from pipeline.store import Store
-from pipeline.tracking.journal import read_records as read_journal
 from tests.flows.experiments.shared_prefix import MARK, TINY, marked
+from tests.flows.logs import records_of
 
 ROOT = Path(__file__).parents[3]
 SMALL = TINY | {
@@ -281,7 +281,7 @@ def test_killed_workers_cost_the_stage_in_flight_and_the_results_are_those_of_on
     assert {record["key"] for record in store.actions()} == {r["key"] for r in Store(golden.root / "store").actions()}
     assert run_command(["verify", "--root", str(machine.root)]) == 0
     (run,) = [run for run in machine.result().runs if run.arm == "faster"]
-    told = read_journal(machine.root / "tracking" / "tiny" / f"{run.folder}.jsonl", 0)[0][0]
+    told = records_of(machine.root, f"runs/{run.folder}")[0]
     assert (told["tags"]["arm"], told["tags"]["cohort.parent_key"]) == ("faster", "tiny")
     assert told["params"]["diff.update.training.optimizer.learning_rate"] == "0.01"
 

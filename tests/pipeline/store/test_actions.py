@@ -17,7 +17,7 @@ from pipeline.store import DamagedArtifactError, MissingArtifactError, Store, St
 from pipeline.store.files import is_plain_name, sha256_of, write_sealed
 from pipeline.store.locks import locked
 from pipeline.store.objects import digest_of
-from pipeline.tracking.journal import Sent
+from pipeline.tracking.records import Sent
 from tests.pipeline.calls import call
 
 KEY, SOUND = "a" * 64, "b" * 64
@@ -256,13 +256,26 @@ def test_pins_are_digests_and_nothing_else(store: Store, digest: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["[]", "5", '{"offset": -1}', '{"offset": "0"}', '{"run_id": 5}', '{"tried": null}', "{", "[" * 9999, "\x00"],
+    [
+        *(
+            "[]",
+            "5",
+            '{"number": -1}',
+            '{"size": "0"}',
+            '{"size": -1}',
+            '{"run_id": 5}',
+            '{"tried": null}',
+            '{"more": 1}',
+        ),
+        *('{"database": 1.5}', '{"error": []}', '{"hashes": []}', "{", "[" * 9999, "\x00"),
+    ],
 )
 def test_a_cursor_of_another_shape_means_that_nothing_was_sent(tmp_path: Path, text: str) -> None:
-    (tmp_path / "run.sent.json").write_text(text)
-    assert Sent.read(tmp_path / "run.jsonl") == Sent()
-    Sent("sqlite:///x", 5, "r", 7, "FINISHED", "", 2.5).write(tmp_path / "run.jsonl")
-    assert Sent.read(tmp_path / "run.jsonl") == Sent("sqlite:///x", 5, "r", 7, "FINISHED", "", 2.5)
+    (tmp_path / ".mlflow.json").write_text(text)
+    assert Sent.read(tmp_path) == Sent()
+    sent = Sent("sqlite:///x", 5, "r", 7, 900, "FINISHED", "", 2.5, {"run/r": "ab"})
+    sent.write(tmp_path)
+    assert Sent.read(tmp_path) == sent
 
 
 # ------------------------------------------------------------------------------------------------ a shared store

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from flows.tracking.delivery import tracked_study
+from flows.tracking.sender import sync
 from pipeline.config.passwords import unspoken, without_password
-from pipeline.tracking import Tracker, sync, track
+from pipeline.event_log import LOG
 from pipeline.tracking.database import artifact_folder, connect, is_database
-from pipeline.tracking.journal import Sent
+from pipeline.tracking.records import Record, Sent, point, table
 from tests.pipeline.postgres import PASSWORD, Postgres, gives_away, postgres
 
 
@@ -35,12 +37,12 @@ def database(sender: None, server: Postgres, request: pytest.FixtureRequest, mon
 
 
 def tracked(home: Path, key: str) -> Any:
-    return track(home, experiment="study", run_name=key, run_key=key, config={"lr": 0.5})
+    return tracked_study(home, experiment="study", name=key, key=key, config={"lr": 0.5})
 
 
-def steps(tracker: Tracker, *numbers: int) -> None:
+def steps(log: Callable[[Record], None], *numbers: int) -> None:
     for number in numbers:
-        tracker.log_step(number, {"reward/mean": number / 10})
+        log(point(number, {"reward/mean": number / 10}))
 
 
 def runs(url: str) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def points(url: str, key: str) -> list[tuple[int, float]]:
 
 
 def sent(home: Path, key: str) -> Sent:
-    return Sent.read(home / "tracking" / "study" / f"{key}.jsonl")
+    return Sent.read(home / "tracking" / key)
 
 
 # ------------------------------------------------------------------------------------------------ without a server
@@ -121,7 +123,7 @@ def test_two_runs_that_find_an_empty_database_together_are_there_with_all_points
         for number in range(1, 6):
             steps(first, number)
             steps(second, number)
-            first.log_table("completions", [{"question": "1+1", "reward": 1.0}])
+            first(table("completions", [{"question": "1+1", "reward": 1.0}]))
     expected = [(number, number / 10) for number in range(1, 6)]
     assert [points(database, key) for key in ("one", "two")] == [expected, expected]
     found = runs(database)
@@ -140,9 +142,9 @@ def test_a_wrong_password_is_told_once_and_sync_sends_all_with_the_right_one(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url(name, password=wrong))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        with tracked(tmp_path, "run") as tracker:
+        with tracked(tmp_path, "run") as log:
             started = time.perf_counter()
-            steps(tracker, *range(1, 50))
+            steps(log, *range(1, 50))
             assert time.perf_counter() - started < 1.0
     (warning,) = [str(one.message) for one in told if "MLflow" in str(one.message)]
     assert "password authentication failed" in warning
@@ -161,11 +163,11 @@ def test_a_database_that_goes_away_stops_no_run_and_gets_every_point_once_when_i
 ) -> None:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        with tracked(tmp_path, "run") as tracker:
-            steps(tracker, 1, 2)
+        with tracked(tmp_path, "run") as log:
+            steps(log, 1, 2)
             await_sent(tmp_path, "run")
             server.stop()
-            steps(tracker, 3, 4)
+            steps(log, 3, 4)
     server.start()
     (warning,) = [str(one.message) for one in told if "MLflow" in str(one.message)]
     assert "Nothing is lost" in warning
@@ -177,8 +179,8 @@ def test_a_database_that_goes_away_stops_no_run_and_gets_every_point_once_when_i
 
 @pytest.mark.scale
 def test_no_process_carries_the_password_among_its_arguments(database: str, tmp_path: Path) -> None:
-    with tracked(tmp_path, "run") as tracker:
-        steps(tracker, 1)
+    with tracked(tmp_path, "run") as log:
+        steps(log, 1)
         await_sent(tmp_path, "run")
         ours = [process.info for process in psutil.process_iter(["cmdline", "uids"]) if process.info["cmdline"]]
         senders = [info for info in ours if str(tmp_path) in info["cmdline"]]
@@ -188,9 +190,9 @@ def test_no_process_carries_the_password_among_its_arguments(database: str, tmp_
 
 
 def await_sent(home: Path, key: str) -> None:
-    """Until everything in a run's journal is in the database."""
-    journal = home / "tracking" / "study" / f"{key}.jsonl"
+    """Until everything in a run's log is in the database."""
+    folder = home / "tracking" / key
     deadline = time.monotonic() + 90
-    while Sent.read(journal).offset < journal.stat().st_size:
-        assert time.monotonic() < deadline, Sent.read(journal)
+    while Sent.read(folder).size < (folder / LOG).stat().st_size:
+        assert time.monotonic() < deadline, Sent.read(folder)
         time.sleep(0.1)

@@ -24,9 +24,9 @@ from flows.runs.completions import completion_rows, groups_made, last_evaluation
 from flows.runs.paths import Places
 from pipeline.residency import evict
 from pipeline.store import Store, StoreError, use_store
-from pipeline.tracking.journal import read_records
 from stages.tables import Rollouts
 from tests.flows.experiments.report.pages import Element, parse
+from tests.flows.logs import records_of
 
 NAME = "pair"
 EXPERIMENT: dict[str, Any] = {
@@ -348,7 +348,7 @@ def test_an_unknown_experiment_exits_with_2_and_those_there_are(
 def test_mlflow_gets_the_same_questions_from_every_run_under_one_name(root: Path) -> None:
     tables = {}
     for run in result_of(root).runs:
-        records = read_records(root / "tracking" / NAME / f"{run.folder}.jsonl", 0)[0]
+        records = records_of(root, f"runs/{run.folder}")
         (tables[run.name],) = [r for r in records if r["kind"] == "table" and r["name"] == "completions"]
     columns = ["question", "completion", "status", "reward", "answer", "question_id"]
     assert {tuple(table["columns"]) for table in tables.values()} == {tuple(columns)}

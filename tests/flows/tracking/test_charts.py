@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from flows.cli import run_command
-from flows.runs.charts import charted
 from flows.runs.paths import Places
 from flows.runs.record import read_records as read_runs
+from flows.tracking.charts import charted
 from pipeline.residency import evict
 from pipeline.store import Store
-from pipeline.tracking.journal import Record, read_records
+from pipeline.tracking.records import Record
+from tests.flows.logs import records_of
 
 TINY = ["iterations=2", "steps=1", "sft.max_steps=2", "sft.decay_steps=1", "evaluation.every=0", "evaluation.samples=4"]
 AT_MOST = 60
@@ -21,7 +22,7 @@ AT_MOST = 60
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root in which the smallest recipe ran, and whose journal nobody carries on."""
+    """A root in which the smallest recipe ran."""
     folder = tmp_path_factory.mktemp("artifacts")
     settings = [part for setting in TINY for part in ("--set", setting)]
     assert run_command(["run", "arithmetic_smoke", *settings, "--engine", "inline", "--root", str(folder)]) == 0
@@ -29,13 +30,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def journal(root: Path) -> list[Record]:
-    (file,) = (root / "tracking").glob("*/*.jsonl")
-    return read_records(file, 0)[0]
-
-
 def of_kind(root: Path, kind: str) -> list[Record]:
-    return [record for record in journal(root) if record["kind"] == kind]
+    (run,) = read_runs(Places(root))
+    return [record for record in records_of(root, f"runs/{run.folder.name}") if record["kind"] == kind]
 
 
 @pytest.mark.slow
@@ -64,7 +61,7 @@ def test_time_spent_so_far_is_an_axis_that_ascends(root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_journal_names_the_data_that_the_run_read(root: Path) -> None:
+def test_mlflow_gets_the_data_that_the_run_read(root: Path) -> None:
     store = Store(root / "store")
     split = {call["result"]: call["arguments"].get("split") for call in store.actions()}
     named = {record["name"]: record for record in of_kind(root, "dataset")}

@@ -10,8 +10,6 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-__all__ = ["charted"]
-
 _LEFT_OUT: Final = re.compile(
     "|".join(
         [

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flows.config.recipes import arithmetic_smoke
 from flows.runs.ledger import Ledger
-from flows.runs.registry import Registrar, policies_of
-from flows.runs.summary import Summary
-from pipeline.events import DriftDone, StageDone, StepDone
+from flows.tracking.models import ModelsAndData, policies_of
+from pipeline.events import DriftDone, RunEnded, RunStarted, StageDone, StepDone
 from pipeline.store import Store
-from pipeline.tracking import Tracker
-from pipeline.tracking.registry import TrackedModel
+from pipeline.tracking.records import Record, model
 from tests.flows.experiments.figures.made_up import curves, experiment
 from tests.pipeline.calls import call
 
 
-class Notes(Tracker):
-    """A tracker that keeps what it is told of models."""
-
-    def __init__(self) -> None:
-        super().__init__(Path(), None)
-        self.models: list[TrackedModel] = []
-
-    def log_model(self, model: TrackedModel) -> None:
-        self.models.append(model)
-
-
-def summary(**changes: Any) -> Summary:
-    empty: dict[str, Any] = {field.name: {} for field in fields(Summary)}
-    return Summary(**(empty | {"name": "r", "steps": 4, "policy": "f" * 64} | changes))
+def ended(**changes: Any) -> RunEnded:
+    return RunEnded("finished", 1.0, policy="f" * 64, **changes)
 
 
 def ledger(**policies: str) -> Ledger:
@@ -42,26 +26,37 @@ def ledger(**policies: str) -> Ledger:
 
 def test_the_best_policy_is_registered_where_it_is_not_the_final_one() -> None:
     told = policies_of(
-        summary(best={"in": (2, 0.75), "out": (4, 0.5)}, after={"in": {"accuracy": 0.5, "greedy_accuracy": 0.1}}),
+        ended(best={"in": (2, 0.75), "out": (4, 0.5)}, final={"in": {"accuracy": 0.5, "greedy_accuracy": 0.1}}),
         ledger(s2="b" * 64, s4="f" * 64),
         {"arm": "x"},
     )
     assert told == [
-        TrackedModel("policy", "b" * 64, 2, {"arm": "x", "which": "best", "accuracy.in": "0.7500"}),
-        TrackedModel("policy", "f" * 64, 4, {"arm": "x", "which": "final", "accuracy.in": "0.5000"}),
+        model("policy", "b" * 64, 2, {"arm": "x", "which": "best", "accuracy.in": "0.7500"}),
+        model("policy", "f" * 64, 4, {"arm": "x", "which": "final", "accuracy.in": "0.5000"}),
     ]
 
 
 @pytest.mark.parametrize("best", [{}, {"in": (0, 0.9)}, {"in": (4, 0.9)}])
 def test_a_best_policy_that_rl_did_not_make_or_that_is_the_final_one_is_not_registered_beside_it(best: Any) -> None:
-    told = policies_of(summary(best=best), ledger(s2="b" * 64, s4="f" * 64), {})
-    assert [(model.digest, model.tags["which"]) for model in told] == [("f" * 64, "final")]
+    told = policies_of(ended(best=best), ledger(s2="b" * 64, s4="f" * 64), {})
+    assert [(made["digest"], made["tags"]["which"]) for made in told] == [("f" * 64, "final")]
+
+
+def created(store: Store) -> StageDone:
+    """The model that is trained first, as the store has it."""
+    store.record(
+        "c" * 64, call("0" * 64, stage="create_reward_model", arguments={"config": {"config": {"kind": "process"}}})
+    )
+    return StageDone("create_reward_model", "c" * 64, "0" * 64, 1.0, cached=True)
 
 
 def trained(store: Store, digest: str, loss: float) -> StageDone:
-    """The end of a training, as the store has it."""
-    key = digest[::-1]
-    store.record(key, call(digest, stage="train_reward_model", metrics={"rm/loss": loss, "rm/pairs": 9}))
+    """The end of a training that continues the one before, as the store has it."""
+    key, before = digest[::-1], {"1": "0" * 64, "2": "1" + "a" * 63, "3": "2" + "a" * 63}[digest[0]]
+    metrics = {"rm/loss": loss, "rm/pairs": 9}
+    store.record(
+        key, call(digest, stage="train_reward_model", arguments={"model": {"artifact": before}}, metrics=metrics)
+    )
     return StageDone("train_reward_model", key, digest, 1.0, cached=True)
 
 
@@ -74,10 +69,13 @@ def measured(store: Store, step: int, **aucs: float) -> DriftDone:
 
 
 def test_reward_models_are_registered_when_trained_with_what_held_out_outputs_say_of_them(store: Store) -> None:
-    notes = Notes()
-    registrar = Registrar(notes, arithmetic_smoke(), {"arm": "orm"})
+    logged: list[Record] = []
+    models = ModelsAndData(logged.append)
     first, second, third = ("1" + "a" * 63, "2" + "a" * 63, "3" + "a" * 63)
+    start = RunStarted("r", "study", 4, 2, "", "", "here", 1, "0", params={"seed": "3"}, tags={"arm": "orm"})
     for event in (
+        start,
+        created(store),
         trained(store, first, 0.5),
         measured(store, 0, old_model_old_policy=0.875),
         StepDone(2, 0, {}),
@@ -86,21 +84,24 @@ def test_reward_models_are_registered_when_trained_with_what_held_out_outputs_sa
         StepDone(4, 1, {}),
         trained(store, third, 0.125),  # and not measured
     ):
-        registrar.take(event)
-    registrar.conclude(summary(), ledger())
-    *models, policy = notes.models
-    assert [(model.name, model.digest, model.step) for model in models] == [
+        models.take(event)
+    models.conclude(ended(), ledger())
+    *found, policy = logged
+    assert [(made["model"], made["digest"], made["step"]) for made in found] == [
         ("reward-model", first, 0),
         ("reward-model", second, 2),
         ("reward-model", third, 4),
     ]
-    told = [{name: model.tags.get(name) for name in ("arm", "iteration", "loss", "held_out_auc")} for model in models]
-    assert told == [
-        {"arm": "orm", "iteration": "0", "loss": "0.5", "held_out_auc": "0.8750"},
-        {"arm": "orm", "iteration": "1", "loss": "0.25", "held_out_auc": "0.7500"},
-        {"arm": "orm", "iteration": "2", "loss": "0.125", "held_out_auc": None},
+    told = [
+        {name: made["tags"].get(name) for name in ("arm", "seed", "kind", "iteration", "loss", "held_out_auc")}
+        for made in found
     ]
-    assert policy.name == "policy"
+    assert told == [
+        {"arm": "orm", "seed": "3", "kind": "process", "iteration": "0", "loss": "0.5", "held_out_auc": "0.8750"},
+        {"arm": "orm", "seed": "3", "kind": "process", "iteration": "1", "loss": "0.25", "held_out_auc": "0.7500"},
+        {"arm": "orm", "seed": "3", "kind": "process", "iteration": "2", "loss": "0.125", "held_out_auc": None},
+    ]
+    assert policy["model"] == "policy"
 
 
 def test_the_best_run_is_the_best_of_the_arm_with_the_best_mean(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The process that sends the runs of one project to MLflow: `python -m pipeline.tracking <folder of the store>`."""
+"""The process that sends the runs of one project to MLflow: `python -m flows.tracking <root>`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 import sys
 from pathlib import Path
 
+from flows.tracking.sender import Sender, folder_of, place_of
 from pipeline.store.locks import lock_file
 from pipeline.tracking.database import tracking_uri
-from pipeline.tracking.sender import Sender, folder_of, place_of
 
 
 def main(home: Path) -> None:
@@ -19,7 +19,7 @@ def main(home: Path) -> None:
     with open(folder / f"{name}.lock", "w") as working:
         with open(folder / f"{name}.next.lock", "w") as waiting:
             if not lock_file(waiting, seconds=0.0):
-                return  # the one that waits already will see every journal that is there now
+                return  # the one that waits already will see every log that is there now
             lock_file(working)
         Sender(home, uri).follow()
 

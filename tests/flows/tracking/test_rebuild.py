@@ -13,10 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.tracking import track
-from pipeline.tracking.registry import TrackedModel
+from flows.cli import run_command
+from flows.tracking.delivery import tracked_study
+from pipeline.residency import evict
+from pipeline.tracking.records import alias, figure
+from tests.flows.logs import records_of
 
 ROOT = Path(__file__).parents[3]
+TINY = ["iterations=1", "steps=2", "sft.max_steps=2", "sft.decay_steps=1"]
 _OF_THE_DATABASE = {"alembic_version", "experiments", "experiment_tags"}
 """Tables that hold the same in every database with one experiment."""
 _MADE = re.compile(
@@ -64,35 +68,31 @@ def sync(home: Path) -> None:
 @pytest.mark.slow
 def test_a_deleted_database_and_its_artifacts_come_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    home, picture = tmp_path / "artifacts", tmp_path / "curve.png"
-    picture.write_bytes(b"png")
-    policy = TrackedModel("policy", "ab" * 32, 2, {"run": "grpo-s0", "arm": "usual"})
-    config = {"lr": 3e-4, "rollout": {"G": 8}, "diff.lr": 3e-4}
-    with track(
-        home, experiment="study", run_name="grpo-s0", run_key="grpo-s0-1", config=config, tags={"arm": "usual"}
-    ) as tracker:
-        tracker.log_dataset("in_domain", "ef" * 32, context="evaluation", rows=256)
-        for step in (1, 2):
-            tracker.log_step(step, {"reward/mean": step / 10, "policy/kl": 0.5})
-        tracker.log_summary({"final/in_domain/accuracy": 0.75})
-        tracker.log_table("completions", [{"question": "1+1", "answer": "2"}])
-        tracker.log_figure(picture)
-        tracker.log_model(policy)
-        tracker.set_note("# What happened")
-    with track(home, experiment="study", run_name="all", run_key="all", config={}) as tracker:
-        tracker.set_alias("best-study", policy, run_name="grpo-s0", run_key="grpo-s0-1")
+    home = tmp_path / "artifacts"
+    changes = [*TINY, "evaluation.every=1", "name=grpo-s0", "experiment=study"]
+    settings = [part for change in changes for part in ("--set", change)]
+    assert run_command(["run", "arithmetic_smoke", *settings, "--engine", "inline", "--root", str(home)]) == 0
+    evict()
+    (run,) = (home / "runs").iterdir()
+    logged = records_of(home, f"runs/{run.name}")
+    policy = next(record for record in logged if record["kind"] == "model")
+    with tracked_study(home, experiment="study", name="all", key="all", config={}) as log:
+        log(alias("best-study", policy, run=run.name, run_name="grpo-s0", began=logged[0]["time"]))
+        log(figure(run / "learning_curve.png"))
     sync(home)
     before = contents(home / "mlflow.db")
-    counts = {table: len(before[table]) for table in ("runs", "params", "metrics", "datasets", "model_versions")}
-    assert counts == {"runs": 2, "params": 3, "metrics": 5, "datasets": 1, "model_versions": 1}
-    assert len(before["registered_model_aliases"]) == 1
+    points = {(key, record["step"]) for record in logged if record["kind"] == "step" for key in record["metrics"]}
+    counts = {table: len(before[table]) for table in ("runs", "metrics", "datasets", "registered_model_aliases")}
+    assert counts == {"runs": 2, "metrics": len(points), "datasets": 3, "registered_model_aliases": 1}
+    assert len(points) > 80
 
     (home / "mlflow.db").unlink()
     shutil.rmtree(home / "mlruns")
     sync(home)
     assert contents(home / "mlflow.db") == before
-    assert [file.read_bytes() for file in (home / "mlruns").rglob("curve.png")] == [b"png"]
+    pictures = [file.read_bytes() for file in (home / "mlruns").rglob("learning_curve.png")]
+    assert pictures == [(run / "learning_curve.png").read_bytes()] * 2
     (table,) = (home / "mlruns").rglob("completions.json")
-    assert json.loads(table.read_text()) == {"columns": ["question", "answer"], "data": [["1+1", "2"]]}
+    assert json.loads(table.read_text()) == json.loads((run / "completions.json").read_text())
     sync(home)  # nothing twice
     assert contents(home / "mlflow.db") == before

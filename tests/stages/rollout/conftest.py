@@ -20,37 +20,16 @@ VOCABULARY = 23
 def make_model(architecture: str, *, spread: float = 0.4, attention: str = "eager") -> PreTrainedModel:
     """Two layers of 16; `spread` is the standard deviation of the weights: larger makes sharper distributions."""
     torch.manual_seed(5)
-    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    special = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 128}
     match architecture:
         case "qwen2":  # fewer key heads than query heads
-            model: PreTrainedModel = Qwen2ForCausalLM(
-                Qwen2Config(
-                    vocab_size=VOCABULARY,
-                    hidden_size=16,
-                    intermediate_size=32,
-                    num_hidden_layers=2,
-                    num_attention_heads=4,
-                    num_key_value_heads=2,
-                    max_position_embeddings=128,
-                    **special,
-                )
-            )
+            heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+            model: PreTrainedModel = Qwen2ForCausalLM(Qwen2Config(**special, **shape, **heads))
         case "llama":
-            model = LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=VOCABULARY,
-                    hidden_size=16,
-                    intermediate_size=32,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    max_position_embeddings=128,
-                    **special,
-                )
-            )
+            model = LlamaForCausalLM(LlamaConfig(**special, **shape, num_attention_heads=2))
         case _:  # learned positions
-            model = GPT2LMHeadModel(
-                GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=128, **special)
-            )
+            model = GPT2LMHeadModel(GPT2Config(**special, n_embd=16, n_layer=2, n_head=2, n_positions=128))
     for parameter in model.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=spread)

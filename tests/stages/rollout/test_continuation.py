@@ -20,6 +20,9 @@ from stages.tables import Rollouts, StepPrefixes
 from stages.text import BPETokenizerConfig, build_tokenizer, decode_outputs
 from stages.text.tokenizers import EOS
 from tests.stages.rollout.markov import ids_of, markov_policy
+from tests.stages.rows import rollout_row
+
+pytestmark = pytest.mark.usefixtures("store")
 
 CONFIG = RolloutConfig(G=2, max_output_tokens=8, backend=HFBackendConfig(dtype="float32", threads=1))
 CHANCES = {
@@ -33,23 +36,11 @@ CHANCES = {
 def outputs_of(tokenizer: Any, rows: dict[tuple[str, int], Sequence[int]], prompt: Sequence[int] = (2,)) -> Rollouts:
     """Rollouts with the ids given; one that has no end of sequence at its end was cut."""
     decoded = decode_outputs(tokenizer, list(rows.values()))
-    return Rollouts.write(
-        [
-            {
-                "question_id": question,
-                "sample": sample,
-                "prompt_ids": list(prompt),
-                "output_ids": list(ids),
-                "logprobs": [-0.5] * len(ids),
-                "finish_reason": "stop" if ids[-1] == tokenizer.eos_token_id else "length",
-                "text": text,
-                "text_ends": ends,
-                "temperature": 1.0,
-                "seed": 0,
-            }
-            for ((question, sample), ids), text, ends in zip(rows.items(), *decoded, strict=True)
-        ]
-    )
+    made = []
+    for ((question, sample), ids), text, ends in zip(rows.items(), *decoded, strict=True):
+        reason = "stop" if ids[-1] == tokenizer.eos_token_id else "length"
+        made.append(rollout_row(question, sample, ids, prompt, finish_reason=reason, text=text, text_ends=ends))
+    return Rollouts.write(made)
 
 
 def world(tokenizer: Any) -> Rollouts:
@@ -67,10 +58,6 @@ def steps_of(prefixes: StepPrefixes) -> list[tuple[Any, ...]]:
     return [tuple(row.values()) for row in prefixes.rows()]
 
 
-# ------------------------------------------------------------------------------------- cutting
-
-
-@pytest.mark.usefixtures("store")
 def test_equal_prefixes_of_a_question_have_one_number_and_the_end_of_an_output_has_none() -> None:
     _, tokenizer = markov_policy(CHANCES)
     prefixes = cut_into_prefixes(world(tokenizer))
@@ -81,16 +68,16 @@ def test_equal_prefixes_of_a_question_have_one_number_and_the_end_of_an_output_h
         ("q1", 0, 0, 0, 0), ("q1", 0, 1, 2, None),
     ]  # fmt: skip
     assert prefixes.metrics == {"rm/steps": 10, "rm/prefixes": 5, "rm/prefixes_saved": pytest.approx(1 / 6)}
-
-
-@pytest.mark.usefixtures("store")
-def test_only_the_first_outputs_of_a_question_are_cut_when_so_many_are_asked_for() -> None:
-    _, tokenizer = markov_policy(CHANCES)
+    # Of the first outputs of a question only, where so many are asked for.
     cut = cut_into_prefixes(world(tokenizer), outputs_per_question=1)
     assert [row[:2] for row in steps_of(cut)] == [("q0", 0)] * 3 + [("q1", 0)] * 2
+    # Ids decide what is equal, not the text that they spell.
+    _, tokenizer = markov_policy({":": {"ab\n": 1.0}, "a": {"b": 1.0}, "b": {"\n": 1.0}})
+    whole, spelled = ids_of(tokenizer, "ab\n", "a", EOS), ids_of(tokenizer, "a", "b", "\n", "a", EOS)
+    cut = cut_into_prefixes(outputs_of(tokenizer, {("q", 0): whole, ("q", 1): spelled}))
+    assert [row[3:] for row in steps_of(cut)] == [(0, 0), (2, None), (2, 1), (4, None)]
 
 
-@pytest.mark.usefixtures("store")
 @pytest.mark.parametrize("stopped", [True, False])
 def test_prefixes_of_bpe_tokens_end_with_the_token_that_completes_their_line(stopped: bool) -> None:
     text = "First, 12 + 30 = 42.\n\nThen half of it is 21;\nso 二十一.\n#### 21"
@@ -109,15 +96,6 @@ def test_prefixes_of_bpe_tokens_end_with_the_token_that_completes_their_line(sto
         assert f"{line}\n" not in before
 
 
-@pytest.mark.usefixtures("store")
-def test_ids_decide_what_is_equal_not_the_text_they_spell() -> None:
-    _, tokenizer = markov_policy({":": {"ab\n": 1.0}, "a": {"b": 1.0}, "b": {"\n": 1.0}})
-    whole, spelled = ids_of(tokenizer, "ab\n", "a", EOS), ids_of(tokenizer, "a", "b", "\n", "a", EOS)
-    cut = cut_into_prefixes(outputs_of(tokenizer, {("q", 0): whole, ("q", 1): spelled}))
-    assert [row[3:] for row in steps_of(cut)] == [(0, 0), (2, None), (2, 1), (4, None)]
-
-
-@pytest.mark.usefixtures("store")
 def test_a_step_that_ends_with_a_cut_output_is_not_continued() -> None:
     _, tokenizer = markov_policy({":": {"a": 1.0}, "a": {"\nb": 1.0}, "\nb\nc": {EOS: 1.0}})
     cut = cut_into_prefixes(
@@ -132,18 +110,6 @@ def test_a_step_that_ends_with_a_cut_output_is_not_continued() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("store")
-def test_an_output_without_tokens_cannot_be_cut() -> None:
-    _, tokenizer = markov_policy(CHANCES)
-    row = world(tokenizer).rows()[0] | {"output_ids": [], "logprobs": [], "text_ends": []}
-    with pytest.raises(ValueError, match=r"output \('q0', 0\): expected tokens with one of text_ends for each"):
-        cut_into_prefixes(Rollouts.write([row]))
-
-
-# ------------------------------------------------------------------------------------- continuing
-
-
-@pytest.mark.usefixtures("store")
 def test_a_continuation_is_an_output_of_its_question_that_begins_with_the_prefix() -> None:
     policy, tokenizer = markov_policy(CHANCES)
     outputs = world(tokenizer)
@@ -169,7 +135,6 @@ def test_a_continuation_is_an_output_of_its_question_that_begins_with_the_prefix
 
 
 @pytest.mark.claim("4.2 step labels")
-@pytest.mark.usefixtures("store")
 def test_continuations_come_with_the_chances_of_the_policy_at_the_end_of_their_prefix() -> None:
     policy, tokenizer = markov_policy(CHANCES)
     outputs = world(tokenizer)
@@ -186,7 +151,6 @@ def test_continuations_come_with_the_chances_of_the_policy_at_the_end_of_their_p
     assert not any(right["q0", 2] + right["q0", 3])
 
 
-@pytest.mark.usefixtures("store")
 def test_what_is_sampled_is_what_the_generator_samples_from_prompt_and_prefix() -> None:
     policy, tokenizer = markov_policy(CHANCES)
     outputs = outputs_of(tokenizer, {("q", 0): ids_of(tokenizer, "good\n", "good\n", "#### 1", EOS)})
@@ -213,7 +177,6 @@ def test_equal_inputs_give_one_digest_in_two_stores(store: Store, tmp_path: Any)
         assert make(1) != first
 
 
-@pytest.mark.usefixtures("store")
 def test_a_prefix_keeps_its_continuations_whatever_else_is_continued_and_however_many_are_drawn() -> None:
     policy, tokenizer = markov_policy(CHANCES)
 
@@ -239,7 +202,6 @@ def test_a_prefix_keeps_its_continuations_whatever_else_is_continued_and_however
         assert found == {prefix: together[prefix][:4] for prefix in found}
 
 
-@pytest.mark.usefixtures("store")
 def test_an_output_and_its_continuations_end_at_the_same_length() -> None:
     policy, tokenizer = markov_policy({":": {"x\n": 1.0}, "x\n": {"x\n": 1.0}})
     outputs = outputs_of(tokenizer, {("q", 0): ids_of(tokenizer, *["x\n"] * 8)})
@@ -249,6 +211,10 @@ def test_an_output_and_its_continuations_end_at_the_same_length() -> None:
     assert made.metrics["rm/continued_tokens"] == 2 * (7 + 6 + 5 + 4 + 3 + 2 + 1)
     assert made.metrics["rm/continued_length_mean"] == 4
     assert made.metrics["rm/continued_truncated_rate"] == 1
+    # Outputs of one step leave nothing to continue.
+    outputs = outputs_of(tokenizer, {("q", 0): ids_of(tokenizer, "x\n", EOS)[1:]})
+    made = continue_outputs(policy, outputs, cut_into_prefixes(outputs), CONFIG, samples=2, seed=0)
+    assert (made.rows(), made.metrics["rm/continuations"]) == ([], 0)
 
 
 class Endless:
@@ -284,31 +250,21 @@ def test_no_call_goes_beyond_the_window_that_prompts_and_outputs_fit_and_none_sa
     assert seen[-1] == 12
 
 
-@pytest.mark.usefixtures("store")
 def test_what_cannot_be_continued_is_refused_by_row() -> None:
     policy, tokenizer = markov_policy(CHANCES)
     outputs = world(tokenizer)
     cut = cut_into_prefixes(outputs)
-    with pytest.raises(ValueError, match="temperature 0 gives 2 equal continuations"):
+    with pytest.raises(ValueError, match=r"\('q0', 0\).* 0 and 0"):
+        cut_into_prefixes(Rollouts.write([rollout_row("q0", 0, [])]))
+    with pytest.raises(ValueError, match=r"temperature 0 .* 2"):
         continue_outputs(policy, outputs, cut, CONFIG.override({"G": 1, "temperature": 0.0}), samples=2, seed=0)
-    with pytest.raises(
-        ValueError, match=r"output \('q0', 0\): step 1 ends at token 2, and max_output_tokens = 2 leaves no"
-    ):
+    with pytest.raises(ValueError, match=r"\('q0', 0\): step 1 .* token 2, .*max_output_tokens = 2"):
         continue_outputs(policy, outputs, cut, CONFIG.override({"max_output_tokens": 2}), samples=2, seed=0)
-    with pytest.raises(ValueError, match=r"outputs do not match prefixes: .* without a row, first \('q1', 0\)"):
+    with pytest.raises(ValueError, match=r"\('q1', 0\)"):
         continue_outputs(policy, Rollouts.write(outputs.rows()[:3]), cut, CONFIG, samples=2, seed=0)
     other, _ = markov_policy({":": {"x": 0.5, "bad\n": 0.5}, "good\n": {"#### 1": 1.0, "#### 0": 1.0}})
-    with pytest.raises(ValueError, match=r"output \('q0', 0\) reads .* in the policy's tokenizer"):
+    with pytest.raises(ValueError, match=r"\('q0', 0\) .*tokenizer"):
         continue_outputs(other, outputs, cut, CONFIG, samples=2, seed=0)
     narrow, _ = markov_policy(CHANCES, window=8)
-    with pytest.raises(PromptTooLongError, match=r"question 'q0'"):
+    with pytest.raises(PromptTooLongError, match="'q0'"):
         continue_outputs(narrow, outputs, cut, CONFIG, samples=2, seed=0)
-
-
-@pytest.mark.usefixtures("store")
-def test_outputs_of_one_step_leave_nothing_to_continue() -> None:
-    policy, tokenizer = markov_policy(CHANCES)
-    outputs = outputs_of(tokenizer, {("q", 0): ids_of(tokenizer, "#### 1", EOS)})
-    made = continue_outputs(policy, outputs, cut_into_prefixes(outputs), CONFIG, samples=2, seed=0)
-    assert made.rows() == []
-    assert made.metrics["rm/continuations"] == 0

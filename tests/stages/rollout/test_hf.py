@@ -67,7 +67,7 @@ def test_grouped_attention_decodes_like_eager_attention(architecture: str) -> No
 
 def test_grouped_attention_refuses_models_with_soft_caps() -> None:
     states = torch.zeros(1, 2, 1, 4)
-    with pytest.raises(NotImplementedError, match=r"soft cap; set rollout\.backend\.attention to eager"):
+    with pytest.raises(NotImplementedError, match=r"rollout\.backend\.attention"):
         grouped_attention(torch.nn.Identity(), states, states, states, torch.zeros(1, 1, 1, 1), softcap=50.0)
 
 
@@ -92,12 +92,12 @@ def test_outputs_do_not_depend_on_what_shares_their_batch(spread: float, batch_r
     model = make_model("qwen2", spread=spread)
     prompts, sampling = _prompts(G=5), Sampling(1.0, 14, (1, 2, 3))
     together = HFGenerator(model, batch_rows=64).generate(prompts, sampling)
-    _assert_same(together, HFGenerator(model, batch_rows=batch_rows).generate(prompts, sampling))
-
-
-def test_the_order_of_the_questions_changes_no_output(qwen2: PreTrainedModel) -> None:
-    generator, prompts, sampling = HFGenerator(qwen2, batch_rows=12), _prompts(G=4), Sampling(1.0, 10, (1,))
-    _assert_same(generator.generate(prompts, sampling), generator.generate(prompts[::-1], sampling)[::-1])
+    apart = HFGenerator(model, batch_rows=batch_rows)
+    seen: list[tuple[int, int]] = []
+    _assert_same(together, apart.generate(prompts, sampling, lambda *counted: seen.append(counted)))
+    _assert_same(together, apart.generate(prompts[::-1], sampling)[::-1])
+    assert seen == sorted(seen)
+    assert seen[-1] == (25, sum(len(output.ids) for output in _flat(together)))
 
 
 @pytest.mark.claim("masks guessed from ids", "the end of sequence outside the loss")
@@ -112,20 +112,9 @@ def test_an_output_ends_with_the_first_stop_id_or_at_the_limit(qwen2: PreTrained
         assert np.isin(output.ids[-1], stops) == (output.finish_reason == "stop")
         assert len(output.ids) == len(output.logprobs)
         assert len(output.ids) == 9 or output.finish_reason == "stop"
-
-
-def test_a_stop_id_at_the_limit_is_a_stop(qwen2: PreTrainedModel) -> None:
-    everything = tuple(range(VOCABULARY))
-    groups = HFGenerator(qwen2, batch_rows=64).generate(_prompts(G=2), Sampling(1.0, 1, everything))
-    assert {output.finish_reason for output in _flat(groups)} == {"stop"}
-
-
-def test_the_same_call_gives_the_same_bits(qwen2: PreTrainedModel) -> None:
-    generator, sampling = HFGenerator(qwen2, batch_rows=12), Sampling(0.9, 20, (1,))
-    first, second = (generator.generate(_prompts(G=6), sampling) for _ in range(2))
-    for a, b in zip(_flat(first), _flat(second), strict=True):
-        assert a.ids.tobytes() == b.ids.tobytes()
-        assert a.logprobs.tobytes() == b.logprobs.tobytes()
+    limit = Sampling(1.0, 1, tuple(range(VOCABULARY)))  # a stop id at the limit is a stop
+    at_limit = HFGenerator(qwen2, batch_rows=64).generate(_prompts(G=2), limit)
+    assert {output.finish_reason for output in _flat(at_limit)} == {"stop"}
 
 
 @pytest.mark.claim("one seed for a whole group")
@@ -134,6 +123,8 @@ def test_different_seeds_give_different_outputs_and_equal_seeds_equal_ones(qwen2
     (group,) = generator.generate([Prompt("q", [1, 2], [5, 6, 5, 7])], sampling)
     assert group[0].ids.tolist() == group[2].ids.tolist()
     assert len({tuple(output.ids) for output in group}) == 3
+    (again,) = generator.generate([Prompt("q", [1, 2], [5, 6, 5, 7])], sampling)  # bit for bit
+    assert [o.logprobs.tobytes() for o in again] == [o.logprobs.tobytes() for o in group]
 
 
 def test_a_prefix_is_computed_once_however_many_outputs_share_it(qwen2: PreTrainedModel) -> None:
@@ -162,13 +153,10 @@ def test_a_prompt_longer_than_the_window_is_named_before_anything_is_computed(qw
     fits, too_long = Prompt("fits", [1] * 108, [0]), Prompt("too-long", [1] * 109, [0])
     generator, sampling = HFGenerator(qwen2, batch_rows=8), Sampling(0.0, 20, ())
     assert len(generator.generate([fits], sampling)[0][0].ids) == 20
-    with pytest.raises(PromptTooLongError, match=r"'too-long'.*at most 108 tokens.*window of 128.*20.*found 109"):
+    with pytest.raises(PromptTooLongError, match=r"'too-long'.* 108 .* 128 .* 20.* 109"):
         generator.generate([fits, too_long], sampling)
-
-
-def test_an_empty_prompt_is_refused_by_name(qwen2: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match=r"'void'.*at least one prompt token"):
-        HFGenerator(qwen2, batch_rows=8).generate([Prompt("void", [], [0])], Sampling(0.0, 2, ()))
+    with pytest.raises(ValueError, match="'void'"):
+        generator.generate([Prompt("void", [], [0])], sampling)
 
 
 def test_sliding_attention_is_refused_beyond_its_window_only() -> None:
@@ -181,26 +169,11 @@ def test_sliding_attention_is_refused_beyond_its_window_only() -> None:
     ids = torch.tensor([[3, 4, 5, 6]])
     expected = model.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=0, eos_token_id=None)[0, 4:]
     assert _ids(generator.generate([prompt], Sampling(0.0, 12, ()))) == [[expected.tolist()]]
-    with pytest.raises(
-        PromptTooLongError, match=r"at most 3 tokens \(the model's sliding window of 16 less .* = 13\), found 4"
-    ):
+    with pytest.raises(PromptTooLongError, match=r" 3 .*sliding window of 16 .* 13\), .* 4"):
         generator.generate([prompt], Sampling(0.0, 13, ()))
-
-
-def test_layers_that_are_not_attention_are_refused() -> None:
-    config = MistralConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    config.num_key_value_heads, config.layer_types = 1, ["linear_attention"]
-    with pytest.raises(ValueError, match="or sliding attention within its window, found linear_attention in Mistral"):
+    config.layer_types = ["linear_attention"]
+    with pytest.raises(ValueError, match="linear_attention in Mistral"):
         HFGenerator(MistralForCausalLM(config), batch_rows=8)
-
-
-def test_progress_counts_ended_outputs_and_tokens(qwen2: PreTrainedModel) -> None:
-    seen: list[tuple[int, int]] = []
-    groups = HFGenerator(qwen2, batch_rows=6).generate(
-        _prompts(G=3), Sampling(1.0, 6, (1,)), lambda done, tokens: seen.append((done, tokens))
-    )
-    assert seen == sorted(seen)
-    assert seen[-1] == (15, sum(len(output.ids) for output in _flat(groups)))
 
 
 def test_uniforms_are_the_published_splitmix64_stream() -> None:
@@ -288,5 +261,5 @@ def test_greedy_takes_the_lowest_of_equal_maxima_with_its_logprob_at_temperature
 
 @pytest.mark.claim("NaN of the engine becomes 0")
 def test_logits_that_are_not_finite_are_refused() -> None:
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(FloatingPointError):
         sample(torch.tensor([[0.0, math.nan]]), np.array([0]), np.array([0.5]), 1.0)

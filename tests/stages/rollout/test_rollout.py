@@ -21,6 +21,8 @@ from stages.tables import Questions
 from stages.text import PromptConfig, encode_prompt
 from tests.stages.rollout.policies import questions, tiny_policy
 
+pytestmark = pytest.mark.usefixtures("store")
+
 PROMPT = PromptConfig(suffix="\n")
 CONFIG = RolloutConfig(G=4, max_output_tokens=10, backend=HFBackendConfig(dtype="float32", threads=1))
 
@@ -45,7 +47,6 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 @pytest.mark.claim("detokenised and tokenised again", "line 7")
-@pytest.mark.usefixtures("store")
 def test_rows_carry_key_prompt_output_logprobs_text_temperature_and_seed() -> None:
     policy, asked = tiny_policy(0, head=8), questions("1+2", "34-5=", "7")
     rows = rollout(policy, asked, PROMPT, CONFIG.override({"temperature": 0.8}), seed=11).rows()
@@ -71,9 +72,11 @@ def test_rows_carry_key_prompt_output_logprobs_text_temperature_and_seed() -> No
         np.testing.assert_allclose(row["logprobs"], expected, atol=1e-4)
 
 
-@pytest.mark.usefixtures("store")
 def test_metrics_agree_with_the_table() -> None:
-    outputs = rollout(tiny_policy(0, head=8), questions("1+2", "7"), PROMPT, CONFIG, seed=0)
+    seen: list[dict[str, Any]] = []
+    with listen(lambda topic, values: seen.append(values) if topic == "rollout" else None):
+        outputs = rollout(tiny_policy(0, head=8), questions("1+2", "7"), PROMPT, CONFIG, seed=0)
+    assert (seen[-1]["done"], seen[-1]["total"]) == (8, 8)
     lengths = [len(row["output_ids"]) for row in outputs.rows()]
     metrics = outputs.metrics
     assert metrics["rollout/length_mean"] == pytest.approx(np.mean(lengths))
@@ -94,16 +97,16 @@ def test_equal_inputs_give_one_digest_in_two_stores(store: Store, tmp_path: Any)
     assert rollout(tiny_policy(0, head=8), questions("1+2", "7"), PROMPT, CONFIG, seed=1).digest != first.digest
 
 
-@pytest.mark.usefixtures("store")
 def test_a_question_keeps_its_outputs_in_another_batch() -> None:
     policy = tiny_policy(0, head=8)
     alone = rollout(policy, questions("1+2"), PROMPT, CONFIG, seed=0).rows()
-    beside = rollout(policy, questions("1+2", "34-56=", "7"), PROMPT, CONFIG, seed=0).rows()
-    assert [row["output_ids"] for row in alone] == [row["output_ids"] for row in beside if row["question_id"] == "q0"]
+    among = rollout(policy, questions("1+2", "34-56=", "7"), PROMPT, CONFIG, seed=0).rows()
+    assert [row["output_ids"] for row in alone] == [row["output_ids"] for row in among if row["question_id"] == "q0"]
+    rows = rollout(policy, questions("1+2"), PROMPT, CONFIG.override({"stop": False}), seed=0).rows()
+    assert {(len(row["output_ids"]), row["finish_reason"]) for row in rows} == {(10, "length")}
 
 
 @pytest.mark.claim("outputs of stale weights")
-@pytest.mark.usefixtures("store")
 def test_new_weights_are_loaded_in_place_and_a_new_architecture_anew(loads: Counter[str]) -> None:
     asked = questions("1+2")
     first, second = tiny_policy(0, head=8), tiny_policy(1, head=8)
@@ -120,7 +123,6 @@ def test_new_weights_are_loaded_in_place_and_a_new_architecture_anew(loads: Coun
     assert loads == {"load_model": 2, "load_weights": 2}
 
 
-@pytest.mark.usefixtures("store")
 def test_weights_that_failed_to_load_are_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, first, second = questions("1+2"), tiny_policy(0, head=8), tiny_policy(1, head=8)
     expected = rollout(second, asked, PROMPT, CONFIG, seed=0).rows()
@@ -137,36 +139,21 @@ def test_weights_that_failed_to_load_are_loaded_again(monkeypatch: pytest.Monkey
     assert rollout(second, asked, PROMPT, CONFIG.override({"backend.batch_rows": 511}), seed=0).rows() == expected
 
 
-@pytest.mark.usefixtures("store")
-def test_without_stop_every_output_has_the_full_length() -> None:
-    rows = rollout(tiny_policy(0, head=8), questions("1+2"), PROMPT, CONFIG.override({"stop": False}), seed=0).rows()
-    assert {(len(row["output_ids"]), row["finish_reason"]) for row in rows} == {(10, "length")}
-
-
-@pytest.mark.usefixtures("store")
-def test_progress_ends_at_the_number_of_outputs() -> None:
-    seen: list[dict[str, Any]] = []
-    with listen(lambda topic, values: seen.append(values) if topic == "rollout" else None):
-        rollout(tiny_policy(0, head=8), questions("1+2", "7"), PROMPT, CONFIG, seed=0)
-    assert (seen[-1]["done"], seen[-1]["total"]) == (8, 8)
-
-
 @pytest.mark.claim("groups formed by equal prompts")
-@pytest.mark.usefixtures("store")
 def test_bad_input_is_refused_with_its_name() -> None:
     policy = tiny_policy(0, head=8)
-    with pytest.raises(PromptTooLongError, match=r"'q1'.*at most 54 tokens.*found 61"):
+    with pytest.raises(PromptTooLongError, match=r"'q1'.* 54 .* 61"):
         rollout(policy, questions("1", "1" * 60), PROMPT, CONFIG, seed=0)
-    with pytest.raises(ValueError, match="at least one question"):
+    with pytest.raises(ValueError, match="question"):
         rollout(policy, questions(), PROMPT, CONFIG, seed=0)
     row = {"question_id": "same", "question": "1", "answer": "1", "solution": None}
-    with pytest.raises(ValueError, match="'same' comes twice"):
+    with pytest.raises(ValueError, match="'same'"):
         rollout(policy, Questions.write([row, row]), PROMPT, CONFIG, seed=0)
 
 
 @pytest.mark.claim("top-p, top-k, min-p unseen by the ratio", "5.2.3 nucleus")
 def test_configs_that_contradict_themselves_are_refused() -> None:
-    with pytest.raises(ConfigError, match="temperature 0 gives G = 64 equal outputs"):
+    with pytest.raises(ConfigError, match="G = 64"):
         RolloutConfig.parse({"temperature": 0})
     with pytest.raises(ConfigError, match="top_p = 1"):
         RolloutConfig.parse({"top_p": 0.9})

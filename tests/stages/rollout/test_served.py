@@ -22,6 +22,8 @@ from stages.rollout.stage import generator_of
 from stages.text import PromptConfig
 from tests.stages.rollout.policies import questions, tiny_policy, uniform_policy
 
+pytestmark = pytest.mark.usefixtures("store")
+
 V = 17
 SAMPLING = Sampling(1.0, 6, (1, 3))
 
@@ -104,7 +106,6 @@ def _generate(config: VLLMServerConfig, *prompts: Prompt, sampling: Sampling = S
         return generator.generate(prompts or [Prompt("a", [5], [4])], sampling)
 
 
-@pytest.mark.usefixtures("store")
 def test_outputs_come_in_the_order_of_prompts_and_seeds_whatever_is_answered_first(server: UniformServer) -> None:
     server.delay = 0.05
     outputs = _generate(_config(server), Prompt("a", [5, 6], [4, 34]), Prompt("none", [7], []), Prompt("b", [7], [2]))
@@ -113,7 +114,6 @@ def test_outputs_come_in_the_order_of_prompts_and_seeds_whatever_is_answered_fir
     np.testing.assert_allclose(outputs[0][0].logprobs, -math.log(V), rtol=1e-6)
 
 
-@pytest.mark.usefixtures("store")
 def test_every_default_that_the_server_may_have_is_overruled(server: UniformServer) -> None:
     _generate(_config(server), Prompt("a", [5, 6], [2**63 - 1]), sampling=Sampling(0.7, 4, (1, 3)))
     probe, request = server.asked
@@ -125,17 +125,15 @@ def test_every_default_that_the_server_may_have_is_overruled(server: UniformServ
     assert (probe["prompt_logprobs"], probe["temperature"]) == (0, 0.7)
 
 
-@pytest.mark.usefixtures("store")
 def test_a_server_with_other_weights_is_refused_before_any_output(server: UniformServer) -> None:
     generator = ServedGenerator(tiny_policy(1), _config(server))
-    with pytest.raises(
-        StaleWeightsError, match=r"server http://.*\(tiny\).*A server keeps the weights it was started with"
-    ):
+    with pytest.raises(StaleWeightsError, match=r"http://.*\(tiny\)"):
         generator.generate([Prompt("a", [5], [4])], SAMPLING)
     assert len(server.asked) == 1
+    with pytest.raises(PromptTooLongError, match=r"'long'.* 42 .* 48 .* 43"):  # the server's window counts
+        _generate(_config(server), Prompt("long", [5] * 43, [0]))
 
 
-@pytest.mark.usefixtures("store")
 def test_an_overloaded_server_is_asked_again_and_a_request_it_refuses_is_not(server: UniformServer) -> None:
     server.failures = [503]
     assert len(_generate(_config(server, retries=1))[0]) == 1
@@ -148,57 +146,35 @@ def test_an_overloaded_server_is_asked_again_and_a_request_it_refuses_is_not(ser
         _generate(_config(server))
 
 
-@pytest.mark.usefixtures("store")
-def test_a_server_that_is_not_there_or_too_slow_is_an_error_in_time(server: UniformServer) -> None:
+def test_a_server_that_is_absent_too_slow_or_of_several_models_is_refused(server: UniformServer) -> None:
     with pytest.raises(ServerError, match=r"127\.0\.0\.1:1/v1/models: no answer, attempts: 1"):
         _generate(_config(server, url="http://127.0.0.1:1"))
     server.delay = 20.0
-    began = time.monotonic()
     with pytest.raises(ServerError, match="timed out"):
         _generate(_config(server, deadline=0.3))
-    assert time.monotonic() - began < 5
-
-
-@pytest.mark.usefixtures("store")
-def test_a_server_of_several_models_is_refused(server: UniformServer) -> None:
     server.models.append({"id": "another"})
-    with pytest.raises(ServerError, match="expected a server of one model, found tiny, another"):
+    with pytest.raises(ServerError, match="tiny, another"):
         _generate(_config(server))
 
 
-@pytest.mark.usefixtures("store")
-def test_the_server_s_window_counts(server: UniformServer) -> None:
-    with pytest.raises(PromptTooLongError, match=r"'long'.*at most 42 tokens.*window of 48.*found 43"):
-        _generate(_config(server), Prompt("long", [5] * 43, [0]))
-
-
-@pytest.mark.usefixtures("store")
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ({"token_ids": None}, "its answer lacks .*expected vLLM 0.32's"),
+        ({"token_ids": None}, "vLLM 0.32"),
         ({"logprobs": {"token_logprobs": []}}, "as many logprobs as token_ids"),
+        # It ended by a stop token of the server's own.
+        (
+            {"token_ids": [4, 5], "logprobs": {"token_logprobs": [-1.0] * 2}, "finish_reason": "stop"},
+            "'a': .* 2 tokens",
+        ),
     ],
 )
 def test_an_answer_that_lacks_what_was_asked_for_is_an_error(
     server: UniformServer, answer: dict[str, Any], message: str
 ) -> None:
-    server.answer = answer
+    server.sampled = answer
     with pytest.raises(ServerError, match=message):
         _generate(_config(server))
-
-
-@pytest.mark.usefixtures("store")
-def test_an_output_that_ends_by_the_server_s_own_stop_tokens_is_an_error(server: UniformServer) -> None:
-    generator = ServedGenerator(uniform_policy(), _config(server, probe_tolerance=100))
-    server.answer = {"token_ids": [4, 5], "logprobs": {"token_logprobs": [-1.0, -1.0]}, "finish_reason": "stop"}
-    with pytest.raises(
-        ServerError, match=r"'a': output of 2 tokens ended with 'stop' before its end .*generation-config"
-    ):
-        generator.generate([Prompt("a", [5], [4])], SAMPLING)
-
-
-# ------------------------------------------------------------------------------------- values that cannot be
 
 
 TEN = [4, 5, 6, 7, 8, 9]
@@ -213,29 +189,28 @@ def _logprob(value: Any) -> dict[str, Any]:
     return _answers(logprobs={"token_logprobs": [-1.0, value, *[-1.0] * 4]})
 
 
-@pytest.mark.usefixtures("store")
 @pytest.mark.parametrize(
     ("answer", "found"),
     [
-        (_logprob(None), "log-probabilities: token 1: expected a number, found None"),
-        (_logprob(math.nan), "token 1: expected the finite log-probability .* found nan"),
-        (_logprob(-math.inf), "token 1: .* found -inf"),
+        (_logprob(None), "token 1: .* None"),
+        (_logprob(math.nan), "token 1: .* nan"),
+        (_logprob(-math.inf), "token 1: .* -inf"),
         (_logprob(math.inf), "token 1: .* found inf"),
         (_logprob(0.5), "token 1: .* found 0.5"),
         (_logprob(-9999.0), "token 1: .* found -9999"),
-        (_logprob("-1.0"), "token 1: expected a number, found '-1.0'"),
-        (_logprob(False), "token 1: expected a number, found False"),
-        (_answers(token_ids=[4, V, 6, 7, 8, 9]), f"token 1: expected an id of the vocabulary, 0 to 16, found {V}"),
+        (_logprob("-1.0"), "token 1: .* '-1.0'"),
+        (_logprob(False), "token 1: .* False"),
+        (_answers(token_ids=[4, V, 6, 7, 8, 9]), f"token 1: .* 0 to 16, .* {V}"),
         (_answers(token_ids=[4, -1, 6, 7, 8, 9]), "token 1: .* found -1"),
-        (_answers(token_ids=[4, 2**70, 6, 7, 8, 9]), "token 1: expected an id of the vocabulary"),
-        (_answers(token_ids=[4, 5.0, 6, 7, 8, 9]), "ids: token 1: expected a number, found 5.0"),
-        (_answers(token_ids=[4, "5", 6, 7, 8, 9]), "ids: token 1: expected a number, found '5'"),
-        (_answers(token_ids=[4, None, 6, 7, 8, 9]), "ids: token 1: expected a number, found None"),
-        (_answers(token_ids=[4, True, 6, 7, 8, 9]), "ids: token 1: expected a number, found True"),
-        (_answers(token_ids=[4, 1, 6, 7, 8, 9]), r"finish reason 'length' of 6 tokens, and stop ids \(1, 3\) at \[1\]"),
+        (_answers(token_ids=[4, 2**70, 6, 7, 8, 9]), "token 1: .* 0 to 16"),
+        (_answers(token_ids=[4, 5.0, 6, 7, 8, 9]), "ids: token 1: .* 5.0"),
+        (_answers(token_ids=[4, "5", 6, 7, 8, 9]), "ids: token 1: .* '5'"),
+        (_answers(token_ids=[4, None, 6, 7, 8, 9]), "ids: token 1: .* None"),
+        (_answers(token_ids=[4, True, 6, 7, 8, 9]), "ids: token 1: .* True"),
+        (_answers(token_ids=[4, 1, 6, 7, 8, 9]), r"'length' of 6 .* \(1, 3\) at \[1\]"),
         (
             _answers(token_ids=[*TEN, 10, 1], logprobs={"token_logprobs": [-1.0] * 8}, finish_reason="stop"),
-            "expected 1 to 6 ids and a log-probability of each, found 8 and 8",
+            "1 to 6 .* 8 and 8",
         ),
     ],
 )
@@ -247,7 +222,6 @@ def test_values_that_no_engine_can_have_sampled_are_refused_by_name(
         _generate(_config(server))
 
 
-@pytest.mark.usefixtures("store")
 @pytest.mark.parametrize("logprob", [0.0, -0.0, 5e-5, -3, -800.0])
 def test_a_certain_token_a_whole_number_and_rounding_are_log_probabilities(
     server: UniformServer, logprob: float
@@ -258,7 +232,6 @@ def test_a_certain_token_a_whole_number_and_rounding_are_log_probabilities(
     assert output.logprobs[1] == np.float32(logprob)
 
 
-@pytest.mark.usefixtures("store")
 @pytest.mark.parametrize(
     ("answer", "error"),
     [

@@ -1,4 +1,4 @@
-"""Tables aligned by key, as Arrow columns and numpy arrays: the one way in which stages join.
+"""Align tables by key, as Arrow columns and numpy arrays: the one way in which stages join.
 
 A key is (question_id, sample), or other columns. No Python object is made for a row: a million rows take about a second. A
 column of lists becomes `Ragged`, the values of all rows one after another with offsets.
@@ -25,7 +25,7 @@ Places = NDArray[np.int64]
 
 
 class JoinError(ValueError):
-    """Tables whose rows do not match; the attributes name the first key of each kind of fault, None where there is none."""
+    """Name tables whose rows do not match; the attributes have the first key of each kind of fault, or None."""
 
     def __init__(self, table: str, text: str, **first: Any) -> None:
         super().__init__(text)
@@ -37,7 +37,7 @@ class JoinError(ValueError):
 
 @dataclass(frozen=True)
 class Ragged:
-    """A column of lists: the values of all N rows one after another."""
+    """Hold a column of lists: the values of all N rows one after another."""
 
     values: NDArray[Any]
     """M values; a null among them is NaN."""
@@ -69,12 +69,12 @@ class Ragged:
 
     @property
     def lengths(self) -> Places:
-        """How many values each row has (N)."""
+        """Return how many values each row has (N)."""
         return np.diff(self.offsets)
 
     @property
     def row_of_value(self) -> Places:
-        """For each value its row (M)."""
+        """Return for each value its row (M)."""
         return np.repeat(np.arange(len(self)), self.lengths)
 
 
@@ -187,7 +187,7 @@ def per_token(table: pa.Table, column: str, length_N: Places, name: str, *, mask
 
 
 def _codes(tables: Sequence[pa.Table], by: Sequence[str]) -> list[Places]:
-    """A number for each row of each table, equal for equal keys.
+    """Number each row of each table, equal keys alike.
 
     The numbers of one column lie below 2^31, so that those of two columns fit into 64 bits.
     """
@@ -207,7 +207,7 @@ def _codes(tables: Sequence[pa.Table], by: Sequence[str]) -> list[Places]:
 
 
 def _encode(column: pa.ChunkedArray) -> tuple[pa.Array, Places]:
-    """Distinct values in the order in which they first occur, and the place of each row's among them."""
+    """Return distinct values in the order in which they first occur, and the place of each row's among them."""
     encoded = column.dictionary_encode()  # all chunks share one dictionary
     if not encoded.num_chunks:
         return pa.array([], column.type), np.empty(0, np.int64)

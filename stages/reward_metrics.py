@@ -1,4 +1,4 @@
-"""Metrics of rewards that stages log besides that of each component, `reward/<name>`: no component may have such a name."""
+"""Name the metrics of rewards besides that of each component, `reward/<name>`: no component may have such a name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STATUSES: Final = ("ok", "wrong", "unparseable", "truncated", "timeout", "error"
 
 
 class RewardMetric:
-    """Whole names of metrics."""
+    """Hold whole names of metrics."""
 
     MEAN: Final = "reward/mean"
     MISSING: Final = "reward/missing"
@@ -32,7 +32,7 @@ class RewardMetric:
 
 
 def status_metric(status: str) -> str:
-    """The metric of the share of outputs with a status."""
+    """Return the metric of the share of outputs with a status."""
     return f"reward/status_{status}"
 
 

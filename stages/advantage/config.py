@@ -1,4 +1,4 @@
-"""What the gradient coefficient is made of: one config per kind of advantage, named after the value of a token."""
+"""Choose what the gradient coefficient is made of: one config per kind of advantage, named after the value of a token."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Advantages of N outputs with M tokens in all."""
+    """Hold the advantages of N outputs with M tokens in all."""
 
     advantage_M: Floats
     """A-hat of every token, output after output."""
@@ -49,12 +49,12 @@ class Estimate:
 
 
 def one_everywhere(outputs: Outputs) -> Estimate:
-    """A = 1 at every token (SFT)."""
+    """Return A = 1 at every token (SFT)."""
     return Estimate(np.ones(outputs.length_N.sum()), np.zeros(len(outputs.length_N), dtype=bool))
 
 
 def one_where_right(outputs: Outputs, scored: Scored) -> Estimate:
-    """A = I(o): 1 at every token of a right output, else 0 (RFT)."""
+    """Return A = I(o): 1 at every token of a right output, else 0 (RFT)."""
     return Estimate(np.repeat(scored.right_N.astype(np.float64), outputs.length_N), np.isnan(scored.reward_N))
 
 
@@ -89,7 +89,7 @@ def group_advantages(outputs: Outputs, scored: Scored, logprobs: pa.Table | None
 def _outcome(
     outputs: Outputs, scored: Scored, logprobs: pa.Table | None, config: GroupConfig
 ) -> tuple[Estimate, NDArray[np.bool_]]:
-    """One value per output, the same at each of its tokens."""
+    """Return one value per output, the same at each of its tokens."""
     reward_N = scored.reward_N
     penalties = kl_penalties(outputs, read_k1(logprobs, outputs, config.kl_in_reward), config.kl_in_reward)
     for penalty_N in penalties.values():
@@ -102,7 +102,7 @@ def _outcome(
 
 
 def _process(outputs: Outputs, scored: Scored, config: GroupConfig) -> tuple[Estimate, NDArray[np.bool_]]:
-    """Step rewards normalised over all steps of all outputs of the question, then summed from each token on."""
+    """Normalise step rewards over all steps of all outputs of the question, then sum them from each token on."""
     steps, ends = scored.step_rewards, scored.step_ends
     unscored = np.flatnonzero(steps.null & ~np.isnan(scored.reward_N))
     if len(unscored):
@@ -191,7 +191,7 @@ def critic_advantages(
 
 
 def _block(reward_M: Floats, value_M: Floats, length_B: NDArray[np.int64], config: GAEConfig) -> tuple[Floats, Floats]:
-    """Advantages and returns of some outputs, padded to the longest of them; no value depends on which are together."""
+    """Return advantages and returns of some outputs, padded to the longest; no value depends on which are together."""
     mask_BT = np.arange(length_B.max()) < length_B[:, None]
     reward_BT, value_BT = np.zeros(mask_BT.shape), np.zeros(mask_BT.shape)
     reward_BT[mask_BT], value_BT[mask_BT] = reward_M, value_M

@@ -31,7 +31,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Exploration:
-    """Outputs, and the tables that other stages made from them, where there are any."""
+    """Hold the outputs, and the tables that other stages made from them, where there are any."""
 
     outputs: pa.Table
     rewards: pa.Table | None
@@ -57,7 +57,7 @@ class Exploration:
         return (self.outputs, self.rewards, self.values, self.logprobs)
 
     def _cuts(self, chunk_tokens: int) -> list[int]:
-        """The rows at which chunks begin, and the number of rows."""
+        """Return the rows at which chunks begin, and the number of rows."""
         import pyarrow.compute as pc
 
         rows = self.outputs.num_rows
@@ -103,7 +103,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Outputs:
-    """The sampled outputs."""
+    """Hold the sampled outputs."""
 
     table: pa.Table
     """Their rows of `Rollouts`."""
@@ -119,7 +119,7 @@ class Outputs:
 
     @property
     def output_of_token(self) -> NDArray[np.int64]:
-        """For each token the output it belongs to (M)."""
+        """Return for each token the output it belongs to (M)."""
         return np.repeat(np.arange(len(self.length_N)), self.length_N)
 
     def per_output(self, values_M: Floats) -> list[Floats]:
@@ -238,7 +238,7 @@ def _check_steps(rewards: Ragged, ends: Ragged, outputs: Outputs) -> None:
 
 
 def _step_fault(rewards: Ragged, ends: Ragged, row: int, length: int) -> str:
-    """What is wrong with the steps of an output."""
+    """Say what is wrong with the steps of an output."""
     if rewards.null[row] != ends.null[row]:
         only = "step_rewards" if ends.null[row] else "step_ends"
         return f"expected step_rewards and step_ends together or neither, found {only} alone"

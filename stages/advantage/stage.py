@@ -42,26 +42,24 @@ def estimate_advantages(
     values: Values | None = None,
     logprobs: Logprobs | None = None,
 ) -> Advantages:
-    """A-hat_{i,t} for every output token, from what `config` says (Algorithm 1, line 9).
+    """Estimate A-hat_{i,t} for every output token, from what `config` says (Algorithm 1, line 9).
 
     Rows come in the order of `outputs`; the other tables are joined by (question_id, sample). A row without reward keeps its
     slot with a null advantage and takes no part in any statistics.
 
     Args:
         rewards: needed by every kind but `one`.
-        outputs: what was sampled.
-        config: the kind of advantage.
         values: a critic's values, for kind `gae`.
         logprobs: of policy and reference, where the KL is part of the reward.
 
     Metrics: `reward/frac_masked` (share of rows). Where there are rewards: `reward/frac_all_correct`, `reward/frac_all_wrong`
-    (shares of questions). Kind `group`: `reward/std_within_group` (mean over questions) and
-    `reward/frac_degenerate_groups`; with process supervision both are of step rewards, and `reward/steps_mean` counts the steps
-    of an output. KL in the reward: `reward/kl_penalty`, the mean of beta * sum_t k1_t. Kind `pairs`: `reward/pairs`.
+    (shares of questions). Kind `group`: `reward/std_within_group` (mean over questions) and `reward/frac_degenerate_groups`;
+    with process supervision both are of step rewards, and `reward/steps_mean` counts the steps of an output. KL in the
+    reward: `reward/kl_penalty`, the mean of beta * sum_t k1_t. Kind `pairs`: `reward/pairs`.
 
     Raises:
-        ValueError: rows of one table that another lacks, incomplete groups, numbers that are not finite, rewards of two models
-            in one group, steps outside their output, or a table that `config` needs and was not given; names the rows.
+        ValueError: rows of one table that another lacks, incomplete groups, numbers that are not finite, rewards of two
+            models in one group, steps outside their output, or a table that `config` needs and was not given; names the rows.
     """
     tables = read_exploration(outputs, rewards, values, logprobs)
     if isinstance(config, GroupConfig):
@@ -70,7 +68,7 @@ def estimate_advantages(
 
 
 def _compares_all(config: AdvantageConfig) -> bool:
-    """Whether a value depends on outputs of other questions."""
+    """Return whether a value depends on outputs of other questions."""
     return isinstance(config, BatchConfig) or (isinstance(config, GAEConfig) and config.whiten == "batch")
 
 
@@ -112,13 +110,13 @@ def _estimate(outputs: Outputs, scored: Scored | None, chunk: Exploration, confi
 
 
 def _answer_shares(outputs: Outputs, scored: Scored) -> dict[str, NDArray[Any]]:
-    """Whether all outputs of a question are right, and whether none is."""
+    """Return whether all outputs of a question are right, and whether none is."""
     right_Q = np.bincount(outputs.group_N, weights=scored.right_N) / np.bincount(outputs.group_N)
     return {RewardMetric.ALL_CORRECT: right_Q == 1, RewardMetric.ALL_WRONG: right_Q == 0}
 
 
 def _table(outputs: Outputs, estimate: Estimate, pairs: int) -> pa.Table:
-    """The rows of `outputs`, with `pairs` preferences numbered before theirs."""
+    """Return the rows of `outputs`, with `pairs` preferences numbered before theirs."""
     pair_N = np.full(len(outputs.length_N), -1) if estimate.pair_N is None else estimate.pair_N
     columns = {
         "question_id": outputs.table["question_id"],
@@ -131,7 +129,7 @@ def _table(outputs: Outputs, estimate: Estimate, pairs: int) -> pa.Table:
 
 
 def _column(outputs: Outputs, values_M: NDArray[np.float64] | None, masked_N: NDArray[np.bool_]) -> pa.Array:
-    """The values of each row's tokens as an Arrow list column, null for a masked row."""
+    """Return the values of each row's tokens as an Arrow list column, null for a masked row."""
     if values_M is None:
         return pa.nulls(len(outputs.length_N), pa.list_(pa.float32()))
     offsets = np.concatenate([[0], np.cumsum(np.where(masked_N, 0, outputs.length_N))]).astype(np.int32)

@@ -94,25 +94,21 @@ def estimate_values(critic: Checkpoint, outputs: Rollouts, config: CriticConfig)
 def update_critic(
     critic: Checkpoint, outputs: Rollouts, advantages: Advantages, config: CriticConfig, *, seed: int
 ) -> Checkpoint:
-    """V after mu passes over one exploration stage, each step of them (one for a mini-batch) down the gradient of
+    """Make mu passes over one exploration stage, each step of them (one for a mini-batch) down the gradient of
 
         (1/outputs) sum_i (1/|o_i|) sum_t 1/2 (V(q, o_i,<t) - return_i,t)^2
 
-    averaged as the policy's objective is (DeepSeekMath, Eq. 3). The paper has no formula for the critic; Schulman et al.
-    (arXiv 1506.02438, Eq. 28) fit it by least squares too. Values are not clipped around the old ones: that is an extra of
-    PPO implementations, in neither paper.
+    averaged as the policy's objective is (DeepSeekMath, Eq. 3). The paper has no formula for the critic; Schulman et al. (arXiv
+    1506.02438, Eq. 28) fit it by least squares too. Values are not clipped around the old ones: that is an extra of PPO
+    implementations, in neither paper. Where every row is masked out the critic stays as it is, with a warning.
 
     Args:
         critic: V that the advantages were estimated with.
-        outputs: o_i with their ids.
         advantages: their `returns`, joined by key; rows without advantages take no part and do not count in the mean.
-        config: passes, batching, engine.
         seed: deals the questions to mini-batches where there are several, as in the policy's update.
 
     Raises:
         ValueError: returns that are missing, of another number than tokens or not finite, by row, before any step.
-
-    Where every row is masked out the critic stays as it is, with a warning, as the policy does.
     """
     from stages.critic.fitting import Fit, join
     from stages.training import threads

@@ -1,4 +1,4 @@
-"""How outputs are sampled, by what, and where that is installed. Nothing heavy is imported: runs ask first."""
+"""Say how outputs are sampled, by what, and where that is installed. Nothing heavy is imported: runs ask first."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def require_backend(backend: BackendConfig) -> None:
 
 
 def require_vllm(backend: VLLMBackendConfig) -> Path:
-    """The interpreter that has vLLM.
+    """Return the interpreter that has vLLM.
 
     Raises:
         ConfigError: there is none, or vLLM is not in it.
@@ -161,7 +161,7 @@ def require_vllm(backend: VLLMBackendConfig) -> Path:
 
 
 def environment_of(backend: VLLMBackendConfig) -> dict[str, str]:
-    """The variables of the worker process."""
+    """Return the variables of the worker process."""
     from stages.training.hardware import training_device
 
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_INHERITED)}

@@ -1,9 +1,8 @@
-"""Continuing outputs from the ends of their steps: what Monte-Carlo completion samples (Math-Shepherd, arXiv 2312.08935)."""
+"""Continue outputs from the ends of their steps: what Monte-Carlo completion samples (Math-Shepherd, arXiv 2312.08935)."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from stages.join import KEY, Ragged, align, key_at
 from stages.models import Checkpoint, load_tokenizer
 from stages.rollout.config import RolloutConfig
 from stages.rollout.generator import Generator, Output, Progress, Prompt, Sampling, sample_seed
-from stages.rollout.stage import generator_of, reporter, stop_ids
+from stages.rollout.stage import Sampled, generator_of, reporter, stop_ids, write_rollouts
 from stages.tables import Rollouts, StepPrefixes
 from stages.text import decode_outputs, step_ends
 
@@ -28,15 +27,14 @@ if TYPE_CHECKING:
 
 @stage(version="1")
 def cut_into_prefixes(outputs: Rollouts, *, outputs_per_question: int | None = None) -> StepPrefixes:
-    """Every step of every output, with the number of the prefix that it ends.
+    """Return every step of every output, with the number of the prefix that it ends.
 
-    A prefix is what was sampled up to and including the step's last token (`step_ends`), as ids: a token that completes
-    a line may bring the beginning of the next, and the prefix has all of it. The step that ends with the output has no prefix
-    to continue, whether the output ended by itself or by its length.
+    A prefix is what was sampled up to and including the step's last token (`step_ends`), as ids: a token that completes a
+    line may bring the beginning of the next, and the prefix has all of it. The step that ends with the output has no prefix
+    to continue.
 
     Args:
-        outputs_per_question: only so many outputs of each question, those of the lowest `sample`; the others get no rows.
-            None: all of them.
+        outputs_per_question: cut only so many outputs of each question, those of the lowest `sample`; None: all of them.
 
     Metrics: `rm/steps`, `rm/prefixes` (distinct, to be continued), `rm/prefixes_saved` (share of the steps to be continued
     whose prefix another step has already).
@@ -67,7 +65,7 @@ def cut_into_prefixes(outputs: Rollouts, *, outputs_per_question: int | None = N
 
 
 def _steps(row: Mapping[str, Any], numbers: dict[tuple[int, ...], int]) -> list[dict[str, Any]]:
-    """The steps of one output; `numbers` are those of its question's prefixes so far."""
+    """Return the steps of one output; `numbers` are those of its question's prefixes so far."""
     key, ids, prompt = (row["question_id"], row["sample"]), row["output_ids"], row["prompt_ids"]
     if not ids or len(row["text_ends"]) != len(ids):
         raise ValueError(
@@ -86,12 +84,11 @@ def _steps(row: Mapping[str, Any], numbers: dict[tuple[int, ...], int]) -> list[
 def continue_outputs(
     policy: Checkpoint, outputs: Rollouts, prefixes: StepPrefixes, config: RolloutConfig, *, samples: int, seed: int
 ) -> Rollouts:
-    """`samples` (Math-Shepherd's N) continuations of every distinct prefix, each a whole output that begins with the prefix.
+    """Sample `samples` (Math-Shepherd's N) continuations of every distinct prefix, each a whole output that begins with it.
 
-    A row is an output of its question like any other: its prompt is the question's, its `output_ids` are prefix and
-    continuation, so that whatever scores outputs scores it. Number n of prefix p has `sample` = p * samples + n.
-    `max_output_tokens` counts the prefix too, as it did when the output was sampled. `logprobs` are null: the prefix may be
-    another policy's, and nothing shall be learned from a row of which only the end was sampled.
+    A row is an output of its question like any other: `output_ids` are prefix and continuation, so that whatever scores outputs
+    scores it. Number n of prefix p has `sample` = p * samples + n. `max_output_tokens` counts the prefix too. `logprobs` are
+    null: the prefix may be another policy's, and nothing is learned from a row of which only the end was sampled.
 
     Each row's seed is a function of (seed, question_id, prefix, n): a prefix keeps its continuations whatever other outputs
     there are (up to the last bits of float32), and a larger N adds to a smaller one's.
@@ -104,8 +101,7 @@ def continue_outputs(
     `rm/continued_truncated_rate`, `time/continuations`.
 
     Raises:
-        PromptTooLongError: prompt and `max_output_tokens` exceed the model's window.
-        ConfigError, WorkerError, StaleWeightsError: an engine's, see `rollout`.
+        PromptTooLongError, ConfigError, WorkerError, StaleWeightsError: as `rollout`.
         ValueError: temperature 0 with more than one sample; by row: an output that is missing, that leaves no room, or whose
             ids mean another text in the policy's tokenizer.
     """
@@ -127,12 +123,19 @@ def continue_outputs(
             window=generator.window,
         )
     _record(completed, time.perf_counter() - started)
-    return Rollouts.write(_columns(found, completed, tokenizer, config.temperature, seed))
+    rows = []
+    for prefix, group in zip(found, completed, strict=True):
+        for n, (output, own) in enumerate(zip(group, prefix.seeds(seed, samples), strict=True)):
+            ids, number = [*prefix.ids, *output.ids.tolist()], prefix.number * samples + n
+            rows.append(
+                Sampled(prefix.question_id, number, list(prefix.prompt_ids), ids, None, output.finish_reason, own)
+            )
+    return write_rollouts(rows, tokenizer, config.temperature)
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The beginning of an output, up to the end of one of its steps."""
+    """Hold the beginning of an output, up to the end of one of its steps."""
 
     question_id: str
     number: int
@@ -140,7 +143,7 @@ class Prefix:
     ids: Sequence[int]
 
     def seeds(self, seed: int, samples: int) -> list[int]:
-        """Those of its continuations; no other prefix's and no rollout's."""
+        """Return those of its continuations; no other prefix's and no rollout's."""
         name = hashlib.sha256(",".join(map(str, self.ids)).encode()).hexdigest()
         return [sample_seed(seed, f"{self.question_id}\0{name}", n) for n in range(samples)]
 
@@ -154,7 +157,7 @@ def complete(
     seed: int,
     window: int | None,
 ) -> list[list[Output]]:
-    """For each prefix its continuations, without the prefix, none beyond `sampling.max_output_tokens` together with it."""
+    """Return the continuations of each prefix, none beyond `sampling.max_output_tokens` together with it."""
     limit = sampling.max_output_tokens
     completed: list[list[Output]] = [[] for _ in prefixes]
     progress, done, tokens = reporter(len(prefixes) * samples, "continue_outputs"), 0, 0
@@ -172,10 +175,10 @@ def complete(
 
 
 def _calls(prefixes: Sequence[Prefix], *, limit: int, window: int | None) -> Iterator[tuple[int, list[int]]]:
-    """Prefixes that are continued together, and how many tokens a call samples at most: what its shortest prefix leaves.
+    """Yield prefixes that are continued together, and how many tokens a call samples at most: what its shortest prefix leaves.
 
     A generator has one limit for all prompts of a call. So a call's prefixes differ by a quarter of the limit at most, which
-    bounds what is sampled in vain and the memory of keys, and none of them is taken beyond the window by a shorter one's room.
+    bounds what is sampled in vain, and none of them is taken beyond the window by a shorter one's room.
     """
     left = sorted(range(len(prefixes)), key=lambda place: len(prefixes[place].ids))
     while left:
@@ -192,19 +195,19 @@ def _calls(prefixes: Sequence[Prefix], *, limit: int, window: int | None) -> Ite
 
 
 def _cut(output: Output, room: int) -> Output:
-    """What a generator with a limit of `room` would have sampled: tokens are drawn one by one, so it is how this one begins."""
+    """Return what a generator with a limit of `room` would have sampled: tokens are drawn one by one."""
     if len(output.ids) <= room:
         return output
     return Output(output.ids[:room], output.logprobs[:room], "length")
 
 
 def _behind(progress: Progress, done: int, tokens: int) -> Progress:
-    """Goes on counting where the calls before have ended."""
+    """Return progress that goes on counting where the calls before have ended."""
     return lambda ended, sampled: progress(done + ended, tokens + sampled)
 
 
 def _read(outputs: Rollouts, prefixes: StepPrefixes, tokenizer: PreTrainedTokenizerFast, *, limit: int) -> list[Prefix]:
-    """The distinct prefixes, by the first output that has each."""
+    """Return the distinct prefixes, by the first output that has each."""
     steps = prefixes.read()
     steps = steps.filter(steps["prefix"].is_valid())
     steps = steps.take(_first_rows(steps, "question_id", "prefix"))
@@ -231,13 +234,13 @@ def _read(outputs: Rollouts, prefixes: StepPrefixes, tokenizer: PreTrainedTokeni
 
 
 def _first_rows(table: pa.Table, *by: str) -> NDArray[np.int64]:
-    """The first row of each key, in order."""
+    """Return the first row of each key, in order."""
     numbered = table.select(list(by)).append_column("row", pa.array(np.arange(table.num_rows)))
     return np.sort(numbered.group_by(list(by)).aggregate([("row", "min")])["row_min"].to_numpy())
 
 
 def _check_vocabulary(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast) -> None:
-    """Ids of another tokenizer would be continued as the text that they happen to spell in this one."""
+    """Refuse ids of another tokenizer: they would be continued as the text that they happen to spell in this one."""
     texts = decode_outputs(tokenizer, [row["output_ids"] for row in rows]).texts
     for row, text in zip(rows, texts, strict=True):
         if text != row["text"]:
@@ -261,32 +264,3 @@ def _record(completed: Sequence[Sequence[Output]], seconds: float) -> None:
             "time/continuations": seconds,
         }
     )
-
-
-def _columns(
-    prefixes: Sequence[Prefix],
-    completed: Sequence[Sequence[Output]],
-    tokenizer: PreTrainedTokenizerFast,
-    temperature: float,
-    seed: int,
-) -> dict[str, Any]:
-    rows = [
-        (prefix, prefix.number * len(group) + n, output)
-        for prefix, group in zip(prefixes, completed, strict=True)
-        for n, output in enumerate(group)
-    ]
-    ids = [[*prefix.ids, *output.ids.tolist()] for prefix, _, output in rows]
-    decoded = decode_outputs(tokenizer, ids)
-    seeds = [prefix.seeds(seed, len(group)) for prefix, group in zip(prefixes, completed, strict=True)]
-    return {
-        "question_id": [prefix.question_id for prefix, _, _ in rows],
-        "sample": [sample for _, sample, _ in rows],
-        "prompt_ids": [list(prefix.prompt_ids) for prefix, _, _ in rows],
-        "output_ids": ids,
-        "logprobs": [None] * len(rows),
-        "finish_reason": [output.finish_reason for _, _, output in rows],
-        "text": decoded.texts,
-        "text_ends": decoded.ends,
-        "temperature": [temperature] * len(rows),
-        "seed": list(itertools.chain.from_iterable(seeds)),
-    }

@@ -1,4 +1,4 @@
-"""The seam between the rollout stage and whatever decodes: questions' ids in, sampled ids out.
+"""Define the seam between the rollout stage and whatever decodes: questions' ids in, sampled ids out.
 
 A backend (`hf.py`, `vllm.py`, `served.py`) implements `Generator`. It knows nothing of tables, templates or tokenizers.
 """
@@ -34,7 +34,7 @@ class UnsoundOutputError(RuntimeError):
 
 
 def sample_seed(seed: int, question_id: str, sample: int) -> int:
-    """The seed of one (question, sample): 63 bits of sha256, so that it fits a signed column and never repeats in practice.
+    """Return the seed of one (question, sample): 63 bits of sha256, which fit a signed column and never repeat in practice.
 
     Equal seeds within a group would give equal outputs and a zero spread of rewards.
     """
@@ -51,7 +51,7 @@ def make_room(slot: str, device: str) -> None:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question as the policy sees it, and one seed for each output wanted of it (G of them)."""
+    """Hold one question as the policy sees it, and one seed for each output wanted of it (G of them)."""
 
     question_id: str
     ids: Sequence[int]
@@ -60,7 +60,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How outputs are drawn; temperature 0 takes the most probable token (the lowest id among equals)."""
+    """Say how outputs are drawn; temperature 0 takes the most probable token (the lowest id among equals)."""
 
     temperature: float
     max_output_tokens: int
@@ -70,10 +70,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Output:
-    """One sampled output o_i.
+    """Hold one sampled output o_i.
 
-    `logprobs[t]` = log pi(ids[t] | prompt, ids[:t]) in nats, under the distribution that was sampled from: logits / T.
-    Greedy decoding samples from no distribution; its logprobs are those at T = 1.
+    `logprobs[t]` = log pi(ids[t] | prompt, ids[:t]) in nats, under the distribution that was sampled from: logits / T. Greedy
+    decoding samples from no distribution; its logprobs are those at T = 1.
     """
 
     ids: NDArray[np.int32]
@@ -86,20 +86,20 @@ Progress = Callable[[int, int], None]
 
 
 class Generator(Protocol):
-    """Samples outputs of a causal language model."""
+    """Sample outputs of a causal language model."""
 
     @property
     def window(self) -> int | None:
-        """Tokens of prompt and output together, at most; None: the model names no limit."""
+        """Return the tokens of prompt and output together, at most; None: the model names no limit."""
         ...
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
     ) -> list[list[Output]]:
-        """For every prompt, in the order given, one output per seed, in the order of its seeds.
+        """Return one output per seed for every prompt, in the order given.
 
-        Each output is drawn by its own seed. With `hf` the same prompts, sampling and weights give the same outputs bit for
-        bit on one machine; other engines promise that only for the same call to an engine in the same state.
+        With `hf` the same prompts, sampling and weights give the same outputs bit for bit on one machine; other engines
+        promise that only for the same call to an engine in the same state.
 
         Raises:
             PromptTooLongError: naming the question, the tokens it needs and the tokens the model has.
@@ -130,7 +130,7 @@ def check_window(window: int | None, prompt: Prompt, sampling: Sampling, *, call
 
 @dataclass(frozen=True)
 class CheckedGenerator:
-    """A generator whose outputs are looked at before anything is made of them: the one place where all engines' values pass."""
+    """Check the outputs of a generator before anything is made of them: the one place where all engines' values pass."""
 
     inner: Generator
     engine: str
@@ -140,13 +140,13 @@ class CheckedGenerator:
 
     @property
     def window(self) -> int | None:
-        """See `Generator.window`."""
+        """Return the generator's own."""
         return self.inner.window
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
     ) -> list[list[Output]]:
-        """See `Generator.generate`.
+        """Generate and check.
 
         Raises:
             UnsoundOutputError: outputs that are missing or surplus, or one that `objection_to` objects to.
@@ -171,7 +171,7 @@ class CheckedGenerator:
 
 
 def objection_to(output: Output, sampling: Sampling, vocabulary: int) -> str | None:
-    """Why this cannot have been sampled, or None.
+    """Say why this cannot have been sampled; None where it can.
 
     An output has 1 to `max_output_tokens` ids of the vocabulary, one finite log-probability of at most 0 for each, and a stop
     id at its end, and only there, exactly where its finish reason is `stop`.
@@ -204,7 +204,7 @@ def _first(wrong_T: NDArray[np.bool_]) -> int | None:
 
 
 def _plain(values: NDArray[Any], kind: type) -> NDArray[Any] | str:
-    """The values as numbers, or what is wrong with their types: a cast would make numbers of null, text and True."""
+    """Return the values as numbers, or what is wrong with their types: a cast would make numbers of null, text and True."""
     if values.ndim != 1:
         return f"expected a list of numbers, found {values!r:.60}"
     if values.dtype == object:
@@ -218,5 +218,5 @@ def _plain(values: NDArray[Any], kind: type) -> NDArray[Any] | str:
 
 
 def _clipped(value: Any) -> Any:
-    """An id of more than 64 bits is beyond any vocabulary, whichever it is."""
+    """Return an id of more than 64 bits as one that is beyond any vocabulary."""
     return min(max(value, -(2**62)), 2**62) if type(value) is int else value

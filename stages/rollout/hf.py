@@ -1,4 +1,4 @@
-"""Decoding with a transformers model: prefill once a question, share prefixes, drop finished rows, write keys in place.
+"""Decode with a transformers model: prefill once a question, share prefixes, drop finished rows, write keys in place.
 
 The loop is ours, the model is transformers' (any causal LM with full attention and a standard cache; sliding attention up to
 its window). A step runs the model over the distinct prefixes alive (`kv_cache.py`), samples every output from its row's
@@ -30,7 +30,7 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 class HFGenerator:
-    """`Generator` over a transformers model, which stays the caller's: its weights may change between calls."""
+    """Implement `Generator` over a transformers model, which stays the caller's: its weights may change between calls."""
 
     def __init__(self, model: PreTrainedModel, *, batch_rows: int) -> None:
         _refuse_unusual_attention(model)
@@ -39,7 +39,7 @@ class HFGenerator:
 
     @property
     def window(self) -> int | None:
-        """See `Generator.window`. Up to its window sliding attention is full attention; beyond it, it is refused."""
+        """Return the model's window. Up to its own, sliding attention is full attention; beyond it, it is refused."""
         positions: int | None = getattr(self.model.config, "max_position_embeddings", None)
         limits = [limit for limit in (positions, self._sliding) if limit is not None]
         return min(limits, default=None)
@@ -53,7 +53,7 @@ class HFGenerator:
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
     ) -> list[list[Output]]:
-        """See `Generator.generate`. Prompts are decoded in batches of like length, the longest first."""
+        """Decode prompts in batches of like length, the longest first, as `Generator.generate`."""
         for prompt in prompts:
             called = "sliding window" if self.window == self._sliding is not None else "window"
             check_window(self.window, prompt, sampling, called=called)
@@ -74,7 +74,7 @@ class HFGenerator:
 
 @dataclass(frozen=True)
 class _Member:
-    """Part of a batch: outputs `start .. stop` of one question (all of them, unless a group exceeds the batch)."""
+    """Name part of a batch: outputs `start .. stop` of one question (all of them, unless a group exceeds the batch)."""
 
     question: int
     start: int
@@ -82,7 +82,7 @@ class _Member:
 
 
 def _batches(prompts: Sequence[Prompt], rows: int) -> Iterator[list[_Member]]:
-    """Members sorted by prompt length (longest first: what does not fit fails early), at most `rows` outputs a batch."""
+    """Yield members sorted by prompt length (longest first: what does not fit fails early), at most `rows` outputs a batch."""
     batch: list[_Member] = []
     room = rows
     for question in sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids)):
@@ -101,7 +101,7 @@ def _batches(prompts: Sequence[Prompt], rows: int) -> Iterator[list[_Member]]:
 
 
 class _Batch:
-    """The decoding of one batch: n samples over at most n rows. Bookkeeping is numpy, the model's part torch."""
+    """Decode one batch: n samples over at most n rows. Bookkeeping is numpy, the model's part torch."""
 
     def __init__(
         self, model: PreTrainedModel, prompts: Sequence[Prompt], members: Sequence[_Member], sampling: Sampling
@@ -127,7 +127,7 @@ class _Batch:
         self.stopped = np.zeros(len(self.samples), dtype=bool)
 
     def decode(self) -> Iterator[tuple[int, int]]:
-        """Runs to the end; after every token yields (outputs ended, tokens so far)."""
+        """Run to the end; after every token yield (outputs ended, tokens so far)."""
         live, row = np.arange(len(self.samples)), self.first_row
         logits = self._prefill()
         for step in range(self.sampling.max_output_tokens):
@@ -148,14 +148,14 @@ class _Batch:
             logits = self._forward(row_token, column=self.width + step)
 
     def outputs(self) -> Iterator[tuple[int, int, Output]]:
-        """(question, index of the sample, output) of every sample, once decoded."""
+        """Yield (question, index of the sample, output) of every sample, once decoded."""
         for i, (question, index) in enumerate(self.samples):
             length = self.lengths[i]
             reason: FinishReason = "stop" if self.stopped[i] else "length"
             yield question, index, Output(self.ids[i, :length].copy(), self.logprobs[i, :length].copy(), reason)
 
     def _prefill(self) -> torch.Tensor:
-        """Logits `[questions, V]` after each prompt; prompts are padded on the left, positions count from their start."""
+        """Return logits `[questions, V]` after each prompt, padded on the left; positions count from its start."""
         ids = np.zeros((len(self.prompts), self.width), dtype=np.int64)
         for row, prompt in enumerate(self.prompts):
             ids[row, self.padding[row] :] = prompt.ids
@@ -172,7 +172,7 @@ class _Batch:
         return torch.cat(logits)
 
     def _forward(self, row_token: NDArray[np.int64], *, column: int) -> torch.Tensor:
-        """Logits `[rows, V]` after one more token in every row."""
+        """Return logits `[rows, V]` after one more token in every row."""
         rows = len(row_token)
         self.cache.place(row=0, column=column)
         position = column - self.padding[:rows, None]
@@ -195,7 +195,7 @@ class _Batch:
     def _regroup(
         self, row: NDArray[np.int64], token: NDArray[np.int64], *, filled: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """New row of each live sample and the token each row reads; forks and moves rows in the cache to match."""
+        """Return the new row of each live sample and the token each row reads; fork and move rows in the cache to match."""
         groups = regroup(row, token)
         if len(groups.source):
             source = torch.from_numpy(groups.source).to(self.model.device)
@@ -207,7 +207,7 @@ class _Batch:
 
 
 def _refuse_unusual_attention(model: PreTrainedModel) -> None:
-    """Recurrent and chunked layers need masks and caches that this loop does not keep: refuse, never guess."""
+    """Refuse recurrent and chunked layers, which need masks and caches that this loop does not keep."""
     unusual = _layer_kinds(model) - {"full_attention", "sliding_attention"}
     if unusual:
         raise ValueError(
@@ -223,14 +223,11 @@ def _layer_kinds(model: PreTrainedModel) -> set[str]:
     return {"full_attention" if getattr(model.config, "sliding_window", None) is None else "sliding_attention"}
 
 
-# ------------------------------------------------------------------------------------------------ sampling
-
-
 def uniforms(seeds: NDArray[np.uint64], step: int) -> NDArray[np.float64]:
-    """u_i in [0, 1): output number `step` of the SplitMix64 stream with seed `seeds[i]`.
+    """Return u_i in [0, 1): output number `step` of the SplitMix64 stream with seed `seeds[i]`.
 
-    SplitMix64 (Steele, Lea and Flood 2014) is counter-based: state = seed + (step + 1) * golden ratio, then a finaliser.
-    Kept to 40 bits, so that u times a sum near 1 stays below that sum.
+    SplitMix64 (Steele, Lea and Flood 2014) is counter-based: state = seed + (step + 1) * golden ratio, then a finaliser. Kept
+    to 40 bits, so that u times a sum near 1 stays below that sum.
     """
     with np.errstate(over="ignore"):
         z = seeds + np.uint64(step + 1) * _GOLDEN
@@ -243,7 +240,7 @@ def uniforms(seeds: NDArray[np.uint64], step: int) -> NDArray[np.float64]:
 def sample(
     logits: torch.Tensor, row: NDArray[np.int64], uniform: NDArray[np.float64], temperature: float
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """One token for each sample from its row's distribution, and its log-probability there (`Output.logprobs`).
+    """Draw one token for each sample from its row's distribution, with its log-probability there (`Output.logprobs`).
 
     logits `[rows, V]` float32; `row` and `uniform` `[n]`, u below 1 - 2**-40.
 
@@ -264,7 +261,7 @@ def sample(
 
 
 def _invert(probability: torch.Tensor, index: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The first token whose cumulated probability exceeds u times the total: its own is positive.
+    """Return the first token whose cumulated probability exceeds u times the total: its own is positive.
 
     First the block of tokens is found, then the token in it. Sums are float64: float32 would lose rare tokens.
     """

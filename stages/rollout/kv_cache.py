@@ -1,8 +1,8 @@
-"""The KV cache of `hf.py`: rows that samples share, preallocated, and eager attention that reads shared keys once.
+"""Hold the KV cache of `hf.py`: rows that samples share, preallocated, and eager attention that reads shared keys once.
 
-All outputs of a question start in one row, its prefill. When the outputs of a row choose different tokens, the row forks;
-when its last output ends, the row is free. Rows stay packed in 0..n-1, so a model never computes for a finished output, and
-never computes one prefix twice. Each fork and each freed row costs at most one copy of a row's keys and values.
+All outputs of a question start in one row, its prefill. When the outputs of a row choose different tokens, the row forks; when
+its last output ends, the row is free. Rows stay packed in 0..n-1, so a model never computes for a finished output, and never
+computes one prefix twice. Each fork and each freed row costs at most one copy of a row's keys and values.
 
 transformers' DynamicCache copies everything it has at every token; its StaticCache attends to its whole length from the first
 token on. Here a token is written in place, and attention sees a view of what is filled.
@@ -27,7 +27,7 @@ _FIRST_ROOM = 64
 
 
 class RowLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
-    """One layer's keys and values, `[rows, heads, room, head size]`, filled up to a column shared by all rows.
+    """Hold one layer's keys and values, `[rows, heads, room, head size]`, filled up to a column shared by all rows.
 
     The next forward concerns rows `row ...` and columns `column ...`, both set by `RowCache.place`.
     """
@@ -48,7 +48,7 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untype
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes the new columns and returns views of all columns of the rows concerned."""
+        """Write the new columns and return views of all columns of the rows concerned."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end_row, end = self.row + key_states.shape[0], self.column + key_states.shape[2]
@@ -61,7 +61,7 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untype
         return self.keys[self.row : end_row, :, :end], self.values[self.row : end_row, :, :end]
 
     def copy_rows(self, source: torch.Tensor, target: torch.Tensor, filled: int) -> None:
-        """Columns below `filled` of rows `source` become those of rows `target`; the two are disjoint."""
+        """Copy columns below `filled` of rows `source` to rows `target`; the two are disjoint."""
         for states in (self.keys, self.values):
             states[target, :, :filled] = states[source, :, :filled]
 
@@ -76,14 +76,14 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untype
 
 
 class RowCache(Cache):  # type: ignore[misc]
-    """The layers of one decoding; rows fork and move through `copy_rows`."""
+    """Hold the layers of one decoding; rows fork and move through `copy_rows`."""
 
     def __init__(self, layers: int, *, rows: int, columns: int) -> None:
         self.row_layers = [RowLayer(rows, columns) for _ in range(layers)]
         super().__init__(layers=list(self.row_layers))
 
     def place(self, *, row: int, column: int) -> None:
-        """Where the next forward writes: from this row on, at this column."""
+        """Say where the next forward writes: from this row on, at this column."""
         for layer in self.row_layers:
             layer.row, layer.column = row, column
 
@@ -104,7 +104,7 @@ def _with_room(states: torch.Tensor, room: int, *, filled_rows: int, filled: int
 
 @dataclass(frozen=True)
 class Regrouping:
-    """Rows after one token, and the copies that make them."""
+    """Name rows after one token, and the copies that make them."""
 
     sample_row: Integers
     """[n] new row of each live sample."""
@@ -117,10 +117,10 @@ class Regrouping:
 
 
 def regroup(sample_row: Integers, token: Integers) -> Regrouping:
-    """Rows for live samples that were in `sample_row` and drew `token`.
+    """Return rows for live samples that were in `sample_row` and drew `token`.
 
-    Samples of one row that drew the same token stay together. A row's first child stays where it is, unless packing moves
-    it; a target has no child that stays and hence no child at all, so no copy reads what another wrote.
+    Samples of one row that drew the same token stay together. A row's first child stays where it is, unless packing moves it; a
+    target has no child that stays and hence no child at all, so no copy reads what another wrote.
     """
     width = int(token.max()) + 1
     children, child_of_sample = np.unique(sample_row * width + token, return_inverse=True)

@@ -1,8 +1,8 @@
-"""Whether an engine has the weights it should have: its log-probabilities of a probe against transformers' own.
+"""Find out whether an engine has the weights it should have, by its log-probabilities of a probe and transformers' own.
 
 The probe is a fixed sequence of token ids, of which the engine says the log-probabilities, and a few tokens that it samples
-itself behind them, so that its decoding and its `logprobs_mode` are looked at too. A version counter alone would not do: vLLM's
-reload on a CPU reports success and leaves a mixture of two models.
+behind them, so that its decoding and its `logprobs_mode` are looked at too. A version counter alone would not do: vLLM's reload
+on a CPU reports success and leaves a mixture of two models.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class StaleWeightsError(RuntimeError):
 
 @dataclass(frozen=True)
 class Answer:
-    """What an engine says of the probe."""
+    """Hold what an engine says of the probe."""
 
     prompt_logprobs: Sequence[float]
     """Of every token of the prompt but the first, at T = 1."""
@@ -46,7 +46,7 @@ class Answer:
 
 
 def vocabulary_and_window(policy: Checkpoint) -> tuple[int, int | None]:
-    """How many token ids its model knows, and how many tokens it reads (None: it names no limit)."""
+    """Return how many token ids its model knows, and how many tokens it reads (None: it names no limit)."""
     from transformers import AutoConfig
 
     path = policy.path
@@ -55,7 +55,7 @@ def vocabulary_and_window(policy: Checkpoint) -> tuple[int, int | None]:
 
 
 def probe_ids(vocabulary: int, window: int | None) -> list[int]:
-    """The probe's prompt: ids all over the vocabulary, so that few of them are what any model expects."""
+    """Return the probe's prompt: ids all over the vocabulary, so that few of them are what any model expects."""
     length = _PROMPT if window is None else max(1, min(_PROMPT, window - SAMPLED))
     return [(7 + 2654435761 * place) % vocabulary for place in range(length)]
 
@@ -105,7 +105,7 @@ def check_answer(
 
 
 def _logits(policy: Checkpoint, ids: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """`[T, V]`, computed on the CPU: the GPU is the engine's."""
+    """Compute `[T, V]` on the CPU: the GPU is the engine's."""
     import torch
 
     model = load_model(policy, dtype=dtype).float()
@@ -115,7 +115,7 @@ def _logits(policy: Checkpoint, ids: Sequence[int], dtype: torch.dtype) -> torch
 
 
 def _logprobs(logits: torch.Tensor, ids: Sequence[int], *, sampled: int, temperature: float) -> NDArray[np.float64]:
-    """Of ids[1:]: at T = 1, and the last `sampled` at `temperature`."""
+    """Return the log-probabilities of ids[1:]: at T = 1, and the last `sampled` at `temperature`."""
     import torch
 
     scale = torch.ones(len(ids) - 1, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Rollouts by a `vllm serve` that runs already, through its OpenAI-compatible `/v1/completions`: ids in, ids out.
+"""Sample outputs by a `vllm serve` that runs already, through its OpenAI-compatible `/v1/completions`: ids in, ids out.
 
 A server's weights cannot be changed from here, so that it serves one fixed policy. Before every call its log-probabilities of a
 probe are compared with transformers' on the checkpoint (`probe.py`), at the temperature of the call: a server that has other
@@ -40,7 +40,7 @@ class ServerError(RuntimeError):
 
 
 class ServedGenerator:
-    """`Generator` over a running server that has the weights of `policy`."""
+    """Implement `Generator` over a running server that has the weights of `policy`."""
 
     def __init__(self, policy: Checkpoint, backend: VLLMServerConfig) -> None:
         """Find out what the server serves.
@@ -59,26 +59,21 @@ class ServedGenerator:
             )
         self.model = str(models[0]["id"])
         limits = [window, models[0].get("max_model_len")]
-        self._window: int | None = min((limit for limit in limits if limit is not None), default=None)
+        self.window: int | None = min((limit for limit in limits if limit is not None), default=None)
         version = self._ask("/version", None, _PATIENCE).get("version", "unknown")
         record_package("vllm", f"{version} ({backend.dtype}, server)")
-
-    @property
-    def window(self) -> int | None:
-        """See `Generator.window`."""
-        return self._window
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
     ) -> list[list[Output]]:
-        """See `Generator.generate`; one request per output.
+        """Send one request per output, as `Generator.generate`.
 
         Raises:
             ServerError: the server cannot be reached, failed, or did not keep to the sampling it was asked for.
             StaleWeightsError: it serves other weights than the policy's.
         """
         for prompt in prompts:
-            check_window(self._window, prompt, sampling)
+            check_window(self.window, prompt, sampling)
         end = time.monotonic() + self.backend.deadline
         self._prove(sampling.temperature, end)
         wanted = [(place, prompt, seed) for place, prompt in enumerate(prompts) for seed in prompt.seeds]
@@ -128,7 +123,7 @@ class ServedGenerator:
         )
 
     def _prove(self, temperature: float, end: float) -> None:
-        prompt = probe_ids(self.vocabulary, self._window)
+        prompt = probe_ids(self.vocabulary, self.window)
         choice = self._complete(
             prompt, end, max_tokens=SAMPLED, temperature=temperature, stop_token_ids=[], seed=0, prompt_logprobs=0
         )
@@ -158,7 +153,7 @@ class ServedGenerator:
             ) from None
 
     def _complete(self, ids: Sequence[int], end: float, **sampling: Any) -> dict[str, Any]:
-        """One completion; every filter is set, since the server's defaults come from the model's generation_config.json."""
+        """Ask for one completion; every filter is set, since the defaults come from the model's generation_config.json."""
         asked = {
             "model": self.model,
             "prompt": list(ids),
@@ -187,7 +182,7 @@ class ServedGenerator:
         return found
 
     def _ask(self, path: str, body: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
-        """What the server answers, asked again while it is out of reach or overloaded."""
+        """Return what the server answers, asked again while it is out of reach or overloaded."""
         end = time.monotonic() + seconds
         headers = {"Content-Type": "application/json"}
         if os.environ.get(_KEY):

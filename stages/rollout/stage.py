@@ -1,4 +1,4 @@
-"""The rollout stage: questions in, G sampled outputs for each out."""
+"""Sample G outputs for each question."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
 
 from pipeline.progress import report
 from pipeline.residency import resident
@@ -18,6 +18,8 @@ from stages.tables import Questions, Rollouts
 from stages.text import PromptConfig, decode_outputs, encode_prompt
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from stages.rollout.generator import Generator, Output, Progress, Prompt
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 def rollout(
     policy: Checkpoint, questions: Questions, prompt: PromptConfig, config: RolloutConfig, *, seed: int
 ) -> Rollouts:
-    """o_1 ... o_G ~ policy(. | q) for every question q (DeepSeekMath, Algorithm 1, line 7).
+    """Sample o_1 ... o_G ~ policy(. | q) for every question q (DeepSeekMath, Algorithm 1, line 7).
 
     Rows come in the order of `questions`, samples 0 .. G-1 within each. Each row's seed is a function of (seed, question_id,
     sample), so that a question keeps its outputs whatever it is batched with (up to the last bits of float32).
@@ -53,7 +55,14 @@ def rollout(
         outputs = generator.generate(prompts, sampling, reporter(len(prompts) * config.G))
         seconds = time.perf_counter() - started
     _record(outputs, seconds)
-    return Rollouts.write(_columns(prompts, outputs, tokenizer, config.temperature))
+    rows = [
+        Sampled(
+            prompt.question_id, n, list(prompt.ids), output.ids, output.logprobs, output.finish_reason, prompt.seeds[n]
+        )
+        for prompt, group in zip(prompts, outputs, strict=True)
+        for n, output in enumerate(group)
+    ]
+    return write_rollouts(rows, tokenizer, config.temperature)
 
 
 def _prompts(
@@ -77,7 +86,7 @@ def _prompts(
 
 
 def stop_ids(policy: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """End-of-sequence ids of the tokenizer and of generation_config.json, which may list several.
+    """Return the end-of-sequence ids of the tokenizer and of generation_config.json, which may list several.
 
     Without a generation_config.json those of config.json, as transformers reads older folders.
 
@@ -98,7 +107,7 @@ def stop_ids(policy: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> tuple[in
 
 @contextlib.contextmanager
 def generator_of(policy: Checkpoint, backend: BackendConfig) -> Iterator[Generator]:
-    """What decodes, with the weights of `policy`, its values checked (`CheckedGenerator`); for the block.
+    """Yield what decodes, with the weights of `policy`, its values checked (`CheckedGenerator`); for the block.
 
     Raises:
         ConfigError: an engine that is not installed.
@@ -133,7 +142,7 @@ def generator_of(policy: Checkpoint, backend: BackendConfig) -> Iterator[Generat
 
 @dataclass
 class _Resident:
-    """A model kept warm, and the digest of the checkpoint whose weights it has (None while they change)."""
+    """Hold a model, and the digest of the checkpoint whose weights it has (None while they change)."""
 
     model: PreTrainedModel
     holds: str | None
@@ -161,7 +170,7 @@ def resident_model(policy: Checkpoint, backend: HFBackendConfig) -> PreTrainedMo
 
 
 def reporter(total: int, topic: str = "rollout") -> Progress:
-    """Reports how far `topic` is, at most twice a second; a token may take a millisecond."""
+    """Return what reports how far `topic` is, at most twice a second; a token may take a millisecond."""
     started = last = time.perf_counter()
 
     def progress(done: int, tokens: int) -> None:
@@ -192,27 +201,21 @@ def _record(outputs: Sequence[Sequence[Output]], seconds: float) -> None:
     )
 
 
-def _columns(
-    prompts: Sequence[Prompt],
-    outputs: Sequence[Sequence[Output]],
-    tokenizer: PreTrainedTokenizerFast,
-    temperature: float,
-) -> dict[str, Any]:
-    rows = [
-        (prompt, sample, output)
-        for prompt, group in zip(prompts, outputs, strict=True)
-        for sample, output in enumerate(group)
-    ]
-    decoded = decode_outputs(tokenizer, [output.ids for _, _, output in rows])
-    return {
-        "question_id": [prompt.question_id for prompt, _, _ in rows],
-        "sample": [sample for _, sample, _ in rows],
-        "prompt_ids": [list(prompt.ids) for prompt, _, _ in rows],
-        "output_ids": [output.ids for _, _, output in rows],
-        "logprobs": [output.logprobs for _, _, output in rows],
-        "finish_reason": [output.finish_reason for _, _, output in rows],
-        "text": decoded.texts,
-        "text_ends": decoded.ends,
-        "temperature": [temperature] * len(rows),
-        "seed": [prompt.seeds[sample] for prompt, sample, _ in rows],
-    }
+class Sampled(NamedTuple):
+    """Hold a row of `Rollouts` but for what its ids and the call say."""
+
+    question_id: str
+    sample: int
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int] | NDArray[np.int32]
+    logprobs: NDArray[np.float32] | None
+    finish_reason: str
+    seed: int
+
+
+def write_rollouts(rows: Sequence[Sampled], tokenizer: PreTrainedTokenizerFast, temperature: float) -> Rollouts:
+    """Decode the ids of the rows, and write the table."""
+    texts, ends = decode_outputs(tokenizer, [row.output_ids for row in rows])
+    columns: dict[str, Any] = {name: [getattr(row, name) for row in rows] for name in Sampled._fields}
+    columns |= {"text": texts, "text_ends": ends, "temperature": [temperature] * len(rows)}
+    return Rollouts.write({name: columns[name] for name in Rollouts.schema.names})

@@ -1,4 +1,4 @@
-"""Rollouts by vLLM, in a worker process that has an interpreter of its own (`vllm_worker.py` is its other end).
+"""Sample outputs by vLLM, in a worker process that has an interpreter of its own (`vllm_worker.py` is its other end).
 
 The engine is kept warm and given new weights in place. After every load its log-probabilities of a probe are compared with
 transformers' on the same checkpoint (`probe.py`), and every order names the checkpoint whose outputs are wanted: outputs of
@@ -37,7 +37,7 @@ _STEP_TOKENS: Final = 4096
 
 @contextlib.contextmanager
 def vllm_generator(policy: Checkpoint, backend: VLLMBackendConfig) -> Iterator[VLLMGenerator]:
-    """A generator that has the weights of `policy`, over an engine that may serve others afterwards.
+    """Yield a generator that has the weights of `policy`, over an engine that may serve others afterwards.
 
     Raises:
         ConfigError: no vLLM.
@@ -68,22 +68,17 @@ def vllm_generator(policy: Checkpoint, backend: VLLMBackendConfig) -> Iterator[V
 
 
 class VLLMGenerator:
-    """`Generator` over an engine that holds the weights of one checkpoint."""
+    """Implement `Generator` over an engine that holds the weights of one checkpoint."""
 
     def __init__(self, engine: Engine, policy: Checkpoint) -> None:
         self.engine = engine
         self.policy = policy
-        self._window = engine.window(policy)
-
-    @property
-    def window(self) -> int | None:
-        """See `Generator.window`."""
-        return self._window
+        self.window = engine.window(policy)
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
     ) -> list[list[Output]]:
-        """See `Generator.generate`; all prompts at once, vLLM forms its own batches.
+        """Sample all prompts at once, as `Generator.generate`; vLLM forms its own batches.
 
         Raises:
             WorkerError: the engine died, hung, or refused.
@@ -94,7 +89,7 @@ class VLLMGenerator:
 
 
 class Engine:
-    """A vLLM engine in a process of its own, and which checkpoint it holds."""
+    """Run a vLLM engine in a process of its own, and know which checkpoint it holds."""
 
     def __init__(self, backend: VLLMBackendConfig) -> None:
         python = require_vllm(backend)
@@ -119,16 +114,16 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether it can take orders."""
+        """Return whether it can take orders."""
         return self._group.alive
 
     def window(self, policy: Checkpoint) -> int | None:
-        """Tokens of prompt and output that fit."""
+        """Return the tokens of prompt and output that fit."""
         limits = (vocabulary_and_window(policy)[1], self.backend.max_model_len)
         return min((limit for limit in limits if limit is not None), default=None)
 
     def hold(self, policy: Checkpoint) -> None:
-        """Have the weights of `policy`, and prove it.
+        """Load the weights of `policy`, and compare the probe.
 
         Raises:
             StaleWeightsError: it has others.
@@ -154,7 +149,7 @@ class Engine:
     def generate(
         self, policy: Checkpoint, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None
     ) -> list[list[Output]]:
-        """For every prompt one output per seed."""
+        """Return one output per seed for every prompt."""
         if not any(prompt.seeds for prompt in prompts):
             return [[] for _ in prompts]
         requests, outputs = self._folder / "requests.npz", self._folder / "outputs.npz"
@@ -212,13 +207,13 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
+        """Return the precision of weights and activations."""
         from stages.training.hardware import inference_dtype
 
         return inference_dtype(self.backend.dtype)
 
     def _arguments(self, policy: Checkpoint) -> dict[str, Any]:
-        """vLLM's own, by their names there."""
+        """Return vLLM's own arguments, by their names there."""
         from stages.training.hardware import training_device
 
         backend, eager, window = self.backend, self.backend.eager, self.window(policy)

@@ -1,4 +1,4 @@
-"""vLLM's side of `vllm.py`: an engine that works off orders. Runs in vLLM's environment, which has none of our packages.
+"""Run vLLM's side of `vllm.py`: an engine that works off orders, in vLLM's environment, which has none of our packages.
 
 The engine lives in this process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`), so that there is one process to start, to wait for and to
 kill; only tensor parallelism adds others, in the same process group.
@@ -23,7 +23,7 @@ Report = Callable[[str, dict[str, Any]], None]
 
 
 class Repacking:
-    """Mixed into vLLM's worker by `worker_extension_cls`."""
+    """Extend vLLM's worker, by `worker_extension_cls`."""
 
     def repack_weights(self) -> int:
         """Pack again what multiplies by a packed copy of weights that were replaced; the number of such layers.
@@ -42,7 +42,7 @@ class Repacking:
 
 
 class Engine:
-    """One model, made at the first order and given other weights by later ones."""
+    """Hold one model, made at the first order and given other weights by later ones."""
 
     def __init__(self) -> None:
         self.llm: LLM | None = None
@@ -65,7 +65,7 @@ class Engine:
         raise ValueError(f"no such order: {order['do']}")
 
     def _hold(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Have the weights in `folder`; says what it runs on."""
+        """Load the weights in `folder`; return what it runs on."""
         started, self.holds = time.perf_counter(), None
         if self.llm is None:
             extension = f"{Repacking.__module__}.{Repacking.__name__}" if current_platform.is_cpu() else ""
@@ -92,7 +92,7 @@ class Engine:
             self.asleep = False
 
     def _generate(self, order: dict[str, Any], report: Report) -> dict[str, Any]:
-        """Outputs for the requests in the file `requests`, into the file `outputs`, in the order of the requests."""
+        """Sample for the requests in the file `requests`, into the file `outputs`, in the order of the requests."""
         self._check(order)
         self._forget_prefixes()
         prompts, params = _requests(order)
@@ -115,7 +115,7 @@ class Engine:
         return {"digest": self.holds}
 
     def _ended(self, prompts: Sequence[Any], params: Sequence[Any], report: Report) -> Iterator[tuple[int, Any]]:
-        """(place, output) of every request, as they end; reports (outputs ended, tokens of these)."""
+        """Yield (place, output) of every request, as they end; report (outputs ended, tokens of these)."""
         engine = self._engine().llm_engine
         names = self._engine().enqueue(list(prompts), list(params), use_tqdm=False)
         # Requests are called `number-random` inside the engine, and `number` in what it returns.
@@ -134,7 +134,7 @@ class Engine:
                 report("vllm", {"done": done, "tokens": tokens})
 
     def _probe(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Log-probabilities of a prompt at T = 1, and some sampled tokens with theirs at `temperature`."""
+        """Return log-probabilities of a prompt at T = 1, and some sampled tokens with theirs at `temperature`."""
         self._check(order)
         params = SamplingParams(
             temperature=order["temperature"],
@@ -151,7 +151,7 @@ class Engine:
         return {"prompt_logprobs": found, "ids": list(output.token_ids), "logprobs": _sampled(output)}
 
     def _forget_prefixes(self) -> None:
-        """Keys of older weights, and of the call before: an equal call shall find the engine in an equal state."""
+        """Drop keys of older weights, and of the call before: an equal call shall find the engine in an equal state."""
         if not self._engine().reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache, as requests of an earlier call still run")
 
@@ -170,7 +170,7 @@ class StaleWeightsError(RuntimeError):
 
 
 def _requests(order: dict[str, Any]) -> tuple[list[Any], list[SamplingParams]]:
-    """One request per seed: only then does each output depend on its own seed alone."""
+    """Return one request per seed: only then does each output depend on its own seed alone."""
     with np.load(order["requests"], allow_pickle=False) as file:
         ids, lengths, counts, seeds = (file[name] for name in ("ids", "lengths", "counts", "seeds"))
     prompts: list[Any] = []
@@ -192,7 +192,7 @@ def _requests(order: dict[str, Any]) -> tuple[list[Any], list[SamplingParams]]:
 
 
 def _sampled(output: Any) -> list[float]:
-    """The sampled tokens' own log-probabilities."""
+    """Return the sampled tokens' own log-probabilities."""
     return [at[token].logprob for token, at in zip(output.token_ids, output.logprobs, strict=True)]
 
 

@@ -87,7 +87,7 @@ def _describe(config: PolicyConfig) -> Any:
 
 
 def policy_texts(corpus: Demonstrations, prompt: PromptConfig) -> Iterator[str]:
-    """Everything the policy will read or write; the prompt's own parts once."""
+    """Yield everything the policy will read or write; the prompt's own parts once."""
     table = corpus.read()
     yield from (prompt.prefix, "".join(prompt.around()), prompt.suffix)
     if prompt.chat == "deepseek_math":

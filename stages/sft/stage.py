@@ -111,7 +111,7 @@ def supervised_finetuning(
 
 
 class Curve:
-    """Losses so far, in nats per completion token, their exponential mean, and what the batches held."""
+    """Keep losses so far, in nats per completion token, their exponential mean, and what the batches held."""
 
     def __init__(self, config: SFTConfig) -> None:
         self.losses: list[float] = []
@@ -125,7 +125,7 @@ class Curve:
 
     @property
     def smoothed(self) -> float:
-        """Exponential mean of the losses; infinite before the first."""
+        """Return the exponential mean of the losses; infinite before the first."""
         return self._mean / self._weight if self._weight else float("inf")
 
     def add(self, loss: float) -> None:
@@ -136,7 +136,7 @@ class Curve:
 
 
 def _steps(engine: Engine, rows: list[Row], config: SFTConfig, curve: Curve) -> Iterator[tuple[list[Part], float]]:
-    """This rank's micro-batches of each step, and the factor of its learning rate: full steps, then the decay."""
+    """Yield this rank's micro-batches of each step, and the factor of its learning rate: full steps, then the decay."""
     drawn = batches(rows, config)
     for _ in range(config.max_steps):
         yield parts_of(next(drawn), engine, config, curve), 1.0
@@ -192,7 +192,7 @@ def sft_loss(engine: Engine, part: Part) -> Tensor:
 
 
 def _weights(batch: Batch, rows: list[Row], config: SFTConfig) -> Tensor:
-    """Weight of every token of a micro-batch in the mean over all `rows`, [B, O]."""
+    """Return the weight of every token of a micro-batch in the mean over all `rows`, [B, O]."""
     from stages.kernels.aggregation import sequence_mean_weights, token_mean_weights
 
     mask_BO = batch.output_mask_BO
@@ -210,13 +210,13 @@ def _weights(batch: Batch, rows: list[Row], config: SFTConfig) -> Tensor:
 def demonstrated_outputs(
     policy: Checkpoint, demonstrations: Demonstrations, prompt: PromptConfig, *, size: int, step: int, seed: int
 ) -> Rollouts:
-    """q, o ~ P_sft(Q, O) (Table 10, SFT): the `size` demonstrations of step `step` (0, 1, ...), no two alike.
+    """Draw q, o ~ P_sft(Q, O) (Table 10, SFT): the `size` demonstrations of step `step` (0, 1, ...), no two alike.
 
     Steps walk through one shuffled order of the set after another, as batches of questions do. Ids are those that supervised
     fine-tuning trains on, the end of sequence included. A question's demonstrations in the batch are its samples 0, 1, ...
 
     No policy sampled these rows: they have no log-probabilities, temperature 1, and `seed` is the call's. `text` is what the
-    ids decode to, so that `text_ends` are places in it: the completion, after the tokenizer's normalisation of characters.
+    ids decode to, so that `text_ends` are places in it.
 
     Args:
         policy: its tokenizer and window; the weights have no influence.
@@ -253,7 +253,7 @@ def demonstrated_outputs(
 
 
 def _numbered(names: list[str]) -> list[int]:
-    """For each name how often it came before."""
+    """Count for each name how often it came before."""
     seen: Counter[str] = Counter()
     numbers = []
     for name in names:
@@ -263,7 +263,7 @@ def _numbered(names: list[str]) -> list[int]:
 
 
 def _encode(policy: Checkpoint, tokenizer: PreTrainedTokenizerFast, table: pa.Table, prompt: PromptConfig) -> list[Ids]:
-    """(prompt ids, completion ids with the end of sequence) of every row of a table of demonstrations.
+    """Return (prompt ids, completion ids with the end of sequence) of every row of a table of demonstrations.
 
     Raises:
         PromptError: a character that the tokenizer cannot express.

@@ -1,4 +1,4 @@
-"""DeepSpeed behind the Engine protocol: the only rank of a group of its own, or one of the group that this process is in.
+"""Run DeepSpeed behind the Engine protocol: as the only rank of a group, or one of the group that this process is in.
 
 Precision: parameters stay float32 and `torch_autocast` casts inside matrix products, instead of DeepSpeed's `bf16` mode. The
 module's parameters then *are* the masters: what is saved is exactly what is forwarded, gradients accumulate in float32 under
@@ -6,8 +6,8 @@ every ZeRO stage (the `bf16` mode refuses that under stage 0 and changes optimiz
 compute the same thing. The price is 2 more bytes a parameter.
 
 Restoring: a ZeRO optimizer has no state before its first step, and `safe_set_full_*` fails without it. So every engine takes
-one step with learning rate 0 and zero gradients, whose traces (moments, step counts) are then overwritten. Loading makes a new
-DeepSpeed engine: overwriting parameters of a running one leaves stale copies under ZeRO 3.
+one step with learning rate 0 and zero gradients, whose traces (moments, step counts) are then overwritten. Loading makes a
+new DeepSpeed engine: overwriting parameters of a running one leaves stale copies under ZeRO 3.
 
 Ranks: DeepSpeed averages gradients over the ranks at every stage, and a loss that has the global denominator wants their sum;
 so `backward` multiplies by the number of ranks. Norms are taken after that reduction, so that all ranks clip and skip alike.

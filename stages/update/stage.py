@@ -40,24 +40,23 @@ def update_policy(
     *,
     seed: int,
 ) -> Checkpoint:
-    """pi_theta after mu passes over one exploration stage (Algorithm 1, line 10).
-
-    Args:
-        policy: pi_theta before the update; pi_old, the policy that sampled `outputs`, unless `old_logprobs` says otherwise.
-        reference: pi_ref, or its log-probabilities of `outputs` (`score_reference`), for which no second model is
-            loaded. Nor is one where the objective has no use for it, or pi_ref is `policy`, whose own log-probabilities serve.
-        outputs: o_i with their ids; the temperature they were sampled at scales the logits of all policies.
-        advantages: A-hat_{i,t}, joined by key; rows without advantages take no part and do not count in 1/G.
-        config: objective, passes, batching, engine.
-        seed: deals the questions to mini-batches where there are several.
-
-    Raises:
-        ValueError: before any step, naming the row: outputs of several temperatures, of another than configured, or greedy ones
-            (drawn from no distribution); rows without a counterpart; numbers that are not finite.
-        MismatchError: before the step, where `config.mismatch` has limits and the engine's log-probabilities are beyond them.
+    """Return pi_theta after mu passes over one exploration stage (Algorithm 1, line 10).
 
     Where every row is masked out (no question has a right and a wrong output, say) the policy stays as it is, with a warning;
     the step counts among `policy/skipped_steps`.
+
+    Args:
+        policy: pi_theta before the update; pi_old, the policy that sampled `outputs`, unless `old_logprobs` says otherwise.
+        reference: pi_ref, or its log-probabilities of `outputs` (`score_reference`). No second model is loaded for these,
+            where the objective has no use for it, or where pi_ref is `policy`, whose own log-probabilities serve.
+        outputs: o_i with their ids; the temperature they were sampled at scales the logits of all policies.
+        advantages: A-hat_{i,t}, joined by key; rows without advantages take no part and do not count in 1/G.
+        seed: deals the questions to mini-batches where there are several.
+
+    Raises:
+        ValueError: before any step, naming the row: outputs of several temperatures, of another than configured, or greedy
+            ones; rows without a counterpart; numbers that are not finite.
+        MismatchError: before the step, where `config.mismatch` has limits and the engine's log-probabilities are beyond them.
     """
     from stages.training import threads
     from stages.training.forward import sampling_temperature

@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.slow
-def test_a_model_is_imported_without_scikit_learn_which_can_still_be_imported_by_others() -> None:
+def test_a_model_is_imported_without_scikit_learn() -> None:
     script = (
         "import stages, sys\n"
         "from transformers.models.qwen2 import Qwen2ForCausalLM\n"

@@ -78,7 +78,7 @@ def test_a_truncated_row_may_be_masked_and_still_counts_in_the_statistics() -> N
 
 
 @pytest.mark.claim("equal groups that lose their KL term")
-def test_a_group_of_equal_rewards_is_kept_at_zero_or_masked_as_the_config_says() -> None:
+def test_a_group_of_equal_rewards_is_kept_at_zero_or_masked() -> None:
     rows = [*group("a", 0.7, 0.7), *group("b", 0.0, 2.0)]
     half = pytest.approx([math.sqrt(0.5)] * 2)
     assert advantages(rows)[:2] == [[0.0, 0.0], [0.0, 0.0]]
@@ -94,7 +94,7 @@ def test_leave_one_out_and_no_scale_are_rloo_and_dr_grpo() -> None:
     assert advantages(rows, GroupConfig(scale="none")) == [[0.75], [-0.25], [-0.25], [-0.25]]
 
 
-def test_a_penalty_in_the_reward_is_summed_over_the_output_before_the_group_is_compared() -> None:
+def test_a_penalty_in_the_reward_is_summed_before_groups_are_compared() -> None:
     rows = [row("a", 0, 1.0, 2), row("a", 1, 0.0, 1)]
     logprobs = logprobs_of(rows, [0.5, 1.5], [-1.0])  # r - 0.25 * sum k1 = 1 - 0.5, 0 + 0.25; mean .375
     made = estimate(rows, GroupConfig(scale="none", kl_in_reward=0.25), logprobs=logprobs)
@@ -103,7 +103,7 @@ def test_a_penalty_in_the_reward_is_summed_over_the_output_before_the_group_is_c
 
 
 @pytest.mark.claim("4.1.3 sums")
-def test_process_supervision_sums_the_normalised_steps_that_are_still_to_come() -> None:
+def test_process_supervision_sums_the_steps_that_are_still_to_come() -> None:
     made = estimate(PROCESS, GroupConfig(supervision="process"))
     first, second = (found["advantage"] for found in made.rows())
     assert first == pytest.approx([0, 0, -1.131371, -1.131371, -1.131371], abs=1e-6)
@@ -128,7 +128,7 @@ def test_steps_of_one_question_do_not_move_those_of_another() -> None:
     assert advantages([*PROCESS, *other], config)[:2] == advantages(PROCESS, config)
 
 
-def test_an_output_without_reward_and_steps_is_masked_and_its_group_compared_without_it() -> None:
+def test_an_output_without_reward_and_steps_is_masked() -> None:
     rows = [*PROCESS, row("a", 2, None, 3)]
     config = GroupConfig(supervision="process")
     assert advantages(rows, config) == [*advantages(PROCESS, config), None]
@@ -148,7 +148,7 @@ def test_supervised_fine_tuning_has_one_everywhere_and_needs_no_rewards() -> Non
 
 
 @pytest.mark.claim("RFT averaged over right outputs only")
-def test_rejection_sampling_keeps_wrong_outputs_at_zero_and_masks_only_those_without_a_verdict() -> None:
+def test_rejection_sampling_keeps_wrong_outputs_at_zero() -> None:
     rows = [row("a", 0, 1.0), row("a", 1, 0.0), row("b", 0, 0.0, status="truncated"), row("b", 1, None)]
     assert advantages(rows, CorrectConfig()) == [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0], None]
 
@@ -174,7 +174,7 @@ def test_the_batch_penalty_accumulates_from_the_end_of_each_output() -> None:
     assert made.metrics["reward/kl_penalty"] == pytest.approx((1.5 - 1.0) / 2)
 
 
-def test_the_baseline_of_the_group_is_subtracted_before_the_batch_is_normalised() -> None:
+def test_the_groups_mean_is_subtracted_before_the_batch_is_normalised() -> None:
     rows = [*group("a", 10.0, 12.0, tokens=1), *group("b", 1.0, 0.0, tokens=1)]  # centred: -1, 1, .5, -.5
     scale = math.sqrt((1 + 1 + 0.25 + 0.25) / 4)
     found = advantages(rows, BatchConfig(kl_in_reward=0, baseline="group_mean"))
@@ -201,7 +201,7 @@ def test_the_penalty_of_ppo_is_in_the_reward_of_every_token() -> None:
     assert (made[1]["advantage"], made[1]["returns"]) == (None, None)
 
 
-def test_whitening_normalises_advantages_over_the_batch_and_leaves_the_returns() -> None:
+def test_whitening_normalises_advantages_and_leaves_the_returns() -> None:
     rows = [row("a", 0, 1.0, 1), row("b", 0, 0.0, 1), row("c", 0, None, 1)]
     config = GAEConfig(kl_in_reward=0, whiten="batch")
     made = estimate(rows, config, values=values_of(rows, [0.5], [0.25], [7.0])).rows()
@@ -209,7 +209,7 @@ def test_whitening_normalises_advantages_over_the_batch_and_leaves_the_returns()
     assert [found["returns"] for found in made] == [[1.0], [0.0], None]
 
 
-def test_the_i_th_right_output_meets_the_i_th_wrong_one_and_nobody_twice() -> None:
+def test_the_i_th_right_output_is_paired_with_the_i_th_wrong_one() -> None:
     rows = [
         *group("a", 0.0, 1.0, 1.0, 0.0, 0.0),
         *group("b", 1.0, 1.0, 1.0, 1.0, 1.0),

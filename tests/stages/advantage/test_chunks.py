@@ -97,7 +97,7 @@ def test_pairs_are_numbered_on_across_chunks(store: Store) -> None:
     assert [part["pair"].to_pylist() for part in parts] == [[0, 0], [1, 1]]
 
 
-def test_an_unfinished_group_is_found_wherever_it_stands(store: Store) -> None:
+def test_an_unfinished_group_is_found_wherever_it_is(store: Store) -> None:
     rows = [*group("a", 1.0, 0.0), *group("b", 0.0, 1.0)[:1]]
     with pytest.raises(ValueError, match="question 'b' has one output"):
         estimate_advantages(rewards_of(rows), outputs_of(rows), GroupConfig())

@@ -70,7 +70,7 @@ def test_rewards_of_other_rows_are_refused_with_an_example() -> None:
 
 
 @pytest.mark.parametrize("table", ["rewards", "outputs"])
-def test_a_row_that_stands_twice_is_refused(table: str) -> None:
+def test_a_repeated_row_is_refused(table: str) -> None:
     once, twice = group("a", 1.0, 0.0), [row("a", 0, 1.0), row("a", 0, 0.0)]
     scored, sampled = (twice, once) if table == "rewards" else (once, twice)
     with pytest.raises(JoinError) as refused:
@@ -86,7 +86,7 @@ def test_a_reward_that_is_no_number_is_refused_by_name_under_every_kind(config: 
 
 
 @pytest.mark.claim("two reward models in one group")
-def test_rewards_of_two_models_never_meet_in_one_group() -> None:
+def test_rewards_of_two_models_are_never_compared_in_one_group() -> None:
     rows = [row("a", 0, 1.0, scorer="m1"), row("a", 1, 0.0, scorer="m2")]
     with pytest.raises(ValueError, match=r"'a': \('a', 0\) was scored by m1, \('a', 1\) by m2"):
         estimate(rows)
@@ -113,7 +113,7 @@ def test_steps_that_do_not_fit_their_output_are_refused_by_name(steps: dict[str,
         estimate([row("a", 0, 1.0), row("a", 1, 1.0, **steps)])
 
 
-def test_process_supervision_without_step_rewards_says_where_they_come_from() -> None:
+def test_process_supervision_without_step_rewards_is_refused() -> None:
     with pytest.raises(ValueError, match="no row has any; give the reward a component of kind `steps`"):
         estimate(group("a", 1.0, 0.0), GroupConfig(supervision="process"))
     with pytest.raises(ValueError, match=r"\('a', 2\) has a reward and no step rewards"):
@@ -131,7 +131,7 @@ def test_tables_that_a_kind_needs_are_asked_for_by_name() -> None:
             estimate(rows, config, values=values_of(rows, [0.0] * 2, [0.0] * 2))
 
 
-def test_values_and_logprobs_that_do_not_fit_the_outputs_are_refused_by_name() -> None:
+def test_values_and_logprobs_that_do_not_fit_are_refused_by_name() -> None:
     rows, config = group("a", 1.0, 0.0), GAEConfig(kl_in_reward=0)
     with pytest.raises(ValueError, match=r"\('a', 1\): values .* nan at token 1"):
         estimate(rows, config, values=values_of(rows, [0.0, 0.0], [0.0, math.nan]))
@@ -144,7 +144,7 @@ def test_values_and_logprobs_that_do_not_fit_the_outputs_are_refused_by_name() -
         estimate(rows, GroupConfig(kl_in_reward=0.1), logprobs=logprobs_of(rows, [-math.inf, 0.0], [0.0, 0.0]))
 
 
-def test_values_and_logprobs_that_nobody_needs_change_nothing() -> None:
+def test_values_and_logprobs_that_are_not_needed_change_nothing() -> None:
     rows = group("a", 1.0, 0.0)
     unused = {"values": values_of(rows, [5.0], [5.0]), "logprobs": logprobs_of(rows, [1.0] * 2, [1.0] * 2)}
     assert advantages(rows, GroupConfig(), **unused) == advantages(rows, GroupConfig())

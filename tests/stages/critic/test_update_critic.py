@@ -192,7 +192,7 @@ def test_advantages_of_other_rollouts_are_refused_by_key(store: Store) -> None:
     assert (refused.value.table, refused.value.missing) == ("advantages", ("elsewhere", 0))
 
 
-def test_a_step_whose_every_output_is_masked_leaves_the_critic_as_it_is_and_says_so(store: Store) -> None:
+def test_a_step_without_outputs_leaves_the_critic_as_it_is_and_warns(store: Store) -> None:
     outputs, rows = exploration()
     masked = Advantages.write([row | {"advantage": None, "returns": None} for row in rows])
     critic = tiny_critic()

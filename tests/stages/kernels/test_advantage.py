@@ -47,7 +47,7 @@ def test_a_lone_winner_of_four_gets_1_5_with_ddof_1_and_root_3_with_ddof_0() -> 
 
 
 @pytest.mark.claim("statistics of the batch as the group's", "4.1.2")
-def test_a_group_is_compared_with_itself_only_whatever_the_order_of_the_rows() -> None:
+def test_a_group_is_compared_with_itself_only_in_any_order_of_rows() -> None:
     # Groups 0: rewards 1, 3 (std sqrt 2); 1: rewards 10, 30 (std 10 sqrt 2): both give -+ 1/sqrt 2.
     advantages = outcome_advantages([1, 30, 3, 10], [0, 1, 0, 1], ddof=1, eps=0.0)
     assert advantages == pytest.approx([-(0.5**0.5), 0.5**0.5, 0.5**0.5, -(0.5**0.5)])
@@ -120,7 +120,7 @@ def test_a_token_has_the_sum_of_the_steps_that_end_there_or_later() -> None:
 
 
 @pytest.mark.claim("the token that ends a step left out")
-def test_tokens_behind_the_last_step_get_exactly_zero_and_nothing_is_averaged_or_discounted() -> None:
+def test_tokens_behind_the_last_step_get_exactly_zero() -> None:
     assert process_advantages([0.1, 0.2, 0.7], [0, 2, 2], 5).tolist() == pytest.approx([1.0, 0.9, 0.9, 0.0, 0.0])
     assert process_advantages([0.1], [0], 3).tolist() == [0.1, 0.0, 0.0]
     with pytest.raises(ValueError, match="3"):
@@ -154,7 +154,7 @@ def test_the_left_out_mean_is_that_of_the_other_valid_rewards(rewards: list[floa
 
 
 @pytest.mark.claim("leave-one-out with a standard deviation")
-def test_the_others_of_a_lone_winner_have_no_spread_so_that_dividing_by_it_would_explode() -> None:
+def test_the_others_of_a_lone_winner_have_no_spread_to_divide_by() -> None:
     """Why leave-one-out with a standard deviation is refused: the winner's is 0, the others' .471405."""
     spreads = [statistics.pstdev([r for j, r in enumerate([1, 0, 0, 0]) if j != i]) for i in range(4)]
     assert spreads == pytest.approx([0, 0.471405, 0.471405, 0.471405], abs=1e-6)
@@ -177,7 +177,7 @@ def test_the_batch_is_normalised_as_a_whole_with_missing_values_left_out() -> No
     assert normalise_batch([]).tolist() == []
 
 
-def test_the_reward_stands_at_the_last_token_and_the_penalty_at_every_token() -> None:
+def test_the_reward_is_at_the_last_token_the_penalty_at_every_token() -> None:
     found = token_rewards([1.0, 5.0, 2.0], [3, 0, 2], [0.1, 0.2, 0.3, -0.4, 0.5], beta=0.5)
     assert found == pytest.approx([-0.05, -0.1, 0.85, 0.2, 1.75])
     assert token_rewards([1.0, 2.0], [2, 1], None, beta=0.0).tolist() == [0, 1, 2]
@@ -200,7 +200,7 @@ def test_scale_and_shift_of_the_rewards_do_not_change_advantages(r: list[float],
 
 
 @pytest.mark.parametrize(("eps", "share"), [(0.0, 0.5), (0.1, 0.136)])
-def test_noise_of_a_learned_reward_weighs_as_much_as_a_signal_unless_damped(eps: float, share: float) -> None:
+def test_noise_of_a_reward_weighs_as_much_as_a_signal_unless_damped(eps: float, share: float) -> None:
     """Half the groups have no right output. Without eps they have half of sum A^2; with twice the noise their A is a third."""
     generator, groups, G, sigma = np.random.default_rng(0), 400, 16, 0.05
     group_N = np.repeat(np.arange(groups), G)

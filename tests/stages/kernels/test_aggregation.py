@@ -29,7 +29,7 @@ def test_tokens_weigh_one_over_length_and_group_as_in_the_paper(
     assert sequence_mean_weights(torch.zeros(1, 3), torch.ones(1), outputs=2).tolist() == [[0.0, 0.0, 0.0]]
 
 
-def test_a_merged_row_weighs_as_much_as_the_rows_it_stands_for() -> None:
+def test_a_merged_row_weighs_as_much_as_its_rows() -> None:
     apart = sequence_mean_weights(torch.ones(3, 4), torch.ones(3), outputs=5)
     merged = sequence_mean_weights(torch.ones(1, 4), torch.tensor([3.0]), outputs=5)
     assert merged.sum().item() == pytest.approx(apart.sum().item())

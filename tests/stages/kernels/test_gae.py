@@ -27,7 +27,7 @@ def test_three_tokens_with_a_reward_at_the_end_by_hand() -> None:
     assert found.return_BT.tolist() == [[1.25, 3.0, 8.0]]
 
 
-def test_without_discount_and_with_lambda_1_it_is_the_reward_to_go_minus_the_value() -> None:
+def test_with_lambda_1_it_is_the_reward_to_go_minus_the_value() -> None:
     reward, value, mask = random_batch()
     found = gae(reward, value, mask, gamma=1.0, lam=1.0)
     to_go = reward[:, ::-1].cumsum(1)[:, ::-1] * mask
@@ -55,7 +55,7 @@ def test_it_is_the_discounted_sum_of_the_errors_that_follow() -> None:
 
 
 @pytest.mark.claim("GAE that stops at a masked position")
-def test_padding_changes_nothing_whatever_stands_in_it() -> None:
+def test_padding_changes_nothing_whatever_is_in_it() -> None:
     reward, value, mask = random_batch()
     found = gae(reward, value, mask, gamma=0.9, lam=0.8)
     wide = [np.pad(array, ((0, 0), (0, 3))) for array in (reward, value, mask)]

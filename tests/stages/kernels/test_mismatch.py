@@ -29,7 +29,7 @@ def test_differences_are_summed_over_output_tokens_and_never_over_padding() -> N
     assert found.divergence == pytest.approx(sum(math.exp(d) - d - 1 for d in (0.5, -1.0, 0.25)), rel=1e-12)
 
 
-def test_over_the_engines_own_samples_it_is_the_divergence_of_engine_from_trainer() -> None:
+def test_over_samples_of_the_engine_it_is_the_divergence_from_trainer() -> None:
     engine, trainer = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
     each = [
         token_mismatch(t.log()[None, None], e.log()[None, None], torch.ones(1, 1, dtype=torch.bool))
@@ -41,7 +41,7 @@ def test_over_the_engines_own_samples_it_is_the_divergence_of_engine_from_traine
     )
 
 
-def test_differences_in_the_last_bits_of_float32_have_a_divergence_above_zero() -> None:
+def test_differences_in_the_last_bits_have_a_divergence_above_zero() -> None:
     trainer = torch.tensor([[-1.0]])
     engine = torch.nextafter(trainer, torch.tensor(0.0))
     found = token_mismatch(trainer, engine, torch.ones(1, 1, dtype=torch.bool))
@@ -97,7 +97,7 @@ def test_a_sequence_weight_is_the_product_over_the_output_truncated() -> None:
     assert sequence_truncated(OLD, ROLLOUT, MASK, cap=2.0)[0].tolist() == pytest.approx([2.0] * 3)
 
 
-def test_a_normalised_sequence_weight_is_the_geometric_mean_of_its_tokens_weights() -> None:
+def test_a_normalised_sequence_weight_is_the_geometric_mean() -> None:
     found = sequence_truncated(OLD, ROLLOUT, MASK, cap=2.0, normalised=True)
     assert found[0].tolist() == pytest.approx([math.sqrt(3.0 * 1.0)] * 3)
     assert sequence_truncated(OLD, ROLLOUT, MASK, cap=1.5, normalised=True)[0].tolist() == pytest.approx([1.5] * 3)

@@ -78,7 +78,7 @@ def test_values_are_bit_for_bit_those_of_a_comparison_with_the_policy(store: Sto
 
 @pytest.mark.claim("a reference of another time or precision")
 @pytest.mark.parametrize("tokens", [pytest.param(16384, marks=SLOW), 30])
-def test_three_updates_come_to_the_same_bits_with_the_reference_inside_or_before(store: Store, tokens: int) -> None:
+def test_three_updates_are_the_same_with_the_reference_scored_before(store: Store, tokens: int) -> None:
     config = update_config(micro_batch_tokens=tokens)
     inline = three_updates(tiny_checkpoint(), config, advantages(), staged=False)
     staged = three_updates(tiny_checkpoint(), config, advantages(), staged=True)

@@ -58,7 +58,7 @@ def steps_of(prefixes: StepPrefixes) -> list[tuple[Any, ...]]:
     return [tuple(row.values()) for row in prefixes.rows()]
 
 
-def test_equal_prefixes_of_a_question_have_one_number_and_the_end_of_an_output_has_none() -> None:
+def test_equal_prefixes_of_a_question_have_one_number() -> None:
     _, tokenizer = markov_policy(CHANCES)
     prefixes = cut_into_prefixes(world(tokenizer))
     assert steps_of(prefixes) == [
@@ -79,7 +79,7 @@ def test_equal_prefixes_of_a_question_have_one_number_and_the_end_of_an_output_h
 
 
 @pytest.mark.parametrize("stopped", [True, False])
-def test_prefixes_of_bpe_tokens_end_with_the_token_that_completes_their_line(stopped: bool) -> None:
+def test_prefixes_of_bpe_tokens_end_with_their_lines_last_token(stopped: bool) -> None:
     text = "First, 12 + 30 = 42.\n\nThen half of it is 21;\nso 二十一.\n#### 21"
     tokenizer = build_tokenizer(
         [text, "half of it; so it is. " * 9, ".\n\n;\n.\n" * 9], BPETokenizerConfig(vocab_size=320)
@@ -110,7 +110,7 @@ def test_a_step_that_ends_with_a_cut_output_is_not_continued() -> None:
     ]  # fmt: skip
 
 
-def test_a_continuation_is_an_output_of_its_question_that_begins_with_the_prefix() -> None:
+def test_a_continuation_is_an_output_that_begins_with_its_prefix() -> None:
     policy, tokenizer = markov_policy(CHANCES)
     outputs = world(tokenizer)
     prefixes = cut_into_prefixes(outputs)
@@ -135,7 +135,7 @@ def test_a_continuation_is_an_output_of_its_question_that_begins_with_the_prefix
 
 
 @pytest.mark.claim("4.2 step labels")
-def test_continuations_come_with_the_chances_of_the_policy_at_the_end_of_their_prefix() -> None:
+def test_continuations_come_with_the_chances_of_the_policy() -> None:
     policy, tokenizer = markov_policy(CHANCES)
     outputs = world(tokenizer)
     cut = cut_into_prefixes(outputs)
@@ -151,7 +151,7 @@ def test_continuations_come_with_the_chances_of_the_policy_at_the_end_of_their_p
     assert not any(right["q0", 2] + right["q0", 3])
 
 
-def test_what_is_sampled_is_what_the_generator_samples_from_prompt_and_prefix() -> None:
+def test_continuations_are_samples_from_prompt_and_prefix() -> None:
     policy, tokenizer = markov_policy(CHANCES)
     outputs = outputs_of(tokenizer, {("q", 0): ids_of(tokenizer, "good\n", "good\n", "#### 1", EOS)})
     rows = continue_outputs(policy, outputs, cut_into_prefixes(outputs), CONFIG, samples=4, seed=3).rows()
@@ -177,7 +177,7 @@ def test_equal_inputs_give_one_digest_in_two_stores(store: Store, tmp_path: Any)
         assert make(1) != first
 
 
-def test_a_prefix_keeps_its_continuations_whatever_else_is_continued_and_however_many_are_drawn() -> None:
+def test_a_prefix_keeps_its_continuations_whatever_else_is_continued() -> None:
     policy, tokenizer = markov_policy(CHANCES)
 
     def texts(outputs: Rollouts, samples: int) -> dict[tuple[int, ...], list[str]]:
@@ -236,7 +236,7 @@ class Endless:
         return [[Output(ids, logprobs, "length") for _ in prompt.seeds] for prompt in prompts]
 
 
-def test_no_call_goes_beyond_the_window_that_prompts_and_outputs_fit_and_none_samples_much_in_vain() -> None:
+def test_no_call_goes_beyond_the_window_or_samples_much_in_vain() -> None:
     prefixes = [Prefix("q", length, [5] * 4, [6] * length) for length in (19, 1, 7, 3, 12, 18)]
     generator = Endless(window=24)
     seen: list[int] = []

@@ -149,7 +149,7 @@ def test_bfloat16_weights_give_float32_logprobs_near_those_of_float32() -> None:
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=0.05)
 
 
-def test_a_prompt_longer_than_the_window_is_named_before_anything_is_computed(qwen2: PreTrainedModel) -> None:
+def test_a_prompt_longer_than_the_window_is_refused_by_name(qwen2: PreTrainedModel) -> None:
     fits, too_long = Prompt("fits", [1] * 108, [0]), Prompt("too-long", [1] * 109, [0])
     generator, sampling = HFGenerator(qwen2, batch_rows=8), Sampling(0.0, 20, ())
     assert len(generator.generate([fits], sampling)[0][0].ids) == 20
@@ -237,7 +237,7 @@ def test_inversion_agrees_with_plain_summation(logits: list[float], numerator: i
     assert before - 1e-6 <= u * cumulated[-1] <= cumulated[token[0]] + 1e-6
 
 
-def test_a_token_without_probability_is_never_drawn_at_the_ends_of_the_unit_interval() -> None:
+def test_a_token_without_probability_is_never_drawn() -> None:
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]])
     token, logprob = sample(logits, np.zeros(4, dtype=np.int64), np.array([0.0, 0.5 - 2**-40, 0.5, 1 - 2**-40]), 1.0)
     assert token.tolist() == [1, 1, 3, 3]
@@ -253,7 +253,7 @@ def test_logprobs_are_those_at_the_temperature() -> None:
         assert logprob[0] == pytest.approx(expected, abs=1e-4)
 
 
-def test_greedy_takes_the_lowest_of_equal_maxima_with_its_logprob_at_temperature_one() -> None:
+def test_greedy_takes_the_lowest_of_equal_maxima() -> None:
     token, logprob = sample(torch.tensor([[0.0, 2.0, 2.0]]), np.array([0]), np.array([0.99]), 0.0)
     assert token.tolist() == [1]
     assert logprob[0] == pytest.approx(-math.log(2 + math.exp(-2)), abs=1e-6)

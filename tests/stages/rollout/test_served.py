@@ -106,7 +106,7 @@ def _generate(config: VLLMServerConfig, *prompts: Prompt, sampling: Sampling = S
         return generator.generate(prompts or [Prompt("a", [5], [4])], sampling)
 
 
-def test_outputs_come_in_the_order_of_prompts_and_seeds_whatever_is_answered_first(server: UniformServer) -> None:
+def test_outputs_come_in_order_whatever_is_answered_first(server: UniformServer) -> None:
     server.delay = 0.05
     outputs = _generate(_config(server), Prompt("a", [5, 6], [4, 34]), Prompt("none", [7], []), Prompt("b", [7], [2]))
     assert [[o.ids.tolist() for o in group] for group in outputs] == [[[4, 5, 6, 7, 8, 9], [0, 1]], [], [[2, 3]]]
@@ -134,7 +134,7 @@ def test_a_server_with_other_weights_is_refused_before_any_output(server: Unifor
         _generate(_config(server), Prompt("long", [5] * 43, [0]))
 
 
-def test_an_overloaded_server_is_asked_again_and_a_request_it_refuses_is_not(server: UniformServer) -> None:
+def test_an_overloaded_server_is_asked_again_and_one_that_refuses_not(server: UniformServer) -> None:
     server.failures = [503]
     assert len(_generate(_config(server, retries=1))[0]) == 1
     server.failures = [400, 400]
@@ -259,9 +259,7 @@ def test_a_probe_s_answer_without_sound_values_is_an_error_by_name(
 
 
 @pytest.mark.claim("unsound rows of an engine")
-def test_nothing_is_written_of_a_sick_server_and_the_same_call_succeeds_afterwards(
-    server: UniformServer, store: Store
-) -> None:
+def test_nothing_is_written_of_a_server_that_answers_nonsense(server: UniformServer, store: Store) -> None:
     config = RolloutConfig(G=2, max_output_tokens=6, backend=_config(server))
     policy, asked = uniform_policy(), questions("1+1=", "2+2=")
 

@@ -74,7 +74,7 @@ def _engine() -> Engine:
     return engine
 
 
-def test_outputs_come_in_the_order_of_prompts_and_seeds_whatever_ends_first(backend: VLLMBackendConfig) -> None:
+def test_outputs_come_in_order_whatever_ends_first(backend: VLLMBackendConfig) -> None:
     """By hand: token t of a request is (seed + t) mod V, and all V = 17 are equally likely."""
     policy = uniform_policy()
     counted: list[tuple[int, int]] = []
@@ -100,7 +100,7 @@ def test_values_that_no_engine_can_have_sampled_are_refused_by_name(
     assert len(_generate(uniform_policy(), backend)[0]) == 1, "the next call has a fresh engine"
 
 
-def test_vllm_is_asked_for_one_request_per_seed_and_for_nothing_that_would_change_the_distribution(
+def test_vllm_is_asked_for_nothing_that_would_change_the_distribution(
     backend: VLLMBackendConfig,
 ) -> None:
     with generator_of(uniform_policy(), backend) as generator:
@@ -127,9 +127,7 @@ def test_vllm_is_asked_for_one_request_per_seed_and_for_nothing_that_would_chang
     assert [{key: request[key] for key in request if key != "seed"} for request in requests] == [sampled] * 2
 
 
-def test_the_stage_writes_the_same_table_as_with_hf_and_says_which_vllm_made_it(
-    backend: VLLMBackendConfig, store: Store
-) -> None:
+def test_the_stage_writes_the_same_table_as_with_hf(backend: VLLMBackendConfig, store: Store) -> None:
     policy, asked = uniform_policy(), questions("1+2", "7")
     config = RolloutConfig(G=2, max_output_tokens=5, backend=backend)
     seen: list[dict[str, Any]] = []
@@ -169,7 +167,7 @@ def test_an_order_for_other_weights_than_the_engine_holds_is_refused(backend: VL
 
 
 @pytest.mark.slow
-def test_an_engine_that_dies_is_named_with_its_last_lines_and_the_next_call_has_another(
+def test_an_engine_that_dies_is_named_with_its_last_lines(
     backend: VLLMBackendConfig,
 ) -> None:
     policy = uniform_policy()
@@ -229,7 +227,7 @@ def test_on_a_gpu_the_engines_that_decode_take_turns() -> None:
 
 
 @pytest.mark.slow
-def test_an_engine_that_slept_is_woken_before_its_weights_are_loaded_and_its_cache_after(
+def test_an_engine_that_slept_is_woken_before_its_weights_are_loaded(
     backend: VLLMBackendConfig,
 ) -> None:
     policy, sleeper = uniform_policy(), backend.model_copy(update={"between_calls": "sleep"})

@@ -100,7 +100,7 @@ def _assert_outputs(policy: Checkpoint, groups: list[list[Output]], sampling: Sa
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
-def test_log_probabilities_are_those_of_transformers_at_the_temperature_and_outputs_end_at_any_stop(
+def test_log_probabilities_are_those_of_transformers_at_any_temperature(
     temperature: float,
 ) -> None:
     policy = tiny_policy(3, spread=0.12)
@@ -108,7 +108,7 @@ def test_log_probabilities_are_those_of_transformers_at_the_temperature_and_outp
     _assert_outputs(policy, _outputs(policy, sampling), sampling)
 
 
-def test_greedy_outputs_are_those_of_hf_with_log_probabilities_at_temperature_1() -> None:
+def test_greedy_outputs_are_those_of_hf_at_temperature_1() -> None:
     policy, sampling = tiny_policy(0), Sampling(0.0, 16, ())
     groups = _outputs(policy, sampling)
     _assert_outputs(policy, groups, sampling)
@@ -126,7 +126,7 @@ def test_an_equal_call_gives_equal_outputs_and_every_seed_another() -> None:
     assert all(len({tuple(ids) for ids in group}) == len(group) for group in _ids(first))
 
 
-def test_prompts_of_more_tokens_than_a_step_computes_are_answered_each_by_its_own_seed() -> None:
+def test_prompts_beyond_one_step_are_answered_each_by_its_seed() -> None:
     """vLLM cuts a prompt at the border of a step, and then cannot rewind the random numbers of a request on a CPU."""
     policy, sampling = tiny_policy(3, spread=0.12), Sampling(1.0, 4, ())
     prompts = [Prompt(f"q{i}", [4 + (i * k) % 13 for k in range(37)], [i]) for i in range(300)]
@@ -168,9 +168,7 @@ def test_the_stage_writes_the_same_table_as_with_hf() -> None:
         np.testing.assert_allclose(row["logprobs"], expected, atol=1e-4)
 
 
-def test_continuations_of_prefixes_are_those_of_hf_where_nothing_is_drawn_and_go_on_from_their_prefix_elsewhere() -> (
-    None
-):
+def test_greedy_continuations_are_those_of_hf_and_drawn_ones_go_on() -> None:
     """Prefixes of several lengths, and so several calls of the engine."""
     policy, prompt = tiny_policy(3, spread=0.12), PromptConfig(suffix="\n")
     config = RolloutConfig(G=16, max_output_tokens=24, backend=BACKEND, stop=False)
@@ -239,7 +237,7 @@ def make_handler():
 """
 
 
-def test_a_reload_that_does_nothing_and_one_that_leaves_a_mixture_are_caught(
+def test_a_reload_that_does_nothing_or_leaves_a_mixture_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evict()
@@ -258,7 +256,7 @@ def test_a_reload_that_does_nothing_and_one_that_leaves_a_mixture_are_caught(
         engine.close()
 
 
-def test_killed_and_stopped_engines_fail_in_time_leave_nothing_and_the_call_works_again() -> None:
+def test_killed_and_stopped_engines_leave_nothing_behind() -> None:
     policy, sampling = tiny_policy(0), Sampling(1.0, 16, ())
     expected = _outputs(policy, sampling)
     [pid] = _engine()._group.pids
@@ -301,7 +299,7 @@ def test_a_model_that_vllm_cannot_run_is_refused_in_its_own_words() -> None:
     assert VLLM not in _residents
 
 
-def test_bfloat16_agrees_within_its_rounding_and_other_weights_are_still_caught() -> None:
+def test_bfloat16_agrees_within_its_rounding() -> None:
     policy, other = tiny_policy(3, spread=0.12), tiny_policy(4, spread=0.12)
     rounded = BACKEND.model_copy(update={"dtype": "bfloat16"})
     groups = _outputs(policy, Sampling(1.0, 12, ()), rounded)
@@ -359,7 +357,7 @@ def _answers(policy: Checkpoint, config: VLLMServerConfig) -> bool:
     return True
 
 
-def test_a_server_gives_the_same_outputs_as_an_engine_with_the_log_probabilities_of_transformers(
+def test_a_server_gives_the_outputs_of_an_engine(
     served: tuple[Checkpoint, VLLMServerConfig],
 ) -> None:
     policy, config = served

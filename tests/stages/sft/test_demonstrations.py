@@ -61,7 +61,7 @@ def test_rows_hold_what_supervised_finetuning_trains_on(store: Store) -> None:
         assert others == {"logprobs": None, "finish_reason": "stop", "temperature": 1.0, "seed": 7}
 
 
-def test_every_epoch_draws_every_demonstration_once_and_batches_repeat_none(store: Store) -> None:
+def test_every_epoch_draws_every_demonstration_once(store: Store) -> None:
     corpus = demonstrations()
     policy = policy_for(corpus)
     every = Counter((row["question_id"], row["completion"]) for row in corpus.rows())
@@ -72,7 +72,7 @@ def test_every_epoch_draws_every_demonstration_once_and_batches_repeat_none(stor
     assert both[:10] != both[10:]
 
 
-def test_several_demonstrations_of_a_question_are_its_samples_0_1_and_so_on(store: Store) -> None:
+def test_several_demonstrations_of_a_question_are_its_samples(store: Store) -> None:
     corpus = demonstrations(questions=3, each=3)
     keys = [(r["question_id"], r["sample"]) for r in drawn(policy_for(corpus), corpus, step=0, size=9).rows()]
     assert sorted(keys) == [(f"q{number}", sample) for number in range(3) for sample in range(3)]

@@ -106,7 +106,7 @@ def test_layers_of_gpt2_which_are_transposed_are_adapted(store: Store) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_who_loads_the_checkpoint_knowing_nothing_of_adapters_has_the_trainers_policy(store: Store, tied: bool) -> None:
+def test_plain_transformers_loads_the_trainers_policy(store: Store, tied: bool) -> None:
     from transformers import AutoModelForCausalLM
 
     start = tiny_checkpoint(tie_word_embeddings=tied)
@@ -153,9 +153,7 @@ def test_the_adapted_matrices_of_the_base_are_stored_once(store: Store) -> None:
 
 @pytest.mark.claim("a reference of another time or precision")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_at_the_start_of_the_second_iteration_the_reference_is_the_policy_bit_for_bit(
-    store: Store, precision: str
-) -> None:
+def test_a_new_reference_is_the_policy_bit_for_bit(store: Store, precision: str) -> None:
     start, how = tiny_checkpoint(), config(precision=precision)
     _, policy = trained(start, how)
     engine = resident_engine(policy, how)
@@ -206,7 +204,7 @@ def test_optimizer_state_of_what_is_not_trained_is_refused(store: Store) -> None
         TorchEngine(checkpoint, config(adapter=adapter, optimizer_state="none"))
 
 
-def test_recomputed_activations_and_a_chunked_head_change_only_the_last_bits(store: Store) -> None:
+def test_recomputing_and_chunks_change_only_the_last_bits(store: Store) -> None:
     start = tiny_checkpoint()
     plain = stored(trained(start, config(max_logits=None))[1], "model.safetensors")
     frugal = config(max_logits=40, activation_checkpointing=True)

@@ -180,7 +180,7 @@ def with_parametrised_head() -> Any:
 
 
 @pytest.mark.parametrize("make", [with_adapter, with_squares, with_parametrised_head])
-def test_a_head_that_chunks_cannot_follow_is_computed_in_full_with_one_warning(make: Any) -> None:
+def test_a_head_that_chunks_cannot_follow_is_computed_in_full(make: Any) -> None:
     model = make()
     with pytest.warns(UserWarning, match="all logits"):
         found, gradient = scored(model, VOCABULARY)

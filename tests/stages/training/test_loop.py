@@ -16,7 +16,7 @@ def test_values_come_back_by_row_without_padding() -> None:
     assert found == [[1.0, 2.0, 3.0], [1.0], [1.0, 2.0, 3.0], [1.0]]
 
 
-def test_equal_rows_are_computed_once_and_equal_outputs_of_other_prompts_apart() -> None:
+def test_equal_rows_are_computed_once_and_other_prompts_apart() -> None:
     computed: list[int] = []
 
     def score(batch: Batch) -> Tensor:

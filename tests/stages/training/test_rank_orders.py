@@ -62,7 +62,7 @@ def test_more_ranks_than_devices_are_refused() -> None:
         environments(2, devices=["0"])
 
 
-def test_one_rank_without_offload_has_the_key_it_had_before_there_was_a_choice() -> None:
+def test_one_rank_without_offload_has_neither_in_its_key() -> None:
     assert DeepSpeedEngineConfig(deadline=5.0).key() == {"kind": "deepspeed", "zero_stage": 1}
     assert DeepSpeedEngineConfig(ranks=2, deadline=5.0).key() == {"kind": "deepspeed", "zero_stage": 1, "ranks": 2}
     assert DeepSpeedEngineConfig(offload="optimizer").key()["offload"] == "optimizer"
@@ -77,7 +77,7 @@ def test_what_a_stage_does_not_partition_cannot_be_offloaded(offload: str, stage
 HOSTS = ({"address": "10.0.0.1", "ranks": 2}, {"address": "10.0.0.2", "ranks": 1, "start": "ssh node2 {command}"})
 
 
-def test_ranks_of_another_host_are_told_what_they_need_and_nothing_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_of_another_host_inherit_nothing_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COHORT_DATA", "here")
     hosts = DeepSpeedEngineConfig.parse({"ranks": 3, "hosts": HOSTS}).hosts
     shared = {"WORLD_SIZE": "3", "PYTHONPATH": "/cohort"}

@@ -139,7 +139,7 @@ def test_nan_on_one_rank_skips_the_step_on_all(trained: Trained, stage: int) -> 
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_supervised_finetuning_on_two_ranks_has_the_loss_and_gradient_of_one(trained: Trained, stage: int) -> None:
+def test_sft_on_two_ranks_has_the_loss_and_gradient_of_one(trained: Trained, stage: int) -> None:
     for rank in trained.ranks:
         assert rank[str(stage)]["sft"] == pytest.approx(trained.sft, rel=1e-6)
 

@@ -95,7 +95,7 @@ def test_warm_up_goes_on_where_the_checkpoint_left_it(store: Store) -> None:
     assert update(TorchEngine(publish(engine), config()), ROWS).learning_rate == pytest.approx(0.0075)
 
 
-def test_an_engine_is_kept_while_it_holds_the_checkpoint_and_loads_otherwise(store: Store) -> None:
+def test_an_engine_is_kept_while_it_holds_the_checkpoint(store: Store) -> None:
     start = tiny_checkpoint()
     engine = resident_engine(start, config())
     assert engine.holds == start.digest
@@ -117,9 +117,7 @@ def test_an_engine_is_kept_while_it_holds_the_checkpoint_and_loads_otherwise(sto
 
 
 @pytest.mark.parametrize("adapter", [None, LoRAConfig(r=2)], ids=["full", "adapter"])
-def test_what_an_engine_publishes_needs_none_of_the_checkpoints_it_came_from(
-    store: Store, adapter: LoRAConfig | None
-) -> None:
+def test_what_an_engine_publishes_needs_no_earlier_checkpoint(store: Store, adapter: LoRAConfig | None) -> None:
     """Pruned: the one it was loaded from, and its own last one, whose base an adapter's checkpoints share."""
     digests = []
     for pruned in (False, True):

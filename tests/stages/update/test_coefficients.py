@@ -90,7 +90,7 @@ def grpo_coefficient(reference: Any, beta: float, temperature: float = 1.0) -> C
 
 @pytest.mark.claim("Eq. 8-10", "RFT", "Online RFT", "Eq. 5")
 @pytest.mark.parametrize("objective", [RFTConfig(), OnlineRFTConfig()])
-def test_rft_and_online_rft_have_coefficient_one_where_the_answer_is_right_over_all_outputs(
+def test_rft_and_online_rft_have_coefficient_one_where_right(
     objective: ObjectiveConfig,
 ) -> None:
     given = examples("correct")
@@ -103,7 +103,7 @@ def test_rft_and_online_rft_have_coefficient_one_where_the_answer_is_right_over_
 
 
 @pytest.mark.claim("Eq. 13-14", "DPO", "Eq. 5")
-def test_dpo_has_the_coefficient_of_eq_14_times_beta_on_means_of_log_ratios() -> None:
+def test_dpo_has_the_coefficient_of_eq_14_times_beta() -> None:
     given, reference, beta = examples("pairs"), policy_model(1), 0.5
     found, _ = trained_gradient(given, update(DPOConfig(beta=beta)), reference=reference)
     policy = policy_model()
@@ -177,7 +177,7 @@ def test_later_methods_have_the_advantage_under_their_own_mean(objective: Object
 
 
 @pytest.mark.claim("the engine's log-probabilities as log pi_old", "truncated importance weights")
-def test_a_correction_multiplies_the_advantage_and_leaves_the_kl_term_alone() -> None:
+def test_a_correction_multiplies_the_advantage_and_not_the_kl_term() -> None:
     given, reference = examples("tokens", rollout=True), policy_model(1)
     config = update(GRPOConfig(beta=0.5), correction=TruncatedCorrectionConfig(level="token", cap=1.5))
     found, noted = trained_gradient(given, config, reference=reference)

@@ -105,7 +105,7 @@ def preference(pair: int | None, sign: float) -> Example:
     return Example("a", (1,), (5, 6), (sign, sign), 1.0, None, pair)
 
 
-def test_the_two_of_a_pair_stand_side_by_side_the_preferred_first() -> None:
+def test_the_two_of_a_pair_are_adjacent_the_preferred_first() -> None:
     ordered = pair_up([preference(1, -1.0), preference(0, 1.0), preference(1, 1.0), preference(0, -1.0)])
     assert [(e.pair, e.advantage[0]) for e in ordered] == [(1, 1.0), (1, -1.0), (0, 1.0), (0, -1.0)]
 

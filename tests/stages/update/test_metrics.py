@@ -75,7 +75,7 @@ def test_means_are_of_what_was_computed_where_idle_rows_were_left_out() -> None:
     assert found["policy_loss"] == pytest.approx(0.5 - 0.5 * 0.2)
 
 
-def test_the_share_of_corrections_that_were_cut_weighs_tokens_as_the_loss_does() -> None:
+def test_the_share_of_cut_corrections_weighs_tokens_as_the_loss_does() -> None:
     raw = torch.tensor([[1.0, 4.0, 2.0], [8.0, 9.0, 9.0]])
     found = metrics(noted(torch.ones(2, 3), WEIGHT, correction=(raw.clamp(max=2.0), raw)))
     assert found["correction_clipped"] == pytest.approx((1 / 3 + 1) / 2)
@@ -94,7 +94,7 @@ def test_two_steps_are_averaged_and_their_ranges_joined() -> None:
     assert (found["grad_norm"], found["learning_rate"], found["skipped_steps"]) == (4.0, 0.2, 1)
 
 
-def test_a_micro_batch_that_another_rank_accounts_for_adds_no_range_and_no_tokens() -> None:
+def test_a_micro_batch_of_another_rank_adds_no_range_and_no_tokens() -> None:
     found = metrics(noted(torch.full((2, 3), 7.0), 0 * WEIGHT, counts=False))
     assert "ratio_max" not in found
     assert found["tokens_per_s"] == 0.0

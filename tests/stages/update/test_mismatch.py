@@ -99,7 +99,7 @@ def test_an_engine_that_computes_the_same_differs_by_rounding_only(store: Store)
 
 
 @pytest.mark.claim("an engine that samples from another distribution")
-def test_equal_outputs_are_computed_once_and_count_each_with_its_own_record(store: Store) -> None:
+def test_equal_outputs_are_computed_once_with_a_record_each(store: Store) -> None:
     policy = tiny_policy()
     rows, advantages = recorded(policy, distinct=False)
     merged = updated(policy, wrong_by_known_amounts(rows), advantages, sgd_like())
@@ -140,7 +140,7 @@ def test_outputs_that_may_be_another_policys_have_no_figures(store: Store, chang
     assert figures(updated(policy, *recorded(policy), sgd_like(**changes))) == {}
 
 
-def test_outputs_that_no_engine_sampled_have_no_figures_and_pass_every_limit(store: Store) -> None:
+def test_outputs_that_no_engine_sampled_pass_every_limit(store: Store) -> None:
     policy = tiny_policy()
     rows, advantages = recorded(policy)
     bare = [row | {"logprobs": None} for row in rows]

@@ -28,7 +28,7 @@ def k3_of(model: Any, reference: Any, example: Any) -> torch.Tensor:
 
 
 @pytest.mark.claim("a loss of 0 taken for a fault")
-def test_advantages_that_add_up_to_zero_have_a_loss_of_zero_and_a_gradient_all_the_same() -> None:
+def test_advantages_that_add_up_to_zero_have_no_loss_and_a_gradient() -> None:
     """A loss of 0 is no fault: at ratio 1 it is minus the mean advantage, and the group's mean is 0 by construction."""
     given = examples("outputs")  # 1.5, -0.5, 0.25, -1.25 in each group
     found, noted = trained_gradient(given, update(GRPOConfig(beta=0.0)))
@@ -37,7 +37,7 @@ def test_advantages_that_add_up_to_zero_have_a_loss_of_zero_and_a_gradient_all_t
 
 
 @pytest.mark.claim("a loss of 0 taken for a fault", "Eq. 19-20")
-def test_the_loss_of_the_first_update_is_the_kl_term_minus_the_mean_advantage() -> None:
+def test_the_first_loss_is_the_kl_term_minus_the_mean_advantage() -> None:
     given, reference = examples("tokens"), policy_model(1)
     _, noted = trained_gradient(given, update(GRPOConfig(beta=0.5)), reference=reference)
     kl = torch.stack([k3_of(policy_model(), reference, example).mean() for example in given]).mean()
@@ -84,7 +84,7 @@ def test_kl_and_entropy_are_reported_under_the_mask_and_mean_of_the_loss(aggrega
 
 
 @pytest.mark.claim("the clip's sign")
-def test_the_clip_fraction_counts_tokens_of_outputs_on_the_side_that_their_advantage_clips() -> None:
+def test_the_clip_fraction_counts_the_side_that_the_advantage_clips() -> None:
     given, earlier, policy = examples("tokens"), policy_model(2), policy_model()
     _, noted = trained_gradient(given, update(GRPOConfig(beta=0.0, eps=0.2)), old=earlier)
     fraction = either_side = 0.0
@@ -123,7 +123,7 @@ def test_a_masked_output_counts_in_no_denominator(store: Store, objective: Objec
 
 
 @pytest.mark.claim("RFT averaged over right outputs only")
-def test_right_outputs_are_averaged_over_all_outputs_and_wrong_ones_cost_no_forward() -> None:
+def test_right_outputs_are_averaged_over_all_and_wrong_ones_cost_nothing() -> None:
     given = examples("correct")
     right = [example for example in given if example.advantage[0] == 1.0]
     found, noted = trained_gradient(given, update(RFTConfig()))

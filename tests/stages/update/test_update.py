@@ -131,7 +131,7 @@ def test_merged_outputs_are_computed_once(store: Store) -> None:
 
 
 @pytest.mark.claim("packed rows that see each other")
-def test_the_share_of_padding_is_what_is_left_of_the_micro_batches_without_their_tokens(store: Store) -> None:
+def test_the_share_of_padding_is_that_of_all_micro_batches(store: Store) -> None:
     outputs, advantages = exploration()
     policy = tiny_policy()
     lengths = sorted((len(row["prompt_ids"]) + len(row["output_ids"]) for row in outputs.rows()), reverse=True)
@@ -225,7 +225,7 @@ def test_a_warm_engine_and_a_cold_one_give_the_same_bits(store: Store) -> None:
 
 
 @pytest.mark.claim("training for hours on nothing", "rows masked as a whole")
-def test_a_step_whose_every_output_is_masked_leaves_the_policy_as_it_is_and_says_so(store: Store) -> None:
+def test_a_step_without_outputs_leaves_the_policy_as_it_is_and_warns(store: Store) -> None:
     policy = tiny_policy()
     outputs, advantages = exploration()
     masked = Advantages.write([row | {"advantage": None} for row in advantages.rows()])

@@ -279,6 +279,6 @@ def is_held_out(text: str, share: float) -> bool:
 
     A function of the text alone: whatever order, seed or count a set is made with, train and held-out share nothing.
     """
-    # A prefix of its own keeps the split independent of the ids, which hash the bare text.
+    # A prefix of its own keeps the split independent of the ids, which hash the text itself.
     point = int.from_bytes(hashlib.sha256(b"split:" + text.encode()).digest()[:8], "big")
     return point < share * 2**64

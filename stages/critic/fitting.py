@@ -33,7 +33,7 @@ class Example:
     returns: tuple[float, ...]
     """One value per output id."""
     weight: float = 1.0
-    """How many equal outputs this one stands for."""
+    """How many equal outputs are merged into this one."""
 
 
 def join(outputs: Rollouts, advantages: Advantages) -> list[Example]:

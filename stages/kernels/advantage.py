@@ -63,7 +63,7 @@ def group_statistics(values_N: ArrayLike, group_N: ArrayLike, *, ddof: int) -> G
     low_Q, high_Q = np.full(groups, np.inf), np.full(groups, -np.inf)
     np.minimum.at(low_Q, index, kept)
     np.maximum.at(high_Q, index, kept)
-    # Equality of the extremes, not std == 0: rounding gives equal values a mean beside them and a spread above zero.
+    # Equality of the extremes, not std == 0: rounding gives equal values another mean and a spread above zero.
     degenerate_Q = (valid_Q < 2) | (low_Q == high_Q)
     # Squares of deviations as parts of the range: squares of rewards of 1e-200 would be 0, and A infinite.
     range_Q = np.where(degenerate_Q, 1.0, high_Q - low_Q)

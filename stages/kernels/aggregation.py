@@ -4,7 +4,7 @@ Each function divides by a count of the *whole* batch (over all micro-batches an
 add up to the batch's own mean. Means of micro-batch means would not, unless all were of one size.
 
 Shapes: B rows (outputs o_i), T tokens. `mask_BT` is 1 on the tokens of o_i (its sampled end-of-sequence token included) and 0
-on padding; `weight_B` says how many equal outputs a row stands for. Weights are float64: the loss casts them.
+on padding; `weight_B` says how many equal outputs a row counts for. Weights are float64: the loss casts them.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def gae(reward_BT: ArrayLike, value_BT: ArrayLike, mask_BT: ArrayLike, *, gamma:
         delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}        return_t = A_t + V_t
 
     Beyond an output's last token V and A are 0: every output is taken as finished. Where `length` cut it off, the caller's
-    reward stands for the rest; the value of the unseen state is not bootstrapped.
+    reward is all there is for the rest; the value of the unseen state is not bootstrapped.
 
     A masked position takes no part: `t + 1` is the next position that is not masked, so that what follows a masked stretch
     reaches back across it, undiminished. Zeroing instead would end the episode there. What `reward_BT` and `value_BT` hold

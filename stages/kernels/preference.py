@@ -15,7 +15,7 @@ from stages.kernels.objective import Surrogate
 def dpo(logp_BT: Tensor, ref_logp_BT: Tensor, mask_BT: Tensor, *, beta: float, length_normalised: bool) -> Surrogate:
     """log sigma( beta m(o+) - beta m(o-) ) with m(o) = (1/|o|) sum_t log[pi_theta(o_t)/pi_ref(o_t)] (DeepSeekMath, Eq. 12).
 
-    The usual form (Rafailov et al. 2023) sums over tokens instead: `length_normalised=False`. The value stands at every token
+    The usual form (Rafailov et al. 2023) sums over tokens instead: `length_normalised=False`. The value is at every token
     of both outputs, so that the mean over outputs of the mean over tokens is the mean over pairs.
     """
     m_B = log_ratio_of_outputs(logp_BT - ref_logp_BT, mask_BT, length_normalised=length_normalised)

@@ -1,5 +1,5 @@
 """Log-probabilities of the outputs under fixed policies: of policy and reference for a KL in the reward (DeepSeekMath, Eq. 2),
-or of the reference alone, ahead of an update."""
+or of the reference only, ahead of an update."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _UNSOUND: Final = (
 
 
 class LogprobsConfig(Config):
-    """How outputs are scored under policy and reference, or the reference alone."""
+    """Say how outputs are scored under policy and reference, or the reference only."""
 
     micro_batch_tokens: int = Field(16384, ge=1)
     """Padded tokens per forward; bounds memory and changes no result but in its last bits."""

@@ -71,7 +71,7 @@ class DeepSpeedEngineConfig(Config):
             raise ValueError(f"hosts: expected ranks that add up to {self.ranks} (ranks), found {there}")
         if any(host.address.is_unspecified for host in self.hosts):
             raise ValueError(
-                "hosts: expected the address of one network, found one that stands for all (0.0.0.0 or ::)"
+                "hosts: expected the address of one network, found one that means all of them (0.0.0.0 or ::)"
             )
         if [host.start is None for host in self.hosts] != [True] + [False] * (len(self.hosts) - 1):
             raise ValueError(

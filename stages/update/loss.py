@@ -34,7 +34,7 @@ LARGEST_WEIGHT: Final = math.exp(20)
 
 @dataclass(frozen=True)
 class Example:
-    """Hold an output o_i with its advantages, standing for `weight` equal ones."""
+    """Hold an output o_i with its advantages, for `weight` equal ones."""
 
     question_id: str
     prompt_ids: tuple[int, ...]
@@ -42,7 +42,7 @@ class Example:
     advantage: tuple[float, ...]
     """A-hat_{i,t}, one value per output id."""
     weight: float
-    """How many equal outputs of the group this one stands for."""
+    """How many equal outputs of the group are merged into this one."""
     rollout_logp: tuple[float, ...] | None = None
     """The rollout engine's log-probabilities, one per output id, where the loss reads them."""
     pair: int | None = None
@@ -50,7 +50,7 @@ class Example:
     ref_logp: tuple[float, ...] | None = field(default=None, compare=False)
     """log pi_ref, one per output id, where it was computed before; equal for equal outputs."""
     recorded: tuple[tuple[float, ...], ...] = field(default=(), compare=False)
-    """The rollout engine's log-probabilities of each output that this one stands for, where they are only measured: unlike
+    """The rollout engine's log-probabilities of each output merged into this one, where they are only measured: unlike
     those that the loss reads, they keep no two outputs apart."""
 
 

@@ -100,7 +100,7 @@ def test_rewards_of_two_models_are_never_compared_in_one_group() -> None:
     ("steps", "fault"),
     [
         ({"step_rewards": [1.0, 1.0], "step_ends": [1]}, "found 2 step_rewards and 1 step_ends"),
-        ({"step_rewards": [1.0]}, "found step_rewards alone"),
+        ({"step_rewards": [1.0]}, "step_rewards"),
         ({"step_rewards": [1.0], "step_ends": [2]}, r"step 0 ends at token 2; the output has the tokens 0 \.\. 1"),
         ({"step_rewards": [1.0], "step_ends": [-1]}, "step 0 ends at token -1"),
         ({"step_rewards": [1.0, 1.0], "step_ends": [1, 0]}, "step 1 ends at token 0, before the previous step"),

@@ -33,8 +33,8 @@ def test_a_value_does_not_know_its_token_nor_what_follows(store: Store) -> None:
 @pytest.mark.claim("a score read at the wrong last token")
 def test_the_first_value_is_that_of_the_question_alone(store: Store) -> None:
     critic = outspoken_critic()
-    ((first, *_), (alone,)) = values_of(critic, [rollout_row("q", 0, [7, 8, 9]), rollout_row("q", 1, [20])])
-    assert first == pytest.approx(alone, abs=1e-6)
+    ((first, *_), (single,)) = values_of(critic, [rollout_row("q", 0, [7, 8, 9]), rollout_row("q", 1, [20])])
+    assert first == pytest.approx(single, abs=1e-6)
 
 
 def test_rows_keep_their_key_order_and_length(store: Store) -> None:

@@ -236,6 +236,6 @@ def test_under_deepspeed_policy_and_critic_are_trained_side_by_side(store: Store
                 valued = update_critic(valued, outputs, advantages, config, seed=10 * stage + seed + 100 * policy)
         return policy_digest, valued.digest
 
-    # Two engines of one process do not disturb each other: both end in the bits that each ends in alone.
+    # Two engines of one process do not disturb each other: both end in the bits of each by itself.
     both = train(policy=True, critic=True)
     assert both == (train(policy=True, critic=False)[0], train(policy=False, critic=True)[1])

@@ -23,7 +23,7 @@ MASK_RO = torch.tensor([[True, True, False], [True, True, True]])
 
 def test_differences_are_summed_over_output_tokens_and_never_over_padding() -> None:
     found = token_mismatch(TRAINER_RO, ENGINE_RO, MASK_RO)
-    # d = 0.5, -1 | 0, 0.25, 0; the 9 stands on padding.
+    # d = 0.5, -1 | 0, 0.25, 0; the 9 is on padding.
     assert (found.tokens, found.difference, found.largest) == (5, 1.75, 1.0)
     assert found.log_weight_R.tolist() == [-0.5, 0.25]
     assert found.divergence == pytest.approx(sum(math.exp(d) - d - 1 for d in (0.5, -1.0, 0.25)), rel=1e-12)

@@ -75,7 +75,7 @@ def test_maj_at_k_equals_the_mean_over_all_subsets(n: int, correct: int, wrong: 
 
 
 def test_each_tail_leaves_out_half_of_what_is_not_confidence() -> None:
-    """Of 10,000 resampled means 50 lie below a 99 % interval and 50 above it, 1,000 beside an 80 % one on each side."""
+    """Of 10,000 resampled means 50 lie below a 99 % interval and 50 above it, 1,000 outside an 80 % one on each side."""
     values = [1.0] * 3 + [0.0] * 97
     rng = np.random.default_rng(7)
     means = np.sort([np.mean([values[i] for i in rng.integers(0, 100, 100)]) for _ in range(10_000)])

@@ -71,9 +71,9 @@ def test_values_are_bit_for_bit_those_of_a_comparison_with_the_policy(store: Sto
     reference, outputs = tiny_checkpoint(), Rollouts.write(output_rows())
     how = exact(training=exact().training.override({"precision": precision}), micro_batch_tokens=30)
     inline = compare_policies(trained(reference), reference, outputs, how).rows()
-    alone = score_reference(reference, outputs, how).rows()
-    assert [(row["question_id"], row["sample"]) for row in alone] == [(f"q{n // 3}", n % 3) for n in range(7)]
-    assert [row["reference"] for row in alone] == [row["reference"] for row in inline]
+    single = score_reference(reference, outputs, how).rows()
+    assert [(row["question_id"], row["sample"]) for row in single] == [(f"q{n // 3}", n % 3) for n in range(7)]
+    assert [row["reference"] for row in single] == [row["reference"] for row in inline]
 
 
 @pytest.mark.claim("a reference of another time or precision")

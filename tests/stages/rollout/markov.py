@@ -1,4 +1,4 @@
-"""A policy whose next token depends on the last one alone, with the very chances that a test gives it."""
+"""A policy whose next token depends on the last one only, with the chances that a test gives it."""
 
 from __future__ import annotations
 

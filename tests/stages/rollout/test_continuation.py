@@ -197,8 +197,8 @@ def test_a_prefix_keeps_its_continuations_whatever_else_is_continued() -> None:
 
     together = texts(world(tokenizer), 8)
     assert len(together) == 4
-    for alone in world(tokenizer).rows()[:3]:
-        found = texts(Rollouts.write([alone]), 4)
+    for single in world(tokenizer).rows()[:3]:
+        found = texts(Rollouts.write([single]), 4)
         assert found == {prefix: together[prefix][:4] for prefix in found}
 
 

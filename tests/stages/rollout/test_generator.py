@@ -29,7 +29,7 @@ def output(ids: Any = (4, 5, 6, 7), logprobs: Any = None, reason: FinishReason =
 
 @dataclass
 class Fake:
-    """Answers what it is told to."""
+    """Answer with the groups given."""
 
     groups: list[list[Output]]
     window: int | None = None

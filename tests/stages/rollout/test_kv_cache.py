@@ -54,4 +54,4 @@ def test_every_sample_always_finds_its_own_prefix(data: st.DataObject) -> None:
         own = [own[i] + str(token[i]) for i in kept]
         rows, sample_row = _apply(rows, [sample_row[i] for i in kept], [token[i] for i in kept])
         assert [rows[row] for row in sample_row] == own
-        assert len(rows) == len(set(own)), "a row holds a prefix of nobody, or two rows the same prefix"
+        assert len(rows) == len(set(own)), "a row holds a prefix of no sample, or two rows the same prefix"

@@ -99,9 +99,9 @@ def test_equal_inputs_give_one_digest_in_two_stores(store: Store, tmp_path: Any)
 
 def test_a_question_keeps_its_outputs_in_another_batch() -> None:
     policy = tiny_policy(0, head=8)
-    alone = rollout(policy, questions("1+2"), PROMPT, CONFIG, seed=0).rows()
+    single = rollout(policy, questions("1+2"), PROMPT, CONFIG, seed=0).rows()
     among = rollout(policy, questions("1+2", "34-56=", "7"), PROMPT, CONFIG, seed=0).rows()
-    assert [row["output_ids"] for row in alone] == [row["output_ids"] for row in among if row["question_id"] == "q0"]
+    assert [row["output_ids"] for row in single] == [row["output_ids"] for row in among if row["question_id"] == "q0"]
     rows = rollout(policy, questions("1+2"), PROMPT, CONFIG.override({"stop": False}), seed=0).rows()
     assert {(len(row["output_ids"]), row["finish_reason"]) for row in rows} == {(10, "length")}
 

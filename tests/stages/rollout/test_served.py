@@ -29,7 +29,7 @@ SAMPLING = Sampling(1.0, 6, (1, 3))
 
 
 class UniformServer(ThreadingHTTPServer):
-    """Draws every token with the same probability; token number t is (seed + t) mod V. Fails as often as it is told to."""
+    """Draws every token with the same probability; token number t is (seed + t) mod V. Fails as often as `failures` says."""
 
     daemon_threads = True
 

@@ -80,7 +80,7 @@ def test_outputs_come_in_order_whatever_ends_first(backend: VLLMBackendConfig) -
     counted: list[tuple[int, int]] = []
     with generator_of(policy, backend) as generator:
         prompts = [Prompt("a", [5, 6], [4, 34]), Prompt("b", [7], [2]), Prompt("none", [7], [])]
-        outputs = generator.generate(prompts, SAMPLING, lambda *told: counted.append(told))
+        outputs = generator.generate(prompts, SAMPLING, lambda *counts: counted.append(counts))
     vocabulary = json.loads((policy.path / "config.json").read_text())["vocab_size"]
     assert vocabulary == 17
     assert [[o.ids.tolist() for o in group] for group in outputs] == [[[4, 5, 6, 7, 8, 9], [0, 1]], [[2, 3]], []]
@@ -234,9 +234,9 @@ def test_an_engine_that_slept_is_woken_before_its_weights_are_loaded(
     for _ in range(2):
         with generator_of(policy, sleeper) as generator:
             generator.generate([Prompt("a", [5], [4])], SAMPLING)
-    told = [entry for entry in _asked(backend) if "prompt" not in entry]
-    assert told[0]["engine"]["enable_sleep_mode"]
-    assert told[1:] == [
+    orders = [entry for entry in _asked(backend) if "prompt" not in entry]
+    assert orders[0]["engine"]["enable_sleep_mode"]
+    assert orders[1:] == [
         {"sleep": 2},
         {"wake": ["weights"]},
         {"rpc": "reload_weights"},

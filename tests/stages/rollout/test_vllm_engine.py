@@ -132,8 +132,8 @@ def test_prompts_beyond_one_step_are_answered_each_by_its_seed() -> None:
     prompts = [Prompt(f"q{i}", [4 + (i * k) % 13 for k in range(37)], [i]) for i in range(300)]
     with generator_of(policy, BACKEND) as generator:
         together = generator.generate(prompts, sampling)
-        alone = generator.generate(prompts[110:112], sampling)  # token 4096 is one of these
-    assert _ids(together[110:112]) == _ids(alone)
+        single = generator.generate(prompts[110:112], sampling)  # token 4096 is one of these
+    assert _ids(together[110:112]) == _ids(single)
     np.testing.assert_allclose(
         together[111][0].logprobs, _logprobs(policy, prompts[111], together[111][0].ids.tolist(), 1.0), atol=1e-4
     )

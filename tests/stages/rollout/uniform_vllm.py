@@ -74,9 +74,9 @@ class LLM:
         if wanted.seed == 16:
             ids = [self.V] * len(ids)
         logprob = math.nan if wanted.seed == 15 else -math.log(self.V)
-        told = lambda tokens: [{token: Some(logprob=logprob)} for token in tokens]
-        output = Some(token_ids=ids, logprobs=told(ids), finish_reason="stop" if stopped else "length")
-        first = None if wanted.prompt_logprobs is None else [None, *told(prompt[1:])]
+        rated = lambda tokens: [{token: Some(logprob=logprob)} for token in tokens]
+        output = Some(token_ids=ids, logprobs=rated(ids), finish_reason="stop" if stopped else "length")
+        first = None if wanted.prompt_logprobs is None else [None, *rated(prompt[1:])]
         return [Some(request_id=name, finished=True, outputs=[output], prompt_logprobs=first)]
 """
 PLATFORMS = """

@@ -48,9 +48,9 @@ def test_rows_hold_what_supervised_finetuning_trains_on(store: Store) -> None:
     corpus = demonstrations()
     policy = policy_for(corpus)
     tokenizer = load_tokenizer(policy)
-    told = {(row["question_id"], row["completion"]): row["question"] for row in corpus.rows()}
+    asked_of = {(row["question_id"], row["completion"]): row["question"] for row in corpus.rows()}
     for row in drawn(policy, corpus, step=0, seed=7).rows():
-        question = told[row["question_id"], row["text"]]
+        question = asked_of[row["question_id"], row["text"]]
         assert row["prompt_ids"] == encode_prompt(tokenizer, question, PROMPT)
         assert row["output_ids"] == encode_completions(tokenizer, [row["text"]])[0]
         assert row["output_ids"][-1] == tokenizer.eos_token_id

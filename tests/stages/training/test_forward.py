@@ -40,10 +40,10 @@ def test_a_row_alone_scores_as_it_does_in_a_padded_batch(attention: str) -> None
     model.set_attn_implementation(attention)
     together = completion_logprobs(model, collate(rows, range(7)), with_entropy=True)
     for index, row in enumerate(rows):
-        alone = completion_logprobs(model, collate(rows, [index]), with_entropy=True)
+        single = completion_logprobs(model, collate(rows, [index]), with_entropy=True)
         length = len(row.output_ids)
-        torch.testing.assert_close(together.logp_BO[index, :length], alone.logp_BO[0], atol=1e-5, rtol=0)
-        torch.testing.assert_close(together.entropy_BO[index, :length], alone.entropy_BO[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(together.logp_BO[index, :length], single.logp_BO[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(together.entropy_BO[index, :length], single.entropy_BO[0], atol=1e-5, rtol=0)
         assert together.logp_BO[index, length:].eq(0).all()
 
 
@@ -51,13 +51,13 @@ def test_a_row_alone_scores_as_it_does_in_a_padded_batch(attention: str) -> None
 @pytest.mark.parametrize("max_tokens", [1, 25, 60, 10_000])
 def test_neither_order_nor_padding_nor_neighbours_change_a_row_s_logprobs(max_tokens: int) -> None:
     double, rows = tiny_model().double(), random_rows(9)
-    alone = [completion_logprobs(double, collate(rows, [index])).logp_BO[0] for index in range(len(rows))]
+    single = [completion_logprobs(double, collate(rows, [index])).logp_BO[0] for index in range(len(rows))]
     shuffled = random.Random(1).sample(range(len(rows)), len(rows))
     for order in (range(len(rows)), shuffled):
         for batch in micro_batches([rows[index] for index in order], max_tokens):
             scored = completion_logprobs(double, batch)
             for place, row in enumerate(batch.rows):
-                expected = alone[order[row]]
+                expected = single[order[row]]
                 # The model's own softmax and norms are in float32 even here.
                 torch.testing.assert_close(scored.logp_BO[place, : len(expected)], expected, rtol=0, atol=1e-7)
 

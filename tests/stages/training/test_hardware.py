@@ -22,7 +22,7 @@ def test_what_a_block_allocates_raises_its_peak() -> None:
     with peak_memory() as busy:
         touch(80)
     assert busy.mib >= idle.mib + 64
-    assert busy.mib < idle.mib + 200  # MiB, and nobody else's
+    assert busy.mib < idle.mib + 200  # MiB, and not of other tests
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not reset the mark")

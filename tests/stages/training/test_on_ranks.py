@@ -42,7 +42,7 @@ from tests.stages.update.test_update import exploration, tiny_policy, weights_of
 pytestmark = pytest.mark.engines
 
 STAGES = (0, 1, 2, 3)
-ALONE = TorchEngineConfig()
+ONE_RANK = TorchEngineConfig()
 Engine = TorchEngineConfig | DeepSpeedEngineConfig
 
 
@@ -81,7 +81,7 @@ def assert_same_metrics(found: Checkpoint, expected: Checkpoint) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_three_policy_updates_on_two_ranks_are_those_of_one(shared: Store, stage: int) -> None:
-    found, expected = updated([on_two_ranks(stage)] * 3), updated([ALONE] * 3)
+    found, expected = updated([on_two_ranks(stage)] * 3), updated([ONE_RANK] * 3)
     assert found.digest != expected.digest, "the ranks did nothing of their own"
     assert len(rank_processes()) == 2
     assert apart(found, expected) < 1e-5
@@ -91,13 +91,13 @@ def test_three_policy_updates_on_two_ranks_are_those_of_one(shared: Store, stage
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_checkpoint_of_two_ranks_is_continued_by_one_and_back(shared: Store, stage: int) -> None:
     one_rank = DeepSpeedEngineConfig(zero_stage=3 - stage)
-    assert apart(updated([ALONE, on_two_ranks(stage), one_rank]), updated([ALONE] * 3)) < 1e-5
+    assert apart(updated([ONE_RANK, on_two_ranks(stage), one_rank]), updated([ONE_RANK] * 3)) < 1e-5
 
 
 @pytest.mark.parametrize(("stage", "what"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters")])
 def test_offloading_changes_nothing(shared: Store, stage: int, what: str) -> None:
     found = updated([on_two_ranks(stage, offload=what)] * 3)
-    assert apart(found, updated([ALONE] * 3)) < 1e-5
+    assert apart(found, updated([ONE_RANK] * 3)) < 1e-5
 
 
 def merged(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -121,8 +121,8 @@ def test_an_adapter_trained_on_two_ranks_is_that_of_one(shared: Store, stage: in
     """Three updates; then one that each side continues from the other's checkpoint, optimizer state included."""
     pytest.importorskip("peft")
     two, one = on_two_ranks(stage), DeepSpeedEngineConfig(zero_stage=3 - stage)
-    expected = updated([ALONE] * 3, adapter=LORA)
-    for engines in ([two] * 3, [ALONE, two, one], [two, ALONE, two]):
+    expected = updated([ONE_RANK] * 3, adapter=LORA)
+    for engines in ([two] * 3, [ONE_RANK, two, one], [two, ONE_RANK, two]):
         found = updated(engines, adapter=LORA)
         assert found.digest != expected.digest, "the ranks did nothing of their own"
         assert apart(found, expected) < 1e-5
@@ -137,7 +137,7 @@ def test_an_adapter_trained_on_two_ranks_is_that_of_one(shared: Store, stage: in
 def test_ranks_that_are_warm_need_none_of_the_checkpoints_they_came_from(shared: Store) -> None:
     outputs, advantages = exploration()
     config = UpdateConfig(training=training(on_two_ranks(3)), micro_batch_tokens=24)
-    start = tiny_checkpoint(max_position_embeddings=77)  # nobody else's
+    start = tiny_checkpoint(max_position_embeddings=77)  # of no other test
     first = update_policy(start, start, outputs, advantages, config, seed=0)
     shared.prune(start.digest)
     second = update_policy(first, first, outputs, advantages, config, seed=1)
@@ -150,7 +150,7 @@ def test_policy_updates_on_two_hosts_are_those_of_one_rank(shared: Store, tmp_pa
     hosts = ({"address": "127.0.0.2", "ranks": 1}, {"address": "127.0.0.1", "ranks": 1, "start": "sh -c {command}"})
     with use_store(Store(tmp_path / "store")):
         found = updated([on_two_ranks(2, hosts=hosts, deadline=600.0)] * 2)
-        assert apart(found, updated([ALONE] * 2)) < 1e-5
+        assert apart(found, updated([ONE_RANK] * 2)) < 1e-5
         started = [p for p in psutil.Process().children(recursive=True) if "process_group.py" in " ".join(p.cmdline())]
         assert {p.environ().get(ADDRESS) for p in started} == {None, "127.0.0.1", "127.0.0.2"}
         assert list(tmp_path.glob("store/.ranks-*/rendezvous"))
@@ -160,7 +160,7 @@ def test_policy_updates_on_two_hosts_are_those_of_one_rank(shared: Store, tmp_pa
 
 
 def test_more_ranks_than_micro_batches_are_idle_and_no_error(shared: Store) -> None:
-    assert apart(updated([on_two_ranks(2)], tokens=10_000), updated([ALONE], tokens=10_000)) < 1e-5
+    assert apart(updated([on_two_ranks(2)], tokens=10_000), updated([ONE_RANK], tokens=10_000)) < 1e-5
 
 
 def tuned(engine: Engine) -> Checkpoint:
@@ -173,7 +173,7 @@ def tuned(engine: Engine) -> Checkpoint:
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_supervised_finetuning_on_two_ranks_is_that_of_one(shared: Store, stage: int) -> None:
-    found, expected = tuned(on_two_ranks(stage)), tuned(ALONE)
+    found, expected = tuned(on_two_ranks(stage)), tuned(ONE_RANK)
     distance = (weights_of(found) - weights_of(expected)).norm() / weights_of(expected).norm()
     assert distance < 1e-5
     assert_same_metrics(found, expected)
@@ -197,7 +197,7 @@ def test_a_reward_model_trained_on_two_ranks_is_that_of_one(
         )
         return train_reward_model(model, table, config, seed=0)
 
-    found, expected = trained(on_two_ranks(stage)), trained(ALONE)
+    found, expected = trained(on_two_ranks(stage)), trained(ONE_RANK)
     assert apart(found, expected) < 1e-5
     assert_same_metrics(found, expected)
 
@@ -213,7 +213,7 @@ def test_a_critic_on_two_ranks_is_that_of_one(shared: Store, stage: int) -> None
             CriticConfig(training=training(engine), mu=3, micro_batch_tokens=24),
             seed=0,
         )
-        for engine in (on_two_ranks(stage), ALONE)
+        for engine in (on_two_ranks(stage), ONE_RANK)
     )
     assert apart(found, expected) < 1e-5
     assert_same_metrics(found, expected)
@@ -223,7 +223,7 @@ def test_a_critic_on_two_ranks_is_that_of_one(shared: Store, stage: int) -> None
 def test_scores_of_two_ranks_are_those_of_one(shared: Store, stage: int) -> None:
     (outputs, _), (valued, _), critic = exploration(), returns(), outspoken_critic()
     compared, values = (
-        [run(training(engine)) for engine in (on_two_ranks(stage), ALONE)]
+        [run(training(engine)) for engine in (on_two_ranks(stage), ONE_RANK)]
         for run in (
             lambda how: compare_policies(
                 tiny_policy(0), tiny_policy(1), outputs, LogprobsConfig(training=how, micro_batch_tokens=24)
@@ -308,7 +308,7 @@ def test_what_is_wrong_with_the_data_is_said_as_by_one_rank(shared: Store) -> No
         assert type(raised.value) is ValueError
         return str(raised.value)
 
-    assert complaint(on_two_ranks()) == complaint(ALONE)
+    assert complaint(on_two_ranks()) == complaint(ONE_RANK)
 
 
 def test_an_engine_for_several_ranks_is_refused_outside_of_their_group(shared: Store) -> None:

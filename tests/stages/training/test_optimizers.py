@@ -269,7 +269,7 @@ def test_skipped_steps_count_across_stage_calls_and_an_update_clears_them(store:
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_all_ranks_stop_together_and_name_one_cause(lost: int) -> None:
-    """The loss of one rank alone is not finite: the other, whose own is, must not name another cause, nor go on."""
+    """The loss of one rank is not finite: the other, whose own is, must not name another cause, nor go on."""
 
     def stop(rank: Rank) -> str:
         loss = torch.tensor(math.nan if rank.rank == lost else 1.0)

@@ -1,4 +1,4 @@
-"""What a group of ranks is told and given, without starting one."""
+"""What a group of ranks is given, without starting one."""
 
 from __future__ import annotations
 

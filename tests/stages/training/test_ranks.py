@@ -49,11 +49,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         start = tiny_checkpoint()
         (folder / "start").write_text(start.digest)
         processes = [_start(folder, rank) for rank in range(RANKS)]
-        alone = TorchEngine(start, config(None))
+        single = TorchEngine(start, config(None))
         norms, checkpoints = [], []
         for _ in SPLITS:
-            norms.append(update(alone, random_rows(7)).grad_norm)
-            checkpoints.append(publish(alone))
+            norms.append(update(single, random_rows(7)).grad_norm)
+            checkpoints.append(publish(single))
         sft = rank_process.finetune(TorchEngine(start, config(None)))
         grpo = rank_process.improve(TorchEngine(start, config(None)))
         ranks = _finish(folder, processes)

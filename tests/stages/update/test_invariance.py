@@ -72,7 +72,7 @@ def test_micro_batches_of_any_size_give_one_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "dpo"])  # whose pairs are never merged
 def test_an_output_of_weight_three_is_three_equal_outputs(name: str) -> None:
-    """Also where the denominator counts tokens: those of every output that a row stands for."""
+    """Also where the denominator counts tokens: those of every output that a row counts for."""
     objective, kind = OBJECTIVES[name]
     given = examples(kind)
     weights = [3 if place % 3 == 0 else 1 for place in range(len(given))]

@@ -1,4 +1,4 @@
-"""What the metrics say of hand-made micro-batches: ranges over output tokens alone, means over what was computed."""
+"""What the metrics say of hand-made micro-batches: ranges over output tokens only, means over what was computed."""
 
 from __future__ import annotations
 

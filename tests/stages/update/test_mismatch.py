@@ -36,7 +36,7 @@ Rows = list[dict[str, Any]]
 
 
 def recorded(policy: Checkpoint, *, distinct: bool = True) -> tuple[Rows, Advantages]:
-    """Q x G outputs with the log-probabilities that the policy gives them, each row computed alone."""
+    """Q x G outputs with the log-probabilities that the policy gives them, each row by itself."""
     outputs, advantages = exploration(distinct=distinct)
     model, rows = load_model(policy, dtype=torch.float32), outputs.rows()
     for row in rows:
@@ -143,9 +143,9 @@ def test_outputs_that_may_be_another_policys_have_no_figures(store: Store, chang
 def test_outputs_that_no_engine_sampled_pass_every_limit(store: Store) -> None:
     policy = tiny_policy()
     rows, advantages = recorded(policy)
-    bare = [row | {"logprobs": None} for row in rows]
+    unrecorded = [row | {"logprobs": None} for row in rows]
     config = sgd_like(objective=OnlineRFTConfig(), mismatch=MismatchLimits(max_mean=1e-9))
-    assert figures(updated(policy, bare, advantages, config)) == {}
+    assert figures(updated(policy, unrecorded, advantages, config)) == {}
 
 
 @pytest.mark.claim("an engine that samples from another distribution")
@@ -205,7 +205,7 @@ def test_a_truncated_correction_weighs_by_the_recorded_column(store: Store) -> N
     mean = sum(sum(output) / len(output) for output in weights) / len(weights)
     assert found.metrics["policy/correction_mean"] == pytest.approx(mean, rel=1e-5)
     assert max(map(max, weights)) == 1.08
-    # Measured beside it, from the same column and before truncation.
+    # Measured from the same column and before truncation.
     assert figures(found) == pytest.approx(expected(rows, list(range(Q * G))), rel=1e-4)
 
 

@@ -43,11 +43,11 @@ def gradients(name: str, world_size: int) -> tuple[list[torch.Tensor], float]:
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_shares_of_all_ranks_add_up_to_the_gradient_of_one(name: str, world_size: int) -> None:
-    (alone,), loss = gradients(name, 1)
+    (single,), loss = gradients(name, 1)
     shares, shared_loss = gradients(name, world_size)
-    assert relative(torch.stack(shares).sum(0), alone) < 1e-12
+    assert relative(torch.stack(shares).sum(0), single) < 1e-12
     assert shared_loss == pytest.approx(loss, rel=1e-9)
-    assert all(relative(share, alone) > 1e-3 for share in shares), "a rank computed everything"
+    assert all(relative(share, single) > 1e-3 for share in shares), "a rank computed everything"
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8])

@@ -137,8 +137,8 @@ def test_the_share_of_padding_is_that_of_all_micro_batches(store: Store) -> None
     lengths = sorted((len(row["prompt_ids"]) + len(row["output_ids"]) for row in outputs.rows()), reverse=True)
     together = update_policy(policy, policy, outputs, advantages, sgd_like(), seed=0).metrics
     assert together["policy/padding_share"] == pytest.approx(1 - sum(lengths) / (Q * G * lengths[0]))
-    alone = update_policy(policy, policy, outputs, advantages, sgd_like(micro_batch_tokens=1), seed=0).metrics
-    assert alone["policy/padding_share"] == 0.0
+    single = update_policy(policy, policy, outputs, advantages, sgd_like(micro_batch_tokens=1), seed=0).metrics
+    assert single["policy/padding_share"] == 0.0
 
 
 def test_idle_rows_cost_nothing_without_kl_and_still_count_in_the_mean(store: Store) -> None:

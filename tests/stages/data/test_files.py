@@ -78,7 +78,7 @@ def test_cells_of_csv_are_text_with_commas_quotes_and_newlines(store: Store, tmp
         (b"question,answer\n1,\n", r"q\.csv: line 2: question without an answer: column 'answer' is empty"),
         (b'question,answer\n1,2\n"1,2\n', r"q\.csv: line 3 is not CSV in UTF-8: unexpected end of data"),
         (b"question,answer\n\xff,2\n", r"q\.csv: line 2 is not CSV in UTF-8"),
-        (b"question,answer,answer\n1,2,3\n", r"line 1: a column stands there twice"),
+        (b"question,answer,answer\n1,2,3\n", r"line 1: a column is there twice"),
         (b"question;answer\n1;2\n", r"no column 'question'; found columns \['question;answer'\]"),
         (b"", "no questions: the set is empty"),
     ],

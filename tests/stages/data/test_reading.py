@@ -171,7 +171,7 @@ def test_a_csv_cell_that_names_no_number_is_refused_by_row(store: Store, tmp_pat
 
 
 def test_a_name_that_an_object_has_twice_is_refused_by_row(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="line 1: the name 'answer' stands there twice"):
+    with pytest.raises(DataError, match="line 1: the name 'answer' is there twice"):
         read_questions(config(lines(tmp_path / "q.jsonl", '{"question": "q", "answer": 1, "answer": 2}')))
 
 

@@ -226,7 +226,7 @@ class StoredTensor:
 
     @property
     def size(self) -> int:
-        """Number of values."""
+        """Return the number of values."""
         return math.prod(self.shape)
 
     def pieces(self) -> Iterator[npt.NDArray[numpy.float64]]:

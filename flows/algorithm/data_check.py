@@ -35,7 +35,7 @@ class DataFindings:
 
 @contextlib.contextmanager
 def scratch_store() -> Iterator[None]:
-    """A store for the block."""
+    """Use a store that is deleted after the block."""
     with tempfile.TemporaryDirectory(prefix="cohort-check-") as folder, use_store(Store(Path(folder))):
         yield
 

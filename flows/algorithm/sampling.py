@@ -73,7 +73,7 @@ def _demonstrate(config: IterativeRLConfig, data: DataSets, policy: Checkpoint, 
 def _replace_agreeing_groups(
     config: IterativeRLConfig, data: DataSets, sampler: Checkpoint, seed: int, outputs: Rollouts
 ) -> Rollouts:
-    """DAPO's dynamic sampling: draw further questions until enough groups have outputs of unequal reward."""
+    """Draw further questions until enough groups have outputs of unequal reward: DAPO's dynamic sampling."""
     drawn, rewards = [outputs], [score(outputs, data.train, config.reward)]
     for draw in range(config.dynamic_sampling):
         kept = keep_informative(drawn, rewards, size=config.questions_per_step)

@@ -230,7 +230,7 @@ def _in_hub_cache(policy: PretrainedPolicy) -> Path | None:
 
 
 def _qwen(hidden: int, intermediate: int, layers: int, heads: int) -> ModelShape:
-    """Qwen2 and Qwen2.5 of below 3 B parameters: two key heads, tied."""
+    """Return the shape of a Qwen2 or Qwen2.5 of below 3 B parameters: two key heads, tied."""
     sizes = (hidden, intermediate, layers, heads, 2, hidden // heads, 151_936)
     return ModelShape("", *sizes, tied=True, qkv_bias=True, window=32_768)
 

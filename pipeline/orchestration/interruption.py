@@ -145,7 +145,7 @@ def _finalises(frame: FrameType | None) -> bool:
 
 
 def _remind(state: _State) -> None:
-    """Once a signal came, call the handler again and again: its exception may have been ignored."""
+    """Call the handler again and again once a signal came: its exception may have been ignored."""
     main = threading.main_thread().ident
     assert main is not None
     if not state.wake.get():

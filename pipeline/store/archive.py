@@ -282,7 +282,7 @@ def _check_run(file: Path, folder: Path, check: Callable[[Path], object]) -> Non
 def _place(
     file: Path, store: Store, objects: list[Path], records: list[dict[str, Any]], runs: list[Path], home: Path
 ) -> Imported:
-    """Objects, then records, then runs: whatever is visible at any moment has what it names."""
+    """Place objects, then records, then runs: whatever is visible at any moment has what it names."""
     taken = Imported(len(objects), sum(store.adopt(folder) for folder in objects), len(records))
     for record in records:
         try:

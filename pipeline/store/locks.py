@@ -166,7 +166,7 @@ def _close(handle: int) -> None:
 
 
 def _drop_inherited() -> None:
-    """A forked worker must not keep alive the lock of a parent that was killed."""
+    """Close inherited locks: a forked worker must not keep alive the lock of a parent that was killed."""
     for handle in list(_held):
         _close(handle)
 

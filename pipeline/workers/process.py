@@ -105,7 +105,7 @@ def _receive(
 
 
 def _take_along(hung_up: threading.Event) -> None:
-    """Once the launcher is gone, kill this process and everything it started."""
+    """Kill this process and everything it started once the launcher is gone."""
     if hung_up.is_set():
         os.killpg(0, signal.SIGKILL)
 
@@ -122,7 +122,7 @@ def _load(file: str) -> Callable[[], Handler]:
 
 
 def _stand_in() -> int:
-    """On another host do what the launcher does on its own: start the process in a session, and kill what it leaves behind.
+    """Start the process in a session on another host than the launcher's, and kill what it leaves behind.
 
     Its environment comes by standard input, so that no list of processes shows the secret in it. Returns its exit code.
     """

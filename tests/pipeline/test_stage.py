@@ -18,6 +18,7 @@ from pipeline.stage import record_metrics, stage
 from pipeline.store import MissingArtifactError, Store, use_store
 from tests.pipeline.processes import work_at_once
 
+pytestmark = pytest.mark.usefixtures("store")
 ran: list[str] = []
 
 
@@ -60,7 +61,6 @@ def versioned(version: str) -> Any:
     return same_name
 
 
-@pytest.mark.usefixtures("store")
 def test_a_second_call_is_a_hit_and_gives_an_equal_reference() -> None:
     first = scale(count(3), Scale())
     assert ran == ["count", "scale"]
@@ -69,14 +69,12 @@ def test_a_second_call_is_a_hit_and_gives_an_equal_reference() -> None:
     assert first.rows() == [{"x": 0}, {"x": 2}, {"x": 4}]
 
 
-@pytest.mark.usefixtures("store")
 def test_the_way_arguments_are_passed_does_not_change_the_key() -> None:
     keys = {count(3).action, count(upto=3).action, count(3, start=0).action, count(3, tags=None, start=0).action}
     assert len(keys) == 1
     assert ran == ["count"]
 
 
-@pytest.mark.usefixtures("store")
 def test_version_plain_values_configs_and_inputs_each_change_the_key() -> None:
     base = scale(count(3), Scale()).action
     changed = [
@@ -90,7 +88,6 @@ def test_version_plain_values_configs_and_inputs_each_change_the_key() -> None:
     assert versioned("1")(1).action == versioned("1")(1).action
 
 
-@pytest.mark.usefixtures("store")
 def test_unkeyed_fields_and_the_history_of_an_input_do_not_change_the_key() -> None:
     base = scale(count(3), Scale())
     assert scale(count(3), Scale(workers=8)).action == base.action
@@ -98,7 +95,6 @@ def test_unkeyed_fields_and_the_history_of_an_input_do_not_change_the_key() -> N
     assert ran == ["count", "scale"]
 
 
-@pytest.mark.usefixtures("store")
 def test_a_hit_replays_its_own_calls_metrics_among_calls_of_equal_content() -> None:
     two = scale(Numbers.write({"x": [0]}), Scale(factor=2))
     three = scale(Numbers.write({"x": [0]}), Scale(factor=3))
@@ -139,7 +135,6 @@ class Place:
     pass
 
 
-@pytest.mark.usefixtures("store")
 @pytest.mark.parametrize("value", [Path("/tmp"), Place(), np.ones(1), {1: 2}, {"a": [Place()]}, b"bytes", {1, 2}])
 def test_an_argument_that_is_no_value_is_refused_by_name_before_anything_runs(value: Any) -> None:
     with pytest.raises(TypeError, match=r"count\(tags=\.\.\.\): "):
@@ -177,7 +172,6 @@ def test_a_stage_that_returns_another_type_fails_and_is_not_recorded(store: Stor
         stage(version="1")(lambda: Numbers("x"))
 
 
-@pytest.mark.usefixtures("store")
 def test_events_of_nested_stages_reach_every_fold_in_order() -> None:
     @stage(version="1")
     def outer(x: int) -> Numbers:
@@ -212,7 +206,6 @@ def test_events_of_nested_stages_reach_every_fold_in_order() -> None:
     assert heard == [("outer", True)]
 
 
-@pytest.mark.usefixtures("store")
 def test_a_listener_that_fails_costs_a_warning_and_not_the_work() -> None:
     def broken(event: Event) -> None:
         raise ConnectionError("no display")
@@ -222,7 +215,6 @@ def test_a_listener_that_fails_costs_a_warning_and_not_the_work() -> None:
 
 
 @pytest.mark.claim("MLflow that stops training")
-@pytest.mark.usefixtures("store")
 def test_metrics_have_mlflow_names_and_are_finite() -> None:
     @stage(version="1")
     def measured(x: int) -> Numbers:

@@ -1,4 +1,4 @@
-"""Before the first update: what stops a run, what it says to change, and that a mended run goes on from what is there."""
+"""Before the first update: what stops a run, what it says to change, and that a corrected run goes on from what is there."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from stages.advantage import BatchConfig, CorrectConfig, GAEConfig, GroupConfig,
 from stages.tables import Rewards, Rollouts
 from tests.flows.short_runs import Run, copied, train
 
+pytestmark = pytest.mark.usefixtures("store")
 OK, WRONG = ("ok", 1.0), ("wrong", 0.0)
 CUT, SILENT, LATE, BROKEN = ("truncated", 0.0), ("unparseable", 0.0), ("timeout", None), ("error", None)
 Verdict = tuple[str, float | None]
@@ -104,15 +105,13 @@ def test_process_supervision_learns_from_steps_where_outputs_have_equal_rewards(
 # ------------------------------------------------------------------------------------- what is said
 
 
-@pytest.mark.usefixtures("store")
-def test_outputs_cut_at_the_limit_are_told_to_get_more_tokens() -> None:
+def test_outputs_cut_at_the_limit_are_advised_more_tokens() -> None:
     message = refusal(config(), [CUT, CUT], [CUT, CUT])
     assert "4 of 4 outputs are cut at rollout.max_output_tokens=24: raise it" in message
     assert "the first ends like 'and so it must be seven'" in message
     assert "without an answer" not in message
 
 
-@pytest.mark.usefixtures("store")
 def test_outputs_without_an_answer_are_shown_with_the_conventions() -> None:
     answers = [{"kind": "accuracy", "verifier": "exact", "conventions": ["boxed", "hashes"]}]
     # A component for form makes the rewards differ: that alone is no signal.
@@ -122,7 +121,6 @@ def test_outputs_without_an_answer_are_shown_with_the_conventions() -> None:
     assert "1 of 4 outputs are not scored within the deadline (reward.deadline_s=3" in message
 
 
-@pytest.mark.usefixtures("store")
 def test_errors_of_the_scorer_are_not_taken_for_bad_answers() -> None:
     message = refusal(config(), [BROKEN, BROKEN], [BROKEN, BROKEN])
     assert "4 of 4 outputs are not scored for an error: fix what the warnings before this one name" in message
@@ -130,7 +128,6 @@ def test_errors_of_the_scorer_are_not_taken_for_bad_answers() -> None:
 
 
 @pytest.mark.claim("training for hours on nothing")
-@pytest.mark.usefixtures("store")
 @pytest.mark.parametrize(
     ("method", "groups", "said"),
     [
@@ -151,14 +148,12 @@ def test_a_method_that_can_learn_nothing_stops_and_says_why(
     assert "cut at" not in message
 
 
-@pytest.mark.usefixtures("store")
 def test_a_lack_of_signal_is_put_down_to_what_most_outputs_have_in_common() -> None:
     message = refusal(config(), [CUT, CUT, CUT, WRONG])
     assert "3 of 4 outputs are cut" in message
     assert "no output is right" in message
 
 
-@pytest.mark.usefixtures("store")
 def test_a_reward_model_of_equal_scores_is_named_in_place_of_questions() -> None:
     checked = config(reward_model={"models": [{"kind": "outcome"}]})
     message = refusal(checked, [("ok", 0.5), ("wrong", 0.5)])
@@ -166,14 +161,12 @@ def test_a_reward_model_of_equal_scores_is_named_in_place_of_questions() -> None
     assert "questions that the policy" not in message
 
 
-@pytest.mark.usefixtures("store")
 @pytest.mark.parametrize("method", ["grpo", "rft", "online_rft", "dpo", "ppo"])
 def test_one_question_with_a_signal_is_enough(method: str) -> None:
     seen = passes(config(method), [OK, WRONG], [WRONG, WRONG], [WRONG, WRONG])
     assert seen.by_step[0]["reward/frac_degenerate_groups"] == pytest.approx(2 / 3)
 
 
-@pytest.mark.usefixtures("store")
 def test_limits_may_be_stricter_or_switched_off() -> None:
     groups = ([OK, WRONG], [CUT, CUT])
     assert "2 of 4 outputs are cut" in refusal(config(preflight={"truncated": 0.5}), *groups)
@@ -184,13 +177,11 @@ def test_limits_may_be_stricter_or_switched_off() -> None:
         config(preflight={"truncated": 0.0})
 
 
-@pytest.mark.usefixtures("store")
 def test_only_the_first_step_is_examined_and_demonstrations_never() -> None:
     assert passes(config(), [WRONG, WRONG], step=1).by_step == {}
     preflight(config("sft"), outputs(rows([OK])), None, 0)
 
 
-@pytest.mark.usefixtures("store")
 def test_the_shares_are_reported_in_words_and_as_metrics_of_step_zero() -> None:
     told: list[str] = []
 
@@ -208,7 +199,6 @@ def test_the_shares_are_reported_in_words_and_as_metrics_of_step_zero() -> None:
     }
 
 
-@pytest.mark.usefixtures("store")
 def test_rewards_whose_payload_was_pruned_were_examined_when_they_were_new(store: Store) -> None:
     table = rows([WRONG, WRONG])
     rewards = Rewards.write(table)
@@ -246,11 +236,11 @@ def test_a_run_without_signal_stops_before_any_update_with_its_figures_logged(fa
     assert 1 not in failed.points
 
 
-def test_the_mended_run_reuses_all_but_the_rewards(failed: Run) -> None:
-    mended = train(failed.store, "grpo", steps=1, preflight={}, **rule("hashes"))
-    computed = {name for name, count in mended.executed.items() if count}
+def test_the_corrected_run_reuses_all_but_the_rewards(failed: Run) -> None:
+    corrected = train(failed.store, "grpo", steps=1, preflight={}, **rule("hashes"))
+    computed = {name for name, count in corrected.executed.items() if count}
     assert computed == {"score", "estimate_advantages", "update_policy"}
-    assert mended.points[0]["reward/status_unparseable"] < 1.0
+    assert corrected.points[0]["reward/status_unparseable"] < 1.0
 
 
 def test_the_repeated_run_passes_by_reading_what_is_there(failed: Run) -> None:

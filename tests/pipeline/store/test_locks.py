@@ -21,32 +21,19 @@ def victim(tmp_path: Path) -> Path:
     return tmp_path / "victim"
 
 
-def link(place: Path, victim: Path) -> None:
-    place.symlink_to(victim)
+Plant = Callable[[Path, Path], object]
+PLANTED: dict[str, Plant] = {
+    "link": lambda place, victim: place.symlink_to(victim),
+    "pipe": lambda place, victim: os.mkfifo(place),
+    "folder": lambda place, victim: place.mkdir(),
+    "dangling": lambda place, victim: place.symlink_to(victim.with_name("made through a link")),
+}
+HARD_LINK: dict[str, Plant] = {"hard link": lambda place, victim: place.hardlink_to(victim)}
 
 
-def hard_link(place: Path, victim: Path) -> None:
-    place.hardlink_to(victim)
-
-
-def pipe(place: Path, victim: Path) -> None:
-    os.mkfifo(place)
-
-
-def folder(place: Path, victim: Path) -> None:
-    place.mkdir()
-
-
-def dangling(place: Path, victim: Path) -> None:
-    place.symlink_to(victim.with_name("made through a link"))
-
-
-PLANTED = [link, pipe, folder, dangling]
-
-
-@pytest.mark.parametrize("plant", PLANTED)
-def test_what_lies_in_the_place_of_a_lock_is_neither_followed_nor_waited_for(
-    tmp_path: Path, victim: Path, plant: Callable[[Path, Path], None]
+@pytest.mark.parametrize("plant", PLANTED.values(), ids=PLANTED)
+def test_what_lies_in_the_place_of_a_lock_is_neither_followed_nor_awaited(
+    tmp_path: Path, victim: Path, plant: Plant
 ) -> None:
     plant(tmp_path / "lock", victim)
     for take in (locked, try_lock):
@@ -56,10 +43,8 @@ def test_what_lies_in_the_place_of_a_lock_is_neither_followed_nor_waited_for(
     assert not victim.with_name("made through a link").exists()
 
 
-@pytest.mark.parametrize("plant", [*PLANTED, hard_link])
-def test_a_note_is_written_into_no_file_but_a_lock_of_ours(
-    tmp_path: Path, victim: Path, plant: Callable[[Path, Path], None]
-) -> None:
+@pytest.mark.parametrize("plant", (PLANTED | HARD_LINK).values(), ids=PLANTED | HARD_LINK)
+def test_a_note_is_written_into_no_file_but_a_lock_of_ours(tmp_path: Path, victim: Path, plant: Plant) -> None:
     plant(tmp_path / "lock", victim)
     with pytest.raises(OSError, match="lock"):
         write_note(tmp_path / "lock", "owned")
@@ -82,14 +67,9 @@ def test_a_private_folder_is_made_for_this_user_alone_and_found_again(tmp_path: 
     assert private_folder(tmp_path / "mine") == made
 
 
-def open_to_all(place: Path) -> None:
+def folder(place: Path, mode: int) -> None:
     place.mkdir()
-    place.chmod(0o777)
-
-
-def of_the_group(place: Path) -> None:
-    place.mkdir()
-    place.chmod(0o770)
+    place.chmod(mode)
 
 
 def link_to_a_folder(place: Path) -> None:
@@ -97,27 +77,27 @@ def link_to_a_folder(place: Path) -> None:
     place.symlink_to(place.parent / "theirs")
 
 
-def link_to_nowhere(place: Path) -> None:
-    place.symlink_to(place.parent / "nowhere")
-
-
-def file(place: Path) -> None:
-    place.write_text("")
-
-
-def of_somebody_else(place: Path) -> None:
+def of_another_user(place: Path) -> None:
     if os.getuid():
         pytest.skip("only root can make a folder of another user")
     place.mkdir(mode=0o700)
     os.chown(place, 65534, 65534)
 
 
+FOREIGN: dict[str, Callable[[Path], object]] = {
+    "open to all": lambda place: folder(place, 0o777),
+    "of the group": lambda place: folder(place, 0o770),
+    "link to a folder": link_to_a_folder,
+    "link to nowhere": lambda place: place.symlink_to(place.parent / "nowhere"),
+    "file": lambda place: place.write_text(""),
+    "of another user": of_another_user,
+}
+
+
 @pytest.mark.parametrize("use", ["devices", "flow runs"])
-@pytest.mark.parametrize(
-    "plant", [open_to_all, of_the_group, link_to_a_folder, link_to_nowhere, file, of_somebody_else]
-)
+@pytest.mark.parametrize("plant", FOREIGN.values(), ids=FOREIGN)
 def test_a_folder_under_the_temporary_one_that_is_not_ours_alone_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: str, plant: Callable[[Path], None]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: str, plant: Callable[[Path], object]
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
@@ -134,7 +114,7 @@ def test_a_folder_under_the_temporary_one_that_is_not_ours_alone_is_refused(
     "note",
     ["", "[]", "5", "{", '{"run": 1}', '{"run": "\\u001b[2J", "pid": 1, "since": "now"}', "\x00" * 9999, "[" * 9999],
 )
-def test_a_strange_note_of_who_holds_a_device_is_no_obstacle(
+def test_an_unreadable_note_of_who_holds_a_device_is_no_obstacle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note: str, recwarn: pytest.WarningsRecorder
 ) -> None:
     from pipeline.workers.gpu_locks import _holder

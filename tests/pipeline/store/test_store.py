@@ -1,4 +1,4 @@
-"""The store: what is visible is whole, damage is found and mended, pruning keeps hits, processes share it."""
+"""The store: what is visible is whole, damage is found and recomputed, pruning keeps hits, processes share it."""
 
 from __future__ import annotations
 
@@ -126,9 +126,7 @@ def test_every_truncation_and_a_swap_of_two_files_is_found(store: Store) -> None
 
 @pytest.mark.parametrize("victim", ["b.bin", "a.txt", "manifest.json"])
 @pytest.mark.parametrize("how", ["missing", "altered"])
-def test_damage_is_a_miss_that_names_the_file_and_publishing_again_mends_it(
-    store: Store, victim: str, how: str
-) -> None:
+def test_damage_is_a_miss_that_names_the_file_until_it_is_published_again(store: Store, victim: str, how: str) -> None:
     digest = publish(store)
     path = store.path(digest) / victim
     path.unlink() if how == "missing" else alter(path, b"?")
@@ -144,7 +142,7 @@ def test_damage_is_a_miss_that_names_the_file_and_publishing_again_mends_it(
     Store(store.root).verify(digest)
 
 
-def test_publishing_over_a_damaged_object_mends_it_without_a_look_up(store: Store) -> None:
+def test_publishing_over_a_damaged_object_replaces_it_without_a_look_up(store: Store) -> None:
     digest = publish(store)
     (store.path(digest) / "manifest.json").unlink()
     assert publish(Store(store.root)) == digest

@@ -20,6 +20,13 @@ from stages.sft import PolicyConfig, SFTConfig
 from stages.text import BPETokenizerConfig, PromptConfig
 from stages.training import MuonConfig, TrainingConfig, native_bf16
 
+_SHORTCUTS: dict[str, tuple[Feature, ...]] = {
+    "length": ("tokens",),
+    "format": ("answered", "whole_answer", "answer_digits", "lines", "equations"),
+    "author": ("author",),
+    "question length": ("question_tokens",),
+}
+
 
 class RewardModelStudyConfig(Config):
     """An outcome reward model learned from labelled solutions, compared with baselines on questions it has not seen."""
@@ -68,22 +75,7 @@ class RewardModelStudyConfig(Config):
     gauges: GaugeConfig = GaugeConfig()
     "Intervals and bins."
     shortcuts: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9 ._-]{0,63}$")], tuple[Feature, ...]] = Field(
-        default={
-            "length": ("tokens",),
-            "format": ("answered", "whole_answer", "answer_digits", "lines", "equations"),
-            "author": ("author",),
-            "question length": ("question_tokens",),
-            "all of these": (
-                "tokens",
-                "answered",
-                "whole_answer",
-                "answer_digits",
-                "lines",
-                "equations",
-                "author",
-                "question_tokens",
-            ),
-        },
+        default=_SHORTCUTS | {"all of these": tuple(each for features in _SHORTCUTS.values() for each in features)},
         min_length=1,
     )
     "Baselines: each a logistic regression on these features of the surface, fitted on the rows that the model learns from."

@@ -94,7 +94,7 @@ def test_an_adapter_is_exported_alone_and_only_over_another(tmp_path: Path, caps
     assert "is not empty" in export(adapted, str(target), "--adapter")[1]
     assert export(adapted, str(target), "--adapter", "--force")[0] == 0
     card = (target / "README.md").read_text()
-    assert "base_model" not in card, "nobody knows a public name of the base"
+    assert "base_model" not in card, "the base has no public name"
     assert "`cohort export aa11 BASE --dtype float32`" in card
     assert "has no adapter: it was trained in full" in export(full, str(tmp_path / "none"), "--adapter")[1]
     assert not (tmp_path / "none").exists()

@@ -167,7 +167,7 @@ def test_wrong_words_say_what_was_expected(here: tuple[Places, Toy], capsys: pyt
     assert "--optimizer 1" in capsys.readouterr().err
     assert cohort("store", "export", "one", places=places) == 2
     assert "then a FILE.tar" in capsys.readouterr().err
-    assert cohort("store", "export", "nobody", str(places.root / "a.tar"), places=places) == 1
-    assert "'nobody' names 0 artifacts" in capsys.readouterr().err
+    assert cohort("store", "export", "absent", str(places.root / "a.tar"), places=places) == 1
+    assert "'absent' names 0 artifacts" in capsys.readouterr().err
     assert cohort("store", "verify", places=places) == 0
     assert Store(places.store).digests()

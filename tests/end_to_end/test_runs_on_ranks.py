@@ -115,7 +115,7 @@ def test_ctrl_c_ends_command_and_ranks_and_the_same_command_resumes(tmp_path: Pa
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, log.read_text()
     assert gone(ranks)
-    assert not list(tmp_path.glob("cohort-*")), "logs that nobody asks for"
+    assert not list(tmp_path.glob("cohort-*")), "logs of no failure"
     resumed = subprocess.run([*command, "--root", str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert not list(tmp_path.glob("cohort-*"))

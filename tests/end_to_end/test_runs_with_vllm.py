@@ -50,7 +50,7 @@ def test_ctrl_c_in_a_rollout_leaves_no_engine_and_the_command_resumes(tmp_path: 
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, log.read_text()
     assert gone({0: engine})
-    assert not list(tmp_path.glob("cohort-*")), "logs that nobody asks for"
+    assert not list(tmp_path.glob("cohort-*")), "logs of no failure"
     before = _calls(tmp_path)
     assert [name for name, _ in before.values()].count("update_policy") == 1
 
@@ -78,8 +78,8 @@ def _engine_in_the_second_rollout(process: subprocess.Popen[bytes], root: Path, 
     """The worker process, once it has been asked for outputs of the updated policy and has not answered."""
     end = time.monotonic() + 400
     while time.monotonic() < end and process.poll() is None:
-        asked, told = ([*root.glob(f"cohort-vllm-*/{name}.npz")] for name in ("requests", "outputs"))
-        decodes = asked and told and asked[0].stat().st_mtime > told[0].stat().st_mtime
+        asked, answered = ([*root.glob(f"cohort-vllm-*/{name}.npz")] for name in ("requests", "outputs"))
+        decodes = asked and answered and asked[0].stat().st_mtime > answered[0].stat().st_mtime
         if decodes and any(name == "update_policy" for name, _ in _calls(root).values()):
             return [
                 child for child in psutil.Process(process.pid).children() if "vllm_worker" in " ".join(child.cmdline())

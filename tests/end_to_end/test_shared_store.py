@@ -41,7 +41,7 @@ def test_expired_credentials_lose_nothing_and_a_second_machine_computes_nothing(
     assert cloud.asked("PUT", "/objects/") == 0
     policies = {next(read_records(Places(tmp_path / root))).policy for root in ("one", "two")}
     assert len(policies) == 1
-    assert not (tmp_path / "two" / "store" / "objects").joinpath(*_place(policies.pop())).exists()  # nobody read it
+    assert not (tmp_path / "two" / "store" / "objects").joinpath(*_place(policies.pop())).exists()  # it was not read
 
 
 def _place(digest: str) -> tuple[str, str]:

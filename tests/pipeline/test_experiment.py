@@ -36,12 +36,12 @@ def configure(changes: list[Override]) -> Demo:
     return Demo().override(changes, source="demo")
 
 
-def told(planned: list[Trial[Demo]]) -> list[tuple[str, int, int, float, int]]:
+def summary(planned: list[Trial[Demo]]) -> list[tuple[str, int, int, float, int]]:
     return [(t.arm, t.seed, t.config.rollout.G, t.config.rollout.temperature, t.config.seed) for t in planned]
 
 
 def test_every_arm_is_a_config_with_every_seed_seed_by_seed() -> None:
-    assert told(trials(experiment(), configure)) == [
+    assert summary(trials(experiment(), configure)) == [
         ("usual", 0, 4, 1.0, 0),
         ("many", 0, 8, 1.0, 0),
         ("hot", 0, 4, 2.0, 0),

@@ -183,11 +183,11 @@ def test_only_the_first_step_is_examined_and_demonstrations_never() -> None:
 
 
 def test_the_shares_are_reported_in_words_and_as_metrics_of_step_zero() -> None:
-    told: list[str] = []
+    texts: list[str] = []
 
-    with recording(lambda event: told.append(event.values()["text"])):
+    with recording(lambda event: texts.append(event.values()["text"])):
         seen = passes(config(), [OK, CUT, SILENT, LATE], [WRONG, WRONG, CUT, WRONG])
-    assert told == ["2 truncated, 1 unparseable, 1 timeout of 8; equal rewards in 1 of 2 questions"]
+    assert texts == ["2 truncated, 1 unparseable, 1 timeout of 8; equal rewards in 1 of 2 questions"]
     assert seen.by_step == {
         0: {
             "reward/status_truncated": 0.25,

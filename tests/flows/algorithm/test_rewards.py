@@ -150,12 +150,12 @@ def test_step_labels_are_what_the_policy_makes_of_its_own_steps(completed: Run) 
     assert completed.given("continue_outputs", "outputs") == completed.given("cut_into_prefixes", "outputs") == labelled
     continued = [d for d in completed.given("score", "outputs") if d in completed.made("continue_outputs")]
     assert continued == completed.made("continue_outputs")
-    judged = [
+    verdicts = [
         made
         for made, of in zip(completed.made("score"), completed.given("score", "outputs"), strict=True)
         if of in completed.made("continue_outputs")
     ]
-    assert completed.given("estimate_step_labels", "rewards") == judged
+    assert completed.given("estimate_step_labels", "rewards") == verdicts
     assert completed.given("train_reward_model", "labels")[0] == completed.made("estimate_step_labels")[0]
 
 

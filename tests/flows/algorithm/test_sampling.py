@@ -1,4 +1,4 @@
-"""A run whose reference scores the outputs in a pass of its own, beside one where it stays loaded; limits that stop a run."""
+"""A run whose reference scores the outputs in a pass of its own, and one where it stays loaded; limits that stop a run."""
 
 from __future__ import annotations
 

@@ -82,10 +82,10 @@ def test_logits_beyond_their_limit_are_held_a_chunk_at_a_time() -> None:
     assert whole == 2 * 4 * 1536 * 102_400 + 2 * 4 * (1 << 22)
 
 
-def test_a_reference_beside_the_policy_is_four_bytes_a_parameter() -> None:
+def test_a_reference_in_memory_is_four_bytes_a_parameter() -> None:
     batch = Batch(1, 10, 10)
-    alone, beside = (training_memory(SEVEN_B, config(), batch, reference=there) for there in (False, True))
-    assert sum(beside.values()) - sum(alone.values()) == 4 * SEVEN_B.parameters
+    without, with_it = (training_memory(SEVEN_B, config(), batch, reference=there) for there in (False, True))
+    assert sum(with_it.values()) - sum(without.values()) == 4 * SEVEN_B.parameters
 
 
 def test_writing_a_checkpoint_gathers_the_moments_on_every_rank() -> None:

@@ -1,4 +1,4 @@
-"""`cohort reward-model`: what is learned from, what is judged on, what is said, and that it is computed once."""
+"""`cohort reward-model`: what is learned from, what is measured on, the report, and that it is computed once."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_validation_leaves_the_held_out_questions_alone(data: Path, store: Store
     assert study.questions == {"learned": sum(not is_held_out(text, 0.55) for text in texts), "measured": len(between)}
 
 
-def test_labels_that_the_rules_contradict_stop_the_study_or_are_told(tmp_path: Path, store: Store) -> None:
+def test_labels_that_the_rules_contradict_stop_the_study_or_are_a_warning(tmp_path: Path, store: Store) -> None:
     changed = rows()
     changed[3]["ann"]["is_correct"] = False
     folder = written(tmp_path, changed)

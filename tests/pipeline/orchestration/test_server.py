@@ -144,18 +144,18 @@ def _flow_run(url: str) -> str:
 @pytest.mark.slow
 def test_stopping_ends_the_process_group_and_only_ours(home: Path) -> None:
     ensure_server(home)
-    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    foreign = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
     process = recorded(home)
     assert process is not None
-    used_again = dataclasses.asdict(process) | {"pid": stranger.pid}
+    used_again = dataclasses.asdict(process) | {"pid": foreign.pid}
     (home / "server.json").write_text(json.dumps(used_again))
     assert server_status(home).pid is None, "a pid used again is not our server"
     assert stop_server(home), "found by its mark although its record was lost"
     assert not psutil.pid_exists(process.pid)
-    assert stranger.poll() is None
+    assert foreign.poll() is None
     assert not stop_server(home)
-    stranger.kill()
-    stranger.wait()
+    foreign.kill()
+    foreign.wait()
 
 
 def test_a_configured_server_that_is_dead_is_an_error_with_what_to_do(
@@ -169,7 +169,7 @@ def test_a_configured_server_that_is_dead_is_an_error_with_what_to_do(
     assert server_status(tmp_path).configured
 
 
-def test_a_password_in_the_configured_address_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_password_in_the_configured_address_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://ann:hunter2@127.0.0.1:9/api")
     with pytest.raises(ServerError, match=r"ann:\*\*\*@127") as caught:
         ensure_server(tmp_path)

@@ -80,7 +80,7 @@ def test_another_machine_reads_only_the_manifest_until_it_needs_the_payload(clou
     assert (other.path(digest) / "weights.bin").read_bytes() == bytes(range(256)) * 40
     assert (other.path(digest) / "part" / "note.txt").stat().st_mode & 0o777 == 0o444
     assert cloud.asked("GET", "weights.bin") == 1
-    again = Store(tmp_path / "b")  # a worker is told the folder only; the folder knows its store
+    again = Store(tmp_path / "b")  # a worker gets the folder only, which records its store
     cloud.requests.clear()
     assert again.find(KEY) is not None
     assert again.path(digest).exists()
@@ -90,7 +90,7 @@ def test_another_machine_reads_only_the_manifest_until_it_needs_the_payload(clou
 def test_the_manifest_goes_up_after_the_payload_and_the_record_last(cloud: Cloud, tmp_path: Path) -> None:
     digest = commit(opened(tmp_path / "a", cloud.url()))
     puts = [path.split("?")[0] for method, path in cloud.requests if method == "PUT"]
-    assert cloud.asked("HEAD") == 0  # refused without a reason, they could not be told apart
+    assert cloud.asked("HEAD") == 0  # refused without a reason, they could not be distinguished
     order = [path.rsplit("/", 1)[1] for path in puts if "/objects/" in path or "/actions/" in path]
     assert sorted(order[:2]) == ["note.txt", "weights.bin"]
     assert order[2:] == ["manifest.json", f"{KEY}.json"]
@@ -143,7 +143,7 @@ def _hold(root: Path, url: str, held: multiprocessing.synchronize.Event) -> None
 
 
 def test_only_a_killed_holders_lock_is_taken_over(cloud: Cloud, tmp_path: Path) -> None:
-    url, held, told = cloud.url(), SPAWN.Event(), []
+    url, held, holders = cloud.url(), SPAWN.Event(), []
     holder = SPAWN.Process(target=_hold, args=(tmp_path / "a", url, held))
     holder.start()
     assert held.wait(60)
@@ -151,7 +151,7 @@ def test_only_a_killed_holders_lock_is_taken_over(cloud: Cloud, tmp_path: Path) 
 
     def take(topic: str, values: dict[str, object]) -> None:
         if topic == "lock":
-            told.append(str(values["holder"]))
+            holders.append(str(values["holder"]))
             killer.set()
 
     store, began = opened(tmp_path / "b", url, lease_seconds=2.0), time.monotonic()
@@ -169,7 +169,7 @@ def test_only_a_killed_holders_lock_is_taken_over(cloud: Cloud, tmp_path: Path) 
     thread.join()
     holder.join()
     assert 7.0 < waited < 30.0
-    assert f"pid {holder.pid}" in told[0]
+    assert f"pid {holder.pid}" in holders[0]
 
 
 # ---------------------------------------------------------------- networks

@@ -244,7 +244,7 @@ def test_a_file_of_pins_of_another_shape_is_left_out_once_its_run_is_dead(store:
     with pytest.warns(UserWarning, match=r"left out: .*bad\.1 is no file of pins"):
         assert store.pins.remains() == {}
     with locked(store.root / "pins" / "bad.1"), pytest.raises(StoreError, match="is no file of pins"):
-        store.pins.require_unpinned(digest)  # of a run that lives nobody knows what it needs
+        store.pins.require_unpinned(digest)  # what a live run needs is unknown
 
 
 def test_pins_are_digests_and_nothing_else(store: Store, digest: str) -> None:

@@ -111,11 +111,11 @@ def test_a_run_waits_for_a_device_and_says_who_has_it(
     thread = threading.Thread(target=first)
     thread.start()
     inside.wait(5)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         with exclusive_devices(1, holder="grpo-s1"):
             assert ended
-    (warning,) = [str(one.message) for one in told]
+    (warning,) = [str(one.message) for one in shown]
     assert warning.startswith(f"waiting for 1 of 1 CUDA devices; device 0: grpo-s0 (process {os.getpid()} since ")
     thread.join()
 

@@ -196,20 +196,20 @@ def test_foreign_connections_delay_neither_the_start_nor_its_deadline(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They come first; in the second group the process never becomes ready."""
-    strangers: list[socket.socket] = []
+    foreign: list[socket.socket] = []
     listen_on = socket.create_server
 
     def crowded(address: tuple[str, int]) -> socket.socket:
         server = listen_on(address)
-        strangers.extend(socket.create_connection(server.getsockname()) for _ in range(3))
-        strangers[-1].sendall(b"\0\0\0\4rank")
+        foreign.extend(socket.create_connection(server.getsockname()) for _ in range(3))
+        foreign[-1].sendall(b"\0\0\0\4rank")
         return server
 
     monkeypatch.setattr(socket, "create_server", crowded)
     assert start(ranks=2).order({"do": "echo"}, deadline=10) == [{"do": "echo"}] * 2
-    for stranger in strangers:
-        stranger.settimeout(5)
-        while stranger.recv(4096):  # the challenge, and then the end
+    for each in foreign:
+        each.settimeout(5)
+        while each.recv(4096):  # the challenge, and then the end
             pass
     began = time.monotonic()
     with pytest.raises(WorkerError, match="rank 0 of 1 gave no answer within 1 s"):
@@ -255,8 +255,8 @@ def test_a_rank_on_another_host_is_started_by_the_command_and_works_like_any(
     assert there not in (here, group.pids[1])
     ends = {kind.laddr.ip for kind in psutil.Process().net_connections() if kind.raddr and kind.laddr.ip == "127.0.0.2"}
     assert ends == {"127.0.0.2"}
-    told = psutil.Process(there)
-    assert told.environ()["COHORT_LAUNCHER_RANK"] == "1"
+    remote = psutil.Process(there)
+    assert remote.environ()["COHORT_LAUNCHER_RANK"] == "1"
     secret = psutil.Process(here).environ()["COHORT_LAUNCHER_KEY"]
     assert not any(secret in part for p in psutil.process_iter() for part in _command(p))
     group.close()

@@ -17,6 +17,7 @@ from pipeline.store.files import (
     fsync,
     is_digest,
     named_errors,
+    printable,
     read_sealed,
     write_sealed,
 )
@@ -92,8 +93,8 @@ class CallRecord(RecordedCall):
 def complaint(error: ValidationError) -> str:
     """Return the first error as one line: `result: expected 64 hexadecimal digits`."""
     first = error.errors(include_url=False)[0]
-    place = "".join(letter if letter.isprintable() else "?" for letter in ".".join(map(str, first["loc"])))
-    return f"{place[:100] or 'record'}: {first['msg'].removeprefix('Value error, ')}"
+    place = printable(".".join(map(str, first["loc"])))[:100]
+    return f"{place or 'record'}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def read_call(path: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from pipeline.store.files import (
     is_plain_name,
     measure,
     parse_sealed,
+    printable,
     read_sealed,
     write_sealed,
 )
@@ -288,7 +289,7 @@ def _place(
         try:
             store.action(record["key"])
         except StoreError:
-            store.record(record["key"], {**record, "imported": _label(file)})
+            store.record(record["key"], {**record, "imported": printable(file.name)})
             taken.new_records += 1
             taken.stages[record["stage"]] += 1
     home.mkdir(parents=True, exist_ok=True)
@@ -299,11 +300,6 @@ def _place(
         os.rename(draft, home / folder.name)
     taken.runs = tuple(folder.name for folder in new)
     return taken
-
-
-def _label(file: Path) -> str:
-    """Return the archive's name, fit for a record."""
-    return "".join(letter if letter.isprintable() else "?" for letter in file.name)
 
 
 def _folders(parent: Path) -> list[Path]:

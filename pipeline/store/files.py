@@ -116,6 +116,11 @@ def is_plain_name(value: object) -> bool:
     return all(part not in ("", ".", "..") and len(part.encode()) <= 255 for part in value.split("/"))
 
 
+def printable(text: str) -> str:
+    """Return a text that moves no cursor and paints nothing: `?` in place of control characters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def fsync(path: Path) -> None:
     """Flush a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from pipeline.store.files import printable
 from pipeline.store.locks import private_folder, read_note, try_lock, write_note
 
 FOLDER: Final = "COHORT_GPU_LOCKS"
@@ -133,13 +134,9 @@ def _holder(folder: Path, device: str) -> str:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         about = json.loads(read_note(lock))
         with try_lock(lock) as free:  # what was killed leaves its word behind, and not the lock
-            return "" if free else _words(device, about)
+            words = f"device {device}: {about['run']} (process {about['pid']} since {about['since']})"
+            return "" if free else printable(words)[:200]
     return ""
-
-
-def _words(device: str, about: Mapping[str, object]) -> str:
-    words = f"device {device}: {about['run']} (process {about['pid']} since {about['since']})"
-    return "".join(letter if letter.isprintable() else "?" for letter in words)[:200]
 
 
 def _restore(before: str | None) -> None:

@@ -42,9 +42,6 @@ _TYPES: Final[Mapping[str, str]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------ tables
-
-
 @dataclasses.dataclass(frozen=True)
 class ColumnChange:
     """A column whose values differ in some rows that both tables have."""
@@ -208,9 +205,6 @@ def _largest(before: pa.Array, after: pa.Array) -> float | None:
     distances = numpy.abs(new - old)
     finite = distances[numpy.isfinite(distances)]  # null and NaN have no distance
     return float(finite.max()) if finite.size else None
-
-
-# ------------------------------------------------------------------------------------------------ weights
 
 
 @dataclasses.dataclass(frozen=True)

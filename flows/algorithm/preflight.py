@@ -141,9 +141,6 @@ def _verdicts(rows: Sequence[Row]) -> set[bool]:
     return {row["status"] == "ok" for row in rows if row["reward"] is not None}
 
 
-# ------------------------------------------------------------------------------------------------ what to change
-
-
 def _unread(config: IterativeRLConfig, found: Findings, rows: Sequence[Row], outputs: Rollouts) -> Iterator[str]:
     """Say what is wrong with outputs that could not be read, the most frequent cause first."""
     advice = {

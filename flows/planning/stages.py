@@ -45,8 +45,6 @@ _KEY: Final = 40
 _TEXT: Final = 4
 """Characters of a token; ours, of English under a large vocabulary. A character tokenizer has one."""
 
-# ------------------------------------------------------------------------------------------------ sampling, rules
-
 
 def sampling(given: Given, name: str, when: When, config: RolloutConfig, questions: int, *, settings: str) -> StagePlan:
     """Plan outputs of so many questions; those of an evaluation are scored in the same stage."""
@@ -130,9 +128,6 @@ def _sampling_seconds(given: Given, backend: BackendConfig, work: Work, *, half:
         killed = backend.between_calls == "kill" or (backend.between_calls == "auto" and given.gpu)
         return seconds / backend.tensor_parallel_size + (_ENGINE_START if killed else 0.5)
     return seconds + FLOAT * given.shape.parameters / profile.bandwidth
-
-
-# ------------------------------------------------------------------------------------------------ training
 
 
 @dataclass(frozen=True)
@@ -284,9 +279,6 @@ def _sent(parameters: float, config: TrainingConfig, passes: float) -> float:
     own = passes / config.engine.ranks
     times = {0: 2.0, 1: 2.0, 2: own + 1.0, 3: 3.0 * own}[config.engine.zero_stage]
     return FLOAT * parameters * share * times
-
-
-# ------------------------------------------------------------------------------------------------ disk
 
 
 def checkpoint_bytes(shape: ModelShape, config: TrainingConfig, *, head: bool = True) -> float:

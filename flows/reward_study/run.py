@@ -116,9 +116,6 @@ def _table(study: Study) -> Iterator[Mapping[str, Any]]:
             yield {"score": score, "gauge": name, "value": gauge.value, "low": gauge.low, "high": gauge.high}
 
 
-# ------------------------------------------------------------------------------------------------ report
-
-
 def print_study(study: Study, console: Console) -> None:
     """Print reward model and baselines, its lead over each, author by author, calibration, and what to make of it."""
     for grid in _tables(study):

@@ -20,9 +20,6 @@ GRACE: Final = 600.0
 """Seconds after its last use by any process in which an object stays: a reader of its path opens it by then. Ours."""
 
 
-# ------------------------------------------------------------------------------------------------ which remote store
-
-
 class Binding(NamedTuple):
     """The remote store that a folder is the cache of, so that two stores are never mixed."""
 
@@ -47,9 +44,6 @@ def bind(root: Path, binding: Binding) -> None:
     with draft_folder(root) as draft:
         (draft / BINDING).write_text(json.dumps(binding._asdict()), encoding="utf-8")
         os.replace(draft / BINDING, root / BINDING)
-
-
-# ------------------------------------------------------------------------------------------------ what is to be uploaded
 
 
 class Pending:
@@ -78,9 +72,6 @@ class Pending:
         """Return note, kind and name of all that is to be uploaded, by whichever process: objects first, then records."""
         found = sorted(self._folder.glob("*.*"), key=lambda path: ".object." not in path.name)
         return [(path, path.name.split(".")[1], path.name.split(".")[0]) for path in found]
-
-
-# ------------------------------------------------------------------------------------------------ its size
 
 
 def evict(root: Path, limit: float, *, keep: Callable[[str], bool], grace: float = GRACE) -> int:

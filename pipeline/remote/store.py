@@ -42,8 +42,6 @@ class RemoteStore:
         self._pins = RemotePins(self._bucket, self._clock, seconds=lease_seconds)
         self.url = self._bucket.url
 
-    # -------------------------------------------------------------------------------------------- which store
-
     def identity(self, *, create: bool = True) -> str | None:
         """Return the name that this store got when it was first used, now if `create`; None: it has none."""
         found = self._identity()
@@ -66,8 +64,6 @@ class RemoteStore:
         if not isinstance(found, str) or not _IDENTIFIER.fullmatch(found):
             raise StoreError(f"{self.url}/{_IDENTITY} is not that of a store; choose another folder")
         return found
-
-    # -------------------------------------------------------------------------------------------- objects
 
     def push(self, folder: Path) -> None:
         """Upload a sealed object, named by its folder, unless it is there: payload, then, once all sizes fit, the manifest.
@@ -185,8 +181,6 @@ class RemoteStore:
     def _entries(self, digest: str) -> dict[str, Entry]:
         return self._bucket.entries(f"objects/{digest[:2]}/{digest}")
 
-    # -------------------------------------------------------------------------------------------- records of calls
-
     def put_record(self, key: str, sealed: bytes) -> None:
         """Upload the record of a call whose result is there."""
         self._bucket.write(_action(key), sealed)
@@ -211,8 +205,6 @@ class RemoteStore:
         """Return the keys that have a record."""
         stems = (Path(name).stem for name in self._bucket.entries("actions") if name.endswith(".json"))
         return [stem for stem in stems if is_digest(stem)]
-
-    # -------------------------------------------------------------------------------------------- locks, clock
 
     def lock(self, key: str) -> contextlib.AbstractContextManager[None]:
         """Hold a key among all machines that share the store."""

@@ -73,8 +73,6 @@ class Pins:
         self._pinned: set[str] = set()
         self._readings: dict[str, _Reading] = {}
 
-    # -------------------------------------------------------------------------------------------- the own pins
-
     @contextlib.contextmanager
     def open(self, run: str) -> Iterator[None]:
         """Keep a file of pins for `run` inside the block. Pins that a dead process of the same run left are dropped."""
@@ -124,8 +122,6 @@ class Pins:
             os.close(self._own)
         self._own = None
         self._pinned.clear()
-
-    # -------------------------------------------------------------------------------------------- those of others
 
     def require_unpinned(self, digest: str) -> None:
         """Raise PinnedArtifactError, with run, host and process, where another live run needs an object.

@@ -158,8 +158,6 @@ class Group:
                 process.wait(max(0.0, end - time.monotonic()))
         self._kill()
 
-    # ------------------------------------------------------------------------------------------------ inside
-
     @contextlib.contextmanager
     def _or_nothing(self, *, always: bool = False) -> Iterator[None]:
         """Kill the group when the block is left by an exception, Ctrl-C included: what computes hears nothing else."""

@@ -1,4 +1,4 @@
-"""Shortcuts, which see the surface only, are fitted on one part and scored on another; gauges of any score beside them."""
+"""Shortcuts, which see the surface only, are fitted on one part and scored on another; gauges of any score."""
 
 from __future__ import annotations
 
@@ -209,8 +209,8 @@ def test_the_lead_over_a_baseline_is_paired(store: Store) -> None:
     short = scored(rules, [-float(len(each["output_ids"])) for each in outputs.rows()])
     moved = scored(rules, [7 + 3 * score for score in scores(short)])
     nothing = scored(rules, [0.0] * 200)
-    beside = {"same": moved, "nothing": nothing}
-    found = gauges(measure_discrimination(short, rules, solutions, beside, resamples=100, seed=0))
+    baselines = {"same": moved, "nothing": nothing}
+    found = gauges(measure_discrimination(short, rules, solutions, baselines, resamples=100, seed=0))
     assert found["auc_gain/same"] == (0.0, 0.0, 0.0)
     auc_itself = found["auc"]
     assert found["auc_gain/nothing"] == pytest.approx([bound - 0.5 for bound in auc_itself if bound is not None])

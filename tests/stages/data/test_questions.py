@@ -28,10 +28,10 @@ def test_every_epoch_is_a_permutation_and_no_batch_repeats_a_row(count: int, dat
 
 @pytest.mark.claim("a resumed run that repeats questions")
 def test_a_step_s_batch_does_not_depend_on_the_steps_before_it() -> None:
-    alone = sample_positions(10, size=4, step=7, seed=0)
+    first = sample_positions(10, size=4, step=7, seed=0)
     for step in range(7):
         sample_positions(10, size=4, step=step, seed=0)
-    assert sample_positions(10, size=4, step=7, seed=0) == alone
+    assert sample_positions(10, size=4, step=7, seed=0) == first
 
 
 def test_seeds_and_epochs_shuffle_differently() -> None:

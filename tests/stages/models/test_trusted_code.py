@@ -98,7 +98,7 @@ def own_processor(folder: Path) -> None:
 
 
 def forged_trust(folder: Path) -> None:
-    """What once was the record of trust, and beside it whatever else might be taken for one."""
+    """What once was the record of trust, and whatever else might be taken for one."""
     own_architecture(folder)
     named = {"own.py": code_digest(code_files(folder))}
     (folder / "trusted_code.json").write_text(json.dumps({"pin": COMMIT, "files": named}))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 
 from stages.reward import AccuracyConfig
 from stages.reward.pool import KillablePool
-from stages.reward.rules.accuracy import VERIFIER_MODULES, Verifier, grade_answers
+from stages.reward.rules.accuracy import Verifier, grade_answers
 from stages.reward.rules.extraction import find_answer
 
 PAIRS = [
@@ -22,19 +21,12 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[KillablePool]:
-    made = KillablePool(workers=2, memory_mb=1024, preload=VERIFIER_MODULES)
-    yield made
-    made.close()
-
-
-def statuses(pairs: list[dict[str, Any]], verifier: Verifier, pool: KillablePool) -> list[str]:
+def statuses(pairs: list[dict[str, Any]], verifier: Verifier, verifiers: KillablePool) -> list[str]:
     conventions = AccuracyConfig().conventions
     asked = [(pair["gold"], pair["output"]) for pair in pairs]
     return [
         grade.status
-        for grade in grade_answers(asked, conventions=conventions, verifier=verifier, pool=pool, deadline_s=20.0)
+        for grade in grade_answers(asked, conventions=conventions, verifier=verifier, pool=verifiers, deadline_s=20.0)
     ]
 
 
@@ -46,16 +38,16 @@ def test_there_are_300_pairs_half_of_them_right_and_none_twice() -> None:
 
 @pytest.mark.claim("a number taken out of an unread formula")
 @pytest.mark.parametrize("verifier", ["math_verify", pytest.param("math_verify_search", marks=pytest.mark.slow)])
-def test_every_pair_is_graded_as_it_should_be(verifier: Verifier, pool: KillablePool) -> None:
-    found = statuses(PAIRS, verifier, pool)
+def test_every_pair_is_graded_as_it_should_be(verifier: Verifier, verifiers: KillablePool) -> None:
+    found = statuses(PAIRS, verifier, verifiers)
     assert [
         (p["gold"], p["output"], s) for p, s in zip(PAIRS, found, strict=True) if (s == "ok") != p["expected"]
     ] == []
     assert set(found) == {"ok", "wrong", "unparseable"}
 
 
-def test_the_exact_verifier_rewards_no_wrong_answer(pool: KillablePool) -> None:
-    found = statuses(PAIRS, "exact", pool)
+def test_the_exact_verifier_rewards_no_wrong_answer(verifiers: KillablePool) -> None:
+    found = statuses(PAIRS, "exact", verifiers)
     assert [p for p, s in zip(PAIRS, found, strict=True) if s == "ok" and not p["expected"]] == []
 
 
@@ -68,23 +60,25 @@ def test_the_exact_verifier_rewards_no_wrong_answer(pool: KillablePool) -> None:
     ],
 )
 def test_a_gold_of_words_or_signs_without_meaning_is_compared_as_text(
-    gold: str, output: str, pool: KillablePool
+    gold: str, output: str, verifiers: KillablePool
 ) -> None:
     pairs = [{"gold": gold, "output": output}, {"gold": gold, "output": rf"\boxed{{{gold}}}"}]
-    assert statuses(pairs, "math_verify", pool) == ["wrong", "ok"]
+    assert statuses(pairs, "math_verify", verifiers) == ["wrong", "ok"]
 
 
 @pytest.mark.parametrize("gold", [r"\frac{1}{2}{", r"((2", r"2 +* 3", r"\sqrt"])
-def test_a_gold_formula_that_cannot_be_read_gives_no_verdict(gold: str, pool: KillablePool) -> None:
-    assert statuses([{"gold": gold, "output": r"\boxed{x+1}"}], "math_verify", pool) == ["error"]
+def test_a_gold_formula_that_cannot_be_read_gives_no_verdict(gold: str, verifiers: KillablePool) -> None:
+    assert statuses([{"gold": gold, "output": r"\boxed{x+1}"}], "math_verify", verifiers) == ["error"]
 
 
 @pytest.mark.parametrize(
     ("output", "status"),
     [("#### x+1", "unparseable"), ("#### 18", "wrong"), ("#### 17 + 1", "unparseable"), ("no idea", "unparseable")],
 )
-def test_the_exact_verifier_calls_unparseable_what_is_no_number(output: str, status: str, pool: KillablePool) -> None:
-    assert statuses([{"gold": "17", "output": output}], "exact", pool) == [status]
+def test_the_exact_verifier_calls_unparseable_what_is_no_number(
+    output: str, status: str, verifiers: KillablePool
+) -> None:
+    assert statuses([{"gold": "17", "output": output}], "exact", verifiers) == [status]
 
 
 def test_of_several_marks_the_first_or_the_last_counts() -> None:

@@ -1,4 +1,4 @@
-"""A reward model's score with components beside it: by hand, as a whole, by steps, and where an output was cut."""
+"""A reward model's score with other components: by hand, as a whole, by steps, and where an output was cut."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OUTPUTS = (GOOD, FORMLESS, CUT)
 """Of 10, 6 and 9 tokens; the steps of the first end at tokens 2 and 9."""
 STEP_SCORES = ([0.5, 1.5], [-0.5, -1.0], [3.0, 1.0])
 SCORES = (2.0, -1.0, 3.0)
-BESIDE = (FormatConfig(weight=0.25), OverlongConfig(weight=1.0, max_tokens=12, buffer_tokens=4))
+OTHERS = (FormatConfig(weight=0.25), OverlongConfig(weight=1.0, max_tokens=12, buffer_tokens=4))
 """Format: 1, 0 and 1. Overlong: (8 - 10) / 4 = -0.5, 0 and (8 - 9) / 4 = -0.25."""
 
 
@@ -75,7 +75,7 @@ def combined(reward: RewardConfig, *, weight: float = 2.0, bounded: bool = False
 def test_components_join_the_score_by_their_weights_and_truncation_holds_for_it(
     truncated: str, bounded: bool, last: float | None, model: float | None, last_steps: list[float] | None
 ) -> None:
-    rows = combined(config(truncated, *BESIDE), bounded=bounded).rows()
+    rows = combined(config(truncated, *OTHERS), bounded=bounded).rows()
     assert [row["reward"] for row in rows] == [2 * 2.0 + 0.25 - 0.5, 2 * -1.0, last]
     assert [row["step_rewards"] for row in rows] == [[1.0, 3.0 + 0.25 - 0.5], [-1.0, -2.0], last_steps]
     assert dict(rows[0]["components"]) == {"model": 2.0, "rule": 1.0, "format": 1.0, "overlong": -0.5}
@@ -85,7 +85,7 @@ def test_components_join_the_score_by_their_weights_and_truncation_holds_for_it(
 
 
 def test_each_component_has_its_metric_and_the_mean_is_of_what_counts() -> None:
-    metrics = combined(config("as_unparseable", *BESIDE)).metrics
+    metrics = combined(config("as_unparseable", *OTHERS)).metrics
     assert metrics["reward/mean"] == pytest.approx((3.75 - 2.0 - 2.25) / 3)
     assert metrics["reward/model"] == pytest.approx((2.0 - 1.0 - 1.0) / 3)
     assert (metrics["reward/format"], metrics["reward/overlong"]) == (pytest.approx(1 / 3), pytest.approx(-0.25))
@@ -104,18 +104,18 @@ def test_no_reward_takes_the_steps_of_a_cut_output_out() -> None:
 
 
 def test_the_answers_own_component_is_not_paid_twice() -> None:
-    beside = (*BESIDE, AccuracyConfig(name="boxed", conventions=("boxed",), verifier="exact", weight=0.5))
-    row = combined(config("as_is", *beside)).rows()[0]
+    parts = (*OTHERS, AccuracyConfig(name="boxed", conventions=("boxed",), verifier="exact", weight=0.5))
+    row = combined(config("as_is", *parts)).rows()[0]
     assert dict(row["components"]).keys() == {"model", "rule", "format", "overlong", "boxed"}
-    assert row["reward"] == 3.75, "the first accuracy is what the model stands for; the second found no box"
+    assert row["reward"] == 3.75, "the first accuracy is what the model has learned; the second found no box"
 
 
 def test_an_outcome_model_s_rewards_have_no_steps() -> None:
-    assert {row["step_rewards"] for row in combined(config("as_is", *BESIDE), steps=False).rows()} == {None}
+    assert {row["step_rewards"] for row in combined(config("as_is", *OTHERS), steps=False).rows()} == {None}
 
 
 def test_process_supervision_pays_the_whole_output_s_part_at_its_last_step() -> None:
-    made = combined(config("as_unparseable", *BESIDE))
+    made = combined(config("as_unparseable", *OTHERS))
     process = GroupConfig(supervision="process", scale="none")
     found = estimate_advantages(made, rollouts(*OUTPUTS, cut=(2,)), process)
     first = found.rows()[0]["advantage"]
@@ -154,11 +154,11 @@ def test_rules_too_pay_form_at_the_last_step_and_the_answer_nowhere() -> None:
     asked = question_table("9", question="Compute 7+5-3.")
     made = score(rollouts("7+5=12\n12-3=9\n#### 9", "7+5=2\n2-3=9\nA: 9"), asked, rules)
     assert [found["step_rewards"] for found in made.rows()] == [[1.0, 1.0, 1.25], [0.0, 0.0, 0.0]]
-    assert made.metrics["reward/steps"] == pytest.approx(3 / 6), "labels, without what is paid beside them"
+    assert made.metrics["reward/steps"] == pytest.approx(3 / 6), "labels, without what is paid next to them"
 
 
 def test_labels_come_from_the_answer_and_the_steps_alone() -> None:
-    reward = config("as_is", FormatConfig(), StepsConfig(), LanguageConfig(), *BESIDE[1:])
+    reward = config("as_is", FormatConfig(), StepsConfig(), LanguageConfig(), *OTHERS[1:])
     assert [component.kind for component in labels_only(reward).components] == ["accuracy", "steps"]
     assert labels_only(reward).truncated == "as_is"
     plain = config("as_is", StepsConfig())

@@ -1,4 +1,4 @@
-"""Where the final answer stands, and the form an output has."""
+"""Where the final answer is, and the form an output has."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def test_equal_outputs_score_equally_and_cost_one_forward(store: Store, monkeypa
 
 
 def with_vocabulary(model: Checkpoint, change: Any) -> Checkpoint:
-    """The same weights beside another tokenizer."""
+    """The same weights with another tokenizer."""
     tokenizer = change(tiny_tokenizer())
 
     def fill(folder: Path) -> None:

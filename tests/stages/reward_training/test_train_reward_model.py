@@ -47,7 +47,7 @@ CASES: list[tuple[Any, Any]] = [
 
 
 def logits_of(model: Any, row: dict[str, Any]) -> torch.Tensor:
-    """A score at every output token, by trunk and head alone: no batch, no padding, no pooling."""
+    """A score at every output token, by trunk and head: no batch, no padding, no pooling."""
     ids = torch.tensor([row["prompt_ids"] + row["output_ids"]])
     logits: torch.Tensor = model.score(model.base_model(input_ids=ids).last_hidden_state)[0, :, 0]
     return logits[len(row["prompt_ids"]) :]

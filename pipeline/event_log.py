@@ -38,7 +38,7 @@ _WAIT_SECONDS: Final = 0.001
 _TYPES: Final[Mapping[str, type[Event]]] = {
     name: kind
     for name, kind in vars(events).items()
-    if isinstance(kind, type) and issubclass(kind, Event) and name in events.__all__ and kind is not Event
+    if isinstance(kind, type) and issubclass(kind, Event) and name[0] != "_" and kind is not Event
 }
 _ADAPTERS: Final = {name: TypeAdapter[Event](kind) for name, kind in _TYPES.items()}
 

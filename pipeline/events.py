@@ -22,26 +22,6 @@ from pipeline.orchestration.interruption import check
 from pipeline.progress import failsafe
 from pipeline.store.actions import Digest, Label, Moment, Seconds
 
-__all__ = [
-    "LONGEST_TEXT",
-    "DriftDone",
-    "EvaluationDone",
-    "Event",
-    "Fold",
-    "Freed",
-    "Logged",
-    "PreflightDone",
-    "RunEnded",
-    "RunStarted",
-    "StageDone",
-    "StageFailed",
-    "StageStarted",
-    "StepDone",
-    "Warned",
-    "emit",
-    "recording",
-]
-
 LONGEST_TEXT: Final = 4000
 """Characters of an error or a warning in a log."""
 

@@ -161,7 +161,7 @@ def _add_run(table: Table, record: RunRecord) -> None:
     colour = {"finished": "green", "running": "cyan"}.get(status, "yellow")
     head = [
         quoted(record.folder.name),
-        moment(last.started),
+        moment(last.start.time),
         f"[{colour}]{status}[/]",
         f"{record.steps}/{record.total_steps}",
     ]
@@ -190,7 +190,7 @@ def _digest(places: Places, store: Store, what: str) -> str:
 def _calls_of(places: Places, store: Store, calls: list[dict[str, Any]], what: str | None) -> list[dict[str, Any]]:
     if what is None:
         last = list(read_records(places))[-1:]
-        since = last[0].attempts[-1].started if last else 0.0
+        since = last[0].attempts[-1].start.time if last else 0.0
         first: dict[str, dict[str, Any]] = {}
         for call in calls:
             if call["created"] >= since:

@@ -183,7 +183,7 @@ def _point_at_best(result: ExperimentResult, places: Places, log: Callable[[Reco
     # A run logs its final policy last.
     last = {record["model"]: record for record in fold.records if record["kind"] == "model"}
     for model in last.values():
-        began = fold.record.attempts[0].started
+        began = fold.record.attempts[0].start.time
         name = f"best-{result.experiment.name}"
         log(alias(name, model, run=best.folder, run_name=best.name, began=began))
 
@@ -239,7 +239,7 @@ def _calls(planned: PlannedExperiment, places: Places, since: float) -> Iterator
         for arm in planned.chosen
         if (record := read_record(run_folder(places, arm.choice.config)))
         for attempt in record.attempts
-        if attempt.started >= since
+        if attempt.start.time >= since
     ]
     executed, reused = sum(one.executed for one in attempts), sum(one.cached for one in attempts)
     yield f"stage calls: {executed + reused:,} asked for, {executed:,} computed, {reused:,} reused"

@@ -152,7 +152,7 @@ class _Child:
         if code < 0:
             return f"killed by {signal.Signals(-code).name}; its log: {self.log}"
         record = read_record(self.folder)
-        said = record.attempts[-1].error if record and record.attempts[-1].pid == self.process.pid else ""
+        said = record.attempts[-1].error if record and record.attempts[-1].start.pid == self.process.pid else ""
         return said or f"ended with exit code {code}; its log: {self.log}"
 
 

@@ -135,7 +135,7 @@ def _run_row(run: History | None, step: int | None) -> dict[str, str]:
         return {}
     total = run.config.iterations * run.config.steps
     place = "made before the first step, or beside the steps" if step is None else f"after step {step} of {total}"
-    return {"run": f"`{run.record.folder.name}`, {place}, started on {_date(run.record.attempts[0].started)}"}
+    return {"run": f"`{run.record.folder.name}`, {place}, started on {_date(run.record.attempts[0].start.time)}"}
 
 
 def _adapter_rows(digest: str, base: str, folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:

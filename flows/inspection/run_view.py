@@ -17,9 +17,9 @@ from flows.inspection.groups import groups_of
 from flows.inspection.history import History, PlacedCall, placed_calls
 from flows.inspection.run_curve import Curve, evaluations, measures
 from flows.inspection.run_diff import config_changes
-from flows.runs.record import Attempt
 from flows.runs.summary import mismatch_line, worst_mismatch
 from flows.wording import duration, moment, percent, quoted
+from pipeline.events import RunStarted
 from pipeline.lineage import inputs
 from pipeline.store import MissingArtifactError, Store
 
@@ -85,8 +85,8 @@ def _show_head(run: History, console: Console) -> None:
     took = duration(sum(attempt.seconds for attempt in record.attempts))
     attempts = f", {len(record.attempts)} attempts" if len(record.attempts) > 1 else ""
     table.add_row("status", f"{last.outcome()}, {record.steps} of {record.total_steps} steps, took {took}{attempts}")
-    table.add_row("started", moment(record.attempts[0].started))
-    table.add_row("command", Text(last.command))
+    table.add_row("started", moment(record.attempts[0].start.time))
+    table.add_row("command", Text(last.start.command))
     if last.error:
         table.add_row("error", Text(last.error))
     if record.policy:
@@ -98,7 +98,7 @@ def _show_head(run: History, console: Console) -> None:
 
 def _show_settings(run: History, console: Console) -> None:
     """Print what was asked for, and what differs from the recipe that it was asked of."""
-    latest = run.record.attempts[::-1]
+    latest = [attempt.start for attempt in run.record.attempts[::-1]]
     asked = next((attempt for attempt in latest if attempt.recipe in RECIPES), None)  # later ones may name config.yaml
     made = asked or next((attempt for attempt in latest if attempt.overrides), None)
     if made and made.overrides:
@@ -115,7 +115,7 @@ def _show_settings(run: History, console: Console) -> None:
         console.print(f"\n{recipe.rstrip(',')} as it is")
 
 
-def _overrides(attempt: Attempt) -> Group:
+def _overrides(attempt: RunStarted) -> Group:
     """Return the overrides in their order, with who asked for each."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("override", "value", "from"):

@@ -47,44 +47,16 @@ class InterruptedRunError(Exception):
 class Attempt:
     """One call of `cohort run`."""
 
-    started: float
-    """Seconds since the epoch."""
-    command: str
-    engine: str
-    pid: int
-    process_start: str
-    """When the process started (`start_of`), which with pid and host names it beyond doubt."""
-    host: str
-    id: str = ""
-    """As its events have it."""
+    start: RunStarted
     status: Status = "running"
     seconds: float = 0.0
     executed: int = 0
     cached: int = 0
     error: str = ""
-    recipe: str = ""
-    """The recipe, or the complete file, that the overrides were made to."""
-    overrides: list[dict[str, Any]] = field(default_factory=list)
-    """What was asked for, in its order (`flows/config/resolve.py: AskedOverride`)."""
-
-    @classmethod
-    def of(cls, event: RunStarted) -> Attempt:
-        """The attempt that begins with an event."""
-        return cls(
-            event.time,
-            event.command,
-            event.engine,
-            event.pid,
-            event.process_start,
-            event.host,
-            event.attempt,
-            recipe=event.recipe,
-            overrides=event.overrides,
-        )
 
     def take(self, event: Event) -> None:
         """Note an event of this attempt."""
-        self.seconds = max(0.0, event.time - self.started)
+        self.seconds = max(0.0, event.time - self.start.time)
         if isinstance(event, RunEnded):
             self.status, self.error, self.seconds = event.status, event.error, event.seconds
             self.executed, self.cached = event.executed, event.cached
@@ -92,12 +64,12 @@ class Attempt:
     @property
     def is_here(self) -> bool:
         """Whether its process is, or was, on this machine."""
-        return self.host == socket.gethostname()
+        return self.start.host == socket.gethostname()
 
     def outcome(self) -> Status:
         """Return the status; a run whose process is gone without a word was killed."""
         ours = self.status == "running" and self.is_here
-        return "killed" if ours and not is_alive(self.pid, self.process_start) else self.status
+        return "killed" if ours and not is_alive(self.start.pid, self.start.process_start) else self.status
 
 
 @dataclass
@@ -188,8 +160,8 @@ class RunRecord:
         match event:
             case RunStarted():
                 self.name, self.total_steps = event.name, event.total_steps
-                self.attempts.append(Attempt.of(event))
-                self.attempts.sort(key=lambda attempt: attempt.started)
+                self.attempts.append(Attempt(event))
+                self.attempts.sort(key=lambda attempt: attempt.start.time)
             case StepDone():
                 self.steps = max(self.steps, event.step)
             case RunEnded():
@@ -197,13 +169,15 @@ class RunRecord:
                 outcome = {"before": event.before, "best": event.best, "final": event.final}
                 self.accuracy = outcome if any(outcome.values()) else self.accuracy
         for attempt in self.attempts:
-            if attempt.id == event.attempt:
+            if attempt.start.attempt == event.attempt:
                 attempt.take(event)
 
     @property
     def is_running(self) -> bool:
         """Whether the attempt of this process has not ended."""
-        return any(attempt.id == self.log.attempt and attempt.status == "running" for attempt in self.attempts)
+        return any(
+            attempt.start.attempt == self.log.attempt and attempt.status == "running" for attempt in self.attempts
+        )
 
     @property
     def open(self) -> bool:
@@ -230,7 +204,7 @@ def run_folder(places: Places, config: IterativeRLConfig) -> Path:
 def read_records(places: Places) -> Iterator[RunRecord]:
     """All records that can be read, the run that was started last at the end."""
     records = [record for folder in places.runs.glob("*/") if (record := read_record(folder)) is not None]
-    yield from sorted(records, key=lambda record: record.attempts[-1].started)
+    yield from sorted(records, key=lambda record: record.attempts[-1].start.time)
 
 
 def unreadable_records(places: Places) -> dict[Path, str]:

@@ -4,7 +4,7 @@ MLflow costs seconds to import and 10-35 ms a step; in a process of its own it t
 memory of training, and no failure of a tracking server reaches training. It serves every log of a project, ends when no run
 lives and all is sent (or cannot be sent), and marks runs whose process died as KILLED.
 
-    python -m flows.tracking <root>
+    python -m flows.tracking.sender <root>
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flows.tracking.fold import MlflowFold, starts_of
 from pipeline.config.passwords import unspoken, without_password
 from pipeline.event_log import LOG
 from pipeline.store import use_store
-from pipeline.store.locks import locked
+from pipeline.store.locks import lock_file, locked
 from pipeline.tracking.database import adopt, artifact_folder, connect, local_database, tracking_uri
 from pipeline.tracking.records import Sent
 from pipeline.tracking.run import MlflowRun
@@ -57,7 +57,7 @@ def logs_of(home: Path) -> list[Path]:
 
 def start_sender(home: Path) -> None:
     """Start the sending process in a session of its own, so that Ctrl-C reaches training only; one is enough."""
-    command = [sys.executable, "-m", "flows.tracking", str(home)]
+    command = [sys.executable, "-m", "flows.tracking.sender", str(home)]
     environment = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri(home)}  # not an argument: those are for all to see
     place = Path(__file__).parents[2]  # `-m` finds this package there, installed or not
     folder_of(home).mkdir(parents=True, exist_ok=True)
@@ -251,3 +251,20 @@ def sync(home: Path, *, rebuild: bool = False) -> SyncReport:
     errors = {str(folder / LOG): sender.project(folder) for folder in idle}
     failed = {log: error for log, error in errors.items() if error}
     return SyncReport(len(idle) - len(failed), len(found) - len(idle), failed)
+
+
+def main(home: Path) -> None:
+    """Send as the project's only process, or wait as its successor; end where both are there."""
+    os.nice(5)  # training goes first
+    folder, uri = folder_of(home), tracking_uri(home)
+    name = f"sync-{place_of(uri)}"  # one for each place that is sent to
+    with open(folder / f"{name}.lock", "w") as working:
+        with open(folder / f"{name}.next.lock", "w") as waiting:
+            if not lock_file(waiting, seconds=0.0):
+                return  # the one that waits already will see every log that is there now
+            lock_file(working)
+        Sender(home, uri).follow()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from pipeline.tracking.records import Record
@@ -30,7 +30,7 @@ class MlflowRun:
     """The run of one key in one experiment, created when there is none.
 
     Args:
-        run: the `run` record: experiment, name, key, parameters, tags.
+        run: the `run` record: experiment, name, key, parameters, tags, time.
         artifacts: where the files of a new experiment lie, a URI; None leaves the choice to the server.
     """
 
@@ -38,7 +38,7 @@ class MlflowRun:
         self._client = client
         self._experiment_id = self._experiment(run["experiment"], artifacts)
         self._registry = Registry(client, self._experiment_id)
-        state = self._run_of(run["key"], run["name"], run.get("time"))
+        state = self._run_of(run["key"], run["name"], run["time"])
         self.id: str = state.info.run_id
         self.status: str = state.info.status
         self._params: dict[str, str] = dict(state.data.params)
@@ -68,7 +68,7 @@ class MlflowRun:
                     self._registry.add(record, self.id)
                 case "alias":
                     # The run that has the model may be sent later: then it is made here.
-                    run = self._run_of(record["run"], record["run_name"], record.get("began"))
+                    run = self._run_of(record["run"], record["run_name"], record["began"])
                     self._registry.point(record["alias"], record["model"], run.info.run_id)
                 case "figure":
                     # The file may be gone by now: a picture, drawn again by the next run.
@@ -96,15 +96,14 @@ class MlflowRun:
             self._client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
 
-    def _run_of(self, key: str, name: str, started: float | None = None) -> Any:
+    def _run_of(self, key: str, name: str, began: float) -> Any:
         where = f"tags.`{_RUN_KEY}` = '{key}'"
         found = self._client.search_runs([self._experiment_id], filter_string=where, max_results=1)
         if found:
             return found[0]
         tags = {_RUN_KEY: key, "mlflow.source.name": "cohort", "mlflow.source.type": "LOCAL"}
         # Not when it is first sent, which may be after its end.
-        began = None if started is None else int(started * 1000)
-        return self._client.create_run(self._experiment_id, start_time=began, run_name=name, tags=tags)
+        return self._client.create_run(self._experiment_id, start_time=int(began * 1000), run_name=name, tags=tags)
 
     def _send_steps(self, records: Sequence[Record]) -> None:
         from mlflow.entities import Metric
@@ -116,8 +115,7 @@ class MlflowRun:
                 if record["step"] > last_step.get(key, -1):
                     points.append(Metric(key, value, int(record["time"] * 1000), record["step"]))
             last_step |= {key: max(record["step"], last_step.get(key, -1)) for key in record["metrics"]}
-        for batch in _batches(points, _METRICS_A_BATCH):
-            self._client.log_batch(self.id, metrics=batch)
+        self._log("metrics", points, _METRICS_A_BATCH)
         self._last_step = last_step
 
     def _send_params(self, params: Mapping[str, str]) -> None:
@@ -127,8 +125,7 @@ class MlflowRun:
         known = self._params
         fresh = [Param(key, value[:_PARAM_LENGTH]) for key, value in params.items() if key not in known]
         drift = {k: v for k, v in params.items() if known.get(k, v[:_PARAM_LENGTH]) != v[:_PARAM_LENGTH]}
-        for batch in _batches(fresh, _PARAMS_A_BATCH):
-            self._client.log_batch(self.id, params=batch)
+        self._log("params", fresh, _PARAMS_A_BATCH)
         self._params = known | {param.key: param.value for param in fresh}
         if drift:
             self._send_tags({"cohort.drift": "; ".join(f"{k}: {known[k]} -> {v}" for k, v in sorted(drift.items()))})
@@ -136,8 +133,11 @@ class MlflowRun:
     def _send_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        for batch in _batches([RunTag(key, value[:_TAG_LENGTH]) for key, value in tags.items()], _PARAMS_A_BATCH):
-            self._client.log_batch(self.id, tags=batch)
+        self._log("tags", [RunTag(key, value[:_TAG_LENGTH]) for key, value in tags.items()], _PARAMS_A_BATCH)
+
+    def _log(self, kind: str, entries: list[Any], most: int) -> None:
+        for start in range(0, len(entries), most):
+            self._client.log_batch(self.id, **{kind: entries[start : start + most]})
 
     def _send_table(self, record: Record) -> None:
         """A table as MLflow's own `log_table` stores it, but replaced where that appends."""
@@ -160,8 +160,3 @@ class MlflowRun:
         )
         context = InputTag("mlflow.data.context", record["context"])
         self._client.log_inputs(self.id, datasets=[DatasetInput(dataset, tags=[context])])
-
-
-def _batches(entries: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(entries), size):
-        yield entries[start : start + size]

@@ -23,6 +23,7 @@ from flows.runs.paths import Places
 from flows.runs.record import Attempt, RunRecord, read_records, run_folder
 from flows.runs.state import RunState
 from pipeline.config import ConfigError
+from pipeline.events import RunStarted
 from pipeline.residency import evict
 from pipeline.store import Store, StoreError, use_store
 
@@ -270,14 +271,11 @@ def test_configurations_of_one_name_have_folders_of_their_own(tmp_path: Path) ->
 
 
 def test_a_run_whose_process_is_gone_counts_as_killed() -> None:
-    gone = Attempt(
-        started=0.0, command="", engine="inline", pid=2**22 + 1, process_start="0-", host=socket.gethostname()
-    )
-    assert gone.outcome() == "killed"
-    elsewhere = Attempt(
-        started=0.0, command="", engine="inline", pid=2**22 + 1, process_start="0-", host="another host"
-    )
-    assert elsewhere.outcome() == "running"
+    outcomes = {
+        host: Attempt(RunStarted("r", "study", 1, 1, "", "inline", host, 2**22 + 1, "0-")).outcome()
+        for host in (socket.gethostname(), "another host")
+    }
+    assert list(outcomes.values()) == ["killed", "running"]
 
 
 def test_two_processes_that_run_one_configuration_keep_both_their_attempts(tmp_path: Path) -> None:
@@ -288,7 +286,10 @@ def test_two_processes_that_run_one_configuration_keep_both_their_attempts(tmp_p
     first.end("failed", state, "ValueError: no")
     second.end("finished", state)
     (record,) = read_records(Places(tmp_path))
-    assert [(attempt.command, attempt.status) for attempt in record.attempts] == [("a", "failed"), ("b", "finished")]
+    assert [(attempt.start.command, attempt.status) for attempt in record.attempts] == [
+        ("a", "failed"),
+        ("b", "finished"),
+    ]
 
 
 def test_a_root_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -318,7 +318,7 @@ def test_the_record_keeps_what_was_asked_and_show_names_that_recipe(tmp_path: Pa
     choice = choose(str(mine), settings=["sft.max_steps=6", "rollout.G=4"])
     places = Places(tmp_path / "root")
     record = recorded(places, choice)
-    assert (record.attempts[-1].recipe, len(record.attempts[-1].overrides)) == ("arithmetic_cpu", 4)
+    assert (record.attempts[-1].start.recipe, len(record.attempts[-1].start.overrides)) == ("arithmetic_cpu", 4)
     shown = shown_of(record, places, choice)
     assert "differs from the recipe arithmetic_cpu in" in shown
     rows = [line.split()[:2] for line in shown.splitlines()]
@@ -338,7 +338,10 @@ def test_overrides_of_a_complete_file_are_shown_and_the_recipe_is_a_guess(tmp_pa
 def test_overrides_of_a_record_of_others_are_shown_escaped(tmp_path: Path) -> None:
     choice, places = choose("arithmetic_smoke", settings=["seed=3"]), Places(tmp_path)
     record = recorded(places, choice)
-    record.attempts[-1].overrides = [{"setting": "\x1b[2J[red]a", "value": "\x9b2J", "source": "[link=x]b"}, {}]
+    record.attempts[-1].start.overrides[:] = [
+        {"setting": "\x1b[2J[red]a", "value": "\x9b2J", "source": "[link=x]b"},
+        {},
+    ]
     shown = shown_of(record, places, choice)
     assert not {"\x1b", "\x9b"} & set(shown)
     assert "\\u001b[2J[red]a" in shown

@@ -92,7 +92,7 @@ def flow_run_processes(run: UUID) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             of_run = process.environ().get("PREFECT__FLOW_RUN_ID") == str(run)
-            if of_run and "flows.tracking" not in process.cmdline():
+            if of_run and "flows.tracking.sender" not in process.cmdline():
                 found.append(process)
     return found
 

@@ -74,8 +74,8 @@ def test_a_run_by_hand_leaves_a_record_its_stages_are_tasks_of_its_own_flow_run_
     assert [attempt.executed for attempt in record.attempts] == [computed.total(), 0]
     assert Counter(name for name, state in project.tasks(first, 15) if state == "Completed") == computed
     assert computed["supervised_finetuning"] == 1
-    kept = [(each["setting"], each["value"], each["source"]) for each in record.attempts[0].overrides]
-    assert (record.attempts[0].recipe, kept[0]) == ("arithmetic_smoke", ("sft.max_steps", 299, "--set"))
+    kept = [(each["setting"], each["value"], each["source"]) for each in record.attempts[0].start.overrides]
+    assert (record.attempts[0].start.recipe, kept[0]) == ("arithmetic_smoke", ("sft.max_steps", 299, "--set"))
     assert ("name", "by-hand", "the run's parameters") in kept[1:]
     assert {state for _, state in project.tasks(again, 15)} == {"Cached"}
     run = project.ask(f"flow_runs/{first}")

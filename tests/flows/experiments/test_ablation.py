@@ -368,7 +368,7 @@ def started(root: Path, name: str) -> int:
     while time.monotonic() < deadline:
         for record in read_records(Places(root)):
             if record.name == name and record.attempts[-1].status == "running":
-                return record.attempts[-1].pid
+                return record.attempts[-1].start.pid
         time.sleep(0.02)
     raise AssertionError(f"{name} did not start")
 

@@ -272,7 +272,7 @@ def test_killed_workers_cost_the_stage_in_flight_and_the_results_are_those_of_on
     assert ablation.returncode == 0, out
     assert "submitted again (2 of at most" in out
     last = [record.attempts[-1] for record in read_records(Places(machine.root))]
-    assert [(one.engine, one.executed) for one in last] == [("inline", 0)] * 2  # this command itself only read
+    assert [(one.start.engine, one.executed) for one in last] == [("inline", 0)] * 2  # this command itself only read
 
     assert policies(machine.result()) == policies(golden.result())
     assert {run.status for run in machine.result().runs} == {"finished"}

@@ -128,7 +128,7 @@ def test_plain_output_has_one_line_per_computed_step() -> None:
     ]
 
 
-def test_a_line_says_which_of_several_iterations_it_is_and_how_many_outputs_were_right() -> None:
+def test_a_line_says_which_iteration_it_is_and_how_many_outputs_were_right() -> None:
     text = io.StringIO()
     state = state_of(4, iterations=2, clock=Clock())
     display = Display(state, Console(file=text, width=120, force_terminal=False))

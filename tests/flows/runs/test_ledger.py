@@ -102,7 +102,7 @@ def test_a_repetition_that_finds_everything_adds_its_start_and_its_end(tmp_path:
     ]
 
 
-def test_calls_of_a_step_that_came_out_otherwise_later_are_no_longer_in_the_ledger(tmp_path: Path) -> None:
+def test_calls_of_a_step_that_was_replaced_are_no_longer_in_the_ledger(tmp_path: Path) -> None:
     log_of(tmp_path / "run", START, done("update", A), StepDone(1, 0, {}, (A,)), RunEnded("failed", 1.0, error="no"))
     log_of(tmp_path / "run", START, done("update", B), StepDone(1, 0, {}, (B,)), RunEnded("finished", 1.0))
     found = read_ledger(tmp_path / "run")

@@ -37,7 +37,7 @@ def store(tmp_path: Path) -> Store:
 
 
 @pytest.mark.scale
-def test_the_newest_stay_and_of_the_rest_what_was_evaluated_or_starts_an_iteration(store: Store) -> None:
+def test_the_newest_the_evaluated_and_starts_of_iterations_stay(store: Store) -> None:
     run = train(store, FEW, iterations=2, steps=4, every=3)
     # Evaluated: 3, 6 and 8, the last. Step 4 is the second iteration's reference. Steps 7 and 8 are the newest two.
     states = ["nothing", "nothing", "weights", "weights", "nothing", "weights", "weights", "all"]
@@ -51,7 +51,7 @@ def test_the_newest_stay_and_of_the_rest_what_was_evaluated_or_starts_an_iterati
 
 
 @pytest.mark.scale
-def test_the_digests_are_those_of_a_run_that_keeps_all_and_the_same_run_again_computes_nothing(tmp_path: Path) -> None:
+def test_a_run_that_frees_has_the_digests_of_one_that_keeps_all(tmp_path: Path) -> None:
     store, plain = Store(tmp_path / "few"), Store(tmp_path / "all")
     run, whole = train(store, FEW, iterations=2), train(plain, iterations=2)
     assert run.policies == whole.policies
@@ -109,7 +109,7 @@ def test_what_other_runs_have_recorded_is_spared(store: Store) -> None:
 
 
 @pytest.mark.scale
-def test_training_on_without_the_optimizer_state_is_refused_with_the_command_that_brings_it_back(store: Store) -> None:
+def test_training_on_without_the_optimizer_state_is_refused(store: Store) -> None:
     run = train(store, steps=3)
     assert store.prune(run.policy, ["optimizer.safetensors"]) == 800
     message = f"its optimizer state was pruned to free space; `cohort forget {run.policy[:12]}` and the same run again"

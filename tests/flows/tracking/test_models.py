@@ -37,7 +37,7 @@ def test_the_best_policy_is_registered_where_it_is_not_the_final_one() -> None:
 
 
 @pytest.mark.parametrize("best", [{}, {"in": (0, 0.9)}, {"in": (4, 0.9)}])
-def test_a_best_policy_that_rl_did_not_make_or_that_is_the_final_one_is_not_registered_beside_it(best: Any) -> None:
+def test_a_best_policy_that_is_the_final_or_the_first_is_registered_once(best: Any) -> None:
     told = policies_of(ended(best=best), ledger(s2="b" * 64, s4="f" * 64), {})
     assert [(made["digest"], made["tags"]["which"]) for made in told] == [("f" * 64, "final")]
 
@@ -68,7 +68,7 @@ def measured(store: Store, step: int, **aucs: float) -> DriftDone:
     return DriftDone(step, made)
 
 
-def test_reward_models_are_registered_when_trained_with_what_held_out_outputs_say_of_them(store: Store) -> None:
+def test_reward_models_are_registered_with_their_auc_on_held_out_outputs(store: Store) -> None:
     logged: list[Record] = []
     models = ModelsAndData(logged.append)
     first, second, third = ("1" + "a" * 63, "2" + "a" * 63, "3" + "a" * 63)

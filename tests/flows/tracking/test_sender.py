@@ -80,7 +80,9 @@ def tracked(home: Path, key: str, config: dict[str, Any] = CONFIG) -> Any:
 def test_a_finished_run_has_its_points_parameters_note_table_and_status(home: Path, tmp_path: Path) -> None:
     picture = tmp_path / "curve.png"
     picture.write_bytes(b"png")
+    before = time.time()
     with tracked(home, "whole") as log:
+        began = time.time()
         steps(log, 1, 2, 3)
         log(point(3, {"eval/greedy": 0.5, "odd": float("inf"), "nan": float("nan"), "none": None}))
         log(table("samples", [{"question": "1+1", "reward": float("nan")}, {"question": "1+2", "reward": 1.0}]))
@@ -88,6 +90,8 @@ def test_a_finished_run_has_its_points_parameters_note_table_and_status(home: Pa
         log(note("# What happened"))
         log(point(3, {"final/greedy": 0.5}))
     run = run_of(home, "whole")
+    assert int(before * 1000) <= run.info.start_time <= int(began * 1000)  # not when it was sent
+    assert run.info.end_time >= run.info.start_time
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "grpo-s0"
     assert run.data.params == {"rollout.G": "8", "rollout.stops": "[1, 2]", "lr": "0.0003", "name": "demo"}
@@ -101,15 +105,6 @@ def test_a_finished_run_has_its_points_parameters_note_table_and_status(home: Pa
         "columns": ["question", "reward"],
         "data": [["1+1", None], ["1+2", 1.0]],
     }
-
-
-def test_a_run_began_when_its_process_told_of_it_not_when_it_was_sent(home: Path) -> None:
-    before = time.time()
-    with tracked(home, "began"):
-        began = time.time()
-    info = run_of(home, "began").info
-    assert int(before * 1000) <= info.start_time <= int(began * 1000)
-    assert info.end_time >= info.start_time
 
 
 def test_runs_of_an_experiment_stand_side_by_side(home: Path) -> None:
@@ -138,7 +133,7 @@ def outputs(home: Path, key: str) -> list[tuple[str, int]]:
     return [(output.model_id, output.step) for output in run.outputs.model_outputs]
 
 
-def test_a_model_of_two_runs_is_one_version_that_refers_to_the_store_and_an_output_of_both(home: Path) -> None:
+def test_a_model_of_two_runs_is_one_version_and_an_output_of_both(home: Path) -> None:
     for key in ("one", "two", "one"):
         with tracked(home, key) as log:
             log(policy("ab", arm="usual"))
@@ -290,7 +285,7 @@ def test_ctrl_c_marks_the_run_killed(home: Path) -> None:
 
 @pytest.mark.claim("MLflow that stops training")
 @pytest.mark.slow
-def test_an_unreachable_server_neither_raises_nor_delays_and_sync_sends_all_later(
+def test_an_unreachable_server_does_not_raise_and_sync_sends_all_later(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")

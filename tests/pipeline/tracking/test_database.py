@@ -93,7 +93,7 @@ def test_an_error_is_told_without_the_password_that_was_tried() -> None:
     assert unspoken("login ann refused", "sqlite:////x.db") == "login ann refused"
 
 
-def test_files_of_an_experiment_lie_beside_the_store_unless_a_server_has_its_own_place(
+def test_files_lie_beside_the_store_unless_a_server_has_its_own_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_DEFAULT_ARTIFACT_ROOT", raising=False)
@@ -117,7 +117,7 @@ def test_files_of_an_experiment_lie_beside_the_store_unless_a_server_has_its_own
 
 
 @pytest.mark.scale
-def test_two_runs_that_find_an_empty_database_together_are_there_with_all_points(database: str, tmp_path: Path) -> None:
+def test_two_runs_that_find_an_empty_database_have_all_their_points(database: str, tmp_path: Path) -> None:
     """Each has a home of its own, as on two hosts: two senders make the tables at the same time."""
     with tracked(tmp_path / "a", "one") as first, tracked(tmp_path / "b", "two") as second:
         for number in range(1, 6):
@@ -158,7 +158,7 @@ def test_a_wrong_password_is_told_once_and_sync_sends_all_with_the_right_one(
 
 
 @pytest.mark.scale
-def test_a_database_that_goes_away_stops_no_run_and_gets_every_point_once_when_it_is_back(
+def test_a_database_that_went_away_gets_every_point_once_when_it_is_back(
     database: str, server: Postgres, tmp_path: Path
 ) -> None:
     with warnings.catch_warnings(record=True) as told:

@@ -1,4 +1,4 @@
-"""The critic's update: its gradient against a plain loop, what it refuses, and that an interrupted run is no other run."""
+"""The critic made from a policy, asked for values and fitted to returns; its gradient compared with that of a plain loop."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipeline.residency import evict
 from pipeline.store import Store
 from stages.critic import CriticConfig, create_critic, estimate_values, update_critic
 from stages.join import JoinError
 from stages.kernels.gae import gae
-from stages.models import Checkpoint, load_model, load_optimizer_state, load_trainer_state
+from stages.models import Checkpoint, load_model, load_optimizer_state, load_tokenizer, load_trainer_state
 from stages.tables import Advantages, Rollouts
 from stages.training import DeepSpeedEngineConfig
 from stages.training.batching import deal
 from stages.update.stage import join
 from tests.stages.critic.worlds import exact, exploration, outspoken_critic, tables, tiny_critic
 from tests.stages.rows import rollout_row
-from tests.stages.training.tiny import random_rows, tiny_checkpoint, update
+from tests.stages.training.tiny import changed, random_rows, tiny_checkpoint, update
 from tests.stages.update.exact import gradient_of, relative
 
 
@@ -239,3 +240,103 @@ def test_under_deepspeed_policy_and_critic_are_trained_side_by_side(store: Store
     # Two engines of one process do not disturb each other: both end in the bits of each by itself.
     both = train(policy=True, critic=True)
     assert both == (train(policy=True, critic=False)[0], train(policy=False, critic=True)[1])
+
+
+@pytest.mark.claim("4.1.1 critic")
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_trunk_is_the_policys_and_its_output_head_stays_behind(store: Store, tied: bool) -> None:
+    policy = tiny_checkpoint(tie_word_embeddings=tied)
+    critic = create_critic(policy, exact())
+    theirs, ours = (load_file(point.path / "model.safetensors") for point in (policy, critic))
+    assert set(ours) - set(theirs) == {"score.weight", "score.bias"}
+    assert set(theirs) - set(ours) == (set() if tied else {"lm_head.weight"})
+    assert all(ours[name].equal(tensor) for name, tensor in theirs.items() if name != "lm_head.weight")
+    assert critic.metrics["critic/parameters"] == sum(tensor.numel() for tensor in ours.values())
+    assert load_tokenizer(critic).eos_token == "1"
+    # Before the first update every value is zero.
+    assert {value for row in estimate_values(critic, tables()[0], exact()).rows() for value in row["value"]} == {0.0}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "olmo"])
+def test_llama_has_a_token_classifier_and_olmo_is_refused(store: Store, architecture: str) -> None:
+    policy = tiny_checkpoint(architecture, tie_word_embeddings=False)
+    if architecture == "olmo":
+        with pytest.raises(ValueError, match="AutoModelForTokenClassification of architecture olmo"):
+            create_critic(policy, exact())
+        return
+    assert (
+        type(load_model(create_critic(policy, exact()), dtype=torch.float32)).__name__ == "LlamaForTokenClassification"
+    )
+
+
+def test_plain_transformers_loads_it_and_computes_the_same_values(store: Store) -> None:
+    from transformers import AutoModelForTokenClassification
+
+    outputs, _ = tables()
+    critic = outspoken_critic()
+    plain = AutoModelForTokenClassification.from_pretrained(critic.path)
+    plain.train()  # nothing drops out, in this mode either
+    assert plain.config.id2label == {0: "value"}
+    for row, values in zip(outputs.rows(), estimate_values(critic, outputs, exact()).rows(), strict=True):
+        ids = torch.tensor([row["prompt_ids"] + row["output_ids"]])
+        expected = plain(input_ids=ids).logits[0, len(row["prompt_ids"]) - 1 : -1, 0]
+        assert values["value"] == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_one_policy_makes_one_critic(store: Store) -> None:
+    policy = tiny_checkpoint()
+    # Another config is another call of the stage; what it makes is the same.
+    assert create_critic(policy, exact()).digest == create_critic(policy, exact(mu=2)).digest
+
+
+def values_of(critic: Checkpoint, rows: list[dict[str, Any]], **changes: Any) -> list[list[float]]:
+    return [row["value"] for row in estimate_values(critic, Rollouts.write(rows), exact(**changes)).rows()]
+
+
+@pytest.mark.claim("off by one")
+def test_a_value_does_not_know_its_token_nor_what_follows(store: Store) -> None:
+    critic = outspoken_critic()
+    one, other = (values_of(critic, [rollout_row("q", 0, ids)])[0] for ids in ([7, 8, 9, 10], [7, 8, 20, 21]))
+    # The third token differs: the value before it and all earlier ones are the same, the value after it is not.
+    assert one[:3] == pytest.approx(other[:3], abs=1e-6)
+    assert abs(one[3] - other[3]) > 1e-3
+
+
+@pytest.mark.claim("a score read at the wrong last token")
+def test_the_first_value_is_that_of_the_question_alone(store: Store) -> None:
+    critic = outspoken_critic()
+    ((first, *_), (single,)) = values_of(critic, [rollout_row("q", 0, [7, 8, 9]), rollout_row("q", 1, [20])])
+    assert first == pytest.approx(single, abs=1e-6)
+
+
+def test_rows_keep_their_key_order_and_length(store: Store) -> None:
+    outputs, _ = tables()
+    found = estimate_values(outspoken_critic(), outputs, exact()).rows()
+    shapes = [(row["question_id"], row["sample"], len(row["output_ids"])) for row in outputs.rows()]
+    assert [(row["question_id"], row["sample"], len(row["value"])) for row in found] == shapes
+
+
+def test_a_row_has_the_same_values_in_any_micro_batch(store: Store) -> None:
+    critic = outspoken_critic()
+    rows, _ = exploration()
+    whole = values_of(critic, rows, micro_batch_tokens=10_000)
+    for tokens in (1, 20):
+        for found, expected in zip(values_of(critic, rows, micro_batch_tokens=tokens), whole, strict=True):
+            assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_in_bfloat16_the_head_still_computes_in_float32(store: Store) -> None:
+    critic = outspoken_critic()
+    rows, _ = exploration()
+    training = exact().training.override({"precision": "bf16"})
+    (first, *_) = values_of(critic, rows, training=training)
+    # A bfloat16 has 8 significant bits, zeros below them.
+    assert any(torch.tensor(value).bfloat16().item() != value for value in first)
+
+
+def test_a_value_that_is_not_finite_is_refused_by_its_row(store: Store) -> None:
+    # The embedding of one token, which comes before the last token of the second row only.
+    critic = changed(outspoken_critic(), lambda weights: weights["model.embed_tokens.weight"][25].fill_(math.nan))
+    rows = [rollout_row("a", 0, [7, 8]), rollout_row("a", 1, [25, 8])]
+    with pytest.raises(ValueError, match=r"\('a', 1\)"):
+        estimate_values(critic, Rollouts.write(rows), exact())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stages.join import KEY, Ragged, align, key_at, per_token
-from stages.kernels.aggregation import sequence_mean_weights
+from stages.kernels.objective import sequence_mean_weights
 from stages.tables import Advantages, Rollouts
 from stages.training.batching import Batch, Row, micro_batches, own_share, spread
 from stages.training.engine import Engine, StepReport

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stages.kernels.divergence import k3
+from stages.kernels.objective import k3
 
 
 class TokenMismatch(NamedTuple):

@@ -1,7 +1,25 @@
-"""What policy-gradient methods maximise, per token and unreduced: the caller masks, weighs, subtracts the KL term and negates.
+"""The parts of an objective (DeepSeekMath, Eq. 3): a surrogate for each token, the KL term, and the weight of each token.
+
+    J = sum_{i,t} weight_{i,t} ( surrogate_{i,t} - beta KL_{i,t} )
+
+The caller masks, weighs, subtracts the KL term and negates.
 
 Legend: B rows (outputs o_i), T tokens of an output, padded. Log-probabilities are in nats, of the sampled tokens, at the
 temperature they were sampled with. r_{i,t} = pi_theta / pi_old at the sampled token.
+
+**KL.** Estimators of D_KL[pi_theta || pi_ref] from log-probabilities of tokens sampled from pi_theta (Schulman, 2020). All take
+float32 (or better) and return nats per token, unmasked. As values k1, k3 and k3_unbiased estimate the divergence without bias.
+As *losses* they differ, since the samples are not differentiated:
+
+    estimator      gradient with respect to log pi_theta    in expectation over pi_theta
+    k1             1                                        0: no effect at all
+    k2             log(pi_theta / pi_ref)                   gradient of D_KL[pi_theta || pi_ref]
+    k3             1 - pi_ref / pi_theta                    gradient of D_KL[pi_ref || pi_theta]  (the paper's, Eq. 21)
+    k3_unbiased    log(pi_theta / pi_ref) at r = 1          gradient of D_KL[pi_theta || pi_ref]
+
+**Weights** of tokens divide by a count of the *whole* batch (over all micro-batches and ranks), so that plain sums over
+micro-batches add up to the batch's own mean. `mask_BT` is 1 on the tokens of o_i (its sampled end-of-sequence token included)
+and 0 on padding; `weight_B` says how many equal outputs a row counts for. Weights are float64: the loss casts them.
 """
 
 from __future__ import annotations
@@ -79,3 +97,55 @@ def clipped_weight(logp_BT: Tensor, old_logp_BT: Tensor, advantage_BT: Tensor, *
     ratio_BT = torch.exp(logp_BT - old_logp_BT).detach()
     weight_BT = ratio_BT.clamp(max=1 + eps_high)
     return Surrogate(weight_BT * advantage_BT * logp_BT, ratio_BT, weight_BT < ratio_BT)
+
+
+def k1(logp_BT: Tensor, ref_logp_BT: Tensor) -> Tensor:
+    """log(pi_theta / pi_ref); of either sign. The penalty inside PPO's reward (DeepSeekMath, Eq. 2)."""
+    return logp_BT - ref_logp_BT
+
+
+def k2(logp_BT: Tensor, ref_logp_BT: Tensor) -> Tensor:
+    """(1/2) log(pi_theta / pi_ref)^2: biased as a value, right as a loss on-policy."""
+    return 0.5 * (logp_BT - ref_logp_BT).square()
+
+
+def k3(logp_BT: Tensor, ref_logp_BT: Tensor) -> Tensor:
+    """pi_ref/pi_theta - log(pi_ref/pi_theta) - 1, never negative (DeepSeekMath, Eq. 4)."""
+    log_ratio_BT = ref_logp_BT - logp_BT
+    # expm1 keeps full precision where the policies agree; exp(x) - 1 would round small divergences to 0.
+    return torch.expm1(log_ratio_BT) - log_ratio_BT
+
+
+def k3_unbiased(logp_BT: Tensor, ref_logp_BT: Tensor, old_logp_BT: Tensor) -> Tensor:
+    """(pi_theta / pi_old) k3, differentiated through the ratio too (DeepSeek-V3.2, arXiv 2512.02556)."""
+    return torch.exp(logp_BT - old_logp_BT) * k3(logp_BT, ref_logp_BT)
+
+
+def sequence_mean_weights(mask_BT: Tensor, weight_B: Tensor, *, outputs: float) -> Tensor:
+    """(1/G) sum_i (1/|o_i|) sum_t: the paper's (DeepSeekMath, Eq. 3). For lengths 2 and 6: 1/4 and 1/12 a token.
+
+    Args:
+        outputs: number of outputs in the whole batch (questions * G).
+    """
+    mask_BT = mask_BT.to(torch.float64)
+    length_B1 = mask_BT.sum(-1, keepdim=True).clamp(min=1)
+    return mask_BT * weight_B.to(torch.float64)[:, None] / (length_B1 * outputs)
+
+
+def token_mean_weights(mask_BT: Tensor, weight_B: Tensor, *, tokens: float) -> Tensor:
+    """(1 / sum_i |o_i|) sum_i sum_t: every token alike (DAPO, arXiv 2503.14476, Eq. 12). Lengths 2 and 6: 1/8 and 1/8.
+
+    Args:
+        tokens: number of output tokens in the whole batch.
+    """
+    return mask_BT.to(torch.float64) * weight_B.to(torch.float64)[:, None] / tokens
+
+
+def constant_weights(mask_BT: Tensor, weight_B: Tensor, *, outputs: float, length: float) -> Tensor:
+    """(1/G) sum_i (1/L) sum_t with one L for all outputs (Dr. GRPO, arXiv 2503.20783). Lengths 2 and 6, L = 8: 1/16 each.
+
+    Args:
+        outputs: number of outputs in the whole batch.
+        length: L, for example the longest output allowed; 1 sums over the tokens of an output.
+    """
+    return mask_BT.to(torch.float64) * weight_B.to(torch.float64)[:, None] / (outputs * length)

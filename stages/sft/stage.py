@@ -193,7 +193,7 @@ def sft_loss(engine: Engine, part: Part) -> Tensor:
 
 def _weights(batch: Batch, rows: list[Row], config: SFTConfig) -> Tensor:
     """Return the weight of every token of a micro-batch in the mean over all `rows`, [B, O]."""
-    from stages.kernels.aggregation import sequence_mean_weights, token_mean_weights
+    from stages.kernels.objective import sequence_mean_weights, token_mean_weights
 
     mask_BO = batch.output_mask_BO
     once_B = mask_BO.new_ones(len(mask_BO))

@@ -17,10 +17,17 @@ from typing import Any, Final, Self, assert_never
 import torch
 from torch import Tensor
 
-from stages.kernels import divergence
-from stages.kernels.aggregation import constant_weights, sequence_mean_weights, token_mean_weights
 from stages.kernels.mismatch import sequence_truncated, token_truncated
-from stages.kernels.objective import Surrogate
+from stages.kernels.objective import (
+    Surrogate,
+    constant_weights,
+    k1,
+    k2,
+    k3,
+    k3_unbiased,
+    sequence_mean_weights,
+    token_mean_weights,
+)
 from stages.training.batching import Batch, Row, micro_batches, own_share, spread
 from stages.training.engine import Engine
 from stages.training.forward import completion_logprobs
@@ -269,13 +276,13 @@ def micro_batch_terms(logp_BO: Tensor, part: MicroBatch, method: Method, correct
 def _divergence(logp_BO: Tensor, ref_logp_BO: Tensor, old_logp_BO: Tensor, method: Method) -> Tensor:
     match method.divergence:
         case "k1":
-            return divergence.k1(logp_BO, ref_logp_BO)
+            return k1(logp_BO, ref_logp_BO)
         case "k2":
-            return divergence.k2(logp_BO, ref_logp_BO)
+            return k2(logp_BO, ref_logp_BO)
         case "k3":
-            return divergence.k3(logp_BO, ref_logp_BO)
+            return k3(logp_BO, ref_logp_BO)
         case "k3_unbiased":
-            return divergence.k3_unbiased(logp_BO, ref_logp_BO, old_logp_BO)
+            return k3_unbiased(logp_BO, ref_logp_BO, old_logp_BO)
         case _ as unknown:
             assert_never(unknown)
 

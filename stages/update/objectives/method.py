@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 DataSource = Literal["demonstrations", "initial_policy", "policy"]
 """Where outputs come from: P_sft(Q, O), pi_sft(O|q), or pi_theta(O|q)."""
 Aggregation = Literal["sequence_mean", "token_mean", "constant"]
-"""How tokens are weighed: see `stages/kernels/aggregation.py`."""
+"""How tokens are weighed: see `stages/kernels/objective.py`."""
 Divergence = Literal["k1", "k2", "k3", "k3_unbiased"]
-"""Estimators of the KL term: see `stages/kernels/divergence.py`."""
+"""Estimators of the KL term: see `stages/kernels/objective.py`."""
 RewardSource = Literal["rules", "model"]
 """What r is: the rules' score or a learned model's (Table 10: Rule, Model)."""
 Level = Literal["token", "sequence", "sequence_mean"]

@@ -1,38 +1,27 @@
-"""Export: a checkpoint of the store as a plain Hugging Face folder, with a model card that says how it came about."""
+"""Write a checkpoint of the store as a plain Hugging Face folder, with a model card that says how it was made."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-from flows.export.model_card import adapter_card, model_card
+from flows.export.model_card import Origin, adapter_card, model_card
 from flows.inspection.history import History, find_run, history_of
 from flows.runs.paths import Places
 from flows.runs.record import RunRecord, read_artifacts, read_records
 from pipeline.config import ConfigError
 from pipeline.store import Store
-from stages.models import Checkpoint, PlainType, load_tokenizer, write_plain
-from stages.text import PromptConfig, PromptError, encode_prompt
+from stages.models import Checkpoint, PlainType, write_plain
 from stages.training.adapters import ADAPTER_SETTINGS, adapter_base, write_adapter
 
 __all__ = ["Origin", "export_adapter", "export_checkpoint", "find_origin"]
 
 
-@dataclass(frozen=True)
-class Origin:
-    """A checkpoint, and the run it is of."""
-
-    checkpoint: Checkpoint
-    run: History | None
-    """None: no recorded run used it."""
-    step: int | None
-    """The step whose update made it, or after which it was the policy; None: made before the first, or beside the steps."""
-
-
 def find_origin(places: Places, store: Store, what: str) -> Origin:
-    """The checkpoint that `what` names: the final policy of a run, or a digest or its beginning.
+    """Return the checkpoint that `what` names: the final policy of a run, or a digest or its beginning.
 
     Raises:
         ConfigError: a run without a final policy, or an artifact that is no checkpoint.
@@ -68,58 +57,52 @@ def export_checkpoint(
         ConfigError: a folder that holds anything, without `force`; with it, one that holds no model.
         PrunedArtifactError: the payload is gone; names the command that computes it again.
     """
-    target = folder.expanduser().resolve()
-    _check_target(target, force=force)
-    store.path(origin.checkpoint.digest)  # a pruned or damaged checkpoint is refused before anything is written
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    draft.mkdir()
-    try:
+    with _drafted(store, origin, folder, force=force) as (draft, target):
         write_plain(origin.checkpoint, draft, dtype=dtype, shard_bytes=shard_bytes)
-        prompt = origin.run.config.prompt if origin.run else None
-        if prompt is not None and (template := prompt.own_template()) is not None:
+        if origin.run and (template := origin.run.config.prompt.own_template()) is not None:
             (draft / "chat_template.jinja").write_text(template, encoding="utf-8")
-        example = _example(origin.checkpoint, prompt) if prompt else None
-        card = model_card(store, origin.checkpoint.digest, origin.run, origin.step, draft, dtype=dtype, example=example)
-        (draft / "README.md").write_text(card, encoding="utf-8")
-        _place(draft, target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        (draft / "README.md").write_text(model_card(store, origin, draft, dtype=dtype), encoding="utf-8")
     return sorted(target.iterdir())
 
 
 def export_adapter(store: Store, origin: Origin, folder: Path, *, base: str | None, force: bool) -> list[Path]:
-    """Write the adapter alone, in peft's format with a card, and return its files: all of it is there, or nothing was touched.
+    """Write the adapter alone, in peft's format with a card, and return its files.
 
     Args:
         base: name or path of the base model for adapter_config.json; None: the base's digest.
         force: replace the adapter that the folder holds.
 
     Raises:
-        ConfigError: as `export_checkpoint`.
+        ConfigError, PrunedArtifactError: as `export_checkpoint`.
         ArtifactError: the checkpoint has no adapter.
-        PrunedArtifactError: the payload is gone.
     """
-    checkpoint, target = origin.checkpoint, folder.expanduser().resolve()
-    _check_target(target, force=force, kind="adapter", marker=ADAPTER_SETTINGS)
-    store.path(checkpoint.digest)
+    with _drafted(store, origin, folder, force=force, kind="adapter", marker=ADAPTER_SETTINGS) as (draft, target):
+        write_adapter(origin.checkpoint, draft, base=base)
+        card = adapter_card(store, origin, draft, base=adapter_base(origin.checkpoint) or "")
+        (draft / "README.md").write_text(card, encoding="utf-8")
+    return sorted(target.iterdir())
+
+
+@contextlib.contextmanager
+def _drafted(
+    store: Store, origin: Origin, folder: Path, *, force: bool, kind: str = "model", marker: str = "config.json"
+) -> Iterator[tuple[Path, Path]]:
+    """Yield a draft and the folder whose place it takes at the end of the block, unless the block fails."""
+    target = folder.expanduser().resolve()
+    _check_target(target, force=force, kind=kind, marker=marker)
+    store.path(origin.checkpoint.digest)  # a pruned or damaged checkpoint is refused before anything is written
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     draft.mkdir()
     try:
-        write_adapter(checkpoint, draft, base=base)
-        example = _example(checkpoint, origin.run.config.prompt) if origin.run else None
-        begun = adapter_base(checkpoint) or ""
-        card = adapter_card(store, checkpoint.digest, origin.run, origin.step, draft, base=begun, example=example)
-        (draft / "README.md").write_text(card, encoding="utf-8")
+        yield draft, target
         _place(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return sorted(target.iterdir())
 
 
 def _run_of(places: Places, digest: str) -> RunRecord | None:
-    """The latest run that came to the checkpoint, else the latest that used it."""
+    """Return the latest run whose final policy is the checkpoint, else the latest that used it."""
     records = list(read_records(places))[::-1]
     final = [record for record in records if record.policy == digest]
     used = [record for record in records if digest in read_artifacts(record.folder)]
@@ -133,16 +116,7 @@ def _step_of(history: History, digest: str) -> int | None:
     return max(history.ledger.steps, default=0) if history.record.policy == digest else None
 
 
-def _example(checkpoint: Checkpoint, prompt: PromptConfig) -> str | None:
-    """A prompt with its special tokens, `{question}` where the question stands; None where the tokenizer lacks a brace."""
-    tokenizer = load_tokenizer(checkpoint)
-    try:
-        return str(tokenizer.decode(encode_prompt(tokenizer, "{question}", prompt), skip_special_tokens=False))
-    except PromptError:
-        return None
-
-
-def _check_target(target: Path, *, force: bool, kind: str = "model", marker: str = "config.json") -> None:
+def _check_target(target: Path, *, force: bool, kind: str, marker: str) -> None:
     if target.exists() and not target.is_dir():
         raise ConfigError(f"{target} is a file; name a folder")
     held = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []

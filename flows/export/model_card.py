@@ -1,4 +1,4 @@
-"""The model card of an export: how the model was made, by the store's own records; what is not recorded is left to fill in."""
+"""Write the card of an exported model from the store's records; what is not recorded is left to fill in."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-
-import yaml
 
 from flows.config import ArithmeticData, IterativeRLConfig, PretrainedPolicy
 from flows.inspection.history import History
@@ -21,9 +20,10 @@ from pipeline.diff import stored_tensors
 from pipeline.lineage import ancestry
 from pipeline.store import Store
 from stages.data import QuestionFileConfig
-from stages.models import code_files
+from stages.models import Checkpoint, code_files, load_tokenizer
+from stages.text import PromptError, encode_prompt
 
-__all__ = ["adapter_card", "model_card"]
+__all__ = ["Origin", "adapter_card", "model_card"]
 
 _AUTO: Final = {
     "ForTokenClassification": "AutoModelForTokenClassification",
@@ -48,59 +48,67 @@ _SETTINGS: Final = (
 """Settings that a reader of the card asks for first; the whole configuration lies with the run."""
 
 
-def model_card(
-    store: Store, digest: str, run: History | None, step: int | None, folder: Path, *, dtype: str, example: str | None
-) -> str:
-    """README.md of an exported model, in Markdown with the hub's header.
+@dataclass(frozen=True)
+class Origin:
+    """A checkpoint, and the run it is of."""
+
+    checkpoint: Checkpoint
+    run: History | None
+    """None: no recorded run used it."""
+    step: int | None
+    """The step whose update made it, or after which it was the policy; None: made before the first, or beside the steps."""
+
+    @property
+    def title(self) -> str:
+        """Name of the run, else the beginning of the digest."""
+        return self.run.record.name if self.run else self.checkpoint.digest[:12]
+
+
+def model_card(store: Store, origin: Origin, folder: Path, *, dtype: str) -> str:
+    """Return README.md of the exported model in `folder`, in Markdown with the hub's header."""
+    hub = _arguments(store, _fetched(store, origin.checkpoint.digest))
+    about = _model_rows(origin, folder, dtype)
+    head = f"{_header(origin.run, 'transformers', hub.get('repository'))}\n\n# {origin.title}"
+    return _joined(store, origin, head, about, hub, _how_to_load(folder, _example(origin)))
+
+
+def adapter_card(store: Store, origin: Origin, folder: Path, *, base: str) -> str:
+    """Return README.md of the exported adapter in `folder`.
 
     Args:
-        run: None where no recorded run came to it.
-        step: of the run; None: before the first, or beside the steps.
-        folder: the exported files.
-        example: a prompt as the model was trained on; None: unknown.
+        base: digest of the checkpoint on which the adapter was begun. Where base_model_name_or_path of the folder is another,
+            somebody has named the base model.
     """
-    hub = _arguments(store, _fetched(store, digest))
-    parts = [
-        _header(run, "transformers", hub.get("repository")),
-        f"# {run.record.name if run else digest[:12]}",
-        _what_it_is(digest, run, step, folder, dtype),
-        *_how_it_was_made(store, digest, run, step, hub),
-        *_evaluated(run, step),
-        _how_to_load(folder, example),
-        _LICENSE,
-    ]
-    return _joined(parts)
-
-
-def adapter_card(
-    store: Store, digest: str, run: History | None, step: int | None, folder: Path, *, base: str, example: str | None
-) -> str:
-    """README.md of an exported adapter.
-
-    Args:
-        run, step, example: as `model_card`.
-        folder: the exported files. Where their base_model_name_or_path is not `base`, somebody has named the base model.
-        base: digest of the checkpoint on which the adapter was begun.
-    """
-    key = _fetched(store, digest)
+    key = _fetched(store, origin.checkpoint.digest)
     hub, settings = _arguments(store, key), json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     named = settings["base_model_name_or_path"]
     if named == base:
         named = hub["repository"] if key and store.action(key)["result"] == base else None
-    parts = [
-        _header(run, "peft", named, "lora"),
-        f"# {run.record.name if run else digest[:12]}, adapter",
-        _table(("", ""), {**_adapter_rows(digest, base, folder, settings), **_run_row(run, step)}.items()),
-        *_how_it_was_made(store, digest, run, step, hub),
-        *_evaluated(run, step),
-        _how_to_add(named, base, example),
-        _LICENSE,
-    ]
-    return _joined(parts)
+    about = _adapter_rows(origin, base, folder, settings)
+    head = f"{_header(origin.run, 'peft', named, 'lora')}\n\n# {origin.title}, adapter"
+    return _joined(store, origin, head, about, hub, _how_to_add(named, base, _example(origin)))
 
 
-def _joined(parts: Iterable[str]) -> str:
+def _joined(
+    store: Store, origin: Origin, head: str, about: Mapping[str, str], hub: Mapping[str, Any], loading: str
+) -> str:
+    rows = {**about, **_run_row(origin.run, origin.step)}
+    parts = [head, _table(("", ""), rows.items())]
+    parts += _how_it_was_made(store, origin.checkpoint.digest, origin.run, hub)
+    parts += [*_evaluated(origin.run, origin.step), loading, _LICENSE]
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def _example(origin: Origin) -> str | None:
+    """Return a prompt as in training, `{question}` in the question's place; None where it is not known or has no braces."""
+    if origin.run is None:
+        return None
+    tokenizer = load_tokenizer(origin.checkpoint)
+    try:
+        ids = encode_prompt(tokenizer, "{question}", origin.run.config.prompt)
+    except PromptError:
+        return None
+    return str(tokenizer.decode(ids, skip_special_tokens=False))
 
 
 _LICENSE: Final = """## License
@@ -110,24 +118,22 @@ folder, look them up, choose a license that they permit, and write it into the h
 
 
 def _header(run: History | None, library: str, base: str | None, *tags: str) -> str:
-    values: dict[str, Any] = {"library_name": library, "tags": ["cohort", *tags]}
-    if run is not None:
-        values["tags"] += ["reinforcement-learning", run.config.update.objective.kind]
-    if base:
-        values["base_model"] = base
-    return f"---\n{yaml.safe_dump(values, sort_keys=False)}# license: fill in before you publish\n---"
+    from huggingface_hub import ModelCardData
+
+    kinds = ["reinforcement-learning", run.config.update.objective.kind] if run else []
+    data = ModelCardData(library_name=library, tags=["cohort", *tags, *kinds], base_model=base)
+    return f"---\n{data.to_yaml()}\n# license: fill in before you publish\n---"
 
 
-def _what_it_is(digest: str, run: History | None, step: int | None, folder: Path, dtype: str) -> str:
+def _model_rows(origin: Origin, folder: Path, dtype: str) -> dict[str, str]:
     tensors = stored_tensors(folder)
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     architecture = ", ".join(described.get("architectures") or [str(described.get("model_type"))])
-    rows = {
-        "checkpoint": f"`{digest}`",
+    return {
+        "checkpoint": f"`{origin.checkpoint.digest}`",
         "architecture": f"{architecture}, {sum(tensor.size for tensor in tensors.values()):,} parameters",
         "weights": f"{dtype}; trained as float32 masters",
     }
-    return _table(("", ""), {**rows, **_run_row(run, step)}.items())
 
 
 def _run_row(run: History | None, step: int | None) -> dict[str, str]:
@@ -138,7 +144,7 @@ def _run_row(run: History | None, step: int | None) -> dict[str, str]:
     return {"run": f"`{run.record.folder.name}`, {place}, started on {_date(run.record.attempts[0].start.time)}"}
 
 
-def _adapter_rows(digest: str, base: str, folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+def _adapter_rows(origin: Origin, base: str, folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     from safetensors import safe_open
 
     with safe_open(folder / "adapter_model.safetensors", framework="numpy") as factors:
@@ -146,16 +152,14 @@ def _adapter_rows(digest: str, base: str, folder: Path, settings: Mapping[str, A
     root = "sqrt(r)" if settings["use_rslora"] else "r"
     modules = ", ".join(f"`{name}`" for name in settings["target_modules"])
     return {
-        "adapter of the checkpoint": f"`{digest}`",
+        "adapter of the checkpoint": f"`{origin.checkpoint.digest}`",
         "begun on the checkpoint": f"`{base}`",
         "kind": f"LoRA, r = {settings['r']}, scale {settings['lora_alpha']:g} / {root}, {values:,} parameters in float32",
         "of the matrices": modules,
     }
 
 
-def _how_it_was_made(
-    store: Store, digest: str, run: History | None, step: int | None, hub: Mapping[str, Any]
-) -> Iterator[str]:
+def _how_it_was_made(store: Store, digest: str, run: History | None, hub: Mapping[str, Any]) -> Iterator[str]:
     yield "## How it was made"
     if run is None:
         yield "No recorded run came to this checkpoint; what the store knows of it is below."
@@ -194,7 +198,7 @@ def _rewards(config: IterativeRLConfig) -> str:
 
 
 def _data(config: IterativeRLConfig) -> Iterator[str]:
-    """The sets by name, without the folders they lay in."""
+    """Yield the sets by name, without the folders they lay in."""
     data = config.data
     if isinstance(data, ArithmeticData):
         yield f"training: {data.train.count:,} questions of Cohort's built-in arithmetic world (seed {data.train.seed})"
@@ -249,7 +253,6 @@ def _how_to_load(folder: Path, example: str | None) -> str:
         if own
         else ""
     )
-    prompt = f"\n\nPrompts as in training:\n\n```text\n{example}\n```" if example else ""
     return f"""## How to load it
 
 ```python
@@ -257,12 +260,11 @@ from transformers import {auto}, AutoTokenizer
 
 model = {auto}.from_pretrained("FOLDER"{trust})
 tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
-```{warning}{prompt}"""
+```{warning}{_prompts(example)}"""
 
 
 def _how_to_add(named: str | None, base: str, example: str | None) -> str:
     made = "" if named else f" Its base is a checkpoint of Cohort's: `cohort export {base[:12]} BASE --dtype float32`."
-    prompt = f"\n\nPrompts as in training:\n\n```text\n{example}\n```" if example else ""
     return f"""## How to load it
 
 The folder has the adapter alone; the tokenizer is its base's.{made}
@@ -274,7 +276,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 base = AutoModelForCausalLM.from_pretrained("{named or "BASE"}")
 model = PeftModel.from_pretrained(base, "FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("{named or "BASE"}")
-```{prompt}"""
+```{_prompts(example)}"""
+
+
+def _prompts(example: str | None) -> str:
+    return f"\n\nPrompts as in training:\n\n```text\n{example}\n```" if example else ""
 
 
 def _date(seconds: float) -> str:
@@ -282,13 +288,13 @@ def _date(seconds: float) -> str:
 
 
 def _fetched(store: Store, digest: str) -> str | None:
-    """Key of the call that fetched a model from the hub for what came to be the checkpoint; None where none did."""
+    """Return the key of the call that fetched a model from the hub for what came to be the checkpoint; None where none did."""
     calls = {ancestor.stage: ancestor.key for ancestor in reversed(ancestry(store, digest).values()) if ancestor.stage}
     return calls.get("fetch_checkpoint")
 
 
 def _arguments(store: Store, key: str | None) -> Mapping[str, Any]:
-    """The configuration that a call was given; empty where there was no such call."""
+    """Return the configuration that a call was given; empty where there was no such call."""
     found: Mapping[str, Any] = store.action(key)["arguments"]["config"]["config"] if key else {}
     return found
 

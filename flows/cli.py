@@ -18,8 +18,6 @@ from flows.commands.options import console
 from pipeline.config.passwords import without_password
 from pipeline.orchestration.interruption import exit_code, interruptible, is_interruption
 
-__all__ = ["app", "main", "run_command"]
-
 _ENVIRONMENT: Final = {
     # Telemetry of all parts is off.
     "DO_NOT_TRACK": "1",
@@ -64,9 +62,9 @@ An arm is what `cohort run RECIPE --method METHOD` trains, with one seed, and a 
 arms share is computed once, and the same command again computes nothing."""
 
 
-_REWARD_MODEL: Final = """Train a reward model on labelled solutions of others; judge it beside baselines.
+_REWARD_MODEL: Final = """Train a reward model on labelled solutions of others; compare it with baselines.
 
-Nothing is learned from the questions it is judged on, and the same command again computes nothing."""
+Nothing is learned from the questions it is evaluated on, and the same command again computes nothing."""
 
 
 _GRADE: Final = """Grade answers in a file as a recipe's reward would: check the verifier on your data before you train.

@@ -1,4 +1,4 @@
-"""How numbers, moments and text of others are written for people, in the live display, the summary and the commands.
+"""Write numbers, moments and text of others for people, in the live display, the summary and the commands.
 
 What a model, a data set or a record of others says is shown as text: no terminal escape in it moves a cursor, no markup in it
 colours a line, no Markdown in it makes a link.
@@ -16,21 +16,6 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.segment import Segment
 
-__all__ = [
-    "SafeConsole",
-    "accuracies",
-    "at_k",
-    "code",
-    "duration",
-    "markdown",
-    "moment",
-    "number",
-    "percent",
-    "quoted",
-    "size",
-    "visible",
-]
-
 _UNSEEN: Final = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode's classes of control, format (directions of writing, zero width), surrogate, line and paragraph characters."""
 _MARKDOWN: Final = re.compile(r"([\\`*\[\]<>|])")
@@ -39,7 +24,7 @@ _AT_K: Final = re.compile(r"(?:pass|maj)_at_(\d+)")
 
 
 def duration(seconds: float) -> str:
-    """`0.3 s`, `12 s`, `4:05 min`, `1:02:03 h`."""
+    """Write seconds: `0.3 s`, `12 s`, `4:05 min`, `1:02:03 h`."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -52,7 +37,7 @@ def duration(seconds: float) -> str:
 
 
 def number(value: Any) -> str:
-    """Integers with thousands separators, floats with four significant digits, anything else as it is."""
+    """Write integers with thousands separators, floats with four significant digits, anything else as it is."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if float(value).is_integer() and abs(value) < 1e15:
@@ -61,12 +46,12 @@ def number(value: Any) -> str:
 
 
 def percent(value: float | None) -> str:
-    """`0.512`: three digits, since a thousand questions resolve no more; `-` where it was not measured."""
+    """Write `0.512`: three digits, since a thousand questions resolve no more; `-` where it was not measured."""
     return "-" if value is None else f"{value:.3f}"
 
 
 def size(count: float) -> str:
-    """Bytes: `512 B`, `4.1 kB`, `1.2 MB`."""
+    """Write bytes: `512 B`, `4.1 kB`, `1.2 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -75,13 +60,13 @@ def size(count: float) -> str:
 
 
 def moment(seconds: float) -> str:
-    """Local date and time of `seconds` since the epoch, the year where it is not this one."""
+    """Write local date and time of `seconds` since the epoch, the year where it is not this one."""
     then = time.localtime(seconds)
     return time.strftime("%d %b %H:%M" if then.tm_year == time.localtime().tm_year else "%d %b %Y %H:%M", then)
 
 
 def accuracies(metrics: Mapping[str, float]) -> str:
-    """An evaluation in one line: accuracy with its interval, then pass@k and maj@k by k."""
+    """Write an evaluation in one line: accuracy with its interval, then pass@k and maj@k by k."""
     if "greedy_accuracy" in metrics:
         return f"greedy {percent(metrics['greedy_accuracy'])}"
     parts = [f"sampled {percent(metrics.get('accuracy'))}"]
@@ -92,7 +77,7 @@ def accuracies(metrics: Mapping[str, float]) -> str:
 
 
 def at_k(metrics: Iterable[str]) -> dict[str, str]:
-    """Label -> metric: `Pass@8`, `Maj@8` by K from 2 on, both at each K that one of them has: Maj@K may be undefined."""
+    """Return label -> metric: `Pass@8`, `Maj@8` by K from 2 on, both at each K that one of them has: Maj@K may be undefined."""
     ks = sorted({int(found[1]) for key in metrics if (found := _AT_K.fullmatch(key))})
     named = (("Pass", "pass_at_"), ("Maj", "maj_at_"))
     return {f"{label}@{k}": f"{prefix}{k}" for label, prefix in named for k in ks if k > 1}
@@ -102,7 +87,7 @@ def at_k(metrics: Iterable[str]) -> dict[str, str]:
 
 
 def visible(text: object) -> str:
-    """Text with what cannot be seen spelled as in Python (`\\x1b`, `\\u202e`); line breaks and tabs stay."""
+    """Return text with what cannot be seen spelled as in Python (`\\x1b`, `\\u202e`); line breaks and tabs stay."""
     found = str(text)
     if found.isprintable():
         return found
@@ -116,17 +101,17 @@ def _spelled(letter: str) -> str:
 
 
 def quoted(text: object) -> str:
-    """Text of others for a place where rich reads markup: `[red]` in it is these five characters."""
+    """Escape text of others for a place where rich reads markup: `[red]` in it is these five characters."""
     return escape(visible(text))
 
 
 def markdown(text: object) -> str:
-    """Text of others for one line, or one cell, of Markdown."""
+    """Escape text of others for one line, or one cell, of Markdown."""
     return _MARKDOWN.sub(r"\\\1", " ".join(visible(text).split()))
 
 
 def code(text: object) -> str:
-    """Text of others as code in one line, or one cell, of Markdown; a backtick in it becomes an apostrophe."""
+    """Write text of others as code in one line, or one cell, of Markdown; a backtick in it becomes an apostrophe."""
     line = " ".join(visible(text).split()).replace("`", "'").replace("|", r"\|")
     return f"`{line}`"
 

@@ -38,8 +38,6 @@ from pipeline.config import ConfigError
 from pipeline.orchestration.engine import Engine
 from pipeline.progress import failsafe
 
-__all__ = ["ablate", "child", "compare", "experiments"]
-
 
 def ablate(
     name: str,
@@ -178,7 +176,7 @@ class Pool:
 
 
 def _pool(workers: str | None, parallel: int | None, engine: Engine, *, require_versions: bool) -> Pool | None:
-    """What `--workers` means beside the other options.
+    """Return where `--workers` has runs run, if it is given.
 
     Raises:
         ConfigError: options that contradict each other.
@@ -204,7 +202,7 @@ def _scale(quick: bool, paper: bool) -> str:
 
 
 def _seeds(text: str, first: int) -> list[int]:
-    """`3`: so many from `first` on; `4,5` or `4,`: these."""
+    """Read `3` as so many from `first` on, and `4,5` or `4,` as these."""
     try:
         values = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:

@@ -15,8 +15,6 @@ from pipeline.config import ConfigError
 from pipeline.events import StageDone, recording
 from pipeline.store import use_store
 
-__all__ = ["diff", "replay", "report"]
-
 
 def diff(before: str, after: str, *, limit: Annotated[int, Limit] = 5, root: Root = None) -> None:
     """Show what differs between two runs, or between two artifacts of one type.
@@ -39,7 +37,7 @@ def diff(before: str, after: str, *, limit: Annotated[int, Limit] = 5, root: Roo
             histories = [history_of(places, store, run) for run in runs if run]
             print_run_difference(store, histories[0], histories[1], out, limit=limit)
             return
-        # A run beside an artifact means its final policy, as for `cohort lineage`.
+        # Compared with an artifact, a run means its final policy, as for `cohort lineage`.
         digests = [
             run.policy if run and run.policy else store.resolve(what)
             for run, what in zip(runs, (before, after), strict=True)
@@ -103,7 +101,7 @@ def replay(
 
 
 def _step(per_iteration: int, step: int | None, iteration: int | None) -> int:
-    """The step of the whole run that --step and --iteration mean."""
+    """Return the step of the whole run that --step and --iteration mean."""
     if iteration is None:
         if step is None:
             raise ConfigError("expected --step K, or --iteration I, or both; `cohort show RUN` lists the steps")

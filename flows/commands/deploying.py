@@ -14,8 +14,6 @@ from flows.deploying.deployment import deploy as make_deployment
 from flows.deploying.pool import POOL, submit
 from flows.runs.paths import Places
 
-__all__ = ["deploy", "worker"]
-
 _SERVER_ROOT: Final = "Folder of the project's Prefect server; a run's own root is that of its deployment."
 
 

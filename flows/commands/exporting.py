@@ -15,8 +15,6 @@ from flows.wording import size
 from pipeline.config import ConfigError
 from pipeline.store import use_store
 
-__all__ = ["export"]
-
 _GB = 1_000_000_000
 
 

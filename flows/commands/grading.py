@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from stages.reward import AccuracyConfig, RewardConfig
     from stages.reward.composition import ComponentScore
 
-__all__ = ["grade"]
-
 _DEFAULT_RECIPE: Final = "deepseekmath_7b"
 _CHUNK_ROWS: Final = 4096
 _SHOWN_LENGTH: Final = 60

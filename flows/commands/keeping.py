@@ -1,4 +1,4 @@
-"""`cohort verify`, `cohort forget`: the care of the store."""
+"""`cohort verify`, `forget`: check and repair the store, and drop records of calls."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from flows.runs.session import run_flow
 from flows.storage.gc import Freed, Records, needed_again
 from flows.wording import quoted
 from pipeline.store import DamagedArtifactError, MissingArtifactError, PrunedArtifactError, Store, StoreError
-
-__all__ = ["forget", "verify"]
 
 
 @dataclass
@@ -101,7 +99,7 @@ def forget(digest: str, *, root: Root = None) -> None:
 
 
 def _freed(store: Store, digest: str) -> Freed | None:
-    """What `prune` took of an artifact."""
+    """Return what `prune` took of an artifact."""
     try:
         names, freed = {file["name"] for file in store.manifest(digest)["files"]}, store.freed(digest)
     except StoreError:  # missing or damaged: the next run finds that by itself
@@ -155,12 +153,11 @@ def _quarantine(store: Store, found: _Findings, out: Console) -> None:
 
 
 def _again(record: RunRecord) -> str:
-    """The command that runs it again."""
     return f"cohort run {shlex.quote(str(record.folder / 'config.yaml'))}"
 
 
 def _affected(places: Places, found: _Findings) -> list[RunRecord]:
-    """Runs that used what is gone. A damaged record does not say whose it was: then all runs are asked, and reuse the rest."""
+    """Return the runs that used what is gone; all runs where a record is damaged, which does not say whose it was."""
     gone = {*found.damaged, *found.missing}
     every = bool(found.records)
     return [run for run in read_records(places) if every or gone & read_artifacts(run.folder).keys()]

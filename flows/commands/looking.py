@@ -20,8 +20,6 @@ from pipeline import lineage as ancestry
 from pipeline.config import ConfigError
 from pipeline.store import MissingArtifactError, Store, use_store
 
-__all__ = ["explain", "lineage", "runs", "show"]
-
 
 def runs(*, root: Root = None) -> None:
     """List what ran, the latest last."""
@@ -170,7 +168,7 @@ def _add_run(table: Table, record: RunRecord) -> None:
 
 
 def _accuracies(record: RunRecord) -> Iterator[str]:
-    """One line per set: before, after and best."""
+    """Yield a line per set: before, after and best."""
     for name, final in record.accuracy.get("final", {}).items():
         step, best = record.accuracy.get("best", {}).get(name, (0, None))
         before = _accuracy(record.accuracy.get("before", {}).get(name, {}))
@@ -182,7 +180,7 @@ def _accuracy(metrics: Mapping[str, float]) -> str:
 
 
 def _digest(places: Places, store: Store, what: str) -> str:
-    """A digest from its beginning, or the final policy of a run."""
+    """Return a digest from its beginning, or that of the final policy of a run."""
     record = find_run(places, what)
     return record.policy if record and record.policy else store.resolve(what)
 

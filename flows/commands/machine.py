@@ -17,8 +17,6 @@ from flows.runs.paths import Places
 from flows.wording import size
 from pipeline.config import ConfigError
 
-__all__ = ["doctor", "plan"]
-
 
 def doctor(
     recipe: str | None = None,
@@ -157,6 +155,6 @@ def _print_profile(profile: DeviceProfile, out: Console) -> None:
 
 
 def _watched(subject: Subject, out: Console) -> Report:
-    """The report; meanwhile a terminal says which of the heavy checks it waits for."""
+    """Examine the machine; meanwhile a terminal says which of the heavy checks it waits for."""
     with out.status("looking ...") as status:
         return examine(subject, CHECKS, announce=lambda name: status.update(f"{name}: other processes import it ..."))

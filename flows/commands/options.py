@@ -1,4 +1,4 @@
-"""Options that several commands share, and where commands print."""
+"""Options that several commands share, and the console that they print on."""
 
 from __future__ import annotations
 
@@ -20,20 +20,6 @@ from flows.wording import SafeConsole
 
 if TYPE_CHECKING:
     from flows.config.resolve import Choice
-
-__all__ = [
-    "UNCHANGED",
-    "Changes",
-    "EngineOption",
-    "Flag",
-    "LastingStream",
-    "Limit",
-    "MethodChanges",
-    "Root",
-    "Settings",
-    "console",
-    "debugging",
-]
 
 Flag = Annotated[bool, Parameter(negative="")]
 EngineOption = Annotated[
@@ -99,11 +85,11 @@ class LastingStream(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """As of the stream."""
+        """Return that of the stream."""
         return self._stream.encoding
 
     def isatty(self) -> bool:
-        """Whether it is a terminal, as long as that is there."""
+        """Return whether it is a terminal that is still there."""
         return not self._gone and self._stream.isatty()
 
     def fileno(self) -> int:
@@ -133,12 +119,12 @@ class LastingStream(io.TextIOBase):
 
 
 def console(*, errors: bool = False) -> Console:
-    """Standard output, or standard error: as wide as the terminal, and of a fixed width where there is none."""
+    """Return a console on standard output, or standard error, as wide as its terminal."""
     stream = sys.stderr if errors else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else _PLAIN_WIDTH
     return SafeConsole(file=cast(TextIO, LastingStream(stream)), width=width, highlight=False)
 
 
 def debugging() -> bool:
-    """Whether `--debug` or COHORT_DEBUG asks for tracebacks and the warnings of libraries."""
+    """Return whether `--debug` or COHORT_DEBUG asks for tracebacks and the warnings of libraries."""
     return os.environ.get("COHORT_DEBUG", "") not in ("", "0")

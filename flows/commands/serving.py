@@ -1,4 +1,4 @@
-"""`cohort ui`, `server`, `mlflow`: the user interfaces and what stands behind them."""
+"""`cohort ui`, `server`, `mlflow`: the user interfaces and their servers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ from pipeline.orchestration.server import configured_url, ensure_server, start_s
 from pipeline.orchestration.server import server_status as status_of
 from pipeline.orchestration.server_process import free_port, running_servers
 from pipeline.tracking.database import artifact_folder, is_database, making_tables, tracking_uri, with_driver
-
-__all__ = ["mlflow_sync", "server_down", "server_status", "server_up", "ui"]
 
 _START_SECONDS = 120.0
 
@@ -100,7 +98,7 @@ def server_status(
 
 
 def _list_servers() -> None:
-    """One line for each server, with what stops it."""
+    """Print a line for each server, with the command that stops it."""
     out, found = console(), running_servers()
     for server in sorted(found, key=lambda server: str(server.home)):
         root = server.home.parent
@@ -155,7 +153,7 @@ def _reach(uri: str) -> None:
 
 
 def _start_mlflow(places: Places, uri: str, files: str, port: int, log: Path) -> subprocess.Popen[bytes]:
-    """MLflow's server in a process group of its own, so that all of its workers can be stopped."""
+    """Start MLflow's server in a process group of its own, so that all of its workers can be stopped."""
     command = [sys.executable, "-P", guarded_server.__file__, "mlflow", str(port)]
     # Not among the arguments: those are for all to see, and a database's URL has a password.
     given = {"MLFLOW_BACKEND_STORE_URI": with_driver(uri), "MLFLOW_DEFAULT_ARTIFACT_ROOT": files}

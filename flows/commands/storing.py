@@ -27,8 +27,6 @@ from pipeline.config import ConfigError
 from pipeline.store import Store
 from pipeline.store.pins import PinnedArtifactError, RunPins
 
-__all__ = ["du", "export_archive", "import_archive", "prune"]
-
 _LISTED: Final = 40
 """Artifacts that `prune` names one by one."""
 Newest = Annotated[int | None, Parameter(validator=Number(gte=0))]
@@ -57,8 +55,8 @@ def du(*, root: Root = None) -> None:
         table.add_row(name, size(inventory.bytes_of(own)), size(inventory.bytes_of(digests - own)))
     table.add_row("used by no run", size(inventory.bytes_of(inventory.entries.keys() - owners.keys())), "")
     out.print(table)
-    beside = ", ".join(f"{name} {size(inventory.folder_bytes(name))}" for name in ("actions", "quarantine"))
-    out.print(f"\n{size(inventory.bytes_of(inventory.entries))} in {len(inventory.entries):,} artifacts; {beside}")
+    others = ", ".join(f"{name} {size(inventory.folder_bytes(name))}" for name in ("actions", "quarantine"))
+    out.print(f"\n{size(inventory.bytes_of(inventory.entries))} in {len(inventory.entries):,} artifacts; {others}")
     out.print(f"in {escape(str(store.root))}", style="dim", soft_wrap=True)
 
 
@@ -208,7 +206,7 @@ def _say_held(pins: RunPins, inventory: Inventory, parts: Iterable[Freed], out: 
 
 
 def _unreferenced(places: Places, store: Store, inventory: Inventory) -> list[Freed]:
-    """What no run used, as far as it is known: not what is younger than a run that lives, which may be about to say so."""
+    """Return what no run used. Not what is younger than a run that is alive: it may be about to record its use."""
     used = {digest for digests in references(places, store).values() for digest in digests}
     young = min((pins.started for pins in store.pins.live()), default=float("inf"))
     return [

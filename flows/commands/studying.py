@@ -1,4 +1,4 @@
-"""`cohort reward-model`: a reward model on labelled solutions of others, beside its baselines."""
+"""`cohort reward-model`: a reward model on labelled solutions of others, compared with baselines."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from flows.reward_study.config import choose_study
 from flows.reward_study.run import print_study, run_study
 from flows.runs.paths import Places
 from flows.wording import number
-
-__all__ = ["reward_model"]
 
 
 def reward_model(
@@ -43,7 +41,7 @@ def reward_model(
         out.print(Syntax(text, "yaml", background_color="default")) if out.is_terminal else print(text, end="")
         return
     out.print(
-        f"[bold]{choice.config.name}[/]  judged on {choice.config.judged_on}, engine {engine}, in {escape(str(places.root))}"
+        f"[bold]{choice.config.name}[/]  evaluated on {choice.config.judged_on}, engine {engine}, in {escape(str(places.root))}"
     )
     for key, (was, now) in choice.differences().items():
         out.print(f"  {key}  [dim]{number(was)}[/] -> [bold]{number(now)}[/]", soft_wrap=True)

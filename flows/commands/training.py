@@ -21,8 +21,6 @@ from pipeline.config import ConfigError
 from pipeline.progress import failsafe
 from stages.tables import Demonstrations
 
-__all__ = ["check", "methods", "prompt", "recipes", "run"]
-
 
 def run(
     recipe: str,

@@ -1,4 +1,4 @@
-"""The whole configuration of a run: what `cohort run` reads, overrides and hands to the flow."""
+"""The configuration of a run, which `cohort run` reads, overrides and passes to the flow."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ class IterativeRLConfig(RunSettings):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What makes it another run, as plain values: all but what stays on disk."""
+        """Return what makes it another run, as plain values: all but what stays on disk."""
         return self.model_dump(mode="json", exclude={"keep"})

@@ -1,4 +1,4 @@
-"""What does not fit together in the configuration of a run: parts that are right by themselves and wrong side by side."""
+"""Combinations of settings that are refused: parts that are right by themselves and mean nothing together."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from stages.reward import OverlongConfig, unlearned_components
 from stages.training import DeepSpeedEngineConfig, TrainingConfig
 from stages.update import GRPOConfig
 
-__all__ = ["unsupported_combinations"]
-
 
 def unsupported_combinations(config: RunSettings) -> Iterator[str]:
-    """Every complaint, each beginning with the key that it is about and saying what to set."""
+    """Yield every complaint, each beginning with the key that it is about and saying what to set."""
     yield from _of_the_objective(config)
     yield from _of_the_outputs(config)
     yield from _of_dynamic_sampling(config)
@@ -25,7 +23,7 @@ def unsupported_combinations(config: RunSettings) -> Iterator[str]:
 
 
 def _of_the_objective(config: RunSettings) -> Iterator[str]:
-    """What does not belong to the objective's row of Table 10."""
+    """Refuse what does not belong to the objective's row of Table 10."""
     kind, row = config.update.objective.kind, config.update.objective.ROW
     if config.data_source not in row.sources:
         yield f"data_source: {kind} learns from {_either(row.sources)}, found {config.data_source}; {row.because}"
@@ -48,7 +46,7 @@ def _of_the_objective(config: RunSettings) -> Iterator[str]:
 
 
 def _of_the_outputs(config: RunSettings) -> Iterator[str]:
-    """What does not go with where the outputs come from, and how they are sampled."""
+    """Refuse what does not go with the source of the outputs and their sampling."""
     source, update, sampled = config.data_source, config.update, config.rollout.temperature
     yield from _of_a_server(config)
     if update.correction.kind != "none" and source != "policy":
@@ -65,7 +63,7 @@ def _of_the_outputs(config: RunSettings) -> Iterator[str]:
 
 
 def _of_dynamic_sampling(config: RunSettings) -> Iterator[str]:
-    """Groups are replaced where the rules' rewards of outputs agree: that must be what the method would learn nothing from."""
+    """Refuse to replace groups of equal rewards by the rules where the method would learn from them."""
     if not config.dynamic_sampling:
         return
     advantage = config.advantage
@@ -95,7 +93,7 @@ def _of_dynamic_sampling(config: RunSettings) -> Iterator[str]:
 
 
 def _of_the_schedule(config: RunSettings) -> Iterator[str]:
-    """A warm-up that the run does not live to see the end of, and a linear decay that ends before it."""
+    """Refuse a warm-up that is longer than the run, and a linear decay that is shorter."""
     steps, update, critic = config.iterations * config.steps, config.update, config.critic
     trainings = [("update", update.training, steps * update.mu * update.mini_batches)]
     if critic is not None:
@@ -114,7 +112,7 @@ def _of_the_schedule(config: RunSettings) -> Iterator[str]:
 
 
 def _of_a_server(config: RunSettings) -> Iterator[str]:
-    """A server keeps the weights that it was started with, and training changes the policy's."""
+    """Refuse a server, which keeps its weights, for policies that change."""
     serving, evaluating = config.rollout.backend.kind, (config.evaluation.backend or config.rollout.backend).kind
     fixed = "a server keeps the weights it was started with"
     if serving == "vllm_server" and config.data_source == "policy":
@@ -163,7 +161,7 @@ def _of_advantage_and_update(config: RunSettings) -> Iterator[str]:
 
 
 def _of_step_rewards(config: RunSettings) -> Iterator[str]:
-    """What process supervision and process models lack."""
+    """Refuse process supervision and process models without rewards of steps."""
     plan, by_rules = config.reward_model, any(part.kind == "steps" for part in config.reward.components)
     learned = plan is not None and any(model.kind == "process" for model in plan.models)
     if isinstance(config.advantage, GroupConfig) and config.advantage.supervision == "process":
@@ -186,7 +184,7 @@ def _of_step_rewards(config: RunSettings) -> Iterator[str]:
 
 
 def _of_reward_models(config: RunSettings) -> Iterator[str]:
-    """What reward models leave without effect, or cannot be combined with."""
+    """Refuse what reward models leave without effect, or cannot be combined with."""
     plan, reward = config.reward_model, config.reward
     if plan is None:
         return
@@ -195,8 +193,8 @@ def _of_reward_models(config: RunSettings) -> Iterator[str]:
             f"reward_model: advantage.kind {config.advantage.kind} learns from the rules' verdicts or from no reward, and the "
             "models' scores would have no effect; set reward_model=null"
         )
-    beside = unlearned_components(reward)
-    for component in (part for part in reward.components if part not in beside):
+    kept = unlearned_components(reward)
+    for component in (part for part in reward.components if part not in kept):
         usual = type(component).model_fields["weight"].default
         if component.weight != usual:
             yield (
@@ -211,9 +209,9 @@ def _of_reward_models(config: RunSettings) -> Iterator[str]:
 
 
 def _of_the_ranks(config: RunSettings) -> Iterator[str]:
-    """More ranks than a batch has outputs: some would only compute what others do, with weight 0.
+    """Refuse more ranks than a batch has outputs: some would only repeat others, with weight 0.
 
-    A number that does not divide the batch is none of these: micro-batches are dealt out whole (`stages/training/batching.py`).
+    A number that does not divide the batch is fine: micro-batches are dealt out whole (`stages/training/batching.py`).
     """
     groups = max(1, config.questions_per_step // config.update.mini_batches)
     outputs = groups * config.rollout.G

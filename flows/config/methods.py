@@ -19,8 +19,6 @@ from stages.reward import RewardConfig, StepsConfig
 from stages.rollout import RolloutConfig
 from stages.update import UpdateConfig
 
-__all__ = ["METHODS", "PAPER", "check_method", "method_settings", "settings_among", "without_method"]
-
 C = TypeVar("C", bound=Config)
 
 PAPER: Final = ("sft", "rft", "dpo", "online_rft", "ppo", "grpo")
@@ -85,17 +83,13 @@ def check_method(name: Any) -> None:
 
 
 def method_settings(name: str, base: IterativeRLConfig) -> dict[str, Any]:
-    """What turns `base` into a run of the method, whatever method it was.
-
-    Raises:
-        ConfigError: no such method; the nearest is named.
-    """
+    """Return what turns `base` into a run of the method, whatever method it was; raises as `settings_among`."""
     values = base.model_dump(mode="json")
     return settings_among(name, values, values)
 
 
 def settings_among(name: str, before: Mapping[str, Any], settled: Mapping[str, Any]) -> dict[str, Any]:
-    """What turns a configuration into a run of the method, as nested values that need not be valid yet.
+    """Return what turns a configuration into a run of the method, as nested values that need not be valid yet.
 
     Args:
         before: the configuration that the method is applied to.
@@ -134,13 +128,13 @@ def settings_among(name: str, before: Mapping[str, Any], settled: Mapping[str, A
 
 
 def without_method(name: str) -> str:
-    """The name of a run without that of the method at its end."""
+    """Return the name of a run without that of the method at its end."""
     before, _, method = name.rpartition("-")
     return before if before and method in METHODS else name
 
 
 def _fields(model: type[C], section: Any, *names: str) -> C:
-    """Some fields of a section; the defaults where it is not valid, which is reported with the whole."""
+    """Return some fields of a section; the defaults where it is not valid, which is reported with the whole."""
     given = section if isinstance(section, Mapping) else {}
     try:
         return model.parse({name: given[name] for name in names if name in given})
@@ -154,7 +148,7 @@ def _built_in(values: Mapping[str, Any]) -> bool:
 
 
 def _components(values: Mapping[str, Any], *, steps: bool) -> list[dict[str, Any]]:
-    """The components; with `steps` one that scores steps, without it none whose only use is process supervision."""
+    """Return the components; with `steps` one that scores steps, without it none whose only use is process supervision."""
     reward = _fields(RewardConfig, values.get("reward"), "components")
     used = [component for component in reward.components if component != StepsConfig()]
     if steps and not any(component.kind == "steps" for component in used):
@@ -163,7 +157,7 @@ def _components(values: Mapping[str, Any], *, steps: bool) -> list[dict[str, Any
 
 
 def _process_model(values: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
-    """The plan's models and, where none of them is one, a process model."""
+    """Return the plan's models and, where none of them is one, a process model."""
     found = _fields(RewardModelPlan, plan, "models", "step_labels", "training")
     models = [model.model_dump(mode="json") for model in found.models]
     if any(model["kind"] == "process" for model in models):
@@ -175,7 +169,7 @@ def _process_model(values: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[s
 
 
 def _critic_like(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A critic trained as the policy is: same engine, optimizer and learning rate (ours; the paper gives none)."""
+    """Return a critic trained as the policy is: same engine, optimizer and learning rate (ours; the paper gives none)."""
     update = _fields(UpdateConfig, values.get("update"), "mu", "mini_batches", "micro_batch_tokens", "training")
     critic = CriticConfig(
         mu=update.mu,

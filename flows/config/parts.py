@@ -28,17 +28,6 @@ from stages.sft import PolicyConfig, SFTConfig
 from stages.text import PromptConfig
 from stages.update import DataSource, UpdateConfig
 
-__all__ = [
-    "ArithmeticData",
-    "EvaluationPlan",
-    "FileData",
-    "PreflightConfig",
-    "PretrainedPolicy",
-    "RewardModelPlan",
-    "RunSettings",
-]
-
-
 SetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 """As names of runs: it is part of metrics' names."""
 
@@ -121,11 +110,11 @@ class EvaluationPlan(Config):
     "The K of pass@K and maj@K, and the bootstrap."
 
     def is_due(self, step: int, last: int) -> bool:
-        """Whether the policy after `step` is to be evaluated."""
+        """Return whether the policy after `step` is to be evaluated."""
         return step == last or (self.every > 0 and step % self.every == 0)
 
     def modes(self, rollout: RolloutConfig) -> list[tuple[str, RolloutConfig, EvaluationConfig]]:
-        """What an evaluation runs: name, sampling (that of training but for G, temperature and backend), and estimates."""
+        """Return name, sampling (that of training but for G, temperature and backend) and estimates of its parts."""
         modes = []
         if self.backend is not None:
             rollout = rollout.override({"backend": self.backend.model_dump(mode="json")})
@@ -260,7 +249,7 @@ class RunSettings(Config):
     "Sampling of the G outputs per question."
     reward: RewardConfig = RewardConfig()
     """r by rules: what is learned from. With `reward_model` its labels and gauges come from the component that reads the answer
-    and from `steps`, which the model's score stands for; the other components and `truncated` hold for the reward as ever."""
+    and from `steps`, whose place the model's score takes; the other components and `truncated` hold for the reward as ever."""
     reward_model: RewardModelPlan | None = None
     "r by learned models in place of the verdict on the answer; null: rules. For data that is scored (not demonstrations)."
     advantage: AdvantageConfig = GroupConfig()
@@ -270,7 +259,7 @@ class RunSettings(Config):
     update: UpdateConfig = UpdateConfig()
     "The policy update."
     reference_pass: Literal["inline", "stage"] = "inline"
-    """Where pi_ref scores the outputs. `inline`: in the update, loaded beside the policy. `stage`: before it, in a cached pass
+    """Where pi_ref scores the outputs. `inline`: in the update, loaded with the policy. `stage`: before it, in a cached pass
     that loads and frees the reference. The same values up to their last bits (`stages/logprobs/stage.py`)."""
     evaluation: EvaluationPlan = EvaluationPlan()
     "Held-out evaluation."

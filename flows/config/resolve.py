@@ -1,4 +1,4 @@
-"""Which configuration a command means: a recipe or a YAML file, and changes of it in the order in which they were asked for.
+"""Resolve the configuration that a command means: a recipe or a YAML file, changed in the order asked for.
 
 The order is: what a YAML file says of its recipe, `--method`, an experiment's `common` and an arm's own overrides, `--config`
 files, `--set`. Later ones win (`pipeline/config/` says what a change does). Nested mappings of a file or an arm are changes
@@ -23,17 +23,15 @@ from flows.config.methods import check_method, settings_among
 from flows.config.recipes import RECIPES
 from pipeline.config import Config, ConfigError, Override, changes_of, flatten, parse_settings
 
-__all__ = ["Asked", "AskedOverride", "Choice", "choice_of", "choose", "descriptions", "read_overrides", "read_values"]
-
 _METHOD = "method"
-"""The key of a change that stands for all settings of a method."""
+"""Key of a change that is replaced by all settings of a method."""
 
 
 class AskedOverride(Config):
     """An override as records keep it."""
 
     setting: str
-    "Dotted key; `method` stands for the settings of a method."
+    "Dotted key; `method` means all settings of a method."
     value: Any
     "What it becomes."
     source: str
@@ -51,8 +49,20 @@ class Asked(Config):
     "All of them, those without effect included."
 
     def changes(self) -> list[Override]:
-        """The overrides as changes."""
+        """Return the overrides as changes."""
         return [Override(override.setting, override.value, override.source) for override in self.overrides]
+
+
+def differences(base: Config, config: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the dotted keys whose value differs from the base: what it was, what it is.
+
+    What it was is None where there was no such key, and `...` where a section has become a value. Keys that are no more went
+    with a `kind` or a section that is in the list.
+    """
+    was, now = (flatten(each.model_dump(mode="json")) for each in (base, config))
+    sections = {key[:place] for key in was for place, letter in enumerate(key) if letter == "."}
+    before = dict.fromkeys(sections, "...") | was
+    return {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ class Choice:
     """What was asked for."""
 
     def dropped(self) -> list[AskedOverride]:
-        """Overrides without effect that no later one of the same key explains: their section or its kind was replaced."""
+        """Return overrides whose section or its kind was replaced, and that no later one of the same key explains."""
         asked = self.asked.overrides
         return [
             override
@@ -75,15 +85,8 @@ class Choice:
         ]
 
     def differences(self) -> dict[str, tuple[Any, Any]]:
-        """Dotted keys whose value differs from the base: what it was, what it is.
-
-        What it was is None where there was no such key, and `...` where a section has become a value. Keys that are no more
-        went with a `kind` or a section that is in the list.
-        """
-        was, now = (flatten(config.model_dump(mode="json")) for config in (self.base, self.config))
-        sections = {key[:place] for key in was for place, letter in enumerate(key) if letter == "."}
-        before = dict.fromkeys(sections, "...") | was
-        return {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
+        """Return the dotted keys whose value differs from the base: what it was, what it is."""
+        return differences(self.base, self.config)
 
 
 class _Values(Config):
@@ -100,7 +103,7 @@ def choose(
     method: str | None = None,
     overrides: Iterable[Override] = (),
 ) -> Choice:
-    """The configuration named by `source`, changed by `method`, `overrides`, `files` and `settings`, in this order.
+    """Return the configuration named by `source`, changed by `method`, `overrides`, `files` and `settings`, in this order.
 
     Args:
         source: name of a recipe, or a YAML file. A file with the key `recipe` holds overrides of that recipe.
@@ -126,7 +129,7 @@ def choose(
 
 
 def choice_of(config: IterativeRLConfig, asked: Asked, source: str, base: IterativeRLConfig | None = None) -> Choice:
-    """The choice of a configuration that came as a whole, with what it has beyond `asked` as changes of `source`.
+    """Return the choice of a configuration that came as a whole, with what it has beyond `asked` as changes of `source`.
 
     Args:
         base: what `config` is compared with; by default the recipe.
@@ -143,7 +146,7 @@ def choice_of(config: IterativeRLConfig, asked: Asked, source: str, base: Iterat
 
 
 def _resolved(base: IterativeRLConfig, changes: Sequence[Override]) -> list[Override]:
-    """The changes with the settings of a method in the place of its name."""
+    """Return the changes with the settings of a method in the place of its name."""
     resolved: list[Override] = []
     for place, change in enumerate(changes):
         if change.key != _METHOD:
@@ -171,7 +174,7 @@ def _asked(base: IterativeRLConfig, recipe: str, changes: Sequence[Override]) ->
 
 
 def _is_undone(change: Override, values: Mapping[str, Any], later: Sequence[Override]) -> bool:
-    """Whether its value is not in the result `values`, and no later change refined it."""
+    """Return whether its value is not in the result `values`, and no later change refined it."""
     if change.key == _METHOD:
         return any(other.key == _METHOD for other in later)
     if any(other.key.startswith(f"{change.key}.") for other in later):
@@ -186,7 +189,7 @@ def _at(values: Any, key: str) -> Any:
 
 
 def descriptions() -> dict[str, str]:
-    """The recipes by name, with the first line of what each says about itself."""
+    """Return the recipes by name, with the first line of what each says about itself."""
     return {name: (inspect.getdoc(make) or "").partition("\n")[0] for name, make in RECIPES.items()}
 
 
@@ -208,14 +211,14 @@ def _start(source: str) -> tuple[IterativeRLConfig, str, list[Override]]:
 
 
 def _method_first(changes: Iterable[Override]) -> list[Override]:
-    """The changes of each source with its method at their head: a method is what the rest of a mapping changes."""
+    """Return the changes of each source with its method at their head: a method is what the rest of a mapping changes."""
     listed = list(changes)
     sources = list(dict.fromkeys(change.source for change in listed))
     return sorted(listed, key=lambda change: (sources.index(change.source), change.key != _METHOD))
 
 
 def read_overrides(file: Path) -> list[Override]:
-    """What a `--config` file changes, in the order written.
+    """Return what a `--config` file changes, in the order written.
 
     Raises:
         ConfigError: no such file, or it cannot be read.
@@ -226,7 +229,7 @@ def read_overrides(file: Path) -> list[Override]:
 
 
 def read_values(file: Path) -> dict[str, Any]:
-    """A YAML file as plain values.
+    """Read a YAML file as plain values.
 
     Raises:
         ConfigError: it cannot be read.

@@ -22,17 +22,6 @@ from pipeline.orchestration.flow_runs import RESTARTS
 from pipeline.orchestration.server import ensure_server
 from pipeline.store.context import package_versions
 
-__all__ = [
-    "DEPLOYED_PLACES",
-    "ENTRYPOINT",
-    "Deployed",
-    "cron_schedule",
-    "deploy",
-    "form_schema",
-    "places_passed_on",
-    "ready_for_form",
-]
-
 ENTRYPOINT: Final = "flows.deploying.flow.train"
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _PASSED_ON: Final = ("COHORT_STORE", "MLFLOW_TRACKING_URI")

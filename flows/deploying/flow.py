@@ -34,8 +34,6 @@ from pipeline.orchestration.flow_runs import names_living_process, owner_tag
 from pipeline.progress import failsafe
 from pipeline.store.context import package_versions
 
-__all__ = ["WORKER", "train"]
-
 WORKER: Final = "COHORT_WORKER"
 """In the environment of what a worker of ours started: the worker's process, without which its runs end."""
 _WATCH_SECONDS: Final = 0.5

@@ -23,27 +23,6 @@ from pipeline.orchestration.flow_runs import names_living_process
 from pipeline.orchestration.server import ServerError, configured_url
 from pipeline.store.context import package_versions
 
-__all__ = [
-    "ASKED",
-    "DIFFERENCE",
-    "POOL",
-    "REQUIRED",
-    "TAGS",
-    "VERSIONS",
-    "VersionsError",
-    "cancel",
-    "check_versions",
-    "connected",
-    "crash_lost",
-    "differing",
-    "ensure_pool",
-    "require_pool",
-    "serving",
-    "state_of",
-    "submit",
-    "versions_environment",
-]
-
 POOL: Final = "cohort-local"
 """The work pool that workers serve, and deployments go to, when none is named."""
 _TYPE: Final = "process"

@@ -30,8 +30,6 @@ from pipeline.config.passwords import without_password
 from pipeline.orchestration.flow_runs import RESTARTS, mark_crashed, process_name, restart_crashed
 from pipeline.orchestration.server import ensure_server, keep_server
 
-__all__ = ["job_configuration", "work"]
-
 _PULL_STEP: Final = "prefect.deployments.steps.set_working_directory"
 _OF_A_RUN: Final = (TAGS, DIFFERENCE, ASKED)
 """Variables that a flow run may bring: what `flows/deploying/flow.py` only writes down."""
@@ -85,7 +83,7 @@ def work(places: Places, pool: str, *, limit: int | None, say: Callable[[str], N
 
 
 def job_configuration() -> Any:
-    """Prefect's `ProcessJobConfiguration`, which takes from the API only what `work` may take from it."""
+    """Return a `ProcessJobConfiguration` of Prefect's that takes from the API only what `work` may take from it."""
     from prefect.workers.process import ProcessJobConfiguration, ProcessWorker
 
     class JobConfiguration(ProcessJobConfiguration):  # type: ignore[misc]
@@ -93,7 +91,7 @@ def job_configuration() -> Any:
 
         @classmethod
         async def resolve_for_flow_run(cls, flow_run: Any, *, deployment: Any = None, **others: Any) -> Any:
-            """The configuration of one flow run.
+            """Return the configuration of one flow run.
 
             Raises:
                 ConfigError: it is not one of `cohort deploy`'s, or its deployment asks for other steps.
@@ -127,7 +125,7 @@ def _require_ours(deployment: Any) -> None:
 
 
 def _brought(variables: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, str]:
-    """Of the environment in job variables, what may be brought here; what this host's environment says wins."""
+    """Return what a job may bring of its environment; what this host's environment says wins."""
     given = (variables or {}).get("env")
     given = given if isinstance(given, dict) else {}
     places = [name for name in DEPLOYED_PLACES if os.environ.get(name)]
@@ -202,7 +200,7 @@ def _marked(name: str) -> Iterator[psutil.Process]:
 
 
 def _runs(name: str) -> list[psutil.Process]:
-    """The processes of flow runs, without what those started."""
+    """Return the processes of flow runs, without what those started."""
     found = []
     for process in _marked(name):
         with contextlib.suppress(psutil.Error):

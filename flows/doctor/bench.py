@@ -28,8 +28,6 @@ from flows.runs.paths import Places, nearest
 from flows.runs.record import write_json
 from stages.training import TrainingConfig, native_bf16
 
-__all__ = ["bench", "calibrated"]
-
 _VOCABULARY: Final = 128
 
 
@@ -94,12 +92,12 @@ def calibrated(
     Args:
         training, decoding: seconds of a step of the tiny model and of `trial`.
     """
-    bare = profile.override({"training": 1.0, "decoding": 1.0, "layer_seconds": 0.0, "token_seconds": 0.0})
+    plain = profile.override({"training": 1.0, "decoding": 1.0, "layer_seconds": 0.0, "token_seconds": 0.0})
     works = [(_training_work(each, precision), _decoding_work(each, precision)) for each in (_TINY, trial)]
     layer = training[0] / works[0][0].layers
     token = decoding[0] / works[0][1].layers
-    busy = seconds_of(works[1][0], bare, trial.shape.hidden, precision)
-    sampling = seconds_of(works[1][1], bare, trial.shape.hidden, precision, sampling=True)
+    busy = seconds_of(works[1][0], plain, trial.shape.hidden, precision)
+    sampling = seconds_of(works[1][1], plain, trial.shape.hidden, precision, sampling=True)
     return profile.override(
         {
             "layer_seconds": layer,

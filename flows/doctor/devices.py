@@ -18,8 +18,6 @@ from flows.wording import size
 from stages.training.hardware import native_bf16
 from stages.training.ranks import RANK_VARIABLES, environments
 
-__all__ = ["cores", "driver", "gpus", "launcher", "memory", "processors", "switches", "threads", "torch"]
-
 _SECONDS: Final = 90.0
 _LEAST_MEMORY: Final = 2e9
 """Bytes. Ours: the process of the built-in recipe peaked at 0.96 GiB (lab log); Prefect and MLflow come on top."""

@@ -26,8 +26,6 @@ from stages.rollout.config import VLLMBackendConfig, VLLMServerConfig
 if TYPE_CHECKING:
     from flows.config import IterativeRLConfig
 
-__all__ = ["OURS", "Check", "Finding", "Report", "Severity", "Subject", "examine", "redacted", "subject_of"]
-
 OURS: Final = "cohort-rl"
 FORMAT: Final = 1
 """Of the JSON: raised when a key is removed or changes its meaning."""

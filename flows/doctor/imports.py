@@ -14,8 +14,6 @@ from flows.doctor.probe import Answer, ask, probing
 from flows.doctor.servers import status_of
 from flows.doctor.versions import cpu_companions, declared, installed, outside
 
-__all__ = ["imports", "vllm", "vllm_imports", "vllm_servers"]
-
 _MODULES: Final = (
     *("pyarrow", "safetensors", "tokenizers", "datasets", "transformers.models.qwen2.modeling_qwen2"),
     *("math_verify", "pebble", "prefect", "mlflow", "deepspeed"),

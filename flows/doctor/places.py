@@ -27,8 +27,6 @@ from pipeline.store.context import Call
 from pipeline.store.files import StoreError
 from pipeline.store.locks import try_lock
 
-__all__ = ["commits", "exclusion", "file_system", "locking", "records", "shared", "space", "temporary"]
-
 _NETWORK: Final = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "gluster", "lustre", "gpfs", "beegfs", "fuse.")
 """Prefixes of file systems that reach several hosts, or that a program in user space serves."""
 _VOLATILE: Final = ("tmpfs", "ramfs")

@@ -30,8 +30,6 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from flows.doctor.examination import Severity
 
-__all__ = ["Answer", "ask", "importing_ours", "probing", "together"]
-
 _LINES: Final = 3
 _GRACE: Final = 2.0
 """Seconds."""
@@ -133,7 +131,7 @@ def main(arguments: list[str]) -> None:
     signal.alarm(_OWN_END)
     match arguments:
         case ["versions", *names]:
-            tell(python=sys.version.split()[0], versions={name: version_of(name) for name in names})
+            report(python=sys.version.split()[0], versions={name: version_of(name) for name in names})
         case ["imports", *modules]:
             for module in modules:
                 import_one(module)
@@ -145,7 +143,7 @@ def main(arguments: list[str]) -> None:
             raise SystemExit(f"unknown order {arguments}")
 
 
-def tell(**values: Any) -> None:
+def report(**values: Any) -> None:
     """Print values as one line."""
     print(json.dumps(values), flush=True)
 
@@ -161,15 +159,15 @@ def version_of(name: str) -> dict[str, Any] | None:
 
 def import_one(module: str) -> None:
     """Import a module, and print its name first, so that a crash of the process is known to be its own."""
-    tell(begins=module)
+    report(begins=module)
     began = time.perf_counter()
     try:
         importlib.import_module(module)
     except BaseException as error:  # errors of pydantic and CUDA, `sys.exit` in a module: each is a finding
         last = str(error).strip().splitlines()
-        tell(module=module, error=f"{type(error).__name__}: {last[0] if last else ''}".rstrip(": "))
+        report(module=module, error=f"{type(error).__name__}: {last[0] if last else ''}".rstrip(": "))
     else:
-        tell(module=module, error=None, seconds=round(time.perf_counter() - began, 2))
+        report(module=module, error=None, seconds=round(time.perf_counter() - began, 2))
 
 
 def hold(file: Path) -> None:
@@ -187,7 +185,7 @@ def all_reduce(rank: int, world_size: int, file: str) -> None:
     import torch
 
     if rank == 0:
-        tell(
+        report(
             torch=torch.__version__,
             seconds=round(time.perf_counter() - began, 2),
             cuda_build=torch.version.cuda,
@@ -198,7 +196,7 @@ def all_reduce(rank: int, world_size: int, file: str) -> None:
     torch.distributed.init_process_group("gloo", f"file://{file}", timeout, world_size, rank)
     total = torch.tensor([rank + 1.0])
     torch.distributed.all_reduce(total)
-    tell(rank=rank, total=total.item())
+    report(rank=rank, total=total.item())
     torch.distributed.destroy_process_group()
 
 

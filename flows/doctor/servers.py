@@ -18,8 +18,6 @@ from pipeline.orchestration.server import server_status
 from pipeline.orchestration.server_process import own_processes, recorded
 from pipeline.tracking.database import local_database, tracking_uri
 
-__all__ = ["loopback", "mlflow", "prefect", "prefect_database", "proxies", "status_of"]
-
 _SECONDS: Final = 5.0
 _PORTS: Final = {"http": 80, "https": 443, "postgresql": 5432, "postgres": 5432, "mysql": 3306, "mssql": 1433}
 _PREFECT_DATABASE: Final = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")

@@ -23,8 +23,6 @@ from packaging.utils import canonicalize_name
 
 from flows.doctor.examination import OURS, Finding, Severity, Subject
 
-__all__ = ["companions", "cpu_companions", "declared", "ground_types", "installed", "outside", "packages", "python"]
-
 _SHOWN: Final = (
     *("torch", "transformers", "deepspeed", "prefect", "fastapi", "mlflow", "pyarrow", "math-verify"),
     *("antlr4-python3-runtime", "pebble"),

@@ -33,18 +33,6 @@ from pipeline.progress import failsafe
 from pipeline.store import StoreError, use_store
 from pipeline.tracking.records import Record, alias, figure, note, table
 
-__all__ = [
-    "conclude",
-    "earlier_settings",
-    "outcomes_of",
-    "print_arms",
-    "print_changes",
-    "print_outcome",
-    "reasons",
-    "tables_file",
-    "track_experiment",
-]
-
 # ------------------------------------------------------------------------------------------------ before the runs
 
 

@@ -16,8 +16,6 @@ from pipeline.config import Config, ConfigError, Override, flatten, parse_settin
 from pipeline.experiment import Experiment, Trial, fitted_name, selected, trials
 from pipeline.store import canonical_json, sha256_of
 
-__all__ = ["Arm", "Changes", "PlannedExperiment", "method_experiment", "plan"]
-
 Changes = Mapping[str, tuple[Any, Any]]
 """Dotted key -> what it was, what it is."""
 _NOT_SETTINGS: Final = ("name", "experiment", "seed")

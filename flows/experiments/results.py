@@ -23,19 +23,6 @@ from pipeline.config import Config
 from pipeline.experiment import Experiment
 from pipeline.store import StoreError, canonical_json, sha256_of
 
-__all__ = [
-    "ArmResult",
-    "ExperimentResult",
-    "RunResult",
-    "Sharing",
-    "collect",
-    "experiment_folder",
-    "is_finished",
-    "read_experiment",
-    "read_summary",
-    "write_experiment",
-]
-
 _FILE: Final = "experiment.json"
 
 

@@ -33,8 +33,6 @@ from pipeline.orchestration.engine import Engine
 from pipeline.orchestration.interruption import interruptible
 from pipeline.residency import evict
 
-__all__ = ["ChildConfig", "progress_of", "run_in_turn", "run_side_by_side"]
-
 _POLL: Final = 0.1
 _PROGRESS_SECONDS: Final = 30.0
 """How often the progress of the runs is printed."""
@@ -174,7 +172,7 @@ def _start(planned: PlannedExperiment, arm: Arm, places: Places, engine: Engine,
     file.write_text(needed.to_yaml(), encoding="utf-8")
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with open(log, "wb") as output:
-        # A session of its own: Ctrl-C reaches this process only, which tells each child once.
+        # A session of its own: Ctrl-C reaches this process only, which interrupts each child once.
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.cli", "child", str(file)],
             stdin=subprocess.DEVNULL,

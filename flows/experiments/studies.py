@@ -17,8 +17,6 @@ from flows.config.methods import PAPER
 from pipeline.config import ConfigError
 from pipeline.experiment import Experiment
 
-__all__ = ["EXPERIMENTS", "SCALES", "Scale", "named_experiment"]
-
 _QUICK_SETS: Final[dict[str, Any]] = {
     "data.evaluation.in_domain.count": 256,  # ours; 512
     "data.evaluation.out_of_domain.count": 128,  # ours; 256

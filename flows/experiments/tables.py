@@ -20,20 +20,6 @@ from flows.runs.paths import Places
 from flows.wording import duration, number, percent
 from pipeline.config import flatten
 
-__all__ = [
-    "Grid",
-    "Outcome",
-    "accuracy_tables",
-    "comparison_markdown",
-    "findings",
-    "markdown_rows",
-    "print_comparison",
-    "reward_model_table",
-    "setting",
-    "setting_pair",
-    "spread",
-]
-
 _MEASURES: Final = {"greedy": "greedy_accuracy", "samples": "accuracy"}
 """Heading and metric of the accuracies shown."""
 _COSTS: Final[dict[str, tuple[str, Callable[[float], str]]]] = {
@@ -251,7 +237,7 @@ def _over(values: Sequence[float]) -> str:
 
 def _apart(finals: Mapping[str, Sequence[float]], first: str, second: str) -> str:
     if min(len(finals[first]), len(finals[second])) < 2:
-        return "one seed does not tell whether the difference would repeat"
+        return "one seed does not show whether the difference would repeat"
     overlap = min(finals[first]) <= max(finals[second])
     return "the ranges of their seeds overlap" if overlap else "the ranges of their seeds do not overlap"
 

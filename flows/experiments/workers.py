@@ -31,8 +31,6 @@ from pipeline.orchestration.flow_runs import mark_crashed
 from pipeline.orchestration.interruption import interruptible
 from pipeline.orchestration.server import ServerError, ensure_server, keep_server
 
-__all__ = ["require_workers_pool", "run_on_workers"]
-
 SUBMISSIONS: Final = 10
 """How often one run is submitted at most. Every time it continues; ours: more deaths than that are no accident."""
 _POLL: Final = 1.0
@@ -77,7 +75,7 @@ class _Board:
     """Whether no worker serves the pool, as was printed."""
 
     def say(self, word: str, run: _Submitted, more: str = "") -> None:
-        """One line about a run."""
+        """Print a line about a run."""
         self.console.print(f"{word:<9} {run.name}  {escape(more)}".rstrip(), soft_wrap=True)
 
     def deploy(self, *, require_versions: bool) -> None:

@@ -17,8 +17,6 @@ from pipeline.store import Store
 from stages.models import Checkpoint, PlainType, write_plain
 from stages.training.adapters import ADAPTER_SETTINGS, adapter_base, write_adapter
 
-__all__ = ["Origin", "export_adapter", "export_checkpoint", "find_origin"]
-
 
 def find_origin(places: Places, store: Store, what: str) -> Origin:
     """Return the checkpoint that `what` names: the final policy of a run, or a digest or its beginning.

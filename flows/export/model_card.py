@@ -23,8 +23,6 @@ from stages.data import QuestionFileConfig
 from stages.models import Checkpoint, code_files, load_tokenizer
 from stages.text import PromptError, encode_prompt
 
-__all__ = ["Origin", "adapter_card", "model_card"]
-
 _AUTO: Final = {
     "ForTokenClassification": "AutoModelForTokenClassification",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
@@ -56,7 +54,7 @@ class Origin:
     run: History | None
     """None: no recorded run used it."""
     step: int | None
-    """The step whose update made it, or after which it was the policy; None: made before the first, or beside the steps."""
+    """The step whose update made it, or after which it was the policy; None: made before the first, or outside the steps."""
 
     @property
     def title(self) -> str:
@@ -140,7 +138,7 @@ def _run_row(run: History | None, step: int | None) -> dict[str, str]:
     if run is None:
         return {}
     total = run.config.iterations * run.config.steps
-    place = "made before the first step, or beside the steps" if step is None else f"after step {step} of {total}"
+    place = "made before the first step, or outside the steps" if step is None else f"after step {step} of {total}"
     return {"run": f"`{run.record.folder.name}`, {place}, started on {_date(run.record.attempts[0].start.time)}"}
 
 

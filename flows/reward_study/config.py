@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from flows.config import PretrainedPolicy
-from flows.config.resolve import read_overrides, read_values
-from pipeline.config import Config, ConfigError, flatten, parse_settings
+from flows.config.resolve import differences, read_overrides, read_values
+from pipeline.config import Config, ConfigError, parse_settings
 from stages.data import ColumnsConfig, Feature, QuestionFileConfig, SolutionFileConfig
 from stages.reward import AccuracyConfig, RewardConfig, unlearned_components
 from stages.reward_model import GaugeConfig, ScoringConfig
@@ -164,8 +164,7 @@ class StudyChoice(NamedTuple):
 
     def differences(self) -> dict[str, tuple[Any, Any]]:
         """Return the dotted keys whose value differs from the recipe's: what it was, what it is."""
-        was, now = (flatten(config.model_dump(mode="json")) for config in (self.base, self.config))
-        return {key: (was.get(key), value) for key, value in now.items() if was.get(key) != value}
+        return differences(self.base, self.config)
 
 
 def choose_study(source: str, files: Sequence[Path] = (), settings: Sequence[str] = ()) -> StudyChoice:

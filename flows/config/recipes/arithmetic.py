@@ -14,8 +14,6 @@ from stages.text import PromptConfig
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, MuonConfig, TrainingConfig, native_bf16
 from stages.update import GRPOConfig, UpdateConfig
 
-__all__ = ["arithmetic_cpu", "arithmetic_learned_reward", "arithmetic_smoke", "fast_precision"]
-
 
 def fast_precision() -> Literal["fp32", "bf16"]:
     """bf16 where the CPU multiplies it in hardware; elsewhere it is emulated, many times slower than fp32."""

@@ -19,8 +19,6 @@ from stages.text import PromptConfig
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, TrainingConfig
 from stages.update import GRPOConfig, UpdateConfig
 
-__all__ = ["deepseekmath_7b"]
-
 
 def deepseekmath_7b() -> IterativeRLConfig:
     """DeepSeekMath-RL 7B with the paper's numbers (4.2), on 8 GPUs; never run here."""
@@ -80,7 +78,7 @@ def deepseekmath_7b() -> IterativeRLConfig:
             micro_batch_tokens=8192,  # ours: 4 GB of hidden states
             training=_training(learning_rate=1e-6),  # 4.2
         ),
-        reference_pass="stage",  # ours: no second model beside the one that is trained
+        reference_pass="stage",  # ours: no second model in memory with the one that is trained
         evaluation=EvaluationPlan(
             every=1770,  # ours: after each iteration, since 64 samples of each question are as many outputs as 400 steps
             samples=64,  # Fig. 7
@@ -92,7 +90,7 @@ def deepseekmath_7b() -> IterativeRLConfig:
 
 
 def _training(*, learning_rate: float) -> TrainingConfig:
-    """Of policy and reward model alike; but for the learning rate the paper gives nothing here."""
+    """Return the training of policy and reward model; but for the learning rate the paper gives nothing here."""
     return TrainingConfig(
         engine=DeepSpeedEngineConfig(
             ranks=8,  # ours

@@ -18,8 +18,6 @@ from stages.text import BPETokenizerConfig, PromptConfig
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, MuonConfig, TrainingConfig
 from stages.update import GRPOConfig, UpdateConfig
 
-__all__ = ["gsm8k_cpu", "gsm8k_one_gpu"]
-
 
 def gsm8k_cpu() -> IterativeRLConfig:
     """Real GSM8K questions on a CPU: a small model from scratch, SFT on the real solutions, GRPO on accuracy and format."""
@@ -134,7 +132,7 @@ def gsm8k_one_gpu() -> IterativeRLConfig:
                 attention="sdpa",  # ours
             ),
         ),
-        reference_pass="stage",  # ours: no second model beside the one that is trained
+        reference_pass="stage",  # ours: no second model in memory with the one that is trained
         evaluation=EvaluationPlan(
             every=58,  # ours: twice a pass
             samples=8,  # ours; Fig. 7 has up to 64

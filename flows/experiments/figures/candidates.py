@@ -22,8 +22,6 @@ from stages.tables import Votes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Tally", "change_interval", "sketch_candidates", "tallies"]
-
 _FEWEST: Final = 3
 """Different K that make a curve."""
 _RESAMPLES: Final = 1000

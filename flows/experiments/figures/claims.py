@@ -15,24 +15,6 @@ from typing import Final, Literal
 from flows.experiments.figures.numbers import Bounds, Estimate
 from stages.kernels.voting import Interval
 
-__all__ = [
-    "MARGIN",
-    "Change",
-    "Verdict",
-    "bounds_are",
-    "brackets",
-    "change",
-    "compare",
-    "compared_with",
-    "difference",
-    "in_order",
-    "intervals_are",
-    "is_above",
-    "listed",
-    "raises_majority_not_pass",
-    "words",
-]
-
 MARGIN: Final = 0.02
 """A change whose interval ends below it is none that matters. Ours."""
 

@@ -30,8 +30,6 @@ from pipeline.store import StoreError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
-__all__ = ["Figure", "draw_figures", "sketches"]
-
 _KINDS: Final = ("curves", "candidates", "bars", "ageing")
 _PLAIN: Final[dict[str, dict[str, Any]]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 """Metadata that would change from day to day, or from version to version, is left out."""

@@ -16,8 +16,6 @@ from flows.experiments.results import ExperimentResult, RunResult
 from flows.runs.ledger import Ledger
 from flows.runs.paths import Places
 
-__all__ = ["Bounds", "Estimate", "Study", "Trained", "estimate", "measured", "read_study"]
-
 _SEEDS: Final = 3
 """From so many on, bounds are those of the seeds. Ours: the range of two says next to nothing."""
 

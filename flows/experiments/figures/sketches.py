@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-__all__ = ["Look", "Sketch", "draw_line", "grid", "legend_below", "sketch_ageing", "sketch_bars", "sketch_curves"]
-
 _GREY: Final = "#555555"
 _MARKS: Final = "osD^vPX*"
 _LINES: Final = ("-", "--", "-.", ":")

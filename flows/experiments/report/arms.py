@@ -17,8 +17,6 @@ from flows.runs.paths import Places
 from pipeline.lineage import Ancestor, ancestry, mermaid
 from pipeline.store import PrunedArtifactError, Store, StoreError
 
-__all__ = ["Cell", "Comparison", "Descent", "Mark", "Question", "chosen_seed", "descent", "side_by_side"]
-
 _FIRST: Final = 2
 """Held-out questions that are shown whatever was answered."""
 _DIFFERENT: Final = 4

@@ -31,8 +31,6 @@ from pipeline.store import StoreError
 if TYPE_CHECKING:
     from flows.experiments.figures import Figure
 
-__all__ = ["report_file", "write_report"]
-
 _TEMPLATE: Final = "report.html.j2"
 _FILE: Final = "report.html"
 

@@ -58,7 +58,7 @@ def policy(folder: Path, *, adapter: bool) -> None:
         (folder / "adapter" / "base.safetensors").write_bytes(b"W")
 
 
-def test_an_adapter_is_exported_alone_and_only_over_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_is_exported_only_over_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places, target = Places.under(tmp_path / "root"), tmp_path / "adapter"
     with use_store(Store(places.store)):
         adapted, full = (Checkpoint.write(lambda at, has=has: policy(at, adapter=has)).digest for has in (True, False))

@@ -128,7 +128,7 @@ def test_what_a_live_run_holds_is_left_and_the_run_named(
 
 
 @pytest.mark.scale
-def test_forget_goes_back_as_far_as_it_takes_and_the_next_run_comes_to_the_same(
+def test_forget_goes_back_far_enough_that_the_next_run_ends_the_same(
     here: tuple[Places, Toy], capsys: pytest.CaptureFixture[str]
 ) -> None:
     places, run = here

@@ -240,7 +240,7 @@ def test_the_comparison_shows_the_arms_side_by_side_and_what_differs(served: Ser
     assert len(values) == 2 * len(metrics)  # none is lacking in either arm
 
 
-def test_the_same_questions_stand_beside_the_answers_of_every_arm(served: Served, browser: Browser) -> None:
+def test_every_arm_answers_the_same_questions_in_mlflow(served: Served, browser: Browser) -> None:
     names = [run.name for run in served.result.runs]
     url = served.page(f"experiments/{served.experiment}/runs?compareRunsMode=ARTIFACT")
     browser.open(url, *names, "completions.json", "Group by: question", "Compare: completion")

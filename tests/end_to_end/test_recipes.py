@@ -75,7 +75,7 @@ def assert_iterative(found: Run, config: IterativeRLConfig) -> None:
 
 @pytest.mark.engines  # groups of ranks
 @pytest.mark.parametrize("decoder", DECODERS, indirect=True)
-def test_the_papers_run_with_two_rounds_of_iteration_and_a_reward_model_that_is_trained_on(
+def test_the_papers_run_has_two_iterations_and_a_retrained_reward_model(
     decoder: dict[str, Any], tmp_path: Path
 ) -> None:
     write_questions(tmp_path)

@@ -60,7 +60,7 @@ def run(settings: Sequence[str] = (), *, kill: tuple[str, int, int] | None = Non
         return executed_by(arithmetic_smoke().override(parse_settings([*SETTINGS, *settings])))
 
 
-def test_a_run_on_ranks_that_loses_one_twice_ends_where_an_undisturbed_one_does(store: Store, tmp_path: Path) -> None:
+def test_a_run_that_loses_a_rank_twice_ends_as_an_undisturbed_one(store: Store, tmp_path: Path) -> None:
     golden, executed = run()
     ranks = rank_processes()
     assert len(ranks) == 2, "one group, which is still there for what may come"

@@ -72,14 +72,14 @@ def test_steps_through_prefect_hold_the_same_to_the_end(tmp_path: Path) -> None:
     require_flat(steps, kib_a_step=64)
 
 
-def test_a_million_rollouts_pass_through_score_and_advantages_within_a_gibibyte(tmp_path: Path) -> None:
+def test_a_million_rollouts_are_scored_and_estimated_within_a_gibibyte(tmp_path: Path) -> None:
     lines = worker("scale_rollouts", str(tmp_path), "1000000")
     assert [line["stage"] for line in lines] == ["write", "score", "advantages"]
     for line in lines:
         assert 0 < line["own_mib"] + line["mapped_mib"] < 1024, line
 
 
-def test_outputs_are_judged_alike_alone_and_in_chunks(store: Store) -> None:
+def test_outputs_are_graded_equally_one_by_one_and_in_chunks(store: Store) -> None:
     questions = make_questions(2 * CHUNK_ROWS // GROUP + 1)
     outputs = make_outputs(questions)
     config = RewardConfig.model_validate({"components": [{"kind": "accuracy", "verifier": "exact"}]})

@@ -21,7 +21,7 @@ def cloud() -> Iterator[Cloud]:
         yield opened
 
 
-def test_expired_credentials_lose_nothing_and_a_second_machine_computes_nothing(cloud: Cloud, tmp_path: Path) -> None:
+def test_expired_credentials_lose_nothing_and_another_machine_reuses_all(cloud: Cloud, tmp_path: Path) -> None:
     shared = environment(cloud) | {"COHORT_STORE": cloud.url()}
     cloud.faults.append(Fault("refuse", "PUT", "/actions/", 10_000, code="ExpiredToken", status=400))
     cut_off = cohort(*command(root=tmp_path / "one"), **shared)

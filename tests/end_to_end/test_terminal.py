@@ -212,7 +212,7 @@ def test_a_display_that_raises_at_every_call_changes_nothing(
     ],
     ids=lambda places: " ".join(place.rpartition(".")[2] for place in places),
 )
-def test_errors_beside_the_work_are_a_warning_each_and_no_failure(
+def test_errors_of_views_are_a_warning_each_and_no_failure(
     places: tuple[str, ...], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = outcome(finished)

@@ -121,7 +121,7 @@ def test_a_log_that_is_none_makes_only_its_run_unreadable(places: Places, text: 
     assert list(unreadable_records(places)) == [folder / LOG]
 
 
-def test_every_command_goes_on_beside_an_unreadable_record_and_verify_reports_it(
+def test_an_unreadable_record_stops_no_command_and_verify_reports_it(
     places: Places, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plant(places, lines(places, {"total_steps": "\x1b[2J"}))

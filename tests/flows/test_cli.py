@@ -244,16 +244,14 @@ def test_a_file_may_name_the_recipe_it_changes(tmp_path: Path) -> None:
         choose(str(file))
 
 
-def test_a_key_that_stands_twice_in_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_key_that_occurs_twice_in_a_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "twice.yaml"
     file.write_text("seed: 1\nseed: 2\n")
     with pytest.raises(ConfigError, match="occurs twice"):
         choose("arithmetic_cpu", [file])
 
 
-def test_every_recipe_is_listed_with_a_description_and_prints_as_yaml_that_is_valid(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_recipe_is_listed_and_prints_as_valid_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["recipes"]) == 0
     listed = capsys.readouterr().out
     for name, make in RECIPES.items():
@@ -346,7 +344,7 @@ def test_an_interrupted_run_prints_the_command_that_continues_it(root: Path) -> 
         (RuntimeError("exit code 28"), False),
     ],
 )
-def test_a_full_disk_behind_any_librarys_error_is_said_with_what_frees_space(
+def test_a_full_disk_in_any_librarys_error_is_named_with_what_frees_space(
     error: Exception, advised: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrapped = RuntimeError("a stage failed")

@@ -104,7 +104,7 @@ def test_online_methods_sample_from_the_policy_as_it_is(runs: dict[str, Run], me
     assert list(dict.fromkeys(run.given("rollout", "policy"))) == [run.supervised, run.made("update_policy")[0]]
 
 
-def test_supervised_finetuning_as_a_method_samples_nothing_and_scores_nothing(runs: dict[str, Run]) -> None:
+def test_sft_as_a_method_samples_nothing_and_scores_nothing(runs: dict[str, Run]) -> None:
     names = {name for name, _ in runs["sft"].calls}
     assert "demonstrated_outputs" in names
     assert names.isdisjoint({"rollout", "score", "sample_batch"})
@@ -134,7 +134,7 @@ def test_only_ppo_has_a_critic(runs: dict[str, Run]) -> None:
     assert {method for method, run in runs.items() if run.of("create_critic")} == {"ppo"}
 
 
-def test_penalties_in_the_reward_compare_with_the_policy_that_the_iteration_began_with(runs: dict[str, Run]) -> None:
+def test_penalties_in_the_reward_compare_with_the_iterations_first_policy(runs: dict[str, Run]) -> None:
     penalised = {method: run for method, run in runs.items() if run.of("compare_policies")}
     assert set(penalised) == {"ppo", "rloo", "reinforce_plus_plus"}
     for run in penalised.values():
@@ -215,7 +215,7 @@ def test_the_methods_of_the_paper_come_first_and_are_rows_of_their_own() -> None
     assert titles == ["SFT", "RFT", "DPO", "Online RFT", "PPO", "GRPO"]
 
 
-def test_process_supervision_adds_what_scores_steps_and_takes_only_its_own_away() -> None:
+def test_process_supervision_adds_and_takes_away_only_its_own_component() -> None:
     base = arithmetic_smoke()
     process = become(base, "grpo_process")
     assert [component.kind for component in process.reward.components] == ["format", "accuracy", "steps"]
@@ -224,7 +224,7 @@ def test_process_supervision_adds_what_scores_steps_and_takes_only_its_own_away(
     assert become(weighted, "grpo").reward == weighted.reward
 
 
-def test_methods_that_learn_from_others_outputs_drop_the_correction_for_the_engine() -> None:
+def test_methods_that_learn_from_others_outputs_drop_the_correction() -> None:
     corrected = arithmetic_smoke().override({"update.correction": {"kind": "truncated", "level": "sequence"}})
     kinds = {method: become(corrected, method).update.correction.kind for method in METHODS}
     assert {method for method, kind in kinds.items() if kind == "none"} == {"sft", "rft", "dpo"}

@@ -29,7 +29,7 @@ def test_a_recipe_is_valid_with_ones_own_folders(
 
 
 @pytest.mark.parametrize("recipe", SIZES)
-def test_at_tiny_size_a_recipe_differs_in_the_values_listed_and_nothing_else(recipe: str, tmp_path: Path) -> None:
+def test_at_tiny_size_a_recipe_differs_in_the_values_listed_only(recipe: str, tmp_path: Path) -> None:
     full = flatten(RECIPES[recipe]().model_dump(mode="json"))
     small = flatten(tiny(recipe, tmp_path, VLLM_ON_A_CPU).model_dump(mode="json"))
     differing = {key for key in full.keys() | small.keys() if full.get(key) != small.get(key)}
@@ -44,7 +44,7 @@ def test_at_tiny_size_a_recipe_differs_in_the_values_listed_and_nothing_else(rec
 
 
 @pytest.mark.parametrize("module", ["flows.config.recipes.gsm8k", "flows.config.recipes.deepseekmath"])
-def test_every_number_of_a_recipe_has_its_source_beside_or_above_it(module: str) -> None:
+def test_every_number_of_a_recipe_has_its_source_in_its_line_or_above_it(module: str) -> None:
     found = importlib.util.find_spec(module)
     assert found is not None
     assert found.origin is not None

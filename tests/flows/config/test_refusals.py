@@ -173,7 +173,7 @@ def test_what_means_nothing_together_is_refused(method: str, changes: Changes, c
         ("grpo", LEARNED | {"reward_model.scoring.scale": "sigmoid", "reward_model.weight": 2.0}),
     ],
 )
-def test_what_is_right_beside_it_is_accepted_and_not_ignored(method: str, changes: Changes) -> None:
+def test_the_nearest_that_means_something_is_accepted_and_not_ignored(method: str, changes: Changes) -> None:
     assert become(method).override(changes) != become(method)
 
 
@@ -219,7 +219,7 @@ def test_an_adapter_is_refused_where_a_new_head_is_learned(config: type[CriticCo
     assert config().training.adapter is None
 
 
-def test_reward_models_of_a_run_have_no_adapter_and_no_more_ranks_than_outputs() -> None:
+def test_a_runs_reward_models_have_no_adapter_and_no_idle_ranks() -> None:
     said = refusal(deepseekmath_7b(), {"reward_model.training.training.adapter.r": 8})
     assert re.search(r"reward_model\.training: .*training\.adapter: a reward model", said)
     assert deepseekmath_7b().override({"update.training.adapter.r": 8}).update.training.adapter is not None
@@ -228,7 +228,7 @@ def test_reward_models_of_a_run_have_no_adapter_and_no_more_ranks_than_outputs()
     assert re.search(r"reward_model\.training\.training\.engine\.ranks: .* at most 4, .* found 8", said)
 
 
-def test_a_method_with_a_critic_trains_it_in_full_where_the_policy_has_an_adapter() -> None:
+def test_a_critic_is_trained_in_full_where_the_policy_has_an_adapter() -> None:
     adapted = arithmetic_smoke().override({"update.training.adapter.r": 8})
     ppo = adapted.override(method_settings("ppo", adapted))
     assert ppo.update.training.adapter is not None

@@ -244,7 +244,7 @@ def test_methods_are_compared_for_a_recipe_of_any_name(write: Write) -> None:
 
 
 @pytest.mark.parametrize("method", ["null", "[grpo]", "3", "grppo"])
-def test_what_is_not_a_method_is_refused_wherever_it_stands(method: str) -> None:
+def test_what_is_not_a_method_is_refused(method: str) -> None:
     with pytest.raises(ConfigError, match=r"method .* is unknown"):
         choose("arithmetic_smoke", settings=[f"method={method}"])
 
@@ -366,7 +366,7 @@ def test_the_same_settings_make_an_equal_configuration_in_any_way(write: Write) 
         ("broken_rewards:reward", "not Python source"),
     ],
 )
-def test_a_reward_function_that_is_not_there_is_found_when_the_configuration_is_chosen(
+def test_a_reward_function_that_is_not_there_is_found_with_the_configuration(
     function: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -77,7 +77,7 @@ def test_a_schedule_is_a_cron_expression_in_a_time_zone() -> None:
         ("@often", r"cannot be read; for example"),
     ],
 )
-def test_a_schedule_that_cannot_be_read_names_the_field_and_gives_an_example(text: str, told: str) -> None:
+def test_a_schedule_that_cannot_be_read_names_the_field_with_an_example(text: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         cron_schedule(text)
 
@@ -109,7 +109,7 @@ def test_a_schedule_that_fires_seldom_is_taken(text: str) -> None:
 
 
 @pytest.mark.scale
-def test_prefect_yaml_is_read_by_prefect_and_deploys_the_recipe_to_both_pools() -> None:
+def test_prefect_reads_prefect_yaml_and_deploys_to_both_pools() -> None:
     from prefect.cli.deploy._models import PrefectYamlModel
 
     read = PrefectYamlModel.model_validate(yaml.safe_load((REPOSITORY / "prefect.yaml").read_text(encoding="utf-8")))
@@ -121,7 +121,7 @@ def test_prefect_yaml_is_read_by_prefect_and_deploys_the_recipe_to_both_pools() 
         assert IterativeRLConfig.parse(part.parameters["config"]) == arithmetic_cpu().override(everywhere)
 
 
-def test_a_place_with_a_password_is_not_told_to_runs_which_prefect_would_store() -> None:
+def test_a_place_with_a_password_is_not_passed_on_to_prefect() -> None:
     environment = {
         "COHORT_STORE": "s3://bucket/folder",
         "MLFLOW_TRACKING_URI": "http://127.0.0.1:5000",

@@ -30,9 +30,7 @@ def log_in(browser: Browser, project: Project) -> None:
     browser.evaluate(f"localStorage.setItem('prefect-password', btoa({password}))")
 
 
-def test_the_form_shows_the_documentation_of_the_fields_and_sends_the_configuration_that_it_was_filled_with(
-    project: Project, tmp_path: Path
-) -> None:
+def test_the_form_documents_its_fields_and_sends_what_was_filled_in(project: Project, tmp_path: Path) -> None:
     made = deploy(Choice(CONFIG, BASE), project.places, name="seen")
     documented = str(RolloutConfig.model_fields["max_output_tokens"].description).partition("`")[0].strip()
     with chromium(tmp_path / "profile") as browser:

@@ -78,7 +78,7 @@ def test_command_environment_and_working_directory_are_the_hosts_own(
     assert found.env.get("PREFECT_API_URL") == plain.env.get("PREFECT_API_URL")
 
 
-def test_a_deployment_names_places_that_the_host_leaves_open_and_data_and_a_run_data_alone(
+def test_a_deployment_names_places_left_open_and_a_run_names_data_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COHORT_STORE", "/host/store")

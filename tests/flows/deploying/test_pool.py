@@ -27,7 +27,7 @@ def fields(part: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from ((f"{name}.{field}", values) for field, values in section.get("properties", {}).items())
 
 
-def test_versions_differ_by_package_and_what_only_the_worker_has_does_not_count() -> None:
+def test_packages_that_only_the_worker_has_are_no_difference() -> None:
     expected, found = (
         {"torch": "2.13.0", "numpy": "2.3", "vllm": "0.32"},
         {"torch": "2.12.1", "numpy": "2.3", "peft": "1"},
@@ -35,7 +35,7 @@ def test_versions_differ_by_package_and_what_only_the_worker_has_does_not_count(
     assert differing(expected, found) == ["torch: expected 2.13.0, found 2.12.1", "vllm: expected 0.32, found none"]
 
 
-def test_other_versions_are_told_and_refused_only_when_the_deployment_asks_for_it() -> None:
+def test_other_versions_are_named_and_refused_only_where_asked() -> None:
     found = package_versions() | {"torch": "0.1"}
     differences = [f"torch: expected {package_versions()['torch']}, found 0.1"]
     assert check_versions(versions_environment(required=False), found) == differences
@@ -45,7 +45,7 @@ def test_other_versions_are_told_and_refused_only_when_the_deployment_asks_for_i
     assert check_versions({}, found) == [], "a deployment of prefect.yaml names none"
 
 
-def test_a_process_is_known_by_host_pid_and_start_time_and_not_by_a_pid_used_again() -> None:
+def test_a_process_is_known_by_host_pid_and_start_time() -> None:
     host, pid, start = process_name().rsplit(":", 2)
     assert names_living_process(process_name()) is True
     assert names_living_process(f"{host}:{pid}:1{start}") is False

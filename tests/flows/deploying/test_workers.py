@@ -56,7 +56,7 @@ def stages_in(places: Places) -> list[str]:
     return [record["stage"] for record in places.open_store().actions()]
 
 
-def test_a_run_by_hand_leaves_a_record_its_stages_are_tasks_of_its_own_flow_run_and_again_all_are_cached(
+def test_a_run_by_hand_has_a_record_and_tasks_and_is_cached_the_next_time(
     project: Project, deployed: Deployed, tmp_path: Path
 ) -> None:
     expected, before = undisturbed(CONFIG, tmp_path), stages_in(project.places)
@@ -86,7 +86,7 @@ def test_a_run_by_hand_leaves_a_record_its_stages_are_tasks_of_its_own_flow_run_
     assert noted[str(first)]["deployer_packages"] == noted[str(first)]["worker_packages"] == package_versions()
 
 
-def test_killed_twice_and_stopped_once_in_the_middle_a_run_repeats_only_the_stage_in_flight(
+def test_a_run_killed_twice_and_stopped_repeats_only_the_stage_in_flight(
     project: Project, deployed: Deployed, tmp_path: Path
 ) -> None:
     expected = undisturbed(SLOW, tmp_path)
@@ -130,7 +130,7 @@ def training(project: Project, attempt: int) -> bool:
     return bool(held & set((project.places.store / "locks").iterdir()))
 
 
-def test_what_the_form_sends_is_checked_and_all_that_is_wrong_is_the_message_of_a_failed_run(
+def test_all_that_is_wrong_in_the_form_is_the_message_of_a_failed_run(
     project: Project, deployed: Deployed, tmp_path: Path
 ) -> None:
     values = CONFIG.model_dump(mode="json")
@@ -152,9 +152,7 @@ def test_what_the_form_sends_is_checked_and_all_that_is_wrong_is_the_message_of_
         assert part in message
 
 
-def test_a_worker_with_other_packages_is_named_and_refused_when_the_deployment_asks_for_it(
-    project: Project, tmp_path: Path
-) -> None:
+def test_a_worker_with_other_packages_is_named_and_refused_where_asked(project: Project, tmp_path: Path) -> None:
     env = {VERSIONS: json.dumps(package_versions() | {"numpy": "0.1"})}
     config = CONFIG.override({"name": "versions"})
     lenient = deploy(Choice(config, BASE), project.places, name="lenient", env=env)
@@ -216,7 +214,7 @@ def test_a_run_by_schedule_starts_by_itself(project: Project, tmp_path: Path) ->
     assert project.ask(f"deployments/{made.id}")["schedules"] == [], "deployed again without one"
 
 
-def test_a_pool_of_another_type_a_deployment_that_is_not_there_and_no_server_are_errors_that_say_what_to_do(
+def test_another_type_of_pool_no_deployment_and_no_server_are_errors(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project.ask("work_pools/", name="pods", type="kubernetes")

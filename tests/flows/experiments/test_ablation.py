@@ -138,7 +138,7 @@ def test_fig5_has_the_four_curves_of_the_paper() -> None:
     ]
 
 
-def test_at_the_papers_size_fig5_has_rules_for_rft_and_learned_rewards_for_grpo() -> None:
+def test_fig5_of_the_papers_size_learns_rewards_for_grpo_only() -> None:
     arms = {arm.name: arm.choice.config for arm in plan(named_experiment("fig5", scale="paper")).arms}
     models = {
         name: arm.reward_model and [model.kind for model in arm.reward_model.models] for name, arm in arms.items()
@@ -283,7 +283,7 @@ def test_the_results_lead_to_differences_curves_and_artifacts(first: Path) -> No
 
 
 @pytest.mark.slow
-def test_mlflow_is_told_arm_seed_parent_and_difference(first: Path) -> None:
+def test_mlflow_gets_arm_seed_parent_and_difference(first: Path) -> None:
     (run,) = [run for run in result_of(first).runs if (run.arm, run.seed) == ("wide", 1)]
     told = records_of(first, f"runs/{run.folder}")[0]
     assert (told["tags"]["arm"], told["tags"]["seed"], told["tags"]["cohort.parent_key"]) == ("wide", "1", "tiny")
@@ -326,7 +326,7 @@ def test_an_arm_that_is_added_computes_what_is_its_own(first: Path, capsys: pyte
 
 
 @pytest.mark.slow
-def test_a_changed_base_is_told_with_the_stages_that_differ_and_earlier_results_are_kept(
+def test_a_changed_base_names_the_stages_that_differ_and_keeps_results(
     first: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert ablate(first, "--set", "update.objective.beta=0.1", "--seeds", "1", "--arm", "usual") == 0
@@ -340,7 +340,7 @@ def test_a_changed_base_is_told_with_the_stages_that_differ_and_earlier_results_
 
 
 @pytest.mark.slow
-def test_an_arm_that_fails_is_told_and_the_others_go_on(first: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_arm_that_fails_is_reported_and_the_others_go_on(first: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arms = {"strict": {"preflight.unreadable": 0.01}, "usual": {}}
     assert ablate(first, "--seeds", "1", arms=arms) == 1
     captured = capsys.readouterr()
@@ -396,7 +396,7 @@ def command(root: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_a_killed_child_is_told_the_others_go_on_and_shared_stages_are_computed_once(tmp_path: Path) -> None:
+def test_a_killed_child_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
     process = command(tmp_path)
     os.kill(started(tmp_path, "tiny-usual-s0"), signal.SIGKILL)
     out, _ = process.communicate(timeout=600)

@@ -95,7 +95,7 @@ def test_an_arm_trains_what_the_command_for_one_method_trains() -> None:
     assert arm.choice.config == alone.override({"name": "mine-dr_grpo-s0"})
 
 
-def test_a_setting_that_a_method_does_not_know_is_refused_before_any_arm_runs() -> None:
+def test_a_setting_that_a_method_does_not_know_is_refused_before_any_run() -> None:
     with pytest.raises(ConfigError, match=r"update\.objective\.beta: unknown key"):
         arms_of("arithmetic_smoke", ["grpo", "sft"], 1, settings=["update.objective.beta=0.5"])
 
@@ -118,7 +118,7 @@ def test_one_seed_has_no_range() -> None:
 
 
 @pytest.mark.parametrize("width", [120, 80])
-def test_a_table_too_wide_for_the_screen_goes_on_in_further_ones_with_every_cell_whole(width: int) -> None:
+def test_a_table_too_wide_for_the_screen_is_split_between_columns(width: int) -> None:
     compared = outcomes(tuple(METHODS))
     lines = printed(compared, width).splitlines()
     assert max(map(len, lines)) <= width
@@ -132,7 +132,7 @@ def test_a_table_too_wide_for_the_screen_goes_on_in_further_ones_with_every_cell
     assert len(headings) == {120: 4, 80: 7}[width]
 
 
-def test_the_file_tells_a_stranger_what_was_compared() -> None:
+def test_the_file_says_what_was_compared() -> None:
     compared = outcomes(("grpo", "sft"), settings=["rollout.G=8"])
     text = markdown(compared, "cohort compare arithmetic_smoke --set rollout.G=8")
     assert text.startswith("# arithmetic_smoke-methods: grpo, sft\n")

@@ -165,7 +165,7 @@ def await_commits(machine: Machine, count: int) -> None:
         (["--require-versions"], "--require-versions is asked of workers; give --workers POOL too"),
     ],
 )
-def test_options_that_contradict_workers_exit_with_2_before_anything_is_written(
+def test_options_that_contradict_workers_exit_with_2_and_write_nothing(
     arguments: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "tiny.yaml"
@@ -207,7 +207,7 @@ def after(server: Server, root: Path, monkeypatch: pytest.MonkeyPatch, *, submis
     return board, printed.getvalue()
 
 
-def test_a_run_whose_worker_died_is_submitted_again_so_often_and_then_given_up(
+def test_a_run_whose_worker_died_is_submitted_again_and_then_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = Server(("RUNNING", ""), ("CRASHED", ""), ("RUNNING", ""), ("CRASHED", ""), ("CRASHED", "its host is gone"))
@@ -219,7 +219,7 @@ def test_a_run_whose_worker_died_is_submitted_again_so_often_and_then_given_up(
     assert "submitted again (3 of at most 3)" in printed
 
 
-def test_a_run_that_fails_is_not_submitted_again_and_its_error_is_told(
+def test_a_run_that_fails_is_not_submitted_again_and_its_error_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = Server(("RUNNING", ""), ("FAILED", "VersionsError: torch: expected 2.13.0, found 2.12.0"))
@@ -229,7 +229,7 @@ def test_a_run_that_fails_is_not_submitted_again_and_its_error_is_told(
     assert "expected 2.13.0, found 2.12.0" in printed
 
 
-def test_what_a_worker_finished_where_this_process_does_not_read_is_an_error_unless_both_name_one_store(
+def test_a_run_finished_in_another_root_is_an_error_without_a_shared_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("COHORT_STORE", raising=False)
@@ -244,9 +244,7 @@ def test_what_a_worker_finished_where_this_process_does_not_read_is_an_error_unl
 
 
 @pytest.mark.scale
-def test_killed_workers_cost_the_stage_in_flight_and_the_results_are_those_of_one_process(
-    golden: Machine, machine: Machine
-) -> None:
+def test_killed_workers_cost_the_stage_in_flight_and_results_stay_the_same(golden: Machine, machine: Machine) -> None:
     """A mistyped pool is refused and a pool without workers called out on the way."""
     chance, said, calls = random.Random(3), [], golden.committed()
     first = machine.worker()

@@ -34,7 +34,7 @@ def executions(root: Path) -> dict[str, list[tuple[int, bool]]]:
 
 
 @pytest.mark.scale
-def test_twenty_kills_of_two_workers_lose_nothing_and_repeat_only_what_was_in_flight(tmp_path: Path) -> None:
+def test_twenty_kills_of_two_workers_repeat_only_what_was_in_flight(tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(TINY))
     script = [sys.executable, str(Path(__file__).with_name("killing_workers.py")), str(file), str(tmp_path), str(KILLS)]

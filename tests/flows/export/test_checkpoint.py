@@ -125,7 +125,7 @@ def test_large_models_are_cut_into_shards_that_hold_everything_once(
     assert all(loaded[name].equal(tensor) for name, tensor in ours.items())
 
 
-def test_a_folder_that_holds_anything_is_left_alone_without_force(
+def test_a_folder_that_holds_anything_is_left_as_it_is_without_force(
     store: Store, places: Places, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = trained(tie_word_embeddings=False), trained()
@@ -182,7 +182,7 @@ def test_a_tokenizer_that_would_lose_text_is_not_exported(store: Store, tmp_path
         write_plain(checkpoint, tmp_path / "out", dtype="float32", shard_bytes=10**9)
 
 
-def test_a_model_with_code_of_its_own_is_exported_with_it_and_with_a_warning(store: Store, tmp_path: Path) -> None:
+def test_a_model_with_code_of_its_own_is_exported_with_it_and_warned_of(store: Store, tmp_path: Path) -> None:
     def fill(folder: Path) -> None:
         save(folder, tiny_model(), tiny_tokenizer())
         (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")

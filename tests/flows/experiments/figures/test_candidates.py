@@ -7,7 +7,7 @@ from stages.kernels.voting import bootstrap_interval
 
 
 @pytest.mark.parametrize("change", [0.0, 0.25, -1.0, 1.0])
-def test_a_change_equal_for_all_questions_has_the_width_that_unseen_questions_allow(change: float) -> None:
+def test_an_equal_change_has_the_width_that_unseen_questions_allow(change: float) -> None:
     """Of 8 questions none differs: at most z^2 / (8 + z^2) of all do, z = 1.959964, by 1 + d down or 1 - d up."""
     unseen = 3.841459 / 11.841459
     found = change_interval([change] * 8)

@@ -27,7 +27,7 @@ UP, DOWN, NIL, WIDE = (
 )
 
 
-def test_an_arm_is_above_another_only_where_the_interval_of_the_difference_excludes_0() -> None:
+def test_an_arm_is_above_another_only_where_the_interval_excludes_0() -> None:
     assert compare(HIGH, LOW) == "supported"
     assert compare(LOW, HIGH) == "reversed"
     assert compare(LOW, LOW) == "not separated"
@@ -69,7 +69,7 @@ def test_nothing_is_concluded_from_two_seeds_without_intervals() -> None:
     assert is_above("a", few, "b", LOW) == "a against b has no interval and nothing is concluded (+0.390)"
 
 
-def test_two_seeds_have_the_bounds_of_their_intervals_and_three_those_of_the_seeds() -> None:
+def test_two_seeds_have_bounds_of_intervals_and_three_those_of_seeds() -> None:
     assert estimate([0.4, 0.6], [(0.3, 0.5), (0.5, 0.7)]) == Estimate((0.4, 0.6), 0.3, 0.7, "questions")
     assert estimate([0.4, 0.5, 0.6], [(0.0, 1.0)] * 3) == Estimate((0.4, 0.5, 0.6), 0.4, 0.6, "seeds")
     assert estimate([0.4, 0.6], [(0.3, 0.5)]).over == "none"
@@ -123,13 +123,13 @@ ROOM = estimate([0.9])
         ([], [NIL], "grpo: the samples are not in the store"),
     ],
 )
-def test_that_rl_raises_maj_and_not_pass_is_said_only_where_both_intervals_say_so(
+def test_maj_raised_and_pass_not_is_claimed_only_where_both_intervals_are_so(
     majority: list[Interval], passed: list[Interval], said: str
 ) -> None:
     assert raises_majority_not_pass("grpo", 64, majority, passed, ROOM).startswith(said)
 
 
-def test_that_pass_is_not_raised_is_no_finding_where_it_was_all_but_1_before() -> None:
+def test_pass_not_raised_is_no_finding_where_it_was_nearly_1_before() -> None:
     said = raises_majority_not_pass("grpo", 64, [UP], [NIL], estimate([0.99]))
     assert said.startswith("grpo: Maj@64 is raised; Pass@64 was 0.990 before, with no room above (")
 

@@ -116,7 +116,7 @@ def test_an_arm_of_which_a_seed_is_missing_is_drawn_with_those_there_are(tmp_pat
     assert "mean of 2 to 3 seeds" in sketch.caption
 
 
-def test_bars_are_the_final_means_and_their_caption_holds_them_against_before_and_baseline(tmp_path: Path) -> None:
+def test_bars_are_final_means_and_compared_with_before_and_baseline(tmp_path: Path) -> None:
     sketch = drawn(tmp_path, curves(FIG5))["bars"]
     assert [bar.get_height() for bar in sketch.canvas.axes[0].patches[:2]] == pytest.approx([0.56, 0.8])
     labels = [text.get_text() for text in sketch.canvas.axes[0].get_xticklabels()]
@@ -133,7 +133,7 @@ def test_every_held_out_set_has_a_panel(tmp_path: Path) -> None:
     assert "Out of domain: grpo is not separated from the policy before RL." in sketch.caption
 
 
-def test_a_third_set_stands_below_and_leaves_no_empty_frame(tmp_path: Path) -> None:
+def test_a_third_set_is_drawn_below_and_leaves_no_empty_frame(tmp_path: Path) -> None:
     points = {0: accuracy(0.1, 0.01), 1: accuracy(0.5, 0.01)}
     sketch = drawn(tmp_path, [MadeUp("grpo", 0, dict.fromkeys(("first", "second", "third"), points))])["bars"]
     first, second, third, spare = sketch.canvas.axes
@@ -168,7 +168,7 @@ def test_reward_models_that_were_measured_over_iterations_are_drawn(tmp_path: Pa
         (199, "raises Maj@4, not Pass@4", "[-0.019, +0.019]"),  # u = 3.8415 / (200 + 3.8415)
     ],
 )
-def test_maj_and_pass_are_drawn_against_k_and_the_claim_is_made_from_the_samples(
+def test_maj_and_pass_are_drawn_by_k_and_the_claim_is_of_the_samples(
     tmp_path: Path, questions: int, said: str, bounds: str
 ) -> None:
     """Before, two of four samples are right and the other two agree (Maj@4 = 1/2); after, three. Pass@4 was 1.
@@ -210,7 +210,7 @@ def test_the_estimates_from_samples_are_those_of_the_evaluation(tmp_path: Path) 
             assert sum(values) / len(found) == pytest.approx(metrics[f"{kind}_at_{k}"])
 
 
-def test_where_votes_are_not_known_pass_at_k_alone_is_drawn(tmp_path: Path) -> None:
+def test_where_votes_are_not_known_only_pass_at_k_is_drawn(tmp_path: Path) -> None:
     known = {f"pass_at_{k}": 0.5 for k in (1, 2, 4)}
     sets = {"in_domain": {0: accuracy(0.5) | known, 3: accuracy(0.5) | known}}
     sketch = drawn(tmp_path, [MadeUp("grpo", 0, sets)])["candidates"]

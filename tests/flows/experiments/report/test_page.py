@@ -118,7 +118,7 @@ def test_the_numbers_are_those_of_the_results(root: Path) -> None:
         assert row[5] == (mean if low == high else f"{mean} ({low}-{high})")
 
 
-def test_arms_stand_beside_the_baseline_setting_by_setting(root: Path) -> None:
+def test_arms_are_compared_with_the_baseline_setting_by_setting(root: Path) -> None:
     assert page(root).table("Settings that are not those of usual") == [
         ["setting", "usual", "wide", "sharp"],
         ["update.objective.eps", "0.2", "0.4", "0.2"],
@@ -153,7 +153,7 @@ def test_every_arm_answers_the_same_held_out_questions(root: Path) -> None:
     assert len(table.all("tr")) >= 3
 
 
-def test_groups_of_the_last_step_show_the_rewards_and_advantages_of_each_arm(root: Path) -> None:
+def test_groups_of_the_last_step_show_rewards_and_advantages_by_arm(root: Path) -> None:
     table = completions(page(root))[1]
     assert "What step 2 learned from" in page(root).section("completions").text
     rows = table.all("tr")[1:]
@@ -172,7 +172,7 @@ def test_groups_of_the_last_step_show_the_rewards_and_advantages_of_each_arm(roo
             assert verdict == f"{times}{output.status} reward {output.reward:.3g} advantage {shown}"
 
 
-def test_shared_ancestors_are_told_from_an_arms_own(root: Path) -> None:
+def test_shared_ancestors_are_marked_apart_from_an_arms_own(root: Path) -> None:
     section = page(root).section("lineage")
     rows = {row.all("th")[0].text: row.all("td") for row in section.all("table", "lineage")[0].all("tr")[1:]}
     assert list(rows) == ["before", "step 1", "step 2"]
@@ -212,7 +212,7 @@ def test_what_a_model_or_a_person_wrote_runs_nothing(copy: Path) -> None:
     assert "<script>alert(1)</script>" in body.text
 
 
-def test_a_completion_with_a_script_stands_there_as_text(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_completion_with_a_script_is_shown_as_text(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = Rollouts.read
     wicked = "<script>alert(3)</script></pre><h1>"
 
@@ -241,7 +241,7 @@ def test_no_other_file_and_no_network_is_asked_for(root: Path, tmp_path: Path) -
     assert "default-src 'none'" in text
 
 
-def test_figures_have_their_caption_as_text_too_and_one_that_is_gone_is_said(root: Path, tmp_path: Path) -> None:
+def test_figures_have_captions_as_text_and_one_that_is_gone_is_named(root: Path, tmp_path: Path) -> None:
     one = figure(tmp_path)
     (image,) = page(root, one).section("curves").all("img")
     assert image.attributes["alt"] == one.caption
@@ -302,7 +302,7 @@ def test_an_experiment_of_which_nothing_finished_has_a_report(copy: Path) -> Non
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_folder_that_cannot_be_written_is_an_error_and_the_old_report_stays(copy: Path) -> None:
+def test_a_folder_that_cannot_be_written_keeps_the_old_report(copy: Path) -> None:
     folder = copy / "runs" / NAME
     before = (folder / "report.html").read_text()
     folder.chmod(0o555)
@@ -314,7 +314,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_and_the_old_report_stays(co
     assert (folder / "report.html").read_text() == before
 
 
-def test_a_report_that_cannot_be_put_in_its_place_is_an_error_and_leaves_no_draft(copy: Path) -> None:
+def test_a_report_that_cannot_be_placed_is_an_error_and_leaves_no_draft(copy: Path) -> None:
     folder = copy / "runs" / NAME
     (folder / "report.html").unlink()
     (folder / "report.html" / "in the way").mkdir(parents=True)

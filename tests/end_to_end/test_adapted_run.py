@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file, save_file
 
 from flows.cli import run_command
@@ -80,9 +81,9 @@ def test_an_adapter_is_exported_only_over_another(tmp_path: Path, capsys: pytest
     assert described == {"base_model_name_or_path": "org/model", **LORA}
     assert load_file(target / "adapter_model.safetensors")["a"].sum() == 16
     card = (target / "README.md").read_text()
-    assert card.startswith(
-        "---\nlibrary_name: peft\ntags:\n- cohort\n- lora\nbase_model: org/model\n# license: fill in"
-    )
+    _, header, _ = card.split("---\n", 2)
+    assert yaml.safe_load(header) == {"base_model": "org/model", "library_name": "peft", "tags": ["cohort", "lora"]}
+    assert "# license: fill in" in header
     assert f"| adapter of the checkpoint | `{adapted}` |" in card
     assert "| begun on the checkpoint | `aa11` |" in card
     assert "| kind | LoRA, r = 2, scale 32 / r, 16 parameters in float32 |" in card

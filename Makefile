@@ -30,7 +30,7 @@ setup: $(VENV)/.ready ## the virtual environment
 demo: $(VENV)/.ready ## SFT, then GRPO, on the built-in arithmetic world; again: nothing is computed twice
 	@$(BIN)/cohort run arithmetic_cpu
 
-test: $(VENV)/.ready ## the default test suite (under 6 minutes on two cores)
+test: $(VENV)/.ready ## the default test suite (under 4 minutes on two cores)
 	@$(BIN)/python -m pytest $(TWO)
 
 test-slow: $(VENV)/.ready ## the heavy suites

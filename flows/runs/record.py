@@ -15,10 +15,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from flows.config import IterativeRLConfig
-from flows.config.resolve import Asked
 from flows.runs.paths import Places
 from flows.runs.state import RunState
 from pipeline.event_log import LOG, EventLog, LogReader, parse_events, read_events
@@ -27,6 +25,10 @@ from pipeline.orchestration.server_process import is_alive, start_of
 from pipeline.progress import failsafe
 from pipeline.store import StoreError, canonical_json, sha256_of
 from pipeline.store.files import is_digest
+
+if TYPE_CHECKING:
+    from flows.config import IterativeRLConfig
+    from flows.config.resolve import Asked
 
 Status = Literal["running", "finished", "failed", "interrupted", "killed"]
 ARTIFACTS: Final = "artifacts.json"
@@ -116,6 +118,8 @@ class RunRecord:
         Raises:
             StoreError: the folder cannot be written.
         """
+        from flows.config.resolve import Asked  # here, since the sender reads records and needs no configuration
+
         folder = run_folder(places, config)
         try:
             folder.mkdir(parents=True, exist_ok=True)

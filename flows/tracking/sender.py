@@ -41,7 +41,7 @@ TRIES: Final = 3
 
 _OPEN: Final = ("", "RUNNING")
 """Statuses in MLflow of a run that has not ended."""
-_children: list[subprocess.Popen[bytes]] = []  # kept until they end, so that they are reaped
+_children: dict[tuple[Path, str], subprocess.Popen[bytes]] = {}  # by home and tracking URI
 
 
 def folder_of(home: Path) -> Path:
@@ -57,12 +57,15 @@ def logs_of(home: Path) -> list[Path]:
 
 def start_sender(home: Path) -> None:
     """Start the sending process in a session of its own, so that Ctrl-C reaches training only; one is enough."""
+    uri = tracking_uri(home)
+    if (child := _children.get((home, uri))) and child.poll() is None:
+        return  # it sends as long as a run of this process lives, and for a while after
     command = [sys.executable, "-m", "flows.tracking.sender", str(home)]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri(home)}  # not an argument: those are for all to see
+    environment = os.environ | {"MLFLOW_TRACKING_URI": uri}  # not an argument: those are for all to see
     place = Path(__file__).parents[2]  # `-m` finds this package there, installed or not
     folder_of(home).mkdir(parents=True, exist_ok=True)
     with open(folder_of(home) / "sync.log", "ab") as log:
-        child = subprocess.Popen(
+        _children[home, uri] = subprocess.Popen(
             command,
             cwd=place,
             env=environment,
@@ -71,7 +74,6 @@ def start_sender(home: Path) -> None:
             stderr=log,
             start_new_session=True,
         )
-    _children[:] = [*(other for other in _children if other.poll() is None), child]
 
 
 class Sender:

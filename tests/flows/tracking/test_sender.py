@@ -18,12 +18,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from flows.runs.record import read_record
 from flows.tracking import delivery
 from flows.tracking.delivery import tracked_study
-from flows.tracking.sender import Sender, sync
+from flows.tracking.sender import Sender, start_sender, sync
 from pipeline.event_log import LOG, EventLog, read_events
 from pipeline.events import Logged, RunStarted
 from pipeline.tracking.database import adopt, connect, tracking_uri
@@ -237,6 +238,27 @@ def test_a_fully_repeated_run_sends_nothing_and_starts_no_process(home: Path, mo
     assert once("another note")[7:] == ["RunStarted", "Logged", "RunEnded"]
     assert run_of(home, "cached").info.status == "FINISHED"
     assert run_of(home, "cached").data.tags["mlflow.note.content"] == "another note"
+
+
+def senders(home: Path) -> set[int]:
+    """Processes of this one that send for a project."""
+    own = psutil.Process().children()
+    return {child.pid for child in own if child.status() != psutil.STATUS_ZOMBIE and str(home) in child.cmdline()}
+
+
+def test_a_sender_that_lives_is_not_started_again_and_a_dead_one_is(home: Path) -> None:
+    with tracked(home, "first") as log:
+        steps(log, 1)
+        living = senders(home)
+        start_sender(home)
+        assert len(living) == 1
+        assert senders(home) == living
+        (process,) = (psutil.Process(pid) for pid in living)
+        process.kill()
+        process.wait()
+        steps(log, 2)
+    assert points(home, "first", "policy/kl") == [(1, 0.5), (2, 0.5)]
+    assert len(senders(home) - living) == 1
 
 
 def test_changed_parameters_are_reported_and_the_first_ones_kept(home: Path) -> None:

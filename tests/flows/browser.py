@@ -91,27 +91,25 @@ class Browser:
         )
 
     def click(self, text: str) -> None:
-        """Click, as a mouse does, on the innermost element of exactly this text."""
+        """Click on the innermost element of exactly this text."""
         self.click_on(
             f"[...document.querySelectorAll('*')].filter(e => e.innerText?.trim() === {json.dumps(text)}).pop()"
         )
 
     def click_on(self, element: str) -> None:
-        """Click, as a mouse does, on the element that a JavaScript expression comes to, once it stands still."""
-        where = (
-            f"(() => {{ const e = {element}; e?.scrollIntoViewIfNeeded(); const r = e?.getBoundingClientRect();"
-            " return r && [r.x + r.width / 2, r.y + r.height / 2]; })()"
-        )
-        at, still = self.evaluate(where), 0
-        assert at, f"nothing to click on: {element}"
-        for _ in range(120):  # a page that is still being drawn moves what is on it
+        """Click on the element that a JavaScript expression comes to, once it stays where it is.
+
+        The element gets the click itself: a mouse would miss one that a page, drawn slowly, moves under it.
+        """
+        where = f"(() => {{ const r = {element}?.getBoundingClientRect(); return r && [r.x, r.y]; }})()"
+        at, still = self.until(where), 0
+        for _ in range(120):
             time.sleep(0.25)
             before, at = at, self.evaluate(where)
             still = still + 1 if at and at == before else 0
             if still == 4:
                 break
-        for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=at[0], y=at[1], button="left", clickCount=1)
+        self.until(f"(() => {{ const e = {element}; e?.click(); return !!e; }})()")
 
     def picture(self, file: Path, *, width: int = 1400, height: int = 900) -> Path:
         """The page as PNG."""

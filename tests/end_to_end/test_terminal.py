@@ -107,6 +107,7 @@ def test_a_cached_run_on_any_terminal_prints_what_it_prints_when_piped(
         assert not re.search(r"\x1b\[[349]\d", shown.raw), "no colour is set"
 
 
+@pytest.mark.slow
 def test_a_window_is_resized_while_a_run_goes_on_and_ctrl_c_interrupts_it(finished: Path) -> None:
     with terminal(100) as window:
         process = window.start(*run(finished, "--set", "steps=500"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from flows.tracking.sender import logs_of
 from pipeline.event_log import EventLog
 from pipeline.events import EvaluationDone, Event, RunEnded, RunStarted, StageDone, StepDone
 from pipeline.store import Store
-from pipeline.tracking.records import Record, Sent, table, tags
+from pipeline.tracking.records import Record, Sent, point, table, tags
 from tests.pipeline.calls import call
 
 A, B, C, D = (letter * 64 for letter in "abcd")
@@ -142,3 +144,16 @@ def test_a_run_of_an_archive_is_sent_when_it_was_asked_for_here(log: EventLog, t
     assert logs_of(tmp_path) == [log.file.parent]
     (log.file.parent / IMPORTED).write_text("{}")
     assert logs_of(tmp_path) == []
+
+
+def test_what_mlflow_refuses_is_no_point() -> None:
+    assert point(1, {"pass@1": 0.5, "pass_at_1": 0.5, "nan": float("nan")})["metrics"] == {"pass_at_1": 0.5}
+
+
+def test_importing_tracking_imports_no_mlflow_and_no_configuration() -> None:
+    heavy = ("mlflow", "prefect", "torch", "sqlalchemy", "flows.config")
+    code = f"import sys, flows.tracking.delivery; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -32,6 +32,8 @@ from pipeline.tracking.records import Record, Sent, alias, dataset, figure, mode
 from tests.flows.logs import records_of
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.slow
+"""A database that MLflow makes, and processes that import it: half a minute."""
 CONFIG = {"rollout": {"G": 8, "stops": [1, 2]}, "lr": 3e-4, "name": "demo"}
 
 
@@ -366,17 +368,6 @@ def test_a_database_whose_artifacts_lie_elsewhere_by_intention_is_left_alone(tmp
         connection.execute("INSERT INTO runs VALUES ('ab', 'file:///shared/mlruns/ab/artifacts')")
     assert adopt(database, tmp_path) == 0
     assert adopt(tmp_path / "another.db", tmp_path) == 0
-
-
-def test_what_mlflow_refuses_is_no_point() -> None:
-    assert point(1, {"pass@1": 0.5, "pass_at_1": 0.5, "nan": float("nan")})["metrics"] == {"pass_at_1": 0.5}
-
-
-def test_importing_tracking_imports_no_mlflow() -> None:
-    heavy = ("mlflow", "prefect", "torch", "sqlalchemy")
-    code = f"import sys, flows.tracking.delivery; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 @pytest.fixture(autouse=True)

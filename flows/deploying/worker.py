@@ -3,7 +3,7 @@
 Command, environment and working directory of a run are this host's own: whoever may write to Prefect's API may start runs of
 the flow `train`, and nothing else. Of job variables the places that a deployment names are read, and data for the record.
 
-Beside Prefect's own loop a thread marks the runs of killed workers of this host and schedules them again (`--restarts` of their
+A thread of its own marks the runs of killed workers of this host and schedules them again (`--restarts` of their
 deployment). What the worker starts carries its name in the environment: runs end when it is gone, and what is left of
 them when the worker ends is ended with it.
 """

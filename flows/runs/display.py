@@ -41,7 +41,7 @@ _PLAIN_SECONDS: Final = 5.0
 _STEP_METRICS: Final = {
     "reward": "reward/mean",
     "accuracy": "reward/status_ok",  # of the step's own outputs; left out where it is the reward
-    "rules": "reward/rule",  # beside the reward of learned models
+    "rules": "reward/rule",  # shown with the reward of learned models
     "AUC": "rm/auc",
     "KL": "policy/kl",
     "entropy": "policy/entropy",

@@ -113,7 +113,7 @@ class RunRecord:
         Args:
             asked: what the configuration was made from.
             params: the configuration by dotted key, as MLflow gets it.
-            tags: what MLflow gets beside the configuration.
+            tags: what MLflow gets with the configuration.
 
         Raises:
             StoreError: the folder cannot be written.

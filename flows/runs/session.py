@@ -58,7 +58,7 @@ def run_flow(
 
     Args:
         command: what continues the run; that of this process by default.
-        tags: what MLflow gets beside the configuration.
+        tags: what MLflow gets with the configuration.
         difference: what differs from an experiment's baseline, by dotted key: MLflow's parameters `diff.*`.
 
     Raises:

@@ -19,7 +19,7 @@ from pipeline.config.passwords import without_password
 from pipeline.store.locks import lock_file
 
 _SERVERS: Final = ("postgresql", "mysql", "mssql")
-"""Databases that MLflow writes to itself, beside sqlite."""
+"""Databases other than sqlite that MLflow writes to itself."""
 _LOCK: Final = 0x636F686F7274
 """Number of the advisory lock under which tables are made: `cohort` in ASCII."""
 _QUIET: Final = {
@@ -49,7 +49,7 @@ def local_database(uri: str) -> Path | None:
 def artifact_folder(uri: str, home: Path) -> str | None:
     """Where a new experiment keeps its tables and figures; None: where MLflow's server says.
 
-    A database keeps none: they lie beside the store, or where MLFLOW_DEFAULT_ARTIFACT_ROOT says (`s3://...`).
+    A database keeps none: they are in `mlruns` next to the store, or where MLFLOW_DEFAULT_ARTIFACT_ROOT says (`s3://...`).
     """
     if local_database(uri) is None and not is_database(uri):
         return None

@@ -51,10 +51,17 @@ class Project:
             time.sleep(1.0)
 
     def tasks(self, run: UUID, count: int) -> list[tuple[str, str]]:
-        """Name and state of the tasks of a flow run, oldest first; they reach the server a moment after they ended."""
+        """Name and state of the tasks of a flow run, oldest first, once the server knows that all `count` ended.
+
+        Task runs reach the server as events, a moment after the flow run has ended, and each of their states by itself.
+        """
         wanted = {"flow_runs": {"id": {"any_": [str(run)]}}, "limit": 200}
-        rows = until(lambda: found if len(found := self.ask("task_runs/filter", **wanted)) >= count else None, 60)
-        rows.sort(key=lambda row: row["start_time"] or "")
+
+        def ended() -> list[dict[str, Any]] | None:
+            found: list[dict[str, Any]] = self.ask("task_runs/filter", **wanted)
+            return found if len(found) >= count and all(row["state_type"] in ENDED for row in found) else None
+
+        rows = sorted(until(ended, 60), key=lambda row: row["start_time"] or "")
         return [(row["name"].rsplit("-", 1)[0], row["state_name"]) for row in rows]
 
     def states(self, run: UUID) -> list[str]:

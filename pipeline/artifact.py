@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.store import current_store
-from pipeline.store.context import current_provenance
+from pipeline.store.context import current_call, current_provenance
 
 BATCH_ROWS: Final = 65_536
 """Rows of a record batch of a table's file; the last has what is left. A smaller table is one batch. Part of what a digest
@@ -51,7 +51,8 @@ class Artifact:
     """A reference to sealed content in the current store."""
 
     digest: str
-    """sha256 of the payload (names, sizes, hashes) and schema."""
+    """Name in the store. Of data: its content digest, a sha256 of the payload (names, sizes, hashes) and schema. Of trained
+    state: its derivation, which is the key of the stage call that made it."""
     action: str | None = dataclasses.field(default=None, compare=False, repr=False)
     """Key of the stage call that returned this reference. No part of its identity: it leads to the metrics of *this* call,
     where another call (another configuration) may have produced equal content."""
@@ -62,6 +63,11 @@ class Artifact:
         store = current_store()
         source = store.action(self.action) if self.action else store.manifest(self.digest).get("provenance") or {}
         return dict(source.get("metrics", {}))
+
+    @property
+    def content(self) -> str:
+        """Return the content digest, which differs from the name where that is a derivation; nothing is verified."""
+        return str(current_store().manifest(self.digest)["digest"])
 
     def __str__(self) -> str:
         return f"{type(self).__name__} {self.digest[:12]}"
@@ -75,6 +81,23 @@ class Folder(Artifact):
         """Publish what `fill` writes into an empty folder."""
         about = {"type": cls.__name__, "provenance": current_provenance()}
         return cls(current_store().publish(fill, about=about))
+
+    @classmethod
+    def write_derived(cls, fill: Callable[[Path], None]) -> str:
+        """Publish trained state under the key of the running stage call, and return its content digest; `derived` refers to it.
+
+        State of that name that is in the store already stays: other artifacts were made from it. Where its content differs from
+        what `fill` wrote (hardware without a fixed order of sums), a warning names both.
+        """
+        call = current_call()
+        about = {"type": cls.__name__, "provenance": call and call.provenance()}
+        return current_store().publish(fill, about=about, name=call.key if call else None)
+
+    @classmethod
+    def derived(cls, content: str) -> Self:
+        """Return the reference to what `write_derived` published; outside a stage its content digest is its name."""
+        call = current_call()
+        return cls(call.key if call else content)
 
     @property
     def path(self) -> Path:

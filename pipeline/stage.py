@@ -22,7 +22,8 @@ from pipeline.config import Config
 from pipeline.events import StageDone, StageFailed, StageStarted, emit
 from pipeline.orchestration.engine import run_as_task
 from pipeline.orchestration.interruption import check
-from pipeline.store import Store, canonical_json, current_store, sha256_of
+from pipeline.store import Store, current_store
+from pipeline.store.actions import key_of
 from pipeline.store.context import Call, current_watch, record_metrics, running
 
 __all__ = ["record_metrics", "stage"]
@@ -52,7 +53,7 @@ def stage(*, version: str, own: Callable[..., bool] | None = None) -> Callable[[
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             arguments = {parameter: _describe(name, parameter, value) for parameter, value in bound.arguments.items()}
-            key = sha256_of(canonical_json({"stage": name, "version": version, "arguments": arguments}))
+            key = key_of(name, version, arguments)
             store, mine = current_store(), own is not None and own(*args, **kwargs)
             check()
 
@@ -133,6 +134,8 @@ def _execute(store: Store, key: str, call: Call, kind: type[A], work: Callable[[
             seconds = time.perf_counter() - started
             about = {"result": result.digest, "type": kind.__name__, "seconds": seconds}
             store.pin(result.digest)  # another process may have published it
+            if result.digest == key:
+                about["content"] = result.content
             store.record(key, {**about, **call.provenance()})
             if watch is not None:
                 watch.wrote(call.stage, store.folder(result.digest))

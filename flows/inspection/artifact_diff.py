@@ -58,11 +58,11 @@ def print_artifact_difference(
     made = calls or (makers.get(before), makers.get(after))
     console.print(
         f"{old['type']} [cyan]{before[:12]}[/] -> {new['type']} [cyan]{after[:12]}[/]"
-        + ("  the same content" if before == after else "")
+        + ("  the same content" if old["digest"] == new["digest"] else "")
     )
     _print_origin(makers, made, console)
     _print_metrics(made, console)
-    if before == after:
+    if old["digest"] == new["digest"]:
         return
     if old["type"] != new["type"]:
         console.print("of two types: their contents are not compared")

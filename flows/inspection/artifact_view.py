@@ -72,6 +72,8 @@ def _show_origin(
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row(quoted(manifest.get("type", "artifact")), f"[bold]{digest}[/]")
+    if manifest["digest"] != digest:
+        table.add_row("content", f"{manifest['digest']} (trained state is named by the call that made it)")
     if made:
         seconds = f", took {duration(made['seconds'])}" if "seconds" in made else ""
         brought = f", brought by {made['imported']}" if made.get("imported") else ""

@@ -13,12 +13,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pipeline.store.files import (
     DamagedArtifactError,
     MissingArtifactError,
+    canonical_json,
     draft_folder,
     fsync,
     is_digest,
     named_errors,
     printable,
     read_sealed,
+    sha256_of,
     write_sealed,
 )
 
@@ -62,6 +64,11 @@ _Arguments = Annotated[dict[str, Any], AfterValidator(_arguments)]
 _Metrics = dict[Label, Annotated[float, Field(allow_inf_nan=False)]]
 
 
+def key_of(stage: str, version: str, arguments: Mapping[str, Any]) -> str:
+    """Return the key of a call: a hash of the stage, its version and the described arguments by parameter name."""
+    return sha256_of(canonical_json({"stage": stage, "version": version, "arguments": arguments}))
+
+
 class RecordedCall(BaseModel):
     """The call that made an artifact, as its manifest has it: every field is optional."""
 
@@ -80,6 +87,9 @@ class CallRecord(RecordedCall):
 
     key: Digest
     result: Digest
+    """Digest of data; of trained state the key of the call that made it, which is this one or an input's."""
+    content: Digest | None = None
+    """Content digest of trained state that this call made; None: the result is named by its content, or was an input."""
     stage: Label
     version: Label
     type: Label

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Final, Literal
 
+from pipeline.store.actions import key_of
 from pipeline.store.disk import DiskWatch
 from pipeline.store.files import StoreError
 from pipeline.store.store import Store
@@ -35,6 +36,11 @@ class Call:
     started: float = dataclasses.field(default_factory=time.time)
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     packages: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Return the cache key, which is the name of trained state that the call makes."""
+        return key_of(self.stage, self.version, self.arguments)
 
     def provenance(self) -> dict[str, Any]:
         """Return plain JSON for manifests and action records."""

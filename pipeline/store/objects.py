@@ -1,8 +1,8 @@
 """Objects of the store: sealed folders whose `manifest.json` names every file with size and sha256.
 
-The digest of an object covers names, sizes and hashes of the payload, and the schema. The rest of the manifest (type, rows,
-provenance) is not part of it: equal content has one name. Objects are renamed into place whole and verified before they are
-read.
+The content digest of an object covers names, sizes and hashes of the payload, and the schema. The rest of the manifest (type,
+rows, provenance) is not part of it. Data is named by it: equal content has one name. Trained state is named by its derivation,
+the key of the call in the manifest's provenance. Objects are renamed into place whole and verified before they are read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.store.actions import Digest, Label, RecordedCall, complaint
+from pipeline.store.actions import Digest, Label, RecordedCall, complaint, key_of
 from pipeline.store.files import (
     DamagedArtifactError,
     MissingArtifactError,
@@ -58,6 +58,7 @@ class _Manifest(BaseModel):
     model_config = ConfigDict(strict=True)
 
     files: list[_File]
+    digest: Digest
     layout: str | None = Field(alias="schema")
     type: Label = "artifact"
     rows: Annotated[int, Field(ge=0)] = 0
@@ -68,7 +69,7 @@ class _Manifest(BaseModel):
 
 
 def digest_of(files: list[dict[str, Any]], schema: str | None) -> str:
-    """Return the name of content: a hash of file names, sizes, hashes and schema."""
+    """Return the digest of content: a hash of file names, sizes, hashes and schema."""
     return sha256_of(canonical_json({"files": files, "schema": schema}))
 
 
@@ -97,7 +98,7 @@ def seal_folder(folder: Path, about: Mapping[str, Any], schema: str | None) -> s
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of the object in `folder`, which is named by its digest.
+    """Return the manifest of the object in `folder`, which is named by its content or by its derivation.
 
     Raises:
         MissingArtifactError: there is no such folder.
@@ -111,7 +112,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedArtifactError(f"{place} lies behind a link; the next run recomputes it")
     try:
         manifest = read_sealed(place)
-        _Manifest.model_validate(manifest)
+        described = _Manifest.model_validate(manifest)
     except FileNotFoundError:
         raise DamagedArtifactError(f"{place} is missing; the next run recomputes it") from None
     except (ValidationError, RecursionError) as error:
@@ -121,7 +122,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
     names = [file["name"] for file in manifest["files"]]
     fit = all(is_plain_name(name) and name not in (MANIFEST, PRUNED) for name in names) and len({*names}) == len(names)
-    if not fit or digest_of(manifest["files"], manifest["schema"]) != folder.name:
+    content = digest_of(manifest["files"], manifest["schema"])
+    made = described.provenance or RecordedCall()
+    named = folder.name in (content, key_of(made.stage, made.version, made.arguments))
+    if not (fit and named and described.digest == content):
         raise DamagedArtifactError(f"{place} does not describe {folder.name}; the next run recomputes it")
     return manifest
 
@@ -219,7 +223,7 @@ class Objects:
             yield
 
     def place(self, draft: Path, digest: str) -> None:
-        """Rename a sealed draft into place, unless a sound and whole object of that content is there."""
+        """Rename a sealed draft into place, unless a sound and whole object of that name is there."""
         with self.lock(digest):
             folder = self.folder(digest)
             if not self.is_sound(digest) or freed_files(folder):

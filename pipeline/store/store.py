@@ -1,11 +1,12 @@
 """The store of artifacts: two small content-addressed stores under one root, as in Bazel.
 
-* `objects/`: digest -> sealed folder (payload files and `manifest.json`), read-only once published;
+* `objects/`: name -> sealed folder (payload files and `manifest.json`), read-only once published. Data is named by its content
+  digest, trained state by the key of the call that made it;
 * `actions/`: key of a stage call -> record with the digest of its result, its metrics and its provenance;
 * `own/`: key -> digest, of calls executed here whose result brings code that runs.
 
 Commit order: draft folder on the same file system -> files fsynced -> manifest -> folder fsynced -> rename -> parent
-fsynced -> action record last. A crash at any instant leaves no half artifact: what was not renamed is a draft. Equal content
+fsynced -> action record last. A crash at any instant leaves no half artifact: what was not renamed is a draft. Equal data
 has one name, so two writers of one content end in one folder. Files are read-only, folders not: `rm -r` must work.
 
 Readers call `path(digest)`, which returns a verified local folder. Where the folder is the cache of a remote store
@@ -65,11 +66,22 @@ class Store:
 
     # -------------------------------------------------------------------------------------------- objects
 
-    def publish(self, fill: Callable[[Path], None], *, about: Mapping[str, Any], schema: str | None = None) -> str:
-        """Seal the files that `fill` writes into an empty folder, and return their digest.
+    def publish(
+        self,
+        fill: Callable[[Path], None],
+        *,
+        about: Mapping[str, Any],
+        schema: str | None = None,
+        name: str | None = None,
+    ) -> str:
+        """Seal the files that `fill` writes into an empty folder, and return their content digest.
 
         The digest covers names, sizes and hashes of the payload and `schema`. `about` (type, rows, provenance) is kept in the
         manifest only: equal content has one name.
+
+        Args:
+            name: key of the call in `about["provenance"]`, under which trained state is placed; None: the content digest. An
+                object of that name that is here, sound and whole stays, with a warning where its content differs.
 
         Raises:
             StoreError: the disk is full, read-only or failing; no artifact is visible then.
@@ -86,8 +98,23 @@ class Store:
                     raise
             with named_errors(self.root):
                 digest = seal_folder(draft, about, schema)
-                self._place(draft, digest)
+                known = None if name is None else self._known_content(name)
+                self._place(draft, name or digest)
+        if known not in (None, digest):
+            warnings.warn(
+                f"{name} was made again with other content, {digest[:12]} in place of {known}: what was made from it is from "
+                "the earlier one (deterministic arithmetic would have given equal bits)",
+                stacklevel=3,
+            )
         return digest
+
+    def _known_content(self, name: str) -> str | None:
+        """Return the content digest that trained state was made with before, as far as this folder knows."""
+        with contextlib.suppress(MissingArtifactError, DamagedArtifactError):
+            return str(read_manifest(self.folder(name))["digest"])
+        with contextlib.suppress(MissingArtifactError, DamagedArtifactError):
+            return self._actions.read(name).get("content")
+        return None
 
     def adopt(self, folder: Path) -> bool:
         """Take an object of another store, verified by the caller, from a folder on this file system.
@@ -289,7 +316,8 @@ class Store:
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:
         """Hold a key while computing it: two processes never compute one key at once; a dead holder's lock is free."""
-        with self._objects.lock(key), self._cache.lock(key):
+        # Trained state is placed under the name of its call, with the lock of that name.
+        with self._objects.lock(f"call-{key}"), self._cache.lock(key):
             yield
 
 

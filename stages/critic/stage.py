@@ -89,7 +89,7 @@ def estimate_values(critic: Checkpoint, outputs: Rollouts, config: CriticConfig)
     return Values.write(valued)
 
 
-@stage(version="2")
+@stage(version="3")
 @on_ranks
 def update_critic(
     critic: Checkpoint, outputs: Rollouts, advantages: Advantages, config: CriticConfig, *, seed: int

@@ -196,7 +196,7 @@ def _check_vocabulary(tables: Sequence[pa.Table]) -> None:
         )
 
 
-@stage(version="2")
+@stage(version="3")
 @on_ranks
 def train_reward_model(
     model: Checkpoint, labels: RewardLabels, config: RewardTrainingConfig, *, seed: int

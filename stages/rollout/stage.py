@@ -158,14 +158,14 @@ def resident_model(policy: Checkpoint, backend: HFBackendConfig) -> PreTrainedMo
     attention = GROUPED if backend.attention == "grouped" else backend.attention
 
     def make() -> _Resident:
-        return _Resident(load_model(policy, dtype=dtype, attention=attention).to(device), policy.digest)
+        return _Resident(load_model(policy, dtype=dtype, attention=attention).to(device), policy.content)
 
     make_room(HF, device)
     kept = resident(HF, (architecture_of(policy), dtype, attention, device), make)
-    if kept.holds != policy.digest:
+    if kept.holds != policy.content:
         kept.holds = None
         load_weights(kept.model, policy)
-        kept.holds = policy.digest
+        kept.holds = policy.content
     return kept.model
 
 

@@ -129,21 +129,21 @@ class Engine:
             StaleWeightsError: it has others.
             WorkerError: see `vllm_generator`.
         """
-        if self.holds != policy.digest:
+        if self.holds != policy.content:
             self.holds = None
             with tempfile.TemporaryDirectory(dir=self._folder) as folder:
                 reply = self.order(
                     {
                         "do": "hold",
                         "folder": _model_folder(policy, Path(folder)),
-                        "digest": policy.digest,
+                        "digest": policy.content,
                         "engine": self._arguments(policy),
                     },
                     deadline=self.backend.start_deadline,
                 )
             self._about = f"{reply['vllm']} ({str(self.dtype).removeprefix('torch.')}, {reply['device']})"
             self._prove(policy)
-            self.holds = policy.digest
+            self.holds = policy.content
         record_package("vllm", self._about)
 
     def generate(
@@ -168,7 +168,7 @@ class Engine:
         self.order(
             {
                 "do": "generate",
-                "digest": policy.digest,
+                "digest": policy.content,
                 "requests": str(requests),
                 "outputs": str(outputs),
                 "temperature": sampling.temperature,
@@ -242,7 +242,7 @@ class Engine:
         reply = self.order(
             {
                 "do": "probe",
-                "digest": policy.digest,
+                "digest": policy.content,
                 "ids": prompt,
                 "tokens": SAMPLED,
                 "temperature": _PROBE_TEMPERATURE,

@@ -63,7 +63,7 @@ class SFTConfig(Config):
     """Tokens per forward pass, padding included. Has no influence on the gradient but its last bits."""
 
 
-@stage(version="2")
+@stage(version="3")
 @on_ranks
 def supervised_finetuning(
     policy: Checkpoint, demonstrations: Demonstrations, prompt: PromptConfig, config: SFTConfig

@@ -66,7 +66,7 @@ class DeepSpeedEngine(CheckpointedEngine):
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of a loss; summed over the ranks by the last micro-batch."""
-        self._change()
+        self.holds = None
         self._losses.append(loss.detach())
         self.model.set_gradient_accumulation_boundary(last)
         # The loss has the global denominator already: DeepSpeed must not divide by its own count of micro-batches.
@@ -74,7 +74,7 @@ class DeepSpeedEngine(CheckpointedEngine):
 
     def step(self, *, factor: float = 1.0) -> StepReport:
         """Clip, schedule, update."""
-        self._change()
+        self.holds = None
         rate = set_learning_rate(self.model.optimizer, factor * learning_rate_factor(self._updates, self._config))
         norm, skipped, gradient = self._step_replicated() if self._stage == 0 else self._step_partitioned()
         self._moment_updates += not skipped
@@ -93,7 +93,7 @@ class DeepSpeedEngine(CheckpointedEngine):
         self.model = self._initialize(model)
         self._restore(state)
         self._measure_head()
-        self._hold(checkpoint, state)
+        self._take_over(checkpoint, state)
 
     def save(self, folder: Path, *, optimizer: bool = True) -> None:
         """Write a complete checkpoint, gathered from all partitions; on a rank other than 0 only take part in that."""

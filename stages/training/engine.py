@@ -1,7 +1,7 @@
 """The seam between training loops and what runs them: one Protocol, plain torch and DeepSpeed behind it.
 
-An engine is a cache of a checkpoint, not state: `holds` names the checkpoint whose weights and optimizer state it has right
-now, and everything it knows can be loaded again from there, bit for bit.
+An engine is a cache of a checkpoint, not state: `holds` is the content digest of the checkpoint whose weights and optimizer
+state it has right now, and everything it knows can be loaded again from there, bit for bit.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Engine(Protocol):
     max_logits: int | None
     """Logits to have at a time in a forward pass (`TrainingConfig.max_logits`)."""
     holds: str | None
-    """Digest of the checkpoint it is equal to; None once anything changed."""
+    """Content digest of the checkpoint it is equal to; None once anything changed."""
     skipped: int
     """Steps skipped because of a gradient that was not finite, since training began."""
     rank: int
@@ -86,6 +86,14 @@ class Engine(Protocol):
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Become the checkpoint: weights, optimizer state and counters; accumulated gradients are dropped."""
+        ...
+
+    def hold(self, checkpoint: Checkpoint, content: str | None) -> None:
+        """Note that it was published as the checkpoint.
+
+        Args:
+            content: digest of what it wrote; None: less than it has.
+        """
         ...
 
     def save(self, folder: Path, *, optimizer: bool = True) -> None:
@@ -127,17 +135,16 @@ class CheckpointedEngine:
         """Return the value itself: there is one rank."""
         return value
 
-    def _change(self) -> None:
-        """Note that the engine is about to differ from the checkpoint that it holds, and which that was."""
-        if self.holds is not None:
-            self._previous, self.holds = Checkpoint(self.holds), None
+    def hold(self, checkpoint: Checkpoint, content: str | None) -> None:
+        """Note which checkpoint the engine was published as, and the digest of what it has where that is all of it."""
+        self._previous, self.holds = checkpoint, content
 
-    def _hold(self, checkpoint: Checkpoint, state: TrainerState) -> None:
+    def _take_over(self, checkpoint: Checkpoint, state: TrainerState) -> None:
         """Take over the counters of a checkpoint whose weights and moments the engine has now."""
         self._description = read_description(checkpoint.path)
         self._updates, self.skipped, self._in_a_row = state.updates, state.skipped, state.skipped_in_a_row
         self._losses = []
-        self._previous, self.holds = checkpoint, checkpoint.digest
+        self.hold(checkpoint, checkpoint.content)
 
     def _stepped(self, norm: float, rate: float, *, skipped: bool, gradient: str) -> StepReport:
         """Count a step; stop where too many were skipped, as `check_skipped`."""

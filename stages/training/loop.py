@@ -29,7 +29,7 @@ def resident_engine(checkpoint: Checkpoint, config: TrainingConfig, slot: str = 
     """Return the engine kept in `slot`, holding exactly `checkpoint`; load only when it holds something else."""
     key = (json.dumps(config.key(), sort_keys=True), config.max_skipped_steps, architecture_of(checkpoint))
     engine = resident(slot, key, lambda: _make_engine(checkpoint, config))
-    if engine.holds != checkpoint.digest or config.optimizer_state == "none":
+    if engine.holds != checkpoint.content or config.optimizer_state == "none":
         engine.load(checkpoint)
     return engine
 
@@ -60,7 +60,7 @@ def reference_model(reference: Checkpoint, like: Engine, config: TrainingConfig)
         model: torch.nn.Module = load_trainable(reference, config, dtype)[0]
         return model.to(like.device).requires_grad_(False)
 
-    return resident("reference", (reference.digest, dtype, like.device, config.attention, config.adapter), load)
+    return resident("reference", (reference.content, dtype, like.device, config.attention, config.adapter), load)
 
 
 def train(
@@ -114,7 +114,7 @@ def optimizer_step(
 
 
 def publish(engine: Engine, *, optimizer: bool = True, files: Mapping[str, str] | None = None) -> Checkpoint:
-    """Publish what the engine has as a checkpoint, which it then holds; all ranks return what rank 0 wrote.
+    """Publish what the engine has as the result of the running stage call, which it then holds; rank 0 writes it.
 
     Args:
         optimizer: with the optimizer's state.
@@ -126,15 +126,16 @@ def publish(engine: Engine, *, optimizer: bool = True, files: Mapping[str, str] 
         for name, text in (files or {}).items():
             (folder / name).write_text(text)
 
+    content = ""
     if engine.rank == 0:
-        checkpoint = Checkpoint.write(fill)
+        content = Checkpoint.write_derived(fill)
     else:
         engine.save(Path(), optimizer=optimizer)  # takes part in gathering, writes nothing
-        checkpoint = Checkpoint("")
     if engine.world_size > 1:
-        checkpoint = Checkpoint(_digest_of_rank_zero(checkpoint.digest, engine.device))
+        content = _digest_of_rank_zero(content, engine.device)
+    checkpoint = Checkpoint.derived(content)
     # Without its optimizer state the checkpoint is less than the engine: the next stage call must start from the artifact.
-    engine.holds = checkpoint.digest if optimizer else None
+    engine.hold(checkpoint, content if optimizer else None)
     return checkpoint
 
 

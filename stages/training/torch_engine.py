@@ -49,13 +49,13 @@ class TorchEngine(CheckpointedEngine):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of a loss."""
         check()
-        self._change()
+        self.holds = None
         self._losses.append(loss.detach())
         torch.autograd.backward(loss)
 
     def step(self, *, factor: float = 1.0) -> StepReport:
         """Clip, schedule, update."""
-        self._change()
+        self.holds = None
         rate = set_learning_rate(self._optimizer, factor * learning_rate_factor(self._updates, self._config))
         norm = clip_gradients(self.model, self._config.max_grad_norm)
         skipped = not math.isfinite(norm)
@@ -81,7 +81,7 @@ class TorchEngine(CheckpointedEngine):
         self._optimizer.zero_grad(set_to_none=True)
         state = read_trainer_state(checkpoint, self._config, self._adapter)
         restore_optimizer_state(self.model, self._optimizer, state.optimizer)
-        self._hold(checkpoint, state)
+        self._take_over(checkpoint, state)
 
 
 def _refuse_ranks() -> None:

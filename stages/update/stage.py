@@ -29,7 +29,7 @@ _RECORDS: Final = "rollout log-probabilities"
 _REFERENCE: Final = "reference log-probabilities"
 
 
-@stage(version="3")
+@stage(version="4")
 @on_ranks
 def update_policy(
     policy: Checkpoint,
@@ -149,7 +149,7 @@ def _compare(
     """Give a mini-batch log pi_ref; where the reference is the policy that has not stepped yet, from the policy itself."""
     from stages.training.loop import reference_model
 
-    if reference.digest != policy.digest:
+    if reference.content != policy.content:
         mini_batch.compare_with(reference_model(reference, engine, config.training), engine)
     elif single:
         mini_batch.take_policy_as_reference()

@@ -23,11 +23,11 @@ from tests.flows.short_runs import executed_by
 
 
 def run(root: Path) -> dict[str, Any]:
-    """Run the recipe in `root`: its final digest and how many stages were executed."""
+    """Run the recipe in `root`: the content of its final policy and how many stages were executed."""
     with use_store(Store(root)):
-        digest, executed = executed_by(arithmetic_smoke())
+        content, executed = executed_by(arithmetic_smoke())
     evict()
-    return {"digest": digest, "executed": len(executed)}
+    return {"content": content, "executed": len(executed)}
 
 
 def start(root: Path) -> int:

@@ -23,12 +23,12 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A store in which the smallest recipe ran to its end, and the final digest."""
+    """A store in which the smallest recipe ran to its end, and the content of its policy."""
     root = tmp_path_factory.mktemp("finished")
     with use_store(Store(root)):
-        digest, _ = executed_by(arithmetic_smoke())
+        content, _ = executed_by(arithmetic_smoke())
     evict()
-    return root, digest
+    return root, content
 
 
 @pytest.mark.claim("a resumed run that repeats questions")
@@ -42,7 +42,7 @@ def test_a_run_killed_at_any_instant_resumes_to_the_same_bits(tmp_path: Path) ->
     report = json.loads(done.stdout.splitlines()[-1])
     golden, trials = report["golden"], report["trials"]
     assert len(trials) == kills
-    assert {trial["digest"] for trial in trials} == {golden["digest"]}
+    assert {trial["content"] for trial in trials} == {golden["content"]}
     # Nothing committed before the kill was computed again; at most the stage in flight was lost.
     assert [trial["kept"] + trial["executed"] for trial in trials] == [golden["executed"]] * kills
     assert sum(trial["killed"] for trial in trials) >= 0.8 * kills - 1  # a late instant may find the run already over
@@ -50,9 +50,9 @@ def test_a_run_killed_at_any_instant_resumes_to_the_same_bits(tmp_path: Path) ->
 
 
 def test_a_second_run_executes_nothing(finished: tuple[Path, str]) -> None:
-    root, digest = finished
+    root, content = finished
     with use_store(Store(root)):
-        assert executed_by(arithmetic_smoke()) == (digest, [])
+        assert executed_by(arithmetic_smoke()) == (content, [])
 
 
 @pytest.mark.claim("lines 2, 4")
@@ -74,7 +74,7 @@ def test_another_iteration_executes_the_new_steps_only(finished: tuple[Path, str
 def test_a_lost_or_damaged_artifact_is_recomputed_and_nothing_after_it(
     finished: tuple[Path, str], stage: str, damage: str
 ) -> None:
-    root, digest = finished
+    root, content = finished
     with use_store(Store(root)) as store:
         victim = next(action for action in store.actions() if action["stage"] == stage)["result"]
         makers = [action["stage"] for action in store.actions() if action["result"] == victim]
@@ -82,7 +82,7 @@ def test_a_lost_or_damaged_artifact_is_recomputed_and_nothing_after_it(
     with use_store(Store(root)), pytest.warns(UserWarning, match="computing it again"):
         found, executed = executed_by(arithmetic_smoke())
     evict()
-    assert found == digest
+    assert found == content
     # Calls that gave equal content share the object; the first to miss restores it for all of them.
     assert executed
     assert set(executed) == {stage}

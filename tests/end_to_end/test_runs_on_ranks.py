@@ -46,7 +46,7 @@ def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(settings: Sequence[str] = (), *, kill: tuple[str, int, int] | None = None) -> tuple[str, list[str]]:
-    """Final digest and executed stages; `kill`: topic, at which report of it, rank."""
+    """Content of the final policy and executed stages; `kill`: topic, at which report of it, rank."""
     reports = 0
 
     def note(topic: str, values: dict[str, Any]) -> None:
@@ -75,8 +75,8 @@ def test_a_run_that_loses_a_rank_twice_ends_as_an_undisturbed_one(store: Store, 
             assert (raised.value.rank, raised.value.exit_code) == (rank, -9)
             assert not rank_processes()
         done = len(list(disturbed.actions()))
-        digest, rest = run()
-    assert digest == golden
+        content, rest = run()
+    assert content == golden
     assert len(rest) == len(executed) - done, "nothing was computed again"
 
 
@@ -98,8 +98,8 @@ def test_a_run_whose_engine_and_trainer_disagree_stops_before_that_step(store: S
         updates = [place for place, name in enumerate(executed) if name == "update_policy"]
         assert done == sorted(executed[: updates[step - 1]]), "it stopped before the step and lost nothing"
         assert not rank_processes()
-        digest, rest = run(settings)
-    assert digest == golden
+        content, rest = run(settings)
+    assert content == golden
     assert len(rest) == len(executed) - len(done), "nothing was computed again"
 
 

@@ -65,6 +65,11 @@ class Run:
         return [record["result"] for record in self.of(stage)]
 
     @property
+    def content(self) -> str:
+        """The content of the final policy, whose name says only what it was derived from."""
+        return str(self.store.manifest(self.digest)["digest"])
+
+    @property
     def supervised(self) -> str:
         """The policy that RL starts from."""
         return self.made("supervised_finetuning")[0]
@@ -82,7 +87,7 @@ def train(store: Store, method: str, *, run: Run | None = None, **changes: Any) 
 
 
 def executed_by(config: IterativeRLConfig) -> tuple[str, list[str]]:
-    """Run in the current store: the final digest, and the names of the stages that were executed."""
+    """Run in the current store: the content of the final policy, and the names of the stages that were executed."""
     executed: list[str] = []
 
     def note(event: Event) -> None:
@@ -90,8 +95,8 @@ def executed_by(config: IterativeRLConfig) -> tuple[str, list[str]]:
             executed.append(event.stage)
 
     with recording(note):
-        digest = iterative_rl(config).digest
-    return digest, executed
+        content = iterative_rl(config).content
+    return content, executed
 
 
 def copied(store: Store, folders: pytest.TempPathFactory) -> Store:

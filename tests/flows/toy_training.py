@@ -45,7 +45,7 @@ def checkpoint(*parts: object, trained: bool) -> Checkpoint:
             (folder / TRAINER).write_text('{"updates": 1}')
             (folder / OPTIMIZER).write_text((content("state", *parts) * 20)[:STATE_BYTES])
 
-    return Checkpoint.write(fill)
+    return Checkpoint.derived(Checkpoint.write_derived(fill)) if trained else Checkpoint.write(fill)
 
 
 def weights(policy: Checkpoint) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +17,9 @@ from pipeline.config import UNKEYED, Config
 from pipeline.events import Event, StageDone, StageFailed, StageStarted, recording
 from pipeline.progress import listen, report
 from pipeline.stage import record_metrics, stage
-from pipeline.store import MissingArtifactError, Store, use_store
+from pipeline.store import DamagedArtifactError, MissingArtifactError, Store, use_store
+from pipeline.store.files import write_sealed
+from pipeline.store.objects import digest_of
 from tests.pipeline.processes import work_at_once
 
 pytestmark = pytest.mark.usefixtures("store")
@@ -234,6 +238,104 @@ def test_a_record_says_from_what_and_by_what_an_artifact_was_made(store: Store) 
     assert record["type"] == "Numbers"
     assert record["packages"]["pyarrow"] == pa.__version__
     assert store.manifest(made.digest)["provenance"]["stage"] == "scale"
+
+
+# ------------------------------------------------------------------------------------- trained state
+
+
+class Weights(Folder):
+    """What a training makes."""
+
+
+bits = {"noise": 0}
+"""Changed, it stands for hardware without a fixed order of sums."""
+
+
+@stage(version="1")
+def learn(weights: Weights | None, *, steps: int) -> Weights:
+    ran.append("learn")
+    if weights is not None and not steps:
+        return weights
+
+    def fill(folder: Path) -> None:
+        (folder / "weights").write_text(f"{steps > 0} {bits['noise']}")
+
+    return Weights.derived(Weights.write_derived(fill))
+
+
+def test_trained_state_is_named_by_its_call_and_says_its_content(store: Store) -> None:
+    made = learn(None, steps=1)
+    record, manifest = store.action(made.digest), store.manifest(made.digest)
+    assert made.action == made.digest == record["key"] == record["result"]
+    assert made.content == manifest["digest"] == record["content"] == digest_of(manifest["files"], None)
+    assert learn(None, steps=1) == made
+    assert ran == ["learn"]
+
+
+def test_equal_content_of_two_calls_has_two_names_and_calls_of_both_differ() -> None:
+    one, two = learn(None, steps=1), learn(None, steps=2)
+    assert one.content == two.content
+    assert one.digest != two.digest
+    assert learn(one, steps=1).digest != learn(two, steps=1).digest
+
+
+def test_a_training_that_changes_nothing_returns_the_name_it_was_given(store: Store) -> None:
+    before = learn(None, steps=1)
+    after = learn(before, steps=0)
+    assert after == before
+    assert "content" not in store.action(after.action or "")
+
+
+def test_outside_a_stage_the_content_is_the_name() -> None:
+    content = Weights.write_derived(lambda folder: (folder / "weights").write_text("x") and None)
+    assert Weights.derived(content).digest == content == Weights.derived(content).content
+
+
+def test_an_object_under_the_name_of_another_call_is_damaged(store: Store) -> None:
+    made, other = learn(None, steps=1), learn(None, steps=2)
+    shutil.rmtree(store.folder(other.digest))
+    shutil.copytree(store.folder(made.digest), store.folder(other.digest))
+    with pytest.raises(DamagedArtifactError, match="does not describe"):
+        store.path(other.digest)
+    with pytest.warns(UserWarning, match="computing it again"):
+        assert learn(None, steps=2) == other
+
+
+def test_a_manifest_with_another_content_digest_is_damaged(store: Store) -> None:
+    made = learn(None, steps=1)
+    place = store.folder(made.digest) / "manifest.json"
+    manifest = store.manifest(made.digest)
+    place.chmod(0o644)
+    place.unlink()
+    write_sealed(place, {name: value for name, value in manifest.items() if name != "sealed"} | {"digest": "0" * 64})
+    with pytest.raises(DamagedArtifactError, match="does not describe"):
+        Store(store.root).path(made.digest)
+
+
+@pytest.mark.filterwarnings("ignore:no artifact .* computing it again")
+@pytest.mark.parametrize("lost", ["the record", "the object"])
+def test_trained_state_that_comes_out_differently_is_a_warning(
+    store: Store, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = learn(None, steps=1)
+    content = made.content
+    if lost == "the record":
+        store.forget(made.digest)
+    else:
+        shutil.rmtree(store.folder(made.digest))
+    monkeypatch.setitem(bits, "noise", 1)
+    with pytest.warns(UserWarning, match=rf"{made.digest} was made again .* in place of {content}"):
+        again = learn(None, steps=1)
+    assert again == made
+    assert (again.content == content) is (lost == "the record"), "the object that is there stays"
+    assert store.action(made.digest)["content"] == again.content
+
+
+def test_trained_state_that_comes_out_equal_is_no_warning(store: Store) -> None:
+    made = learn(None, steps=1)
+    store.forget(made.digest)
+    with warnings.catch_warnings(action="error"):
+        assert learn(None, steps=1) == made
 
 
 def test_processes_that_call_one_key_at_once_compute_it_once(tmp_path: Path) -> None:

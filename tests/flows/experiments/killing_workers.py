@@ -78,9 +78,10 @@ def committed(places: Places) -> int:
 
 
 def digests(planned: PlannedExperiment, places: Places) -> dict[str, str]:
-    """The final policy of every arm."""
+    """The content of the final policy of every arm."""
     found = {arm.name: read_summary(run_folder(places, arm.choice.config)) for arm in planned.chosen}
-    return {name: summary.policy if summary else "" for name, summary in found.items()}
+    store = places.open_store()
+    return {name: store.manifest(summary.policy)["digest"] if summary else "" for name, summary in found.items()}
 
 
 def disturb(planned: PlannedExperiment, places: Places, kills: int, calls: int, pause: float) -> Iterator[int]:

@@ -55,6 +55,9 @@ def test_a_run_that_frees_has_the_digests_of_one_that_keeps_all(tmp_path: Path) 
     store, plain = Store(tmp_path / "few"), Store(tmp_path / "all")
     run, whole = train(store, FEW, iterations=2), train(plain, iterations=2)
     assert run.policies == whole.policies
+    assert [store.manifest(name)["digest"] for name in run.policies] == [
+        plain.manifest(name)["digest"] for name in whole.policies
+    ]
     again = train(Store(store.root), FEW, iterations=2)
     assert (again.policy, again.executed) == (whole.policy, {})
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.artifact import Folder
 from pipeline.config import ConfigError
 from pipeline.remote.bucket import Bucket, checked_url, is_url
 from pipeline.remote.cache import RemoteCache
@@ -20,7 +21,8 @@ from pipeline.remote.errors import complaint, passes
 from pipeline.remote.folder import evict, mapped_digests
 from pipeline.remote.locks import RemoteLocks, ServerClock
 from pipeline.remote.store import RemoteStore
-from pipeline.store import DamagedArtifactError, MissingArtifactError, PrunedArtifactError, Store, StoreError
+from pipeline.stage import stage
+from pipeline.store import DamagedArtifactError, MissingArtifactError, PrunedArtifactError, Store, StoreError, use_store
 from pipeline.store.files import write_sealed
 from pipeline.store.pins import PinnedArtifactError
 from tests.pipeline.calls import call
@@ -73,6 +75,23 @@ def test_a_copy_of_the_remote_folder_is_a_store(tmp_path: Path, url: str) -> Non
     plain = Store(tmp_path / "remote")
     assert plain.find(KEY) == {"key": KEY, **call(digest, created=10.0)}
     assert (plain.path(digest) / "a.txt").read_text() == "a"
+
+
+@stage(version="1")
+def learn(steps: int) -> Folder:
+    return Folder.derived(Folder.write_derived(lambda folder: (folder / "weights").write_text(str(steps)) and None))
+
+
+def test_trained_state_of_one_cache_is_a_hit_of_another_under_its_name(tmp_path: Path, url: str) -> None:
+    with use_store(Store(tmp_path / "a", url)):
+        made, content = learn(3), learn(3).content
+    assert made.digest != content
+    with use_store(Store(tmp_path / "b", url)) as other:
+        assert other.find(made.digest) is not None
+        assert learn(3) == made
+        assert made.content == content
+        assert list((other.root / "objects").glob("*/*")) == []
+        assert (made.path / "weights").read_text() == "3"
 
 
 def test_a_store_in_memory_serves_two_caches(tmp_path: Path) -> None:

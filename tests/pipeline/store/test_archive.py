@@ -46,6 +46,23 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, dict[str, s
     return store, digests, file
 
 
+@stage(version="1")
+def learn(steps: int) -> Folder:
+    return Folder.derived(Folder.write_derived(lambda folder: (folder / "weights").write_text(str(steps)) and None))
+
+
+def test_trained_state_is_a_hit_under_its_name_after_an_import(tmp_path: Path) -> None:
+    store, file = Store(tmp_path / "one"), tmp_path / "trained.tar"
+    with use_store(store):
+        made = learn(3)
+    write_archive(file, store, [made.digest], [made.digest], [])
+    other = Store(tmp_path / "other")
+    read_archive(file, other, tmp_path / "runs")
+    assert other.find(made.digest) is not None
+    assert (other.path(made.digest) / "weights").read_text() == "3"
+    assert other.manifest(made.digest)["digest"] == store.manifest(made.digest)["digest"] != made.digest
+
+
 def visible(root: Path) -> list[str]:
     folders = ("store/objects", "store/actions", "runs")
     return sorted(str(path) for name in folders for path in (root / name).rglob("*") if path.is_file())

@@ -382,7 +382,7 @@ def test_a_forked_child_that_leaves_the_block_does_not_free_its_parents_lock(sto
         if child == 0:
             with store.lock("another"):
                 pass
-            store.root.joinpath("locks", "key").exists()
+            store.root.joinpath("locks", "call-key").exists()
         else:
             os.waitpid(child, 0)
     if child == 0:
@@ -421,4 +421,4 @@ def test_waiting_for_a_lock_is_reported(store: Store) -> None:
     with listen(lambda topic, values: heard.append((topic, values))), store.lock("key"):
         pass
     process.join()
-    assert heard == [("lock", {"waiting_for": "key"})]
+    assert heard == [("lock", {"waiting_for": "call-key"})]

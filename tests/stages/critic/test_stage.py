@@ -154,7 +154,7 @@ def test_mu_passes_are_mu_updates(store: Store) -> None:
     start = tiny_critic()
     twice = update_critic(start, outputs, advantages, exact(mu=2), seed=0)
     once = update_critic(start, outputs, advantages, exact(), seed=0)
-    assert update_critic(once, outputs, advantages, exact(), seed=0) == twice
+    assert update_critic(once, outputs, advantages, exact(), seed=0).content == twice.content
 
 
 def test_values_come_from_the_engine_that_was_updated(store: Store) -> None:

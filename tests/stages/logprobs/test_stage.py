@@ -186,7 +186,7 @@ def test_three_updates_are_the_same_with_the_reference_scored_before(store: Stor
     inline = three_updates(tiny_checkpoint(), config, advantages(), staged=False)
     staged = three_updates(tiny_checkpoint(), config, advantages(), staged=True)
     assert inline.metrics["policy/kl"] > 0
-    assert staged == inline
+    assert staged.content == inline.content
 
 
 @SLOW
@@ -212,7 +212,7 @@ def test_an_equal_reference_has_a_kl_of_exactly_zero_however_it_is_asked(store: 
     own = update_policy(policy, policy, outputs, advantages(), config, seed=0)
     inline = update_policy(policy, equal, outputs, advantages(), config, seed=0)
     assert own.metrics["policy/kl"] == inline.metrics["policy/kl"] == 0.0
-    assert own == inline
+    assert own.content == inline.content
     if not changes.get("mini_batches"):
         before = update_policy(
             policy, score_reference(equal, outputs, pass_config(config)), outputs, advantages(), config, seed=0
@@ -235,12 +235,12 @@ def test_a_pass_serves_every_objective_that_reads_the_reference(store: Store) ->
             update_policy(policy, given, outputs, Advantages.write(pairs), other, seed=0)
             for given in (reference, scored)
         ]
-        assert results[0] == results[1], objective.kind
+        assert results[0].content == results[1].content, objective.kind
         first = [
             update_policy(reference, given, outputs, Advantages.write(pairs), other, seed=0)
             for given in (reference, twin(reference))
         ]
-        assert first[0] == first[1], objective.kind
+        assert first[0].content == first[1].content, objective.kind
 
 
 @SLOW

@@ -82,7 +82,7 @@ def assert_same_metrics(found: Checkpoint, expected: Checkpoint) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_three_policy_updates_on_two_ranks_are_those_of_one(shared: Store, stage: int) -> None:
     found, expected = updated([on_two_ranks(stage)] * 3), updated([ONE_RANK] * 3)
-    assert found.digest != expected.digest, "the ranks did nothing of their own"
+    assert found.content != expected.content, "the ranks did nothing of their own"
     assert len(rank_processes()) == 2
     assert apart(found, expected) < 1e-5
     assert_same_metrics(found, expected)
@@ -124,7 +124,7 @@ def test_an_adapter_trained_on_two_ranks_is_that_of_one(shared: Store, stage: in
     expected = updated([ONE_RANK] * 3, adapter=LORA)
     for engines in ([two] * 3, [ONE_RANK, two, one], [two, ONE_RANK, two]):
         found = updated(engines, adapter=LORA)
-        assert found.digest != expected.digest, "the ranks did nothing of their own"
+        assert found.content != expected.content, "the ranks did nothing of their own"
         assert apart(found, expected) < 1e-5
         assert load_trainer_state(found)["updates"] == 3
         ours, theirs = merged(found), merged(expected)
@@ -250,7 +250,7 @@ def update_in_four_steps(seed: int, deadline: float = 120.0) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def undisturbed(shared: Store) -> str:
-    return update_in_four_steps(seed=0).digest
+    return update_in_four_steps(seed=0).content
 
 
 def after_the_first_step(act: Callable[[dict[int, psutil.Process]], None]) -> AbstractContextManager[None]:
@@ -273,7 +273,7 @@ def test_a_rank_that_hangs_is_killed_at_the_deadline(undisturbed: str) -> None:
         update_in_four_steps(seed=4, deadline=15.0)
     assert time.monotonic() - began < 60
     assert gone(ranks)
-    assert update_in_four_steps(seed=4).digest == undisturbed
+    assert update_in_four_steps(seed=4).content == undisturbed
 
 
 def test_ranks_that_died_between_two_steps_are_replaced(undisturbed: str) -> None:
@@ -282,7 +282,7 @@ def test_ranks_that_died_between_two_steps_are_replaced(undisturbed: str) -> Non
     for process in ranks.values():
         process.kill()
         process.wait()
-    assert update_in_four_steps(seed=8).digest == undisturbed
+    assert update_in_four_steps(seed=8).content == undisturbed
     assert {process.pid for process in rank_processes().values()}.isdisjoint(each.pid for each in ranks.values())
 
 

@@ -70,7 +70,7 @@ def test_another_iteration_executes_the_new_steps_only(finished: tuple[Path, str
 @pytest.mark.parametrize(
     "stage", ["supervised_finetuning", "rollout", "score", "estimate_advantages", "update_policy", "evaluate"]
 )
-@pytest.mark.parametrize("damage", ["delete", "flip a bit"])
+@pytest.mark.parametrize("damage", ["delete", pytest.param("flip a bit", marks=pytest.mark.slow)])
 def test_a_lost_or_damaged_artifact_is_recomputed_and_nothing_after_it(
     finished: tuple[Path, str], stage: str, damage: str
 ) -> None:

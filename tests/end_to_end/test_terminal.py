@@ -123,6 +123,7 @@ def test_a_window_is_resized_while_a_run_goes_on_and_ctrl_c_interrupts_it(finish
     assert record.attempts[-1].status == "interrupted"
 
 
+@pytest.mark.slow
 def test_a_run_outlives_its_terminal_where_hangups_are_ignored(finished: Path) -> None:
     with terminal(100) as window:
         process = window.start(

@@ -190,7 +190,11 @@ def test_a_kill_at_any_operation_leaves_nothing_or_a_whole_artifact(
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES], ids=errno.errorcode.get)
+@pytest.mark.parametrize(
+    "number",
+    [errno.ENOSPC, *(pytest.param(number, marks=pytest.mark.slow) for number in (errno.EIO, errno.EACCES))],
+    ids=errno.errorcode.get,
+)
 def test_an_error_at_any_operation_names_the_store_and_leaves_no_halves(
     tmp_path: Path, expected: str, number: int
 ) -> None:

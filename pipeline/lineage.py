@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from pipeline.store import MissingArtifactError, Store
@@ -74,14 +74,17 @@ class Explanation:
         return "\n".join([head, *lines, *(["because upstream", *upstream] if upstream else [])])
 
 
-def ancestry(store: Store, digest: str, *, key: str | None = None) -> dict[str, Ancestor]:
+def ancestry(store: Store, digest: str, *, key: str | None = None, calls: Collection[str] = ()) -> dict[str, Ancestor]:
     """Return every artifact that `digest` was made from, itself first, nearest first.
 
     Args:
         key: the call that is meant, where several calls gave equal content (an update without a gradient returns the policy
             it was given); by default the earliest that did not consume its own result.
+        calls: keys of a run's calls, which are meant before others that gave equal content: policies of two runs may have
+            sampled the same outputs.
     """
-    makers = producers(store.actions())
+    records = store.actions()
+    makers = producers(records) | producers(record for record in records if record["key"] in calls)
     if key is not None:
         makers[digest] = store.action(key)
     found: dict[str, Ancestor] = {}

@@ -8,17 +8,19 @@ Inside a flow on the Prefect engine each call is a task; a hit shows there as a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import importlib
 import inspect
 import time
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from pipeline.artifact import Artifact
-from pipeline.config import Config
+from pipeline.derivation.arguments import describe, write_arguments
 from pipeline.events import StageDone, StageFailed, StageStarted, emit
 from pipeline.orchestration.engine import run_as_task
 from pipeline.orchestration.interruption import check
@@ -27,6 +29,9 @@ from pipeline.store.actions import key_of
 from pipeline.store.context import Call, current_watch, record_metrics, running
 
 __all__ = ["record_metrics", "stage"]
+
+_functions: dict[str, tuple[Callable[..., Artifact], str]] = {}
+"""`module:name` of every stage that was imported -> the function behind the cache, and its version."""
 
 P = ParamSpec("P")
 A = TypeVar("A", bound=Artifact)
@@ -47,6 +52,8 @@ def stage(*, version: str, own: Callable[..., bool] | None = None) -> Callable[[
         if "return" not in function.__annotations__:
             raise TypeError(f"stage {name}: annotate the artifact it returns, `-> Questions`")
         kind = functools.cache(lambda: _return_type(function))
+        where = f"{function.__module__}:{name}"
+        _functions[where] = (function, version)
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> A:
@@ -73,7 +80,11 @@ def stage(*, version: str, own: Callable[..., bool] | None = None) -> Callable[[
                     if found is not None:
                         return found
                     work = functools.partial(function, *args, **kwargs)
-                    made = _execute(store, key, Call(name, version, arguments), kind(), work)
+
+                    def replayed() -> dict[str, Any]:
+                        return {"function": where, "arguments": write_arguments(function, bound.arguments, keyed=True)}
+
+                    made = _execute(store, key, Call(name, version, arguments), kind(), work, replayed)
                     if mine:
                         store.sign(key, made.digest)
                     return made
@@ -92,26 +103,6 @@ def _return_type(function: Callable[..., A]) -> type[A]:
     return kind
 
 
-def describe(value: Any) -> Any:
-    """Return the part of a cache key for one argument: a digest, the keyed part of a config, or a plain value.
-
-    Raise TypeError for anything else: stages exchange values, not places or objects.
-    """
-    if isinstance(value, Artifact):
-        return {"artifact": value.digest}
-    if isinstance(value, Config):
-        return {"config": value.key()}
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    if isinstance(value, list | tuple):
-        return [describe(part) for part in value]
-    if isinstance(value, Mapping):
-        if not all(isinstance(name, str) for name in value):
-            raise TypeError("a mapping given to a stage has text keys only")
-        return {name: describe(part) for name, part in value.items()}
-    raise TypeError(f"a stage takes artifacts, configs and plain values, found {type(value).__name__}")
-
-
 def _describe(stage_name: str, parameter: str, value: Any) -> Any:
     try:
         return describe(value)
@@ -119,7 +110,24 @@ def _describe(stage_name: str, parameter: str, value: Any) -> Any:
         raise TypeError(f"{stage_name}({parameter}=...): {error}") from None
 
 
-def _execute(store: Store, key: str, call: Call, kind: type[A], work: Callable[[], A]) -> A:
+def function_behind(where: str) -> tuple[Callable[..., Artifact], str]:
+    """Return the function of the stage `module:name`, without its cache, and its version.
+
+    Of modules that were not imported, only those of packages are that other stages are from.
+
+    Raises:
+        KeyError: there is no such stage (any more).
+    """
+    module = where.partition(":")[0]
+    if where not in _functions and module.partition(".")[0] in {known.partition(".")[0] for known in _functions}:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+    return _functions[where]
+
+
+def _execute(
+    store: Store, key: str, call: Call, kind: type[A], work: Callable[[], A], replayed: Callable[[], dict[str, Any]]
+) -> A:
     emit(StageStarted(call.stage, key))
     started, watch = time.perf_counter(), current_watch()
     try:
@@ -132,10 +140,10 @@ def _execute(store: Store, key: str, call: Call, kind: type[A], work: Callable[[
                     f"stage {call.stage} is annotated to return {kind.__name__}; it returned {result!r:.100}"
                 )
             seconds = time.perf_counter() - started
-            about = {"result": result.digest, "type": kind.__name__, "seconds": seconds}
+            about: dict[str, Any] = {"result": result.digest, "type": kind.__name__, "seconds": seconds}
             store.pin(result.digest)  # another process may have published it
             if result.digest == key:
-                about["content"] = result.content
+                about |= {"content": result.content, "replay": replayed()}
             store.record(key, {**about, **call.provenance()})
             if watch is not None:
                 watch.wrote(call.stage, store.folder(result.digest))

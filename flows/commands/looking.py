@@ -13,6 +13,7 @@ from rich.table import Table
 from flows.commands.options import Limit, Root, console
 from flows.inspection.artifact_view import show_artifact
 from flows.inspection.history import find_run, history_of
+from flows.runs.ledger import read_ledger
 from flows.runs.paths import Places
 from flows.runs.record import RunRecord, read_records, unreadable_records
 from flows.wording import duration, moment, percent, quoted, visible
@@ -148,7 +149,10 @@ def lineage(
         raise ConfigError("--depth: is of the tree; a Mermaid graph has all generations. Leave one of the two out")
     places = Places.under(root)
     store = places.open_store()
-    ancestors = ancestry.ancestry(store, _digest(places, store, digest))
+    record = find_run(places, digest)
+    ledger = read_ledger(record.folder) if record else None
+    calls = ledger.calls.keys() if ledger else ()
+    ancestors = ancestry.ancestry(store, _digest(places, store, digest), calls=calls)
     depth = 4 if depth is None else depth
     print(visible(ancestry.mermaid(ancestors) if mermaid else ancestry.tree(ancestors, depth=depth or None)))
 

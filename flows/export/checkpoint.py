@@ -13,7 +13,7 @@ from flows.inspection.history import History, find_run, history_of
 from flows.runs.paths import Places
 from flows.runs.record import RunRecord, read_artifacts, read_records
 from pipeline.config import ConfigError
-from pipeline.store import Store
+from pipeline.store import PrunedArtifactError, Store
 from stages.models import Checkpoint, PlainType, write_plain
 from stages.training.adapters import ADAPTER_SETTINGS, adapter_base, write_adapter
 
@@ -32,6 +32,8 @@ def find_origin(places: Places, store: Store, what: str) -> Origin:
             "the policy of a step by its digest, which `cohort show` lists"
         )
     digest = record.policy if record else store.resolve(what)
+    with contextlib.suppress(PrunedArtifactError):
+        store.path(digest)  # trained state that is gone is made again
     manifest = store.manifest(digest)
     names = {file["name"] for file in manifest["files"]}
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):

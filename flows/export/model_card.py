@@ -171,7 +171,8 @@ def _how_it_was_made(store: Store, digest: str, run: History | None, hub: Mappin
         flat = flatten(config.model_dump(mode="json"))
         yield _table(("setting", "value"), [(f"`{key}`", f"`{flat[key]}`") for key in _SETTINGS if key in flat])
         yield "Data:\n\n" + "\n".join(f"* {line}" for line in _data(config))
-    counts = Counter(part.stage or "not made by a stage" for part in ancestry(store, digest).values())
+    calls = run.ledger.calls.keys() if run else ()
+    counts = Counter(part.stage or "not made by a stage" for part in ancestry(store, digest, calls=calls).values())
     made = ", ".join(f"{count} x `{stage}`" for stage, count in sorted(counts.items(), key=lambda item: -item[1]))
     yield f"Lineage (`cohort lineage {digest[:12]}` draws it): {made}."
     versions = (store.manifest(digest).get("provenance") or {}).get("packages", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -16,7 +17,7 @@ from flows.inspection.groups import Group, groups_of
 from flows.wording import duration, moment, number, quoted, size
 from pipeline.config import ConfigError, flatten
 from pipeline.diff import read_rows, stored_tensors
-from pipeline.store import Store
+from pipeline.store import PrunedArtifactError, Store
 
 _CELL: Final = 60
 """Characters of a value in a table of rows."""
@@ -28,6 +29,8 @@ def show_artifact(
     store: Store, digest: str, console: Console, *, limit: int | None, question: str | None, full: bool
 ) -> None:
     """Print an artifact: its origin and metrics, then groups of outputs, rows, or a checkpoint's description."""
+    with contextlib.suppress(PrunedArtifactError):
+        store.path(digest)  # trained state that is gone is made again
     manifest, calls = store.manifest(digest), list(store.actions())
     table = any(file["name"] == "table.arrow" for file in manifest["files"])
     groups = groups_of(store, digest, calls) if table else None

@@ -24,8 +24,8 @@ from flows.config import IterativeRLConfig
 from flows.inspection.history import BETWEEN_STEPS, History, PlacedCall, placed_calls
 from pipeline.artifact import Artifact
 from pipeline.config import Config, ConfigError, parse_settings
+from pipeline.derivation.arguments import describe
 from pipeline.lineage import inputs
-from pipeline.stage import describe
 from pipeline.store import Store
 
 _CONFIG: Final = "config"

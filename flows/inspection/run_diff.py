@@ -39,7 +39,7 @@ def print_run_difference(store: Store, before: History, after: History, console:
     calls = placed_calls(before.ledger), placed_calls(after.ledger)
     records = _records(store, calls)
     _print_inputs(calls, records, console)
-    _print_parting(before, after, console)
+    _print_parting(before, after, records, console)
     _print_stages(calls, records, console, limit)
 
 
@@ -116,8 +116,16 @@ def _given(calls: list[PlacedCall], records: Mapping[str, dict[str, Any]]) -> di
     return given
 
 
-def _print_parting(before: History, after: History, console: Console) -> None:
-    old, new = before.ledger.steps, after.ledger.steps
+def _print_parting(before: History, after: History, records: Mapping[str, dict[str, Any]], console: Console) -> None:
+    """Print the first step whose artifacts differ in content; names of policies differ with the settings that made them."""
+    contents = {record["result"]: record["content"] for record in records.values() if record.get("content")}
+    old, new = (
+        {
+            step: {stage: contents.get(name, name) for stage, name in made.items()}
+            for step, made in history.ledger.steps.items()
+        }
+        for history in (before, after)
+    )
     shared = sorted(old.keys() & new.keys())
     parted = next((step for step in shared if old[step] != new[step]), None)
     if parted is not None:

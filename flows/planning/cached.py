@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from flows.config import ArithmeticData, FileData, IterativeRLConfig, RewardModelPlan
@@ -60,6 +61,9 @@ class _OnlyFinds:
 
     def find(self, key: str, *, own: bool = False) -> dict[str, Any]:
         return self._store.action(key)
+
+    def path(self, digest: str) -> Path:
+        return self._store.path(digest, replay=False)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)

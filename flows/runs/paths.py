@@ -6,12 +6,14 @@ machines share, of which `store` under the root is then the cache. Runs and data
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import ConfigError
+from pipeline.derivation.materialise import materialise
 from pipeline.remote.bucket import is_url
 from pipeline.store import Store
 
@@ -50,12 +52,16 @@ class Places:
         return chosen if is_url(chosen) else None
 
     def open_store(self) -> Store:
-        """The store, for reading and writing; nothing is asked of a remote one before something is looked up in it.
+        """The store, for reading and writing; trained state that was freed is replayed when it is read.
+
+        Nothing is asked of a remote store before something is looked up in it.
 
         Raises:
             ConfigError: COHORT_STORE is a URL that cannot be a store's, or whose file system's package is not installed.
         """
-        return Store(self.store, self.upstream)
+        store = Store(self.store, self.upstream)
+        store.replay = functools.partial(materialise, store)
+        return store
 
     def payload(self, digest: str) -> Path:
         """Folder of an artifact, for people to look into; programs read through the store, which verifies."""

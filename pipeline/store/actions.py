@@ -82,6 +82,15 @@ class RecordedCall(BaseModel):
     packages: dict[Label, Label] = {}
 
 
+class Replay(BaseModel):
+    """The function of a stage, as `module:name`, and its arguments as far as they are in the key, with their classes."""
+
+    model_config = ConfigDict(strict=True)
+
+    function: Label
+    arguments: dict[Label, dict[str, Any]]
+
+
 class CallRecord(RecordedCall):
     """The record of a stage call; metrics and packages are optional."""
 
@@ -90,6 +99,10 @@ class CallRecord(RecordedCall):
     """Digest of data; of trained state the key of the call that made it, which is this one or an input's."""
     content: Digest | None = None
     """Content digest of trained state that this call made; None: the result is named by its content, or was an input."""
+    replay: Replay | None = None
+    """Of such a call: how to make it again."""
+    earlier: list[Digest] = []
+    """Content digests that the call came to before, where it was made again and came out differently."""
     stage: Label
     version: Label
     type: Label
@@ -185,6 +198,14 @@ class Actions:
     def keys(self) -> list[str]:
         """Return the keys that have a record, readable or not, in no order."""
         return [path.stem for path in (self._root / "actions").glob("*/*.json") if is_digest(path.stem)]
+
+    def replayable(self, prefix: str) -> list[str]:
+        """Return the keys that start with `prefix` of calls that made trained state and can be made again."""
+        found = []
+        for key in (key for key in self.keys() if key.startswith(prefix)):
+            with contextlib.suppress(DamagedArtifactError, MissingArtifactError):
+                found += [key] if self.read(key).get("replay") else []
+        return found
 
     def all(self) -> list[dict[str, Any]]:
         """Return the readable records, oldest first."""

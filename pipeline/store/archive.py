@@ -122,7 +122,7 @@ def _fill(members: _Members, store: Store, digests: list[str], keys: list[str], 
 def _files_of(store: Store, digest: str) -> Iterator[tuple[Path, str]]:
     """Return the files of an object that are there, verified."""
     with contextlib.suppress(PrunedArtifactError):
-        store.path(digest)
+        store.path(digest, replay=False)
     files, freed = store.manifest(digest)["files"], store.freed(digest)
     folder = store.folder(digest)
     for name in (*(file["name"] for file in files if file["name"] not in freed), MANIFEST):

@@ -56,6 +56,8 @@ class Store:
         self._actions, self._objects = Actions(self.root), Objects(self.root)
         self.pins = Pins(self.root)
         """The objects that live runs need; the pins of the run that uses this store are open."""
+        self.replay: Callable[[str], bool] | None = None
+        """Makes trained state whole again by its name, where it can; None: what is freed stays so."""
         self.trusted: set[str] = set()
         """Digests of code that the running configuration pins; what they mean is up to stages."""
         self._cache = open_cache(self.root, remote, cache_gib, pinning=lambda: self.pins.lacks(""))
@@ -111,7 +113,7 @@ class Store:
     def _known_content(self, name: str) -> str | None:
         """Return the content digest that trained state was made with before, as far as this folder knows."""
         with contextlib.suppress(MissingArtifactError, DamagedArtifactError):
-            return str(read_manifest(self.folder(name))["digest"])
+            return str(read_manifest(self.folder(name))["digest"])  # also of what was freed
         with contextlib.suppress(MissingArtifactError, DamagedArtifactError):
             return self._actions.read(name).get("content")
         return None
@@ -146,15 +148,29 @@ class Store:
             return False
         return self.freed(digest).issubset(freed)
 
-    def path(self, digest: str) -> Path:
+    def path(self, digest: str, *, replay: bool = True) -> Path:
         """Return the verified folder of an object, for reading only.
 
         Hashes are computed once per process, and again when size, time or inode of a file changed since.
+
+        Args:
+            replay: make trained state again that is not there, where this store does that.
 
         Raises:
             MissingArtifactError, DamagedArtifactError, PrunedArtifactError: with the file and what to do.
         """
         self.pin(digest)
+        try:
+            self._check(digest)
+        except (MissingArtifactError, DamagedArtifactError, PrunedArtifactError):
+            if not (replay and self.make_whole(digest)):
+                raise
+            self._check(digest)
+        self._cache.used(digest, self.folder(digest))
+        return self.folder(digest)
+
+    def _check(self, digest: str) -> None:
+        """Verify an object, fetched if need be; raise as `path` does."""
         with named_errors(self.root):
             try:
                 self._objects.check(digest)
@@ -162,8 +178,17 @@ class Store:
                 if not self._fetch(digest):
                     raise
                 self._objects.check(digest)
-        self._cache.used(digest, self.folder(digest))
-        return self.folder(digest)
+
+    def make_whole(self, digest: str) -> bool:
+        """Make trained state again of which files are missing (`replay`); return whether that can be done."""
+        return self.replay is not None and self.replay(digest)
+
+    def is_whole(self, digest: str) -> bool:
+        """Return whether an object is here, sound and with all its files, or in the remote store."""
+        with contextlib.suppress(MissingArtifactError, DamagedArtifactError, PrunedArtifactError):
+            self._objects.check(digest)
+            return not self.freed(digest)
+        return self._cache.has(digest)
 
     def _fetch(self, digest: str) -> bool:
         """Bring an object into the cache; return whether the remote store has it."""
@@ -239,8 +264,8 @@ class Store:
         return sorted({*self._objects.digests(), *self._cache.digests()})
 
     def resolve(self, prefix: str) -> str:
-        """Return the one digest that starts with `prefix`."""
-        found = [digest for digest in self.digests() if digest.startswith(prefix)]
+        """Return the one name that starts with `prefix`, of an object or of trained state that can be made again."""
+        found = [name for name in self.digests() if name.startswith(prefix)] or self._actions.replayable(prefix)
         if len(found) != 1:
             raise MissingArtifactError(f"{prefix!r} names {len(found)} artifacts in {self.root}; expected exactly one")
         return found[0]

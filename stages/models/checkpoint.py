@@ -154,8 +154,9 @@ def load_optimizer_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """
     from safetensors.torch import load_file
 
-    file = checkpoint.path / OPTIMIZER
-    if not file.exists() and OPTIMIZER in current_store().freed(checkpoint.digest):
+    file, store = checkpoint.path / OPTIMIZER, current_store()
+    freed = not file.exists() and OPTIMIZER in store.freed(checkpoint.digest)
+    if freed and not store.make_whole(checkpoint.digest):
         raise PrunedArtifactError(
             f"{checkpoint}: its optimizer state {recomputed(checkpoint.digest)}; without it training would go on otherwise"
         )

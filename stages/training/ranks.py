@@ -34,6 +34,7 @@ from pipeline.residency import evict, resident
 from pipeline.store import DamagedArtifactError, MissingArtifactError, PrunedArtifactError, StoreError, current_store
 from pipeline.workers.group import Group, RefusedError, WorkerError
 from pipeline.workers.rpc import accept, order_of
+from stages.models import Checkpoint
 from stages.training.config import DeepSpeedEngineConfig, HostConfig
 
 P = ParamSpec("P")
@@ -87,7 +88,18 @@ def on_ranks(function: Callable[P, A]) -> Callable[P, A]:
         engine = bound.arguments["config"].training.engine
         if not isinstance(engine, DeepSpeedEngineConfig) or engine.ranks == 1:
             return function(*args, **kwargs)
-        reply = _ordered(order_of(name, function, bound.arguments), engine)
+        order = order_of(name, function, bound.arguments)
+        try:
+            reply = _ordered(order, engine)
+        except PrunedArtifactError as error:  # the ranks only read
+            named = [
+                value.digest
+                for value in bound.arguments.values()
+                if isinstance(value, Checkpoint) and value.digest[:12] in str(error)
+            ]
+            if not any(current_store().make_whole(digest) for digest in named):
+                raise
+            reply = _ordered(order, engine)
         result: A = accept(reply, function)
         return result
 

@@ -116,6 +116,14 @@ def test_explain_names_the_dotted_key_from_what_to_what(store: Store) -> None:
     assert explanation.causes == explanation.changes
 
 
+def test_of_calls_that_gave_equal_content_those_of_the_run_are_meant(store: Store) -> None:
+    other = scale(count(size=4), ScaleConfig(factor=6))
+    own = scale(scale(count(size=4), ScaleConfig(factor=2)), ScaleConfig(factor=3))
+    assert other.digest == own.digest
+    assert len(ancestry(store, own.digest)) == 2
+    assert len(ancestry(store, own.digest, calls={str(own.action)})) == 3
+
+
 def test_explain_follows_a_changed_input_to_the_config_that_caused_it(store: Store) -> None:
     first = join([scale(count(size=3), ScaleConfig())], seed=0)
     second = join([scale(count(size=4), ScaleConfig())], seed=0)

@@ -223,7 +223,7 @@ def descent(result: ExperimentResult, places: Places) -> Descent:
         # The call that the run got its policy from last.
         maker = next((key for key, call in reversed(ledger.calls.items()) if call.digest == run.policy), None)
         try:
-            found[run.arm] = ancestry(store, run.policy, key=maker)
+            found[run.arm] = ancestry(store, run.policy, key=maker, calls=ledger.calls.keys())
             steps[run.arm] = _by_step(ledger, found[run.arm])
         except StoreError as error:
             notes.append(f"{run.arm}: no lineage of it: {error}")

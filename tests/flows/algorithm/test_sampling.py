@@ -11,8 +11,8 @@ from flows.inspection.history import History, PlacedCall
 from flows.inspection.replay import prepare_replay
 from flows.runs.ledger import Ledger
 from flows.runs.record import RunRecord
+from pipeline.derivation.arguments import describe
 from pipeline.residency import evict
-from pipeline.stage import describe
 from stages.update import MismatchError
 from tests.flows.short_runs import BASE, Run, copied, train
 
@@ -30,7 +30,7 @@ def runs(supervised: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def test_both_ways_end_in_the_same_policy(runs: dict[str, Run]) -> None:
-    assert runs["stage"].digest == runs["inline"].digest
+    assert runs["stage"].content == runs["inline"].content
     assert min(runs["inline"].points[step]["policy/kl"] for step in (2, 4)) > 0
 
 

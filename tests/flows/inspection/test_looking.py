@@ -19,8 +19,8 @@ from flows.inspection.replay import choose_call, prepare_replay
 from flows.runs.ledger import Ledger, read_ledger
 from flows.runs.paths import Places
 from flows.runs.record import RunRecord
+from pipeline.derivation.arguments import describe
 from pipeline.residency import evict
-from pipeline.stage import describe
 from pipeline.store import Store, use_store
 from stages.selection import keep_informative
 from stages.tables import Advantages, Rewards, Rollouts
@@ -175,7 +175,7 @@ def test_two_runs_differ_where_their_setting_first_acts(said: Say) -> None:
     assert "equal artifacts through step 1; they part at step 2, first in update_policy" in text
     assert "supervised_finetuning 1 1 1" in text
     assert "update_policy 2 2 0 config.objective.beta 0.04 -> 4.0 (from step 1 on)" in text
-    assert "rollout 8 8 6 other policy (from step 2, in_domain/greedy on)" in text
+    assert "rollout 8 8 3 other policy (from step 1, in_domain/greedy on)" in text
 
 
 def test_two_checkpoints_differ_by_tensor_and_by_what_made_them(said: Say, root: Path) -> None:
@@ -336,10 +336,24 @@ def test_a_replay_of_pruned_inputs_says_which_command_recomputes_them(said: Say,
     assert f"`cohort forget {outputs[:12]}` and the same run again recompute it" in text
 
 
-def test_a_pruned_checkpoint_is_compared_by_what_is_left(said: Say, root: Path, tmp_path: Path) -> None:
+def test_a_pruned_checkpoint_is_replayed_to_be_compared(said: Say, root: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(root, tmp_path / "copy"))
     first, second = (ledger(root, "one").steps[step]["update_policy"] for step in (1, 2))
+    _, whole = said("diff", first, second, root=root)
     Store(copy / "store").prune(first)
+    with pytest.warns(UserWarning, match=f"{first[:12]} is not there .* replaying update_policy"):
+        code, text = said("diff", first, second, root=copy)
+    assert (code, text) == (0, whole)
+
+
+def test_a_pruned_checkpoint_that_cannot_be_replayed_is_compared_by_what_is_left(
+    said: Say, root: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(root, tmp_path / "copy"))
+    steps = ledger(root, "one").steps
+    first, second = (steps[step]["update_policy"] for step in (1, 2))
+    for digest in (first, steps[1]["estimate_advantages"]):
+        Store(copy / "store").prune(digest)
     code, text = said("diff", first, second, root=copy)
     assert code == 0
     assert "policy/loss" in text

@@ -227,15 +227,15 @@ def test_under_deepspeed_policy_and_critic_are_trained_side_by_side(store: Store
 
     def train(*, policy: bool, critic: bool) -> tuple[str, str]:
         evict()
-        policy_digest, valued = "", create_critic(tiny_checkpoint(), exact())
+        policy_content, valued = "", create_critic(tiny_checkpoint(), exact())
         engine = resident_engine(tiny_checkpoint(), config.training) if policy else None
         for seed in range(2):
             if engine is not None:
                 update(engine, rows)
-                policy_digest = publish(engine).digest
+                policy_content = publish(engine).content
             if critic:  # a seed of its own for each setting, so that no update is found in the store
                 valued = update_critic(valued, outputs, advantages, config, seed=10 * stage + seed + 100 * policy)
-        return policy_digest, valued.digest
+        return policy_content, valued.content
 
     # Two engines of one process do not disturb each other: both end in the bits of each by itself.
     both = train(policy=True, critic=True)

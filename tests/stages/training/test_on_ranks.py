@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import resource
@@ -17,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.derivation.materialise import materialise
 from pipeline.progress import listen
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
@@ -98,6 +100,22 @@ def test_a_checkpoint_of_two_ranks_is_continued_by_one_and_back(shared: Store, s
 def test_offloading_changes_nothing(shared: Store, stage: int, what: str) -> None:
     found = updated([on_two_ranks(stage, offload=what)] * 3)
     assert apart(found, updated([ONE_RANK] * 3)) < 1e-5
+
+
+@pytest.mark.parametrize("files", [None, ["optimizer.safetensors"]], ids=["all", "optimizer"])
+def test_a_freed_checkpoint_is_replayed_before_the_ranks_go_on_from_it(shared: Store, files: list[str] | None) -> None:
+    engines = [on_two_ranks(1)] * 2
+    first, second = updated(engines[:1], tokens=25), updated(engines, tokens=25)
+    before = first.content, second.content
+    shared.prune(first.digest, files)
+    shared.forget(second.digest)
+    evict()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, "replay", functools.partial(materialise, shared))
+        with pytest.warns(UserWarning, match=f"{first.digest[:12]} is not there .* replaying update_policy"):
+            assert updated(engines, tokens=25) == second
+    assert (first.content, second.content) == before
+    assert not shared.freed(first.digest)
 
 
 def merged(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

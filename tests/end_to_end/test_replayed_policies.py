@@ -1,0 +1,110 @@
+"""Policies of a finished run that were freed or lost come back when somebody needs them, without sampling anything."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from flows.cli import run_command
+from flows.runs.ledger import read_ledger
+from flows.runs.paths import Places
+from flows.runs.record import read_records
+from pipeline.residency import evict
+from pipeline.store import Store
+
+pytestmark = pytest.mark.slow
+SETTINGS = ["--set", "name=whole", "--set", "evaluation.every=0", "--set", "evaluation.samples=0"]
+
+
+def train(root: Path, iterations: int) -> str:
+    """Train on for some iterations; the final policy."""
+    command = ["run", "arithmetic_smoke", *SETTINGS, "--set", f"iterations={iterations}"]
+    assert run_command([*command, "--engine", "inline", "--root", str(root)]) == 0
+    evict()
+    return max(read_records(Places(root)), key=lambda record: record.total_steps).policy
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A root with a run of two iterations of two steps."""
+    root = tmp_path_factory.mktemp("finished")
+    train(root, 2)
+    yield root
+    evict()
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def trained(root: Path) -> list[str]:
+    """The supervised policy, and that of every step."""
+    (record,) = read_records(Places(root))
+    ledger = read_ledger(record.folder)
+    supervised = next(call.digest for call in ledger.calls.values() if call.stage == "supervised_finetuning")
+    return [supervised, *(made["update_policy"] for _, made in sorted(ledger.steps.items()))]
+
+
+def samples(root: Path) -> int:
+    return sum(record["stage"] == "rollout" for record in Store(root / "store").actions())
+
+
+@pytest.mark.parametrize("how", ["prune", "delete"])
+def test_any_policy_that_is_gone_is_exported_bit_for_bit(finished: Path, copy: Path, tmp_path: Path, how: str) -> None:
+    store, policies, sampled = Store(copy / "store"), trained(copy), samples(copy)
+    for digest in policies[1:4]:
+        store.prune(digest) if how == "prune" else shutil.rmtree(store.folder(digest))
+    target = tmp_path / "out"
+    with pytest.warns(UserWarning, match=rf"{policies[3][:12]} is not there .* replaying 3 x update_policy"):
+        assert run_command(["export", policies[3], str(target), "--dtype", "float32", "--root", str(copy)]) == 0
+    ours = load_file(target / "model.safetensors")
+    theirs = load_file(Store(finished / "store").path(policies[3]) / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+    assert samples(copy) == sampled
+    assert [Store(copy / "store").freed(digest) != frozenset() for digest in policies[1:4]] == [True, True, False]
+
+
+def test_a_policy_that_is_gone_is_shown_and_its_next_step_replayed(copy: Path) -> None:
+    store, policies = Store(copy / "store"), trained(copy)
+    for digest in policies:
+        store.prune(digest)
+    with pytest.warns(UserWarning, match="replaying supervised_finetuning, 2 x update_policy"):
+        assert run_command(["show", policies[2], "--root", str(copy)]) == 0
+    store.prune(policies[2])
+    command = ["replay", "update_policy", "--run", "whole", "--step", "3", "--set", "objective.beta=0.2"]
+    with pytest.warns(UserWarning, match="replaying supervised_finetuning, 2 x update_policy"):
+        assert run_command([*command, "--root", str(copy)]) == 0
+
+
+def test_a_run_whose_policies_are_gone_goes_on_to_the_same_bits(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for digest in trained(copy):
+        Store(copy / "store").prune(digest)
+    longer = train(copy, 3)
+    assert "replaying supervised_finetuning, 4 x update_policy" in capsys.readouterr().out.replace("\n", " ")
+    undisturbed = train(tmp_path / "undisturbed", 3)
+    contents = [
+        Store(root / "store").manifest(name)["digest"]
+        for root, name in ((copy, longer), (tmp_path / "undisturbed", undisturbed))
+    ]
+    assert contents[0] == contents[1]
+
+
+def test_a_policy_whose_rewards_are_gone_says_what_is_missing(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, policies = Store(copy / "store"), trained(copy)
+    (record,) = read_records(Places(copy))
+    gone = read_ledger(record.folder).steps[2]["estimate_advantages"]
+    for digest in (policies[2], gone):
+        store.prune(digest)
+    assert run_command(["export", policies[2], str(tmp_path / "out"), "--root", str(copy)]) == 1
+    assert f"nothing to replay {policies[2][:12]} from: {gone[:12]}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -113,7 +113,7 @@ def _describe(stage_name: str, parameter: str, value: Any) -> Any:
 def function_behind(where: str) -> tuple[Callable[..., Artifact], str]:
     """Return the function of the stage `module:name`, without its cache, and its version.
 
-    Of modules that were not imported, only those of packages are that other stages are from.
+    A module is imported for it only where its top package is one that other stages are from.
 
     Raises:
         KeyError: there is no such stage (any more).

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline.derivation.arguments import describe, read_arguments
@@ -38,18 +38,20 @@ def materialise(store: Store, name: str) -> bool:
     """
     if not _is_made(store, name):
         return False
-    chain = calls_to_replay(store, name)
-    stages = Counter(store.action(key)["stage"] for key in chain)
+    records = {key: store.action(key) for key in calls_to_replay(store, name)}
+    prepared = {key: _prepared(record) for key, record in records.items()}  # all of them, before the first is made
+    chain = list(records)
+    stages = Counter(record["stage"] for record in records.values())
     text = ", ".join(f"{count:,} x {stage}" if count > 1 else stage for stage, count in stages.items())
     warnings.warn(f"{name[:12]} is not there (freed, lost or damaged) and made again: replaying {text}", stacklevel=3)
     freed = {key: _freed(store, key) for key in chain[:-1]}
-    last_use = {given: key for key in chain for _, given in inputs(store.action(key)["arguments"]) if given in freed}
+    last_use = {given: key for key in chain for _, given in inputs(records[key]["arguments"]) if given in freed}
     made: list[str] = []
     try:
         with use_store(store):
             for number, key in enumerate(chain):
                 report("replay", done=number, total=len(chain))
-                _replay(store, key)
+                _replay(store, records[key], *prepared[key])
                 made.append(key)
                 _free(store, {given: freed[given] for given in made if last_use.get(given) == key})
     finally:  # also of a replay that was cut short; what was freed already stays so
@@ -106,11 +108,9 @@ def _freed(store: Store, key: str) -> frozenset[str] | None:
         return None
 
 
-def _replay(store: Store, key: str) -> None:
+def _replay(store: Store, record: dict[str, Any], function: Callable[..., Any], arguments: dict[str, Any]) -> None:
     """Make a call again, and keep in its record what it came to before where that differs."""
-    record = store.action(key)
-    call = Call(record["stage"], record["version"], record["arguments"])
-    function, arguments = _prepared(record)
+    key, call = record["key"], Call(record["stage"], record["version"], record["arguments"])
     with store.lock(key):
         if store.is_whole(key):
             return
@@ -122,7 +122,7 @@ def _replay(store: Store, key: str) -> None:
             store.record(key, {**record, "content": content, "earlier": earlier})
 
 
-def _prepared(record: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _prepared(record: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Return the function of a recorded call and its arguments, which must be those of the key."""
     stage, version = record["stage"], record["version"]
     try:

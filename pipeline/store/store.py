@@ -186,9 +186,9 @@ class Store:
     def is_whole(self, digest: str) -> bool:
         """Return whether an object is here, sound and with all its files, or in the remote store."""
         with contextlib.suppress(MissingArtifactError, DamagedArtifactError, PrunedArtifactError):
-            self._objects.check(digest)
+            self._require(digest)
             return not self.freed(digest)
-        return self._cache.has(digest)
+        return False
 
     def _fetch(self, digest: str) -> bool:
         """Bring an object into the cache; return whether the remote store has it."""

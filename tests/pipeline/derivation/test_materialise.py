@@ -247,6 +247,17 @@ def test_a_version_that_is_not_installed_is_refused(replaying: Store, monkeypatc
         _ = made[1].path
 
 
+def test_a_call_late_in_the_chain_is_refused_before_the_first_is_made(replaying: Store) -> None:
+    made = chain(3)
+    for weights in made:
+        replaying.prune(weights.digest)
+    record = replaying.action(made[2].digest)
+    replaying.record(made[2].digest, {**record, "replay": {**record["replay"], "function": "os:system"}})
+    with pytest.raises(ReplayError, match="cannot be called any more"):
+        _ = made[2].path
+    assert ran == []
+
+
 @pytest.mark.parametrize(
     "where", ["os:system", "stages.none:learn", "tests.pipeline.derivation.test_materialise:chain"]
 )
@@ -273,7 +284,7 @@ def test_other_arguments_than_those_of_the_key_are_refused(replaying: Store) -> 
     assert ran == []
 
 
-def test_two_processes_stores_replay_once(replaying: Store) -> None:
+def test_two_stores_of_one_folder_replay_once(replaying: Store) -> None:
     made = chain(2)
     replaying.prune(made[1].digest)
     with use_store(Store(replaying.root)) as other:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
 import os
@@ -15,6 +16,7 @@ import pytest
 
 from pipeline.artifact import Folder
 from pipeline.config import ConfigError
+from pipeline.derivation.materialise import materialise
 from pipeline.remote.bucket import Bucket, checked_url, is_url
 from pipeline.remote.cache import RemoteCache
 from pipeline.remote.errors import complaint, passes
@@ -92,6 +94,22 @@ def test_trained_state_of_one_cache_is_a_hit_of_another_under_its_name(tmp_path:
         assert made.content == content
         assert list((other.root / "objects").glob("*/*")) == []
         assert (made.path / "weights").read_text() == "3"
+
+
+@pytest.mark.filterwarnings("ignore:.* is not there .* replaying")
+@pytest.mark.parametrize("cache", ["a", "b"])
+def test_trained_state_that_was_freed_is_replayed_in_any_cache(tmp_path: Path, url: str, cache: str) -> None:
+    with use_store(Store(tmp_path / "a", url)) as first:
+        made = learn(3)
+        content = made.content
+        first.prune(made.digest)
+    with use_store(Store(tmp_path / cache, url)) as store:
+        assert not store.is_whole(made.digest)
+        with pytest.raises(PrunedArtifactError):
+            _ = made.path
+        store.replay = functools.partial(materialise, store)
+        assert (made.path / "weights").read_text() == "3"
+        assert (made.content, store.is_whole(made.digest)) == (content, True)
 
 
 def test_a_store_in_memory_serves_two_caches(tmp_path: Path) -> None:

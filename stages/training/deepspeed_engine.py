@@ -9,18 +9,24 @@ Restoring: a ZeRO optimizer has no state before its first step, and `safe_set_fu
 one step with learning rate 0 and zero gradients, whose traces (moments, step counts) are then overwritten. Loading makes a
 new DeepSpeed engine: overwriting parameters of a running one leaves stale copies under ZeRO 3.
 
+ZeRO 3 replaces `torch.nn.functional.linear` in the whole process, for good. Its own rounds otherwise under autocast: samplers
+and engines of other stages would compute other bits for having come later. It is in place in this engine's passes only.
+
 Ranks: DeepSpeed averages gradients over the ranks at every stage, and a loss that has the global denominator wants their sum;
 so `backward` multiplies by the number of ranks. Norms are taken after that reduction, so that all ranks clip and skip alike.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from stages.models import Checkpoint, model_weights
 from stages.training.adapters import load_trainable
@@ -69,8 +75,28 @@ class DeepSpeedEngine(CheckpointedEngine):
         self.holds = None
         self._losses.append(loss.detach())
         self.model.set_gradient_accumulation_boundary(last)
-        # The loss has the global denominator already: DeepSpeed must not divide by its own count of micro-batches.
-        self.model.backward(loss * self.world_size, scale_wrt_gas=False)
+        with self._own_linear():  # layers may be recomputed
+            # The loss has the global denominator already: DeepSpeed must not divide by its own count of micro-batches.
+            self.model.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Return a context for forward passes of this and of other models."""
+        with self._own_linear(), super().autocast():
+            yield
+
+    @contextlib.contextmanager
+    def _own_linear(self) -> Iterator[None]:
+        """Give ZeRO 3 its linear layers, which keep no gathered weights for backward."""
+        before = functional.linear
+        if self._stage == 3:
+            from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+            functional.linear = zero3_linear_wrap
+        try:
+            yield
+        finally:
+            functional.linear = before
 
     def step(self, *, factor: float = 1.0) -> StepReport:
         """Clip, schedule, update."""
@@ -135,11 +161,14 @@ class DeepSpeedEngine(CheckpointedEngine):
     def _initialize(self, model: Any) -> Any:
         import deepspeed
 
-        optimizer = build_optimizer(model, self._config.optimizer)
-        with launched():
-            engine, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=self._settings(), dist_init_required=False
-            )
+        optimizer, linear = build_optimizer(model, self._config.optimizer), functional.linear
+        try:
+            with launched():
+                engine, *_ = deepspeed.initialize(
+                    model=model, optimizer=optimizer, config=self._settings(), dist_init_required=False
+                )
+        finally:
+            functional.linear = linear
         engine.module.eval()
         return engine
 

@@ -167,6 +167,20 @@ def test_repeated_gradients_that_are_not_finite_stop_and_say_why(start: Checkpoi
     engine.close()
 
 
+def test_zero_3_leaves_the_linear_layers_of_others_as_they_are(start: Checkpoint) -> None:
+    """DeepSpeed replaces them for the whole process; under autocast they would round otherwise."""
+    linear = torch.nn.functional.linear
+    engine = DeepSpeedEngine(start, config(3, precision="bf16"))
+    assert torch.nn.functional.linear is linear
+    with engine.autocast():
+        assert torch.nn.functional.linear is not linear, "ZeRO 3 needs its own"
+    update(engine, ROWS)
+    assert torch.nn.functional.linear is linear
+    with pytest.raises(ZeroDivisionError), engine.autocast():
+        raise ZeroDivisionError
+    assert torch.nn.functional.linear is linear
+
+
 @pytest.mark.claim("dropout left on")
 @pytest.mark.parametrize("stage", [0, 3])
 def test_dropout_of_the_architecture_is_off_so_that_ratios_are_exactly_1(start: Checkpoint, stage: int) -> None:

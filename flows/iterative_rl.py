@@ -19,6 +19,7 @@ from flows.algorithm.preflight import preflight
 from flows.algorithm.rewards import first_reward_models, measure_drift, reward_outputs, train_on
 from flows.algorithm.sampling import derived_seed, explore, reference_evidence, token_evidence
 from flows.config import IterativeRLConfig
+from flows.runs.checkpoints import Checkpoints
 from flows.runs.points import evaluation_done, step_done
 from pipeline.orchestration.engine import flow
 from stages.advantage import estimate_advantages
@@ -44,6 +45,7 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
     critic = create_critic(policy, config.critic) if config.critic else None
     evaluate_policy(config, policy, data.evaluation, step=0)
     last = config.iterations * config.steps
+    checkpoints = Checkpoints(config.checkpoint, last=last, always=config.looks_back_at)
     for iteration in range(config.iterations):                                                             # line 2
         reference = policy                                                                                 # line 3
         for step in range(iteration * config.steps, (iteration + 1) * config.steps):                       # line 4
@@ -55,11 +57,11 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
             evidence = token_evidence(config, policy, reference, critic, outputs)
             advantages = estimate_advantages(rewards, outputs, config.advantage, *evidence)                # line 9
             scored = reference_evidence(config, policy, reference, outputs)
-            with naming(step + 1):
+            with checkpoints.at(step + 1), naming(step + 1):
                 policy = update_policy(policy, scored or reference, outputs, advantages, config.update, seed=seed)  # line 10
                 check_mismatch(policy.metrics, config.update.mismatch)
-            if critic and config.critic:
-                critic = update_critic(critic, outputs, advantages, config.critic, seed=seed)
+                if critic and config.critic:
+                    critic = update_critic(critic, outputs, advantages, config.critic, seed=seed)
             step_done(step + 1, iteration, policy, outputs, rewards, gauges, advantages, scored, critic)
             if config.evaluation.is_due(step + 1, last):
                 evaluate_policy(config, policy, data.evaluation, step=step + 1)

@@ -6,9 +6,11 @@ nothing else: never a path, a tensor or an open handle.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import itertools
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self, TypeAlias
@@ -17,7 +19,7 @@ import numpy
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.store import current_store
+from pipeline.store import DamagedArtifactError, MissingArtifactError, current_store
 from pipeline.store.context import current_call, current_provenance
 
 BATCH_ROWS: Final = 65_536
@@ -65,9 +67,26 @@ class Artifact:
         return dict(source.get("metrics", {}))
 
     @property
-    def content(self) -> str:
-        """Return the content digest, which differs from the name where that is a derivation; nothing is verified."""
-        return str(current_store().manifest(self.digest)["digest"])
+    def content(self) -> str | None:
+        """Return the content digest, which differs from the name where that is a derivation; nothing is verified.
+
+        None: trained state whose weights were not written.
+        """
+        manifest = self._manifest()
+        return None if manifest.get("unwritten") else str(manifest["digest"])
+
+    @property
+    def state(self) -> str:
+        """Return what an engine that has these weights in memory knows them by: the content digest if written at once."""
+        manifest = self._manifest()
+        return str(manifest.get("state") or manifest["digest"])
+
+    def _manifest(self) -> dict[str, Any]:
+        store = current_store()
+        with contextlib.suppress(MissingArtifactError, DamagedArtifactError):
+            return store.manifest(self.digest)
+        store.path(self.digest, partial=True)  # trained state is replayed
+        return store.manifest(self.digest)
 
     def __str__(self) -> str:
         return f"{type(self).__name__} {self.digest[:12]}"
@@ -94,6 +113,20 @@ class Folder(Artifact):
         return current_store().publish(fill, about=about, name=call.key if call else None)
 
     @classmethod
+    def write_description(cls, fill: Callable[[Path], None], unwritten: Sequence[str]) -> str:
+        """Publish trained state without the files named in `unwritten`; return the name of the state in memory (`state`).
+
+        `fill` writes what describes it. Whoever needs the rest has it written, by an engine that has the state, or replayed.
+        Of what is in the store already nothing is replaced.
+        """
+        call = current_call()
+        assert call is not None, "only the result of a stage call can be made again"
+        about = {"type": cls.__name__, "provenance": call.provenance(), "unwritten": sorted(unwritten)}
+        state, made = secrets.token_hex(32), cls(call.key)
+        current_store().publish(fill, about=about | {"state": state}, name=call.key)
+        return state if made.content else made.state  # weights that are there may differ: they are loaded again
+
+    @classmethod
     def derived(cls, content: str) -> Self:
         """Return the reference to what `write_derived` published; outside a stage its content digest is its name."""
         call = current_call()
@@ -103,6 +136,11 @@ class Folder(Artifact):
     def path(self) -> Path:
         """Return the verified folder; its files are read-only."""
         return current_store().path(self.digest)
+
+    @property
+    def described(self) -> Path:
+        """Return the verified folder, in which files of trained state may be missing that were not written."""
+        return current_store().path(self.digest, partial=True)
 
 
 class Table(Artifact):

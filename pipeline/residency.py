@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -23,6 +23,30 @@ def resident(slot: str, key: Hashable, make: Callable[[], T]) -> T:
     made = make()
     _residents[slot] = (key, made)
     return made
+
+
+class Holder(Protocol):
+    """A resident that has trained state in memory, and can write it."""
+
+    def has(self, state: str) -> bool:
+        """Return whether it has what `Artifact.state` names."""
+        ...
+
+    def write(self, name: str) -> None:
+        """Write what it has as the artifact `name`, of which only the description is in the store.
+
+        Raises:
+            MissingArtifactError: it has it no longer.
+        """
+        ...
+
+
+def holder_of(state: str) -> Holder | None:
+    """Return the resident that has trained state in memory and can write it; None: there is none."""
+    for _, kept in _residents.values():
+        if hasattr(kept, "has") and kept.has(state):
+            return cast(Holder, kept)
+    return None
 
 
 def evict(slot: str | None = None) -> None:

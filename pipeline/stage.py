@@ -145,7 +145,7 @@ def _execute(
             if result.digest == key:
                 about |= {"content": result.content, "replay": replayed()}
             store.record(key, {**about, **call.provenance()})
-            if watch is not None:
+            if watch is not None and store.is_written(result.digest):
                 watch.wrote(call.stage, store.folder(result.digest))
     except BaseException as error:
         emit(StageFailed(call.stage, key, f"{type(error).__name__}: {error}"))

@@ -37,6 +37,10 @@ class IterativeRLConfig(RunSettings):
             raise ValueError("\n    ".join(complaints))
         return self
 
+    def looks_back_at(self, step: int) -> bool:
+        """Return whether the policy after `step` is evaluated, a reference, or the last: it is always written."""
+        return step % self.steps == 0 or self.evaluation.is_due(step, self.iterations * self.steps)
+
     def identity(self) -> dict[str, Any]:
         """Return what makes it another run, as plain values: all but what stays on disk."""
-        return self.model_dump(mode="json", exclude={"keep"})
+        return self.model_dump(mode="json", exclude={"checkpoint", "keep"})

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from flows.runs.checkpoints import CheckpointConfig
 from flows.runs.retention import KeepConfig
 from pipeline.config import Config
 from stages.advantage import AdvantageConfig, GroupConfig
@@ -265,5 +266,7 @@ class RunSettings(Config):
     "Held-out evaluation."
     preflight: PreflightConfig = PreflightConfig()
     "When the run stops before its first update, since there is nothing to learn from."
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    "Which steps leave a checkpoint on disk."
     keep: KeepConfig = KeepConfig()
     "What stays on disk while the run goes on."

@@ -13,6 +13,7 @@ from typing import Any, Final
 from flows.config import IterativeRLConfig
 from flows.planning import stages as figures
 from flows.planning.work import Given, StagePlan
+from flows.runs.checkpoints import interval_of
 from pipeline.config import Config, ConfigError
 from stages.rollout import HFBackendConfig, VLLMBackendConfig
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, TrainingConfig
@@ -109,8 +110,11 @@ class Plan:
             return stage.disk * min(calls, keep.rollouts or calls)
         # Policies that were evaluated, and those at the start of an iteration, keep their weights.
         spared = evaluations_of(self.given.config) + self.given.config.iterations
-        weights = min(calls, keep.checkpoints + spared if keep.checkpoints else calls)
-        return (stage.disk - stage.state) * weights + stage.state * min(weights, keep.optimizer or calls)
+        written = calls * stage.written
+        weights = min(written, keep.checkpoints + spared if keep.checkpoints else written)
+        return (stage.disk / stage.written - stage.state) * weights + stage.state * min(
+            weights, keep.optimizer or written
+        )
 
     def of_a_step(self) -> tuple[float, float]:
         """Return seconds and bytes of one step, evaluations apart."""
@@ -120,8 +124,34 @@ class Plan:
 
 def plan_of(given: Given) -> Plan:
     """Make the plan, every stage with what the others keep in memory meanwhile."""
-    stages = list(_stages(given))
+    stages = _with_checkpoints(given, list(_stages(given)))
     return Plan(given, tuple(replace(stage, held=_held(stage, stages)) for stage in stages))
+
+
+def _with_checkpoints(given: Given, stages: list[StagePlan]) -> list[StagePlan]:
+    """Spread the checkpoints that `checkpoint.every` asks for over the steps."""
+    config, steps = given.config, given.config.iterations * given.config.steps
+    writing = [stage for stage in stages if stage.writing]
+    every = interval_of(
+        config.checkpoint,
+        sum(stage.disk for stage in writing),
+        sum(stage.writing for stage in writing),
+        sum(stage.seconds for stage in stages if stage.when == "step"),
+    )
+    due = sum(step % every == 0 or config.looks_back_at(step) for step in range(1, steps + 1))
+    share = due / steps
+    beside = config.checkpoint.background and every > 1  # small ones are written at once
+    return [
+        replace(
+            stage,
+            disk=stage.disk * share,
+            written=share,
+            seconds=stage.seconds + (0.0 if beside else stage.writing * share),
+        )
+        if stage.writing
+        else stage
+        for stage in stages
+    ]
 
 
 def evaluations_of(config: IterativeRLConfig) -> int:

@@ -228,8 +228,9 @@ def _trained(
     written = checkpoint_bytes(shape, config, head=head) if disk is None else disk
     sent = training.steps * _sent(shape.parameters, config, training.rows / max(1, batch.rows))
     seconds = seconds_of(work, profile, shape.hidden, config.precision, threads=config.threads) / ranks_of(config)
-    # What is written is also synced and hashed.
-    seconds += sent / profile.interconnect + (written / profile.disk + written / profile.hashing) + calls * STAGE_CALL
+    seconds += sent / profile.interconnect + calls * STAGE_CALL
+    writing = written / profile.disk + written / profile.hashing  # what is written is also synced and hashed
+    later = training.when == "step"  # `checkpoint.every` says which steps write
     keeps = {training.slot: sum(memory.get(part, 0.0) for part in ("weights", "optimizer"))}
     if training.reference:
         keeps["reference"] = memory["reference"]
@@ -238,10 +239,11 @@ def _trained(
         training.when,
         memory,
         work,
-        seconds,
+        seconds + (0.0 if later else writing),
         written,
         calls,
         state=max(0.0, written - FLOAT * (shape.parameters if head else shape.trunk)),
+        writing=writing if later else 0.0,
         keeps=keeps,
         settings=training.settings,
     )

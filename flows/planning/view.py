@@ -189,9 +189,19 @@ def _assumptions(plan: Plan, subject: Subject) -> list[str]:
     what = "CUDA's context and 5 % that the allocator cannot hand out" if plan.given.gpu else "libraries"
     return [
         *subject.assumptions,
+        *_of_checkpoints(plan),
         f"{_gib(plan.overhead)} of memory on top of what is counted: {what}",
         "prompts of a batch are of one length; all stages' residents stay in memory, as they do (pipeline/residency.py)",
     ]
+
+
+def _of_checkpoints(plan: Plan) -> list[str]:
+    """Say how often the step's training leaves a checkpoint, where that is not every step."""
+    share = min(stage.written for stage in plan.stages)
+    beside = ", beside other stages and at no cost to them" if plan.given.config.checkpoint.background else ""
+    text = f"{share * plan.counts['step']:,.0f} of {plan.counts['step']:,.0f} steps leave a checkpoint"
+    setting = f"checkpoint.every={plan.given.config.checkpoint.every}"
+    return [f"{text} ({setting}), which is written{beside}"] if share < 1 else []
 
 
 def _together(taken: Sequence[Change]) -> dict[str, Any]:

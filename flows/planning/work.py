@@ -94,11 +94,15 @@ class StagePlan:
     """Of all devices together."""
     seconds: float
     disk: float = 0.0
-    """Bytes that it writes."""
+    """Bytes that it writes; of a step's training, an average of those that leave a checkpoint and those that do not."""
     calls: int = 1
     """Calls of `@stage` functions that these figures are of."""
     state: float = 0.0
-    """Of `disk` the optimizer's state."""
+    """Of the bytes of a checkpoint the optimizer's state."""
+    writing: float = 0.0
+    """Seconds that writing a checkpoint takes, where `seconds` do not have them yet."""
+    written: float = 1.0
+    """Share of the calls that leave a checkpoint."""
     keeps: Mapping[str, float] = field(default_factory=dict)
     """Bytes that stay in memory for its next call, by the slot they are kept in (`pipeline/residency.py`)."""
     held: float = 0.0

@@ -28,10 +28,10 @@ _TRIED: Final = 32
 class KeepConfig(Config):
     """What stays of a run's payloads while it runs. It changes no result, no cache key, and not which run it is. Ours."""
 
-    checkpoints: PositiveInt | None = None
-    """Newest policies (and critics) that keep their weights; null: all. Whatever their age, policies that were evaluated, and
-    those at the start of an iteration, keep them."""
-    optimizer: PositiveInt | None = None
+    checkpoints: PositiveInt | None = 5
+    """Newest checkpoints of the policy (and of the critic) that keep their weights; null: all. Whatever their age, policies
+    that were evaluated, and those at the start of an iteration, keep them. The others are replayed when somebody reads them."""
+    optimizer: PositiveInt | None = 5
     """Newest checkpoints that keep the optimizer's state, two thirds of one that is trained by AdamW; null: all. A run
     continues from the newest. More than 1 helps if that should be damaged."""
     rollouts: PositiveInt | None = None
@@ -69,8 +69,9 @@ class Retention:
         self._trained: set[str] = set()
         """Policies that came of an update."""
         self._weights: dict[str, deque[str]] = {}
-        """Newest checkpoint of a chain -> the checkpoints of it that still have weights to free."""
+        """Newest checkpoint of a chain -> the checkpoints of it that were written and still have weights to free."""
         self._states: dict[str, deque[str]] = {}
+        self._unwritten: set[str] = set()
         self._tables: deque[set[str]] = deque()
         self._due: deque[Freed] = deque()
 
@@ -101,13 +102,20 @@ class Retention:
     def _lengthen(self, record: Mapping[str, Any]) -> None:
         """Add a checkpoint to the chain that it continues; what falls out at the other end is due."""
         made, before = record["result"], predecessor(record)
+        # The one before may have been written since: somebody read it.
+        written = [before] if before in self._unwritten and self._store.is_written(before) else []
+        self._unwritten.discard(before)
+        if self._store.is_written(made):
+            written.append(made)
+        else:
+            self._unwritten.add(made)
         for chains, count, files in (
             (self._states, self._keep.optimizer, OPTIMIZER_ONLY),
             (self._weights, self._keep.checkpoints if record["stage"] != "train_reward_model" else None, None),
         ):
             chain = chains.pop(before, None) or deque()
             chains[made] = chain
-            chain.append(made)
+            chain.extend(written)
             while count is not None and len(chain) > count:
                 old = chain.popleft()
                 if old not in chain and (files or old not in self._looked_back_at):

@@ -150,18 +150,29 @@ def superseded(
     return [freed for freed in found if freed.files is None or freed.digest not in whole]
 
 
+def is_written(record: Record) -> bool:
+    """Return whether the result of a call was written, then or later; it may have been freed since."""
+    return record["result"] != record.get("key") or record.get("content") is not None
+
+
 def _newest(records: Records, stage: str, count: int) -> tuple[set[str], set[str]]:
-    """Return the newest `count` checkpoints of every chain of a stage, and all others."""
+    """Return the newest `count` checkpoints of every chain of a stage, and all others, of those that were written."""
     before = {(record["result"], predecessor(record)) for record in records.of(stage)}
+    written = {record["result"] for record in records.of(stage) if is_written(record)}
     links: dict[str, set[str]] = {}
     for result, earlier in before:
         links.setdefault(result, set()).add(earlier)
     continued = {earlier for result, earlier in before if earlier != result}
-    front, kept = set(links) - continued, set[str]()
-    for _ in range(count):
-        kept |= front
-        front = {earlier for result in front for earlier in links[result] if earlier in links} - kept
-    return kept, set(links) - kept
+    kept, seen = set[str](), dict[str, int]()
+    waiting = [(result, count) for result in set(links) - continued]
+    while waiting:
+        result, left = waiting.pop()
+        if left <= seen.get(result, 0) or result not in links:
+            continue
+        seen[result] = left
+        kept.add(result)
+        waiting += [(earlier, left - (result in written)) for earlier in links[result]]
+    return kept & written, (set(links) & written) - kept
 
 
 def _looked_back_at(records: Records) -> set[str]:

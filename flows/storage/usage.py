@@ -13,7 +13,7 @@ from typing import NamedTuple
 from flows.storage.gc import Freed
 from pipeline.store import Store, StoreError
 from pipeline.store.disk import folder_bytes
-from pipeline.store.objects import MANIFEST
+from pipeline.store.folder import MANIFEST
 from stages.models import OPTIMIZER
 
 

@@ -1,7 +1,8 @@
-"""Make trained state again whose bytes are not there: replay its calls, from the nearest ancestors that have theirs.
+"""Write trained state whose bytes are not there: by an engine that has it in memory, else by a replay of its calls.
 
-What an update learned from (outputs, rewards, advantages) is data and in the store: nothing is sampled again. On a CPU the bits
-are equal; where they are not, the store warns with both content digests, and the record keeps the earlier one.
+A replay starts from the nearest ancestors that have their bytes. What an update learned from (outputs, rewards, advantages) is
+data and in the store: nothing is sampled again. On a CPU the bits are equal; where they are not, the store warns with both
+content digests, and the record keeps the earlier one.
 
 Settings outside the key (deadlines, hosts) have their defaults: a record may come from others, and must not bring a command.
 """
@@ -12,15 +13,17 @@ import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pipeline.derivation.arguments import describe, read_arguments
 from pipeline.lineage import inputs
 from pipeline.progress import report
+from pipeline.residency import holder_of
 from pipeline.stage import function_behind
 from pipeline.store import DamagedArtifactError, MissingArtifactError, PrunedArtifactError, Store, use_store
 from pipeline.store.actions import key_of
-from pipeline.store.context import Call, running
+from pipeline.store.context import Call, current_watch, payloads, running, writing_payloads
 from pipeline.store.pins import PinnedArtifactError
 
 
@@ -29,21 +32,25 @@ class ReplayError(PrunedArtifactError):
 
 
 def materialise(store: Store, name: str) -> bool:
-    """Make the payload of trained state whole again; return whether `name` is one that a call made.
+    """Make the payload of trained state whole; return whether `name` is one that a call made.
 
-    Checkpoints on the way are freed again, as far as they were before.
+    Checkpoints on the way that were freed are freed again, as far as they were; those that were never written are not now.
 
     Raises:
         ReplayError: data that the calls were given is gone, or a stage of that version is.
     """
     if not _is_made(store, name):
         return False
+    if _written_from_memory(store, name):
+        return True
     records = {key: store.action(key) for key in calls_to_replay(store, name)}
     prepared = {key: _prepared(record) for key, record in records.items()}  # all of them, before the first is made
     chain = list(records)
     stages = Counter(record["stage"] for record in records.values())
     text = ", ".join(f"{count:,} x {stage}" if count > 1 else stage for stage, count in stages.items())
-    warnings.warn(f"{name[:12]} is not there (freed, lost or damaged) and made again: replaying {text}", stacklevel=3)
+    warnings.warn(
+        f"{name[:12]} is not there (not written, freed, lost or damaged) and made again: replaying {text}", stacklevel=3
+    )
     freed = {key: _freed(store, key) for key in chain[:-1]}
     last_use = {given: key for key in chain for _, given in inputs(records[key]["arguments"]) if given in freed}
     made: list[str] = []
@@ -51,7 +58,8 @@ def materialise(store: Store, name: str) -> bool:
         with use_store(store):
             for number, key in enumerate(chain):
                 report("replay", done=number, total=len(chain))
-                _replay(store, records[key], *prepared[key])
+                with writing_payloads("now" if key == name or records[key].get("content") else "never"):
+                    _replay(store, records[key], *prepared[key])
                 made.append(key)
                 _free(store, {given: freed[given] for given in made if last_use.get(given) == key})
     finally:  # also of a replay that was cut short; what was freed already stays so
@@ -116,10 +124,43 @@ def _replay(store: Store, record: dict[str, Any], function: Callable[..., Any], 
             return
         with running(call):
             function(**arguments)
-        content = store.manifest(key)["digest"]
-        if content != record["content"]:
-            earlier = [*record.get("earlier", []), record["content"]]
-            store.record(key, {**record, "content": content, "earlier": earlier})
+        if payloads() == "now":
+            note_content(store, record)
+
+
+def note_content(store: Store, record: dict[str, Any]) -> None:
+    """Note in the record of a call the content digest of what it made, and the one before where they differ."""
+    content, before = store.manifest(record["key"])["digest"], record.get("content")
+    if content != before:
+        earlier = [*record.get("earlier", []), *([before] if before else [])]
+        store.record(record["key"], {**record, "content": content, "earlier": earlier})
+
+
+def _written_from_memory(store: Store, name: str) -> bool:
+    """Let the resident engine write trained state that has it in memory; return whether one has."""
+    try:
+        manifest = store.manifest(name)
+    except (MissingArtifactError, DamagedArtifactError):
+        return False
+    holder = holder_of(manifest["state"]) if manifest.get("unwritten") else None
+    if holder is None:
+        return False
+    with use_store(store), contextlib.suppress(MissingArtifactError):
+        holder.write(name)
+        return True
+    return False
+
+
+def write_payload(store: Store, name: str, fill: Callable[[Path], None]) -> None:
+    """Publish all files of trained state that only its description is in the store of, and note their content digest."""
+    manifest = store.manifest(name)
+    about = {part: manifest[part] for part in ("type", "provenance", "state")}
+    store.publish(fill, about=about, name=name)
+    with store.lock(name):
+        record = store.action(name)
+        note_content(store, record)
+    if (watch := current_watch()) is not None:
+        watch.wrote(record["stage"], store.folder(name))
 
 
 def _prepared(record: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:

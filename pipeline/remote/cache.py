@@ -21,8 +21,8 @@ from pipeline.remote.folder import BINDING, GRACE, Binding, Pending, bind, bound
 from pipeline.remote.store import RemoteStore
 from pipeline.store.actions import Actions
 from pipeline.store.files import DamagedArtifactError, MissingArtifactError, StoreError, draft_folder, named_errors
+from pipeline.store.folder import MANIFEST
 from pipeline.store.locks import locked
-from pipeline.store.objects import MANIFEST
 
 
 class LocalOnly:

@@ -18,7 +18,7 @@ from typing import Any, Final
 from pipeline.remote.bucket import PATIENCE, Bucket, Entry
 from pipeline.remote.locks import LEASE_SECONDS, RemoteLocks, RemotePins, ServerClock
 from pipeline.store.files import DamagedArtifactError, MissingArtifactError, StoreError, is_digest, measure
-from pipeline.store.objects import MANIFEST, PRUNED, freed_files, read_manifest
+from pipeline.store.folder import MANIFEST, PRUNED, freed_files, read_manifest
 from pipeline.store.pins import PinnedArtifactError
 
 _IDENTITY: Final = "store.json"

@@ -39,7 +39,7 @@ from pipeline.store.files import (
     read_sealed,
     write_sealed,
 )
-from pipeline.store.objects import MANIFEST, PRUNED, read_manifest, verify_folder
+from pipeline.store.folder import MANIFEST, PRUNED, read_manifest, verify_folder
 from pipeline.store.store import Store
 
 _INDEX: Final = "index.json"

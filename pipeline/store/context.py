@@ -19,6 +19,7 @@ from pipeline.store.files import StoreError
 from pipeline.store.store import Store
 
 Engine = Literal["inline", "prefect"]
+Payloads = Literal["now", "background", "never"]
 
 _METRIC_NAME: Final = re.compile(r"[A-Za-z0-9_\-. :/]+")
 """What MLflow accepts."""
@@ -61,6 +62,7 @@ class _Context:
     store: Store | None = None
     watch: DiskWatch | None = None
     call: Call | None = None
+    payloads: Payloads = "now"
 
 
 _context: ContextVar[_Context] = ContextVar("cohort_context", default=_Context())  # noqa: B039 (it is frozen)
@@ -115,6 +117,16 @@ def watching_disk(watch: DiskWatch) -> Iterator[DiskWatch]:
 def current_call() -> Call | None:
     """Return the stage call in progress; None outside of one."""
     return _context.get().call
+
+
+def payloads() -> Payloads:
+    """Return when stages write the trained state that they make; what describes it is always written."""
+    return _context.get().payloads
+
+
+def writing_payloads(when: Payloads) -> contextlib.AbstractContextManager[None]:
+    """Let stages inside the block write the trained state that they make at this time."""
+    return _changed(payloads=when)
 
 
 def running(call: Call | None) -> contextlib.AbstractContextManager[None]:

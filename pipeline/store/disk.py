@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.store.files import StoreError
+from pipeline.store.files import MissingArtifactError, StoreError
 
 _LAST: Final = 3
 """Executions of a stage whose largest is the estimate: outputs and their tables differ in length from step to step."""
@@ -68,8 +68,11 @@ class DiskWatch:
     def estimate(self, stage: str, manifest: Callable[[str], Mapping[str, Any]]) -> int:
         """Return the bytes that a stage will write, by `manifest` of its last result; 0 where nothing is known of it."""
         if stage not in self._sizes and stage in self._found:
-            files = manifest(self._found[stage])["files"]
-            self._sizes[stage] = deque([sum(file["size"] for file in files)], _LAST)
+            with contextlib.suppress(
+                MissingArtifactError
+            ):  # trained state that was not written, and not described here
+                files = manifest(self._found[stage])["files"]
+                self._sizes[stage] = deque([sum(file["size"] for file in files)], _LAST)
         return max(self._sizes.get(stage, ()), default=0)
 
     def before(self, stage: str, manifest: Callable[[str], Mapping[str, Any]]) -> None:

@@ -33,7 +33,8 @@ from pipeline.store.files import (
     named_errors,
     sweep,
 )
-from pipeline.store.objects import Objects, freed_files, read_manifest, seal_folder
+from pipeline.store.folder import freed_files, read_manifest, seal_folder
+from pipeline.store.objects import Objects
 from pipeline.store.pins import Pins
 
 
@@ -100,8 +101,8 @@ class Store:
                     raise
             with named_errors(self.root):
                 digest = seal_folder(draft, about, schema)
-                known = None if name is None else self._known_content(name)
-                self._place(draft, name or digest)
+                known = None if name is None or about.get("unwritten") else self._known_content(name)
+                self._place(draft, name or digest, owed=not about.get("unwritten"))  # which no remote store gets
         if known not in (None, digest):
             warnings.warn(
                 f"{name} was made again with other content, {digest[:12]} in place of {known}: what was made from it is from "
@@ -113,9 +114,7 @@ class Store:
     def _known_content(self, name: str) -> str | None:
         """Return the content digest that trained state was made with before, as far as this folder knows."""
         with contextlib.suppress(MissingArtifactError, DamagedArtifactError):
-            return str(read_manifest(self.folder(name))["digest"])  # also of what was freed
-        with contextlib.suppress(MissingArtifactError, DamagedArtifactError):
-            return self._actions.read(name).get("content")
+            return self._objects.content(name) or self._actions.read(name).get("content")
         return None
 
     def adopt(self, folder: Path) -> bool:
@@ -126,7 +125,7 @@ class Store:
         """
         digest, freed = folder.name, freed_files(folder)
         self.pin(digest)
-        if self._has_but(digest, freed):
+        if self._objects.has_but(digest, freed):
             return False
         with named_errors(self.root):
             self._place(folder, digest)
@@ -134,34 +133,27 @@ class Store:
             self._objects.is_sound(digest)  # `place` takes its drafts to be whole
         return True
 
-    def _place(self, draft: Path, digest: str) -> None:
+    def _place(self, draft: Path, digest: str, *, owed: bool = True) -> None:
         self.pin(digest)
-        self._cache.owe("object", digest)
+        if owed:
+            self._cache.owe("object", digest)
         self._objects.place(draft, digest)
 
-    def _has_but(self, digest: str, freed: Collection[str]) -> bool:
-        """Return whether an object is here in a sound state and lacks no other files than these."""
-        try:
-            with contextlib.suppress(PrunedArtifactError):
-                self._objects.verify(digest)
-        except (MissingArtifactError, DamagedArtifactError):
-            return False
-        return self.freed(digest).issubset(freed)
-
-    def path(self, digest: str, *, replay: bool = True) -> Path:
+    def path(self, digest: str, *, replay: bool = True, partial: bool = False) -> Path:
         """Return the verified folder of an object, for reading only.
 
         Hashes are computed once per process, and again when size, time or inode of a file changed since.
 
         Args:
             replay: make trained state again that is not there, where this store does that.
+            partial: the files that trained state always has are enough.
 
         Raises:
             MissingArtifactError, DamagedArtifactError, PrunedArtifactError: with the file and what to do.
         """
         self.pin(digest)
         try:
-            self._check(digest)
+            self._check(digest, partial=partial)
         except (MissingArtifactError, DamagedArtifactError, PrunedArtifactError):
             if not (replay and self.make_whole(digest)):
                 raise
@@ -169,11 +161,11 @@ class Store:
         self._cache.used(digest, self.folder(digest))
         return self.folder(digest)
 
-    def _check(self, digest: str) -> None:
+    def _check(self, digest: str, *, partial: bool = False) -> None:
         """Verify an object, fetched if need be; raise as `path` does."""
         with named_errors(self.root):
             try:
-                self._objects.check(digest)
+                self._objects.check(digest, partial=partial)
             except (MissingArtifactError, DamagedArtifactError, PrunedArtifactError):
                 if not self._fetch(digest):
                     raise
@@ -190,12 +182,16 @@ class Store:
             return not self.freed(digest)
         return False
 
+    def is_written(self, digest: str) -> bool:
+        """Return whether all files of an object that is here were written; they may have been freed since."""
+        return self._objects.content(digest) is not None
+
     def _fetch(self, digest: str) -> bool:
         """Bring an object into the cache; return whether the remote store has it."""
         if not self._cache.remote:
             return False
         with self._objects.lock(f"fetch-{digest}"), draft_folder(self.root) as draft:
-            if not self._objects.is_sound(digest):  # another process may have fetched it meanwhile
+            if not self._objects.is_sound(digest, whole=True):  # another process may have fetched it meanwhile
                 if not self._cache.pull(digest, draft / digest):
                     return False
                 self._objects.place(draft / digest, digest)
@@ -294,6 +290,8 @@ class Store:
         except PrunedArtifactError:
             return record
         except (MissingArtifactError, DamagedArtifactError) as error:
+            if isinstance(error, MissingArtifactError) and self.replay is not None and record.get("replay"):
+                return record
             _warn(error)
             self.quarantine(digest)
             return None

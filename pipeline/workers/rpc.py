@@ -18,7 +18,7 @@ from pipeline.artifact import Artifact
 from pipeline.derivation.arguments import describe, kinds_of, read_arguments, write_arguments
 from pipeline.progress import listen
 from pipeline.store import Store, current_store, use_store
-from pipeline.store.context import Call, current_call, record_metrics, running
+from pipeline.store.context import Call, current_call, payloads, record_metrics, running, writing_payloads
 
 _OURS: Final = tuple(str(Path(__file__).parents[2] / package) + os.sep for package in ("pipeline", "stages"))
 
@@ -33,6 +33,7 @@ def order_of(name: str, function: Callable[..., Any], arguments: Mapping[str, An
         "function": name,
         "store": str(current_store().root),
         "trusted": sorted(current_store().trusted),
+        "payloads": payloads(),
         "call": call and {"stage": call.stage, "version": call.version, "arguments": call.arguments},
         "arguments": write_arguments(function, arguments, keyed=False),
         "described": {parameter: describe(value) for parameter, value in arguments.items()},
@@ -54,7 +55,8 @@ def perform(
     store = _store(order["store"])
     store.trusted = set(order["trusted"])  # what this order's configuration pins, and none before it
     call = Call(**(order["call"] or {"stage": order["function"], "version": "", "arguments": {}}))
-    with running(call), use_store(store), listen(report), warnings.catch_warnings(record=True) as caught:
+    when = writing_payloads(order["payloads"])
+    with running(call), use_store(store), when, listen(report), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         result = function(**arguments)
     ours = [str(warning.message) for warning in caught if warning.filename.startswith(_OURS)]

@@ -89,7 +89,7 @@ def estimate_values(critic: Checkpoint, outputs: Rollouts, config: CriticConfig)
     return Values.write(valued)
 
 
-@stage(version="3")
+@stage(version="4")
 @on_ranks
 def update_critic(
     critic: Checkpoint, outputs: Rollouts, advantages: Advantages, config: CriticConfig, *, seed: int
@@ -131,7 +131,7 @@ def update_critic(
         for done, _ in enumerate(fit.train(config.mu), start=1):
             report("update_critic", done=done, total=steps)
         metrics = fit.metrics(idle=config.mu * config.mini_batches - steps)
-        checkpoint = publish(engine)
+        checkpoint = publish(engine, given=critic)
     seconds = time.perf_counter() - started
     # Under ZeRO 3 a parameter between its uses is an empty placeholder that knows its size.
     parameters = sum(getattr(each, "ds_numel", each.numel()) for each in engine.model.parameters())

@@ -110,7 +110,7 @@ def limit_prompts(
         PromptError: a character that the tokenizer cannot express.
     """
     table = questions.read()
-    window = json.loads((model.path / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    window = json.loads((model.described / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
     room = PromptRoom(window, max_model_len, max_output_tokens, limit)
     lengths = measure_prompts(load_tokenizer(model), table.column("question").to_pylist(), prompt, room)
     if lengths.longer and (limit.longer == "refuse" or len(lengths.longer) == table.num_rows):

@@ -230,7 +230,7 @@ def solution_outputs(
 
 
 def _check_window(model: Checkpoint, key: Any, longest: int) -> None:
-    window = json.loads((model.path / "config.json").read_text()).get("max_position_embeddings")
+    window = json.loads((model.described / "config.json").read_text()).get("max_position_embeddings")
     if window is not None and longest > window:
         raise DataError(
             f"solution {key}: expected at most {window} tokens with its question (the model's window), found {longest}, the "

@@ -7,19 +7,23 @@ checkpoint runs no code: no pickle, and of the model's own Python files only tho
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pipeline.artifact import ArtifactError, Folder
-from pipeline.store import PrunedArtifactError, current_store
+from pipeline.residency import holder_of
+from pipeline.store import MissingArtifactError, PrunedArtifactError, StoreError, current_store
 from pipeline.store.files import sha256_of
-from pipeline.store.objects import recomputed
+from pipeline.store.folder import recomputed
 from stages.models.folders import (
     OPTIMIZER,
     TRAINER,
     WEIGHTS,
+    copy_description,
     require_buildable,
     weight_files,
 )
@@ -36,6 +40,7 @@ _HEADS = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
 }
 """How the name of an architecture ends, and the class of transformers that loads such a model."""
+_SHARED_MEMORY: Final = Path("/dev/shm")
 
 
 class Checkpoint(Folder):
@@ -43,6 +48,33 @@ class Checkpoint(Folder):
 
 
 # ------------------------------------------------------------------------------------------------ reading
+
+
+@contextlib.contextmanager
+def model_folder(checkpoint: Checkpoint) -> Iterator[Path]:
+    """Yield a folder with the model of a checkpoint, which is there for the block.
+
+    It is the store's. Weights that were not written, and that an engine of this process or its ranks has, are handed over in
+    shared memory, or in a temporary folder where that has no room.
+    """
+    holder = holder_of(checkpoint.state) if checkpoint.content is None else None
+    hand_over = getattr(holder, "hand_over", None)
+    if hand_over is None:
+        yield checkpoint.path
+        return
+    with contextlib.ExitStack() as stack:
+        for place in (_SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None, None):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cohort-weights-", dir=place)))
+            copy_description(checkpoint.described, folder)
+            try:
+                hand_over(checkpoint.digest, folder)
+            except MissingArtifactError:  # by now it has another state
+                break
+            except StoreError:  # no room
+                continue
+            yield folder
+            return
+    yield checkpoint.path
 
 
 def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, attention: str = "eager") -> PreTrainedModel:
@@ -58,16 +90,17 @@ def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, attention: str = "
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    weight_files(checkpoint.path)  # what an index names, before transformers follows it
-    model, found = _auto_class(checkpoint).from_pretrained(
-        checkpoint.path,
-        dtype=dtype,
-        attn_implementation=attention,
-        trust_remote_code=may_run_code(checkpoint.path),
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    with model_folder(checkpoint) as folder:
+        weight_files(folder)  # what an index names, before transformers follows it
+        model, found = _auto_class(checkpoint).from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=may_run_code(checkpoint.described),
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     wrong = {kind: sorted(map(str, found[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     parts = "; ".join(f"{kind.removesuffix('_keys')} {names[:5]}" for kind, names in wrong.items() if names)
     if parts:
@@ -79,7 +112,7 @@ def _auto_class(checkpoint: Checkpoint) -> Any:
     """Return the class that loads the head that config.json names."""
     import transformers
 
-    described = read_object(checkpoint.path / "config.json")
+    described = read_object(checkpoint.described / "config.json")
     require_buildable(described, f"{checkpoint}: config.json")
     names = described.get("architectures") or ["ForCausalLM"]
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
@@ -100,8 +133,8 @@ def architecture_of(checkpoint: Checkpoint) -> str:
 
     A module kept warm may take the weights of another checkpoint of the same architecture.
     """
-    described = (checkpoint.path / "config.json").read_text(encoding="utf-8")
-    return sha256_of(f"{described}\0{code_digest(code_files(checkpoint.path))}")
+    described = (checkpoint.described / "config.json").read_text(encoding="utf-8")
+    return sha256_of(f"{described}\0{code_digest(code_files(checkpoint.described))}")
 
 
 def load_weights(
@@ -115,35 +148,55 @@ def load_weights(
     Raises:
         ArtifactError: names or shapes that differ from the model's.
     """
+    targets = model_weights(model) if targets is None else targets
+    left = set(targets)
+    with model_folder(checkpoint) as folder:
+        for file in weight_files(folder):
+            left.difference_update(_load_file(file, model, checkpoint, targets))
+    if left:
+        raise ArtifactError(f"{checkpoint}: no weights for {', '.join(sorted(left)[:5])}")
+
+
+def _load_file(
+    file: Path, model: PreTrainedModel, checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]
+) -> Iterator[str]:
+    """Load the weights of a file, and yield the name of each."""
     import torch
     from safetensors import safe_open
 
-    targets = model_weights(model) if targets is None else targets
-    left = set(targets)
-    for file in weight_files(checkpoint.path):
-        with safe_open(file, framework="pt") as tensors, torch.no_grad():
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                if name not in targets:
-                    if name in model.state_dict():
-                        continue  # a stored copy of a tied weight
-                    raise ArtifactError(f"{checkpoint}: weight {name} is not in the model")
-                stored = tensors.get_tensor(name)
-                if stored.shape != targets[name].shape:
-                    shapes = f"{tuple(stored.shape)} stored, {tuple(targets[name].shape)} in the model"
-                    raise ArtifactError(f"{checkpoint}: weight {name}: {shapes}")
-                targets[name].copy_(stored)
-                left.discard(name)
-    if left:
-        raise ArtifactError(f"{checkpoint}: no weights for {', '.join(sorted(left)[:5])}")
+    with safe_open(file, framework="pt") as tensors, torch.no_grad():
+        for name in tensors.keys():  # noqa: SIM118 - not a mapping
+            if name not in targets:
+                if name in model.state_dict():
+                    continue  # a stored copy of a tied weight
+                raise ArtifactError(f"{checkpoint}: weight {name} is not in the model")
+            stored = tensors.get_tensor(name)
+            if stored.shape != targets[name].shape:
+                shapes = f"{tuple(stored.shape)} stored, {tuple(targets[name].shape)} in the model"
+                raise ArtifactError(f"{checkpoint}: weight {name}: {shapes}")
+            targets[name].copy_(stored)
+            yield name
+
+
+def copy_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> None:
+    """Overwrite the weights of `model` in place with those of another module of its kind, each cast to its dtype here."""
+    import torch
+
+    targets = model_weights(model)
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(weights[name])
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
     """Load the tokenizer of the checkpoint."""
     from transformers import AutoTokenizer
 
-    require_buildable(read_object(checkpoint.path / "config.json"), f"{checkpoint}: config.json")  # which it reads too
-    trusted = may_run_code(checkpoint.path)
-    return AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=trusted, local_files_only=True)
+    require_buildable(
+        read_object(checkpoint.described / "config.json"), f"{checkpoint}: config.json"
+    )  # which it reads too
+    trusted = may_run_code(checkpoint.described)
+    return AutoTokenizer.from_pretrained(checkpoint.described, trust_remote_code=trusted, local_files_only=True)
 
 
 def load_optimizer_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

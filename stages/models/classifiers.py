@@ -106,7 +106,7 @@ def vocabulary_of(checkpoint: Checkpoint) -> str:
 
 def same_vocabulary(policy: Checkpoint, model: Checkpoint) -> bool:
     """Return whether both know the same token by every id."""
-    files = [checkpoint.path / "tokenizer.json" for checkpoint in (policy, model)]
+    files = [checkpoint.described / "tokenizer.json" for checkpoint in (policy, model)]
     if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
         return True
     return vocabulary_of(policy) == vocabulary_of(model)
@@ -143,4 +143,4 @@ def check_lengths(model: Checkpoint, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _description(checkpoint: Checkpoint) -> dict[str, Any]:
-    return read_object(checkpoint.path / "config.json")
+    return read_object(checkpoint.described / "config.json")

@@ -184,7 +184,7 @@ def _resident(checkpoint: Checkpoint, config: ScoringConfig, device: str) -> tor
         return model.to(device).requires_grad_(False)
 
     slot = {"outcome": "reward_model", "process": "process_reward_model"}[reward_kind(checkpoint)]
-    return resident(slot, (checkpoint.content, device, config.attention), load)
+    return resident(slot, (checkpoint.state, device, config.attention), load)
 
 
 def _places(row: Mapping[str, Any], kind: RewardKind) -> list[int]:

@@ -196,7 +196,7 @@ def _check_vocabulary(tables: Sequence[pa.Table]) -> None:
         )
 
 
-@stage(version="3")
+@stage(version="4")
 @on_ranks
 def train_reward_model(
     model: Checkpoint, labels: RewardLabels, config: RewardTrainingConfig, *, seed: int
@@ -234,7 +234,7 @@ def train_reward_model(
                 done += 1
                 report("train_reward_model", done=done, total=config.epochs * len(updates))
         metrics = fit.metrics()
-        checkpoint = publish(engine)
+        checkpoint = publish(engine, given=model)
     memory = {"memory/reward_training_mb": peak.mib, "memory/tensors_mb": live_tensors_mib()}
     elapsed = {"time/reward_training": time.perf_counter() - started}
     record_metrics({**metrics, "rm/examples": len(examples), **memory, **elapsed})

@@ -49,7 +49,7 @@ def vocabulary_and_window(policy: Checkpoint) -> tuple[int, int | None]:
     """Return how many token ids its model knows, and how many tokens it reads (None: it names no limit)."""
     from transformers import AutoConfig
 
-    path = policy.path
+    path = policy.described
     described = AutoConfig.from_pretrained(path, trust_remote_code=may_run_code(path), local_files_only=True)
     return int(described.get_text_config().vocab_size), getattr(described, "max_position_embeddings", None)
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
 
 from pipeline.progress import report
-from pipeline.residency import resident
+from pipeline.residency import holder_of, resident
 from pipeline.stage import record_metrics, stage
-from stages.models import Checkpoint, architecture_of, load_model, load_tokenizer, load_weights
+from stages.models import Checkpoint, architecture_of, copy_weights, load_model, load_tokenizer, load_weights
 from stages.rollout.config import BackendConfig, HFBackendConfig, RolloutConfig, VLLMBackendConfig, VLLMServerConfig
 from stages.tables import Questions, Rollouts
 from stages.text import PromptConfig, decode_outputs, encode_prompt
@@ -93,7 +93,7 @@ def stop_ids(policy: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> tuple[in
     Raises:
         ValueError: none names one; no output would ever end.
     """
-    files = [policy.path / name for name in ("generation_config.json", "config.json")]
+    files = [policy.described / name for name in ("generation_config.json", "config.json")]
     described = next(file for file in files if file.exists())
     listed = json.loads(described.read_text(encoding="utf-8")).get("eos_token_id")
     ids = {*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id} - {None}
@@ -149,23 +149,31 @@ class _Resident:
 
 
 def resident_model(policy: Checkpoint, backend: HFBackendConfig) -> PreTrainedModel:
-    """The policy's model, ready: reloaded in place when only the weights differ, made anew when the architecture does."""
+    """The policy's model, ready: reloaded in place when only the weights differ, made anew when the architecture does.
+
+    Weights that an engine in this process has are copied from there.
+    """
     from stages.rollout.generator import HF, make_room
     from stages.rollout.kv_cache import GROUPED
+    from stages.training.engine import CheckpointedEngine
     from stages.training.hardware import inference_dtype, training_device
 
     device, dtype = training_device(), inference_dtype(backend.dtype)
     attention = GROUPED if backend.attention == "grouped" else backend.attention
 
     def make() -> _Resident:
-        return _Resident(load_model(policy, dtype=dtype, attention=attention).to(device), policy.content)
+        return _Resident(load_model(policy, dtype=dtype, attention=attention).to(device), policy.state)
 
     make_room(HF, device)
     kept = resident(HF, (architecture_of(policy), dtype, attention, device), make)
-    if kept.holds != policy.content:
+    if kept.holds != policy.state:
         kept.holds = None
-        load_weights(kept.model, policy)
-        kept.holds = policy.content
+        trainer = holder_of(policy.state)
+        if isinstance(trainer, CheckpointedEngine):
+            copy_weights(kept.model, trainer.weights())
+        else:
+            load_weights(kept.model, policy)
+        kept.holds = policy.state
     return kept.model
 
 

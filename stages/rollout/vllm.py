@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.residency import evict, resident
 from pipeline.store.context import record_package
 from pipeline.workers.group import Group, RefusedError, WorkerError
-from stages.models import WEIGHT_INDEX, Checkpoint, architecture_of, may_run_code, weight_files
+from stages.models import WEIGHT_INDEX, Checkpoint, architecture_of, may_run_code, model_folder, weight_files
 from stages.rollout.config import VLLMBackendConfig, environment_of, require_vllm
 from stages.rollout.generator import VLLM, Output, Progress, Prompt, Sampling, check_window, make_room
 from stages.rollout.probe import SAMPLED, Answer, StaleWeightsError, check_answer, probe_ids, vocabulary_and_window
@@ -129,21 +129,21 @@ class Engine:
             StaleWeightsError: it has others.
             WorkerError: see `vllm_generator`.
         """
-        if self.holds != policy.content:
+        if self.holds != policy.state:
             self.holds = None
-            with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            with model_folder(policy) as source, tempfile.TemporaryDirectory(dir=self._folder) as folder:
                 reply = self.order(
                     {
                         "do": "hold",
-                        "folder": _model_folder(policy, Path(folder)),
-                        "digest": policy.content,
+                        "folder": _linked(policy, source, Path(folder)),
+                        "digest": policy.state,
                         "engine": self._arguments(policy),
                     },
                     deadline=self.backend.start_deadline,
                 )
             self._about = f"{reply['vllm']} ({str(self.dtype).removeprefix('torch.')}, {reply['device']})"
             self._prove(policy)
-            self.holds = policy.content
+            self.holds = policy.state
         record_package("vllm", self._about)
 
     def generate(
@@ -168,7 +168,7 @@ class Engine:
         self.order(
             {
                 "do": "generate",
-                "digest": policy.content,
+                "digest": policy.state,
                 "requests": str(requests),
                 "outputs": str(outputs),
                 "temperature": sampling.temperature,
@@ -242,7 +242,7 @@ class Engine:
         reply = self.order(
             {
                 "do": "probe",
-                "digest": policy.content,
+                "digest": policy.state,
                 "ids": prompt,
                 "tokens": SAMPLED,
                 "temperature": _PROBE_TEMPERATURE,
@@ -260,16 +260,16 @@ class Engine:
         )
 
 
-def _model_folder(policy: Checkpoint, folder: Path) -> str:
-    """Link the checkpoint's model into `folder`: vLLM would load the optimizer's tensors next to it as weights."""
-    if may_run_code(policy.path):
+def _linked(policy: Checkpoint, source: Path, folder: Path) -> str:
+    """Link the model in `source` into `folder`: vLLM would load the optimizer's tensors next to it as weights."""
+    if may_run_code(policy.described):
         raise ValueError(
             f"{policy}: its model is code of its own folder, which vLLM is not given to run; set rollout.backend.kind=hf"
         )
-    names = ["config.json", "generation_config.json", WEIGHT_INDEX, *(file.name for file in weight_files(policy.path))]
+    names = ["config.json", "generation_config.json", WEIGHT_INDEX, *(file.name for file in weight_files(source))]
     for name in names:
-        if (policy.path / name).exists():
-            (folder / name).symlink_to((policy.path / name).absolute())
+        if (source / name).exists():
+            (folder / name).symlink_to((source / name).absolute())
     return str(folder)
 
 

@@ -272,7 +272,7 @@ def _encode(policy: Checkpoint, tokenizer: PreTrainedTokenizerFast, table: pa.Ta
     questions = encode_prompts(tokenizer, table.column("question").to_pylist(), prompt)
     completions = encode_completions(tokenizer, table.column("completion").to_pylist())
     rows = list(zip(questions, completions, strict=True))
-    window = json.loads((policy.path / "config.json").read_text()).get("max_position_embeddings")
+    window = json.loads((policy.described / "config.json").read_text()).get("max_position_embeddings")
     for question_id, (prompt_ids, completion_ids) in zip(table.column("question_id").to_pylist(), rows, strict=True):
         length = len(prompt_ids) + len(completion_ids)
         if window is not None and length > window:

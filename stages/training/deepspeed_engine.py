@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,15 +119,6 @@ class DeepSpeedEngine(CheckpointedEngine):
         self._restore(state)
         self._measure_head()
         self._take_over(checkpoint, state)
-
-    def save(self, folder: Path, *, optimizer: bool = True) -> None:
-        """Write a complete checkpoint, gathered from all partitions; on a rank other than 0 only take part in that."""
-        moments: dict[str, Tensor] | None = {} if optimizer else None
-        if optimizer and self._config.optimizer_state != "none":
-            moments = self._optimizer_state()
-        weights = self._weights()
-        if self.rank == 0:
-            self._write(folder, weights, moments)
 
     def total(self, value: float) -> float:
         """Sum a number over the ranks."""
@@ -250,7 +240,9 @@ class DeepSpeedEngine(CheckpointedEngine):
             self.model.optimizer._hp_optimizer_states_linked = False
             self.model.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _optimizer_state(self) -> dict[str, Tensor]:
+    def _moments(self) -> dict[str, Tensor]:
+        if self._config.optimizer_state == "none":
+            return {}
         if self._stage == 0:
             return optimizer_state(self.model.module, self.model.optimizer)
         from deepspeed.utils import safe_get_full_optimizer_state

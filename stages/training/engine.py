@@ -1,13 +1,14 @@
 """The seam between training loops and what runs them: one Protocol, plain torch and DeepSpeed behind it.
 
-An engine is a cache of a checkpoint, not state: `holds` is the content digest of the checkpoint whose weights and optimizer
-state it has right now, and everything it knows can be loaded again from there, bit for bit.
+An engine is a cache of a checkpoint, not state: `holds` names the checkpoint whose weights and optimizer state it has right
+now, and everything it knows can be loaded again from there, bit for bit, or replayed where that was not written.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,8 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from stages.models import Checkpoint, read_description
-from stages.training.adapters import Adapter
+from pipeline.derivation.materialise import write_payload
+from pipeline.store import StoreError, current_store
+from pipeline.store.disk import free_bytes
+from stages.models import WEIGHTS, Checkpoint, model_weights, read_description, write_tensors
+from stages.training.adapters import Adapter, merge
 from stages.training.config import TrainingConfig
 from stages.training.hardware import training_device
 from stages.training.optimizers import TrainerState, write_checkpoint
@@ -55,7 +59,7 @@ class Engine(Protocol):
     max_logits: int | None
     """Logits to have at a time in a forward pass (`TrainingConfig.max_logits`)."""
     holds: str | None
-    """Content digest of the checkpoint it is equal to; None once anything changed."""
+    """`Artifact.state` of the checkpoint it is equal to; None once anything changed."""
     skipped: int
     """Steps skipped because of a gradient that was not finite, since training began."""
     rank: int
@@ -88,12 +92,20 @@ class Engine(Protocol):
         """Become the checkpoint: weights, optimizer state and counters; accumulated gradients are dropped."""
         ...
 
-    def hold(self, checkpoint: Checkpoint, content: str | None) -> None:
+    def hold(self, checkpoint: Checkpoint, state: str | None) -> None:
         """Note that it was published as the checkpoint.
 
         Args:
-            content: digest of what it wrote; None: less than it has.
+            state: `Artifact.state` of what was published; None: less than it has.
         """
+        ...
+
+    def describe(self, folder: Path) -> None:
+        """Write what describes the checkpoint and does not change with training; only rank 0 calls it."""
+        ...
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """Return what writes the checkpoint as it is now, from a copy in memory; every rank takes part in gathering."""
         ...
 
     def save(self, folder: Path, *, optimizer: bool = True) -> None:
@@ -117,6 +129,7 @@ class CheckpointedEngine:
     _adapter: Adapter | None
     _description: Mapping[str, bytes]
     _previous: Checkpoint
+    """The checkpoint with weights that training went on from last."""
 
     def __init__(self, config: TrainingConfig) -> None:
         self._config = config
@@ -135,16 +148,80 @@ class CheckpointedEngine:
         """Return the value itself: there is one rank."""
         return value
 
-    def hold(self, checkpoint: Checkpoint, content: str | None) -> None:
-        """Note which checkpoint the engine was published as, and the digest of what it has where that is all of it."""
-        self._previous, self.holds = checkpoint, content
+    def hold(self, checkpoint: Checkpoint, state: str | None) -> None:
+        """Note which checkpoint the engine was published as, and the name of its state where that is all of it."""
+        self.holds = state
+        if checkpoint.content is not None:
+            self._previous = checkpoint
+
+    def save(self, folder: Path, *, optimizer: bool = True) -> None:
+        """Write a complete checkpoint, gathered from all partitions; on a rank other than 0 only take part in that."""
+        self._writer(self._weights(), self._moments() if optimizer else None)(folder)
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """Return what writes the checkpoint as it is now, from a copy in memory, whatever the engine becomes."""
+        copies = [
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            for tensors in (self._weights(), self._moments())
+        ]
+        return self._writer(*copies)
+
+    def has(self, state: str) -> bool:
+        """Return whether it holds a state (`Holder`)."""
+        return self.holds == state
+
+    def write(self, name: str) -> None:
+        """Write what the engine holds as the artifact `name`, of which only the description is in the store."""
+        if self.rank == 0:
+            write_payload(current_store(), name, self.save)
+        else:
+            self.save(Path())
+
+    def hand_over(self, name: str, folder: Path) -> None:
+        """Write the weights of the artifact `name`, which the engine holds, into a folder; every rank takes part in gathering.
+
+        Raises:
+            StoreError: they do not fit there.
+        """
+        weights = self._weights()
+        if self.rank > 0:
+            return
+        weights = weights if self._adapter is None else merge(weights, self._adapter)
+        needed, free = sum(4 * tensor.numel() for tensor in weights.values()), free_bytes(folder)
+        if free < 1.05 * needed + 2**20:
+            raise StoreError(f"{folder}: weights of {needed:,} bytes do not fit, {free:,} are free")
+        write_tensors(folder / WEIGHTS, weights)
+
+    def describe(self, folder: Path) -> None:
+        """Write what describes the checkpoint, as links to the files of the one before where they are there."""
+        before = current_store().folder(self._previous.digest)
+        for name, content in self._description.items():
+            try:
+                if (before / name).read_bytes() != content:
+                    raise FileNotFoundError
+                os.link(before / name, folder / name)
+            except OSError:
+                (folder / name).write_bytes(content)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return the weights of the checkpoint by name: of the plain model, whatever they are trained as."""
+        weights = self._weights()
+        return weights if self._adapter is None else merge(weights, self._adapter)
+
+    def _weights(self) -> Mapping[str, Tensor]:
+        """Return the weights of the model in the engine by name; where they are partitioned, all ranks call it."""
+        return model_weights(self.model)
+
+    def _moments(self) -> Mapping[str, Tensor]:
+        """Return the optimizer's state, as `_weights`."""
+        raise NotImplementedError
 
     def _take_over(self, checkpoint: Checkpoint, state: TrainerState) -> None:
         """Take over the counters of a checkpoint whose weights and moments the engine has now."""
         self._description = read_description(checkpoint.path)
         self._updates, self.skipped, self._in_a_row = state.updates, state.skipped, state.skipped_in_a_row
         self._losses = []
-        self.hold(checkpoint, checkpoint.content)
+        self.hold(checkpoint, checkpoint.state)
 
     def _stepped(self, norm: float, rate: float, *, skipped: bool, gradient: str) -> StepReport:
         """Count a step; stop where too many were skipped, as `check_skipped`."""
@@ -155,14 +232,15 @@ class CheckpointedEngine:
         self._losses.clear()
         return StepReport(grad_norm=norm, learning_rate=rate, skipped=skipped)
 
-    def _write(self, folder: Path, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor] | None) -> None:
-        """Write a complete checkpoint; without counters and moments where `moments` is None."""
-        state = None if moments is None else TrainerState(self._updates, self.skipped, moments, self._in_a_row)
-        write_checkpoint(
-            folder,
+    def _writer(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor] | None) -> Callable[[Path], None]:
+        """Return what writes a complete checkpoint; without counters and moments where `moments` is None."""
+        if self.rank > 0:
+            return lambda folder: None
+        return functools.partial(
+            write_checkpoint,
             description=self._description,
             weights=weights,
-            state=state,
+            state=None if moments is None else TrainerState(self._updates, self.skipped, moments, self._in_a_row),
             config=self._config,
             adapter=self._adapter,
             previous=self._previous,

@@ -9,27 +9,36 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar, assert_never
+from typing import Final, TypeVar, assert_never
 
 import torch
 from torch import Tensor
 
 from pipeline.orchestration.interruption import check
-from pipeline.residency import resident
+from pipeline.residency import holder_of, resident
+from pipeline.store import current_store
+from pipeline.store.context import payloads
 from stages.models import Checkpoint, architecture_of
-from stages.training.adapters import load_trainable
+from stages.models.folders import OPTIMIZER, TRAINER, WEIGHTS
+from stages.training.adapters import ADAPTER_SETTINGS, BASE, FACTORS, FOLDER, load_trainable
 from stages.training.batching import Batch, Row, micro_batches, own_share
 from stages.training.config import DeepSpeedEngineConfig, TorchEngineConfig, TrainingConfig
 from stages.training.engine import Engine, StepReport
+from stages.training.writer import writer
 
 Part = TypeVar("Part")
+
+_TRAINED: Final = (WEIGHTS, OPTIMIZER, TRAINER, *(f"{FOLDER}/{name}" for name in (ADAPTER_SETTINGS, FACTORS, BASE)))
+"""The files of a checkpoint that training changes."""
 
 
 def resident_engine(checkpoint: Checkpoint, config: TrainingConfig, slot: str = "trainer") -> Engine:
     """Return the engine kept in `slot`, holding exactly `checkpoint`; load only when it holds something else."""
     key = (json.dumps(config.key(), sort_keys=True), config.max_skipped_steps, architecture_of(checkpoint))
+    if holder_of(checkpoint.state) is None:
+        checkpoint.path  # noqa: B018 - what was not written is replayed, by the engine that is in the slot then
     engine = resident(slot, key, lambda: _make_engine(checkpoint, config))
-    if engine.holds != checkpoint.content or config.optimizer_state == "none":
+    if engine.holds != checkpoint.state or config.optimizer_state == "none":
         engine.load(checkpoint)
     return engine
 
@@ -60,7 +69,7 @@ def reference_model(reference: Checkpoint, like: Engine, config: TrainingConfig)
         model: torch.nn.Module = load_trainable(reference, config, dtype)[0]
         return model.to(like.device).requires_grad_(False)
 
-    return resident("reference", (reference.content, dtype, like.device, config.attention, config.adapter), load)
+    return resident("reference", (reference.state, dtype, like.device, config.attention, config.adapter), load)
 
 
 def train(
@@ -113,10 +122,20 @@ def optimizer_step(
     return report._replace(loss=sum(share.item() for share in losses))
 
 
-def publish(engine: Engine, *, optimizer: bool = True, files: Mapping[str, str] | None = None) -> Checkpoint:
+def publish(
+    engine: Engine,
+    *,
+    given: Checkpoint | None = None,
+    optimizer: bool = True,
+    files: Mapping[str, str] | None = None,
+) -> Checkpoint:
     """Publish what the engine has as the result of the running stage call, which it then holds; rank 0 writes it.
 
+    Where payloads are not to be written now (`writing_payloads`), only what describes the model is; the rest never, or from a
+    copy while the next stage runs.
+
     Args:
+        given: what training went on from; it is returned where no step was made.
         optimizer: with the optimizer's state.
         files: further text files of the checkpoint, by name.
     """
@@ -126,16 +145,26 @@ def publish(engine: Engine, *, optimizer: bool = True, files: Mapping[str, str] 
         for name, text in (files or {}).items():
             (folder / name).write_text(text)
 
-    content = ""
-    if engine.rank == 0:
-        content = Checkpoint.write_derived(fill)
-    else:
-        engine.save(Path(), optimizer=optimizer)  # takes part in gathering, writes nothing
+    if given is not None and engine.holds == given.state:
+        return given
+    state, when = "", payloads() if optimizer and not files else "now"
+    if when == "now":
+        writer().wait()
+        if engine.rank == 0:
+            state = Checkpoint.write_derived(fill)
+        else:
+            engine.save(Path(), optimizer=optimizer)  # takes part in gathering, writes nothing
+    elif engine.rank == 0:
+        state = Checkpoint.write_description(engine.describe, _TRAINED)
+    if when == "background":
+        copy = engine.snapshot()
+        if engine.rank == 0:
+            writer().start(current_store(), Checkpoint.derived(state).digest, state, copy)
     if engine.world_size > 1:
-        content = _digest_of_rank_zero(content, engine.device)
-    checkpoint = Checkpoint.derived(content)
+        state = _digest_of_rank_zero(state, engine.device)
+    checkpoint = Checkpoint.derived(state)
     # Without its optimizer state the checkpoint is less than the engine: the next stage call must start from the artifact.
-    engine.hold(checkpoint, content if optimizer else None)
+    engine.hold(checkpoint, state if optimizer else None)
     return checkpoint
 
 

@@ -30,7 +30,7 @@ import psutil
 
 from pipeline.artifact import Artifact, ArtifactError
 from pipeline.config import ConfigError
-from pipeline.residency import evict, resident
+from pipeline.residency import evict, holder_of, resident
 from pipeline.store import DamagedArtifactError, MissingArtifactError, PrunedArtifactError, StoreError, current_store
 from pipeline.workers.group import Group, RefusedError, WorkerError
 from pipeline.workers.rpc import accept, order_of
@@ -101,6 +101,8 @@ def on_ranks(function: Callable[P, A]) -> Callable[P, A]:
                 raise
             reply = _ordered(order, engine)
         result: A = accept(reply, function)
+        if isinstance(result, Checkpoint) and result.content is None:
+            resident(_SLOT, _group_key(engine), lambda: Ranks(engine)).held[name] = result.state
         return result
 
     return call
@@ -134,6 +136,9 @@ class Ranks:
             given = environments_of(engine.hosts, shared, _inherited(), cuda=cuda)
         else:
             given = environments(engine.ranks, devices=_visible_devices() if cuda else None)
+        self.engine = engine
+        self.held: dict[str, str] = {}
+        """Stage -> `Artifact.state` of what the ranks trained in it last, where that was not written."""
         self._folder = Path(tempfile.mkdtemp(prefix="cohort-ranks-"))
         # Logs are this host's; all hosts see the folder of the rendezvous.
         self._rendezvous = (
@@ -155,6 +160,22 @@ class Ranks:
             self._remove_rendezvous()
             raise
         atexit.register(self.close)
+
+    def has(self, state: str) -> bool:
+        """Return whether the ranks trained it last (`Holder`)."""
+        return self.group.alive and state in self.held.values()
+
+    def write(self, name: str) -> None:
+        """Let the ranks write what they hold (`Holder`)."""
+        self._order(write_held, Checkpoint(name))
+
+    def hand_over(self, name: str, folder: Path) -> None:
+        """Let the ranks write the weights that they hold into a folder of this host."""
+        self._order(hand_over_held, Checkpoint(name), str(folder))
+
+    def _order(self, function: Callable[..., Checkpoint], *args: Any) -> None:
+        given = inspect.signature(function).bind(*args).arguments
+        _ordered(order_of(f"{function.__module__}:{function.__name__}", function, given), self.engine)
 
     def close(self) -> None:
         """End the ranks. The logs go with them, unless they failed: errors name the file."""
@@ -228,7 +249,7 @@ def _ordered(order: Mapping[str, Any], engine: DeepSpeedEngineConfig) -> dict[st
         WorkerError: a rank died, hung or failed; the group is gone.
         ValueError, StoreError: what the body says of its data or of the store.
     """
-    key = (engine.ranks, engine.hosts)
+    key = _group_key(engine)
     ranks = resident(_SLOT, key, lambda: Ranks(engine))
     if not ranks.group.alive:  # died between two calls, or with an earlier one
         evict(_SLOT)
@@ -245,6 +266,32 @@ def _ordered(order: Mapping[str, Any], engine: DeepSpeedEngineConfig) -> dict[st
         raise WorkerError(f"training: the ranks ended with different artifacts: {sorted(digests)}", rank=0)
     reply: dict[str, Any] = replies[0]
     return reply
+
+
+def _group_key(engine: DeepSpeedEngineConfig) -> tuple[object, ...]:
+    return engine.ranks, engine.hosts
+
+
+def write_held(checkpoint: Checkpoint) -> Checkpoint:
+    """Write the payload of a checkpoint that the engines of all ranks hold; each takes part in gathering it."""
+    _held(checkpoint).write(checkpoint.digest)
+    return checkpoint
+
+
+def hand_over_held(checkpoint: Checkpoint, folder: str) -> Checkpoint:
+    """Write the weights of a checkpoint that the engines of all ranks hold into a folder of the first one's host."""
+    _held(checkpoint).hand_over(checkpoint.digest, Path(folder))
+    return checkpoint
+
+
+def _held(checkpoint: Checkpoint) -> Any:
+    holder = holder_of(checkpoint.state)
+    if holder is None:
+        raise MissingArtifactError(f"{checkpoint}: this rank holds it no longer; it is replayed")
+    return holder
+
+
+_bodies |= {f"{body.__module__}:{body.__name__}": body for body in (write_held, hand_over_held)}
 
 
 def environments_of(

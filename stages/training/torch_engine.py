@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pipeline.orchestration.interruption import check
-from stages.models import Checkpoint, model_weights
+from stages.models import Checkpoint
 from stages.training.adapters import load_trainable, reload_trainable
 from stages.training.config import TrainingConfig
 from stages.training.engine import (
@@ -72,10 +71,8 @@ class TorchEngine(CheckpointedEngine):
         self._adapter = reload_trainable(self.model, self._adapter, checkpoint, self._config)
         self._restore(checkpoint)
 
-    def save(self, folder: Path, *, optimizer: bool = True) -> None:
-        """Write a complete checkpoint."""
-        moments = optimizer_state(self.model, self._optimizer) if optimizer else None
-        self._write(folder, model_weights(self.model), moments)
+    def _moments(self) -> dict[str, Tensor]:
+        return optimizer_state(self.model, self._optimizer)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self._optimizer.zero_grad(set_to_none=True)

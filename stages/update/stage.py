@@ -29,7 +29,7 @@ _RECORDS: Final = "rollout log-probabilities"
 _REFERENCE: Final = "reference log-probabilities"
 
 
-@stage(version="4")
+@stage(version="5")
 @on_ranks
 def update_policy(
     policy: Checkpoint,
@@ -85,7 +85,7 @@ def update_policy(
         parts = [part for mini_batch in mini_batches for part in mini_batch.parts]
         computed = int(engine.total(sum(len(part.batch.rows) for part in parts if part.counts)))
         mismatch = metrics.mismatch.figures(engine)
-        checkpoint = publish(engine)
+        checkpoint = publish(engine, given=policy)
     seconds = time.perf_counter() - started
     record_metrics(metrics.metrics(beta=method.beta, seconds=seconds, computed=computed) | mismatch)
     record_metrics({"memory/update_mb": peak.mib, "memory/tensors_mb": live_tensors_mib()})
@@ -149,7 +149,7 @@ def _compare(
     """Give a mini-batch log pi_ref; where the reference is the policy that has not stepped yet, from the policy itself."""
     from stages.training.loop import reference_model
 
-    if reference.content != policy.content:
+    if reference.state != policy.state:
         mini_batch.compare_with(reference_model(reference, engine, config.training), engine)
     elif single:
         mini_batch.take_policy_as_reference()

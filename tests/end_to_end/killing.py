@@ -1,5 +1,7 @@
 """Run as a script: kills the smallest recipe at instants spread over its run, resumes it, and prints what came of it.
 
+Arguments: a folder, the number of kills, settings of the recipe as JSON, and the bytes up to which a checkpoint is small.
+
 One process does the uninterrupted run, which imports and warms everything, and then forks a child for each further one, so that
 ten kills cost seconds and not ten imports of torch. It keeps to one thread throughout: a forked child of a process that used
 several may hang.
@@ -7,27 +9,43 @@ several may hang.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 from flows.config.recipes import arithmetic_smoke
+from flows.runs import checkpoints
+from pipeline.derivation.materialise import materialise
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
 from tests.flows.short_runs import executed_by
 
+SETTINGS: dict[str, Any] = {}
+
 
 def run(root: Path) -> dict[str, Any]:
-    """Run the recipe in `root`: the content of its final policy and how many stages were executed."""
-    with use_store(Store(root)):
-        content, executed = executed_by(arithmetic_smoke())
+    """Run the recipe in `root`: the content of its final policy, how many stages were executed, how many updates replayed."""
+    with use_store(Store(root)) as store, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        store.replay = functools.partial(materialise, store)
+        content, executed = executed_by(arithmetic_smoke().override(SETTINGS))
     evict()
-    return {"content": content, "executed": len(executed)}
+    said = [re.search(r"replaying (?:(\d+) x )?update_policy", str(warning.message)) for warning in caught]
+    return {
+        "content": content,
+        "executed": len(executed),
+        "sampled": executed.count("rollout"),
+        "replayed": [int(found[1] or 1) for found in said if found],
+        "left": [path.name for path in (root / "drafts").iterdir()],
+    }
 
 
 def start(root: Path) -> int:
@@ -81,9 +99,12 @@ def main(folder: Path, kills: int) -> None:
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         kept = committed(root)
-        trials.append({"killed": os.WIFSIGNALED(status), "kept": kept, **finish(root)})
+        sampled = sum(record["stage"] == "rollout" for record in Store(root).actions())
+        trials.append({"killed": os.WIFSIGNALED(status), "kept": kept, "sampled before": sampled, **finish(root)})
     print(json.dumps({"golden": golden, "trials": trials}))
 
 
 if __name__ == "__main__":
+    SETTINGS.update(json.loads(sys.argv[3]))
+    checkpoints._SMALL = int(sys.argv[4])
     main(Path(sys.argv[1]), int(sys.argv[2]))

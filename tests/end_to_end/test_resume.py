@@ -31,17 +31,47 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return root, content
 
 
+def killed(
+    folder: Path, kills: int, settings: dict[str, Any], *, small: int = 2**26
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What came of an undisturbed run, and of runs that were killed at instants spread over it and then finished."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.end_to_end.killing",
+        str(folder),
+        str(kills),
+        json.dumps(settings),
+        str(small),
+    ]
+    single = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=single, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert len(report["trials"]) == kills
+    return report["golden"], report["trials"]
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("small", [2**26, 0], ids=["written at once", "written in the background"])
+def test_a_run_killed_between_checkpoints_replays_few_updates_and_samples_nothing_twice(
+    tmp_path: Path, small: int
+) -> None:
+    kills = 20
+    several = {"iterations": 1, "steps": 10, "evaluation": {"every": 0, "samples": 0}, "checkpoint.every": 7}
+    golden, trials = killed(tmp_path, kills, several, small=small)
+    assert {trial["content"] for trial in trials} == {golden["content"]}
+    assert [trial["kept"] + trial["executed"] for trial in trials] == [golden["executed"]] * kills
+    assert [trial["sampled before"] + trial["sampled"] for trial in trials] == [golden["sampled"]] * kills
+    assert max(updates for trial in trials for updates in trial["replayed"]) in range(3, 8)
+    assert [trial["left"] for trial in trials] == [[]] * kills
+
+
 @pytest.mark.claim("a resumed run that repeats questions")
 @pytest.mark.slow
 def test_a_run_killed_at_any_instant_resumes_to_the_same_bits(tmp_path: Path) -> None:
     kills = 10
-    command = [sys.executable, "-m", "tests.end_to_end.killing", str(tmp_path), str(kills)]
-    single = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=single, capture_output=True, text=True, check=False, timeout=500)
-    assert done.returncode == 0, done.stderr[-2000:]
-    report = json.loads(done.stdout.splitlines()[-1])
-    golden, trials = report["golden"], report["trials"]
-    assert len(trials) == kills
+    golden, trials = killed(tmp_path, kills, {})
     assert {trial["content"] for trial in trials} == {golden["content"]}
     # Nothing committed before the kill was computed again; at most the stage in flight was lost.
     assert [trial["kept"] + trial["executed"] for trial in trials] == [golden["executed"]] * kills

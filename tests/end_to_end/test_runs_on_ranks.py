@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -17,7 +18,9 @@ import pytest
 
 from flows.config.recipes import arithmetic_smoke
 from pipeline.config import parse_settings
+from pipeline.derivation.materialise import materialise
 from pipeline.progress import listen
+from pipeline.residency import evict
 from pipeline.store import Store, use_store
 from pipeline.workers.group import WorkerError
 from stages.update import MismatchError
@@ -78,6 +81,24 @@ def test_a_run_that_loses_a_rank_twice_ends_as_an_undisturbed_one(store: Store, 
         content, rest = run()
     assert content == golden
     assert len(rest) == len(executed) - done, "nothing was computed again"
+
+
+def test_a_rank_that_is_killed_between_checkpoints_costs_a_replay(store: Store, tmp_path: Path) -> None:
+    several = ["iterations=1", "steps=6", "update.mu=1", "checkpoint.every=5"]
+    golden, executed = run(several)
+    evict()
+    with use_store(Store(tmp_path / "disturbed")) as disturbed:
+        disturbed.replay = functools.partial(materialise, disturbed)
+        with pytest.raises(WorkerError, match="was killed"):
+            run(several, kill=("update_policy", 4, 1))
+        done = len(disturbed.actions())
+        assert not any(record.get("content") for record in disturbed.actions() if record["stage"] == "update_policy"), (
+            "no policy was written yet"
+        )
+        with pytest.warns(UserWarning, match="is not there .* replaying 3 x update_policy"):
+            content, rest = run(several)
+    assert content == golden
+    assert len(rest) == len(executed) - done, "nothing was sampled, scored or trained twice but for the replay"
 
 
 def test_a_run_whose_engine_and_trainer_disagree_stops_before_that_step(store: Store, tmp_path: Path) -> None:

@@ -107,12 +107,11 @@ def test_a_cached_run_on_any_terminal_prints_what_it_prints_when_piped(
         assert not re.search(r"\x1b\[[349]\d", shown.raw), "no colour is set"
 
 
-@pytest.mark.slow
 def test_a_window_is_resized_while_a_run_goes_on_and_ctrl_c_interrupts_it(finished: Path) -> None:
     with terminal(100) as window:
         process = window.start(*run(finished, "--set", "steps=500"))
         window.wait_for(lambda text: "step   2  in_domain" in text)
-        for step, columns in enumerate((30, 200, 12, 80), start=4):
+        for step, columns in enumerate((30, 200), start=4):
             window.resize(columns, 10)
             window.wait_for(lambda text, step=step: f"step   {step}  in_domain" in text)
         window.type("\x03")
@@ -123,7 +122,6 @@ def test_a_window_is_resized_while_a_run_goes_on_and_ctrl_c_interrupts_it(finish
     assert record.attempts[-1].status == "interrupted"
 
 
-@pytest.mark.slow
 def test_a_run_outlives_its_terminal_where_hangups_are_ignored(finished: Path) -> None:
     with terminal(100) as window:
         process = window.start(

@@ -22,7 +22,7 @@ from pipeline.stage import stage
 from pipeline.store import Store, use_store
 from stages.models import OPTIMIZER, TRAINER, WEIGHTS, Checkpoint
 
-ALL = KeepConfig()
+ALL = KeepConfig(checkpoints=None, optimizer=None)
 WEIGHT_BYTES, STATE_BYTES = 400, 800
 
 

@@ -19,7 +19,7 @@ from pipeline.progress import listen, report
 from pipeline.stage import record_metrics, stage
 from pipeline.store import DamagedArtifactError, MissingArtifactError, Store, use_store
 from pipeline.store.files import write_sealed
-from pipeline.store.objects import digest_of
+from pipeline.store.folder import digest_of
 from tests.pipeline.processes import work_at_once
 
 pytestmark = pytest.mark.usefixtures("store")

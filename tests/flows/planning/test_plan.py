@@ -66,3 +66,28 @@ def test_what_is_kept_is_counted_by_weights_state_and_tables(planned: Planned) -
     assert update.state == 8 * planned("arithmetic_smoke").given.shape.parameters
     assert sizes[0] - sizes[1] == pytest.approx(3 * update.state)
     assert sizes[0] - sizes[2] == pytest.approx(3 * tables)
+
+
+def test_checkpoints_are_spread_over_the_steps_that_write_one(planned: Planned) -> None:
+    """45 steps, evaluated every 15: every seventh, and 15, 30 and 45, of which none is a multiple of seven."""
+    every = planned("arithmetic_cpu", "checkpoint.every=1", "evaluation.every=15", "iterations=1", "steps=45")
+    some = planned("arithmetic_cpu", "checkpoint.every=7", "evaluation.every=15", "iterations=1", "steps=45")
+    share = (6 + 3) / 45
+    before, after = one(every, "update"), one(some, "update")
+    assert after.disk == pytest.approx(before.disk * share)
+    assert before.seconds - after.seconds == pytest.approx(before.writing), "they are written beside other stages"
+    waiting = planned(
+        *("arithmetic_cpu", "checkpoint.every=7", "evaluation.every=15", "iterations=1", "steps=45"),
+        "checkpoint.background=false",
+    )
+    assert one(waiting, "update").seconds - after.seconds == pytest.approx(before.writing * share)
+
+
+def test_the_papers_run_writes_a_twentieth_of_the_time(planned: Planned) -> None:
+    plan = planned("deepseekmath_7b", gpus=8, gpu_memory=80.0)
+    update, steps = one(plan, "update"), plan.counts["step"]
+    seconds, size = plan.of_a_step()
+    assert update.disk / update.written == pytest.approx(12 * 6_910_365_696, rel=0.01)
+    assert update.writing * update.written <= 1.05 / 20 * seconds
+    assert size < 5e9
+    assert update.written * steps == pytest.approx(255, abs=60)

@@ -18,7 +18,7 @@ from pipeline.events import StepDone
 from pipeline.store import PrunedArtifactError, Store, use_store
 from pipeline.store.disk import DiskWatch
 from stages.models import Checkpoint, load_optimizer_state
-from tests.flows.toy_training import kept, train
+from tests.flows.toy_training import ALL, kept, train
 
 FEW = KeepConfig(checkpoints=2, optimizer=1, rollouts=2)
 
@@ -163,7 +163,7 @@ def forecast_of(keep: KeepConfig, free: int, steps: int) -> tuple[DiskWatch, For
 
 
 def test_a_run_that_will_not_fit_is_warned_of_once_and_one_that_fits_never() -> None:
-    watch, forecast = forecast_of(KeepConfig(), free=700, steps=10)
+    watch, forecast = forecast_of(ALL, free=700, steps=10)
     watch.written = 5000  # data and supervised fine-tuning count with the first step
     forecast.take(StepDone(1, 0, {}))
     watch.written += 100
@@ -174,7 +174,7 @@ def test_a_run_that_will_not_fit_is_warned_of_once_and_one_that_fits_never() -> 
     watch.written += 100
     forecast.take(StepDone(3, 0, {}))  # a second warning would be an error here
 
-    watch, forecast = forecast_of(KeepConfig(), free=800, steps=10)
+    watch, forecast = forecast_of(ALL, free=800, steps=10)
     for step in (1, 2, 3):
         watch.written += 100
         forecast.take(StepDone(step, 0, {}))

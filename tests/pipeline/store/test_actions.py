@@ -15,8 +15,8 @@ from pipeline.artifact import ArtifactError
 from pipeline.diff import read_rows, stored_tensors
 from pipeline.store import DamagedArtifactError, MissingArtifactError, Store, StoreError
 from pipeline.store.files import is_plain_name, sha256_of, write_sealed
+from pipeline.store.folder import digest_of
 from pipeline.store.locks import locked
-from pipeline.store.objects import digest_of
 from pipeline.tracking.records import Sent
 from tests.pipeline.calls import call
 

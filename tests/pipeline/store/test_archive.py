@@ -14,7 +14,7 @@ from pipeline.stage import stage
 from pipeline.store import PrunedArtifactError, Store, StoreError, archive, use_store
 from pipeline.store.archive import read_archive, write_archive
 from pipeline.store.files import write_sealed
-from pipeline.store.objects import digest_of
+from pipeline.store.folder import digest_of
 from tests.pipeline.calls import call
 
 

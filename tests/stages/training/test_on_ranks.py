@@ -22,10 +22,11 @@ from pipeline.derivation.materialise import materialise
 from pipeline.progress import listen
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
+from pipeline.store.context import writing_payloads
 from pipeline.workers.group import WorkerError
 from stages.critic import CriticConfig, estimate_values, update_critic
 from stages.logprobs import LogprobsConfig, compare_policies
-from stages.models import Checkpoint, load_tokenizer, load_trainer_state
+from stages.models import Checkpoint, load_model, load_tokenizer, load_trainer_state, model_weights
 from stages.reward_training import BradleyTerryConfig, PointwiseConfig, RewardTrainingConfig, train_reward_model
 from stages.sft import SFTConfig, supervised_finetuning
 from stages.tables import Rollouts
@@ -116,6 +117,46 @@ def test_a_freed_checkpoint_is_replayed_before_the_ranks_go_on_from_it(shared: S
             assert updated(engines, tokens=25) == second
     assert (first.content, second.content) == before
     assert not shared.freed(first.digest)
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(0, None), (1, None), (2, "optimizer"), (3, None), (3, "parameters")])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_updates_that_are_not_written_end_in_the_same_bits(
+    shared: Store, tmp_path: Path, stage: int, offload: str | None, precision: str
+) -> None:
+    engine = on_two_ranks(stage, offload=offload) if offload else on_two_ranks(stage)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, "replay", functools.partial(materialise, shared))
+        with writing_payloads("never"):
+            made = updated([engine] * 3, tokens=26, precision=precision)
+            handed = model_weights(load_model(made, dtype=torch.float32))
+            assert made.content is None, "the ranks hand the weights over; the store has none"
+        evict()
+        with pytest.warns(UserWarning, match=r"is not there .* replaying 3 x update_policy"):
+            weights = load_file(made.path / "model.safetensors")
+    assert handed.keys() == weights.keys()
+    assert all(handed[name].equal(weights[name]) for name in weights)
+    with use_store(Store(tmp_path)):
+        assert updated([engine] * 3, tokens=26, precision=precision).content is not None
+        content = updated([engine] * 3, tokens=26, precision=precision).content
+    assert made.content == content
+
+
+def test_ranks_write_what_they_hold_when_it_is_read(shared: Store) -> None:
+    with pytest.MonkeyPatch.context() as patch, writing_payloads("never"):
+        patch.setattr(shared, "replay", functools.partial(materialise, shared))
+        made = updated([on_two_ranks(2)] * 2, tokens=27)
+        patch.setattr("pipeline.derivation.materialise.calls_to_replay", None)  # nothing is replayed
+        assert (made.path / "optimizer.safetensors").exists()
+
+
+def test_ranks_write_in_the_background_what_was_snapped_while_they_go_on(shared: Store, tmp_path: Path) -> None:
+    with writing_payloads("background"):
+        made = updated([on_two_ranks(2)] * 2, tokens=28)
+    evict()  # whoever ends the ranks waits for what they write
+    with use_store(Store(tmp_path)):
+        content = updated([on_two_ranks(2)] * 2, tokens=28).content
+    assert made.content == content is not None
 
 
 def merged(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

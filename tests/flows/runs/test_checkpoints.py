@@ -1,0 +1,107 @@
+"""Which steps leave a checkpoint, and when it is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from flows.config.recipes import arithmetic_smoke
+from flows.runs import checkpoints
+from flows.runs.checkpoints import CheckpointConfig, Checkpoints, measured_rate
+from pipeline.artifact import Folder
+from pipeline.config import ConfigError
+from pipeline.events import StageDone, emit
+from pipeline.store import Store, current_store
+from pipeline.store.context import Call, payloads, running
+
+MIB = 2**20
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def schedule(every: int | str, *, last: int = 100, background: bool = True, clock: Clock | None = None) -> Checkpoints:
+    config = CheckpointConfig.model_validate({"every": every, "background": background})
+    return Checkpoints(config, last=last, always=lambda step: step in (5, last), clock=clock or Clock())
+
+
+def train(made: Checkpoints, step: int, size: int) -> str:
+    """One step: what is said of payloads inside, after an update that left that many bytes."""
+
+    def fill(folder: Path) -> None:
+        with open(folder / "weights", "wb") as file:
+            file.truncate(size)
+
+    with made.at(step):
+        when = payloads()
+        call = Call("update_policy", "1", {"step": step})
+        with running(call):
+            Folder.write_derived(fill) if when == "now" else Folder.write_description(fill, ["x"])
+        emit(StageDone("update_policy", call.key, call.key, 1.0, cached=False))
+    return when
+
+
+def test_every_n_steps_and_those_that_are_looked_back_at_are_written(store: Store) -> None:
+    made = schedule(3, last=11)
+    assert [step for step in range(1, 12) if train(made, step, 10) == "now"] == [3, 5, 6, 9, 11]
+    assert payloads() == "now", "outside of the steps everything is written"
+
+
+def test_small_checkpoints_are_written_after_every_step(store: Store) -> None:
+    made = schedule("auto")
+    assert {train(made, step, 1000) for step in range(1, 10)} == {"now"}
+
+
+def test_large_ones_take_a_twentieth_of_the_time(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "measured_rate", lambda store: 50 * MIB)  # two seconds for a checkpoint
+    clock = Clock()
+    made, written = schedule("auto", background=False, clock=clock), []
+    for step in range(1, 31):
+        clock.now += 10.0
+        if train(made, step, 100 * MIB) == "now":
+            written.append(step)
+    assert written == [1, 5, 9, 13, 17, 21, 25, 29], "every 40 seconds"
+
+
+def test_a_checkpoint_beyond_a_tenth_of_the_free_disk_is_written_only_where_it_must(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "measured_rate", lambda store: 1e12)
+    made, clock = schedule("auto", background=False, last=8), Clock()
+    train(made, 1, 100 * MIB)
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: 999 * MIB)
+    clock.now = 1e6
+    assert [step for step in range(2, 9) if train(made, step, 100 * MIB) == "now"] == [5, 8]
+
+
+def test_large_checkpoints_are_written_in_the_background_but_for_the_last(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "_SMALL", 100)
+    made = schedule(2, last=8)
+    assert [train(made, step, 1000) for step in range(1, 9)] == [
+        *("never", "now", "never", "background", "background", "background", "never", "now")
+    ]
+    assert schedule(1, background=False).when(3) == "now"
+
+
+def test_the_rate_of_the_disk_is_measured_and_nothing_stays(store: Store) -> None:
+    assert 1e5 < measured_rate(current_store()) < 1e12
+    assert not list((store.root / "drafts").iterdir())
+
+
+@pytest.mark.parametrize("every", [0, -1, 2.5, "often"])
+def test_other_settings_are_refused_by_their_name(every: object) -> None:
+    with pytest.raises((ConfigError, ValidationError), match=r"checkpoint\.every|every"):
+        arithmetic_smoke().override({"checkpoint.every": every})
+
+
+def test_it_is_neither_another_run_nor_another_key() -> None:
+    config = arithmetic_smoke()
+    assert config.override({"checkpoint.every": 7}).identity() == config.identity()

@@ -19,7 +19,7 @@ from flows.algorithm.preflight import preflight
 from flows.algorithm.rewards import first_reward_models, measure_drift, reward_outputs, train_on
 from flows.algorithm.sampling import derived_seed, explore, reference_evidence, token_evidence
 from flows.config import IterativeRLConfig
-from flows.runs.checkpoints import Checkpoints
+from flows.runs.checkpoints import Checkpoints, written
 from flows.runs.points import evaluation_done, step_done
 from pipeline.orchestration.engine import flow
 from stages.advantage import estimate_advantages
@@ -70,7 +70,7 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
         if config.reward_model and config.reward_model.retrain and iteration + 1 < config.iterations:
             reward_models = train_on(config, data, policy, reward_models, iteration=iteration + 1)         # line 11
         measure_drift(config, data, (asked, reward_models), (reference, policy), step=step + 1)
-    return policy
+    return written(policy)
 # fmt: on
 
 

@@ -17,6 +17,7 @@ from pipeline.store import Store, current_store
 from pipeline.store.context import Payloads, writing_payloads
 from pipeline.store.disk import free_bytes
 from pipeline.store.files import draft_folder, fsync
+from stages.models import Checkpoint
 
 _SMALL: Final = 64 * 2**20
 """Bytes that are written after every step: they take less time than the rest of any step."""
@@ -110,6 +111,13 @@ class Checkpoints:
             self._bytes = sum(file["size"] for name in made for file in store.manifest(name)["files"])
         if self._bytes > _SMALL and self._bytes != before and self._every == "auto":
             self._seconds = self._bytes / measured_rate(store)
+
+
+def written(policy: Checkpoint) -> Checkpoint:
+    """Return the policy, which is written if it was not: one of a longer run, say, whose last it was not."""
+    if policy.content is None:
+        current_store().make_whole(policy.digest)
+    return policy
 
 
 def measured_rate(store: Store) -> float:

@@ -21,6 +21,8 @@ from pipeline.store import Store
 from pipeline.store.files import MissingArtifactError
 from pipeline.store.pins import PinnedArtifactError
 
+_AWAITED: Final = 4
+"""Checkpoints of a stage that may be written later than they were made."""
 _TRIED: Final = 32
 """Artifacts held by other runs that are tried again after a step."""
 
@@ -71,7 +73,8 @@ class Retention:
         self._weights: dict[str, deque[str]] = {}
         """Newest checkpoint of a chain -> the checkpoints of it that were written and still have weights to free."""
         self._states: dict[str, deque[str]] = {}
-        self._unwritten: set[str] = set()
+        self._unwritten: dict[str, deque[str]] = {}
+        """Stage -> what it made last that was not written then; it may be by now, in the background or for a reader."""
         self._tables: deque[set[str]] = deque()
         self._due: deque[Freed] = deque()
 
@@ -102,13 +105,11 @@ class Retention:
     def _lengthen(self, record: Mapping[str, Any]) -> None:
         """Add a checkpoint to the chain that it continues; what falls out at the other end is due."""
         made, before = record["result"], predecessor(record)
-        # The one before may have been written since: somebody read it.
-        written = [before] if before in self._unwritten and self._store.is_written(before) else []
-        self._unwritten.discard(before)
-        if self._store.is_written(made):
-            written.append(made)
-        else:
-            self._unwritten.add(made)
+        waiting = self._unwritten.setdefault(record["stage"], deque(maxlen=_AWAITED))
+        waiting.append(made)
+        written = [name for name in waiting if self._store.is_written(name)]
+        for name in written:
+            waiting.remove(name)
         for chains, count, files in (
             (self._states, self._keep.optimizer, OPTIMIZER_ONLY),
             (self._weights, self._keep.checkpoints if record["stage"] != "train_reward_model" else None, None),

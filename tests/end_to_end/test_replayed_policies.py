@@ -108,3 +108,56 @@ def test_a_policy_whose_rewards_are_gone_says_what_is_missing(
     assert run_command(["export", policies[2], str(tmp_path / "out"), "--root", str(copy)]) == 1
     assert f"nothing to replay {policies[2][:12]} from: {gone[:12]}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------ never written
+
+
+def several(root: Path, *settings: str) -> Store:
+    """A run of nine steps that evaluates its last policy only."""
+    command = ["run", "arithmetic_smoke", *SETTINGS, "--set", "iterations=1", "--set", "steps=9"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    assert run_command([*command, *options, "--engine", "inline", "--root", str(root)]) == 0
+    evict()
+    return Store(root / "store")
+
+
+def calls(store: Store) -> dict[str, str]:
+    return {record["key"]: record["result"] for record in store.actions()}
+
+
+def contents(store: Store) -> list[str | None]:
+    """What the records of the updates say, in the order of the steps."""
+    return [record["content"] for record in store.actions() if record["stage"] == "update_policy"]
+
+
+def test_however_often_checkpoints_are_written_the_run_is_the_same(tmp_path: Path) -> None:
+    every, seventh, last = (several(tmp_path / str(n), f"checkpoint.every={n}") for n in (1, 7, 1000))
+    assert calls(every) == calls(seventh) == calls(last)
+    assert None not in contents(every)
+    assert [step for step, content in enumerate(contents(seventh), 1) if content] == [7, 9]
+    assert [step for step, content in enumerate(contents(last), 1) if content] == [9]
+    for some in (seventh, last):
+        pairs = zip(contents(some), contents(every), strict=True)
+        assert all(found in (None, expected) for found, expected in pairs)
+
+
+def test_any_policy_that_was_never_written_is_exported_and_its_next_step_replayed(tmp_path: Path) -> None:
+    store = several(tmp_path / "root", "checkpoint.every=7")
+    policies, sampled = trained(tmp_path / "root"), samples(tmp_path / "root")
+    command = ["export", policies[5], str(tmp_path / "out"), "--dtype", "float32", "--root", str(tmp_path / "root")]
+    with pytest.warns(UserWarning, match=rf"{policies[5][:12]} is not there .* replaying 5 x update_policy"):
+        assert run_command(command) == 0
+    expected = several(tmp_path / "other", "checkpoint.every=1")
+    assert contents(store)[:5] == [None] * 4 + [contents(expected)[4]]
+    command = ["replay", "update_policy", "--run", "whole", "--step", "9", "--set", "objective.beta=0.2"]
+    with pytest.warns(UserWarning, match=rf"{policies[8][:12]} is not there .* replaying update_policy"):
+        assert run_command([*command, "--root", str(tmp_path / "root")]) == 0
+    assert samples(tmp_path / "root") == sampled
+
+
+def test_the_last_policy_of_a_shorter_run_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = several(tmp_path, "checkpoint.every=1000")
+    several(tmp_path, "checkpoint.every=1000", "steps=4")
+    assert "replaying 4 x update_policy" in capsys.readouterr().out.replace("\n", " ")
+    assert [step for step, content in enumerate(contents(store), 1) if content] == [4, 9]

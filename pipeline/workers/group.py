@@ -217,8 +217,8 @@ class Group:
         """Raise for a process that is dead, or for those that are late."""
         check()
         for rank, process in enumerate(self._processes):
-            news = rank < len(self._connections) and self._connections[rank].poll()
-            if process.poll() is not None and not news:
+            # In this order: what a process said before it ended is there once it has ended.
+            if process.poll() is not None and not (rank < len(self._connections) and self._connections[rank].poll()):
                 raise self._death(rank)
         if time.monotonic() > end:
             late = " and ".join(map(str, missing))

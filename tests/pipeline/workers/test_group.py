@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +187,35 @@ def test_progress_renews_a_deadline_where_that_is_asked_for(start: Start) -> Non
 def test_a_handler_that_cannot_be_made_is_an_error_at_the_start(start: Start) -> None:
     with pytest.raises(WorkerError, match="crew: ModuleNotFoundError: No module named 'vllm_of_nowhere'"):
         start(handler="import vllm_of_nowhere")
+
+
+@pytest.mark.parametrize("message", [{"reply": 7}, {"error": "no", "kinds": ["ValueError"]}], ids=["reply", "error"])
+def test_what_a_process_says_just_before_it_ends_is_heard(
+    start: Start, monkeypatch: pytest.MonkeyPatch, message: dict[str, Any]
+) -> None:
+    """It ends between two looks at it: the first thing that is looked at finds it dead, with its message sent."""
+    ours, theirs = Pipe()
+    group, said = start(), []
+
+    class Ending:
+        pid = group.pids[0]
+
+        def poll(self) -> int:
+            if not said:
+                said.append(theirs.send_bytes(json.dumps(message).encode()))
+            return 0
+
+    process = group._processes[0]
+    monkeypatch.setattr(group, "_processes", [Ending()])
+    monkeypatch.setattr(group, "_connections", [ours])
+    try:
+        if "reply" in message:
+            assert group._replies(time.monotonic() + 5, 5) == [7]
+        else:
+            with pytest.raises(RefusedError, match="no"):
+                group._replies(time.monotonic() + 5, 5)
+    finally:
+        group._processes, group._connections = [process], []
 
 
 def test_a_process_that_never_becomes_ready_is_killed_at_the_deadline(start: Start) -> None:

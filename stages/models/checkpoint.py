@@ -51,11 +51,14 @@ class Checkpoint(Folder):
 
 
 @contextlib.contextmanager
-def model_folder(checkpoint: Checkpoint) -> Iterator[Path]:
+def model_folder(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Iterator[Path]:
     """Yield a folder with the model of a checkpoint, which is there for the block.
 
     It is the store's. Weights that were not written, and that an engine of this process or its ranks has, are handed over in
     shared memory, or in a temporary folder where that has no room.
+
+    Args:
+        dtype: what the reader casts floating weights to; in bfloat16 they are handed over as that. None: float32.
     """
     holder = holder_of(checkpoint.state) if checkpoint.content is None else None
     hand_over = getattr(holder, "hand_over", None)
@@ -67,7 +70,7 @@ def model_folder(checkpoint: Checkpoint) -> Iterator[Path]:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cohort-weights-", dir=place)))
             copy_description(checkpoint.described, folder)
             try:
-                hand_over(checkpoint.digest, folder)
+                hand_over(checkpoint.digest, folder, half=str(dtype) == "torch.bfloat16")
             except MissingArtifactError:  # by now it has another state
                 break
             except StoreError:  # no room
@@ -90,7 +93,7 @@ def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, attention: str = "
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    with model_folder(checkpoint) as folder:
+    with model_folder(checkpoint, dtype) as folder:
         weight_files(folder)  # what an index names, before transformers follows it
         model, found = _auto_class(checkpoint).from_pretrained(
             folder,
@@ -251,12 +254,15 @@ def model_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
-def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors on the CPU, floating ones as float32; equal tensors make equal bytes."""
+def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], *, half: bool = False) -> None:
+    """Write tensors as safetensors on the CPU, floating ones as float32 or bfloat16; equal tensors make equal bytes."""
+    import torch
     from safetensors.torch import save_file
 
     def plain(tensor: torch.Tensor) -> torch.Tensor:
         kept = tensor.detach()
-        return (kept.float() if kept.is_floating_point() else kept).cpu().contiguous()
+        if kept.is_floating_point():
+            kept = kept.to(torch.bfloat16 if half else torch.float32)
+        return kept.cpu().contiguous()
 
     save_file({name: plain(tensor) for name, tensor in tensors.items()}, file, metadata={"format": "pt"})

@@ -75,6 +75,9 @@ class VLLMBackendConfig(Config):
     """Seconds until an engine must be ready; on two CPU cores it takes 30 to 60."""
     deadline: Annotated[PositiveFloat, UNKEYED] = 300.0
     """Seconds without a sign of life, twice a second while it decodes, until an engine is taken to hang and killed."""
+    probe_every: Annotated[PositiveInt, UNKEYED] = 50
+    """Policies from one probe to the next: after a load of weights the engine's log-probabilities are compared with those of
+    transformers on the same weights. A fresh engine is always probed. 1: after every load."""
     probe_tolerance: Annotated[PositiveFloat | None, UNKEYED] = None
     """Nats by which log-probabilities of the probe may differ from transformers' on the same weights before the engine's are
     taken to be others. Null: 0.002 in float32, rounding in bfloat16 (`stages/rollout/probe.py`)."""

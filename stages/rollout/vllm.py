@@ -1,8 +1,9 @@
 """Sample outputs by vLLM, in a worker process that has an interpreter of its own (`vllm_worker.py` is its other end).
 
-The engine is kept warm and given new weights in place. After every load its log-probabilities of a probe are compared with
-transformers' on the same checkpoint (`probe.py`), and every order names the checkpoint whose outputs are wanted: outputs of
-stale weights are an error. What goes over the wire is small; ids go through files of a scratch folder.
+The engine is kept warm and given new weights in place, of a policy that is not on disk from shared memory. When it starts, and
+after some loads (`probe_every`), its log-probabilities of a probe are compared with transformers' on the same weights
+(`probe.py`); every order names the checkpoint whose outputs are wanted: outputs of stale weights are an error. What goes over
+the wire is small; ids go through files of a scratch folder.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ class Engine:
         self.holds: str | None = None
         """Digest of the checkpoint that it was seen to have the weights of; None while they change."""
         self._about = ""
+        self._loads = 0
+        """Loads of weights, of which the first and every `probe_every`-th after it is probed."""
         self._folder = Path(tempfile.mkdtemp(prefix="cohort-vllm-"))
         try:
             self._group = Group(
@@ -131,7 +134,7 @@ class Engine:
         """
         if self.holds != policy.state:
             self.holds = None
-            with model_folder(policy) as source, tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            with model_folder(policy, self.dtype) as source, tempfile.TemporaryDirectory(dir=self._folder) as folder:
                 reply = self.order(
                     {
                         "do": "hold",
@@ -142,7 +145,9 @@ class Engine:
                     deadline=self.backend.start_deadline,
                 )
             self._about = f"{reply['vllm']} ({str(self.dtype).removeprefix('torch.')}, {reply['device']})"
-            self._prove(policy)
+            if self._loads % self.backend.probe_every == 0:
+                self._prove(policy)
+            self._loads += 1
             self.holds = policy.state
         record_package("vllm", self._about)
 

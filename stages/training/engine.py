@@ -177,8 +177,11 @@ class CheckpointedEngine:
         else:
             self.save(Path())
 
-    def hand_over(self, name: str, folder: Path) -> None:
-        """Write the weights of the artifact `name`, which the engine holds, into a folder; every rank takes part in gathering.
+    def hand_over(self, name: str, folder: Path, *, half: bool) -> None:
+        """Write the weights of the artifact `name`, which the engine holds, into a folder; all ranks take part.
+
+        Args:
+            half: as bfloat16, not float32.
 
         Raises:
             StoreError: they do not fit there.
@@ -187,10 +190,10 @@ class CheckpointedEngine:
         if self.rank > 0:
             return
         weights = weights if self._adapter is None else merge(weights, self._adapter)
-        needed, free = sum(4 * tensor.numel() for tensor in weights.values()), free_bytes(folder)
+        needed, free = (2 if half else 4) * sum(tensor.numel() for tensor in weights.values()), free_bytes(folder)
         if free < 1.05 * needed + 2**20:
             raise StoreError(f"{folder}: weights of {needed:,} bytes do not fit, {free:,} are free")
-        write_tensors(folder / WEIGHTS, weights)
+        write_tensors(folder / WEIGHTS, weights, half=half)
 
     def describe(self, folder: Path) -> None:
         """Write what describes the checkpoint, as links to the files of the one before where they are there."""

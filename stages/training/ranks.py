@@ -169,9 +169,9 @@ class Ranks:
         """Let the ranks write what they hold (`Holder`)."""
         self._order(write_held, Checkpoint(name))
 
-    def hand_over(self, name: str, folder: Path) -> None:
+    def hand_over(self, name: str, folder: Path, *, half: bool) -> None:
         """Let the ranks write the weights that they hold into a folder of this host."""
-        self._order(hand_over_held, Checkpoint(name), str(folder))
+        self._order(hand_over_held, Checkpoint(name), str(folder), half)
 
     def _order(self, function: Callable[..., Checkpoint], *args: Any) -> None:
         given = inspect.signature(function).bind(*args).arguments
@@ -278,9 +278,9 @@ def write_held(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint
 
 
-def hand_over_held(checkpoint: Checkpoint, folder: str) -> Checkpoint:
+def hand_over_held(checkpoint: Checkpoint, folder: str, half: bool) -> Checkpoint:
     """Write the weights of a checkpoint that the engines of all ranks hold into a folder of the first one's host."""
-    _held(checkpoint).hand_over(checkpoint.digest, Path(folder))
+    _held(checkpoint).hand_over(checkpoint.digest, Path(folder), half=half)
     return checkpoint
 
 

@@ -68,6 +68,32 @@ def test_ctrl_c_in_a_rollout_leaves_no_engine_and_the_command_resumes(tmp_path: 
     assert record.policy in {result for name, (result, _) in before.values() if name == "update_policy"}
 
 
+def test_twenty_steps_take_their_weights_from_shared_memory(tmp_path: Path) -> None:
+    """Learning rates so large that outputs of a policy one step old would be told from the policy's own."""
+    settings = (
+        *SETTINGS[:4],
+        *("iterations=1", "steps=20", "evaluation.every=0", "evaluation.samples=0", "checkpoint.every=1000"),
+        *(
+            "rollout.backend.dtype=float32",
+            "update.training.precision=fp32",
+            "update.training.optimizer.learning_rate=0.003",
+        ),
+    )
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    command = [sys.executable, "-m", "flows.cli", "run", "arithmetic_smoke", "--engine", "inline", *arguments]
+    done = subprocess.run(
+        [*command, "--root", str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "replaying" not in done.stdout + done.stderr
+    updates = [record for record in Store(tmp_path / "store").actions() if record["stage"] == "update_policy"]
+    assert [record["content"] is not None for record in updates] == [False] * 19 + [True]
+    assert max(record["metrics"]["rollout/mismatch_mean"] for record in updates) < 1e-4
+    moved = [record["metrics"]["policy/grad_norm"] > 0 for record in updates]
+    assert sum(moved) > 15, "the weights changed at nearly every step"
+    assert not list(Path("/dev/shm").glob("cohort-weights-*"))
+
+
 def _calls(root: Path) -> dict[str, tuple[str, tuple[str, float]]]:
     """Of every recorded call by its key: the stage, its result, and when it was made."""
     records: list[dict[str, Any]] = list(Store(root / "store").actions())

@@ -147,6 +147,7 @@ def test_the_stage_writes_the_same_table_as_with_hf(backend: VLLMBackendConfig, 
 
 def test_an_engine_that_reports_a_reload_and_keeps_its_weights_is_caught(backend: VLLMBackendConfig) -> None:
     """This one stays uniform whatever it loads."""
+    backend = backend.override({"probe_every": 1})
     first, second, prompts = uniform_policy(), tiny_policy(1), [Prompt("a", [5], [4])]
     with generator_of(first, backend) as generator:
         before = generator.generate(prompts, SAMPLING)
@@ -156,6 +157,18 @@ def test_an_engine_that_reports_a_reload_and_keeps_its_weights_is_caught(backend
     with generator_of(first, backend) as generator:  # another engine
         assert generator.generate(prompts, SAMPLING)[0][0].ids.tolist() == before[0][0].ids.tolist()
     assert sum("engine" in entry for entry in _asked(backend)) == 2
+
+
+def test_stale_weights_are_caught_within_the_policies_between_two_probes(backend: VLLMBackendConfig) -> None:
+    backend, caught = backend.override({"probe_every": 3}), None
+    _generate(uniform_policy(), backend)  # the engine starts, and is probed
+    for number in range(1, 6):
+        try:
+            _generate(tiny_policy(number), backend)
+        except StaleWeightsError:
+            caught = number
+            break
+    assert caught == 3
 
 
 @pytest.mark.slow

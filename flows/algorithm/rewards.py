@@ -21,7 +21,7 @@ from pipeline.events import DriftDone, emit
 from stages.data import sample_batch
 from stages.models import Checkpoint
 from stages.reward import combine_rewards, labels_only, score
-from stages.reward_model import check_gauges, measure_reward_model, score_outputs
+from stages.reward_model import ScoringConfig, check_gauges, measure_reward_model, score_outputs
 from stages.reward_training import (
     MonteCarloConfig,
     RewardModelConfig,
@@ -101,6 +101,13 @@ def train_on(
     return RewardModels(models, [*reward.history, fresh])
 
 
+def _shared(config: IterativeRLConfig, plan: RewardModelPlan) -> ScoringConfig:
+    """Return how outputs are scored: by the ranks of the policy update, unless others are named."""
+    if plan.scoring.engine is not None:
+        return plan.scoring
+    return plan.scoring.override({"engine": config.update.training.engine.model_dump(mode="json")})
+
+
 def reward_outputs(
     config: IterativeRLConfig, sampler: Checkpoint, reward: RewardModels, questions: Questions | None, outputs: Rollouts
 ) -> tuple[Rewards | None, RewardGauges | None]:
@@ -118,7 +125,7 @@ def reward_outputs(
     if plan is None or not reward.models:
         return score(outputs, questions, config.reward), None
     rules = score(outputs, questions, labels_only(config.reward))
-    scores = score_outputs(outputs, sampler, reward.models, plan.scoring, rules)
+    scores = score_outputs(outputs, sampler, reward.models, _shared(config, plan), rules)
     gauges = measure_reward_model(scores, rules, outputs, plan.scoring, plan.gauges)
     check_gauges(gauges, plan.limits)
     bounded = plan.scoring.scale == "sigmoid"
@@ -170,7 +177,7 @@ def _gauges(
 ) -> RewardGauges:
     outputs = rollout(policy, questions, config.prompt, config.rollout, seed=derived_seed(config.seed, "drift"))
     rules = score(outputs, questions, labels_only(config.reward))
-    scores = score_outputs(outputs, policy, reward.models, plan.scoring, rules)
+    scores = score_outputs(outputs, policy, reward.models, _shared(config, plan), rules)
     return measure_reward_model(scores, rules, outputs, plan.scoring, plan.gauges)
 
 

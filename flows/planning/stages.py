@@ -209,7 +209,12 @@ def reward_models(given: Given, plan: RewardModelPlan) -> Iterator[StagePlan]:
         head=False,
     )
     yield _trained(given, training, disk=kinds * checkpoint_bytes(given.shape, learning.training, head=False))
-    like = TrainingConfig(precision=scoring.precision, attention=scoring.attention, threads=scoring.threads)
+    like = TrainingConfig(
+        precision=scoring.precision,
+        attention=scoring.attention,
+        threads=scoring.threads,
+        engine=scoring.engine or given.config.update.training.engine,
+    )
     for model in plan.models:
         name, slot = f"reward scores ({model.kind})", f"{model.kind} reward model"
         yield _pass(given, name, like, scoring.micro_batch_tokens, head=False, slot=slot)

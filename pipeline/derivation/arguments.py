@@ -57,6 +57,9 @@ def read_arguments(function: Callable[..., Any], written: Mapping[str, Any]) -> 
 
 
 def _written(parameter: str, value: Any, kinds: Mapping[str, Any], *, keyed: bool) -> Any:
+    if isinstance(value, list | tuple) and any(isinstance(part, Artifact) for part in value):
+        (kind,) = typing.get_args(kinds[parameter]) or (None,)
+        return {"list": [_written(parameter, part, {parameter: kind}, keyed=keyed) for part in value]}
     if not isinstance(value, Artifact | Config):
         return {"value": value}
     name = type(value).__name__
@@ -75,6 +78,9 @@ def _read(written: Mapping[str, Any], kind: Any) -> Any:
             return _classes(kind)[name].parse(values)
         case {"value": value}:
             return value
+        case {"list": [*parts]}:
+            (kind,) = typing.get_args(kind)
+            return [_read(part, kind) for part in parts]
         case _:
             raise ValueError(f"expected an artifact, a config or a value, found {written!r:.100}")
 

@@ -7,12 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, assert_never
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, assert_never
 
 import pyarrow as pa
 from pydantic import Field, PositiveInt
 
-from pipeline.config import Config
+from pipeline.config import UNKEYED, Config
 from pipeline.orchestration.interruption import check
 from pipeline.residency import resident
 from pipeline.stage import record_metrics, stage
@@ -21,6 +21,8 @@ from stages.models import Checkpoint, RewardKind, check_lengths, load_model, rew
 from stages.reward_metrics import RewardMetric, status_metric
 from stages.tables import Rewards, Rollouts
 from stages.text import step_ends
+from stages.training.config import DeepSpeedEngineConfig, TorchEngineConfig
+from stages.training.ranks import on_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -47,9 +49,14 @@ class ScoringConfig(Config):
     """Attention implementation."""
     threads: PositiveInt | None = None
     """Torch threads on a CPU (None: torch's default)."""
+    engine: Annotated[
+        Annotated[TorchEngineConfig | DeepSpeedEngineConfig, Field(discriminator="kind")] | None, UNKEYED
+    ] = None
+    """Whose ranks share the outputs, each with the whole model; null: those of the policy update. The scores are the same."""
 
 
 @stage(version="1")
+@on_ranks
 def score_outputs(
     outputs: Rollouts,
     policy: Checkpoint,
@@ -155,23 +162,33 @@ def _scores_of(checkpoint: Checkpoint, inputs: Sequence[_Input], config: Scoring
     """Compute the model's logits at the places of each input, in batches of like length; the model stays resident."""
     import torch
 
-    from stages.training.batching import Row, micro_batches
+    from stages.training.batching import Row, micro_batches, own_share
     from stages.training.hardware import training_device
+    from stages.training.loop import place_among_ranks
     from stages.training.scores import places_in, scores_at
 
-    device = training_device()
+    device, (rank, world_size) = training_device(), place_among_ranks()
     model = _resident(checkpoint, config, device)
     distinct = list(dict.fromkeys(inputs))
-    found: dict[_Input, list[float]] = {}
+    scores_QP = torch.zeros(len(distinct), max((len(each.places) for each in distinct), default=0), device=device)
     rows = [Row(each.prompt_ids, each.output_ids) for each in distinct]
-    for batch in micro_batches(rows, config.micro_batch_tokens):
+    batches = list(micro_batches(rows, config.micro_batch_tokens))
+    for batch, factor in own_share(batches, rank=rank, world_size=world_size):
         check()
-        members = [distinct[row] for row in batch.rows]
-        positions_N = places_in(batch, [each.places for each in members]).to(device)
+        members = [distinct[row].places for row in batch.rows]
+        positions_N = places_in(batch, members).to(device)
         with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
-            scores = iter(scores_at(model, batch.to(device), positions_N).tolist())
-        found |= {each: [next(scores) for _ in each.places] for each in members}
-    return [found[each] for each in inputs]
+            scores_N = scores_at(model, batch.to(device), positions_N)
+        scores = torch.split(scores_N, [len(places) for places in members])
+        for row, found in zip(batch.rows, scores, strict=True):
+            if factor:
+                scores_QP[row, : len(found)] = found
+    if world_size > 1:
+        torch.distributed.all_reduce(
+            scores_QP
+        )  # of each row one rank's scores and the others' zeros: nothing is rounded
+    listed = dict(zip(distinct, scores_QP.tolist(), strict=True))
+    return [listed[each][: len(each.places)] for each in inputs]
 
 
 def _resident(checkpoint: Checkpoint, config: ScoringConfig, device: str) -> torch.nn.Module:

@@ -195,7 +195,7 @@ def score_rows(
     for index, row in enumerate(rows):
         places.setdefault((tuple(row.prompt_ids), tuple(row.output_ids)), []).append(index)
     distinct = [Row(*ids) for ids in places]
-    place = _place() if engine is None else (engine.rank, engine.world_size)
+    place = place_among_ranks() if engine is None else (engine.rank, engine.world_size)
     scored = _score_distinct(distinct, max_tokens, score, *place)
     found: list[list[float]] = [[] for _ in rows]
     for row, equal, values in zip(distinct, places.values(), scored, strict=True):
@@ -225,7 +225,7 @@ def _score_distinct(
     return listed
 
 
-def _place() -> tuple[int, int]:
+def place_among_ranks() -> tuple[int, int]:
     """Return this process's rank and how many there are."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():

@@ -85,7 +85,8 @@ def on_ranks(function: Callable[P, A]) -> Callable[P, A]:
     def call(*args: P.args, **kwargs: P.kwargs) -> A:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        engine = bound.arguments["config"].training.engine
+        config = bound.arguments["config"]
+        engine = getattr(config, "training", config).engine
         if not isinstance(engine, DeepSpeedEngineConfig) or engine.ranks == 1:
             return function(*args, **kwargs)
         order = order_of(name, function, bound.arguments)

@@ -88,6 +88,6 @@ def test_the_papers_run_writes_a_twentieth_of_the_time(planned: Planned) -> None
     update, steps = one(plan, "update"), plan.counts["step"]
     seconds, size = plan.of_a_step()
     assert update.disk / update.written == pytest.approx(12 * 6_910_365_696, rel=0.01)
-    assert update.writing * update.written <= 1.05 / 20 * seconds
+    assert update.writing * update.written == pytest.approx(seconds / 20, rel=0.05)
+    assert update.written * steps > 100
     assert size < 5e9
-    assert update.written * steps == pytest.approx(255, abs=60)

@@ -26,7 +26,8 @@ from pipeline.store.context import writing_payloads
 from pipeline.workers.group import WorkerError
 from stages.critic import CriticConfig, estimate_values, update_critic
 from stages.logprobs import LogprobsConfig, compare_policies
-from stages.models import Checkpoint, load_model, load_tokenizer, load_trainer_state, model_weights
+from stages.models import Checkpoint, RewardKind, load_model, load_tokenizer, load_trainer_state, model_weights
+from stages.reward_model import ScoringConfig, score_outputs
 from stages.reward_training import BradleyTerryConfig, PointwiseConfig, RewardTrainingConfig, train_reward_model
 from stages.sft import SFTConfig, supervised_finetuning
 from stages.tables import Rollouts
@@ -36,7 +37,7 @@ from stages.training.ranks import ADDRESS
 from stages.update import GRPOConfig, UpdateConfig, update_policy
 from tests.stages.critic.worlds import outspoken_critic
 from tests.stages.critic.worlds import tables as returns
-from tests.stages.reward_training.worlds import labels, outspoken
+from tests.stages.reward_training.worlds import label_rows, labels, outputs_of, outspoken, rules_of
 from tests.stages.sft.test_sft import demonstrations, new_policy
 from tests.stages.training.groups import apart, gone, on_two_ranks, rank_processes, training
 from tests.stages.training.tiny import tiny_checkpoint
@@ -157,6 +158,24 @@ def test_ranks_write_in_the_background_what_was_snapped_while_they_go_on(shared:
     with use_store(Store(tmp_path)):
         content = updated([on_two_ranks(2)] * 2, tokens=28).content
     assert made.content == content is not None
+
+
+@pytest.mark.parametrize("kinds", [("outcome",), ("process", "outcome")], ids=["outcome", "both"])
+@pytest.mark.parametrize("budget", [1, 40, 10_000], ids=["a row each", "some", "one batch for two ranks"])
+def test_scores_of_reward_models_on_two_ranks_are_those_of_one(
+    shared: Store, kinds: tuple[RewardKind, ...], budget: int
+) -> None:
+    base = tiny_checkpoint()
+    rows, models = label_rows(base), [outspoken(kind, base) for kind in kinds]
+    outputs, rules = outputs_of(rows), rules_of(rows)
+    how = {"precision": "fp32", "micro_batch_tokens": budget}
+    alone = score_outputs(outputs, base, models, ScoringConfig.model_validate(how), rules)
+    shared.forget(alone.digest)
+    ranks = ScoringConfig.model_validate({**how, "engine": on_two_ranks(2).model_dump(mode="json")})
+    together = score_outputs(outputs, base, models, ranks, rules)
+    assert len(rank_processes()) == 2
+    assert together == alone, "the same bits"
+    assert together.metrics["reward/mean"] == alone.metrics["reward/mean"]
 
 
 def merged(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

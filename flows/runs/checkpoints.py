@@ -24,7 +24,7 @@ _SMALL: Final = 64 * 2**20
 _SHARE: Final = 20
 """Times as long as writing took, `auto` waits before it writes again."""
 _OF_FREE: Final = 10
-"""`auto` writes at most this part of what is free on the disk."""
+"""Checkpoints that `auto` writes take at most this part of what would be free without them."""
 _SAMPLE: Final = 32 * 2**20
 
 
@@ -34,7 +34,7 @@ class CheckpointConfig(Config):
     every: PositiveInt | Literal["auto"] = "auto"
     """Steps from one checkpoint to the next. Policies between two are in memory while the run goes on. Later they are replayed
     from the last checkpoint: what they learned from is stored, nothing is sampled again. `auto`: every step up to 64 MiB, else
-    so that writing takes at most a twentieth of the time, and one checkpoint a tenth of the free disk. Always written are
+    so that writing takes at most a twentieth of the time, and all of them a tenth of the free disk. Always written are
     policies that are evaluated, those at the start of an iteration, and the last."""
     background: bool = True
     """Write checkpoints of more than 64 MiB while the next stage runs, from a copy in memory (12 bytes a parameter with AdamW).
@@ -69,6 +69,8 @@ class Checkpoints:
         self._last, self._always, self._clock = last, always, clock
         self._bytes = 0
         """Of what the last step that wrote anything wrote."""
+        self._there: dict[str, int] = {}
+        """Large checkpoints of this process, and their bytes."""
         self._written = clock()
         self._seconds = 0.0
         """What writing these bytes takes."""
@@ -101,14 +103,22 @@ class Checkpoints:
             return step % self._every == 0
         if self._bytes <= _SMALL:
             return True
-        waited = self._clock() - self._written
-        return waited >= _SHARE * self._seconds and self._bytes * _OF_FREE <= free_bytes(current_store().root)
+        if self._clock() - self._written < _SHARE * self._seconds:
+            return False
+        store = current_store()
+        self._there = {name: size for name, size in self._there.items() if not store.freed(name)}
+        there = sum(self._there.values())
+        return (there + self._bytes) * _OF_FREE <= free_bytes(store.root) + there
 
     def _note(self, store: Store, made: list[str]) -> None:
         """Note how much was written, and what that takes."""
         before, self._written = self._bytes, self._clock()
         if all(store.is_written(name) for name in made):  # else a thread has begun to
-            self._bytes = sum(file["size"] for name in made for file in store.manifest(name)["files"])
+            sizes = {name: sum(file["size"] for file in store.manifest(name)["files"]) for name in made}
+            self._bytes = sum(sizes.values())
+        else:
+            sizes = dict.fromkeys(made, self._bytes // len(made))
+        self._there |= sizes if self._bytes > _SMALL else {}
         if self._bytes > _SMALL and self._bytes != before and self._every == "auto":
             self._seconds = self._bytes / measured_rate(store)
 

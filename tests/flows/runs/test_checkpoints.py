@@ -69,15 +69,30 @@ def test_large_ones_take_a_twentieth_of_the_time(store: Store, monkeypatch: pyte
     assert written == [1, 5, 9, 13, 17, 21, 25, 29], "every 40 seconds"
 
 
-def test_a_checkpoint_beyond_a_tenth_of_the_free_disk_is_written_only_where_it_must(
+def test_checkpoints_beyond_a_tenth_of_the_disk_are_written_only_where_they_must(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints, "measured_rate", lambda store: 1e12)
-    made, clock = schedule("auto", background=False, last=8), Clock()
+    clock = Clock()
+    made = schedule("auto", background=False, last=8, clock=clock)
     train(made, 1, 100 * MIB)
-    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: 999 * MIB)
     clock.now = 1e6
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: 1950 * MIB - 100 * MIB * len(made._there))
     assert [step for step in range(2, 9) if train(made, step, 100 * MIB) == "now"] == [5, 8]
+
+
+def test_what_was_freed_since_makes_room_for_another(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "measured_rate", lambda store: 1e12)
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: 2000 * MIB)
+    clock = Clock()
+    made, written = schedule("auto", background=False, clock=clock), []
+    for step in range(1, 5):
+        clock.now += 1.0
+        if train(made, step, 100 * MIB) == "now":
+            written.append(step)
+        if step == 3:
+            store.prune(next(iter(made._there)))
+    assert written == [1, 2, 4]
 
 
 def test_large_checkpoints_are_written_in_the_background_but_for_the_last(

@@ -112,6 +112,7 @@ _add("lineage", "looking:lineage", "What an artifact was made from, down to the 
 _add("ui", "serving:ui", "Open MLflow's and Prefect's user interfaces.", _LOOK)
 _add("export", "exporting:export", "Write a checkpoint as a plain Hugging Face folder with a model card.", _KEEP)
 _add("doctor", "machine:doctor", "Say whether this machine can run Cohort, and what to fix.", _KEEP)
+_add("prove", "machine:prove", "Run a few steps by every engine that is installed; one JSON and one HTML file.", _KEEP)
 _add("verify", "keeping:verify", "Hash every artifact again; report and repair damage.", _KEEP)
 _add(
     "prune", "storing:prune", "Free the space of old checkpoints, optimizer states, rollouts; runs stay cached.", _KEEP

@@ -119,6 +119,59 @@ def plan(
     return 1 if made.missing > 0 else 0
 
 
+def prove(
+    *,
+    out: Path = Path("prove"),
+    minutes: float = 10.0,
+    vllm_python: Path | None = None,
+    json: Flag = False,
+) -> int:
+    """Run steps of a model with random weights by every engine that is installed; nothing is downloaded.
+
+    0.5 G parameters where there is a GPU, else a small model. Measured are tokens a second, the update's share of the device's
+    rate (MFU), peak memory, how far sampler and trainer are apart, and what `cohort plan` says of it. One run is killed and
+    resumed. Exit code 0 when every engine ran and the killed run went on.
+
+    Parameters
+    ----------
+    out
+        Folder that gets prove.json and prove.html.
+    minutes
+        No part is begun after this time.
+    vllm_python
+        Interpreter of the environment that has vLLM, where that is not this one.
+    json
+        Print the JSON object instead of the table.
+    """
+    import tempfile
+
+    from flows.proving.page import resumption_of, table_of, write_page
+    from flows.proving.proof import is_proved, write_json
+    from flows.proving.proof import prove as run_all
+
+    if not minutes > 0:
+        raise ConfigError(f"prove: --minutes: expected more than 0, found {minutes:g}")
+    if vllm_python is not None and not vllm_python.exists():
+        raise ConfigError(f"prove: --vllm-python: {vllm_python} is not there; `make vllm-cpu` makes one for CPUs")
+    out.mkdir(parents=True, exist_ok=True)
+    shown = console()
+    with tempfile.TemporaryDirectory(prefix="cohort-prove-") as folder, shown.status("importing ...") as status:
+        result = run_all(
+            Path(folder),
+            minutes=minutes,
+            vllm_python=vllm_python,
+            announce=lambda text: status.update(f"{escape(text)} ..."),
+        )
+    write_json(result, out / "prove.json")
+    write_page(result, out / "prove.html")
+    if json:
+        print((out / "prove.json").read_text(encoding="utf-8"), end="")
+    else:
+        shown.print(table_of(result))
+        shown.print(f"\n{escape(resumption_of(result))}\n{escape(str(out / 'prove.html'))}")
+    return 0 if is_proved(result) else 1
+
+
 def _bench(places: Places, *, json: bool) -> int:
     """Measure, keep and print the rates."""
     from flows.doctor.bench import bench

@@ -25,6 +25,11 @@ def resident(slot: str, key: Hashable, make: Callable[[], T]) -> T:
     return made
 
 
+def kept(slot: str, key: Hashable) -> Any | None:
+    """Return the object in `slot` if it was made for `key`; None where there is none."""
+    return _residents[slot][1] if slot in _residents and _residents[slot][0] == key else None
+
+
 class Holder(Protocol):
     """A resident that has trained state in memory, and can write it."""
 

@@ -120,7 +120,8 @@ class Checkpoints:
             sizes = dict.fromkeys(made, self._bytes // len(made))
         self._there |= sizes if self._bytes > _SMALL else {}
         if self._bytes > _SMALL and self._bytes != before and self._every == "auto":
-            self._seconds = self._bytes / measured_rate(store)
+            rate = measured_rate(store)
+            self._seconds = self._bytes / rate if rate else math.inf
 
 
 def written(policy: Checkpoint) -> Checkpoint:
@@ -131,9 +132,10 @@ def written(policy: Checkpoint) -> Checkpoint:
 
 
 def measured_rate(store: Store) -> float:
-    """Return the bytes per second that the store's disk takes, synced."""
-    with draft_folder(store.root) as draft:
+    """Return the bytes per second that the store's disk takes, synced; 0 where it takes none."""
+    with contextlib.suppress(OSError), draft_folder(store.root) as draft:
         started = time.perf_counter()
         (draft / "sample").write_bytes(os.urandom(1 << 20) * (_SAMPLE >> 20))
         fsync(draft / "sample")
         return _SAMPLE / (time.perf_counter() - started)
+    return 0.0

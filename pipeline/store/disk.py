@@ -68,9 +68,7 @@ class DiskWatch:
     def estimate(self, stage: str, manifest: Callable[[str], Mapping[str, Any]]) -> int:
         """Return the bytes that a stage will write, by `manifest` of its last result; 0 where nothing is known of it."""
         if stage not in self._sizes and stage in self._found:
-            with contextlib.suppress(
-                MissingArtifactError
-            ):  # trained state that was not written, and not described here
+            with contextlib.suppress(MissingArtifactError):  # not even a description of trained state is here
                 files = manifest(self._found[stage])["files"]
                 self._sizes[stage] = deque([sum(file["size"] for file in files)], _LAST)
         return max(self._sizes.get(stage, ()), default=0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.orchestration.interruption import check
-from pipeline.residency import holder_of, resident
+from pipeline.residency import kept, resident
 from pipeline.store import current_store
 from pipeline.store.context import payloads
 from stages.models import Checkpoint, architecture_of
@@ -35,8 +35,10 @@ _TRAINED: Final = (WEIGHTS, OPTIMIZER, TRAINER, *(f"{FOLDER}/{name}" for name in
 def resident_engine(checkpoint: Checkpoint, config: TrainingConfig, slot: str = "trainer") -> Engine:
     """Return the engine kept in `slot`, holding exactly `checkpoint`; load only when it holds something else."""
     key = (json.dumps(config.key(), sort_keys=True), config.max_skipped_steps, architecture_of(checkpoint))
-    if holder_of(checkpoint.state) is None:
-        checkpoint.path  # noqa: B018 - what was not written is replayed, by the engine that is in the slot then
+    there = kept(slot, key)
+    if there is None or there.holds != checkpoint.state:
+        # Before the slot is made free: what was not written is written by whoever has it, or replayed.
+        checkpoint.path  # noqa: B018
     engine = resident(slot, key, lambda: _make_engine(checkpoint, config))
     if engine.holds != checkpoint.state or config.optimizer_state == "none":
         engine.load(checkpoint)

@@ -111,6 +111,15 @@ def test_the_rate_of_the_disk_is_measured_and_nothing_stays(store: Store) -> Non
     assert not list((store.root / "drafts").iterdir())
 
 
+def test_a_disk_that_takes_nothing_stops_no_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "fsync", full)
+    made = schedule("auto", background=False, last=8)
+    assert [step for step in range(1, 9) if train(made, step, 100 * MIB) == "now"] == [1, 5, 8]
+
+
 @pytest.mark.parametrize("every", [0, -1, 2.5, "often"])
 def test_other_settings_are_refused_by_their_name(every: object) -> None:
     with pytest.raises((ConfigError, ValidationError), match=r"checkpoint\.every|every"):

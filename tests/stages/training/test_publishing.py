@@ -120,6 +120,18 @@ def test_shared_memory_without_room_is_replaced_by_the_disk(
     assert equal(model_weights(model), weights(made[1]))
 
 
+def test_an_engine_that_makes_room_for_another_writes_what_it_holds(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another arm goes on from a policy of this one, with other settings."""
+    policy = steps(["now", "never"])[-1]
+    monkeypatch.setattr("pipeline.derivation.materialise.calls_to_replay", None)  # it is not replayed
+    outputs, advantages = exploration()
+    config = UpdateConfig(training=training(TorchEngineConfig(), max_grad_norm=0.5))
+    update_policy(policy, tiny_policy(1), outputs, advantages, config, seed=7)
+    assert policy.content is not None
+
+
 def test_what_describes_an_unwritten_policy_is_read_without_writing_it(store: Store) -> None:
     made = steps(["now", "never"])
     evict()

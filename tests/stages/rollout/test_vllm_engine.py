@@ -244,7 +244,8 @@ def test_a_reload_that_does_nothing_or_leaves_a_mixture_is_caught(
     handler = tmp_path / "forgetful.py"
     handler.write_text(FORGETFUL.format(worker=str(vllm_module._HANDLER)))
     monkeypatch.setattr(vllm_module, "_HANDLER", handler)
-    first, second, engine = tiny_policy(0), tiny_policy(1), Engine(BACKEND)
+    first, second = tiny_policy(0), tiny_policy(1)
+    engine = Engine(BACKEND.override({"probe_every": 1}))
     try:
         engine.hold(first)
         for _ in range(2):

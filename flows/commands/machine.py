@@ -137,7 +137,7 @@ def prove(
     out
         Folder that gets prove.json and prove.html.
     minutes
-        No part is begun after this time.
+        No part goes on after this time.
     vllm_python
         Interpreter of the environment that has vLLM, where that is not this one.
     json
@@ -146,8 +146,9 @@ def prove(
     import tempfile
 
     from flows.proving.page import resumption_of, table_of, write_page
-    from flows.proving.proof import is_proved, write_json
+    from flows.proving.proof import is_proved
     from flows.proving.proof import prove as run_all
+    from flows.runs.record import write_json
 
     if not minutes > 0:
         raise ConfigError(f"prove: --minutes: expected more than 0, found {minutes:g}")
@@ -162,7 +163,7 @@ def prove(
             vllm_python=vllm_python,
             announce=lambda text: status.update(f"{escape(text)} ..."),
         )
-    write_json(result, out / "prove.json")
+    write_json(out / "prove.json", result)
     write_page(result, out / "prove.html")
     if json:
         print((out / "prove.json").read_text(encoding="utf-8"), end="")

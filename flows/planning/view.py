@@ -198,7 +198,7 @@ def _assumptions(plan: Plan, subject: Subject) -> list[str]:
 def _of_checkpoints(plan: Plan) -> list[str]:
     """Say how often the step's training leaves a checkpoint, where that is not every step."""
     share = min(stage.written for stage in plan.stages)
-    beside = ", beside other stages and at no cost to them" if plan.given.config.checkpoint.background else ""
+    beside = ", while other stages run and at no cost to them" if plan.given.config.checkpoint.background else ""
     text = f"{share * plan.counts['step']:,.0f} of {plan.counts['step']:,.0f} steps leave a checkpoint"
     setting = f"checkpoint.every={plan.given.config.checkpoint.every}"
     return [f"{text} ({setting}), which is written{beside}"] if share < 1 else []

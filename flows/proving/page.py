@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from rich.table import Table
 
+from flows.runs.record import write_text
 from flows.wording import duration, size
 
 _DASH: Final = "-"
@@ -82,4 +83,4 @@ def write_page(result: Mapping[str, Any], file: Path) -> None:
         memory=size(result["machine"]["memory"]),
         took=duration(result["seconds"]),
     )
-    file.write_text(text, encoding="utf-8")
+    write_text(file, text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import re
@@ -38,7 +37,7 @@ def prove(folder: Path, *, minutes: float, vllm_python: Path | None, announce: C
 
     Args:
         folder: an empty one to work in.
-        minutes: all of it takes at most this long, but for what the last run needs to end.
+        minutes: no run goes on after this time.
         vllm_python: interpreter of the environment that has vLLM.
         announce: called with what is being done.
     """
@@ -107,10 +106,10 @@ def _arm(file: Path, root: Path, shape: Shape, end: float, device: str | None) -
     if time.monotonic() > end:
         return {"error": _NO_TIME}
     started = time.monotonic()
-    done = subprocess.run(_command(file, root), capture_output=True, text=True, check=False, env=_surroundings())
+    error, _ = _trained(file, root, end)
     seconds = time.monotonic() - started
-    if done.returncode:
-        return {"error": "\n".join((done.stdout + done.stderr).splitlines()[-_LINES:]), "seconds": seconds}
+    if error:
+        return {"error": error, "seconds": seconds}
     records = Store(root / "store").actions()
     sampled = [r["metrics"] for r in records if r["stage"] == "rollout" and r["arguments"]["config"]["config"]["G"] > 1]
     updates = [r for r in records if r["stage"] == "update_policy"]
@@ -166,17 +165,16 @@ def _killed(file: Path, root: Path, undisturbed: Mapping[str, Any], end: float) 
         process = subprocess.Popen(
             _command(file, root), stdout=log, stderr=log, start_new_session=True, env=_surroundings()
         )
-        while process.poll() is None and not _updates(root):
+        while process.poll() is None and not _updates(root) and time.monotonic() < end:
             time.sleep(0.02)
         killed = process.poll() is None
         if killed:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     before = len(_updates(root))
-    done = subprocess.run(_command(file, root), capture_output=True, text=True, check=False, env=_surroundings())
-    text = done.stdout + done.stderr
-    if done.returncode:
-        return {"error": "\n".join(text.splitlines()[-_LINES:])}
+    error, text = _trained(file, root, end)
+    if error:
+        return {"error": error}
     replayed = re.search(r"replaying (?:(\d+) x )?update_policy", " ".join(text.split()))
     content = _updates(root)[-1]["content"]
     return {
@@ -186,6 +184,19 @@ def _killed(file: Path, root: Path, undisturbed: Mapping[str, Any], end: float) 
         "updates_replayed": int(replayed[1] or 1) if replayed else 0,
         "equal": content == undisturbed["content"],
     }
+
+
+def _trained(file: Path, root: Path, end: float) -> tuple[str | None, str]:
+    """Run to the end; return the last lines where that failed or took too long, and all that was printed."""
+    left = max(1.0, end - time.monotonic())
+    try:
+        done = subprocess.run(
+            _command(file, root), capture_output=True, text=True, check=False, env=_surroundings(), timeout=left
+        )
+    except subprocess.TimeoutExpired:
+        return f"stopped after {left:.0f} s: no time was left (--minutes)", ""
+    text = done.stdout + done.stderr
+    return ("\n".join(text.splitlines()[-_LINES:]) or "it printed nothing") if done.returncode else None, text
 
 
 def _updates(root: Path) -> list[dict[str, Any]]:
@@ -200,8 +211,3 @@ def _surroundings() -> dict[str, str]:
     """Return the environment of a run: this one's, but for a store that is not the root's."""
     packages = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {name: value for name, value in os.environ.items() if name != "COHORT_STORE"} | {"PYTHONPATH": packages}
-
-
-def write_json(result: Mapping[str, Any], file: Path) -> None:
-    """Write the result for programs."""
-    file.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -156,11 +156,13 @@ def write_payload(store: Store, name: str, fill: Callable[[Path], None]) -> None
     manifest = store.manifest(name)
     about = {part: manifest[part] for part in ("type", "provenance", "state")}
     store.publish(fill, about=about, name=name)
-    with store.lock(name):
-        record = store.action(name)
-        note_content(store, record)
+    with (
+        store.lock(name),
+        contextlib.suppress(MissingArtifactError),
+    ):  # of a call that failed behind this there is no record
+        note_content(store, store.action(name))
     if (watch := current_watch()) is not None:
-        watch.wrote(record["stage"], store.folder(name))
+        watch.wrote(manifest["provenance"]["stage"], store.folder(name))
 
 
 def _prepared(record: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:

@@ -61,10 +61,13 @@ class Objects:
                 stack.enter_context(locked(self._root / "locks" / digest))
             yield
 
-    def place(self, draft: Path, digest: str) -> None:
+    def place(self, draft: Path, digest: str, *, partial: bool = False) -> None:
         """Rename a sealed draft into place, unless a sound object is there that has all the files of the draft.
 
         One that has only some of them gets the others.
+
+        Args:
+            partial: the draft's manifest names files as unwritten.
         """
         with self.lock(digest):
             folder = self.folder(digest)
@@ -74,12 +77,12 @@ class Objects:
                 if aside is not None and (aside / PRUNED).exists():
                     shutil.rmtree(aside)  # pruned, not damaged: nothing to look into
                 self._rename(draft, folder)
+                (self._partial.add if partial else self._partial.discard)(digest)
             elif lacking:
                 _complete(folder, draft, lacking)
+                self._partial.discard(digest)
             if not (folder / PRUNED).exists():
                 self._verified[digest] = signature(folder)
-                partial = read_sealed(folder / MANIFEST).get("unwritten")
-                (self._partial.add if partial else self._partial.discard)(digest)
 
     def _lacking(self, folder: Path, draft: Path) -> list[str] | None:
         """Return the files that an object lacks and a draft has; None: there is no sound one that differs by these only."""
@@ -112,7 +115,7 @@ class Objects:
             self.verify(digest)
         if digest in self._partial and not partial:
             raise PrunedArtifactError(
-                f"artifact {digest[:12]} was not written (checkpoint.every); `cohort show {digest[:12]}` says how to make it"
+                f"artifact {digest[:12]} was not written (checkpoint.every); `cohort show {digest[:12]}` replays it"
             )
 
     def verify(self, digest: str) -> None:

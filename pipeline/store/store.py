@@ -102,7 +102,7 @@ class Store:
             with named_errors(self.root):
                 digest = seal_folder(draft, about, schema)
                 known = None if name is None or about.get("unwritten") else self._known_content(name)
-                self._place(draft, name or digest, owed=not about.get("unwritten"))  # which no remote store gets
+                self._place(draft, name or digest, partial=bool(about.get("unwritten")))
         if known not in (None, digest):
             warnings.warn(
                 f"{name} was made again with other content, {digest[:12]} in place of {known}: what was made from it is from "
@@ -128,16 +128,16 @@ class Store:
         if self._objects.has_but(digest, freed):
             return False
         with named_errors(self.root):
-            self._place(folder, digest)
+            self._place(folder, digest, partial=bool(read_manifest(folder).get("unwritten")))
         if freed:
             self._objects.is_sound(digest)  # `place` takes its drafts to be whole
         return True
 
-    def _place(self, draft: Path, digest: str, *, owed: bool = True) -> None:
+    def _place(self, draft: Path, digest: str, *, partial: bool) -> None:
         self.pin(digest)
-        if owed:
+        if not partial:  # a remote store gets what was written
             self._cache.owe("object", digest)
-        self._objects.place(draft, digest)
+        self._objects.place(draft, digest, partial=partial)
 
     def path(self, digest: str, *, replay: bool = True, partial: bool = False) -> Path:
         """Return the verified folder of an object, for reading only.
@@ -269,7 +269,7 @@ class Store:
     # -------------------------------------------------------------------------------------------- records of calls
 
     def find(self, key: str, *, own: bool = False) -> dict[str, Any] | None:
-        """Return the record of a call whose result is present and sound (or pruned); None: the call must be computed.
+        """Return the record of a call whose result is sound, pruned, or missing and replayed; None: it must be computed.
 
         With `own` only calls that `sign` marked as executed in this folder, since others may forge records.
         """

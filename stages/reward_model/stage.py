@@ -170,7 +170,8 @@ def _scores_of(checkpoint: Checkpoint, inputs: Sequence[_Input], config: Scoring
     device, (rank, world_size) = training_device(), place_among_ranks()
     model = _resident(checkpoint, config, device)
     distinct = list(dict.fromkeys(inputs))
-    scores_QP = torch.zeros(len(distinct), max((len(each.places) for each in distinct), default=0), device=device)
+    # B distinct inputs, P places of the one with most.
+    scores_BP = torch.zeros(len(distinct), max((len(each.places) for each in distinct), default=0), device=device)
     rows = [Row(each.prompt_ids, each.output_ids) for each in distinct]
     batches = list(micro_batches(rows, config.micro_batch_tokens))
     for batch, factor in own_share(batches, rank=rank, world_size=world_size):
@@ -182,12 +183,12 @@ def _scores_of(checkpoint: Checkpoint, inputs: Sequence[_Input], config: Scoring
         scores = torch.split(scores_N, [len(places) for places in members])
         for row, found in zip(batch.rows, scores, strict=True):
             if factor:
-                scores_QP[row, : len(found)] = found
+                scores_BP[row, : len(found)] = found
     if world_size > 1:
         torch.distributed.all_reduce(
-            scores_QP
+            scores_BP
         )  # of each row one rank's scores and the others' zeros: nothing is rounded
-    listed = dict(zip(distinct, scores_QP.tolist(), strict=True))
+    listed = dict(zip(distinct, scores_BP.tolist(), strict=True))
     return [listed[each][: len(each.places)] for each in inputs]
 
 

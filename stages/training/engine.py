@@ -6,6 +6,7 @@ now, and everything it knows can be loaded again from there, bit for bit, or rep
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -199,12 +200,11 @@ class CheckpointedEngine:
         """Write what describes the checkpoint, as links to the files of the one before where they are there."""
         before = current_store().folder(self._previous.digest)
         for name, content in self._description.items():
-            try:
-                if (before / name).read_bytes() != content:
-                    raise FileNotFoundError
-                os.link(before / name, folder / name)
-            except OSError:
-                (folder / name).write_bytes(content)
+            with contextlib.suppress(OSError):
+                if (before / name).read_bytes() == content:
+                    os.link(before / name, folder / name)
+                    continue
+            (folder / name).write_bytes(content)
 
     def weights(self) -> Mapping[str, Tensor]:
         """Return the weights of the checkpoint by name: of the plain model, whatever they are trained as."""

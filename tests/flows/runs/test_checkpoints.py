@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,16 @@ def train(made: Checkpoints, step: int, size: int) -> str:
     return when
 
 
+def written_in(steps: Iterable[int], *, seconds: float) -> Iterator[tuple[int, Checkpoints]]:
+    """Train steps that take some seconds and leave 100 MiB, if anything, as `auto` says; yield those that do."""
+    clock = Clock()
+    made = schedule("auto", background=False, clock=clock)
+    for step in steps:
+        clock.now += seconds
+        if train(made, step, 100 * MIB) == "now":
+            yield step, made
+
+
 def test_every_n_steps_and_those_that_are_looked_back_at_are_written(store: Store) -> None:
     made = schedule(3, last=11)
     assert [step for step in range(1, 12) if train(made, step, 10) == "now"] == [3, 5, 6, 9, 11]
@@ -60,12 +71,7 @@ def test_small_checkpoints_are_written_after_every_step(store: Store) -> None:
 
 def test_large_ones_take_a_twentieth_of_the_time(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "measured_rate", lambda store: 50 * MIB)  # two seconds for a checkpoint
-    clock = Clock()
-    made, written = schedule("auto", background=False, clock=clock), []
-    for step in range(1, 31):
-        clock.now += 10.0
-        if train(made, step, 100 * MIB) == "now":
-            written.append(step)
+    written = [step for step, _ in written_in(range(1, 31), seconds=10.0)]
     assert written == [1, 5, 9, 13, 17, 21, 25, 29], "every 40 seconds"
 
 
@@ -84,15 +90,12 @@ def test_checkpoints_beyond_a_tenth_of_the_disk_are_written_only_where_they_must
 def test_what_was_freed_since_makes_room_for_another(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "measured_rate", lambda store: 1e12)
     monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: 2000 * MIB)
-    clock = Clock()
-    made, written = schedule("auto", background=False, clock=clock), []
-    for step in range(1, 5):
-        clock.now += 1.0
-        if train(made, step, 100 * MIB) == "now":
-            written.append(step)
-        if step == 3:
+    written = []
+    for step, made in written_in(range(1, 5), seconds=1.0):
+        written.append(step)
+        if step == 2:
             store.prune(next(iter(made._there)))
-    assert written == [1, 2, 4]
+    assert written == [1, 2, 3], "two are there at a time"
 
 
 def test_large_checkpoints_are_written_in_the_background_but_for_the_last(

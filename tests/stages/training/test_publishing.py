@@ -217,6 +217,23 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_next_step_that_writes_one
     assert (made[1].path / WEIGHTS).exists(), "it is replayed"
 
 
+def test_a_call_that_failed_behind_its_publishing_fails_no_later_one(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, write = threading.Event(), writer_module.write_payload
+
+    def slow(*arguments: Any) -> None:
+        go.wait(20)
+        write(*arguments)
+
+    monkeypatch.setattr(writer_module, "write_payload", slow)
+    made = steps(["now", "background"])
+    store.forget(made[1].digest)  # as if it had never been recorded
+    go.set()
+    writer().wait()
+    assert made[1].content is not None
+
+
 def test_a_writer_that_is_closed_has_written(store: Store) -> None:
     made = steps(["now", "background"])
     evict()

@@ -125,7 +125,7 @@ def _sampling_seconds(given: Given, backend: BackendConfig, work: Work, *, half:
     precision, profile = "bf16" if half else "fp32", given.machine.profile
     seconds = seconds_of(work, profile, given.shape.hidden, precision, sampling=True, threads=threads)
     if isinstance(backend, VLLMBackendConfig):
-        killed = backend.between_calls == "kill" or (backend.between_calls == "auto" and given.gpu)
+        killed = backend.between_calls == "kill"
         return seconds / backend.tensor_parallel_size + (_ENGINE_START if killed else 0.5)
     return seconds + FLOAT * given.shape.parameters / profile.bandwidth
 

@@ -69,8 +69,8 @@ class VLLMBackendConfig(Config):
     """Outputs decoded side by side, at most."""
     between_calls: Annotated[Literal["auto", "warm", "sleep", "kill"], UNKEYED] = "auto"
     """The engine between two calls: `warm`, new weights are loaded in place; `sleep`, its memory on the GPU is given to the
-    trainer and taken back (vLLM's sleep mode, level 2); `kill`, a fresh one for every call. `auto`: warm on a CPU, kill on a
-    GPU, where ending the process is the only sure way to free its memory."""
+    trainer and taken back (vLLM's sleep mode, level 2); `kill`, a fresh one for every call. `auto`: warm on a CPU; on a GPU
+    sleep where the installed vLLM supports it on that device, else kill."""
     start_deadline: Annotated[PositiveFloat, UNKEYED] = 600.0
     """Seconds until an engine must be ready; on two CPU cores it takes 30 to 60."""
     deadline: Annotated[PositiveFloat, UNKEYED] = 300.0

@@ -53,18 +53,15 @@ def vllm_generator(policy: Checkpoint, backend: VLLMBackendConfig) -> Iterator[V
     if not engine.alive:
         evict(VLLM)
         engine = resident(VLLM, key, lambda: Engine(backend))
-    afterwards = backend.between_calls
-    if afterwards == "auto":
-        afterwards = "kill" if device == "cuda" else "warm"
     try:
         engine.hold(policy)
         yield VLLMGenerator(engine, policy)
-        if afterwards == "sleep":
+        if engine.between_calls == "sleep":
             engine.sleep()
     except BaseException:
         evict(VLLM)  # whatever it was doing, it shall not be found in the middle of it
         raise
-    if afterwards == "kill":
+    if engine.between_calls == "kill":
         evict(VLLM)
 
 
@@ -97,6 +94,8 @@ class Engine:
         self.backend = backend
         self.holds: str | None = None
         """Digest of the checkpoint that it was seen to have the weights of; None while they change."""
+        self.between_calls = backend.between_calls
+        """What becomes of it between two calls; the worker says what `auto` is once it has started the engine."""
         self._about = ""
         self._loads = 0
         """Loads of weights, of which the first and every `probe_every`-th after it is probed."""
@@ -141,9 +140,11 @@ class Engine:
                         "folder": _linked(policy, source, Path(folder)),
                         "digest": policy.state,
                         "engine": self._arguments(policy),
+                        "between_calls": self._wanted_between_calls(),
                     },
                     deadline=self.backend.start_deadline,
                 )
+            self.between_calls = reply["between_calls"]
             self._about = f"{reply['vllm']} ({str(self.dtype).removeprefix('torch.')}, {reply['device']})"
             if self._loads % self.backend.probe_every == 0:
                 self._prove(policy)
@@ -217,6 +218,13 @@ class Engine:
 
         return inference_dtype(self.backend.dtype)
 
+    def _wanted_between_calls(self) -> str:
+        """Return the setting; `auto` is the worker's to decide only where the trainer needs the engine's memory, on a GPU."""
+        from stages.training.hardware import training_device
+
+        alone = self.backend.between_calls == "auto" and training_device() == "cpu"
+        return "warm" if alone else self.backend.between_calls
+
     def _arguments(self, policy: Checkpoint) -> dict[str, Any]:
         """Return vLLM's own arguments, by their names there."""
         from stages.training.hardware import training_device
@@ -232,7 +240,6 @@ class Engine:
             "tensor_parallel_size": backend.tensor_parallel_size,
             "gpu_memory_utilization": backend.gpu_memory_utilization,
             "enforce_eager": on_cpu if eager is None else eager,
-            "enable_sleep_mode": backend.between_calls == "sleep",
             "skip_tokenizer_init": True,
             "generation_config": "vllm",  # not the model's, whose top_p and penalties would change the distribution
             "logprobs_mode": "processed_logprobs",

@@ -41,6 +41,19 @@ class Repacking:
         return len(packed)
 
 
+def between_calls(chosen: str) -> str:
+    """Return what becomes of an engine between two calls; `auto`: what frees this platform's memory soonest.
+
+    Sleep mode needs an allocator of vLLM's own on CUDA and ROCm, which some builds lack; the process has to end there.
+    """
+    if chosen != "auto":
+        return chosen
+    if current_platform.is_cpu():
+        return "warm"
+    allocates = not current_platform.is_cuda_alike() or current_platform.is_cumem_allocator_available()
+    return "sleep" if current_platform.is_sleep_mode_available() and allocates else "kill"
+
+
 class Engine:
     """Hold one model, made at the first order and given other weights by later ones."""
 
@@ -48,6 +61,8 @@ class Engine:
         self.llm: LLM | None = None
         self.holds: str | None = None
         """Digest of the checkpoint whose weights it has; None while they change."""
+        self.between_calls = ""
+        """`warm`, `sleep` or `kill`, as `between_calls` decides."""
         self.asleep = False
 
     def __call__(self, order: dict[str, Any], report: Report) -> Any:
@@ -69,7 +84,11 @@ class Engine:
         started, self.holds = time.perf_counter(), None
         if self.llm is None:
             extension = f"{Repacking.__module__}.{Repacking.__name__}" if current_platform.is_cpu() else ""
-            self.llm = LLM(model=order["folder"], worker_extension_cls=extension, **order["engine"])
+            self.between_calls = between_calls(order["between_calls"])
+            sleeps = self.between_calls == "sleep"
+            self.llm = LLM(
+                model=order["folder"], worker_extension_cls=extension, enable_sleep_mode=sleeps, **order["engine"]
+            )
         else:
             self._reload(order["folder"])
         self.holds = order["digest"]
@@ -77,6 +96,7 @@ class Engine:
             "vllm": vllm.__version__,
             "torch": torch.__version__,
             "device": current_platform.device_type,
+            "between_calls": self.between_calls,
             "seconds": time.perf_counter() - started,
         }
 

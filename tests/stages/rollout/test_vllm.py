@@ -36,8 +36,9 @@ from stages.rollout.probe import StaleWeightsError
 from stages.rollout.stage import generator_of
 from stages.rollout.vllm import Engine
 from stages.text import PromptConfig
+from stages.training import hardware
 from tests.stages.rollout.policies import questions, tiny_policy, uniform_policy
-from tests.stages.rollout.uniform_vllm import make_environment
+from tests.stages.rollout.uniform_vllm import PLATFORM, make_environment
 
 pytestmark = pytest.mark.usefixtures("store")
 
@@ -210,6 +211,39 @@ def test_an_engine_stays_between_calls_unless_it_is_to_be_killed(
         [pid], folder = engine._group.pids, engine._folder
     assert psutil.pid_exists(pid) == lives
     assert folder.exists() == lives
+
+
+@pytest.mark.parametrize(
+    ("platform", "lives", "sleeps"),
+    [
+        ("cpu", True, False),
+        ("cuda sleep allocator", True, True),
+        ("cuda sleep", False, False),  # a build without vLLM's allocator, which sleep mode needs on CUDA
+        ("xpu sleep", True, True),
+        ("tpu", False, False),
+    ],
+)
+def test_where_the_trainer_has_a_gpu_the_engine_sleeps_if_it_can(
+    backend: VLLMBackendConfig, monkeypatch: pytest.MonkeyPatch, platform: str, lives: bool, sleeps: bool
+) -> None:
+    monkeypatch.setattr(hardware, "training_device", lambda: "cuda")
+    monkeypatch.setenv(PLATFORM, platform)
+    _generate(uniform_policy(), backend)
+    assert (VLLM in _residents) == lives
+    assert _asked(backend)[0]["engine"]["enable_sleep_mode"] == sleeps
+    assert [entry for entry in _asked(backend) if "sleep" in entry] == [{"sleep": 2}] * sleeps
+    _generate(uniform_policy(), backend)
+    assert sum("engine" in entry for entry in _asked(backend)) == (1 if lives else 2)
+    assert [entry["wake"] for entry in _asked(backend) if "wake" in entry] == [["weights"], ["kv_cache"]] * sleeps
+
+
+def test_where_the_trainer_has_no_gpu_the_engine_stays(
+    backend: VLLMBackendConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PLATFORM, "cuda sleep allocator")
+    _generate(uniform_policy(), backend)
+    assert VLLM in _residents
+    assert not _asked(backend)[0]["engine"]["enable_sleep_mode"]
 
 
 @pytest.mark.slow

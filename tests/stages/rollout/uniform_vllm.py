@@ -79,10 +79,20 @@ class LLM:
         first = None if wanted.prompt_logprobs is None else [None, *rated(prompt[1:])]
         return [Some(request_id=name, finished=True, outputs=[output], prompt_logprobs=first)]
 """
-PLATFORMS = """
+PLATFORM = "UNIFORM_PLATFORM"
+"""Variable with the device that the engine says it runs on, and what it can do there: `cuda sleep allocator`; else `cpu`."""
+PLATFORMS = f"""
+import os
+
+DEVICE, *ABLE = os.environ.get("{PLATFORM}", "cpu").split()
+
+
 class current_platform:
-    device_type = "cpu"
-    is_cpu = staticmethod(lambda: True)
+    device_type = DEVICE
+    is_cpu = staticmethod(lambda: DEVICE == "cpu")
+    is_cuda_alike = staticmethod(lambda: DEVICE == "cuda")
+    is_sleep_mode_available = staticmethod(lambda: "sleep" in ABLE)
+    is_cumem_allocator_available = staticmethod(lambda: "allocator" in ABLE)
 """
 
 

@@ -14,7 +14,7 @@ from flows.inspection.run_curve import measures
 from flows.inspection.run_view import _curve
 from flows.runs.state import RunState
 from flows.runs.summary import print_summary, summarise, summary_markdown
-from flows.tracking.charts import charted
+from flows.tracking.fold import charted
 from flows.wording import accuracies, at_k
 from stages.models import Checkpoint
 

@@ -10,7 +10,7 @@ import pytest
 from flows.cli import run_command
 from flows.runs.paths import Places
 from flows.runs.record import read_records as read_runs
-from flows.tracking.charts import charted
+from flows.tracking.fold import charted
 from pipeline.residency import evict
 from pipeline.store import Store
 from pipeline.tracking.records import Record

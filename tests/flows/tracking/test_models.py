@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flows.runs.ledger import Ledger
-from flows.tracking.models import ModelsAndData, policies_of
+from flows.tracking.fold import ModelsAndData, policies_of
 from pipeline.events import DriftDone, RunEnded, RunStarted, StageDone, StepDone
 from pipeline.store import Store
 from pipeline.tracking.records import Record, model

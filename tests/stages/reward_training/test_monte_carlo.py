@@ -9,8 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stages.environment import ArithmeticConfig, Author, render_question, unique_chains, write_solution
-from stages.environment.arithmetic import Chain, parse_question
+from stages.environment import (
+    ArithmeticConfig,
+    Author,
+    Chain,
+    parse_question,
+    render_question,
+    unique_chains,
+    write_solution,
+)
 from stages.join import JoinError
 from stages.reward import RewardConfig, score
 from stages.reward_training import MonteCarloConfig, estimate_step_labels, label_outputs

@@ -25,8 +25,15 @@ from stages.data import (
     arithmetic_questions,
     check_solution,
 )
-from stages.environment import Author, draw_chains, render_question, unique_chains, write_solution
-from stages.environment.arithmetic import Chain, parse_question
+from stages.environment import (
+    Author,
+    Chain,
+    draw_chains,
+    parse_question,
+    render_question,
+    unique_chains,
+    write_solution,
+)
 
 CHAIN = Chain(7, (("+", 5), ("-", 3), ("+", 8)))  # 12, 9, 17: a carry, a borrow, a carry
 

@@ -15,6 +15,7 @@ from stages.join import key_at
 from stages.kernels.advantage import (
     GroupStatistics,
     centre,
+    gae,
     group_statistics,
     leave_one_out,
     normalise,
@@ -23,7 +24,6 @@ from stages.kernels.advantage import (
     to_go,
     token_rewards,
 )
-from stages.kernels.gae import gae
 from stages.reward_metrics import RewardMetric
 
 _CELLS: Final = 2**21

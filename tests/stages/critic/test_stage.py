@@ -14,7 +14,7 @@ from pipeline.residency import evict
 from pipeline.store import Store
 from stages.critic import CriticConfig, create_critic, estimate_values, update_critic
 from stages.join import JoinError
-from stages.kernels.gae import gae
+from stages.kernels.advantage import gae
 from stages.models import Checkpoint, load_model, load_optimizer_state, load_tokenizer, load_trainer_state
 from stages.tables import Advantages, Rollouts
 from stages.training import DeepSpeedEngineConfig

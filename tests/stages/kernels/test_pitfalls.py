@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from stages.kernels.advantage import group_statistics, normalise
-from stages.kernels.coefficients import grpo
 from stages.kernels.logprobs import token_logprobs
 from stages.kernels.objective import clipped
+from tests.stages.update.coefficients import grpo
 
 
 @pytest.mark.claim("sampled at T, scored at 1")

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.kernels import coefficients
 from stages.update import (
     CISPOConfig,
     DAPOConfig,
@@ -31,6 +30,7 @@ from stages.update import (
 )
 from stages.update.loss import Example
 from tests.stages.training.tiny import random_rows
+from tests.stages.update import coefficients
 from tests.stages.update.exact import defined_gradient, logprobs, policy_model, relative, trained_gradient
 
 ROWS = random_rows(8, seed=3)

@@ -2,8 +2,7 @@
 
     grad J = E[ (1/|o|) sum_t GC(q, o, t) grad log pi_theta(o_t | q, o_<t) ]                                     (Eq. 5)
 
-Nothing trains with these: they state what each row's loss must differentiate to at pi_old = pi_theta, and the tests hold the
-losses against them. Shapes: B outputs, T tokens, P pairs.
+Each states what the loss of its row must differentiate to at pi_old = pi_theta. Shapes: B outputs, T tokens, P pairs.
 """
 
 from __future__ import annotations

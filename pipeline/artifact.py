@@ -110,7 +110,8 @@ class Folder(Artifact):
         """
         call = current_call()
         about = {"type": cls.__name__, "provenance": call and call.provenance()}
-        return current_store().publish(fill, about=about, name=call.key if call else None)
+        name, remedy = (call.key, call.remedy) if call else (None, "")
+        return current_store().publish(fill, about=about, name=name, remedy=remedy)
 
     @classmethod
     def write_description(cls, fill: Callable[[Path], None], unwritten: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ from pipeline.residency import holder_of
 from pipeline.stage import function_behind
 from pipeline.store import DamagedArtifactError, MissingArtifactError, PrunedArtifactError, Store, use_store
 from pipeline.store.actions import key_of
-from pipeline.store.context import Call, current_watch, payloads, running, writing_payloads
+from pipeline.store.context import Call, current_call, current_watch, payloads, running, writing_payloads
 from pipeline.store.pins import PinnedArtifactError
 
 
@@ -155,7 +155,8 @@ def write_payload(store: Store, name: str, fill: Callable[[Path], None]) -> None
     """Publish all files of trained state that only its description is in the store of, and note their content digest."""
     manifest = store.manifest(name)
     about = {part: manifest[part] for part in ("type", "provenance", "state")}
-    store.publish(fill, about=about, name=name)
+    call = current_call()  # which made the state, where it is written while the next one runs
+    store.publish(fill, about=about, name=name, remedy=call.remedy if call else "")
     with (
         store.lock(name),
         contextlib.suppress(MissingArtifactError),

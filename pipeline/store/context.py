@@ -37,6 +37,8 @@ class Call:
     started: float = dataclasses.field(default_factory=time.time)
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     packages: dict[str, str] = dataclasses.field(default_factory=dict)
+    remedy: str = ""
+    """What to do for equal bits, where the call may come to others when it is made again."""
 
     @property
     def key(self) -> str:

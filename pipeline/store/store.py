@@ -76,6 +76,7 @@ class Store:
         about: Mapping[str, Any],
         schema: str | None = None,
         name: str | None = None,
+        remedy: str = "",
     ) -> str:
         """Seal the files that `fill` writes into an empty folder, and return their content digest.
 
@@ -85,6 +86,7 @@ class Store:
         Args:
             name: key of the call in `about["provenance"]`, under which trained state is placed; None: the content digest. An
                 object of that name that is here, sound and whole stays, with a warning where its content differs.
+            remedy: what would give equal content, for the warning.
 
         Raises:
             StoreError: the disk is full, read-only or failing; no artifact is visible then.
@@ -106,7 +108,7 @@ class Store:
         if known not in (None, digest):
             warnings.warn(
                 f"{name} was made again with other content, {digest[:12]} in place of {known}: what was made from it is from "
-                "the earlier one (deterministic arithmetic would have given equal bits)",
+                f"the earlier one ({remedy or 'deterministic arithmetic would have given equal bits'})",
                 stacklevel=3,
             )
         return digest

@@ -52,7 +52,7 @@ def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollout
     """
     from torch import Tensor
 
-    from stages.training import threads
+    from stages.training import arithmetic
     from stages.training.batching import Batch
     from stages.training.forward import completion_logprobs, sampling_temperature
     from stages.training.loop import reference_model, resident_engine, score_rows
@@ -60,7 +60,7 @@ def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollout
     started = time.perf_counter()
     temperature = sampling_temperature(outputs)
     keys, rows = rows_of(outputs)
-    with threads(config.training.threads):
+    with arithmetic(config.training):
         engine = resident_engine(policy, config.training)
 
         def under(model: Any) -> list[list[float]]:
@@ -99,7 +99,7 @@ def score_reference(reference: Checkpoint, outputs: Rollouts, config: LogprobsCo
     import torch
     from torch import Tensor
 
-    from stages.training import threads
+    from stages.training import arithmetic
     from stages.training.adapters import load_trainable
     from stages.training.batching import Batch
     from stages.training.engine import autocast
@@ -110,7 +110,7 @@ def score_reference(reference: Checkpoint, outputs: Rollouts, config: LogprobsCo
     started, device, training = time.perf_counter(), training_device(), config.training
     temperature = sampling_temperature(outputs)
     keys, rows = rows_of(outputs)
-    with threads(training.threads), peak_memory() as peak:
+    with arithmetic(training), peak_memory() as peak:
         model = load_trainable(reference, training, torch.float32)[0].to(device).requires_grad_(False)
 
         def score(batch: Batch) -> Tensor:

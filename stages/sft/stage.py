@@ -77,7 +77,7 @@ def supervised_finetuning(
         ValueError: fewer demonstrations than one batch holds, or one longer than the model's window.
     """
     from stages.training.batching import Row
-    from stages.training.hardware import threads
+    from stages.training.hardware import arithmetic
     from stages.training.loop import publish, resident_engine, train
     from stages.training.optimizers import trained_values
 
@@ -85,7 +85,7 @@ def supervised_finetuning(
     rows = [Row(*ids) for ids in encoded]
     if len(rows) < config.batch_size:
         raise ValueError(f"{len(rows)} demonstrations are fewer than a batch of {config.batch_size}")
-    with threads(config.training.threads):
+    with arithmetic(config.training):
         engine = resident_engine(policy, config.training.override({"optimizer_state": "none"}))
         started, skipped, curve = time.perf_counter(), engine.skipped, Curve(config)
         for step in train(engine, _steps(engine, rows, config, curve), lambda part: sft_loss(engine, part)):

@@ -8,7 +8,7 @@ from stages.training.config import (
     TorchEngineConfig,
     TrainingConfig,
 )
-from stages.training.hardware import native_bf16, threads
+from stages.training.hardware import arithmetic, native_bf16, threads
 
 __all__ = [
     "AdamWConfig",
@@ -17,6 +17,7 @@ __all__ = [
     "MuonConfig",
     "TorchEngineConfig",
     "TrainingConfig",
+    "arithmetic",
     "native_bf16",
     "threads",
 ]

@@ -191,6 +191,10 @@ class TrainingConfig(Config):
     less memory (one hidden state per layer and token). The same values and gradients."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "eager"
     """Attention implementation; eager has the faster backward at small sizes on a CPU."""
+    deterministic: bool = False
+    """Compute with kernels that add in a fixed order, so that an update made again has equal bits on the same kind and number
+    of GPUs with the same packages. It is slower, and an operation without such a kernel is an error. On a CPU updates have
+    equal bits without it. False on a GPU: an update that is replayed may differ in its last bits, with a warning."""
     threads: PositiveInt | None = None
     """Torch threads on a CPU (None: torch's default). They change the order of sums, and so the last bits."""
 
@@ -210,8 +214,6 @@ class TrainingConfig(Config):
         return self
 
     def key(self) -> dict[str, Any]:
-        """Without an adapter as it was before there were any."""
-        parts = super().key()
-        if self.adapter is None:
-            del parts["adapter"]
-        return parts
+        """Without an adapter, and in no fixed order, as it was before there were such choices."""
+        before = {"adapter": None, "deterministic": False}
+        return {name: value for name, value in super().key().items() if name not in before or value != before[name]}

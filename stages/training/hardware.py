@@ -5,14 +5,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
+
+from pipeline.config import ConfigError
+from pipeline.store.context import current_call
 
 if TYPE_CHECKING:
     import torch
 
+    from stages.training.config import TrainingConfig
+
+_WORKSPACES: Final = "CUBLAS_WORKSPACE_CONFIG"
+_FIXED: Final = (":4096:8", ":16:8")
+"""Settings of cuBLAS's work space under which its products have a fixed order of sums on any number of streams."""
 _KIB_A_MIB = 1024
 _BYTES_A_MIB = 1 << 20
 
@@ -34,7 +43,12 @@ def training_device() -> str:
     """Return `cuda` where there is one, else `cpu`."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        # cuBLAS reads it once, and a stage may ask for a fixed order after another one has computed. It costs 32 MiB.
+        os.environ.setdefault(_WORKSPACES, _FIXED[0])
+    return "cuda"
 
 
 def inference_dtype(chosen: Literal["auto", "bfloat16", "float32"]) -> torch.dtype:
@@ -57,6 +71,60 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def arithmetic(training: TrainingConfig) -> Iterator[None]:
+    """Run the block with the threads, and the order of sums, that a training is configured with."""
+    with threads(training.threads), fixed_order(training.deterministic):
+        yield
+
+
+@contextlib.contextmanager
+def fixed_order(wanted: bool) -> Iterator[None]:
+    """Run the block with kernels whose sums have a fixed order, and restore what was set before (`training.deterministic`).
+
+    Products stay float32 where they are (no TF32). Attention: torch's own kernels and flash-attn 2.4.1 or later have a backward
+    of this kind.
+
+    Raises:
+        ConfigError: CUDA began without what cuBLAS needs for it, or an operation of the block has no such kernel.
+    """
+    import torch
+
+    cuda, call = training_device() == "cuda", current_call()
+    if not wanted:
+        if cuda and call is not None:
+            call.remedy = "set training.deterministic=true for equal bits on a GPU"
+        yield
+        return
+    if cuda and os.environ.get(_WORKSPACES) not in _FIXED:
+        raise ConfigError(
+            f"training.deterministic: expected {_WORKSPACES} to be one of {', '.join(_FIXED)} in the environment before CUDA "
+            f"begins, found {os.environ.get(_WORKSPACES)}; export {_WORKSPACES}={_FIXED[0]} and start again"
+        )
+    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    precision, flash = torch.get_float32_matmul_precision(), os.environ.get("FLASH_ATTENTION_DETERMINISTIC")
+    cudnn = torch.backends.cudnn
+    try:
+        torch.use_deterministic_algorithms(True)
+        torch.set_float32_matmul_precision("highest")
+        os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # transformers reads it at every call
+        with cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    except RuntimeError as error:
+        if "torch.use_deterministic_algorithms" not in str(error):
+            raise
+        raise ConfigError(
+            f"training.deterministic: {str(error).partition(',')[0]}; set training.attention to eager or sdpa if it is part of "
+            "attention, else training.deterministic to false"
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+        torch.set_float32_matmul_precision(precision)
+        os.environ.pop("FLASH_ATTENTION_DETERMINISTIC", None)
+        if flash is not None:
+            os.environ["FLASH_ATTENTION_DETERMINISTIC"] = flash
 
 
 @dataclasses.dataclass

@@ -19,11 +19,12 @@ from pipeline.events import Event, recording
 from pipeline.progress import listen
 from pipeline.stage import record_metrics, stage
 from pipeline.store import PrunedArtifactError, Store, use_store
+from pipeline.store.context import current_call
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is not there .* replaying", "ignore:.*computing it again")
 ran: list[int] = []
-bits = {"noise": "", "fails at": ""}
-"""Changed, `noise` stands for hardware without a fixed order of sums."""
+bits = {"noise": "", "fails at": "", "remedy": ""}
+"""Changed, `noise` stands for hardware without a fixed order of sums, and `remedy` for what is done about it."""
 
 
 class Numbers(Table):
@@ -58,6 +59,8 @@ def learn(weights: Weights | None, numbers: Numbers, config: Learning) -> Weight
     ran.append(number)
     workers.append(config.workers)
     record_metrics({"learned": number})
+    if (call := current_call()) is not None:
+        call.remedy = bits["remedy"]
 
     def fill(folder: Path) -> None:
         (folder / "weights").write_text(f"{before}{number}{bits['noise']}")
@@ -185,6 +188,18 @@ def test_bits_that_differ_are_a_warning_and_stay_in_the_record(
     after = replaying.action(made[1].digest)
     assert after == record | {"content": made[1].content, "earlier": [before]}
     assert made[1].content != before
+
+
+@pytest.mark.parametrize(("remedy", "said"), [("", r"\(deterministic arithmetic"), ("turn it off", r"\(turn it off\)")])
+def test_bits_that_differ_name_the_remedy_that_the_call_knows(
+    replaying: Store, monkeypatch: pytest.MonkeyPatch, remedy: str, said: str
+) -> None:
+    made = chain(2)
+    replaying.prune(made[1].digest)
+    monkeypatch.setitem(bits, "noise", "~")
+    monkeypatch.setitem(bits, "remedy", remedy)
+    with pytest.warns(UserWarning, match=rf"made again with other content, .*{said}"):
+        _ = made[1].path
 
 
 def test_settings_outside_the_key_are_never_a_records(replaying: Store) -> None:

@@ -1,4 +1,4 @@
-"""The peak of a block of work is the block's own."""
+"""The peak of a block of work is the block's own, and so is the order in which it adds."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from stages.training.hardware import peak_memory
+from pipeline.config import ConfigError
+from pipeline.store.context import Call, running
+from stages.training import TrainingConfig
+from stages.training.hardware import fixed_order, peak_memory, training_device
+
+FLASH, WORKSPACES = "FLASH_ATTENTION_DETERMINISTIC", "CUBLAS_WORKSPACE_CONFIG"
 
 
 def touch(mib: int) -> None:
@@ -50,3 +56,112 @@ def test_without_a_reset_the_mark_is_the_highest_since_the_start(monkeypatch: py
         pass
     resident_now = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
     assert peak.mib >= resident_now + 64
+
+
+def order_of_sums() -> tuple[object, ...]:
+    """All that decides in which order, and how exactly, a device adds."""
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.deterministic,
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.allow_tf32,
+        torch.get_float32_matmul_precision(),
+        os.environ.get(FLASH),
+    )
+
+
+FIXED = (True, False, True, False, False, "highest", "1")
+
+
+@pytest.fixture
+def other_settings(monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
+    """Settings that are neither torch's defaults nor those of a fixed order."""
+    monkeypatch.setenv(FLASH, "0")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield order_of_sums()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_fixed_order_holds_in_its_block_only(other_settings: tuple[object, ...]) -> None:
+    with fixed_order(True):
+        assert order_of_sums() == FIXED
+        with fixed_order(False):
+            assert order_of_sums() == FIXED
+    assert order_of_sums() == other_settings == (True, True, False, True, True, "high", "0")
+
+
+def test_a_fixed_order_ends_with_a_block_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FLASH, raising=False)
+    before = order_of_sums()
+    with pytest.raises(ZeroDivisionError), fixed_order(True):
+        _ = 1 / 0
+    with pytest.raises(RuntimeError, match="out of memory"), fixed_order(True):
+        raise RuntimeError("out of memory")
+    assert order_of_sums() == before
+    assert FLASH not in os.environ
+
+
+def add_in_any_order() -> None:
+    """Two values for one place: torch has no fixed order for it on any device."""
+    torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
+
+
+def test_an_operation_without_a_fixed_order_is_named_with_what_to_set() -> None:
+    add_in_any_order()
+    before = order_of_sums()
+    with pytest.raises(ConfigError, match=r"training\.deterministic: put_ .*training\.attention"), fixed_order(True):
+        add_in_any_order()
+    assert order_of_sums() == before
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA device that has not begun, of which only the environment is looked at."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv(WORKSPACES, "")
+    monkeypatch.delenv(WORKSPACES)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_cublas_gets_its_work_space_before_cuda_begins() -> None:
+    assert training_device() == "cuda"
+    assert os.environ[WORKSPACES] == ":4096:8"
+    with fixed_order(True):
+        assert order_of_sums() == FIXED
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("found", [None, ":4096:2:16:8"])
+def test_a_work_space_without_a_fixed_order_is_refused(monkeypatch: pytest.MonkeyPatch, found: str | None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    if found is not None:
+        monkeypatch.setenv(WORKSPACES, found)
+    before = order_of_sums()
+    with pytest.raises(ConfigError, match=rf"{WORKSPACES}.*found {found}"), fixed_order(True):
+        pytest.fail("it has begun")
+    assert order_of_sums() == before
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "remedy"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
+)
+def test_only_a_gpu_without_a_fixed_order_has_a_remedy(
+    request: pytest.FixtureRequest, device: str, wanted: bool, remedy: bool
+) -> None:
+    if device == "cuda":
+        request.getfixturevalue("gpu")
+    call = Call("stage", "1", {})
+    with running(call), fixed_order(wanted):
+        pass
+    assert ("training.deterministic" in call.remedy) is remedy
+
+
+def test_only_a_fixed_order_that_is_asked_for_is_part_of_the_key() -> None:
+    assert "deterministic" not in TrainingConfig().key()
+    assert TrainingConfig(deterministic=True).key() == TrainingConfig().key() | {"deterministic": True}

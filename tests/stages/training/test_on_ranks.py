@@ -6,6 +6,7 @@ import functools
 import itertools
 import re
 import resource
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.config import ConfigError
 from pipeline.derivation.materialise import materialise
 from pipeline.progress import listen
 from pipeline.residency import evict
@@ -26,7 +28,17 @@ from pipeline.store.context import writing_payloads
 from pipeline.workers.group import WorkerError
 from stages.critic import CriticConfig, estimate_values, update_critic
 from stages.logprobs import LogprobsConfig, compare_policies
-from stages.models import Checkpoint, RewardKind, load_model, load_tokenizer, load_trainer_state, model_weights
+from stages.models import (
+    Checkpoint,
+    RewardKind,
+    code_files,
+    load_model,
+    load_tokenizer,
+    load_trainer_state,
+    model_weights,
+    trust,
+)
+from stages.models.trusted_code import code_digest
 from stages.reward_model import ScoringConfig, score_outputs
 from stages.reward_training import BradleyTerryConfig, PointwiseConfig, RewardTrainingConfig, train_reward_model
 from stages.sft import SFTConfig, supervised_finetuning
@@ -37,6 +49,7 @@ from stages.training.ranks import ADDRESS
 from stages.update import GRPOConfig, UpdateConfig, update_policy
 from tests.stages.critic.worlds import outspoken_critic
 from tests.stages.critic.worlds import tables as returns
+from tests.stages.models.hub import describe
 from tests.stages.reward_training.worlds import label_rows, labels, outputs_of, outspoken, rules_of
 from tests.stages.sft.test_sft import demonstrations, new_policy
 from tests.stages.training.groups import apart, gone, on_two_ranks, rank_processes, training
@@ -387,6 +400,58 @@ def test_what_is_wrong_with_the_data_is_said_as_by_one_rank(shared: Store) -> No
         return str(raised.value)
 
     assert complaint(on_two_ranks()) == complaint(ONE_RANK)
+
+
+UNORDERED = """
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+
+class Config(Qwen2Config):
+    model_type = "cohort_unordered"
+
+
+class Model(Qwen2ForCausalLM):
+    config_class = Config
+
+    def forward(self, *args, **kwargs):
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
+        return super().forward(*args, **kwargs)
+"""
+
+
+def unordered_policy() -> Checkpoint:
+    """The tiny policy, with an operation in its forward that torch has no fixed order for."""
+    plain = tiny_policy(0)
+
+    def fill(folder: Path) -> None:
+        for name in ("config.json", "model.safetensors"):
+            shutil.copyfile(plain.path / name, folder / name)
+        (folder / "own.py").write_text(UNORDERED)
+        classes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+        describe(
+            folder, "config.json", model_type="cohort_unordered", architectures=["OwnForCausalLM"], auto_map=classes
+        )
+
+    made = Checkpoint.write(fill)
+    trust(code_digest(code_files(made.path)))
+    return made
+
+
+@pytest.mark.parametrize("engine", [ONE_RANK, on_two_ranks(2)], ids=["one rank", "two ranks"])
+def test_an_update_in_a_fixed_order_refuses_what_has_none(shared: Store, engine: Engine) -> None:
+    (outputs, advantages), policy = exploration(), unordered_policy()
+
+    def update(start: Checkpoint, *, fixed: bool) -> Checkpoint:
+        how = training(engine, deterministic=fixed)
+        config = UpdateConfig(training=how, micro_batch_tokens=24)
+        return update_policy(start, start, outputs, advantages, config, seed=0)
+
+    plain = tiny_policy(0)
+    assert apart(update(plain, fixed=True), update(plain, fixed=False)) < 1e-6
+    assert update(policy, fixed=False).content, "what was fixed before is not now"
+    with pytest.raises(ConfigError, match=r"training\.deterministic: put_"):
+        update(policy, fixed=True)
 
 
 def test_an_engine_for_several_ranks_is_refused_outside_of_their_group(shared: Store) -> None:

@@ -17,7 +17,7 @@ from flows.algorithm.data import limit_data, prepare_data
 from flows.algorithm.models import base_model, initial_policy
 from flows.algorithm.preflight import preflight
 from flows.algorithm.rewards import first_reward_models, measure_drift, reward_outputs, train_on
-from flows.algorithm.sampling import derived_seed, explore, reference_evidence, token_evidence
+from flows.algorithm.sampling import Mismatches, derived_seed, explore, reference_evidence, token_evidence
 from flows.config import IterativeRLConfig
 from flows.runs.checkpoints import Checkpoints, written
 from flows.runs.points import evaluation_done, step_done
@@ -28,8 +28,8 @@ from stages.evaluation import evaluate
 from stages.models import Checkpoint
 from stages.reward import count_votes, score
 from stages.rollout import rollout
-from stages.tables import Questions
-from stages.update import MismatchError, check_mismatch, update_policy
+from stages.tables import Questions, Rollouts
+from stages.update import MismatchError, update_policy
 
 
 # fmt: off
@@ -46,6 +46,7 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
     evaluate_policy(config, policy, data.evaluation, step=0)
     last = config.iterations * config.steps
     checkpoints = Checkpoints(config.checkpoint, last=last, always=config.looks_back_at)
+    limits = Mismatches(config)
     for iteration in range(config.iterations):                                                             # line 2
         reference = policy                                                                                 # line 3
         for step in range(iteration * config.steps, (iteration + 1) * config.steps):                       # line 4
@@ -57,9 +58,9 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
             evidence = token_evidence(config, policy, reference, critic, outputs)
             advantages = estimate_advantages(rewards, outputs, config.advantage, *evidence)                # line 9
             scored = reference_evidence(config, policy, reference, outputs)
-            with checkpoints.at(step + 1), naming(step + 1):
-                policy = update_policy(policy, scored or reference, outputs, advantages, config.update, seed=seed)  # line 10
-                check_mismatch(policy.metrics, config.update.mismatch)
+            with checkpoints.at(step + 1), naming(step + 1, outputs):
+                policy = update_policy(policy, scored or reference, outputs, advantages, limits.update, seed=seed)  # line 10
+                limits.check(policy)
                 if critic and config.critic:
                     critic = update_critic(critic, outputs, advantages, config.critic, seed=seed)
             step_done(step + 1, iteration, policy, outputs, rewards, gauges, advantages, scored, critic)
@@ -85,11 +86,18 @@ def evaluate_policy(config: IterativeRLConfig, policy: Checkpoint, sets: dict[st
 
 
 @contextlib.contextmanager
-def naming(step: int) -> Iterator[None]:
-    """Name the step in an error that engine and trainer disagree; a group of ranks passes it on as a ValueError."""
+def naming(step: int, outputs: Rollouts) -> Iterator[None]:
+    """Name the step and its outputs in an error that engine and trainer disagree.
+
+    A group of ranks passes that error on as a ValueError.
+    """
     try:
         yield
     except ValueError as error:
         if isinstance(error, MismatchError) or MismatchError.__name__ in getattr(error.__cause__, "kinds", ()):
-            raise MismatchError(f"step {step}: {error}") from error
+            name = outputs.digest[:12]
+            raise MismatchError(
+                f"step {step}: {error}. The outputs are recorded: after `cohort forget {name}` (with dynamic_sampling, of the "
+                f"rollouts that `cohort lineage {name}` names) the same command samples them again, by another engine"
+            ) from error
         raise

@@ -1,4 +1,7 @@
-"""Lines 5 to 7 of Algorithm 1: questions drawn, outputs sampled; or the other data sources of Table 10 in their place."""
+"""Lines 5 to 7 of Algorithm 1: questions drawn, outputs sampled; or the other data sources of Table 10 in their place.
+
+And whether what sampled them had the policy's weights (`Mismatches`).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from stages.rollout import rollout
 from stages.selection import keep_informative
 from stages.sft import demonstrated_outputs
 from stages.tables import Logprobs, Questions, ReferenceLogprobs, Rollouts, Values
+from stages.update import DIVERGENCE, UpdateConfig, check_mismatch, staleness_limit
 
 
 def derived_seed(seed: int, purpose: object) -> int:
@@ -84,3 +88,35 @@ def _replace_agreeing_groups(
         drawn.append(rollout(sampler, questions, config.prompt, config.rollout, seed=seed))
         rewards.append(score(drawn[-1], data.train, config.reward))
     return keep_informative(drawn, rewards, size=config.questions_per_step)
+
+
+class Mismatches:
+    """Compare rollout engine and trainer at every step of a run, by the limits of `update.mismatch`."""
+
+    def __init__(self, config: IterativeRLConfig) -> None:
+        self._update = config.update
+        backend, training = config.rollout.backend, config.update.training
+        self._auto = config.update.mismatch.max_kl == "auto"
+        self._limited = self._auto and config.update.measures_mismatch and backend.kind != "hf"
+        self._exact = backend.dtype == "float32" and training.precision == "fp32"
+        self._first: float | None = None
+        """Divergence at the first update that measured one."""
+
+    @property
+    def update(self) -> UpdateConfig:
+        """Return the update's configuration, with the number that `max_kl: auto` is at this step."""
+        if not self._auto:
+            return self._update
+        limit = staleness_limit(self._first, exact=self._exact) if self._limited else None
+        mismatch = self._update.mismatch.model_copy(update={"max_kl": limit})
+        return self._update.model_copy(update={"mismatch": mismatch})
+
+    def check(self, policy: Checkpoint) -> None:
+        """Compare the figures of the update that made `policy`, which may have been computed under other limits.
+
+        Raises:
+            MismatchError: a limit is passed.
+        """
+        check_mismatch(policy.metrics, self.update.mismatch)
+        if self._first is None:
+            self._first = policy.metrics.get(DIVERGENCE)

@@ -1,7 +1,7 @@
 """Policy update (Algorithm 1, line 10): mu passes over one exploration stage, maximising an objective of the paradigm."""
 
 from stages.update.config import MismatchLimits, NoCorrectionConfig, TruncatedCorrectionConfig, UpdateConfig
-from stages.update.metrics import MismatchError, check_mismatch
+from stages.update.metrics import DIVERGENCE, MismatchError, check_mismatch, staleness_limit
 from stages.update.objectives import (
     CISPOConfig,
     DAPOConfig,
@@ -21,6 +21,7 @@ from stages.update.objectives import (
 from stages.update.stage import update_policy
 
 __all__ = [
+    "DIVERGENCE",
     "CISPOConfig",
     "DAPOConfig",
     "DPOConfig",
@@ -41,5 +42,6 @@ __all__ = [
     "TruncatedCorrectionConfig",
     "UpdateConfig",
     "check_mismatch",
+    "staleness_limit",
     "update_policy",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from stages.update.config import MismatchLimits
 
@@ -37,17 +37,18 @@ def check_mismatch(figures: Mapping[str, float], limits: MismatchLimits) -> None
     Raises:
         MismatchError: a limit is passed.
     """
+    given = limits.given
     wrong = [
-        f"{what} {found:.3g} is above update.mismatch.{name}={limit:g}"
-        for what, found, name, limit in (
-            ("a mean difference of nats per token of", figures.get(MEAN), "max_mean", limits.max_mean),
-            ("a divergence in nats per token of", figures.get(DIVERGENCE), "max_kl", limits.max_kl),
+        f"{what} {found:.3g} is above update.mismatch.{name}={given[name]:g}"
+        for what, found, name in (
+            ("a mean difference of nats per token of", figures.get(MEAN), "max_mean"),
+            ("a divergence in nats per token of", figures.get(DIVERGENCE), "max_kl"),
         )
-        if limit is not None and found is not None and not found <= limit
+        if name in given and found is not None and not found <= given[name]
     ]
     share = figures.get(EFFECTIVE)
-    if limits.min_ess is not None and share is not None and not share >= limits.min_ess:
-        least = f"update.mismatch.min_ess={limits.min_ess:g}"
+    if "min_ess" in given and share is not None and not share >= given["min_ess"]:
+        least = f"update.mismatch.min_ess={given['min_ess']:g}"
         wrong.append(f"an effective sample size of {share:.3g} of the outputs is below {least}")
     if wrong:
         raise MismatchError(
@@ -57,6 +58,32 @@ def check_mismatch(figures: Mapping[str, float], limits: MismatchLimits) -> None
             "or report log-probabilities at another temperature? Fix that and sample again; or weigh the outputs by it "
             "(update.correction.kind=truncated), or change the limit"
         )
+
+
+class _Span(NamedTuple):
+    """Bound `update.mismatch.max_kl=auto`, in nats per token."""
+
+    factor: float
+    """Of the first update's divergence."""
+    least: float
+    most: float
+
+
+_ROUNDED: Final = _Span(10.0, 2e-3, 0.05)
+"""In bfloat16 rounding grows with the logits: larger models begin with more, and flat policies with less than they end with."""
+_EXACT: Final = _Span(1000.0, 1e-9, 1e-3)
+"""In float32 rounding (1e-14 to 1e-12) and one update are decades apart; GPUs may multiply float32 with fewer bits."""
+
+
+def staleness_limit(first: float | None, *, exact: bool) -> float:
+    """Return `max_kl` where it is `auto`: what a divergence of fresh weights stays below.
+
+    Args:
+        first: divergence at the run's first update, whose engine was probed when it started; None: it is to be made.
+        exact: whether engine and trainer both compute in float32.
+    """
+    span = _EXACT if exact else _ROUNDED
+    return span.most if first is None else min(max(span.least, span.factor * first), span.most)
 
 
 @dataclass
@@ -118,7 +145,7 @@ class Mismatch:
         Raises:
             MismatchError: a limit is passed; on all ranks alike.
         """
-        if any(limit is not None for limit in self.limits.model_dump().values()):
+        if self.limits.given:
             check_mismatch(self.figures(engine), self.limits)
 
 

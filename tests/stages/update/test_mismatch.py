@@ -22,6 +22,7 @@ from stages.update import (
     TruncatedCorrectionConfig,
     UpdateConfig,
     check_mismatch,
+    staleness_limit,
     update_policy,
 )
 from stages.update.loss import MiniBatch
@@ -182,6 +183,32 @@ def test_a_figure_beyond_its_limit_is_named_with_what_may_have_caused_it(limits:
         assert cause in str(caught.value)
     check_mismatch(found, MismatchLimits(max_mean=0.02, max_kl=3e-4, min_ess=0.8))
     check_mismatch({}, MismatchLimits(**limits))
+
+
+@pytest.mark.parametrize(
+    ("first", "exact", "limit"),
+    [
+        (None, False, 0.05),
+        (1e-5, False, 0.002),
+        (1e-3, False, 0.01),
+        (0.02, False, 0.05),
+        (None, True, 1e-3),
+        (1e-14, True, 1e-9),
+        (1e-8, True, 1e-5),
+        (1e-5, True, 1e-3),
+    ],
+)
+def test_the_limit_of_staleness_is_a_multiple_between_two_bounds(
+    first: float | None, exact: bool, limit: float
+) -> None:
+    assert staleness_limit(first, exact=exact) == pytest.approx(limit)
+
+
+def test_auto_is_no_number_before_the_run_has_resolved_it() -> None:
+    assert MismatchLimits().given == {}
+    assert MismatchLimits(max_kl=1, min_ess=0.5).given == {"max_kl": 1.0, "min_ess": 0.5}
+    check_mismatch({"rollout/mismatch_kl": 9.0}, MismatchLimits())
+    assert UpdateConfig(objective=RFTConfig()).mismatch.max_kl == "auto", "where nothing is measured it is no error"
 
 
 def test_limits_decide_no_result_and_are_in_no_key() -> None:

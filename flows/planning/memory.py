@@ -120,7 +120,8 @@ def training_memory(
     trained = parameters if config.adapter is None else shape.adapter(config.adapter.r)
     total = parameters + (0 if config.adapter is None else trained)
     state, stage = training_state(total, shape, config, trained), zero_stage_of(config)
-    found = {**state, "reference": FLOAT * total if reference else 0.0}
+    factors = (HALF if config.precision == "bf16" else FLOAT) * (total - parameters)
+    found = {**state, "reference": frozen_bytes(shape, config.precision) + factors if reference else 0.0}
     if stage:
         found["buffers"] = _buffers(trained, shape, stage, ranks_of(config))
     logits = _logits(shape, batch, config.precision, config.max_logits, backward=True) if head else 0.0
@@ -137,13 +138,30 @@ def training_memory(
     return {name: size for name, size in (found | worst).items() if size}
 
 
+def frozen_bytes(shape: ModelShape, precision: str, *, head: bool = True) -> float:
+    """Return the weights of a model that only computes: float32, under bfloat16 without half of those of its linear layers
+    (`stages/training/loop.py: halve_linear_weights`); a tied head and that of a reward model stay as they are."""
+    linear = shape.matrices + (shape.embedding if head and not shape.tied else 0)
+    return FLOAT * float(shape.parameters if head else shape.trunk) - (HALF * linear if precision == "bf16" else 0.0)
+
+
 def scoring_memory(
-    shape: ModelShape, batch: Batch, *, precision: str, attention: str, max_logits: int | None, head: bool = True
+    shape: ModelShape,
+    batch: Batch,
+    *,
+    precision: str,
+    attention: str,
+    max_logits: int | None,
+    head: bool = True,
+    frozen: bool = True,
 ) -> Memory:
-    """Return the peak of a forward pass without gradients: weights, one layer at a time, and the logits."""
-    parameters = shape.parameters if head else shape.trunk
+    """Return the peak of a forward pass without gradients: weights, one layer at a time, and the logits.
+
+    Args:
+        frozen: a reference or a reward model; False: an engine's own model, with its masters.
+    """
     found = {
-        "weights": FLOAT * float(parameters),
+        "weights": frozen_bytes(shape, precision if frozen else "fp32", head=head),
         "activations": 2 * FLOAT * batch.tokens * shape.hidden + _passing(shape, batch, precision, attention),
     }
     if head:

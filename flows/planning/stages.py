@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from flows.config import RewardModelPlan
@@ -40,6 +40,8 @@ _ENGINE_START: Final = 30.0
 """Seconds until a vLLM engine is ready; docs/lab: 31 s on two CPU cores. On a GPU ours, not measured."""
 EVALUATION_CALLS: Final = 4
 """Stage calls of an evaluation of one held-out set in one mode: rollout, score, count_votes, evaluate."""
+_HOST_LINK: Final = 2.5e10
+"""Bytes a second from pinned host memory to a GPU: PCIe 4.0 x16; ours, not measured."""
 _KEY: Final = 40
 """Bytes of question id, sample and offsets of a row."""
 _TEXT: Final = 4
@@ -188,9 +190,14 @@ def critic(given: Given) -> Iterator[StagePlan]:
 
 
 def reference_pass(given: Given) -> StagePlan:
-    """Plan pi_ref in a pass of its own, loaded and freed."""
-    config = given.config.update
-    return _pass(given, "reference", config.training, config.micro_batch_tokens)
+    """Plan pi_ref in a pass of its own: loaded once an iteration, and in host memory between passes."""
+    config, profile = given.config.update, given.machine.profile
+    found = _pass(given, "reference", config.training, config.micro_batch_tokens)
+    loading = FLOAT * given.shape.parameters / (profile.disk if given.gpu else profile.bandwidth)
+    seconds = found.seconds + loading / given.config.steps
+    if given.gpu:  # moved there for the pass
+        return replace(found, seconds=seconds + found.memory["weights"] / _HOST_LINK)
+    return replace(found, seconds=seconds, keeps={"reference": found.memory["weights"]})
 
 
 def reward_models(given: Given, plan: RewardModelPlan) -> Iterator[StagePlan]:
@@ -261,13 +268,17 @@ def _pass(
     lengths, shape, rows, profile = given.lengths, given.shape, given.outputs, given.machine.profile
     batch = Batch.of(rows, lengths.prompt, lengths.longest, budget)
     memory: Memory = scoring_memory(
-        shape, batch, precision=config.precision, attention=config.attention, max_logits=config.max_logits, head=head
+        shape,
+        batch,
+        precision=config.precision,
+        attention=config.attention,
+        max_logits=config.max_logits,
+        head=head,
+        frozen=slot != "critic",
     )
     work = _scored(given, config, rows, budget, head=head)
     disk = table_bytes(rows, lengths.prompt, lengths.output, kind="values")
     seconds = seconds_of(work, profile, shape.hidden, config.precision, threads=config.threads) / ranks_of(config)
-    if not slot:  # loaded for the pass
-        seconds += FLOAT * shape.parameters / profile.bandwidth
     keeps = {slot: memory["weights"]} if slot else {}
     return StagePlan(name, "step", memory, work, seconds + STAGE_CALL, disk, keeps=keeps)
 

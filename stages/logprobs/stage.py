@@ -71,7 +71,7 @@ def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollout
 
             return score_rows(rows, config.micro_batch_tokens, score, engine)
 
-        current, frozen = under(engine.model), under(reference_model(reference, engine, config.training))
+        current, frozen = under(engine.model), under(reference_model(reference, config.training, engine.device))
     compared = with_scores(keys, _UNSOUND, policy=current, reference=frozen)
     record_metrics({"policy/kl_k1": _mean_k1(current, frozen), "time/logprobs": time.perf_counter() - started})
     return Logprobs.write(compared)
@@ -82,11 +82,12 @@ def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollout
 def score_reference(reference: Checkpoint, outputs: Rollouts, config: LogprobsConfig) -> ReferenceLogprobs:
     """Compute log pi_ref(o_t | q, o_<t) of every output token, in the order of `outputs`, for `update_policy` to compare with.
 
-    The model is loaded for the pass and freed after it. Where the update computes all outputs in one mini-batch, with equal
-    `micro_batch_tokens`, its micro-batches are these, and the values are bit for bit those it would compute itself. Where it
-    leaves outputs out (masked by a null advantage, unpaired) or deals them to several mini-batches, micro-batches are made of
-    other rows. That may change the last bits (of 1e-7 in float32; k3 is quadratic in them). At the first step of an iteration
-    the reference is the policy: `update_policy` then takes the policy's own values, and KL is exactly 0.
+    The model is loaded once for all passes of an iteration. Between them it is in host memory, pinned where it is moved to a
+    GPU for a pass. Where the update computes all outputs in one mini-batch, with equal `micro_batch_tokens`, its micro-batches
+    are these, and the values are bit for bit those it would compute itself. Where it leaves outputs out (masked by a null
+    advantage, unpaired) or deals them to several mini-batches, micro-batches are made of other rows. That may change the last
+    bits (of 1e-7 in float32; k3 is quadratic in them). At the first step of an iteration the reference is the policy:
+    `update_policy` then takes the policy's own values, and KL is exactly 0.
 
     Args:
         reference: pi_ref.
@@ -96,28 +97,27 @@ def score_reference(reference: Checkpoint, outputs: Rollouts, config: LogprobsCo
     Raises:
         ValueError: outputs of several temperatures or greedy ones, or a log-probability that is not finite, by its row.
     """
-    import torch
     from torch import Tensor
 
     from stages.training import arithmetic
-    from stages.training.adapters import load_trainable
     from stages.training.batching import Batch
     from stages.training.engine import autocast
     from stages.training.forward import completion_logprobs, sampling_temperature
     from stages.training.hardware import peak_memory, training_device
-    from stages.training.loop import score_rows
+    from stages.training.loop import on_device, reference_model, score_rows
 
     started, device, training = time.perf_counter(), training_device(), config.training
     temperature = sampling_temperature(outputs)
     keys, rows = rows_of(outputs)
     with arithmetic(training), peak_memory() as peak:
-        model = load_trainable(reference, training, torch.float32)[0].to(device).requires_grad_(False)
+        model = reference_model(reference, training, "cpu")
 
         def score(batch: Batch) -> Tensor:
             with autocast(device, training):
                 return completion_logprobs(model, batch.to(device), temperature, max_logits=training.max_logits).logp_BO
 
-        found = score_rows(rows, config.micro_batch_tokens, score)
+        with on_device(model, device):
+            found = score_rows(rows, config.micro_batch_tokens, score)
     scored = with_scores(keys, _UNSOUND, reference=found)
     record_metrics({"time/reference": time.perf_counter() - started, "memory/reference_mb": peak.mib})
     return ReferenceLogprobs.write(scored)

@@ -43,7 +43,8 @@ class ScoringConfig(Config):
     micro_batch_tokens: int = Field(16384, ge=1)
     """Padded tokens per forward; bounds memory and changes no result but in its last bits."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Precision of the trunk's matrix products; parameters and the head are float32 in both. On a CPU without bfloat16
+    """Precision of the trunk's matrix products, in which the weights of its linear layers are kept; all other parameters and
+    the head are float32 in both. On a CPU without bfloat16
     instructions fp32 is far faster (`training.native_bf16`)."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "eager"
     """Attention implementation."""
@@ -193,16 +194,21 @@ def _scores_of(checkpoint: Checkpoint, inputs: Sequence[_Input], config: Scoring
 
 
 def _resident(checkpoint: Checkpoint, config: ScoringConfig, device: str) -> torch.nn.Module:
-    """Load the model, frozen; one of each kind stays in memory."""
-
+    """Load the model, frozen, its linear layers in the precision of their products; one of each kind stays in memory."""
     import torch
+
+    from stages.training.loop import halve_linear_weights
+    from stages.training.scores import score_head
 
     def load() -> torch.nn.Module:
         model: torch.nn.Module = load_model(checkpoint, dtype=torch.float32, attention=config.attention)
-        return model.to(device).requires_grad_(False)
+        model.requires_grad_(False)
+        if config.precision == "bf16":
+            halve_linear_weights(model, spared=[score_head(model)])
+        return model.to(device)
 
     slot = {"outcome": "reward_model", "process": "process_reward_model"}[reward_kind(checkpoint)]
-    return resident(slot, (checkpoint.state, device, config.attention), load)
+    return resident(slot, (checkpoint.state, config.precision, device, config.attention), load)
 
 
 def _places(row: Mapping[str, Any], kind: RewardKind) -> list[int]:

@@ -6,10 +6,11 @@ add up.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, TypeVar, assert_never
+from typing import Any, Final, TypeVar, assert_never
 
 import torch
 from torch import Tensor
@@ -59,19 +60,60 @@ def _make_engine(checkpoint: Checkpoint, config: TrainingConfig) -> Engine:
             assert_never(unknown)
 
 
-def reference_model(reference: Checkpoint, like: Engine, config: TrainingConfig) -> torch.nn.Module:
-    """Return pi_ref, frozen and kept for as long as it is the reference; its parameters have the dtype of the engine's.
+def reference_model(reference: Checkpoint, config: TrainingConfig, place: str) -> torch.nn.Module:
+    """Return pi_ref, frozen and kept for as long as it is the reference, in host memory (`cpu`) or on a device.
+
+    Masters are float32, as an engine's; under bfloat16 its linear layers have what autocast makes of theirs. What it computes
+    in host memory on CUDA, it computes inside `on_device`: there its memory is pinned.
 
     An adapted policy is computed as the engine computes its own (W x + s B A x). The base under a disabled adapter would be the
     policy before any training, and the rounding of merged weights a KL above 0.
     """
-    dtype = next(like.model.parameters()).dtype
 
     def load() -> torch.nn.Module:
-        model: torch.nn.Module = load_trainable(reference, config, dtype)[0]
-        return model.to(like.device).requires_grad_(False)
+        model: torch.nn.Module = load_trainable(reference, config, torch.float32)[0]
+        model.requires_grad_(False)
+        if config.precision == "bf16":
+            halve_linear_weights(model)
+        if place == "cpu" and torch.cuda.is_available():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = tensor.data.pin_memory()
+        return model.to(place)
 
-    return resident("reference", (reference.state, dtype, like.device, config.attention, config.adapter), load)
+    return resident("reference", (reference.state, config.precision, place, config.attention, config.adapter), load)
+
+
+def halve_linear_weights(model: torch.nn.Module, *, spared: Collection[torch.nn.Module] = ()) -> None:
+    """Keep the weights of linear layers of a frozen model in bfloat16, to which autocast casts them in every pass.
+
+    The products have the same bits. Embeddings, weights that are tied to one, norms and biases stay float32.
+
+    Args:
+        spared: layers that compute outside of autocast.
+    """
+    linear = {module for module in model.modules() if type(module) is torch.nn.Linear} - {*spared}
+    others = (module for module in model.modules() if module not in linear)
+    tied = {id(weight) for module in others for weight in module.parameters(recurse=False)}
+    for module in linear:
+        if id(module.weight) not in tied:
+            module.weight.data = module.weight.data.to(torch.bfloat16)
+
+
+@contextlib.contextmanager
+def on_device(model: torch.nn.Module, device: str) -> Iterator[None]:
+    """Have a frozen model on a device inside the block, and afterwards in the memory where it was: nothing is copied back."""
+    tables: list[dict[str, Any]] = [
+        table for module in model.modules() for table in (module._parameters, module._buffers)
+    ]
+    places = [
+        (table, name, tensor, tensor.data) for table in tables for name, tensor in table.items() if tensor is not None
+    ]
+    try:
+        model.to(device, non_blocking=True)
+        yield
+    finally:
+        for table, name, tensor, data in places:
+            tensor.data, table[name] = data, tensor  # `to` moves the data of a tensor, or puts another in its place
 
 
 def train(

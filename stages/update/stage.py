@@ -150,7 +150,7 @@ def _compare(
     from stages.training.loop import reference_model
 
     if reference.state != policy.state:
-        mini_batch.compare_with(reference_model(reference, engine, config.training), engine)
+        mini_batch.compare_with(reference_model(reference, config.training, engine.device), engine)
     elif single:
         mini_batch.take_policy_as_reference()
     else:

@@ -9,6 +9,7 @@ from flows.planning.memory import (
     hf_memory,
     kept_by_layer,
     room_of_keys,
+    scoring_memory,
     side_by_side,
     token_bytes,
     training_memory,
@@ -86,6 +87,18 @@ def test_a_reference_in_memory_is_four_bytes_a_parameter() -> None:
     batch = Batch(1, 10, 10)
     without, with_it = (training_memory(SEVEN_B, config(), batch, reference=there) for there in (False, True))
     assert sum(with_it.values()) - sum(without.values()) == 4 * SEVEN_B.parameters
+
+
+def test_under_bf16_a_reference_has_two_bytes_for_what_linear_layers_hold() -> None:
+    """30 layers of 4 H H + 3 H I and the head V H; H 4,096, I 11,008, V 102,400."""
+    half = 30 * (4 * 4096**2 + 3 * 4096 * 11_008) + 102_400 * 4096
+    found = training_memory(SEVEN_B, config(precision="bf16"), Batch(1, 10, 10), reference=True)
+    assert found["reference"] == 4 * SEVEN_B.parameters - 2 * half
+    batch, how = Batch(1, 10, 10), {"precision": "bf16", "attention": "eager", "max_logits": None}
+    assert scoring_memory(SEVEN_B, batch, **how)["weights"] == found["reference"]
+    assert scoring_memory(SEVEN_B, batch, frozen=False, **how)["weights"] == 4 * SEVEN_B.parameters
+    model = scoring_memory(SEVEN_B, batch, head=False, **how)["weights"]  # a reward model's head stays float32
+    assert model == 4 * SEVEN_B.trunk - 2 * (half - 102_400 * 4096)
 
 
 def test_writing_a_checkpoint_gathers_the_moments_on_every_rank() -> None:

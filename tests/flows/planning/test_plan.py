@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -16,11 +17,25 @@ def test_the_first_and_the_last_policy_are_evaluated_whatever_is_due() -> None:
 
 def test_what_others_keep_stands_beside_a_stage(planned: Planned) -> None:
     """While outputs are sampled the trainer has its weights and moments, the reference its weights; not the other way round."""
-    plan = planned("arithmetic_cpu")
+    plan = planned("arithmetic_cpu", "update.training.precision=fp32")
     policy = plan.given.shape.parameters
     assert one(plan, "rollout").held == (4 + 12 + 4) * policy  # ZeRO 1 has masters of its own
     assert one(plan, "update").held == one(plan, "rollout").memory["weights"]
     assert one(plan, "sft").held == 0
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_reference_pass_loads_its_model_once_an_iteration(planned: Planned, gpu: bool) -> None:
+    """On a CPU it stays in memory; a GPU gets it anew for every pass, over 25 GB a second."""
+    where: dict[str, Any] = {"gpus": 8, "gpu_memory": 80.0} if gpu else {}
+    recipe = "deepseekmath_7b" if gpu else "gsm8k_cpu"
+    few, many = (planned(recipe, f"steps={steps}", "reference_pass=stage", **where) for steps in (2, 8))
+    profile, weights = few.given.machine.profile, one(few, "reference").memory["weights"]
+    loading = 4 * few.given.shape.parameters / (profile.disk if gpu else profile.bandwidth)
+    assert one(few, "reference").seconds - one(many, "reference").seconds == pytest.approx(loading * (1 / 2 - 1 / 8))
+    moving = weights / 2.5e10 if gpu else 0.0
+    assert one(many, "reference").seconds > loading / 8 + moving
+    assert one(few, "reference").keeps == ({} if gpu else {"reference": weights})
 
 
 def test_the_papers_recipe_plans_without_its_model(planned: Planned) -> None:

@@ -16,6 +16,7 @@ from stages.logprobs import LogprobsConfig, compare_policies, score_reference
 from stages.models import WEIGHTS, Checkpoint, load_model
 from stages.tables import Advantages, ReferenceLogprobs, Rollouts
 from stages.training import AdamWConfig, TrainingConfig
+from stages.training.adapters import load_trainable
 from stages.training.loop import publish, resident_engine
 from stages.update import DPOConfig, GRPOConfig, UpdateConfig, update_policy
 from tests.stages.rows import advantage_row, rollout_row
@@ -241,6 +242,24 @@ def test_a_pass_serves_every_objective_that_reads_the_reference(store: Store) ->
             for given in (reference, twin(reference))
         ]
         assert first[0].content == first[1].content, objective.kind
+
+
+def test_the_reference_of_an_iteration_is_loaded_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+
+    def load(checkpoint: Checkpoint, *args: Any) -> Any:
+        loaded.append(checkpoint.digest)
+        return load_trainable(checkpoint, *args)
+
+    monkeypatch.setattr("stages.training.loop.load_trainable", load)
+    first, rows = tiny_checkpoint(), output_rows()
+    second = twin(first)
+    passes = [score_reference(each, Rollouts.write(rows[: 2 + n]), exact()) for n, each in enumerate((first, first))]
+    score_reference(second, Rollouts.write(rows), exact())
+    assert loaded == [first.digest, second.digest]
+    assert passes[1].rows()[:2] == passes[0].rows()
+    evict()
+    assert score_reference(first, Rollouts.write(rows[:4]), exact()).rows()[:3] == passes[1].rows()
 
 
 @SLOW

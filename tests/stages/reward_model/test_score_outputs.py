@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.residency import evict
+from pipeline.residency import evict, kept
 from pipeline.store import Store
 from stages.join import JoinError
-from stages.models import WEIGHTS, Checkpoint, copy_description, load_model, save, write_tensors
+from stages.models import WEIGHTS, Checkpoint, RewardKind, copy_description, load_model, save, write_tensors
 from stages.reward_model import ScoringConfig, score_outputs
 from stages.tables import Rollouts
+from stages.training.hardware import training_device
 from tests.stages.reward_training.worlds import base_with_pad_as_eos, label_rows, outputs_of, outspoken, rules_of
 from tests.stages.training.tiny import VOCABULARY, tiny_checkpoint, tiny_model, tiny_tokenizer
 
@@ -99,6 +100,28 @@ def test_both_models_score_the_same_rollouts_together(store: Store) -> None:
         assert both["step_rewards"] == pytest.approx(second["step_rewards"], abs=1e-6)
         assert dict(both["components"])["process"] == pytest.approx(second["reward"], abs=1e-6)
         assert both["scorer"] == f"{outcome.digest}+{process.digest}"
+
+
+@pytest.mark.parametrize("kind", ["outcome", "process"])
+def test_bf16_scores_are_those_of_float32_weights_bit_for_bit(
+    store: Store, monkeypatch: pytest.MonkeyPatch, kind: RewardKind
+) -> None:
+    base = tiny_checkpoint()
+    rows, model = label_rows(base), outspoken(kind, base)
+    config, slot = (
+        ScoringConfig(precision="bf16", threads=1),
+        {"outcome": "reward_model"}.get(kind, f"{kind}_reward_model"),
+    )
+    found = score_outputs(outputs_of(rows), base, [model], config)
+    weights = kept(slot, (model.state, "bf16", training_device(), "eager"))
+    assert {name.split(".")[-2] for name, weight in weights.named_parameters() if weight.dtype == torch.bfloat16} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    evict()
+    monkeypatch.setattr("stages.training.loop.halve_linear_weights", lambda *_, **__: None)
+    whole = score_outputs(outputs_of(rows), base, [model], config.override({"micro_batch_tokens": 16000}))
+    assert found.rows() == whole.rows()
+    assert found.rows() != score_outputs(outputs_of(rows), base, [model], fp32()).rows()
 
 
 def test_sigmoid_squeezes_every_score_into_a_probability(store: Store) -> None:

@@ -157,7 +157,7 @@ def test_a_new_reference_is_the_policy_bit_for_bit(store: Store, precision: str)
     start, how = tiny_checkpoint(), config(precision=precision)
     _, policy = trained(start, how)
     engine = resident_engine(policy, how)
-    reference = reference_model(policy, engine, how)
+    reference = reference_model(policy, how, engine.device)
     with engine.autocast():
         assert logprobs(reference).equal(logprobs(engine.model))
         base = logprobs(load_model(start, dtype=torch.float32))

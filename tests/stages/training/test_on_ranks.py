@@ -27,7 +27,7 @@ from pipeline.store import Store, use_store
 from pipeline.store.context import writing_payloads
 from pipeline.workers.group import WorkerError
 from stages.critic import CriticConfig, estimate_values, update_critic
-from stages.logprobs import LogprobsConfig, compare_policies
+from stages.logprobs import LogprobsConfig, compare_policies, score_reference
 from stages.models import (
     Checkpoint,
     RewardKind,
@@ -313,16 +313,18 @@ def test_a_critic_on_two_ranks_is_that_of_one(shared: Store, stage: int) -> None
 @pytest.mark.parametrize("stage", [1, 3])
 def test_scores_of_two_ranks_are_those_of_one(shared: Store, stage: int) -> None:
     (outputs, _), (valued, _), critic = exploration(), returns(), outspoken_critic()
-    compared, values = (
+    compared, reference, values = (
         [run(training(engine)) for engine in (on_two_ranks(stage), ONE_RANK)]
         for run in (
             lambda how: compare_policies(
                 tiny_policy(0), tiny_policy(1), outputs, LogprobsConfig(training=how, micro_batch_tokens=24)
             ),
+            lambda how: score_reference(tiny_policy(1), outputs, LogprobsConfig(training=how, micro_batch_tokens=24)),
             lambda how: estimate_values(critic, valued, CriticConfig(training=how, micro_batch_tokens=24)),
         )
     )
-    for (found, expected), columns in ((compared, ("policy", "reference")), (values, ("value",))):
+    pairs = ((compared, ("policy", "reference")), (reference, ("reference",)), (values, ("value",)))
+    for (found, expected), columns in pairs:
         for ours, theirs in itertools.zip_longest(found.rows(), expected.rows()):
             assert (ours["question_id"], ours["sample"]) == (theirs["question_id"], theirs["sample"])
             for column in columns:

@@ -114,8 +114,12 @@ def _word(text: str) -> str:
     return re.sub(r"[^\w .\[\]-]", "_", text)
 
 
-def tree(ancestors: Mapping[str, Ancestor], *, depth: int | None = None) -> str:
-    """Return the graph as indented text, result first, `depth` generations; what was shown above is not repeated."""
+def tree(ancestors: Mapping[str, Ancestor], *, depth: int | None = None, notes: Mapping[str, str] | None = None) -> str:
+    """Return the graph as indented text, result first, `depth` generations; what was shown above is not repeated.
+
+    Args:
+        notes: digest -> what is said of an artifact besides.
+    """
     shown: set[str] = set()
     lines: list[str] = []
     # An explicit stack: a long training is one chain of thousands of generations.
@@ -125,7 +129,8 @@ def tree(ancestors: Mapping[str, Ancestor], *, depth: int | None = None) -> str:
         ancestor = ancestors[digest]
         seen = digest in shown
         shown.add(digest)
-        note = ", shown above" if seen and ancestor.inputs else ""
+        said = f", {notes[digest]}" if notes and digest in notes else ""
+        note = ", shown above" if seen and ancestor.inputs else said
         lines.append(f"{'  ' * level}{f'{parameter}: ' if parameter else ''}{ancestor.label}{note}")
         if not seen and (depth is None or level < depth):
             stack.extend((source, name, level + 1) for name, source in reversed(ancestor.inputs))

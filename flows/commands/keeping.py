@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import warnings
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ class _Findings:
     """What a check of the whole store found."""
 
     sound: int = 0
+    unwritten: int = 0
+    """Trained state of which the description is sound, and the rest is replayed when it is read."""
     pruned: int = 0
     damaged: dict[str, str] = field(default_factory=dict)
     """Digest -> what is wrong with the object."""
@@ -47,7 +50,8 @@ def verify(*, repair: bool = False, root: Root = None) -> int:
     Parameters
     ----------
     repair
-        Quarantine what is damaged, then run the configurations again that used it: only what is missing is computed.
+        Quarantine what is damaged, replay trained state that is gone, then run the configurations again that used the rest:
+        only what is missing is computed.
     """
     places, out = Places.under(root), console()
     found = _check(places.open_store())
@@ -63,6 +67,7 @@ def verify(*, repair: bool = False, root: Root = None) -> int:
         )
         return 1
     _quarantine(places.open_store(), found, out)
+    _replay(places.open_store(), found, out)
     for record in _affected(places, found):
         if (record.folder / IMPORTED).exists():
             command = f"{_again(record)}{places.option()}"
@@ -112,7 +117,10 @@ def _check(store: Store) -> _Findings:
     for digest in store.digests():
         try:
             store.verify(digest)
-            found.sound += 1
+            if store.manifest(digest).get("unwritten"):
+                found.unwritten += 1
+            else:
+                found.sound += 1
         except PrunedArtifactError:
             found.pruned += 1
         except (DamagedArtifactError, MissingArtifactError) as error:
@@ -139,8 +147,10 @@ def _report(found: _Findings, out: Console) -> None:
     for digest in sorted(found.missing):
         out.print(f"[yellow]missing[/] {digest}")
     unread = f", {len(found.runs):,} unreadable runs" if found.runs else ""
-    counts = f"{found.sound:,} artifacts sound, {found.pruned:,} pruned, {len(found.damaged):,} damaged"
-    out.print(f"{counts}, {len(found.missing):,} missing; {len(found.records):,} damaged records{unread}")
+    unwritten = f"{found.unwritten:,} not written (replayed when they are read), " if found.unwritten else ""
+    counts = f"{found.sound:,} artifacts sound, {unwritten}{found.pruned:,} pruned, {len(found.damaged):,} damaged"
+    text = f"{counts}, {len(found.missing):,} missing; {len(found.records):,} damaged records{unread}"
+    out.print(text, soft_wrap=True)
 
 
 def _quarantine(store: Store, found: _Findings, out: Console) -> None:
@@ -150,6 +160,16 @@ def _quarantine(store: Store, found: _Findings, out: Console) -> None:
         for path in found.records:
             if store.find(path.stem) is None:  # which removes a damaged record; what is no record's name stays
                 path.unlink(missing_ok=True)
+
+
+def _replay(store: Store, found: _Findings, out: Console) -> None:
+    """Make trained state again that is gone; what cannot be replayed is left to the runs."""
+    for digest in sorted({*found.damaged, *found.missing}):
+        with contextlib.suppress(PrunedArtifactError):
+            if store.make_whole(digest):
+                out.print(f"replayed {digest}", soft_wrap=True)
+                found.missing.discard(digest)
+                found.damaged.pop(digest, None)
 
 
 def _again(record: RunRecord) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from flows.commands.options import Limit, Root, console
 from flows.inspection.artifact_view import show_artifact
-from flows.inspection.history import find_run, history_of
+from flows.inspection.history import find_run, history_of, step_names, ways_back
 from flows.runs.ledger import read_ledger
 from flows.runs.paths import Places
 from flows.runs.record import RunRecord, read_records, unreadable_records
@@ -51,7 +51,7 @@ def show(
     full: bool = False,
     root: Root = None,
 ) -> None:
-    """Show an artifact, a run, or a step of it.
+    """Show an artifact, a run, or a step of it. A policy between two checkpoints is described, and not replayed.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def show(
             return
         if step is not None:
             raise ConfigError(f"--step: only runs have steps, and no run is named {what}; `cohort runs` lists them")
-        show_artifact(store, store.resolve(what), console(), limit=limit, question=question, full=full)
+        show_artifact(places, store, store.resolve(what), console(), limit=limit, question=question, full=full)
 
 
 def _show_run(
@@ -153,8 +153,11 @@ def lineage(
     ledger = read_ledger(record.folder) if record else None
     calls = ledger.calls.keys() if ledger else ()
     ancestors = ancestry.ancestry(store, _digest(places, store, digest), calls=calls)
+    notes = ways_back(store, ancestors, step_names(places, next(iter(ancestors))))
     depth = 4 if depth is None else depth
-    print(visible(ancestry.mermaid(ancestors) if mermaid else ancestry.tree(ancestors, depth=depth or None)))
+    print(
+        visible(ancestry.mermaid(ancestors) if mermaid else ancestry.tree(ancestors, depth=depth or None, notes=notes))
+    )
 
 
 def _add_run(table: Table, record: RunRecord) -> None:

@@ -24,6 +24,7 @@ from flows.storage.references import references, used_by
 from flows.storage.usage import Inventory
 from flows.wording import moment, quoted, size
 from pipeline.config import ConfigError
+from pipeline.lineage import inputs
 from pipeline.store import Store
 from pipeline.store.pins import PinnedArtifactError, RunPins
 
@@ -112,6 +113,8 @@ def prune(
 def export_archive(*what: str, root: Root = None) -> None:
     """Write runs, with all that they used, or artifacts into one tar file: `cohort store export RUN|DIGEST... FILE.tar`.
 
+    A policy that was not written comes as its description, with the checkpoint and the tables that it is replayed from.
+
     Parameters
     ----------
     what
@@ -136,10 +139,18 @@ def export_archive(*what: str, root: Root = None) -> None:
         else:
             runs.append(record.folder)
             digests |= used_by(record.folder, store)
+    described, lost = _with_what_replays(store, digests)
     records = [record["key"] for record in store.actions() if record["result"] in digests]
     count = write_archive(to, store, sorted(digests), records, runs)
     text = f"{len(digests):,} artifacts, {len(records):,} records, {len(runs)} runs: {size(count)} in {to}"
     out.print(text, soft_wrap=True)
+    if described:
+        text = (
+            f"{described:,} of them as descriptions: they were not written, and are replayed from the others when read"
+        )
+        out.print(text, soft_wrap=True)
+    for reason in lost:
+        out.print(f"[yellow]{escape(reason)}[/]", soft_wrap=True)
     out.print(f"where it goes: [bold]cohort store import {escape(shlex.quote(to.name))}[/]", soft_wrap=True)
 
 
@@ -170,6 +181,23 @@ def import_archive(file: Path, *, root: Root = None) -> None:
     for name in taken.runs:
         command = f"cohort run {shlex.quote(str(places.runs / name / 'config.yaml'))}{places.option()}"
         out.print(f"run {name}: [bold]{escape(command)}[/]", soft_wrap=True)
+
+
+def _with_what_replays(store: Store, digests: set[str]) -> tuple[int, list[str]]:
+    """Add what trained state among `digests` is replayed from where it was not written; how many, and what cannot be."""
+    from pipeline.derivation.materialise import ReplayError, calls_to_replay
+
+    unwritten = [digest for digest in sorted(digests) if store.manifest(digest).get("unwritten")]
+    lost, covered = [], set[str]()
+    for digest in unwritten:
+        try:
+            chain = [] if digest in covered else calls_to_replay(store, digest)
+        except ReplayError as error:
+            lost.append(str(error))
+            continue
+        covered.update(chain)
+        digests.update(chain, *(dict(inputs(store.action(key)["arguments"])).values() for key in chain))
+    return len(unwritten), lost
 
 
 def _free(store: Store, inventory: Inventory, parts: list[Freed], out: Console, *, dry_run: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +27,7 @@ from pipeline.diff import (
     schema_changes,
     stored_tensors,
 )
-from pipeline.store import PrunedArtifactError, Store
+from pipeline.store import MissingArtifactError, PrunedArtifactError, Store
 
 Record = dict[str, Any]
 Calls = tuple[Record | None, Record | None]
@@ -53,16 +54,17 @@ def print_artifact_difference(
         calls: the stage calls that are meant, which differ in nothing that was computed; by default those that first made
             the artifacts, and why they differ is looked for in the whole store.
     """
-    old, new = store.manifest(before), store.manifest(after)
+    old, new = (_manifest(store, name) for name in (before, after))
+    same = before == after or (old["digest"] == new["digest"] and not old.get("unwritten"))
     makers = {} if calls else lineage.producers(store.actions())
     made = calls or (makers.get(before), makers.get(after))
     console.print(
         f"{old['type']} [cyan]{before[:12]}[/] -> {new['type']} [cyan]{after[:12]}[/]"
-        + ("  the same content" if old["digest"] == new["digest"] else "")
+        + ("  the same content" if same else "")
     )
     _print_origin(makers, made, console)
     _print_metrics(made, console)
-    if old["digest"] == new["digest"]:
+    if same:
         return
     if old["type"] != new["type"]:
         console.print("of two types: their contents are not compared")
@@ -81,6 +83,17 @@ def print_artifact_difference(
     _print_files(old, new, folders, console)
     if any(stored_tensors(folder) for folder in folders):
         _print_weights(*folders, console, limit)
+
+
+def _manifest(store: Store, name: str) -> dict[str, Any]:
+    """Return a manifest with the digest of all files: descriptions of what was not written are equal, its weights are not."""
+    with contextlib.suppress(MissingArtifactError):
+        found = store.manifest(name)
+        if not found.get("unwritten"):
+            return found
+    with contextlib.suppress(PrunedArtifactError):
+        store.path(name)
+    return store.manifest(name)
 
 
 def _print_origin(makers: Mapping[str, Any], made: Calls, console: Console) -> None:

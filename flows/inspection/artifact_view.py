@@ -14,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.inspection.groups import Group, groups_of
+from flows.inspection.history import step_names, ways_back
+from flows.runs.paths import Places
 from flows.wording import duration, moment, number, quoted, size
 from pipeline.config import ConfigError, flatten
 from pipeline.diff import read_rows, stored_tensors
@@ -26,18 +28,26 @@ _WIDE: Final = 110
 
 
 def show_artifact(
-    store: Store, digest: str, console: Console, *, limit: int | None, question: str | None, full: bool
+    places: Places, store: Store, digest: str, console: Console, *, limit: int | None, question: str | None, full: bool
 ) -> None:
-    """Print an artifact: its origin and metrics, then groups of outputs, rows, or a checkpoint's description."""
+    """Print an artifact: its origin and metrics, then groups of outputs, rows, or a checkpoint's description.
+
+    Trained state that is gone is made again; of what was not written the description is there.
+    """
     with contextlib.suppress(PrunedArtifactError):
-        store.path(digest)  # trained state that is gone is made again
+        store.path(digest, partial=True)
     manifest, calls = store.manifest(digest), list(store.actions())
     table = any(file["name"] == "table.arrow" for file in manifest["files"])
     groups = groups_of(store, digest, calls) if table else None
     if question is not None and groups is None:
         raise ConfigError(f"--question: {digest[:12]} has no groups of outputs; it is a {manifest['type']}")
     _show_origin([call for call in calls if call["result"] == digest], manifest, digest, console, full=full)
-    if (folder := store.path(digest)) and (folder / "config.json").exists():
+    if manifest.get("unwritten"):
+        back = ways_back(store, [digest], step_names(places, digest))
+        console.print(
+            f"[yellow]{back[digest]}[/]; [bold]cohort export {digest[:12]} FOLDER[/] makes it", soft_wrap=True
+        )
+    if ((folder := store.path(digest, partial=True)) / "config.json").exists():
         _show_checkpoint(folder, console)
     if groups is not None:
         show_groups(groups, console, limit=limit, question=question)
@@ -75,7 +85,7 @@ def _show_origin(
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row(quoted(manifest.get("type", "artifact")), f"[bold]{digest}[/]")
-    if manifest["digest"] != digest:
+    if manifest["digest"] != digest and not manifest.get("unwritten"):
         table.add_row("content", f"{manifest['digest']} (trained state is named by the call that made it)")
     if made:
         seconds = f", took {duration(made['seconds'])}" if "seconds" in made else ""
@@ -153,7 +163,8 @@ def _show_checkpoint(folder: Path, console: Console) -> None:
     table.add_row(
         "architecture", quoted(", ".join(map(str, config.get("architectures") or [config.get("model_type")])))
     )
-    table.add_row("parameters", f"{sum(tensor.size for tensor in stored_tensors(folder).values()):,}")
+    if tensors := stored_tensors(folder):
+        table.add_row("parameters", f"{sum(tensor.size for tensor in tensors.values()):,}")
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings"):
         if name in config:
             table.add_row(name.replace("_", " "), quoted(number(config[name])))

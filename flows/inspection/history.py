@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from flows.runs.ledger import Call, Ledger, read_ledger
 from flows.runs.paths import Places
 from flows.runs.points import Points as MeasuredPoints
 from flows.runs.record import RunRecord, read_records
+from flows.storage.gc import Records, replayed_from
 from pipeline.event_log import LOG, read_events
 from pipeline.store import Store, StoreError
 
@@ -65,6 +67,45 @@ def history_of(places: Places, store: Store, record: RunRecord) -> History:
     ledger = read_ledger(record.folder, complete=False) or Ledger()
     note = "" if record.finished else f"it has not ended well: its calls are known up to step {len(ledger.steps)}"
     return History(record, config, ledger, _summarised(record) or _measured(store, record), note)
+
+
+def step_names(places: Places, digest: str) -> dict[str, str]:
+    """Return digest -> `step N` of everything that the steps of a run made, of the first run whose step made `digest`."""
+    for record in read_records(places):
+        ledger = read_ledger(record.folder, complete=False) or Ledger()
+        found = {made: f"step {step}" for step, parts in ledger.steps.items() for made in parts.values()}
+        if digest in found:
+            return found
+    return {}
+
+
+def ways_back(store: Store, digests: Iterable[str], names: Mapping[str, str]) -> dict[str, str]:
+    """Return digest -> how it comes back, in words, of those that are trained state and were not written.
+
+    Args:
+        names: what people call a checkpoint; others are named by their digest.
+    """
+    records = Records(store.actions())
+
+    @functools.cache
+    def is_unwritten(name: str) -> bool:
+        with contextlib.suppress(StoreError):
+            return bool(store.manifest(name).get("unwritten"))
+        return False
+
+    @functools.cache
+    def is_there(name: str) -> bool:
+        with contextlib.suppress(StoreError):
+            return not is_unwritten(name) and not store.freed(name)
+        return False
+
+    def said(digest: str) -> str:
+        start, calls = replayed_from(records, digest, is_there)
+        again = "" if is_there(start) else ", which is made again first"
+        count = f"{calls:,} update{'' if calls == 1 else 's'}"
+        return f"not written; replayed from {names.get(start, start[:12])} ({count}){again}"
+
+    return {digest: said(digest) for digest in digests if is_unwritten(digest)}
 
 
 def placed_calls(ledger: Ledger) -> list[PlacedCall]:

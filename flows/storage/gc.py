@@ -77,6 +77,20 @@ def predecessor(record: Record) -> str:
     return digest
 
 
+def replayed_from(records: Records, digest: str, is_there: Callable[[str], bool]) -> tuple[str, int]:
+    """Return the checkpoint that a training would be replayed from, and the calls from there to `digest`.
+
+    It is the nearest that is there, or else the first of the chain, which is made again before the others.
+    """
+    calls = 0
+    while not is_there(digest):
+        made = [record for record in records.made(digest, *CONTINUES) if predecessor(record) != digest]
+        if not made:
+            break
+        digest, calls = predecessor(made[0]), calls + 1
+    return digest, calls
+
+
 def step_tables(update: Record, records: Records, is_trained: Callable[[str], bool]) -> set[str]:
     """Return the tables that an update learned from.
 

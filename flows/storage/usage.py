@@ -31,7 +31,7 @@ class Entry:
 
     digest: str
     kind: str
-    """Its type, or `damaged`."""
+    """Its type, with `: not written` where only its description is there; or `damaged`."""
     written: float
     """Seconds since the epoch."""
     files: tuple[_File, ...]
@@ -112,7 +112,8 @@ def _entry(store: Store, digest: str) -> Entry:
     for name in (file["name"] for file in manifest["files"]):
         with contextlib.suppress(FileNotFoundError):
             files.append(_measured(folder, name))
-    return Entry(digest, str(manifest.get("type", "artifact")), written, tuple(files))
+    kind = str(manifest.get("type", "artifact"))
+    return Entry(digest, f"{kind}: not written" if manifest.get("unwritten") else kind, written, tuple(files))
 
 
 def _found(folder: Path) -> list[_File]:

@@ -115,7 +115,7 @@ class Objects:
             self.verify(digest)
         if digest in self._partial and not partial:
             raise PrunedArtifactError(
-                f"artifact {digest[:12]} was not written (checkpoint.every); `cohort show {digest[:12]}` replays it"
+                f"artifact {digest[:12]} was not written (checkpoint.every); `cohort export {digest[:12]} FOLDER` replays it"
             )
 
     def verify(self, digest: str) -> None:

@@ -161,3 +161,121 @@ def test_the_last_policy_of_a_shorter_run_is_written(tmp_path: Path, capsys: pyt
     several(tmp_path, "checkpoint.every=1000", "steps=4")
     assert "replaying 4 x update_policy" in capsys.readouterr().out.replace("\n", " ")
     assert [step for step, content in enumerate(contents(store), 1) if content] == [4, 9]
+
+
+# ------------------------------------------------------------------------------------------------ what commands say
+
+
+@pytest.fixture(scope="module")
+def seventh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A root with a run of nine steps that wrote the policies of step 7 and of the last."""
+    root = tmp_path_factory.mktemp("seventh")
+    several(root, "checkpoint.every=7")
+    yield root
+    evict()
+
+
+@pytest.fixture
+def sparse(seventh: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(seventh, tmp_path / "sparse"))
+
+
+def said(command: list[str], root: Path, capsys: pytest.CaptureFixture[str], *, code: int = 0) -> str:
+    """What a command printed, on one line."""
+    capsys.readouterr()
+    assert run_command([*command, "--root", str(root)]) == code
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.filterwarnings("error:.*replaying")
+def test_an_unwritten_policy_is_described_without_a_replay(sparse: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policies = trained(sparse)
+    found = said(["show", policies[8]], sparse, capsys)
+    assert f"not written; replayed from step 7 (1 update); cohort export {policies[8][:12]} FOLDER makes it" in found
+    assert "architecture Qwen2ForCausalLM" in found
+    assert "content" not in found
+    assert f"replayed from {policies[0][:12]} (2 updates)" in said(["show", policies[2]], sparse, capsys)
+    assert "not written" not in said(["show", policies[7]], sparse, capsys)
+    assert [step for step, content in enumerate(contents(Store(sparse / "store")), 1) if content] == [7, 9]
+
+
+@pytest.mark.filterwarnings("error:.*replaying")
+def test_lineage_marks_the_policies_that_are_replayed(sparse: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policies = trained(sparse)
+    Store(sparse / "store").prune(policies[0])
+    for what in ("whole", policies[9]):
+        found = said(["lineage", what, "--depth", "0"], sparse, capsys)
+        assert f"Checkpoint {policies[8][:12]} (update_policy" in found
+        assert found.count("not written; replayed from step 7 (1 update)") == 1
+        again = f"replayed from {policies[0][:12]} (6 updates), which is made again first"
+        assert again in found
+    assert (
+        "not written" not in said(["lineage", policies[7], "--depth", "1"], sparse, capsys).split(policies[6][:12])[0]
+    )
+
+
+def test_diff_compares_the_weights_of_unwritten_policies(sparse: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policies = trained(sparse)
+    with pytest.warns(UserWarning, match="replaying"):
+        found = said(["diff", policies[1], policies[2]], sparse, capsys)
+    assert "the same content" not in found
+    assert "model.embed_tokens.weight" in found
+
+
+def test_verify_counts_unwritten_policies_apart_and_replays_lost_ones(
+    sparse: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, policies = Store(sparse / "store"), trained(sparse)
+    assert "7 not written (replayed when they are read), 0 pruned, 0 damaged, 0 missing" in said(
+        ["verify"], sparse, capsys
+    )
+    expected = store.manifest(policies[7])["digest"]
+    shutil.rmtree(store.folder(policies[7]))
+    (weights := store.path(policies[9]) / "model.safetensors").chmod(0o644)
+    weights.write_bytes(b"altered")
+    assert "1 damaged, 1 missing" in said(["verify"], sparse, capsys, code=1)
+    with pytest.warns(UserWarning, match="replaying"):
+        found = said(["verify", "--repair"], sparse, capsys)
+    assert f"replayed {policies[7]}" in found
+    assert f"replayed {policies[9]}" in found
+    assert "7 not written (replayed when they are read), 0 pruned, 0 damaged, 0 missing" in found
+    assert Store(sparse / "store").manifest(policies[7])["digest"] == expected
+
+
+def test_what_takes_the_disk_tells_descriptions_from_checkpoints(
+    sparse: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "Checkpoint: not written 7" in said(["store", "du"], sparse, capsys)
+    policies = trained(sparse)
+    found = said(["prune", policies[3], policies[7], "--dry-run"], sparse, capsys)
+    assert f"{policies[3][:12]} Checkpoint: not written" in found
+    assert f"{policies[7][:12]} Checkpoint " in found
+
+
+def test_an_exported_description_comes_with_what_it_is_replayed_from(
+    sparse: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policies, other = trained(sparse), tmp_path / "other"
+    found = said(["store", "export", policies[8], str(tmp_path / "one.tar")], sparse, capsys)
+    assert "1 of them as descriptions" in found
+    assert "7 of them as descriptions" in said(["store", "export", "whole", str(tmp_path / "run.tar")], sparse, capsys)
+    said(["store", "import", str(tmp_path / "one.tar")], other, capsys)
+    store = Store(other / "store")
+    assert store.is_written(policies[7])
+    assert not store.folder(policies[6]).exists()
+    with pytest.warns(UserWarning, match="replaying update_policy"):
+        said(["export", policies[8], str(tmp_path / "out")], other, capsys)
+    with pytest.warns(UserWarning, match="replaying update_policy"):
+        said(["export", policies[8], str(tmp_path / "here")], sparse, capsys)
+    assert store.manifest(policies[8])["digest"] == Store(sparse / "store").manifest(policies[8])["digest"]
+
+
+def test_an_export_says_which_policies_cannot_be_replayed(
+    sparse: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policies = trained(sparse)
+    (record,) = read_records(Places(sparse))
+    gone = read_ledger(record.folder).steps[8]["estimate_advantages"]
+    Store(sparse / "store").prune(gone)
+    found = said(["store", "export", policies[8], str(tmp_path / "one.tar")], sparse, capsys)
+    assert f"nothing to replay {policies[8][:12]} from: {gone[:12]}" in found

@@ -19,6 +19,7 @@ from flows.cli import run_command
 from flows.runs.paths import Places
 from flows.runs.record import read_records
 from flows.tracking import delivery
+from tests.flows.short_runs import smoke
 
 SIGNALS = (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -35,7 +36,7 @@ def start(root: Path) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     code = 70
     try:
-        code = run_command(["run", "arithmetic_smoke", "--engine", "inline", "--root", str(root)])
+        code = run_command(smoke(root))
     finally:
         os._exit(code)
 
@@ -65,11 +66,7 @@ def main(folder: Path, trials: int, seed: int) -> None:
     delivery.CLOSE_SECONDS = 0.0
     for name in ("cold", "warm"):
         began = time.monotonic()
-        assert (
-            ended(start(folder / name)) == 0
-            if name == "warm"
-            else run_command(["run", "arithmetic_smoke", "--engine", "inline", "--root", str(folder / name)]) == 0
-        )
+        assert (ended(start(folder / name)) if name == "warm" else run_command(smoke(folder / name))) == 0
         whole = time.monotonic() - began
     chance = random.Random(seed)
     found = [

@@ -49,7 +49,7 @@ def run(root: Path) -> dict[str, Any]:
 
 
 def start(root: Path) -> int:
-    """Fork a child that runs the recipe in `root` and leaves what came of it beside the store."""
+    """Fork a child that runs the recipe in `root` and leaves its result next to the store."""
     child = os.fork()
     if child:
         return child

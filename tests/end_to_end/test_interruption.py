@@ -23,6 +23,7 @@ from flows.runs.record import read_records
 from flows.tracking.fold import MlflowFold
 from pipeline.progress import listen
 from pipeline.store import Store, use_store
+from tests.flows.short_runs import smoke
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -80,7 +81,7 @@ def test_a_run_that_is_interrupted_anyhow_is_recorded_as_interrupted(
             way(number)
 
     with listen(during_training):
-        assert run_command(["run", "arithmetic_smoke", "--engine", "inline", "--root", str(tmp_path)]) == code
+        assert run_command(smoke(tmp_path)) == code
     (record,) = read_records(Places(tmp_path))
     assert began
     assert (record.attempts[-1].status, record.steps) == ("interrupted", 0)
@@ -111,9 +112,8 @@ def test_none_of_many_interrupts_at_random_instants_is_lost(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_terminal_that_is_closed_interrupts_the_run(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
-    command = ["run", "arithmetic_smoke", "--engine", "inline", "--root", str(tmp_path)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", *command],
+        [sys.executable, "-m", "flows.cli", *smoke(tmp_path)],
         cwd=REPOSITORY,
         stdin=theirs,
         stdout=theirs,

@@ -137,8 +137,8 @@ def serving(root: Path) -> Iterator[str]:
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        told = next(line for line in process.stdout if line.startswith("MLflow"))
-        yield told.split()[1]
+        shown = next(line for line in process.stdout if line.startswith("MLflow"))
+        yield shown.split()[1]
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)

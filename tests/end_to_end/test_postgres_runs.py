@@ -17,6 +17,7 @@ from flows.runs.paths import Places
 from flows.runs.record import read_records
 from pipeline.orchestration.server import stop_server
 from pipeline.tracking.database import connect
+from tests.flows.short_runs import options
 from tests.pipeline.postgres import PASSWORD, Postgres, gives_away, postgres
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +64,7 @@ def start(root: Path, environment: Mapping[str, str], *arguments: str) -> subpro
 
 
 def run(root: Path, environment: Mapping[str, str], seed: int) -> subprocess.Popen[str]:
-    overrides = [part for setting in [*TINY, f"seed={seed}", f"name=s{seed}"] for part in ("--set", setting)]
+    overrides = options([*TINY, f"seed={seed}", f"name=s{seed}"])
     return start(root, environment, "run", "arithmetic_smoke", *overrides)
 
 

@@ -85,7 +85,7 @@ def test_the_papers_run_has_two_iterations_and_a_retrained_reward_model(
     with pytest.warns(UserWarning, match="stored as PreTrainedTokenizerFast"):
         found = run(config, Store(tmp_path / "store"))
     assert_iterative(found, config)
-    # One reward model, trained before the first iteration and on after the others but the last; then nobody asks it.
+    # One reward model, trained before the first iteration and on after the others but the last; then it is not used.
     base, policy = found.given("create_reward_model", "policy")[0], found.given("update_policy", "policy")[0]
     assert base != policy  # Base 7B, not Instruct (4.2)
     models = found.made("train_reward_model")

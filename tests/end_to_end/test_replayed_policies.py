@@ -15,15 +15,15 @@ from flows.runs.paths import Places
 from flows.runs.record import read_records
 from pipeline.residency import evict
 from pipeline.store import Store
+from tests.flows.short_runs import smoke
 
 pytestmark = pytest.mark.slow
-SETTINGS = ["--set", "name=whole", "--set", "evaluation.every=0", "--set", "evaluation.samples=0"]
+SETTINGS = ("name=whole", "evaluation.every=0", "evaluation.samples=0")
 
 
 def train(root: Path, iterations: int) -> str:
     """Train on for some iterations; the final policy."""
-    command = ["run", "arithmetic_smoke", *SETTINGS, "--set", f"iterations={iterations}"]
-    assert run_command([*command, "--engine", "inline", "--root", str(root)]) == 0
+    assert run_command(smoke(root, *SETTINGS, f"iterations={iterations}")) == 0
     evict()
     return max(read_records(Places(root)), key=lambda record: record.total_steps).policy
 
@@ -115,9 +115,7 @@ def test_a_policy_whose_rewards_are_gone_says_what_is_missing(
 
 def several(root: Path, *settings: str) -> Store:
     """A run of nine steps that evaluates its last policy only."""
-    command = ["run", "arithmetic_smoke", *SETTINGS, "--set", "iterations=1", "--set", "steps=9"]
-    options = [part for setting in settings for part in ("--set", setting)]
-    assert run_command([*command, *options, "--engine", "inline", "--root", str(root)]) == 0
+    assert run_command(smoke(root, *SETTINGS, "iterations=1", "steps=9", *settings)) == 0
     evict()
     return Store(root / "store")
 

@@ -24,7 +24,7 @@ from pipeline.residency import evict
 from pipeline.store import Store, use_store
 from pipeline.workers.group import WorkerError
 from stages.update import MismatchError
-from tests.flows.short_runs import executed_by
+from tests.flows.short_runs import executed_by, smoke
 from tests.stages.training.groups import gone, rank_processes
 
 pytestmark = pytest.mark.engines
@@ -125,19 +125,16 @@ def test_a_run_whose_engine_and_trainer_disagree_stops_before_that_step(store: S
 
 
 def test_ctrl_c_ends_command_and_ranks_and_the_same_command_resumes(tmp_path: Path) -> None:
-    settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    command = [sys.executable, "-m", "flows.cli", "run", "arithmetic_smoke", "--engine", "inline", *settings]
+    command = [sys.executable, "-m", "flows.cli", *smoke(tmp_path, *SETTINGS)]
     log = tmp_path / "log"
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, "--root", str(tmp_path)], cwd=REPOSITORY, env=dict(os.environ), stdout=output, stderr=output
-        )
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=dict(os.environ), stdout=output, stderr=output)
     ranks = _ranks_at_work(process, tmp_path)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, log.read_text()
     assert gone(ranks)
     assert not list(tmp_path.glob("cohort-*")), "logs of no failure"
-    resumed = subprocess.run([*command, "--root", str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
+    resumed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert not list(tmp_path.glob("cohort-*"))
 

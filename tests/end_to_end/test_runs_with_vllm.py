@@ -24,6 +24,7 @@ from pipeline.residency import evict
 from pipeline.store import Store
 from stages.rollout import vllm
 from stages.update import MismatchError
+from tests.flows.short_runs import smoke
 from tests.stages.training.groups import gone
 
 REPOSITORY = Path(__file__).parents[2]
@@ -47,9 +48,7 @@ pytestmark = [
 
 def test_ctrl_c_in_a_rollout_leaves_no_engine_and_the_command_resumes(tmp_path: Path) -> None:
     """In the second step. What was recorded stays; the rest is sampled by a fresh engine, so its last bits are its own."""
-    arguments = [part for setting in SETTINGS for part in ("--set", setting)]
-    command = [sys.executable, "-m", "flows.cli", "run", "arithmetic_smoke", "--engine", "inline", *arguments]
-    command += ["--root", str(tmp_path)]
+    command = [sys.executable, "-m", "flows.cli", *smoke(tmp_path, *SETTINGS)]
     surroundings = {**os.environ, "TMPDIR": str(tmp_path)}
     log = tmp_path / "log"
     with log.open("wb") as output:
@@ -77,7 +76,7 @@ def test_ctrl_c_in_a_rollout_leaves_no_engine_and_the_command_resumes(tmp_path: 
 
 
 def test_twenty_steps_take_their_weights_from_shared_memory(tmp_path: Path) -> None:
-    """Learning rates so large that outputs of a policy one step old would be told from the policy's own."""
+    """Learning rates so large that outputs of a policy one step old would differ from the policy's own."""
     settings = (
         *SETTINGS[:4],
         *("iterations=1", "steps=20", "evaluation.every=0", "evaluation.samples=0", "checkpoint.every=1000"),
@@ -87,11 +86,8 @@ def test_twenty_steps_take_their_weights_from_shared_memory(tmp_path: Path) -> N
             "update.training.optimizer.learning_rate=0.003",
         ),
     )
-    arguments = [part for setting in settings for part in ("--set", setting)]
-    command = [sys.executable, "-m", "flows.cli", "run", "arithmetic_smoke", "--engine", "inline", *arguments]
-    done = subprocess.run(
-        [*command, "--root", str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "flows.cli", *smoke(tmp_path, *settings)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "replaying" not in done.stdout + done.stderr
     updates = [record for record in Store(tmp_path / "store").actions() if record["stage"] == "update_policy"]

@@ -21,14 +21,14 @@ from pipeline.events import Event
 from pipeline.residency import evict
 from tests.end_to_end.terminal import Terminal, on_terminal, piped, terminal
 from tests.flows.experiments.test_ablation import TINY as EXPERIMENT
+from tests.flows.short_runs import options, smoke
 
 TINY = ["iterations=1", "steps=2", "sft.max_steps=2", "sft.decay_steps=1", "evaluation.every=1", "evaluation.samples=2"]
 SIZES = "data.evaluation.in_domain.count=4"
 
 
 def run(root: Path, *arguments: str) -> list[str]:
-    settings = [part for setting in [*TINY, SIZES] for part in ("--set", setting)]
-    return ["run", "arithmetic_smoke", *settings, "--engine", "inline", "--root", str(root), *arguments]
+    return [*smoke(root, *TINY, SIZES), *arguments]
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +335,7 @@ def test_a_comparison_ends_well_on_a_terminal(
     studied: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["compare", "arithmetic_smoke", "--method", "online_rft", "--engine", "inline", "--root", str(studied[0])]
-    words += [part for key, value in EXPERIMENT["common"].items() for part in ("--set", f"{key}={value}")]
+    words += options(f"{key}={value}" for key, value in EXPERIMENT["common"].items())
     code, fresh = on_terminal(words, 80)
     assert code == 0, fresh.text[-3000:]
     code, cached = on_terminal(words, 200)

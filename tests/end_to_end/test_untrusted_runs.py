@@ -254,7 +254,7 @@ def test_a_repair_runs_no_configuration_that_was_imported(
 @pytest.mark.parametrize("stage", ["update_policy", "update_critic", "train_reward_model", "rollout", "evaluate"])
 @pytest.mark.parametrize("arguments", [{}, {"policy": 5}, {"outputs": {"artifact": None}}, {"model": []}])
 def test_a_call_that_was_given_nothing_stops_no_one_from_freeing(stage: str, arguments: dict[str, Any]) -> None:
-    strange = {"key": "a" * 64, **call("d" * 64, stage=stage, arguments=arguments)}
-    records = Records([strange])
+    foreign = {"key": "a" * 64, **call("d" * 64, stage=stage, arguments=arguments)}
+    records = Records([foreign])
     assert superseded(records, checkpoints=1, optimizer=1, rollouts=1) == []
     assert needed_again(records, "d" * 64, lambda digest: None) == {"d" * 64}

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +35,16 @@ BASE = arithmetic_smoke().override(
         "evaluation": {"every": 0, "samples": 0, "greedy": False, "estimates": {"ks": [1]}},
     }
 )
+
+
+def options(settings: Iterable[str]) -> list[str]:
+    """Return settings as options of a command."""
+    return [part for setting in settings for part in ("--set", setting)]
+
+
+def smoke(root: Path, *settings: str) -> list[str]:
+    """Return the command that trains the smallest recipe under `root`, without Prefect."""
+    return ["run", "arithmetic_smoke", *options(settings), "--engine", "inline", "--root", str(root)]
 
 
 @dataclass

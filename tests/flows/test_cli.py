@@ -26,6 +26,7 @@ from pipeline.config import ConfigError
 from pipeline.events import RunStarted
 from pipeline.residency import evict
 from pipeline.store import Store, StoreError, use_store
+from tests.flows.short_runs import smoke
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = ["iterations=1", "steps=1", "sft.max_steps=2", "sft.decay_steps=1", "evaluation.every=0"]
@@ -33,8 +34,7 @@ HEAVY = ("torch", "transformers", "datasets", "prefect", "mlflow", "deepspeed")
 
 
 def command(*arguments: str, root: Path) -> list[str]:
-    settings = [part for setting in TINY for part in ("--set", setting)]
-    return ["run", "arithmetic_smoke", *settings, "--engine", "inline", "--root", str(root), *arguments]
+    return [*smoke(root, *TINY), *arguments]
 
 
 def cohort(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

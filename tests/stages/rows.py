@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.artifact import Table
 from stages.tables import Questions
 
 Row = dict[str, Any]
@@ -68,6 +69,11 @@ def advantage_row(question: str, sample: int, advantage: Sequence[float] | None,
     """Return the advantages of an output; null ones mask it."""
     row = {"question_id": question, "sample": sample, "advantage": advantage, "returns": None, "pair": None}
     return row | changes
+
+
+def column(table: Table, name: str) -> list[Any]:
+    """Return the values of a column."""
+    return table.read([name])[name].to_pylist()
 
 
 def question_rows(*texts: str) -> list[Row]:

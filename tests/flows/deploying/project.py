@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 import urllib.error
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
 import psutil
@@ -23,11 +23,11 @@ from flows.deploying.pool import state_of
 from flows.runs.paths import Places
 from flows.runs.record import RunRecord, read_record, run_folder
 from pipeline.orchestration.server import ensure_server, stop_server
+from tests.pipeline.processes import until
 from tests.prefect_api import ask
 
-__all__ = ["Project", "flow_run_processes", "listened_on", "opened", "until"]
+__all__ = ["Project", "flow_run_processes", "listened_on", "opened"]
 
-T = TypeVar("T")
 REPOSITORY = Path(__file__).parents[3]
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
@@ -113,17 +113,6 @@ def listened_on() -> set[str]:
                 listening = (one for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN)
                 found |= {one.laddr.ip for one in listening}
     return found
-
-
-def until(condition: Callable[[], T | None], seconds: float) -> T:
-    """What `condition` comes to, once it comes to something."""
-    deadline = time.monotonic() + seconds
-    while True:
-        found = condition()
-        if found:
-            return found
-        assert time.monotonic() < deadline, f"never came true: {condition}"
-        time.sleep(0.2)
 
 
 @contextlib.contextmanager

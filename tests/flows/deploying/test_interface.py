@@ -15,8 +15,9 @@ from flows.deploying.pool import submit
 from pipeline.orchestration.server_process import password_of
 from stages.rollout import RolloutConfig
 from tests.flows.browser import Browser, chromium
-from tests.flows.deploying.project import Project, until
+from tests.flows.deploying.project import Project
 from tests.flows.short_runs import BASE
+from tests.pipeline.processes import until
 
 pytestmark = pytest.mark.scale
 

@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
 import psutil
 import pytest
 
-from flows.config import IterativeRLConfig
 from flows.deploying.pool import VersionsError, check_versions, differing, versions_environment
 from pipeline.orchestration.flow_runs import names_living_process, process_name
 from pipeline.store.context import package_versions
-
-REPOSITORY = Path(__file__).parents[3]
-
-
-def train(config: IterativeRLConfig) -> None:
-    """Has the parameter of the deployed flow."""
-
-
-def fields(part: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Dotted path and schema of every field of every section."""
-    for name, section in part["definitions"].items():
-        yield from ((f"{name}.{field}", values) for field, values in section.get("properties", {}).items())
 
 
 def test_packages_that_only_the_worker_has_are_no_difference() -> None:

@@ -28,8 +28,9 @@ from pipeline.orchestration.server import ServerError
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
 from pipeline.store.context import package_versions
-from tests.flows.deploying.project import Project, flow_run_processes, listened_on, until
+from tests.flows.deploying.project import Project, flow_run_processes, listened_on
 from tests.flows.short_runs import BASE
+from tests.pipeline.processes import until
 
 pytestmark = pytest.mark.scale
 """A server, workers and processes of runs: four minutes on two quiet cores."""
@@ -222,8 +223,8 @@ def test_another_type_of_pool_no_deployment_and_no_server_are_errors(
         ConfigError, match=r"--pool pods: expected a work pool of type process, found kubernetes; .*yaml"
     ):
         deploy(Choice(CONFIG, BASE), project.places, name="short", pool="pods")
-    with pytest.raises(ConfigError, match="train/nobody: no such deployment"):
-        submit("train/nobody", CONFIG)
+    with pytest.raises(ConfigError, match="train/absent: no such deployment"):
+        submit("train/absent", CONFIG)
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     with pytest.raises(ServerError, match=r"http://127\.0\.0\.1:9/api does not answer"):
         deploy(Choice(CONFIG, BASE), Places.under(tmp_path), name="short")
@@ -241,10 +242,10 @@ def test_prefect_yaml_is_deployed_by_prefects_own_command(project: Project, tmp_
         "COHORT_IMAGE": "registry.example/cohort:1",
     }
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    told = subprocess.run(
+    done = subprocess.run(
         command, cwd=Path(__file__).parents[3], env=os.environ | places, capture_output=True, text=True, timeout=240
     )
-    assert told.returncode == 0, told.stdout + told.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     made = project.ask("deployments/name/train/arithmetic-cpu-kubernetes")
     assert made["work_pool_name"] == "cohort-kubernetes"
     assert made["job_variables"]["image"] == "registry.example/cohort:1"

@@ -35,7 +35,7 @@ from pipeline.store.locks import try_lock
 
 
 def work(planned: PlannedExperiment, places: Places) -> None:
-    """Run arms that nobody else runs until all are finished; note what is computed, and when it was committed."""
+    """Run arms that no other process runs until all are finished; note what is computed, and when it was committed."""
     claims = places.root / "claims"
     claims.mkdir(parents=True, exist_ok=True)
     log = os.open(places.root / "stages.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)

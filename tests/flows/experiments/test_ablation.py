@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from pipeline.experiment import Experiment
 from pipeline.residency import evict
 from pipeline.store import Store
 from tests.flows.logs import records_of
+from tests.pipeline.processes import until
 
 ROOT = Path(__file__).parents[3]
 TINY: dict[str, Any] = {
@@ -285,9 +285,9 @@ def test_the_results_lead_to_differences_curves_and_artifacts(first: Path) -> No
 @pytest.mark.slow
 def test_mlflow_gets_arm_seed_parent_and_difference(first: Path) -> None:
     (run,) = [run for run in result_of(first).runs if (run.arm, run.seed) == ("wide", 1)]
-    told = records_of(first, f"runs/{run.folder}")[0]
-    assert (told["tags"]["arm"], told["tags"]["seed"], told["tags"]["cohort.parent_key"]) == ("wide", "1", "tiny")
-    assert {key: value for key, value in told["params"].items() if key.startswith("diff.")} == {
+    logged = records_of(first, f"runs/{run.folder}")[0]
+    assert (logged["tags"]["arm"], logged["tags"]["seed"], logged["tags"]["cohort.parent_key"]) == ("wide", "1", "tiny")
+    assert {key: value for key, value in logged["params"].items() if key.startswith("diff.")} == {
         "diff.update.objective.eps": "0.4"
     }
     parent = records_of(first, "tracking/tiny")
@@ -364,13 +364,12 @@ def test_results_that_cannot_be_written_stop_the_experiment_before_it_runs(
 
 def started(root: Path, name: str) -> int:
     """The process of a run, once it has computed something."""
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        for record in read_records(Places(root)):
-            if record.name == name and record.attempts[-1].status == "running":
-                return record.attempts[-1].start.pid
-        time.sleep(0.02)
-    raise AssertionError(f"{name} did not start")
+
+    def pids() -> list[int]:
+        last = [record.attempts[-1] for record in read_records(Places(root)) if record.name == name]
+        return [attempt.start.pid for attempt in last if attempt.status == "running"]
+
+    return until(pids, 240)[0]
 
 
 def command(root: Path, *arguments: str) -> subprocess.Popen[str]:

@@ -26,6 +26,7 @@ from flows.runs.summary import summarise
 from pipeline.config import ConfigError
 from pipeline.residency import evict
 from stages.models import Checkpoint
+from tests.flows.short_runs import options, smoke
 
 COSTLY = {
     "rollout/samples": 40960.0,
@@ -165,7 +166,7 @@ def test_another_set_of_arms_has_another_file(tmp_path: Path) -> None:
 
 
 TINY = ["iterations=1", "steps=1", "sft.max_steps=2", "sft.decay_steps=1", "evaluation.every=0"]
-SETTINGS = [part for setting in TINY for part in ("--set", setting)]
+SETTINGS = options(TINY)
 
 
 @pytest.fixture(autouse=True)
@@ -246,8 +247,7 @@ def test_check_says_what_a_method_changes(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.slow
 def test_run_trains_by_the_method_and_says_so(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--method", "online_rft", *SETTINGS, "--engine", "inline", "--root", str(root)]
-    assert run_command(["run", "arithmetic_smoke", *arguments]) == 0
+    assert run_command([*smoke(root, *TINY), "--method", "online_rft"]) == 0
     assert "arithmetic_smoke-online_rft" in capsys.readouterr().out
     record = list(read_records(Places(root)))[-1]
     assert (record.name, record.attempts[-1].status) == ("arithmetic_smoke-online_rft", "finished")

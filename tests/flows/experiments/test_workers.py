@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import random
@@ -33,6 +34,7 @@ from pipeline.residency import evict
 from pipeline.store import Store
 from tests.flows.experiments.shared_prefix import MARK, TINY, marked
 from tests.flows.logs import records_of
+from tests.pipeline.processes import until
 
 ROOT = Path(__file__).parents[3]
 SMALL = TINY | {
@@ -67,7 +69,7 @@ class Machine:
         return process
 
     def environment(self) -> dict[str, str]:
-        """Without what this process, or the one that runs the tests, was told of Prefect and MLflow."""
+        """Without what this process, or the one that runs the tests, knows of Prefect and MLflow."""
         kept = {
             name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "COHORT", "MLFLOW"))
         }
@@ -114,15 +116,11 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     place = Machine(tmp_path)
     yield place
     place.close()
-    deadline = time.monotonic() + 60
-    while (
-        marked(place.mark) and time.monotonic() < deadline
-    ):  # senders, and runs without their worker, end by themselves
-        time.sleep(0.2)
-    left = [(process.pid, process.cmdline()) for process in marked(place.mark)]
-    for pid, _ in left:
-        os.kill(pid, signal.SIGKILL)
-    assert left == []
+    try:
+        until(lambda: not marked(place.mark), 60)  # senders, and runs without their worker, end by themselves
+    finally:
+        for process in marked(place.mark):
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -153,10 +151,7 @@ def await_line(process: subprocess.Popen[str], text: str, seen: list[str]) -> No
 
 
 def await_commits(machine: Machine, count: int) -> None:
-    deadline = time.monotonic() + 600
-    while machine.committed() < count:
-        assert time.monotonic() < deadline, f"{machine.committed()} of {count} calls"
-        time.sleep(0.05)
+    until(lambda: machine.committed() >= count, 600)
 
 
 # ------------------------------------------------------------------------------------------------ options
@@ -184,7 +179,7 @@ def test_options_that_contradict_workers_exit_with_2_and_write_nothing(
 
 
 class Server:
-    """A Prefect server that says of each submission what it is told to."""
+    """A Prefect server that answers each submission with the next of the states it is given."""
 
     def __init__(self, *states: tuple[str, str]) -> None:
         self.states = list(states)
@@ -284,9 +279,9 @@ def test_killed_workers_cost_the_stage_in_flight_and_results_stay_the_same(golde
     assert {record["key"] for record in store.actions()} == {r["key"] for r in Store(golden.root / "store").actions()}
     assert run_command(["verify", "--root", str(machine.root)]) == 0
     (run,) = [run for run in machine.result().runs if run.arm == "faster"]
-    told = records_of(machine.root, f"runs/{run.folder}")[0]
-    assert (told["tags"]["arm"], told["tags"]["cohort.parent_key"]) == ("faster", "tiny")
-    assert told["params"]["diff.update.training.optimizer.learning_rate"] == "0.01"
+    logged = records_of(machine.root, f"runs/{run.folder}")[0]
+    assert (logged["tags"]["arm"], logged["tags"]["cohort.parent_key"]) == ("faster", "tiny")
+    assert logged["params"]["diff.update.training.optimizer.learning_rate"] == "0.01"
 
 
 @pytest.mark.scale
@@ -301,30 +296,16 @@ def test_an_interruption_cancels_the_runs_and_workers_go_on(machine: Machine) ->
     assert ablation.returncode == 130, "".join(said) + out
     assert "cancelling" in out
     assert f"--workers {POOL}" in out  # the command that continues
-    deadline = time.monotonic() + 60
-    while any(record.attempts[-1].outcome() == "running" for record in read_records(Places(machine.root))):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    records = functools.partial(read_records, Places(machine.root))
+    until(lambda: all(record.attempts[-1].outcome() != "running" for record in records()), 60)
     assert worker.poll() is None
-
-
-def await_file(file: Path) -> None:
-    deadline = time.monotonic() + 300
-    while not file.exists():
-        assert time.monotonic() < deadline, file
-        time.sleep(0.1)
 
 
 def await_pool(machine: Machine) -> None:
     """Until the worker made the pool: a command that names it before is refused."""
-    await_file(machine.root / "prefect" / "server.json")
-    code: Any = None
-    deadline = time.monotonic() + 300
-    while code != 0:
-        assert time.monotonic() < deadline
-        code = subprocess.run(
-            [sys.executable, "-c", PROBE, str(machine.root), POOL], env=machine.environment(), cwd=ROOT, timeout=300
-        ).returncode
+    until((machine.root / "prefect" / "server.json").exists, 300)
+    probe = [sys.executable, "-c", PROBE, str(machine.root), POOL]
+    until(lambda: subprocess.run(probe, env=machine.environment(), cwd=ROOT, timeout=300).returncode == 0, 300)
 
 
 PROBE = (

@@ -21,7 +21,7 @@ KILLS = 20
 
 
 def executions(root: Path) -> dict[str, list[tuple[int, bool]]]:
-    """By key: which processes began the stage, in order, and whether each told of its end."""
+    """By key: which processes began the stage, in order, and whether each reported its end."""
     begun: dict[str, list[tuple[int, bool]]] = defaultdict(list)
     for line in (root / "stages.log").read_text().splitlines():
         pid, outcome, key, _ = line.split()
@@ -41,17 +41,17 @@ def test_twenty_kills_of_two_workers_repeat_only_what_was_in_flight(tmp_path: Pa
     environment = os.environ | {MARK: str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(script, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
 
-    assert len(told["killed"]) == KILLS
-    assert told["digests"]["disturbed"] == told["digests"]["golden"] == told["digests"]["again"]
-    assert len(set(told["digests"]["golden"].values())) == 3
+    assert len(found["killed"]) == KILLS
+    assert found["digests"]["disturbed"] == found["digests"]["golden"] == found["digests"]["again"]
+    assert len(set(found["digests"]["golden"].values())) == 3
 
-    begun, calls = executions(tmp_path / "disturbed"), told["calls"]
+    begun, calls = executions(tmp_path / "disturbed"), found["calls"]
     assert begun.keys() == {record["key"] for record in Store(tmp_path / "golden" / "store").actions()}
     repeated = [who for attempts in begun.values() for who, _ in attempts[:-1]]
     in_flight = [who for attempts in begun.values() for who, ended in attempts if not ended]
-    assert set(repeated) <= set(in_flight) <= set(told["killed"])
+    assert set(repeated) <= set(in_flight) <= set(found["killed"])
     assert len(in_flight) == len(set(in_flight))  # a process has one stage in flight
     assert sum(map(len, begun.values())) <= calls + KILLS
     undisturbed = executions(tmp_path / "again")

@@ -27,6 +27,7 @@ from stages.models import Checkpoint, load_model, load_tokenizer, save, write_pl
 from stages.tables import Questions
 from stages.text import CharacterTokenizerConfig, build_tokenizer
 from tests.flows.logs import write_log
+from tests.flows.short_runs import smoke
 from tests.stages.training.tiny import tiny_model, tiny_tokenizer
 
 TEXT = "12 + 7 =  19\n#### 19"
@@ -325,12 +326,8 @@ def test_the_policy_of_a_real_run_answers_as_it_did_in_the_run(
 
     root = tmp_path / "root"
     settings = ["iterations=1", "steps=1", "evaluation.every=0", "evaluation.samples=0", "evaluation.estimates.ks=[1]"]
-    arguments = [part for setting in settings for part in ("--set", setting)]
-    assert run_command(["run", "arithmetic_smoke", *arguments, "--engine", "inline", "--root", str(root)]) == 0
-    assert (
-        run_command(["export", "arithmetic_smoke", str(tmp_path / "out"), "--dtype", "float32", "--root", str(root)])
-        == 0
-    )
+    assert run_command(smoke(root, *settings)) == 0
+    assert export(Places.under(root), "arithmetic_smoke", str(tmp_path / "out"), "--dtype", "float32") == 0
     shutil.move(root / "store", tmp_path / "gone")  # the folder needs nothing of ours
     model, tokenizer = (part.from_pretrained(tmp_path / "out") for part in (AutoModelForCausalLM, AutoTokenizer))
     os.rename(tmp_path / "gone", root / "store")

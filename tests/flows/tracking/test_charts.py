@@ -15,6 +15,7 @@ from pipeline.residency import evict
 from pipeline.store import Store
 from pipeline.tracking.records import Record
 from tests.flows.logs import records_of
+from tests.flows.short_runs import smoke
 
 TINY = ["iterations=2", "steps=1", "sft.max_steps=2", "sft.decay_steps=1", "evaluation.every=0", "evaluation.samples=4"]
 AT_MOST = 60
@@ -24,8 +25,7 @@ AT_MOST = 60
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root in which the smallest recipe ran."""
     folder = tmp_path_factory.mktemp("artifacts")
-    settings = [part for setting in TINY for part in ("--set", setting)]
-    assert run_command(["run", "arithmetic_smoke", *settings, "--engine", "inline", "--root", str(folder)]) == 0
+    assert run_command(smoke(folder, *TINY)) == 0
     evict()
     return folder
 
@@ -72,12 +72,12 @@ def test_mlflow_gets_the_data_that_the_run_read(root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_final_policy_is_told_of_last_with_its_accuracy(root: Path) -> None:
+def test_the_final_policy_is_logged_last_with_its_accuracy(root: Path) -> None:
     (run,) = read_runs(Places(root))
-    told = of_kind(root, "model")[-1]
-    assert (told["model"], told["digest"], told["step"]) == ("policy", run.policy, 2)
+    logged = of_kind(root, "model")[-1]
+    assert (logged["model"], logged["digest"], logged["step"]) == ("policy", run.policy, 2)
     accuracy = f"{run.accuracy['final']['in_domain']['accuracy']:.4f}"
-    assert told["tags"] == {
+    assert logged["tags"] == {
         "run": "arithmetic_smoke",
         "experiment": "arithmetic",
         "arm": "arithmetic_smoke",

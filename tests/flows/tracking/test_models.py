@@ -25,12 +25,12 @@ def ledger(**policies: str) -> Ledger:
 
 
 def test_the_best_policy_is_registered_where_it_is_not_the_final_one() -> None:
-    told = policies_of(
+    found = policies_of(
         ended(best={"in": (2, 0.75), "out": (4, 0.5)}, final={"in": {"accuracy": 0.5, "greedy_accuracy": 0.1}}),
         ledger(s2="b" * 64, s4="f" * 64),
         {"arm": "x"},
     )
-    assert told == [
+    assert found == [
         model("policy", "b" * 64, 2, {"arm": "x", "which": "best", "accuracy.in": "0.7500"}),
         model("policy", "f" * 64, 4, {"arm": "x", "which": "final", "accuracy.in": "0.5000"}),
     ]
@@ -38,8 +38,8 @@ def test_the_best_policy_is_registered_where_it_is_not_the_final_one() -> None:
 
 @pytest.mark.parametrize("best", [{}, {"in": (0, 0.9)}, {"in": (4, 0.9)}])
 def test_a_best_policy_that_is_the_final_or_the_first_is_registered_once(best: Any) -> None:
-    told = policies_of(ended(best=best), ledger(s2="b" * 64, s4="f" * 64), {})
-    assert [(made["digest"], made["tags"]["which"]) for made in told] == [("f" * 64, "final")]
+    found = policies_of(ended(best=best), ledger(s2="b" * 64, s4="f" * 64), {})
+    assert [(made["digest"], made["tags"]["which"]) for made in found] == [("f" * 64, "final")]
 
 
 def created(store: Store) -> StageDone:
@@ -92,11 +92,11 @@ def test_reward_models_are_registered_with_their_auc_on_held_out_outputs(store: 
         ("reward-model", second, 2),
         ("reward-model", third, 4),
     ]
-    told = [
+    tags = [
         {name: made["tags"].get(name) for name in ("arm", "seed", "kind", "iteration", "loss", "held_out_auc")}
         for made in found
     ]
-    assert told == [
+    assert tags == [
         {"arm": "orm", "seed": "3", "kind": "process", "iteration": "0", "loss": "0.5", "held_out_auc": "0.8750"},
         {"arm": "orm", "seed": "3", "kind": "process", "iteration": "1", "loss": "0.25", "held_out_auc": "0.7500"},
         {"arm": "orm", "seed": "3", "kind": "process", "iteration": "2", "loss": "0.125", "held_out_auc": None},

@@ -18,6 +18,7 @@ from flows.tracking.delivery import tracked_study
 from pipeline.residency import evict
 from pipeline.tracking.records import alias, figure
 from tests.flows.logs import records_of
+from tests.flows.short_runs import smoke
 
 ROOT = Path(__file__).parents[3]
 TINY = ["iterations=1", "steps=2", "sft.max_steps=2", "sft.decay_steps=1"]
@@ -70,8 +71,7 @@ def test_a_deleted_database_and_its_artifacts_come_back_whole(tmp_path: Path, mo
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     home = tmp_path / "artifacts"
     changes = [*TINY, "evaluation.every=1", "name=grpo-s0", "experiment=study"]
-    settings = [part for change in changes for part in ("--set", change)]
-    assert run_command(["run", "arithmetic_smoke", *settings, "--engine", "inline", "--root", str(home)]) == 0
+    assert run_command(smoke(home, *changes)) == 0
     evict()
     (run,) = (home / "runs").iterdir()
     logged = records_of(home, f"runs/{run.name}")

@@ -30,6 +30,7 @@ from pipeline.events import Logged, RunStarted
 from pipeline.tracking.database import adopt, connect, tracking_uri
 from pipeline.tracking.records import Record, Sent, alias, dataset, figure, model, note, point, table
 from tests.flows.logs import records_of
+from tests.pipeline.processes import until
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.slow
@@ -60,9 +61,7 @@ def steps(log: Callable[[Record], None], *numbers: int) -> None:
 def run_of(home: Path, key: str) -> Any:
     """The one run of a key, once everything in its log has arrived."""
     folder = home / "tracking" / key
-    deadline = time.monotonic() + 120
-    while Sent.read(folder).size < (folder / LOG).stat().st_size and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: Sent.read(folder).size >= (folder / LOG).stat().st_size, 120)
     client = connect(tracking_uri(home))
     found = client.get_experiment_by_name("study")
     runs = client.search_runs([found.experiment_id], filter_string=f"tags.`cohort.run_key` = '{key}'")
@@ -110,7 +109,7 @@ def test_a_finished_run_has_its_points_parameters_note_table_and_status(home: Pa
     }
 
 
-def test_runs_of_an_experiment_stand_side_by_side(home: Path) -> None:
+def test_runs_of_an_experiment_are_not_nested(home: Path) -> None:
     """MLflow shows one row and no chart of runs that stand under another until somebody unfolds them."""
     with tracked_study(home, experiment="study", name="arm", key="arm", config={}, tags={"cohort.parent_key": "all"}):
         pass
@@ -294,9 +293,7 @@ def test_a_killed_process_leaves_a_killed_run_with_its_points(home: Path) -> Non
     child.send_signal(signal.SIGKILL)
     child.communicate()
     assert not record.lives
-    deadline = time.monotonic() + 60
-    while Sent.read(folder).status != "KILLED" and time.monotonic() < deadline:
-        time.sleep(0.1)
+    until(lambda: Sent.read(folder).status == "KILLED", 60)
     assert run_of(home, "killed").info.status == "KILLED"
     assert points(home, "killed", "a") == [(1, 1.0)]
 
@@ -359,7 +356,7 @@ def test_a_copied_project_keeps_its_tables_in_its_own_folder(home: Path, tmp_pat
     assert connect(tracking_uri(home)).get_run(run.run_id).info.artifact_uri == run.artifact_uri
 
 
-def test_a_database_whose_artifacts_lie_elsewhere_by_intention_is_left_alone(tmp_path: Path) -> None:
+def test_a_database_whose_artifacts_lie_elsewhere_on_purpose_is_unchanged(tmp_path: Path) -> None:
     database = tmp_path / "mlflow.db"
     with contextlib.closing(sqlite3.connect(database)) as connection, connection:
         connection.execute("CREATE TABLE experiments (artifact_location TEXT)")

@@ -1,4 +1,4 @@
-"""What stands in front of Prefect's server: who is let in, and when it ends."""
+"""The guard of Prefect's server: which requests it lets in, and when it ends."""
 
 from __future__ import annotations
 

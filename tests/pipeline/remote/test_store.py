@@ -8,7 +8,6 @@ import mmap
 import os
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from pipeline.store import DamagedArtifactError, MissingArtifactError, PrunedArt
 from pipeline.store.files import write_sealed
 from pipeline.store.pins import PinnedArtifactError
 from tests.pipeline.calls import call
+from tests.pipeline.processes import until
 
 KEY, OTHER = "a" * 64, "b" * 64
 
@@ -63,7 +63,7 @@ def test_a_url_that_cannot_be_a_stores_is_refused_without_its_secrets(tmp_path: 
     assert "user:" not in str(raised.value)
 
 
-def test_a_url_is_told_from_a_folder() -> None:
+def test_a_url_is_distinguished_from_a_folder() -> None:
     assert [is_url(text) for text in ("s3://b/x", "s3:/b/x", "file:///x")] == [True] * 3
     assert [is_url(text) for text in ("artifacts", "/data/s3", "./a:b", "C:/x")] == [False] * 4
     assert checked_url("file:///tmp/x/") == "file:///tmp/x"
@@ -350,9 +350,6 @@ def test_a_live_process_removes_the_pins_of_killed_ones(tmp_path: Path, url: str
         os.utime(dead / name, (1.0, 1.0))
     remote = RemoteStore(url, lease_seconds=4.0)
     remote.pin(KEY)
-    deadline = time.monotonic() + 30
-    while (found := [path for path in dead.iterdir() if path.is_file()]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert found == []
+    until(lambda: not any(path.is_file() for path in dead.iterdir()), 30)
     assert remote._pins.of(OTHER) == []
     assert list((tmp_path / "remote" / "pins").glob(f"*/{KEY}"))

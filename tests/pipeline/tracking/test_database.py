@@ -1,4 +1,4 @@
-"""MLflow in a real PostgreSQL: runs side by side, a wrong password, a database that goes away, and a password nobody sees."""
+"""MLflow in a real PostgreSQL: runs side by side, a wrong password, a database that goes away, and a password never shown."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from pipeline.event_log import LOG
 from pipeline.tracking.database import artifact_folder, connect, is_database
 from pipeline.tracking.records import Record, Sent, point, table
 from tests.pipeline.postgres import PASSWORD, Postgres, gives_away, postgres
+from tests.pipeline.processes import until
 
 
 @pytest.fixture(scope="module")
@@ -88,19 +89,19 @@ def test_a_uri_is_shown_without_its_password(uri: str, shown: str | None) -> Non
     assert without_password(uri) == (shown or "postgresql://db/mlflow?user=ann&password=***&sslmode=require")
 
 
-def test_an_error_is_told_without_the_password_that_was_tried() -> None:
+def test_an_error_is_shown_without_the_password_that_was_tried() -> None:
     assert unspoken("login ann/pw refused", "postgresql://ann:pw@db/x") == "login ann/*** refused"
     assert unspoken("login ann refused", "sqlite:////x.db") == "login ann refused"
 
 
-def test_files_lie_beside_the_store_unless_a_server_has_its_own_place(
+def test_files_lie_next_to_the_store_unless_a_server_has_its_own_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_DEFAULT_ARTIFACT_ROOT", raising=False)
-    beside = (tmp_path / "mlruns").as_uri()
+    local = (tmp_path / "mlruns").as_uri()
     assert [artifact_folder(uri, tmp_path) for uri in ("sqlite:////x.db", "postgresql://h/d", "http://h:1")] == [
-        beside,
-        beside,
+        local,
+        local,
         None,
     ]
     monkeypatch.setenv("MLFLOW_DEFAULT_ARTIFACT_ROOT", "s3://bucket/mlflow")
@@ -135,18 +136,18 @@ def test_two_runs_that_find_an_empty_database_have_all_their_points(database: st
 
 
 @pytest.mark.scale
-def test_a_wrong_password_is_told_once_and_sync_sends_all_with_the_right_one(
+def test_a_wrong_password_is_one_warning_and_sync_sends_all_with_the_right(
     database: str, server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, wrong = database.rpartition("/")[2], "Wr0ng-Pa55"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url(name, password=wrong))
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with tracked(tmp_path, "run") as log:
             started = time.perf_counter()
             steps(log, *range(1, 50))
             assert time.perf_counter() - started < 1.0
-    (warning,) = [str(one.message) for one in told if "MLflow" in str(one.message)]
+    (warning,) = [str(one.message) for one in caught if "MLflow" in str(one.message)]
     assert "password authentication failed" in warning
     assert f"postgresql://cohort:***@127.0.0.1:{server.port}/{name}" in warning
     assert wrong not in warning
@@ -161,7 +162,7 @@ def test_a_wrong_password_is_told_once_and_sync_sends_all_with_the_right_one(
 def test_a_database_that_went_away_gets_every_point_once_when_it_is_back(
     database: str, server: Postgres, tmp_path: Path
 ) -> None:
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with tracked(tmp_path, "run") as log:
             steps(log, 1, 2)
@@ -169,7 +170,7 @@ def test_a_database_that_went_away_gets_every_point_once_when_it_is_back(
             server.stop()
             steps(log, 3, 4)
     server.start()
-    (warning,) = [str(one.message) for one in told if "MLflow" in str(one.message)]
+    (warning,) = [str(one.message) for one in caught if "MLflow" in str(one.message)]
     assert "Nothing is lost" in warning
     assert "cohort mlflow sync" in warning
     assert sync(tmp_path).errors == {}
@@ -191,8 +192,5 @@ def test_no_process_carries_the_password_among_its_arguments(database: str, tmp_
 
 def await_sent(home: Path, key: str) -> None:
     """Until everything in a run's log is in the database."""
-    folder = home / "tracking" / key
-    deadline = time.monotonic() + 90
-    while Sent.read(folder).size < (folder / LOG).stat().st_size:
-        assert time.monotonic() < deadline, Sent.read(folder)
-        time.sleep(0.1)
+    log = home / "tracking" / key / LOG
+    until(lambda: sent(home, key).size >= log.stat().st_size, 90)

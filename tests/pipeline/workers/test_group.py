@@ -20,6 +20,7 @@ import pytest
 
 from pipeline.progress import listen
 from pipeline.workers.group import Group, RefusedError, WorkerError
+from tests.pipeline.processes import await_end
 
 HANDLER = """
 import os, subprocess, sys, time
@@ -85,16 +86,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
         group.close()
 
 
-def _gone(pids: list[int]) -> bool:
-    """Whether none of the processes runs any more (what init has not buried yet does not run)."""
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
-            return True
-        time.sleep(0.05)
-    return False
-
-
 def test_every_rank_replies_and_the_first_ones_progress_is_reported(start: Start) -> None:
     group, heard = start(ranks=2), []
     with listen(lambda topic, values: heard.append((topic, values))):
@@ -111,7 +102,7 @@ def test_closing_leaves_no_process_nor_what_it_started(start: Start) -> None:
     assert pids[::2] == group.pids
     assert all(psutil.pid_exists(pid) for pid in pids)
     group.close()
-    assert _gone(pids)
+    await_end(pids)
     assert not group.alive
 
 
@@ -125,10 +116,10 @@ def test_a_rank_that_dies_is_named_with_last_lines_and_ends_the_group(start: Sta
     assert (raised.value.rank, raised.value.exit_code) == (1, 3)
     assert group.failed
     assert "| ready, says 1\n  | this is the end" in str(raised.value)
-    assert _gone(pids)
+    await_end(pids)
 
 
-def test_ctrl_c_ends_the_group_and_is_no_failure_whose_logs_somebody_would_read(start: Start) -> None:
+def test_ctrl_c_ends_the_group_and_is_no_failure_that_keeps_logs(start: Start) -> None:
     group = start()
 
     def interrupt(topic: str, values: dict[str, Any]) -> None:
@@ -140,13 +131,13 @@ def test_ctrl_c_ends_the_group_and_is_no_failure_whose_logs_somebody_would_read(
     assert not group.failed
 
 
-def test_a_killed_process_is_told_from_one_that_ended(start: Start) -> None:
+def test_a_killed_process_is_distinguished_from_one_that_ended(start: Start) -> None:
     group = start()
     [pids] = group.order({"do": "pids"}, deadline=10)
     os.kill(pids[0], signal.SIGKILL)
     with pytest.raises(WorkerError, match=r"was killed \(signal 9: out of memory"):
         group.order({"do": "echo"}, deadline=10)
-    assert _gone(pids)
+    await_end(pids)
 
 
 def test_a_process_that_hangs_is_killed_at_the_deadline(start: Start) -> None:
@@ -154,7 +145,7 @@ def test_a_process_that_hangs_is_killed_at_the_deadline(start: Start) -> None:
     pids = [pid for own in group.order({"do": "pids"}, deadline=10) for pid in own]
     with pytest.raises(WorkerError, match="rank 1 of 2 gave no answer within 1 s and was killed"):
         group.order({"do": "hang", "rank": 1}, deadline=1)
-    assert _gone(pids)
+    await_end(pids)
 
 
 def test_a_single_process_survives_an_order_that_it_refuses(start: Start) -> None:
@@ -172,7 +163,7 @@ def test_one_of_several_that_fails_ends_all(start: Start) -> None:
     assert not group.alive
 
 
-def test_one_that_is_left_alone_is_not_blamed_for_what_another_died_of(start: Start) -> None:
+def test_a_rank_that_lost_its_peers_is_not_named_for_the_rank_that_died(start: Start) -> None:
     with pytest.raises(WorkerError, match="crew, rank 1 of 2 ended with exit code 3"):
         start(ranks=2).order({"do": "desert", "deserter": 1}, deadline=60)
 
@@ -182,11 +173,6 @@ def test_progress_renews_a_deadline_where_that_is_asked_for(start: Start) -> Non
     assert group.order({"do": "work"}, deadline=1.5, renewed=True) == [None]
     with pytest.raises(WorkerError, match="gave no answer within 1 s"):
         group.order({"do": "work"}, deadline=1)
-
-
-def test_a_handler_that_cannot_be_made_is_an_error_at_the_start(start: Start) -> None:
-    with pytest.raises(WorkerError, match="crew: ModuleNotFoundError: No module named 'vllm_of_nowhere'"):
-        start(handler="import vllm_of_nowhere")
 
 
 @pytest.mark.parametrize("message", [{"reply": 7}, {"error": "no", "kinds": ["ValueError"]}], ids=["reply", "error"])
@@ -218,9 +204,19 @@ def test_what_a_process_says_just_before_it_ends_is_heard(
         group._processes, group._connections = [process], []
 
 
-def test_a_process_that_never_becomes_ready_is_killed_at_the_deadline(start: Start) -> None:
-    with pytest.raises(WorkerError, match="rank 0 of 1 gave no answer within 1 s"):
-        start(handler="import time\ndef make_handler():\n    time.sleep(600)", deadline=1)
+@pytest.mark.parametrize(
+    ("handler", "message"),
+    [
+        ("import vllm_of_nowhere", "crew: ModuleNotFoundError: No module named 'vllm_of_nowhere'"),
+        ("import time\ndef make_handler():\n    time.sleep(600)", "rank 0 of 1 gave no answer within 1 s"),
+    ],
+    ids=["no module", "never ready"],
+)
+def test_a_handler_that_cannot_be_made_in_time_is_an_error_at_the_start(
+    start: Start, handler: str, message: str
+) -> None:
+    with pytest.raises(WorkerError, match=message):
+        start(handler=handler, deadline=1 if "sleep" in handler else 20)
 
 
 def test_foreign_connections_delay_neither_the_start_nor_its_deadline(
@@ -266,7 +262,7 @@ def test_workers_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
     assert len(pids) == 2
     process.kill()
     process.wait()
-    assert _gone(pids)
+    await_end(pids)
 
 
 @pytest.fixture
@@ -291,7 +287,7 @@ def test_a_rank_on_another_host_is_started_by_the_command_and_works_like_any(
     secret = psutil.Process(here).environ()["COHORT_LAUNCHER_KEY"]
     assert not any(secret in part for p in psutil.process_iter() for part in _command(p))
     group.close()
-    assert _gone([here, child, there, its_child])
+    await_end([here, child, there, its_child])
 
 
 @pytest.mark.slow
@@ -306,7 +302,7 @@ def test_a_rank_on_another_host_that_dies_or_hangs_is_named_and_gone(
     )
     with pytest.raises(WorkerError, match=message):
         group.order({"do": what, "code": 3, "rank": 1}, deadline=2)
-    assert _gone(pids)
+    await_end(pids)
 
 
 @pytest.mark.slow

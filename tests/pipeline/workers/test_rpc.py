@@ -101,17 +101,19 @@ def test_an_argument_of_another_class_is_not_sent(store: Store) -> None:
         order_of("scaled", scaled, {"config": Other()})
 
 
-def test_an_order_names_no_class_but_those_of_the_function(store: Store) -> None:
+@pytest.mark.parametrize(
+    ("parameter", "changed", "error"),
+    [
+        ("numbers", {"class": "Store"}, KeyError),
+        ("config", {"config": {"factor": 2.5}}, ValueError),
+    ],
+)
+def test_an_order_changed_on_the_way_is_refused(
+    store: Store, parameter: str, changed: dict[str, Any], error: type[Exception]
+) -> None:
     order = order_of("scaled", scaled, {"numbers": Numbers.write({"number": [1.0]}), "config": Scaling(), "seed": 1})
-    order["arguments"]["numbers"]["class"] = "Store"
-    with pytest.raises(KeyError, match="Store"):
-        perform(sent(order), scaled, lambda topic, values: None)
-
-
-def test_arguments_that_are_read_otherwise_than_they_were_sent_are_refused(store: Store) -> None:
-    order = order_of("scaled", scaled, {"numbers": Numbers.write({"number": [1.0]}), "config": Scaling(), "seed": 1})
-    order["arguments"]["config"]["config"] = {"factor": 2.5}
-    with pytest.raises(ValueError, match="scaled: arguments differ from those that were sent"):
+    order["arguments"][parameter] |= changed
+    with pytest.raises(error, match="Store" if error is KeyError else "arguments differ from those that were sent"):
         perform(sent(order), scaled, lambda topic, values: None)
 
 

@@ -72,21 +72,25 @@ def test_cells_of_csv_are_text_with_commas_quotes_and_newlines(store: Store, tmp
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("name", "content", "message"),
     [
-        (b"question,answer\n1,2\n1 and 2,3,4\n", r"q\.csv: line 3: expected 2 cells \(question, answer\), found 3"),
-        (b"question,answer\n1,\n", r"q\.csv: line 2: question without an answer: column 'answer' is empty"),
-        (b'question,answer\n1,2\n"1,2\n', r"q\.csv: line 3 is not CSV in UTF-8: unexpected end of data"),
-        (b"question,answer\n\xff,2\n", r"q\.csv: line 2 is not CSV in UTF-8"),
-        (b"question,answer,answer\n1,2,3\n", r"line 1: a column is there twice"),
-        (b"question;answer\n1;2\n", r"no column 'question'; found columns \['question;answer'\]"),
-        (b"", "no questions: the set is empty"),
+        ("q.csv", b"question,answer\n1,2\n1 and 2,3,4\n", r"line 3: expected 2 cells \(question, answer\), found 3"),
+        ("q.csv", b"question,answer\n1,\n", r"line 2: question without an answer: column 'answer' is empty"),
+        ("q.csv", b'question,answer\n1,2\n"1,2\n', r"line 3 is not CSV in UTF-8: unexpected end of data"),
+        ("q.csv", b"question,answer\n\xff,2\n", r"line 2 is not CSV in UTF-8"),
+        ("q.csv", b"question,answer,answer\n1,2,3\n", r"line 1: a column is there twice"),
+        ("q.csv", b"question;answer\n1;2\n", r"no column 'question'; found columns \['question;answer'\]"),
+        ("q.csv", b"", "no questions: the set is empty"),
+        ("q.jsonl", b'{"question": "1", "answer": 2}\n\n{"id": "b", \n', "line 3 is not JSON"),
+        ("q.parquet", b"PAR1 not really", "not a readable Parquet file"),
     ],
 )
-def test_a_bad_line_of_csv_is_named(store: Store, tmp_path: Path, text: bytes, message: str) -> None:
-    (tmp_path / "q.csv").write_bytes(text)
-    with pytest.raises(DataError, match=message):
-        read_questions(config(str(tmp_path / "q.csv")))
+def test_a_file_that_cannot_be_read_is_named_with_its_line(
+    store: Store, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{re.escape(name)}: {message}"):
+        read_questions(config(str(tmp_path / name)))
 
 
 def test_a_script_of_a_data_set_never_runs(store: Store, tmp_path: Path) -> None:
@@ -181,12 +185,6 @@ def test_a_bad_row_is_named(store: Store, tmp_path: Path, rows: list[Any], messa
     assert "q.jsonl" in str(caught.value)
 
 
-def test_a_line_that_is_not_json_is_named_by_its_number(store: Store, tmp_path: Path) -> None:
-    (tmp_path / "q.jsonl").write_text(json.dumps(ROWS[0]) + '\n\n{"id": "b", \n')
-    with pytest.raises(DataError, match=r"q\.jsonl: line 3 is not JSON"):
-        read_questions(config(str(tmp_path / "q.jsonl")))
-
-
 def test_an_id_column_that_was_asked_for_must_exist(store: Store, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "q.jsonl", [{"question": "2+2?", "answer": "4"}])
     with pytest.raises(DataError, match="no column 'number'"):
@@ -203,12 +201,6 @@ def test_a_missing_file_is_an_error_with_the_nearest_name(store: Store, tmp_path
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     with pytest.raises(DataError, match=r"train\.json: no such file or folder; did you mean 'train\.jsonl'\?"):
         read_questions(config(str(tmp_path / "train.json")))
-
-
-def test_a_broken_parquet_file_is_named(store: Store, tmp_path: Path) -> None:
-    (tmp_path / "q.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(DataError, match=r"q\.parquet: not a readable Parquet file"):
-        read_questions(config(str(tmp_path / "q.parquet")))
 
 
 def test_a_split_that_a_folder_lacks_is_an_error_that_lists_them(store: Store, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_a_folder_of_datasets_keeps_numbers_exact(store: Store, tmp_path: Path) 
         ("1" * 400, "1" * 400),
     ],
 )
-def test_numbers_of_json_are_the_digits_that_stand_there(store: Store, tmp_path: Path, number: str, text: str) -> None:
+def test_numbers_of_json_are_the_digits_of_the_file(store: Store, tmp_path: Path, number: str, text: str) -> None:
     assert answers(lines(tmp_path / "q.jsonl", f'{{"question": "q", "answer": {number}}}')) == [text]
 
 

@@ -76,7 +76,7 @@ def test_a_nested_row_is_one_solution_for_each_author_who_wrote_one(store: Store
     assert found.metrics == {"data/solutions": 3, "data/questions": 2, "data/right_share": pytest.approx(2 / 3)}
 
 
-def test_flat_rows_of_one_question_are_its_samples_wherever_they_stand(store: Store, tmp_path: Path) -> None:
+def test_flat_rows_of_one_question_are_its_samples_in_any_order(store: Store, tmp_path: Path) -> None:
     found = read_solutions(flat(written(tmp_path, FLAT)))
     assert cells(found, "question_id", "sample", "answer", "solution", "author", "label") == [
         (identify("2+2?"), 0, "4", "A: 4", "ann", True),

@@ -141,7 +141,7 @@ def test_timeouts_and_errors_are_without_verdict_and_nothing_else_is() -> None:
     assert (metrics["unparseable_rate"], metrics["truncated_rate"]) == (1 / 8, 1 / 8)
 
 
-def test_a_truncated_output_that_was_scored_as_it_stands_counts_as_truncated() -> None:
+def test_a_truncated_output_that_was_scored_as_it_is_counts_as_truncated() -> None:
     rows: list[Row] = [("a", "ok", "1", 1), ("a", "wrong", "2", 1), ("a", "unparseable", None, 1), ("a", "ok", "1", 1)]
     metrics = evaluated((1,), rows, cut=(0, 1)).metrics
     assert metrics["truncated_rate"] == 2 / 4

@@ -62,12 +62,6 @@ def facts(
     ]
 
 
-def always_hang(completions: list[str], **columns: Any) -> list[float]:
-    """Sleeps for ever."""
-    time.sleep(600)
-    return [1.0] * len(completions)
-
-
 def of_one_column(prompts: list[str], completions: list[str], completion_ids: Any, answer: list[str]) -> list[float]:
     """Takes the answer and nothing else."""
     return [float(c == a) for c, a in zip(completions, answer, strict=True)]

@@ -26,53 +26,51 @@ def coherent(question: str, text: str, **changes: Any) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("question", "text"),
+    ("question", "text", "expected"),
     [
-        (ENGLISH, RIGHT_ENGLISH),
-        (CHINESE, RIGHT_CHINESE),
-        (ENGLISH, "48/2=24\n48+24=72\n#### 72"),
-        (CHINESE, "32+8=40\n32+40=72\n#### 72"),
-        (CHINESE, r"设桃数为 $x$，则 \boxed{\frac{x}{2}=36 \text{ so}}，因此 $x=72$ 个桃。"),
+        (ENGLISH, RIGHT_ENGLISH, True),
+        (CHINESE, RIGHT_CHINESE, True),
+        (ENGLISH, "48/2=24\n48+24=72\n#### 72", True),
+        (CHINESE, "32+8=40\n32+40=72\n#### 72", True),
+        (CHINESE, r"设桃数为 $x$，则 \boxed{\frac{x}{2}=36 \text{ so}}，因此 $x=72$ 个桃。", True),
         (
             CHINESE,
             "可以用程序算：\n```python\ndef total(first, more):\n    return first + first + more\n```\n一共72个桃。",
+            True,
         ),
-        ("Haley的班上有11个男孩，每人9颗弹珠，一共多少颗？", "Haley一共要准备99颗弹珠，Haley有99颗。"),
-        ("How many 元 does the 桃 cost?", "The 桃 costs 3 元, so 3 元 it is."),
-        ("Compute 7+5-3.", "7+5=12\n12-3=9\n#### 9"),
-        ("7+5-3=?", RIGHT_CHINESE),
-        ("7+5-3=?", RIGHT_ENGLISH),
-        ("りんごは全部でいくつありますか？", "りんごは全部で三個あります。答えは3です。"),
-        (ENGLISH, "Elle a vendu l'autre moitié en mai."),
-        (ENGLISH, "2*2*2*2*2*2*2*2 = 256"),
-        (ENGLISH, "\n".join(f"On day {day} she sells {2 * day} clips." for day in range(1, 9))),
+        ("Haley的班上有11个男孩，每人9颗弹珠，一共多少颗？", "Haley一共要准备99颗弹珠，Haley有99颗。", True),
+        ("How many 元 does the 桃 cost?", "The 桃 costs 3 元, so 3 元 it is.", True),
+        ("Compute 7+5-3.", "7+5=12\n12-3=9\n#### 9", True),
+        ("7+5-3=?", RIGHT_CHINESE, True),
+        ("7+5-3=?", RIGHT_ENGLISH, True),
+        ("りんごは全部でいくつありますか？", "りんごは全部で三個あります。答えは3です。", True),
+        (ENGLISH, "Elle a vendu l'autre moitié en mai.", True),
+        (ENGLISH, "2*2*2*2*2*2*2*2 = 256", True),
+        (ENGLISH, "\n".join(f"On day {day} she sells {2 * day} clips." for day in range(1, 9)), True),
+        (ENGLISH, RIGHT_CHINESE, False),
+        (CHINESE, RIGHT_ENGLISH, False),
+        (ENGLISH, "Она продала семьдесят две штуки.", False),
+        (CHINESE, "りんごは全部でいくつありますか、七十二です。", False),
+        (ENGLISH, f"{RIGHT_ENGLISH}\n{RIGHT_CHINESE}", False),
+        (CHINESE, "淘淘摘了 forty 个桃，so altogether there are seventy two 个桃 in the basket。", False),
+        (ENGLISH, "", False),
+        (CHINESE, " \n\t", False),
+        (
+            ENGLISH,
+            "She sold clips and she sold clips and she sold clips and she sold clips and she sold clips and",
+            False,
+        ),
+        (CHINESE, "所以答案是72，" * 5, False),
+        (CHINESE, "好好好好好好好好", False),
+        (ENGLISH, "She sold 72 clips, wait, " * 5, False),
+        (ENGLISH, "1/3 = 0." + "3" * 600, False),
+        (ENGLISH, "She has 72. " + "= 72 " * 200, False),
     ],
 )
-def test_an_output_in_its_questions_language_is_coherent(question: str, text: str) -> None:
-    assert coherent(question, text)
-
-
-@pytest.mark.parametrize(
-    ("question", "text"),
-    [
-        (ENGLISH, RIGHT_CHINESE),
-        (CHINESE, RIGHT_ENGLISH),
-        (ENGLISH, "Она продала семьдесят две штуки."),
-        (CHINESE, "りんごは全部でいくつありますか、七十二です。"),
-        (ENGLISH, f"{RIGHT_ENGLISH}\n{RIGHT_CHINESE}"),
-        (CHINESE, "淘淘摘了 forty 个桃，so altogether there are seventy two 个桃 in the basket。"),
-        (ENGLISH, ""),
-        (CHINESE, " \n\t"),
-        (ENGLISH, "She sold clips and she sold clips and she sold clips and she sold clips and she sold clips and"),
-        (CHINESE, "所以答案是72，" * 5),
-        (CHINESE, "好好好好好好好好"),
-        (ENGLISH, "She sold 72 clips, wait, " * 5),
-        (ENGLISH, "1/3 = 0." + "3" * 600),
-        (ENGLISH, "She has 72. " + "= 72 " * 200),
-    ],
-)
-def test_an_output_in_another_language_mixed_repeated_or_empty_is_not(question: str, text: str) -> None:
-    assert not coherent(question, text)
+def test_an_output_is_coherent_in_its_questions_language_unmixed_and_unrepeated(
+    question: str, text: str, expected: bool
+) -> None:
+    assert coherent(question, text) is expected
 
 
 def test_the_foreign_share_counts_words_and_chinese_characters() -> None:

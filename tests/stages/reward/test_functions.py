@@ -19,7 +19,7 @@ from stages.reward.functions import RewardFunctionError, call_in_pieces
 from stages.reward.pool import KillablePool, Outcome
 from stages.tables import Questions, Rewards, Rollouts
 from tests.stages.reward.answers import BAD, GOOD
-from tests.stages.rows import output_row, question_table
+from tests.stages.rows import column, output_row, question_table
 
 pytestmark = [pytest.mark.usefixtures("one_store"), pytest.mark.filterwarnings("ignore:component 'function'")]
 
@@ -51,10 +51,6 @@ def questions() -> Questions:
 
 def scored(reward: RewardConfig, *groups: tuple[str, ...], cut: tuple[str, ...] = ()) -> Rewards:
     return score(rollouts(*groups, cut=cut), questions(), reward)
-
-
-def column(rewards: Rewards, name: str) -> list[Any]:
-    return [row[name] for row in rewards.rows()]
 
 
 def test_a_function_gets_what_trl_passes_and_its_numbers_are_the_scores() -> None:

@@ -13,7 +13,7 @@ from stages.reward.functions import call_in_pieces
 from stages.reward.pool import KillablePool
 from stages.reward.rules.format import is_quick, match_pattern
 from stages.tables import Rewards, Rollouts
-from tests.stages.rows import output_row, question_table
+from tests.stages.rows import column, output_row, question_table
 
 pytestmark = [pytest.mark.usefixtures("store"), pytest.mark.filterwarnings("ignore:component 'format'")]
 
@@ -29,10 +29,6 @@ def scored(config: RewardConfig, *texts: str) -> Rewards:
 def pattern(expression: str, *others: Any, **settings: Any) -> RewardConfig:
     form = FormatConfig(form="pattern", pattern=expression)
     return RewardConfig(components=(form, *others), workers=2, deadline_s=0.5, **settings)
-
-
-def column(rewards: Rewards, name: str) -> list[Any]:
-    return [row[name] for row in rewards.rows()]
 
 
 def test_a_pattern_that_hangs_on_an_output_costs_that_one_its_score() -> None:

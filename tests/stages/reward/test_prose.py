@@ -166,68 +166,51 @@ def status(gold: str, text: str, verifier: Verifier = "exact") -> str:
         ("Alina and the answer is\n(C) Cecile", ("C", True)),
         ("C Cecile", ("C", False)),
         ("I", ("I", True)),
+        *(
+            (gold, None)
+            for gold in ("17", "A circle", "AB", "x", "C + 1", "C=5", "I am", "Z", "", r"\frac{A}{B}", "C_1")
+        ),
     ],
 )
-def test_a_gold_answer_of_a_multiple_choice_question_has_its_label(gold: str, label: tuple[str, bool]) -> None:
+def test_a_gold_answer_of_a_multiple_choice_question_alone_has_a_label(
+    gold: str, label: tuple[str, bool] | None
+) -> None:
     assert choice_label(gold) == label
 
 
-@pytest.mark.parametrize("gold", ["17", "A circle", "AB", "x", "C + 1", "C=5", "I am", "Z", "", r"\frac{A}{B}", "C_1"])
-def test_other_gold_answers_have_none(gold: str) -> None:
-    assert choice_label(gold) is None
-
-
 @pytest.mark.parametrize(
-    ("gold", "text"),
+    ("gold", "text", "expected"),
     [
-        ("C", "The answer is (C)."),
-        ("C", r"so \boxed{\text{(C)}}"),
-        ("C", r"\boxed{C}"),
-        ("D", "The answer is for sure D, it can't be A or B"),
-        ("D", "The answer: D, it doesn't make sense for it to be A or B"),
-        ("D", "D. it can't be A or B"),
-        ("B", "B。不是 A"),
-        ("B", "答案是B"),
-        ("(D) Alina", "D"),
-        ("(D) Alina", "The answer is (D) Alina"),
-        ("C Cecile", "(C)"),
-        ("B", "The answer is not A but B"),
-        ("A", "A"),
+        ("C", "The answer is (C).", "ok"),
+        ("C", r"so \boxed{\text{(C)}}", "ok"),
+        ("C", r"\boxed{C}", "ok"),
+        ("D", "The answer is for sure D, it can't be A or B", "ok"),
+        ("D", "The answer: D, it doesn't make sense for it to be A or B", "ok"),
+        ("D", "D. it can't be A or B", "ok"),
+        ("B", "B。不是 A", "ok"),
+        ("B", "答案是B", "ok"),
+        ("(D) Alina", "D", "ok"),
+        ("(D) Alina", "The answer is (D) Alina", "ok"),
+        ("C Cecile", "(C)", "ok"),
+        ("B", "The answer is not A but B", "ok"),
+        ("A", "A", "ok"),
+        ("C", "The answer is (D).", "wrong"),
+        ("A", "The answer is not A but B", "wrong"),
+        ("B", "A. it can't be B", "wrong"),
+        ("(D) Alina", r"\boxed{C}", "wrong"),
+        ("A", "The answer is A or B", "wrong"),
+        ("B", r"\boxed{A, B}", "unparseable"),
+        ("A", r"\boxed{A+1}", "unparseable"),
+        ("A", "The answer is A circle", "wrong"),
+        ("I", "I think so", "unparseable"),
+        ("A", "A circle has no corners", "unparseable"),
+        ("A Christmas Carol", "The answer is A Tale of Two Cities", "wrong"),
+        ("C", "it is neither A nor B", "unparseable"),
+        ("B", "I choose B in the end", "unparseable"),
     ],
 )
-def test_the_label_an_output_settles_on_is_right(gold: str, text: str) -> None:
-    assert status(gold, text) == "ok"
-
-
-@pytest.mark.parametrize(
-    ("gold", "text"),
-    [
-        ("C", "The answer is (D)."),
-        ("A", "The answer is not A but B"),
-        ("B", "A. it can't be B"),
-        ("(D) Alina", r"\boxed{C}"),
-    ],
-)
-def test_another_label_is_wrong(gold: str, text: str) -> None:
-    assert status(gold, text) == "wrong"
-
-
-@pytest.mark.parametrize(
-    ("gold", "text"),
-    [
-        ("A", "The answer is A or B"),
-        ("B", r"\boxed{A, B}"),
-        ("A", r"\boxed{A+1}"),
-        ("A", "The answer is A circle"),
-        ("I", "I think so"),
-        ("A", "A circle has no corners"),
-        ("A Christmas Carol", "The answer is A Tale of Two Cities"),
-        ("C", "it is neither A nor B"),
-        ("B", "I choose B in the end"),
-    ],
-)
-def test_an_output_that_settles_on_no_label_is_not_right(gold: str, text: str) -> None:
-    assert status(gold, text) != "ok"
+def test_an_output_is_graded_by_the_label_it_settles_on(gold: str, text: str, expected: str) -> None:
+    assert status(gold, text) == expected
 
 
 def test_a_search_takes_the_only_label_that_is_not_denied() -> None:

@@ -15,8 +15,8 @@ from stages.join import JoinError
 from stages.reward import AccuracyConfig, FormatConfig, LanguageConfig, RewardConfig, score
 from stages.reward.composition import Part, compose
 from stages.reward.rules.accuracy import GoldError
-from stages.tables import Questions, Rewards, Rollouts
-from tests.stages.rows import output_row, question_table
+from stages.tables import Questions, Rollouts
+from tests.stages.rows import column, output_row, question_table
 
 pytestmark = pytest.mark.usefixtures("store")
 
@@ -29,10 +29,6 @@ def questions(**answers: str) -> Questions:
 def rollouts(*rows: tuple[str, int, str] | tuple[str, int, str, str]) -> Rollouts:
     """Of (question, sample, text) and, where the length limit cut it, `length`."""
     return Rollouts.write([output_row(*row[:3], tokens=2, cut="length" in row[3:]) for row in rows])
-
-
-def column(rewards: Rewards, name: str) -> list[Any]:
-    return [row[name] for row in rewards.rows()]
 
 
 EXACT = RewardConfig(components=(AccuracyConfig(verifier="exact"),))

@@ -206,7 +206,7 @@ def test_every_part_that_is_set_is_in_the_cache_key() -> None:
 
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "<think>", "<s>"])
-def test_questions_inject_nothing_whatever_stands_around_them(tokenizer: Any, token: str) -> None:
+def test_questions_inject_nothing_whatever_surrounds_them(tokenizer: Any, token: str) -> None:
     settings = {"system": "Be brief.", "instruction": "Think.", "instruction_at": "before"}
     config = PromptConfig.parse({"chat": "tokenizer", "chat_template": CHAT, **settings})
     number = tokenizer.convert_tokens_to_ids(token)

@@ -109,7 +109,7 @@ OWN = (
 )
 
 
-def test_a_template_of_ones_own_stands_in_for_the_tokenizers_as_text_or_file(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_given_template_replaces_the_tokenizers_as_text_or_file(tokenizer: Any, tmp_path: Path) -> None:
     file = tmp_path / "mine.jinja"
     file.write_text(OWN)
     text, named = (PromptConfig(chat="tokenizer", chat_template=given) for given in (OWN, str(file)))

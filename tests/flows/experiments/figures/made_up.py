@@ -29,7 +29,7 @@ class MadeUp:
     seed: int
     sets: Mapping[str, Mapping[int, Metrics]]
     extra: Mapping[int, Metrics] = field(default_factory=dict)
-    """Metrics beside the evaluations, by step."""
+    """Metrics besides those of the evaluations, by step."""
     policies: Sequence[str] = ()
     """After each step."""
     samples: Mapping[int, str] = field(default_factory=dict)

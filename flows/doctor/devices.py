@@ -13,8 +13,9 @@ from typing import Any, Final
 import psutil
 
 from flows.doctor.examination import Finding, Severity, Subject
-from flows.doctor.probe import Answer, importing_ours, probing, together
+from flows.doctor.probe import Answer, probing, together
 from flows.wording import size
+from pipeline.workers.group import importing_ours
 from stages.training.hardware import native_bf16
 from stages.training.ranks import RANK_VARIABLES, environments
 

@@ -16,7 +16,7 @@ from typing import Final
 import psutil
 
 from flows.doctor.examination import Finding, Severity, Subject
-from flows.doctor.probe import importing_ours, probing
+from flows.doctor.probe import probing
 from flows.runs.paths import nearest
 from flows.wording import size
 from pipeline.config import ConfigError
@@ -26,6 +26,7 @@ from pipeline.store.actions import read_call
 from pipeline.store.context import Call
 from pipeline.store.files import StoreError
 from pipeline.store.locks import try_lock
+from pipeline.workers.group import importing_ours
 
 _NETWORK: Final = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "gluster", "lustre", "gpfs", "beegfs", "fuse.")
 """Prefixes of file systems that reach several hosts, or that a program in user space serves."""

@@ -16,7 +16,6 @@ import datetime
 import importlib
 import importlib.metadata
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -93,12 +92,6 @@ def together(
 def probing(*arguments: str | Path, python: Path | None = None) -> list[str | Path]:
     """Return the command line of the probe in an interpreter, by default this one."""
     return [python or sys.executable, "-P", __file__, *arguments]
-
-
-def importing_ours(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment in which a child of this interpreter imports our packages, installed or not."""
-    ours = str(Path(__file__).parents[2])
-    return {**environment, "PYTHONPATH": os.pathsep.join([ours, *filter(None, [environment.get("PYTHONPATH")])])}
 
 
 def _started(command: Sequence[str | Path], environment: Mapping[str, str], place: Path) -> subprocess.Popen[bytes]:

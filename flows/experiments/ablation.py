@@ -23,7 +23,7 @@ from flows.experiments.report import report_file, write_report
 from flows.experiments.results import ExperimentResult, Sharing, experiment_folder, is_finished, write_experiment
 from flows.experiments.tables import Outcome, comparison_markdown
 from flows.runs.paths import Places
-from flows.runs.record import read_record, run_folder
+from flows.runs.record import read_record, run_folder, write_text
 from flows.tracking.delivery import tracked_study
 from flows.tracking.fold import MlflowFold
 from flows.wording import duration, number
@@ -45,10 +45,8 @@ def print_arms(planned: PlannedExperiment, places: Places, out: Console) -> None
     for heading in ("arm", "plan", f"differs from {experiment.baseline} in"):
         table.add_column(heading, overflow="fold")
     for arm in planned.arms[: len(planned.names)]:  # those with the first seed
-        config = arm.choice.config
-        size = f"{config.iterations} x {config.steps} steps, {config.questions_per_step} x {config.rollout.G} outputs"
         differs = "\n".join(_change(key, *change) for key, change in planned.differences(arm).items())
-        table.add_row(arm.label + ("" if arm.name in chosen else "  (not now)"), size, differs or "-")
+        table.add_row(arm.label + ("" if arm.name in chosen else "  (not now)"), arm.plan, differs or "-")
     out.print(table)
     for arm in (arm for arm in planned.arms[: len(planned.names)] if arm.also):
         out.print(f"[yellow]equal configurations, run once:[/] {escape(arm.label)}")
@@ -115,7 +113,7 @@ def track_experiment(planned: PlannedExperiment, places: Places) -> Iterator[Cal
     folder = experiment_folder(places, planned.experiment.name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "experiment.yaml").write_text(planned.experiment.to_yaml(), encoding="utf-8")
+        write_text(folder / "experiment.yaml", planned.experiment.to_yaml())
     except OSError as error:
         raise StoreError(
             f"{folder} cannot be written ({error.strerror or error}): free space, correct permissions or choose another place "
@@ -152,7 +150,7 @@ def conclude(
         write_report(result, places, [])
         return
     text = comparison_markdown(outcomes, result.command, name=experiment.name, asks=experiment.asks)
-    tables_file(places, experiment.name).write_text(text, encoding="utf-8")
+    write_text(tables_file(places, experiment.name), text)
     notes = [text]
     try:
         notes += _draw(result, places, log)

@@ -37,6 +37,13 @@ class Arm:
         """All its names."""
         return " = ".join([self.name, *self.also])
 
+    @property
+    def plan(self) -> str:
+        """How much it trains."""
+        config = self.choice.config
+        batch = f"{config.questions_per_step} questions x {config.rollout.G} outputs"
+        return f"{config.iterations} x {config.steps} steps of {batch}"
+
 
 @dataclass(frozen=True)
 class PlannedExperiment:

@@ -32,13 +32,13 @@ from pipeline.config import Config
 from pipeline.orchestration.engine import Engine
 from pipeline.orchestration.interruption import interruptible
 from pipeline.residency import evict
+from pipeline.workers.group import importing_ours
 
 _POLL: Final = 0.1
 _PROGRESS_SECONDS: Final = 30.0
 """How often the progress of the runs is printed."""
 _GRACE: Final = 30.0
 """Seconds that a run has to note that it was interrupted, before it is killed."""
-_ROOT: Final = Path(__file__).parents[2]
 
 
 class ChildConfig(Config):
@@ -170,7 +170,6 @@ def _start(planned: PlannedExperiment, arm: Arm, places: Places, engine: Engine,
     folder.mkdir(parents=True, exist_ok=True)
     file, log = folder / f"{choice.config.name}.yaml", folder / f"{choice.config.name}.log"
     file.write_text(needed.to_yaml(), encoding="utf-8")
-    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with open(log, "wb") as output:
         # A session of its own: Ctrl-C reaches this process only, which interrupts each child once.
         process = subprocess.Popen(
@@ -179,7 +178,7 @@ def _start(planned: PlannedExperiment, arm: Arm, places: Places, engine: Engine,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env=importing_ours(os.environ),
         )
     return _Child(choice.config.name, run_folder(places, choice.config), log, process)
 
@@ -215,8 +214,7 @@ def _engine(arm: Arm, places: Places, engine: Engine) -> Engine:
 
 
 def _announce(planned: PlannedExperiment, arm: Arm, place: str, console: Console) -> None:
-    config, sets = arm.choice.config, [f"{key}={now}" for key, now in planned.settings(arm).items()]
-    plan = f"{config.iterations} x {config.steps} steps, {config.questions_per_step} questions x {config.rollout.G} outputs"
-    console.print(f"\n[bold]arm {escape(arm.label)}, seed {arm.seed}[/] ({place})  {plan}", soft_wrap=True)
+    sets = [f"{key}={now}" for key, now in planned.settings(arm).items()]
+    console.print(f"\n[bold]arm {escape(arm.label)}, seed {arm.seed}[/] ({place})  {arm.plan}", soft_wrap=True)
     if sets:
         console.print(f"  against {planned.experiment.baseline}: {escape(', '.join(sets))}", soft_wrap=True)

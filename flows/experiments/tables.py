@@ -117,7 +117,7 @@ def comparison_markdown(outcomes: Sequence[Outcome], command: str, *, name: str,
         asks: what it is to find out.
     """
     arms = [outcome.arm for outcome in outcomes]
-    plans = " or ".join(dict.fromkeys(map(_plan, arms)))
+    plans = " or ".join(dict.fromkeys(arm.plan for arm in arms))
     title = f"# {name}: {', '.join(dict.fromkeys(arm.name for arm in arms))}"
     asked = [asks, ""] if asks else []
     lines = [title, "", *asked, f"`{command}`", "", f"{plans}, {_seeds(arms)}.", "", _READING, ""]
@@ -125,12 +125,6 @@ def comparison_markdown(outcomes: Sequence[Outcome], command: str, *, name: str,
     for grid in _tables(outcomes):
         lines += [f"## {grid.title}", "", *markdown_rows(grid), ""]
     return "\n".join(lines)
-
-
-def _plan(arm: Arm) -> str:
-    config = arm.choice.config
-    batch = f"{config.questions_per_step} questions x {config.rollout.G} outputs"
-    return f"{config.iterations} x {config.steps} steps of {batch}"
 
 
 def markdown_rows(grid: Grid) -> list[str]:

@@ -26,6 +26,7 @@ from flows.proving.shape import HALF_BILLION, SMALL, Shape, engines, make_model,
 from flows.runs.paths import Places
 from pipeline.store import Store
 from pipeline.store.context import package_versions
+from pipeline.workers.group import importing_ours
 
 _LINES: Final = 12
 _NO_TIME: Final = "not run: no time was left (--minutes)"
@@ -209,5 +210,4 @@ def _command(file: Path, root: Path) -> list[str]:
 
 def _surroundings() -> dict[str, str]:
     """Return the environment of a run: this one's, but for a store that is not the root's."""
-    packages = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {name: value for name, value in os.environ.items() if name != "COHORT_STORE"} | {"PYTHONPATH": packages}
+    return importing_ours({name: value for name, value in os.environ.items() if name != "COHORT_STORE"})

@@ -16,7 +16,7 @@ from flows.reward_study.config import StudyChoice
 from flows.reward_study.flow import Gauge, Study, reward_model_study
 from flows.runs.display import displaying
 from flows.runs.paths import Places
-from flows.runs.record import ARTIFACTS, InterruptedRunError, write_json
+from flows.runs.record import ARTIFACTS, InterruptedRunError, write_json, write_text
 from flows.runs.session import orchestration, starting_server
 from flows.runs.state import RunState
 from flows.tracking.delivery import tracked_study
@@ -87,7 +87,7 @@ def run_study(
         if is_interruption(error):
             raise InterruptedRunError(command) from error
         raise
-    file.write_text(text, encoding="utf-8")
+    write_text(file, text)
     return StudyRun(study, state.executed, state.cached, file)
 
 

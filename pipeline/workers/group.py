@@ -279,6 +279,12 @@ def _started(
     return process
 
 
+def importing_ours(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment in which a child of this interpreter imports our packages, installed or not."""
+    ours = str(Path(__file__).parents[2])
+    return {**environment, "PYTHONPATH": os.pathsep.join([ours, *filter(None, [environment.get("PYTHONPATH")])])}
+
+
 _PATIENCE: Final = 30.0
 """Seconds in which a connection must be authenticated; the processes that we started take milliseconds."""
 _ACCEPTING: Final = 0.02

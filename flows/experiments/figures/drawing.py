@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,7 +23,7 @@ from flows.experiments.figures.sketches import Sketch, sketch_ageing, sketch_bar
 from flows.experiments.results import ExperimentResult
 from flows.runs import curve
 from flows.runs.paths import Places
-from flows.runs.record import write_json
+from flows.runs.record import write_bytes, write_json
 from pipeline.store import StoreError
 
 if TYPE_CHECKING:
@@ -112,12 +111,7 @@ def _sketches(study: Study, places: Places) -> list[Sketch]:
 def _written(sketch: Sketch, folder: Path) -> Figure:
     figure = Figure(sketch.name, sketch.title, sketch.caption, folder)
     for file in (figure.png, figure.svg):
-        draft = folder / f".{file.name}.draft"
-        try:
-            draft.write_bytes(_bytes(sketch.name, sketch.canvas, file.suffix.removeprefix(".")))
-            os.replace(draft, file)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_bytes(file, _bytes(sketch.name, sketch.canvas, file.suffix.removeprefix(".")))
     return figure
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -25,6 +24,7 @@ from flows.experiments.tables import (
 )
 from flows.inspection.faithful import deviations
 from flows.runs.paths import Places
+from flows.runs.record import write_text
 from flows.wording import duration, number
 from pipeline.store import StoreError
 
@@ -52,13 +52,10 @@ def write_report(result: ExperimentResult, places: Places, figures: Sequence[Fig
     """
     file = report_file(places, result.experiment.name)
     page = _render(result, places, figures)
-    draft = file.with_suffix(f".{os.getpid()}.draft")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(page, encoding="utf-8")
-        draft.replace(file)
+        write_text(file, page)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise StoreError(
             f"{file} cannot be written ({error.strerror or error}): free space or correct permissions, then "
             f"`cohort report {result.experiment.name}`; results and runs are kept"

@@ -16,6 +16,7 @@ from typing import Final
 from flows.planning.shapes import ModelShape
 from stages.rollout import HFBackendConfig, VLLMBackendConfig
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, TrainingConfig
+from stages.training.config import REDUCED_AT_ONCE
 
 FLOAT: Final = 4
 HALF: Final = 2
@@ -23,7 +24,7 @@ _GIB: Final = 2.0**30
 _SCORED: Final = 1 << 22
 """Logits that are widened to float32 at a time (`stages/kernels/logprobs.py`)."""
 _BUCKET: Final = 5e8
-"""Numbers of DeepSpeed's default bucket for reductions (`reduce_bucket_size`), at most."""
+"""Numbers of DeepSpeed's default bucket for reductions (`reduce_bucket_size`), at most, which ZeRO 0 to 2 have."""
 _LIVE: Final = 1e9
 """Parameters that ZeRO 3 keeps gathered, at most (`stage3_max_live_parameters`)."""
 _PREFILL: Final = 16_384
@@ -230,7 +231,7 @@ def _gathered(state: Memory, total: float, trained: float, stage: int) -> Memory
 
 def _buffers(trained: float, shape: ModelShape, stage: int, ranks: int) -> float:
     """Return DeepSpeed's own: the bucket that gradients are reduced in; under ZeRO 3 the layers that are gathered meanwhile."""
-    bucket = FLOAT * min(_BUCKET, trained) if ranks > 1 else 0.0
+    bucket = FLOAT * min(REDUCED_AT_ONCE if stage == 3 else _BUCKET, trained) if ranks > 1 else 0.0
     gathered = FLOAT * min(_LIVE, 2 * shape.layer + shape.embedding) if stage == 3 else 0.0
     return bucket + gathered
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     Field,
@@ -15,6 +15,9 @@ from pydantic import (
 )
 
 from pipeline.config import UNKEYED, Config
+
+REDUCED_AT_ONCE: Final = 1 << 26
+"""Gradients that ZeRO 3 collects before it reduces them: a buffer of 256 MiB. DeepSpeed's default is one of 2 GB."""
 
 
 class TorchEngineConfig(Config):

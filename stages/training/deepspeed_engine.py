@@ -9,6 +9,9 @@ Restoring: a ZeRO optimizer has no state before its first step, and `safe_set_fu
 one step with learning rate 0 and zero gradients, whose traces (moments, step counts) are then overwritten. Loading makes a
 new DeepSpeed engine: overwriting parameters of a running one leaves stale copies under ZeRO 3.
 
+Gathers: ZeRO 3 sends the matrices of linear layers as bfloat16 where autocast would round them to it anyway: half the bytes,
+equal bits. Gradients are reduced in float32. DeepSpeed's own setting (`lower_precision_safe_modules`) would round both.
+
 ZeRO 3 replaces `torch.nn.functional.linear` in the whole process, for good. Its own rounds otherwise under autocast: samplers
 and engines of other stages would compute other bits for having come later. It is in place in this engine's passes only.
 
@@ -24,12 +27,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.models import Checkpoint, model_weights
 from stages.training.adapters import load_trainable
-from stages.training.config import DeepSpeedEngineConfig, TrainingConfig
+from stages.training.config import REDUCED_AT_ONCE, DeepSpeedEngineConfig, TrainingConfig
 from stages.training.engine import (
     CheckpointedEngine,
     StepReport,
@@ -42,6 +45,7 @@ from stages.training.optimizers import (
     TrainerState,
     build_optimizer,
     learning_rate_factor,
+    matrix_names,
     optimizer_state,
     read_trainer_state,
     restore_optimizer_state,
@@ -152,6 +156,7 @@ class DeepSpeedEngine(CheckpointedEngine):
         import deepspeed
 
         optimizer, linear = build_optimizer(model, self._config.optimizer), functional.linear
+        rounded = _rounded_by_autocast(model)
         try:
             with launched():
                 engine, *_ = deepspeed.initialize(
@@ -160,7 +165,17 @@ class DeepSpeedEngine(CheckpointedEngine):
         finally:
             functional.linear = linear
         engine.module.eval()
+        if self._stage == 3 and self._config.precision == "bf16":
+            self._gather_in_half(engine.optimizer, rounded)
         return engine
+
+    def _gather_in_half(self, optimizer: Any, weights: list[nn.Parameter]) -> None:
+        """Let weights travel as bfloat16, and their gradients as float32."""
+        from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
+
+        optimizer.get_param_comm_dtype = lambda parameter: torch.float32
+        for weight in weights:
+            setattr(weight, PARAM_COMM_DTYPE_ATTR_NAME, torch.bfloat16)
 
     def _measure_head(self) -> None:
         """Measure on all ranks now: later, one whose micro-batch is small would not take part in the forward that it needs."""
@@ -176,13 +191,15 @@ class DeepSpeedEngine(CheckpointedEngine):
             "gradient_clipping": clipping,
             "zero_optimization": {
                 "stage": self._stage,
-                "overlap_comm": False,
+                # Sums have the same order either way. Under stages 1 and 2 a second bucket would be allocated.
+                "overlap_comm": self._stage == 3 and self.device == "cuda",
                 "reduce_scatter": self._stage > 1,
+                **({"reduce_bucket_size": REDUCED_AT_ONCE} if self._stage == 3 else {}),
                 **self._offloads(),
             },
             "zero_allow_untested_optimizer": True,  # torch.optim.AdamW: DeepSpeed's own would be compiled on first use
             "zero_force_ds_cpu_optimizer": False,
-            # No module may communicate in less than float32, hence the empty list.
+            # No gradient may travel in less than float32, hence the empty list.
             "torch_autocast": {
                 "enabled": self._config.precision == "bf16",
                 "dtype": "bfloat16",
@@ -268,19 +285,27 @@ class DeepSpeedEngine(CheckpointedEngine):
         for parameter in self.model.module.parameters():
             name = self._names[id(parameter)]
             # What is not trained is no part of the optimizer, which holds the masters of the rest.
-            whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else _gathered(parameter)
+            whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else self._gathered(parameter)
             if self.rank == 0:
                 weights[name] = whole.cpu()
         return weights
 
+    def _gathered(self, parameter: Any) -> Tensor:
+        """Return the whole of a partitioned parameter as it is kept, not as it travels; all ranks call it together."""
+        own: Tensor = parameter.ds_tensor.to(self.device)
+        whole = own.new_empty(self.world_size * own.numel())
+        torch.distributed.all_gather_into_tensor(whole, own)
+        return whole[: parameter.ds_numel].view(parameter.ds_shape)
 
-def _gathered(parameter: Any) -> Tensor:
-    """Return the whole of a partitioned parameter; all ranks call it together."""
-    from deepspeed.runtime.zero import GatheredParameters
 
-    with GatheredParameters([parameter]):
-        whole: Tensor = parameter.detach().cpu().clone()
-    return whole
+def _rounded_by_autocast(model: nn.Module) -> list[nn.Parameter]:
+    """Return the matrices that are used under autocast only: those of linear layers, without heads and what is tied to them.
+
+    A bias is left out: ZeRO 3's own linear layer adds it in float32.
+    """
+    linear = {f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear}
+    matrices = matrix_names(model)
+    return [weight for name, weight in model.named_parameters() if name in linear and name in matrices]
 
 
 def _full_shape(parameter: Any) -> torch.Size:

@@ -6,6 +6,7 @@ It trains under each ZeRO stage, publishes after every update to the store in FO
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import math
 import sys
@@ -112,6 +113,46 @@ def improve(engine: Any) -> dict[str, Any]:
     return {"metrics": shown, "digest": publish(engine).digest}
 
 
+def gather(start: Any, *, half: bool, adapter: bool) -> dict[str, Any]:
+    """Three updates under ZeRO 3 in bfloat16, of whose parameters none stays gathered: checkpoints, and what was sent."""
+    from deepspeed.runtime.zero import partition_parameters as zero
+
+    from stages.training import LoRAConfig
+    from stages.training.deepspeed_engine import DeepSpeedEngine
+    from stages.training.loop import publish
+
+    class Engine(DeepSpeedEngine):
+        def _settings(self) -> dict[str, Any]:
+            settings = super()._settings()
+            settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+            return settings
+
+        def _gather_in_half(self, *given: Any) -> None:
+            if half:
+                super()._gather_in_half(*given)
+
+    sent: dict[str, int] = {}
+    send = zero._dist_allgather_fn
+
+    def count(own: Any, *others: Any) -> Any:
+        sent[str(own.dtype)] = sent.get(str(own.dtype), 0) + own.numel()
+        return send(own, *others)
+
+    zero._dist_allgather_fn = count
+    try:
+        engine = Engine(start, config(3, adapter=LoRAConfig(r=3) if adapter else None).override({"precision": "bf16"}))
+        digests, norms = [], []
+        for split in SPLITS:
+            with engine.autocast():
+                accumulate_share(engine, split)
+            norms.append(engine.step().grad_norm)
+            digests.append(publish(engine).digest)
+        engine.close()
+    finally:
+        zero._dist_allgather_fn = send
+    return {"digests": digests, "norms": norms, "sent": sent}
+
+
 def main(folder: Path, rank: int) -> None:
     """Join the group, train under every stage, report."""
     import torch
@@ -145,6 +186,8 @@ def main(folder: Path, rank: int) -> None:
             engine = DeepSpeedEngine(start, config(stage, **FRUGAL))
             found[str(stage)]["grpo"] = improve(engine)
             engine.close()
+        for adapter in (False, True) if importlib.util.find_spec("peft") else (False,):
+            found[f"gathers {adapter}"] = [gather(start, half=half, adapter=adapter) for half in (True, False)]
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 

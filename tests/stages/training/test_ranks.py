@@ -170,3 +170,17 @@ def test_policy_updates_on_two_ranks_are_those_of_one(trained: Trained, stage: i
         )
     )
     assert (found - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["all weights", "an adapter"])
+def test_weights_that_travel_in_half_change_no_bit_of_zero_3(trained: Trained, adapter: bool) -> None:
+    """Matrices of linear layers are nine tenths of it; the rest, and all of the other run, travels in float32."""
+    if adapter:
+        pytest.importorskip("peft")
+    for rank in trained.ranks:
+        half, whole = rank[f"gathers {adapter}"]
+        assert (half["digests"], half["norms"]) == (whole["digests"], whole["norms"])
+        assert len(set(half["digests"])) == len(SPLITS)
+        assert set(whole["sent"]) == {"torch.float32"}
+        assert sum(half["sent"].values()) == whole["sent"]["torch.float32"]
+        assert half["sent"]["torch.bfloat16"] > 0.9 * whole["sent"]["torch.float32"]

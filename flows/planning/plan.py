@@ -13,7 +13,7 @@ from typing import Any, Final
 from flows.config import IterativeRLConfig
 from flows.planning import stages as figures
 from flows.planning.work import Given, StagePlan
-from flows.runs.checkpoints import interval_of
+from flows.runs.checkpoints import has_room, interval_of
 from pipeline.config import Config, ConfigError
 from stages.rollout import HFBackendConfig, VLLMBackendConfig
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, TrainingConfig
@@ -132,14 +132,14 @@ def _with_checkpoints(given: Given, stages: list[StagePlan]) -> list[StagePlan]:
     """Spread the checkpoints that `checkpoint.every` asks for over the steps."""
     config, steps = given.config, given.config.iterations * given.config.steps
     writing = [stage for stage in stages if stage.writing]
+    size = sum(stage.disk for stage in writing)
     every = interval_of(
         config.checkpoint,
-        sum(stage.disk for stage in writing),
+        size,
         sum(stage.writing for stage in writing),
         sum(stage.seconds for stage in stages if stage.when == "step"),
     )
-    due = sum(step % every == 0 or config.looks_back_at(step) for step in range(1, steps + 1))
-    share = due / steps
+    share = _written(given, every, size) / steps
     beside = config.checkpoint.background and every > 1  # small ones are written at once
     return [
         replace(
@@ -152,6 +152,18 @@ def _with_checkpoints(given: Given, stages: list[StagePlan]) -> list[StagePlan]:
         else stage
         for stage in stages
     ]
+
+
+def _written(given: Given, every: int, size: float) -> int:
+    """Return how many steps leave a checkpoint of `size` bytes; with `auto` as far as a tenth of the free disk holds them."""
+    config, count, there = given.config, 0, 0
+    kept = min(filter(None, (config.keep.checkpoints, config.keep.optimizer)), default=config.iterations * config.steps)
+    for step in range(1, config.iterations * config.steps + 1):
+        limited = config.checkpoint.every == "auto" and given.free is not None
+        due = step % every == 0 and (not limited or has_room(size, there * size, given.free or 0.0))
+        if due or config.looks_back_at(step):
+            count, there = count + 1, min(there + 1, kept)
+    return count
 
 
 def evaluations_of(config: IterativeRLConfig) -> int:

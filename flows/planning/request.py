@@ -74,11 +74,13 @@ def subject_of(config: IterativeRLConfig, places: Places, request: Request) -> S
         config, places, store, progress.ledger, prompt=request.prompt_tokens, output=request.mean_output_tokens
     )
     sizes, of_sizes = sizes_for(config)
-    given = Given(config, shape, machine, lengths, sizes, _sft_steps(store, progress.ledger))
-    assumed = [*of_devices, *of_shape, *of_lengths, *of_sizes, *_uncounted(given)]
     free = None
     with contextlib.suppress(OSError):
         free = float(shutil.disk_usage(nearest(places.root)).free)
+    here = not (request.device or request.gpus or request.gpu_memory or request.nodes)
+    taken = _sft_steps(store, progress.ledger)
+    given = Given(config, shape, machine, lengths, sizes, taken, free if here else None)
+    assumed = [*of_devices, *of_shape, *of_lengths, *of_sizes, *_uncounted(given)]
     return Subject(given, progress, tuple(assumed), free)
 
 

@@ -201,6 +201,9 @@ def _of_checkpoints(plan: Plan) -> list[str]:
     beside = ", while other stages run and at no cost to them" if plan.given.config.checkpoint.background else ""
     text = f"{share * plan.counts['step']:,.0f} of {plan.counts['step']:,.0f} steps leave a checkpoint"
     setting = f"checkpoint.every={plan.given.config.checkpoint.every}"
+    if plan.given.config.checkpoint.every == "auto":
+        here = "as far as" if plan.given.free is not None else "if"
+        setting += f", {here} a tenth of the free disk holds them"
     return [f"{text} ({setting}), which is written{beside}"] if share < 1 else []
 
 

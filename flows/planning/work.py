@@ -50,6 +50,8 @@ class Given:
     """Questions of every held-out set."""
     sft_steps: int | None = None
     """Optimizer steps that supervised fine-tuning took before; None: as many as it may."""
+    free: float | None = None
+    """Bytes that are free on the disk of the run; None: unknown, as of another machine's."""
 
     @property
     def gpu(self) -> bool:

@@ -53,6 +53,11 @@ def interval_of(config: CheckpointConfig, size: float, writing: float, step: flo
     return 1 if size <= _SMALL else max(1, math.ceil(_SHARE * writing / step))
 
 
+def has_room(size: float, there: float, free: float) -> bool:
+    """Return whether `auto` may write a checkpoint of `size` bytes to those that are there; `free` bytes are without them."""
+    return size <= _SMALL or (there + size) * _OF_FREE <= free
+
+
 class Checkpoints:
     """Decide for each step of a run whether its trained state is written."""
 
@@ -108,7 +113,7 @@ class Checkpoints:
         store = current_store()
         self._there = {name: size for name, size in self._there.items() if not store.freed(name)}
         there = sum(self._there.values())
-        return (there + self._bytes) * _OF_FREE <= free_bytes(store.root) + there
+        return has_room(self._bytes, there, free_bytes(store.root) + there)
 
     def _note(self, store: Store, made: list[str]) -> None:
         """Note how much was written, and what that takes."""

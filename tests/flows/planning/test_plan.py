@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from flows.config.resolve import choose
-from flows.planning.plan import changes_of, evaluations_of, remedy_for
-from tests.flows.planning.conftest import Planned, one
+from flows.planning.plan import changes_of, evaluations_of, plan_of, remedy_for
+from tests.flows.planning.conftest import SEVEN_B, Planned, one
 
 
 def test_the_first_and_the_last_policy_are_evaluated_whatever_is_due() -> None:
@@ -96,6 +97,25 @@ def test_checkpoints_are_spread_over_the_steps_that_write_one(planned: Planned) 
         "checkpoint.background=false",
     )
     assert one(waiting, "update").seconds - after.seconds == pytest.approx(before.writing * share)
+
+
+@pytest.mark.parametrize(
+    ("room", "keep", "written"), [(100, 5, 10), (3, 5, 4), (5, 5, 6), (6, 5, 10), (0, 5, 1), (3, None, 4)]
+)
+def test_auto_writes_what_a_tenth_of_the_free_disk_holds(
+    planned: Planned, room: int, keep: int | None, written: int
+) -> None:
+    """Ten steps of 83 GB each, all due; those beyond `keep` are freed and make room again. The last is always written."""
+    few = ("gsm8k_cpu", "checkpoint.every=1", "evaluation.every=0", "iterations=1", "steps=10")
+    plan = planned(*few, f"keep.checkpoints={json.dumps(keep)}", f"keep.optimizer={json.dumps(keep)}")
+    size = 12 * SEVEN_B.parameters
+    fast = replace(plan.given.machine, profile=plan.given.machine.profile.override({"disk": 1e15, "hashing": 1e15}))
+    given = replace(plan.given, shape=SEVEN_B, machine=fast, free=10 * size * (room + 0.5))
+    assert round(10 * one(plan_of(given), "update").written) == 10, "of a number that is set nothing is left out"
+    auto = replace(given, config=given.config.override({"checkpoint.every": "auto"}))
+    assert round(10 * one(plan_of(auto), "update").written) == written
+    unknown = replace(auto, free=None)
+    assert round(10 * one(plan_of(unknown), "update").written) == 10
 
 
 def test_the_papers_run_writes_a_twentieth_of_the_time(planned: Planned) -> None:

@@ -117,10 +117,9 @@ def _check(store: Store) -> _Findings:
     for digest in store.digests():
         try:
             store.verify(digest)
-            if store.manifest(digest).get("unwritten"):
-                found.unwritten += 1
-            else:
-                found.sound += 1
+            unwritten = store.folder(digest).exists() and not store.is_written(digest)  # no remote store has one
+            found.unwritten += unwritten
+            found.sound += not unwritten
         except PrunedArtifactError:
             found.pruned += 1
         except (DamagedArtifactError, MissingArtifactError) as error:

@@ -140,6 +140,30 @@ def test_however_often_checkpoints_are_written_the_run_is_the_same(tmp_path: Pat
         assert all(found in (None, expected) for found, expected in pairs)
 
 
+def test_the_demo_is_the_same_however_often_it_writes(tmp_path: Path) -> None:
+    """Its own settings with fewer questions, demonstrations and steps: Muon, then AdamW under ZeRO 1, in its own precision."""
+    few = ["sft.max_steps=40", "sft.decay_steps=10", "data.demonstrations.chains.count=2000", "data.train.count=256"]
+    few += [f"data.evaluation.{name}.count=16" for name in ("in_domain", "out_of_domain")]
+    few += ["evaluation.every=0", "questions_per_step=8", "steps=8"]
+    options = [part for setting in few for part in ("--set", setting)]
+    stores = {}
+    for every in (1, 3, 1000):
+        root = tmp_path / str(every)
+        command = ["run", "arithmetic_cpu", *options, "--set", f"checkpoint.every={every}", "--engine", "inline"]
+        assert run_command([*command, "--root", str(root)]) == 0
+        evict()
+        stores[every] = Store(root / "store")
+    assert calls(stores[1]) == calls(stores[3]) == calls(stores[1000])
+    expected = contents(stores[1])
+    assert None not in expected
+    assert contents(stores[3]) == [expected[step] if step in (2, 5, 7) else None for step in range(8)]
+    assert contents(stores[1000]) == [None] * 7 + [expected[7]]
+    fifth = trained(tmp_path / "1000")[5]
+    with pytest.warns(UserWarning, match="replaying 5 x update_policy"):
+        assert run_command(["export", fifth, str(tmp_path / "out"), "--root", str(tmp_path / "1000")]) == 0
+    assert contents(stores[1000])[4] == expected[4]
+
+
 def test_any_policy_that_was_never_written_is_exported_and_its_next_step_replayed(tmp_path: Path) -> None:
     store = several(tmp_path / "root", "checkpoint.every=7")
     policies, sampled = trained(tmp_path / "root"), samples(tmp_path / "root")

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.orchestration.interruption import check
-from pipeline.progress import Listener, report
+from pipeline.progress import report
 from pipeline.workers import process as worker
 from pipeline.workers.process import keep_alive
 
@@ -40,6 +40,10 @@ _ENDING: Final = 3.0
 """Seconds until a process that hung up has ended, so that its exit code is known."""
 _DEATHS: Final = 0.5
 """Seconds in which the death of a rank shows, once another reports that it lost its peers."""
+
+
+Hear = Callable[[int, str, dict[str, Any]], None]
+"""Takes the progress of a rank: its topic and values."""
 
 
 class WorkerError(RuntimeError):
@@ -100,7 +104,7 @@ class Group:
         self._logs = [logs / f"{name}-{rank}.log" for rank in range(len(environments))]
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
-        self._hear: Listener = _report
+        self._hear: Hear = _report
         atexit.register(self.close)
         with self._or_nothing(always=True), socket.create_server((address, 0)) as server:
             key = secrets.token_bytes(32)
@@ -116,14 +120,14 @@ class Group:
             self._replies(end, deadline)
 
     def order(
-        self, order: Mapping[str, Any], *, deadline: float, renewed: bool = False, hear: Listener | None = None
+        self, order: Mapping[str, Any], *, deadline: float, renewed: bool = False, hear: Hear | None = None
     ) -> list[Any]:
-        """Give every process the same order; return the reply of each, by rank. Rank 0's progress is reported as it comes.
+        """Give every process the same order; return the reply of each, by rank. Progress is reported as it comes.
 
         Args:
             deadline: seconds until every process must have replied.
             renewed: by every report of progress, for work of unknown length; a process that hangs reports nothing.
-            hear: takes rank 0's progress; None: it is reported under the topic it has.
+            hear: takes every rank's progress; None: that of rank 0 is reported under the topic it has.
 
         Raises:
             WorkerError: a process died, failed (`RefusedError`), or missed the deadline. The group is ended, unless it is a
@@ -200,8 +204,7 @@ class Group:
             raise self._refusal(rank, message)
         if "report" in message:
             topic, values = message["report"]
-            if rank == 0:
-                self._hear(topic, values)
+            self._hear(rank, topic, values)
         else:
             replies[rank] = message["reply"]
 
@@ -253,8 +256,9 @@ class Group:
         return "\n".join(f"  | {line}" for line in lines) or "  | (it printed nothing)"
 
 
-def _report(topic: str, values: dict[str, Any]) -> None:
-    report(topic, **values)
+def _report(rank: int, topic: str, values: dict[str, Any]) -> None:
+    if rank == 0:
+        report(topic, **values)
 
 
 def _started(

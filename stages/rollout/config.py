@@ -54,19 +54,23 @@ class VLLMBackendConfig(Config):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of weights, activations and keys; `auto` as for `hf`. vLLM's logits have it too, before softmax in float32."""
     tensor_parallel_size: PositiveInt = 1
-    """GPUs that share the model."""
+    """GPUs that share the model. Engines of their own (`data_parallel`) are faster where the model fits one GPU."""
+    data_parallel: Annotated[PositiveInt | Literal["auto"], UNKEYED] = 1
+    """Engines that share the questions, each in a process of its own on `tensor_parallel_size` GPUs (on a CPU, on cores of
+    its own). All outputs of a question come from one engine, and each by its own seed: another number changes last bits only.
+    `auto`: as many as this host's GPUs hold; one on a CPU."""
     eager: bool | None = None
     """Without compilation and CUDA graphs. Null: so on a CPU, where they need a compiler and minutes, and not on a GPU."""
     threads: PositiveInt | None = None
     """OpenMP threads on a CPU (null: as the environment says); as for `hf`, they change the last bits."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1), UNKEYED] = 0.45
-    """Share of the GPU's memory for weights and keys. Ours: less than half, since the trainer keeps its part."""
+    """Share of each GPU's memory for weights and keys. Ours: less than half, since the trainer keeps its part."""
     cpu_kv_cache_gib: Annotated[PositiveInt, UNKEYED] = 1
-    """Memory for keys and values on a CPU, GiB."""
+    """Memory of an engine for keys and values on a CPU, GiB."""
     max_model_len: Annotated[PositiveInt | None, UNKEYED] = None
     """Tokens of prompt and output at most; null: the model's window. Less lets a smaller cache of keys suffice."""
     max_num_seqs: Annotated[PositiveInt, UNKEYED] = 256
-    """Outputs decoded side by side, at most."""
+    """Outputs decoded side by side, at most; by each engine."""
     between_calls: Annotated[Literal["auto", "warm", "sleep", "kill"], UNKEYED] = "auto"
     """The engine between two calls: `warm`, new weights are loaded in place; `sleep`, its memory on the GPU is given to the
     trainer and taken back (vLLM's sleep mode, level 2); `kill`, a fresh one for every call. `auto`: warm on a CPU; on a GPU
@@ -163,8 +167,56 @@ def require_vllm(backend: VLLMBackendConfig) -> Path:
     return python
 
 
-def environment_of(backend: VLLMBackendConfig) -> dict[str, str]:
-    """Return the variables of the worker process."""
+def engines_of(backend: VLLMBackendConfig, gpus: int) -> int:
+    """Return how many engines share the questions, on a host with so many GPUs (0: on its CPU)."""
+    if backend.data_parallel != "auto":
+        return backend.data_parallel
+    return max(1, gpus // backend.tensor_parallel_size)
+
+
+def environments_of(backend: VLLMBackendConfig) -> list[dict[str, str]]:
+    """Return the variables of each engine's process; several engines share no GPU, and on a CPU no core.
+
+    Raises:
+        ConfigError: more GPUs are asked for than there are.
+    """
+    from stages.training.hardware import training_device
+
+    common, gpus = _common_environment(backend), []
+    if training_device() == "cuda":
+        import torch
+
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(place) for place in range(torch.cuda.device_count())]
+    engines, each = engines_of(backend, len(gpus)), backend.tensor_parallel_size
+    if engines == 1:
+        return [common]
+    if not gpus:
+        return [
+            common | {"VLLM_CPU_OMP_THREADS_BIND": share} for share in _shares_of_cores(engines, each, backend.threads)
+        ]
+    if engines * each > len(gpus):
+        raise ConfigError(
+            f"rollout.backend.data_parallel: {engines} engines of tensor_parallel_size {each} need {engines * each} GPUs, "
+            f"found {len(gpus)}; set data_parallel=auto, or at most {len(gpus) // each}"
+        )
+    return [
+        common | {"CUDA_VISIBLE_DEVICES": ",".join(gpus[rank * each : (rank + 1) * each])} for rank in range(engines)
+    ]
+
+
+def _shares_of_cores(engines: int, each: int, threads: int | None) -> list[str]:
+    """Return which cores the threads of each engine run on, as vLLM reads it; left to itself, each would take all."""
+    cores = sorted(os.sched_getaffinity(0))
+    count = len(cores) // (engines * each)
+    if not count:
+        return ["nobind"] * engines
+    parts = [",".join(map(str, cores[at * count : (at + 1) * count][:threads])) for at in range(engines * each)]
+    return ["|".join(parts[rank * each : (rank + 1) * each]) for rank in range(engines)]
+
+
+def _common_environment(backend: VLLMBackendConfig) -> dict[str, str]:
+    """Return the variables that all engines have."""
     from stages.training.hardware import training_device
 
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_INHERITED)}

@@ -19,6 +19,7 @@ from stages.rollout.generator import Output, Sampling, UnsoundOutputError, objec
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 SAMPLED: Final = 8
 """Tokens that the engine samples behind the probe."""
@@ -60,8 +61,8 @@ def probe_ids(vocabulary: int, window: int | None) -> list[int]:
     return [(7 + 2654435761 * place) % vocabulary for place in range(length)]
 
 
-def check_answer(
-    answer: Answer,
+def check_answers(
+    answers: Sequence[Answer],
     policy: Checkpoint,
     prompt: Sequence[int],
     *,
@@ -70,9 +71,11 @@ def check_answer(
     tolerance: float | None,
     engine: str,
 ) -> float:
-    """Compare with transformers in float32, on the weights as `dtype` rounds them; the largest difference in nats.
+    """Compare what each engine says with transformers in float32, on the weights as `dtype` rounds them.
 
-    In float32 no token may differ by more than `tolerance`; in bfloat16 the mean over tokens may not, and by default it is
+    Returns the largest difference in nats.
+
+    In float32 no token may differ by more than `tolerance` nats; in bfloat16 the mean over tokens may not, and by default it is
     twice the spacing of bfloat16 at the size of the logits. What changes the probe by less is not noticed: in bfloat16 that is
     also a single small update.
 
@@ -80,35 +83,47 @@ def check_answer(
         UnsoundOutputError: values that no engine can have sampled.
         StaleWeightsError: more than rounding.
     """
+    names = [
+        engine if len(answers) == 1 else f"{engine}, engine {rank} of {len(answers)}" for rank in range(len(answers))
+    ]
+    vocabulary = vocabulary_and_window(policy)[0]
+    for name, answer in zip(names, answers, strict=True):
+        given = Output(np.array(answer.ids, dtype=object), np.array(answer.logprobs, dtype=object), "length")
+        if objection := objection_to(given, Sampling(temperature, max(1, len(answer.ids)), ()), vocabulary):
+            raise UnsoundOutputError(f"{name}: what it sampled behind the probe: {objection}")
+    model, largest = load_model(policy, dtype=dtype).float(), 0.0
+    for name, answer in zip(names, answers, strict=True):
+        ids = [*prompt, *answer.ids]
+        logits = _logits(model, ids)
+        expected = _logprobs(logits, ids, sampled=len(answer.ids), temperature=temperature)
+        difference = np.abs(np.array([*answer.prompt_logprobs, *answer.logprobs], dtype=np.float64) - expected)
+        measured, allowed = _measured(difference, logits, dtype, tolerance)
+        if not measured <= allowed:
+            raise StaleWeightsError(
+                f"{name}: its log-probabilities of the probe differ by {measured:.3g} nats from transformers' on the weights "
+                f"of {policy} (expected at most {allowed:.2g}): it has other weights, or reports log-probabilities of another "
+                "distribution than it samples from (expected logprobs_mode=processed_logprobs)"
+            )
+        largest = max(largest, float(difference.max()))
+    return largest
+
+
+def _measured(
+    difference: NDArray[np.float64], logits: torch.Tensor, dtype: torch.dtype, tolerance: float | None
+) -> tuple[float, float]:
+    """Return what is compared of the differences, and what it may be."""
     import torch
 
-    given = Output(np.array(answer.ids, dtype=object), np.array(answer.logprobs, dtype=object), "length")
-    sampling = Sampling(temperature, max(1, len(answer.ids)), ())
-    if objection := objection_to(given, sampling, vocabulary_and_window(policy)[0]):
-        raise UnsoundOutputError(f"{engine}: what it sampled behind the probe: {objection}")
-    logits = _logits(policy, [*prompt, *answer.ids], dtype)
-    expected = _logprobs(logits, [*prompt, *answer.ids], sampled=len(answer.ids), temperature=temperature)
-    found = np.array([*answer.prompt_logprobs, *answer.logprobs], dtype=np.float64)
-    difference = np.abs(found - expected)
     if dtype == torch.float32:
-        allowed, measured = _FLOAT32 if tolerance is None else tolerance, float(difference.max())
-    else:
-        size = float(logits.abs().amax(dim=-1).mean())
-        allowed, measured = _BFLOAT16 * size if tolerance is None else tolerance, float(difference.mean())
-    if not measured <= allowed:
-        raise StaleWeightsError(
-            f"{engine}: its log-probabilities of the probe differ by {measured:.3g} nats from transformers' on the weights of "
-            f"{policy} (expected at most {allowed:.2g}): it has other weights, or reports log-probabilities of another "
-            "distribution than it samples from (expected logprobs_mode=processed_logprobs)"
-        )
-    return float(difference.max())
+        return float(difference.max()), _FLOAT32 if tolerance is None else tolerance
+    size = float(logits.abs().amax(dim=-1).mean())
+    return float(difference.mean()), _BFLOAT16 * size if tolerance is None else tolerance
 
 
-def _logits(policy: Checkpoint, ids: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def _logits(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
     """Compute `[T, V]` on the CPU: the GPU is the engine's."""
     import torch
 
-    model = load_model(policy, dtype=dtype).float()
     with torch.inference_mode():
         logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)])).logits[0].float()
     return logits

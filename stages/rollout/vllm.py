@@ -20,11 +20,11 @@ import numpy as np
 
 from pipeline.residency import evict, resident
 from pipeline.store.context import record_package
-from pipeline.workers.group import Group, RefusedError, WorkerError
+from pipeline.workers.group import Group, Hear, RefusedError, WorkerError
 from stages.models import WEIGHT_INDEX, Checkpoint, architecture_of, may_run_code, model_folder, weight_files
-from stages.rollout.config import VLLMBackendConfig, environment_of, require_vllm
+from stages.rollout.config import VLLMBackendConfig, environments_of, require_vllm
 from stages.rollout.generator import VLLM, Output, Progress, Prompt, Sampling, check_window, make_room
-from stages.rollout.probe import SAMPLED, Answer, StaleWeightsError, check_answer, probe_ids, vocabulary_and_window
+from stages.rollout.probe import SAMPLED, Answer, StaleWeightsError, check_answers, probe_ids, vocabulary_and_window
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ class VLLMGenerator:
 
 
 class Engine:
-    """Run a vLLM engine in a process of its own, and know which checkpoint it holds."""
+    """Run vLLM in a process of its own, or in several that share the questions, and know which checkpoint all of them hold."""
 
     def __init__(self, backend: VLLMBackendConfig) -> None:
         python = require_vllm(backend)
@@ -105,7 +105,7 @@ class Engine:
                 "vllm",
                 _HANDLER,
                 python=python,
-                environments=[environment_of(backend)],
+                environments=environments_of(backend),
                 logs=self._folder,
                 deadline=backend.start_deadline,
             )
@@ -134,7 +134,7 @@ class Engine:
         if self.holds != policy.state:
             self.holds = None
             with model_folder(policy, self.dtype) as source, tempfile.TemporaryDirectory(dir=self._folder) as folder:
-                reply = self.order(
+                reply, *_ = self.order(
                     {
                         "do": "hold",
                         "folder": _linked(policy, source, Path(folder)),
@@ -158,25 +158,25 @@ class Engine:
         """Return one output per seed for every prompt."""
         if not any(prompt.seeds for prompt in prompts):
             return [[] for _ in prompts]
-        requests, outputs = self._folder / "requests.npz", self._folder / "outputs.npz"
-        np.savez(
-            requests,
-            ids=np.concatenate([np.asarray(prompt.ids, dtype=np.int64) for prompt in prompts]),
-            lengths=np.array([len(prompt.ids) for prompt in prompts]),
-            counts=np.array([len(prompt.seeds) for prompt in prompts]),
-            seeds=np.array([seed for prompt in prompts for seed in prompt.seeds], dtype=np.int64),
+        hands = deal([len(prompt.seeds) for prompt in prompts], len(self._group.pids))
+        requests, outputs = (
+            [self._folder / f"{name}-{rank}.npz" for rank in range(len(hands))] for name in ("requests", "outputs")
         )
+        for file, hand in zip(requests, hands, strict=True):
+            _write([prompts[place] for place in hand], file)
+        heard: dict[int, tuple[int, int]] = {}
 
-        def hear(topic: str, values: dict[str, Any]) -> None:
+        def hear(rank: int, topic: str, values: dict[str, Any]) -> None:
+            heard[rank] = (values["done"], values["tokens"])
             if progress is not None:
-                progress(values["done"], values["tokens"])
+                progress(sum(done for done, _ in heard.values()), sum(tokens for _, tokens in heard.values()))
 
         self.order(
             {
                 "do": "generate",
                 "digest": policy.state,
-                "requests": str(requests),
-                "outputs": str(outputs),
+                "requests": [str(file) for file in requests],
+                "outputs": [str(file) for file in outputs],
                 "temperature": sampling.temperature,
                 "max_tokens": sampling.max_output_tokens,
                 "stop_ids": list(sampling.stop_ids),
@@ -184,9 +184,13 @@ class Engine:
             deadline=self.backend.deadline,
             hear=hear,
         )
-        groups = _read(outputs, [len(prompt.seeds) for prompt in prompts])
-        every = [output for group in groups for output in group]
-        hear("vllm", {"done": len(every), "tokens": sum(len(output.ids) for output in every)})
+        groups: list[list[Output]] = [[] for _ in prompts]
+        for rank, (file, hand) in enumerate(zip(outputs, hands, strict=True)):
+            found = _read(file, [len(prompts[place].seeds) for place in hand])
+            every = [output for group in found for output in group]
+            hear(rank, "vllm", {"done": len(every), "tokens": sum(len(output.ids) for output in every)})
+            for place, group in zip(hand, found, strict=True):
+                groups[place] = group
         return groups
 
     def sleep(self) -> None:
@@ -194,18 +198,17 @@ class Engine:
         self.holds = None
         self.order({"do": "sleep"}, deadline=self.backend.start_deadline)
 
-    def order(self, order: dict[str, Any], *, deadline: float, hear: Any = None) -> Any:
-        """Let the worker do it, without news for `deadline` seconds at most."""
+    def order(self, order: dict[str, Any], *, deadline: float, hear: Hear | None = None) -> list[Any]:
+        """Let every engine do it, without news for `deadline` seconds at most; return the replies."""
         try:
-            [reply] = self._group.order(order, deadline=deadline, renewed=True, hear=hear)
+            return self._group.order(order, deadline=deadline, renewed=True, hear=hear)
         except RefusedError as error:
             if "StaleWeightsError" in error.kinds:
                 raise StaleWeightsError(str(error)) from None
             raise
-        return reply
 
     def close(self) -> None:
-        """End the process, which is the only sure way to have its memory back. Its log stays where it failed."""
+        """End the processes, which is the only sure way to have its memory back. Its log stays where it failed."""
         atexit.unregister(self.close)
         self._group.close()
         if not self._group.failed:
@@ -251,7 +254,7 @@ class Engine:
 
     def _prove(self, policy: Checkpoint) -> None:
         prompt = probe_ids(vocabulary_and_window(policy)[0], self.window(policy))
-        reply = self.order(
+        replies = self.order(
             {
                 "do": "probe",
                 "digest": policy.state,
@@ -261,8 +264,8 @@ class Engine:
             },
             deadline=self.backend.deadline,
         )
-        check_answer(
-            Answer(**reply),
+        check_answers(
+            [Answer(**reply) for reply in replies],
             policy,
             prompt,
             dtype=self.dtype,
@@ -285,7 +288,30 @@ def _linked(policy: Checkpoint, source: Path, folder: Path) -> str:
     return str(folder)
 
 
+def deal(counts: Sequence[int], engines: int) -> list[list[int]]:
+    """Return the places of each engine's prompts, of which each has so many outputs: to the one that has the fewest so far."""
+    hands: list[list[int]] = [[] for _ in range(engines)]
+    loads = [0] * engines
+    for place, count in enumerate(counts):
+        rank = loads.index(min(loads))
+        hands[rank].append(place)
+        loads[rank] += count
+    return hands
+
+
+def _write(prompts: Sequence[Prompt], file: Path) -> None:
+    np.savez(
+        file,
+        ids=np.array([token for prompt in prompts for token in prompt.ids], dtype=np.int64),
+        lengths=np.array([len(prompt.ids) for prompt in prompts], dtype=np.int64),
+        counts=np.array([len(prompt.seeds) for prompt in prompts], dtype=np.int64),
+        seeds=np.array([seed for prompt in prompts for seed in prompt.seeds], dtype=np.int64),
+    )
+
+
 def _read(file: Path, counts: Sequence[int]) -> list[list[Output]]:
+    if not sum(counts):
+        return [[] for _ in counts]
     with np.load(file, allow_pickle=False) as found:
         ends = np.cumsum(found["lengths"])[:-1]
         rows = zip(

@@ -6,6 +6,7 @@ kill; only tensor parallelism adds others, in the same process group.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ import vllm
 from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
 
+_RANK = int(os.environ["COHORT_LAUNCHER_RANK"])
+"""This engine's number among those that share the questions."""
 _EVERY = 0.5
 """Seconds between two reports: what is silent for long is taken to hang."""
 
@@ -112,10 +115,12 @@ class Engine:
             self.asleep = False
 
     def _generate(self, order: dict[str, Any], report: Report) -> dict[str, Any]:
-        """Sample for the requests in the file `requests`, into the file `outputs`, in the order of the requests."""
+        """Sample for the requests in this engine's file of `requests`, into that of `outputs`, in the order of the requests."""
         self._check(order)
         self._forget_prefixes()
         prompts, params = _requests(order)
+        if not prompts:  # fewer questions than engines
+            return {"digest": self.holds}
         ids: list[Any] = [None] * len(prompts)
         logprobs: list[Any] = [None] * len(prompts)
         stopped = np.zeros(len(prompts), dtype=bool)
@@ -125,7 +130,7 @@ class Engine:
             stopped[place] = _has_stopped(output, place)
         lengths = np.array([len(part) for part in ids])
         np.savez(
-            order["outputs"],
+            order["outputs"][_RANK],
             ids=np.concatenate(ids),
             logprobs=np.concatenate(logprobs),
             lengths=lengths,
@@ -191,10 +196,11 @@ class StaleWeightsError(RuntimeError):
 
 def _requests(order: dict[str, Any]) -> tuple[list[Any], list[SamplingParams]]:
     """Return one request per seed: only then does each output depend on its own seed alone."""
-    with np.load(order["requests"], allow_pickle=False) as file:
+    with np.load(order["requests"][_RANK], allow_pickle=False) as file:
         ids, lengths, counts, seeds = (file[name] for name in ("ids", "lengths", "counts", "seeds"))
     prompts: list[Any] = []
-    for prompt, count in zip(np.split(ids, np.cumsum(lengths)[:-1]), counts.tolist(), strict=True):
+    parts = np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else []
+    for prompt, count in zip(parts, counts.tolist(), strict=True):
         prompts += [{"prompt_token_ids": prompt.tolist()}] * count
     params = [
         SamplingParams(

@@ -51,7 +51,7 @@ class MismatchLimits(Config):
     `auto` is 10 times the divergence at the run's first update, at least 0.002 and at most 0.05; where engine and trainer are
     both set to float32, 1,000 times, at least 1e-9 and at most 1e-3 (`stages/update/metrics.py: staleness_limit`).
 
-    Measured with vLLM's CPU build, 0.36 M parameters trained on arithmetic. In bfloat16 fresh weights have at most 5e-5 (a flat
+    Measured with vLLM's CPU build, 0.36 M parameters trained on arithmetic. In bfloat16 fresh weights have at most 8e-5 (a flat
     policy's grew 16-fold, to 9e-6); 1, 2 and 5 updates of 3e-4 behind it is 8e-4, 4e-3 and 1e-2. Ten updates of 1e-6 behind it
     is 1e-5: no limit tells that from rounding. In float32 fresh weights have 1e-13, one update of 1e-6 behind it is 6e-8."""
     min_ess: float | None = Field(None, gt=0, le=1)

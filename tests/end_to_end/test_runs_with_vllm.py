@@ -153,7 +153,7 @@ def _engine_in_the_second_rollout(process: subprocess.Popen[bytes], root: Path, 
     """The worker process, once it has been asked for outputs of the updated policy and has not answered."""
     end = time.monotonic() + 400
     while time.monotonic() < end and process.poll() is None:
-        asked, answered = ([*root.glob(f"cohort-vllm-*/{name}.npz")] for name in ("requests", "outputs"))
+        asked, answered = ([*root.glob(f"cohort-vllm-*/{name}-0.npz")] for name in ("requests", "outputs"))
         decodes = asked and answered and asked[0].stat().st_mtime > answered[0].stat().st_mtime
         if decodes and any(name == "update_policy" for name, _ in _calls(root).values()):
             return [

@@ -21,7 +21,7 @@ from pipeline.store import Store
 from pipeline.workers.group import WorkerError
 from stages.models import Checkpoint
 from stages.rollout import HFBackendConfig, RolloutConfig, VLLMBackendConfig, VLLMServerConfig, rollout
-from stages.rollout.config import environment_of, require_vllm
+from stages.rollout.config import environments_of, require_vllm
 from stages.rollout.generator import (
     HF,
     VLLM,
@@ -34,7 +34,7 @@ from stages.rollout.generator import (
 )
 from stages.rollout.probe import StaleWeightsError
 from stages.rollout.stage import generator_of
-from stages.rollout.vllm import Engine
+from stages.rollout.vllm import Engine, deal
 from stages.text import PromptConfig
 from stages.training import hardware
 from tests.stages.rollout.policies import questions, tiny_policy, uniform_policy
@@ -170,6 +170,99 @@ def test_stale_weights_are_caught_within_the_policies_between_two_probes(backend
             caught = number
             break
     assert caught == 3
+
+
+def _two(backend: VLLMBackendConfig) -> VLLMBackendConfig:
+    return backend.override({"data_parallel": 2})
+
+
+def test_two_engines_share_the_questions_and_answer_as_one(backend: VLLMBackendConfig) -> None:
+    """By hand: groups of 2, 1, 2 and 1 outputs go to the engine that has the fewest, 0 1 1 0; a group stays whole."""
+    prompts = [Prompt("a", [5], [4, 34]), Prompt("b", [6], [2]), Prompt("c", [7], [5, 6]), Prompt("d", [8], [0])]
+    found, counted = {}, []
+    for chosen in (backend, _two(backend)):
+        with generator_of(uniform_policy(), chosen) as generator:
+            counted.clear()
+            found[chosen.data_parallel] = generator.generate(prompts, SAMPLING, lambda *counts: counted.append(counts))
+    assert [[o.ids.tolist() for o in group] for group in found[2]] == [
+        [[4, 5, 6, 7, 8, 9], [0, 1]], [[2, 3]], [[5, 6, 7, 8, 9, 10], [6, 7, 8, 9, 10, 11]], [[0, 1]],
+    ]  # fmt: skip
+    for ours, theirs in zip(found[1], found[2], strict=True):
+        assert [o.ids.tolist() for o in ours] == [o.ids.tolist() for o in theirs]
+    assert counted[-1] == (6, 24), "progress is that of both"
+    assert deal([len(prompt.seeds) for prompt in prompts], 2) == [[0, 3], [1, 2]]
+    files = sorted(_engine()._folder.glob("requests-*.npz"))
+    assert [np.load(file)["seeds"].tolist() for file in files] == [[4, 34, 0], [2, 5, 6]]
+
+
+def test_an_engine_without_a_question_waits_for_the_others(backend: VLLMBackendConfig) -> None:
+    assert [len(group) for group in _generate(uniform_policy(), _two(backend))] == [1]
+    assert sum("engine" in entry for entry in _asked(backend)) == 2
+
+
+def test_one_engine_of_several_that_dies_takes_all_with_it(backend: VLLMBackendConfig) -> None:
+    policy, prompts = uniform_policy(), [Prompt("a", [5], [4]), Prompt("b", [5], [13])]
+    _generate(policy, _two(backend))
+    pids = _engine()._group.pids
+    with (
+        pytest.raises(WorkerError, match=r"vllm, rank 1 of 2 ended with exit code 3(.|\n)*out of luck"),
+        generator_of(policy, _two(backend)) as generator,
+    ):
+        generator.generate(prompts, SAMPLING)
+    assert len(pids) == 2
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert VLLM not in _residents
+
+
+def test_each_of_several_engines_is_probed(backend: VLLMBackendConfig) -> None:
+    with pytest.raises(StaleWeightsError, match=r"vllm, engine 0 of 2: .*probe differ"):
+        _generate(tiny_policy(1), _two(backend))
+    probes = [entry for entry in _asked(backend) if entry.get("prompt_logprobs") == 0]
+    assert len(probes) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "visible", "expected"),
+    [
+        ({"data_parallel": 2}, "4,5,6", ["4", "5"]),
+        ({"data_parallel": "auto"}, "4,5,6", ["4", "5", "6"]),
+        ({"data_parallel": "auto", "tensor_parallel_size": 2}, "0,1,2,3,4", ["0,1", "2,3"]),
+        ({"data_parallel": 2, "tensor_parallel_size": 2}, "GPU-a,GPU-b,GPU-c,GPU-d", ["GPU-a,GPU-b", "GPU-c,GPU-d"]),
+    ],
+)
+def test_engines_have_gpus_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], visible: str, expected: list[str]
+) -> None:
+    monkeypatch.setattr(hardware, "training_device", lambda: "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = environments_of(VLLMBackendConfig().override(settings))
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in found] == expected
+    assert all("VLLM_CPU_OMP_THREADS_BIND" not in environment for environment in found)
+
+
+def test_more_engines_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "training_device", lambda: "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    with pytest.raises(ConfigError, match=r"data_parallel: .*need 4 GPUs, found 3; .*at most 1$"):
+        environments_of(VLLMBackendConfig(data_parallel=2, tensor_parallel_size=2))
+
+
+@pytest.mark.parametrize(
+    ("cores", "settings", "expected"),
+    [
+        ({0, 1, 2, 3}, {"data_parallel": 2}, ["0,1", "2,3"]),
+        ({3, 5, 6, 9, 11}, {"data_parallel": 2, "threads": 1}, ["3", "6"]),
+        ({0, 1, 2, 3}, {"data_parallel": 2, "tensor_parallel_size": 2}, ["0|1", "2|3"]),
+        ({7}, {"data_parallel": 2}, ["nobind", "nobind"]),
+        ({0, 1}, {"data_parallel": "auto"}, [None]),
+    ],
+)
+def test_engines_on_a_cpu_have_cores_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, cores: set[int], settings: dict[str, Any], expected: list[str | None]
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
+    found = environments_of(VLLMBackendConfig().override(settings))
+    assert [environment.get("VLLM_CPU_OMP_THREADS_BIND") for environment in found] == expected
 
 
 @pytest.mark.slow
@@ -382,7 +475,7 @@ def test_inherited_ranks_and_settings_do_not_reach_the_engine(
 ) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "PYTHONPATH", "VLLM_LOGPROBS_SOMETHING"):
         monkeypatch.setenv(name, "7")
-    chosen = environment_of(backend.model_copy(update={"threads": 3, "cpu_kv_cache_gib": 2}))
+    [chosen] = environments_of(backend.model_copy(update={"threads": 3, "cpu_kv_cache_gib": 2}))
     assert not {name for name, value in chosen.items() if value == "7"}
     assert (chosen["OMP_NUM_THREADS"], chosen["VLLM_CPU_KVCACHE_SPACE"], chosen["PATH"]) == (
         "3",

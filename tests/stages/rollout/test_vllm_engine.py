@@ -216,6 +216,29 @@ def test_weights_loaded_in_place_give_the_outputs_of_a_fresh_engine() -> None:
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
 
 
+def test_two_engines_give_the_outputs_of_one() -> None:
+    """Greedy and by seed; weights are loaded in place by both."""
+    evict()
+    first, second, two = tiny_policy(0), tiny_policy(1), BACKEND.override({"data_parallel": 2})
+    samplings = (Sampling(0.0, 10, ()), Sampling(1.0, 16, ()))
+    prompts = [*PROMPTS, *(Prompt(f"more {number}", [5 + number, 9], [number]) for number in range(3))]
+    found = {}
+    for chosen in (BACKEND, two):
+        for policy in (first, second):
+            for sampling in samplings:
+                with generator_of(policy, chosen) as generator:
+                    groups = generator.generate(prompts, sampling)
+                found[chosen.data_parallel, policy.digest, sampling.temperature] = groups
+    assert len(_engine()._group.pids) == 2
+    evict()
+    for policy in (first, second):
+        for sampling in samplings:
+            one, both = (found[count, policy.digest, sampling.temperature] for count in (1, 2))
+            assert _ids(one) == _ids(both)
+            for a, b in zip((o for g in one for o in g), (o for g in both for o in g), strict=True):
+                np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
 FORGETFUL = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("real_worker", {worker!r})

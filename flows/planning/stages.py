@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
@@ -31,7 +32,7 @@ from flows.planning.work import (
     seconds_of,
     training_work,
 )
-from stages.rollout import BackendConfig, HFBackendConfig, RolloutConfig, VLLMBackendConfig
+from stages.rollout import BackendConfig, HFBackendConfig, RolloutConfig, VLLMBackendConfig, engines_of
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, TrainingConfig
 
 _RULE_SECONDS: Final = {"exact": 3e-4, "math_verify": 5e-3}
@@ -55,7 +56,8 @@ def sampling(given: Given, name: str, when: When, config: RolloutConfig, questio
     memory, keeps = _sampling_memory(given, backend, max(1, outputs), config.G, half=half)
     seconds, work, calls = 0.0, Work(), 1
     if questions:
-        work = _sampling_work(given, config, questions, memory, half=half)
+        share = math.ceil(questions / _side_by_side_engines(given, backend))
+        work = _sampling_work(given, config, share, memory, half=half)
         seconds = _sampling_seconds(given, backend, work, half=half)
     disk = table_bytes(outputs, lengths.prompt, lengths.output, kind="rollouts")
     if when == "evaluation":
@@ -65,6 +67,11 @@ def sampling(given: Given, name: str, when: When, config: RolloutConfig, questio
     return StagePlan(
         name, when, memory, work, seconds + calls * STAGE_CALL, disk, calls=calls, keeps=keeps, settings=settings
     )
+
+
+def _side_by_side_engines(given: Given, backend: BackendConfig) -> int:
+    """Return by how many engines the time of sampling is divided; those on a CPU share its cores."""
+    return engines_of(backend, given.machine.gpus) if isinstance(backend, VLLMBackendConfig) and given.gpu else 1
 
 
 def rules(given: Given) -> StagePlan:
@@ -94,6 +101,8 @@ def _sampling_memory(
             return found, {"rollout": found["weights"]}
         case VLLMBackendConfig():
             found = vllm_memory(shape, backend, memory=given.machine.memory, half=half, cpu=not given.gpu)
+            if not given.gpu:
+                found = {name: size * engines_of(backend, 0) for name, size in found.items()}
             stays = backend.between_calls == "warm" or (backend.between_calls == "auto" and not given.gpu)
             return found, {"rollout": sum(found.values())} if stays else {}
     return {}, {}  # a server's memory is elsewhere

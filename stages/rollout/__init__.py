@@ -6,6 +6,7 @@ from stages.rollout.config import (
     RolloutConfig,
     VLLMBackendConfig,
     VLLMServerConfig,
+    engines_of,
     require_backend,
 )
 from stages.rollout.continuation import continue_outputs, cut_into_prefixes
@@ -19,6 +20,7 @@ __all__ = [
     "VLLMServerConfig",
     "continue_outputs",
     "cut_into_prefixes",
+    "engines_of",
     "require_backend",
     "rollout",
 ]

@@ -61,7 +61,7 @@ def probe_ids(vocabulary: int, window: int | None) -> list[int]:
     return [(7 + 2654435761 * place) % vocabulary for place in range(length)]
 
 
-def check_answers(
+def check_answer(
     answers: Sequence[Answer],
     policy: Checkpoint,
     prompt: Sequence[int],

@@ -23,7 +23,7 @@ from pipeline.store.context import record_package
 from stages.models import Checkpoint
 from stages.rollout.config import VLLMServerConfig
 from stages.rollout.generator import Output, Progress, Prompt, Sampling, check_window
-from stages.rollout.probe import SAMPLED, Answer, StaleWeightsError, check_answers, probe_ids, vocabulary_and_window
+from stages.rollout.probe import SAMPLED, Answer, StaleWeightsError, check_answer, probe_ids, vocabulary_and_window
 
 if TYPE_CHECKING:
     import torch
@@ -137,7 +137,7 @@ class ServedGenerator:
                 f"{self.backend.url}: expected a log-probability of each of the probe's tokens in prompt_logprobs: {error}"
             ) from None
         try:
-            check_answers(
+            check_answer(
                 [Answer(prompt_logprobs, choice["token_ids"], _logprobs(choice))],
                 self.policy,
                 prompt,

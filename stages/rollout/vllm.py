@@ -24,7 +24,7 @@ from pipeline.workers.group import Group, Hear, RefusedError, WorkerError
 from stages.models import WEIGHT_INDEX, Checkpoint, architecture_of, may_run_code, model_folder, weight_files
 from stages.rollout.config import VLLMBackendConfig, environments_of, require_vllm
 from stages.rollout.generator import VLLM, Output, Progress, Prompt, Sampling, check_window, make_room
-from stages.rollout.probe import SAMPLED, Answer, StaleWeightsError, check_answers, probe_ids, vocabulary_and_window
+from stages.rollout.probe import SAMPLED, Answer, StaleWeightsError, check_answer, probe_ids, vocabulary_and_window
 
 if TYPE_CHECKING:
     import torch
@@ -264,7 +264,7 @@ class Engine:
             },
             deadline=self.backend.deadline,
         )
-        check_answers(
+        check_answer(
             [Answer(**reply) for reply in replies],
             policy,
             prompt,

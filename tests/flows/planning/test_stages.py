@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from flows.planning.plan import plan_of
 from flows.planning.request import Request, subject_of
 from flows.planning.stages import checkpoint_bytes
 from flows.runs.paths import Places
-from tests.flows.planning.conftest import SEVEN_B, config
+from tests.flows.planning.conftest import SEVEN_B, Planned, config, one
 from tests.flows.short_runs import BASE, Run, train
 
 
@@ -41,3 +42,28 @@ def test_a_plan_has_as_many_stage_calls_as_a_run_makes(method: str, supervised: 
     assert made["count_votes"] == made["evaluate"] == 3 + 3
     unplanned = ("arithmetic_questions", "arithmetic_demonstrations", "create_policy", "create_critic")
     assert sum(planned.values()) == sum(made.values()) - sum(made[name] for name in unplanned)
+
+
+def test_engines_on_gpus_of_their_own_take_the_time_of_their_share(planned: Planned) -> None:
+    """By hand: 16 questions by 8 engines are 2 each; `auto` is as many as there are GPUs. On a CPU they share the cores."""
+    gpus: dict[str, Any] = {"gpus": 8, "gpu_memory": 80.0}
+    single = ("rollout.backend.tensor_parallel_size=1", "rollout.backend.between_calls=warm")
+    eight, auto, one_with_two = (
+        one(planned("deepseekmath_7b", *single, *more, **gpus), "rollout").seconds
+        for more in (
+            ["rollout.backend.data_parallel=8"],
+            ["rollout.backend.data_parallel=auto"],
+            ["questions_per_step=2"],
+        )
+    )
+    assert eight == auto == pytest.approx(one_with_two)
+    assert one(planned("deepseekmath_7b", *single, **gpus), "rollout").seconds > 2 * eight
+    cpu = [
+        one(
+            planned("arithmetic_smoke", "rollout.backend.kind=vllm", f"rollout.backend.data_parallel={count}"),
+            "rollout",
+        )
+        for count in (1, 2)
+    ]
+    assert cpu[0].seconds == cpu[1].seconds
+    assert sum(cpu[1].memory.values()) == pytest.approx(2 * sum(cpu[0].memory.values()))

@@ -190,6 +190,7 @@ def _assumptions(plan: Plan, subject: Subject) -> list[str]:
     return [
         *subject.assumptions,
         *_of_checkpoints(plan),
+        *_of_host_memory(plan),
         f"{_gib(plan.overhead)} of memory on top of what is counted: {what}",
         "prompts of a batch are of one length; all stages' residents stay in memory, as they do (pipeline/residency.py)",
     ]
@@ -205,6 +206,15 @@ def _of_checkpoints(plan: Plan) -> list[str]:
         here = "as far as" if plan.given.free is not None else "if"
         setting += f", {here} a tenth of the free disk holds them"
     return [f"{text} ({setting}), which is written{beside}"] if share < 1 else []
+
+
+def _of_host_memory(plan: Plan) -> list[str]:
+    """Say what the ranks of a host keep outside of their GPUs: the reference, where it is scored in a pass of its own."""
+    weights = [stage.memory["weights"] for stage in plan.stages if stage.name == "reference"]
+    if not weights or not plan.given.gpu:
+        return []
+    here = min(plan.ranks, plan.given.machine.gpus)
+    return [f"between its passes the reference is in pinned memory of the host, {here} x {_gib(weights[0])}"]
 
 
 def _together(taken: Sequence[Change]) -> dict[str, Any]:

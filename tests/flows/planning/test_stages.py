@@ -12,7 +12,7 @@ from flows.planning.request import Request, subject_of
 from flows.planning.stages import checkpoint_bytes
 from flows.runs.paths import Places
 from tests.flows.planning.conftest import SEVEN_B, Planned, config, one
-from tests.flows.short_runs import BASE, Run, train
+from tests.flows.short_runs import BASE, Run, copied, train
 
 
 def test_a_checkpoint_holds_weights_and_two_moments_in_float32() -> None:
@@ -29,10 +29,13 @@ def test_a_checkpoint_holds_weights_and_two_moments_in_float32() -> None:
 
 
 @pytest.mark.parametrize("method", ["grpo", "ppo", "sft"])
-def test_a_plan_has_as_many_stage_calls_as_a_run_makes(method: str, supervised: Run, tmp_path: Path) -> None:
+def test_a_plan_has_as_many_stage_calls_as_a_run_makes(
+    method: str, supervised: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Evaluated before, after step 1 and at the end, greedy and sampled; what makes data, policy and critic is not planned."""
     evaluation = {"every": 1, "samples": 2, "greedy": True, "estimates": {"ks": [1]}}
-    made = Counter(name for name, _ in train(supervised.store, method, evaluation=evaluation).calls)
+    run = train(copied(supervised.store, tmp_path_factory), method, evaluation=evaluation)
+    made = Counter(name for name, _ in run.calls)
     config = BASE.override(method_settings(method, BASE) | {"steps": 2, "evaluation": evaluation})
     plan = plan_of(subject_of(config, Places(tmp_path), Request()).given)
     planned = {stage.name: stage.calls * plan.counts[stage.when] for stage in plan.stages}

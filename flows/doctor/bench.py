@@ -20,13 +20,13 @@ from typing import Any, Final, NamedTuple
 
 import psutil
 
-from flows.doctor.devices import cores
 from flows.planning.machine import DEVICE_FILE, DeviceProfile
 from flows.planning.shapes import ModelShape
 from flows.planning.work import Work, decoding_work, seconds_of, training_work
 from flows.runs.paths import Places, nearest
 from flows.runs.record import write_json
 from stages.training import TrainingConfig, native_bf16
+from stages.training.hardware import cores
 
 _VOCABULARY: Final = 128
 

@@ -16,7 +16,7 @@ from flows.doctor.examination import Finding, Severity, Subject
 from flows.doctor.probe import Answer, probing, together
 from flows.wording import size
 from pipeline.workers.group import importing_ours
-from stages.training.hardware import native_bf16
+from stages.training.hardware import cores, cpu_quota, has_native_bf16, native_bf16
 from stages.training.ranks import RANK_VARIABLES, environments
 
 _SECONDS: Final = 90.0
@@ -42,34 +42,13 @@ _DRIVER: Final = Path("/proc/driver/nvidia/gpus")
 def processors(subject: Subject) -> Iterator[Finding]:
     """Report cores, a container's quota, and whether bfloat16 is native."""
     count, quota, native = cores(), cpu_quota(), native_bf16()
-    kind = "native" if native else "emulated, so `auto` takes float32"
+    kind = "native" if native else "emulated" if has_native_bf16() else "emulated, so `auto` takes float32"
     load = os.getloadavg()[0]
     found = f"{count} cores ({platform.machine()}), load {load:.1f}; bfloat16 {kind}"
     values = {"cores": count, "quota": quota, "load": round(load, 2), "native_bf16": native}
-    if quota is None or quota >= count or subject.environment.get("OMP_NUM_THREADS"):
-        yield Finding("cpu", "ok", found, values=values)
-        return
-    advice = f"OMP_NUM_THREADS={max(1, int(quota))}: more threads than the quota wait for one another"
-    yield Finding("cpu", "warning", f"{found}; limited to {quota:g} by its control group", advice, values)
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cpu_quota(groups: Path = _GROUPS) -> float | None:
-    """Return the cores that a control group (a container) of version 1 or 2 may use; None: no limit."""
-    try:
-        limit, period = (groups / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            limit, period = (
-                (groups / "cpu" / f"cpu.cfs_{part}_us").read_text().strip() for part in ("quota", "period")
-            )
-        except OSError:
-            return None
-    return None if limit in ("max", "-1") else int(limit) / int(period)
+    if quota is not None and quota < count:
+        found += f"; limited to {quota:g} by its control group, and so is `threads: auto`"
+    yield Finding("cpu", "ok", found, values=values)
 
 
 def memory(subject: Subject) -> Iterator[Finding]:

@@ -5,11 +5,9 @@ Reads metadata only, and imports none of them.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.metadata
 import platform
-import re
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +20,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from flows.doctor.examination import OURS, Finding, Severity, Subject
+from stages.training.hardware import built_for_cuda
 
 _SHOWN: Final = (
     *("torch", "transformers", "deepspeed", "prefect", "fastapi", "mlflow", "pyarrow", "math-verify"),
@@ -106,7 +105,7 @@ def _optional(ours: Declared) -> Iterator[Finding]:
 def companions(subject: Subject) -> Iterator[Finding]:
     """Report CUDA builds of torchvision and its like where torch is a CPU build: some installers leave them so."""
     torch = installed("torch")
-    if torch is None or _built_for_cuda() or sys.platform != "linux":
+    if torch is None or built_for_cuda() or sys.platform != "linux":
         return
     versions = {name: package.version for name in _COMPANIONS if (package := installed(name))}
     if wrong := cpu_companions(versions):
@@ -119,14 +118,6 @@ def cpu_companions(versions: Mapping[str, str]) -> list[str]:
     """Return torch's companions that are no CPU builds; on Linux a wheel without a label is a CUDA build."""
     there = {name: versions[name] for name in _COMPANIONS if name in versions}
     return [f"{name} {version}" for name, version in there.items() if "+cpu" not in version]
-
-
-def _built_for_cuda() -> bool:
-    """Read from torch's version file whether it is a CUDA or ROCm build, without importing it."""
-    with contextlib.suppress(OSError, importlib.metadata.PackageNotFoundError):
-        file = Path(str(importlib.metadata.distribution("torch").locate_file("torch/version.py")))
-        return bool(re.search(r"^(?:cuda|hip)\b[^=\n]*= *['\"]", file.read_text(encoding="utf-8"), re.MULTILINE))
-    return False
 
 
 class Package(NamedTuple):

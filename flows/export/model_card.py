@@ -27,6 +27,7 @@ _AUTO: Final = {
     "ForTokenClassification": "AutoModelForTokenClassification",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
 }
+_PRECISION: Final = "update.training.precision"
 _SETTINGS: Final = (
     "seed",
     "iterations",
@@ -39,7 +40,7 @@ _SETTINGS: Final = (
     "update.objective.eps",
     "update.objective.beta",
     "update.training.optimizer.learning_rate",
-    "update.training.precision",
+    _PRECISION,
     "sft.epochs",
     "sft.max_steps",
 )
@@ -169,6 +170,8 @@ def _how_it_was_made(store: Store, digest: str, run: History | None, hub: Mappin
             f"advantages of kind `{config.advantage.kind}`; rewards from {_rewards(config)}."
         )
         flat = flatten(config.model_dump(mode="json"))
+        if flat[_PRECISION] == "auto":
+            flat[_PRECISION] = _computed_in(store, digest)
         yield _table(("setting", "value"), [(f"`{key}`", f"`{flat[key]}`") for key in _SETTINGS if key in flat])
         yield "Data:\n\n" + "\n".join(f"* {line}" for line in _data(config))
     calls = run.ledger.calls.keys() if run else ()
@@ -178,6 +181,14 @@ def _how_it_was_made(store: Store, digest: str, run: History | None, hub: Mappin
     versions = (store.manifest(digest).get("provenance") or {}).get("packages", {})
     if versions:
         yield "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
+
+
+def _computed_in(store: Store, digest: str) -> str:
+    """Return the precision that `auto` was where the checkpoint was trained; `auto` where no training made it."""
+    arguments = (store.manifest(digest).get("provenance") or {}).get("arguments", {})
+    configs = (part["config"] for part in arguments.values() if isinstance(part, dict) and "config" in part)
+    found = (config.get("training", {}).get("precision") for config in configs)
+    return next(filter(None, found), "auto")
 
 
 def _base(config: IterativeRLConfig, hub: Mapping[str, Any]) -> str:

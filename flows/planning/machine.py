@@ -19,7 +19,7 @@ from pydantic import Field, PositiveFloat
 from flows.config import IterativeRLConfig
 from flows.runs.paths import Places
 from pipeline.config import Config, ConfigError
-from stages.training import DeepSpeedEngineConfig, TorchEngineConfig, TrainingConfig, native_bf16
+from stages.training import ComputeConfig, DeepSpeedEngineConfig, TorchEngineConfig, TrainingConfig, native_bf16
 
 DEVICE_FILE: Final = "device.json"
 """Below the root: what `cohort doctor --bench` measured."""
@@ -82,11 +82,11 @@ class DeviceProfile(Config):
         share = math.log(width / low) / math.log(high / low)
         return slow + share * (fast - slow)
 
-    def speed(self, threads: int | None) -> float:
-        """Return the speed of so many threads (None: all) over that of one."""
+    def speed(self, threads: int | Literal["auto"]) -> float:
+        """Return the speed of so many threads (`auto`: all) over that of one."""
         if self.kind == "gpu" or self.threads == 1:
             return 1.0
-        used = min(threads or self.threads, self.threads)
+        used = self.threads if threads == "auto" else min(threads, self.threads)
         return 1.0 + (self.parallel - 1.0) * (used - 1) / (self.threads - 1)
 
 
@@ -122,6 +122,23 @@ def machine_of(
     half = profile.kind == "gpu" or native_bf16()
     source = f"{profile.source}, {profile.date}" if profile.date else profile.source
     return Machine(profile, memory, gpus or 1, nodes or 1, half, (*assumed, f"rates of {profile.name}: {source}"))
+
+
+def settled(config: IterativeRLConfig, machine: Machine) -> tuple[IterativeRLConfig, list[str]]:
+    """Return the configuration with what `auto` is on that machine in the place of it, and what is to be said of that."""
+    precision = "bf16" if machine.half else "fp32"
+    attention = "sdpa" if machine.profile.kind == "gpu" else "eager"
+    computing: dict[str, ComputeConfig] = {**_trainings(config)}
+    if config.reward_model is not None:
+        computing["reward_model.scoring"] = config.reward_model.scoring
+    changes: dict[str, Any] = {}
+    for where, each in computing.items():
+        changes |= {f"{where}.precision": precision} if each.precision == "auto" else {}
+        changes |= {f"{where}.attention": attention} if each.attention == "auto" else {}
+    if not changes:
+        return config, []
+    said = f"where precision and attention are auto they are {precision} and {attention}"
+    return config.override(changes, source="auto"), [said]
 
 
 def on_devices(config: IterativeRLConfig, gpus: int | None, nodes: int | None) -> tuple[IterativeRLConfig, list[str]]:

@@ -15,7 +15,7 @@ from typing import Any, Final
 from flows.algorithm.data import below
 from flows.config import ArithmeticData, FileData, IterativeRLConfig
 from flows.planning.cached import Progress, progress_of
-from flows.planning.machine import machine_of, on_devices
+from flows.planning.machine import machine_of, on_devices, settled
 from flows.planning.shapes import shape_for
 from flows.planning.work import Given, Lengths
 from flows.runs.ledger import Ledger, read_ledger
@@ -69,6 +69,7 @@ def subject_of(config: IterativeRLConfig, places: Places, request: Request) -> S
     config, of_devices = on_devices(config, request.gpus, request.nodes)
     store = places.open_store()
     progress = progress_of(config, store)
+    config, of_auto = settled(config, machine)
     shape, of_shape = shape_for(config, places, progress.ledger, request.model_config)
     lengths, of_lengths = lengths_for(
         config, places, store, progress.ledger, prompt=request.prompt_tokens, output=request.mean_output_tokens
@@ -80,7 +81,7 @@ def subject_of(config: IterativeRLConfig, places: Places, request: Request) -> S
     here = not (request.device or request.gpus or request.gpu_memory or request.nodes)
     taken = _sft_steps(store, progress.ledger)
     given = Given(config, shape, machine, lengths, sizes, taken, free if here else None)
-    assumed = [*of_devices, *of_shape, *of_lengths, *of_sizes, *_uncounted(given)]
+    assumed = [*of_devices, *of_auto, *of_shape, *of_lengths, *of_sizes, *_uncounted(given)]
     return Subject(given, progress, tuple(assumed), free)
 
 

@@ -132,7 +132,7 @@ def _sampling_work(given: Given, config: RolloutConfig, questions: int, memory: 
 
 
 def _sampling_seconds(given: Given, backend: BackendConfig, work: Work, *, half: bool) -> float:
-    threads = None if backend.kind == "vllm_server" else backend.threads
+    threads = "auto" if backend.kind == "vllm_server" else backend.threads or "auto"
     precision, profile = "bf16" if half else "fp32", given.machine.profile
     seconds = seconds_of(work, profile, given.shape.hidden, precision, sampling=True, threads=threads)
     if isinstance(backend, VLLMBackendConfig):

@@ -125,7 +125,7 @@ def seconds_of(
     precision: str,
     *,
     sampling: bool = False,
-    threads: int | None = None,
+    threads: int | Literal["auto"] = "auto",
 ) -> float:
     """Return the seconds that one device takes for a stage's work."""
     moved = work.traffic / profile.bandwidth + work.reads / (profile.reading or profile.bandwidth)

@@ -18,7 +18,7 @@ from stages.reward_model import GaugeConfig, ScoringConfig
 from stages.reward_training import RewardTrainingConfig
 from stages.sft import PolicyConfig, SFTConfig
 from stages.text import BPETokenizerConfig, PromptConfig
-from stages.training import MuonConfig, TrainingConfig, native_bf16
+from stages.training import MuonConfig, TrainingConfig
 
 _SHORTCUTS: dict[str, tuple[Feature, ...]] = {
     "length": ("tokens",),
@@ -98,7 +98,6 @@ class RewardModelStudyConfig(Config):
 
 def gsm8k_solutions() -> RewardModelStudyConfig:
     """Train a small reward model from scratch on a CPU, on OpenAI's sampled GSM8K solutions by four models."""
-    precision: Literal["fp32", "bf16"] = "bf16" if native_bf16() else "fp32"
     return RewardModelStudyConfig(
         name="gsm8k_solutions",
         path=".",  # --set path=FOLDER
@@ -129,9 +128,7 @@ def gsm8k_solutions() -> RewardModelStudyConfig:
             tokenizer=BPETokenizerConfig(vocab_size=2048),  # ours
         ),
         sft=SFTConfig(
-            training=TrainingConfig(
-                optimizer=MuonConfig(learning_rate=3e-3), precision=precision, warmup_steps=40, threads=1
-            ),
+            training=TrainingConfig(optimizer=MuonConfig(learning_rate=3e-3), warmup_steps=40, threads=1),
             batch_size=32,
             max_steps=300,
             decay_steps=100,
@@ -144,11 +141,9 @@ def gsm8k_solutions() -> RewardModelStudyConfig:
             epochs=2,  # ours
             questions_per_update=16,  # ours
             micro_batch_tokens=4096,  # ours: larger ones are slower on a CPU
-            training=TrainingConfig(
-                optimizer=MuonConfig(learning_rate=2e-3), precision=precision, warmup_steps=10, threads=1
-            ),  # ours
+            training=TrainingConfig(optimizer=MuonConfig(learning_rate=2e-3), warmup_steps=10, threads=1),  # ours
         ),
-        scoring=ScoringConfig(precision=precision, threads=1),
+        scoring=ScoringConfig(threads=1),
     )
 
 

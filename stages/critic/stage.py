@@ -69,13 +69,12 @@ def estimate_values(critic: Checkpoint, outputs: Rollouts, config: CriticConfig)
     from torch import Tensor
 
     from stages.critic.fitting import values_before
-    from stages.training import arithmetic
     from stages.training.batching import Batch
     from stages.training.loop import resident_engine, score_rows
 
     started = time.perf_counter()
     keys, rows = rows_of(outputs)
-    with arithmetic(config.training):
+    with config.training.arithmetic():
         engine = resident_engine(critic, config.training, slot="critic")
 
         def score(batch: Batch) -> Tensor:
@@ -111,7 +110,6 @@ def update_critic(
         ValueError: returns that are missing, of another number than tokens or not finite, by row, before any step.
     """
     from stages.critic.fitting import Fit, join
-    from stages.training import arithmetic
     from stages.training.hardware import live_tensors_mib, peak_memory
     from stages.training.loop import publish, resident_engine
 
@@ -124,7 +122,7 @@ def update_critic(
         )
         return critic
     hands = deal(examples, mini_batches=config.mini_batches, seed=seed)
-    with arithmetic(config.training), peak_memory() as peak:
+    with config.training.arithmetic(), peak_memory() as peak:
         engine = resident_engine(critic, config.training, slot="critic")
         fit = Fit(hands, engine, config.micro_batch_tokens)
         steps = config.mu * len(fit.mini_batches)

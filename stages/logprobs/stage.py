@@ -52,7 +52,6 @@ def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollout
     """
     from torch import Tensor
 
-    from stages.training import arithmetic
     from stages.training.batching import Batch
     from stages.training.forward import completion_logprobs, sampling_temperature
     from stages.training.loop import reference_model, resident_engine, score_rows
@@ -60,7 +59,7 @@ def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollout
     started = time.perf_counter()
     temperature = sampling_temperature(outputs)
     keys, rows = rows_of(outputs)
-    with arithmetic(config.training):
+    with config.training.arithmetic():
         engine = resident_engine(policy, config.training)
 
         def under(model: Any) -> list[list[float]]:
@@ -99,7 +98,6 @@ def score_reference(reference: Checkpoint, outputs: Rollouts, config: LogprobsCo
     """
     from torch import Tensor
 
-    from stages.training import arithmetic
     from stages.training.batching import Batch
     from stages.training.engine import autocast
     from stages.training.forward import completion_logprobs, sampling_temperature
@@ -109,7 +107,7 @@ def score_reference(reference: Checkpoint, outputs: Rollouts, config: LogprobsCo
     started, device, training = time.perf_counter(), training_device(), config.training
     temperature = sampling_temperature(outputs)
     keys, rows = rows_of(outputs)
-    with arithmetic(training), peak_memory() as peak:
+    with training.arithmetic(), peak_memory() as peak:
         model = reference_model(reference, training, "cpu")
 
         def score(batch: Batch) -> Tensor:

@@ -10,9 +10,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, assert_never
 
 import pyarrow as pa
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from pipeline.config import UNKEYED, Config
+from pipeline.config import UNKEYED
 from pipeline.orchestration.interruption import check
 from pipeline.residency import resident
 from pipeline.stage import record_metrics, stage
@@ -21,7 +21,7 @@ from stages.models import Checkpoint, RewardKind, check_lengths, load_model, rew
 from stages.reward_metrics import RewardMetric, status_metric
 from stages.tables import Rewards, Rollouts
 from stages.text import step_ends
-from stages.training.config import DeepSpeedEngineConfig, TorchEngineConfig
+from stages.training.config import ComputeConfig, DeepSpeedEngineConfig, TorchEngineConfig
 from stages.training.ranks import on_ranks
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ UNJUDGED = "unjudged"
 """Status where no rule has looked at the output."""
 
 
-class ScoringConfig(Config):
+class ScoringConfig(ComputeConfig):
     """How a reward model's scores become rewards."""
 
     scale: Literal["logit", "sigmoid"] = "logit"
@@ -42,14 +42,6 @@ class ScoringConfig(Config):
     """The score of an output that only a process model has scored, from those of its steps. `min`: Math-Shepherd's (3.4)."""
     micro_batch_tokens: int = Field(16384, ge=1)
     """Padded tokens per forward; bounds memory and changes no result but in its last bits."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Precision of the trunk's matrix products, in which the weights of its linear layers are kept; all other parameters and
-    the head are float32 in both. On a CPU without bfloat16
-    instructions fp32 is far faster (`training.native_bf16`)."""
-    attention: Literal["eager", "sdpa", "flash_attention_2"] = "eager"
-    """Attention implementation."""
-    threads: PositiveInt | None = None
-    """Torch threads on a CPU (None: torch's default)."""
     engine: Annotated[
         Annotated[TorchEngineConfig | DeepSpeedEngineConfig, Field(discriminator="kind")] | None, UNKEYED
     ] = None
@@ -179,7 +171,7 @@ def _scores_of(checkpoint: Checkpoint, inputs: Sequence[_Input], config: Scoring
         check()
         members = [distinct[row].places for row in batch.rows]
         positions_N = places_in(batch, members).to(device)
-        with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+        with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=config.bf16):
             scores_N = scores_at(model, batch.to(device), positions_N)
         scores = torch.split(scores_N, [len(places) for places in members])
         for row, found in zip(batch.rows, scores, strict=True):
@@ -201,14 +193,14 @@ def _resident(checkpoint: Checkpoint, config: ScoringConfig, device: str) -> tor
     from stages.training.scores import score_head
 
     def load() -> torch.nn.Module:
-        model: torch.nn.Module = load_model(checkpoint, dtype=torch.float32, attention=config.attention)
+        model: torch.nn.Module = load_model(checkpoint, dtype=torch.float32, attention=config.attention_kind)
         model.requires_grad_(False)
-        if config.precision == "bf16":
+        if config.bf16:
             halve_linear_weights(model, spared=[score_head(model)])
         return model.to(device)
 
     slot = {"outcome": "reward_model", "process": "process_reward_model"}[reward_kind(checkpoint)]
-    return resident(slot, (checkpoint.state, config.precision, device, config.attention), load)
+    return resident(slot, (checkpoint.state, config.bf16, device, config.attention_kind), load)
 
 
 def _places(row: Mapping[str, Any], kind: RewardKind) -> list[int]:

@@ -219,13 +219,12 @@ def train_reward_model(
             another vocabulary, a row longer than the model's window.
     """
     from stages.reward_training.fitting import Fit
-    from stages.training import arithmetic
     from stages.training.hardware import live_tensors_mib, peak_memory
     from stages.training.loop import publish, resident_engine
 
     started = time.perf_counter()
     examples = read_examples(labels, model, config.objective)
-    with arithmetic(config.training), peak_memory() as peak:
+    with config.training.arithmetic(), peak_memory() as peak:
         engine = resident_engine(model, config.training, slot="reward_trainer")
         fit, done = Fit(engine, config.objective, config.micro_batch_tokens), 0
         for epoch in range(config.epochs):

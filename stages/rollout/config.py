@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.config import UNKEYED, Config, ConfigError
+from stages.training.hardware import name_of_dtype
 
 _INHERITED: Final = (
     "RANK",
@@ -34,14 +35,20 @@ class HFBackendConfig(Config):
     "Selects our own loop over transformers."
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of weights and keys. `auto`: bfloat16 on a GPU and on a CPU that multiplies it in hardware, else float32
-    (bfloat16 is emulated there, many times slower). Logits become float32 before temperature and softmax in any case."""
-    attention: Literal["grouped", "eager", "sdpa"] = "grouped"
+    (bfloat16 is emulated there, many times slower); keys of stage calls hold what it was. Logits become float32 before
+    temperature and softmax in any case."""
+    attention: Literal["auto", "grouped", "eager", "sdpa"] = "auto"
     """`grouped`: ours, eager attention that reads keys shared by several query heads once; refuses models with soft caps or
-    sinks. Else an implementation of transformers."""
+    sinks. Else an implementation of transformers. `auto`: sdpa on a GPU, grouped on a CPU."""
     batch_rows: PositiveInt = 512
     """Outputs decoded side by side, at most: bounds the memory of keys and values. Other values change last bits only."""
-    threads: PositiveInt | None = None
-    """Torch threads on a CPU (None: torch's default). They change the order of sums, and so the last bits."""
+    threads: PositiveInt | Literal["auto"] = "auto"
+    """Torch threads on a CPU; the number changes the order of sums, and so the last bits. `auto`: torch's own choice, at most
+    the cores that a container grants."""
+
+    def key(self) -> dict[str, Any]:
+        """With the dtype that `auto` is on this machine."""
+        return super().key() | {"dtype": name_of_dtype(self.dtype)}
 
 
 class VLLMBackendConfig(Config):
@@ -85,6 +92,10 @@ class VLLMBackendConfig(Config):
     probe_tolerance: Annotated[PositiveFloat | None, UNKEYED] = None
     """Nats by which log-probabilities of the probe may differ from transformers' on the same weights before the engine's are
     taken to be others. Null: 0.002 in float32, rounding in bfloat16 (`stages/rollout/probe.py`)."""
+
+    def key(self) -> dict[str, Any]:
+        """With the dtype that `auto` is on this machine."""
+        return super().key() | {"dtype": name_of_dtype(self.dtype)}
 
 
 class VLLMServerConfig(Config):

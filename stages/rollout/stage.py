@@ -159,7 +159,8 @@ def resident_model(policy: Checkpoint, backend: HFBackendConfig) -> PreTrainedMo
     from stages.training.hardware import inference_dtype, training_device
 
     device, dtype = training_device(), inference_dtype(backend.dtype)
-    attention = GROUPED if backend.attention == "grouped" else backend.attention
+    chosen = backend.attention if backend.attention != "auto" else "sdpa" if device == "cuda" else "grouped"
+    attention = GROUPED if chosen == "grouped" else chosen
 
     def make() -> _Resident:
         return _Resident(load_model(policy, dtype=dtype, attention=attention).to(device), policy.state)

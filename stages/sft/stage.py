@@ -37,7 +37,7 @@ Part = tuple["Batch", "Tensor"]
 class SFTConfig(Config):
     """Supervised fine-tuning: mean negative log-likelihood of completion tokens, EOS included (DeepSeekMath, Eq. 6)."""
 
-    training: TrainingConfig = TrainingConfig(optimizer=MuonConfig(), precision="fp32", warmup_steps=40)
+    training: TrainingConfig = TrainingConfig(optimizer=MuonConfig(), warmup_steps=40)
     """Engine, optimizer, precision and warm-up. One stage call is the whole training: it begins without moments and publishes
     none, which another objective follows, whatever `optimizer_state` says."""
     seed: NonNegativeInt = 0
@@ -77,7 +77,6 @@ def supervised_finetuning(
         ValueError: fewer demonstrations than one batch holds, or one longer than the model's window.
     """
     from stages.training.batching import Row
-    from stages.training.hardware import arithmetic
     from stages.training.loop import publish, resident_engine, train
     from stages.training.optimizers import trained_values
 
@@ -85,7 +84,7 @@ def supervised_finetuning(
     rows = [Row(*ids) for ids in encoded]
     if len(rows) < config.batch_size:
         raise ValueError(f"{len(rows)} demonstrations are fewer than a batch of {config.batch_size}")
-    with arithmetic(config.training):
+    with config.training.arithmetic():
         engine = resident_engine(policy, config.training.override({"optimizer_state": "none"}))
         started, skipped, curve = time.perf_counter(), engine.skipped, Curve(config)
         for step in train(engine, _steps(engine, rows, config, curve), lambda part: sft_loss(engine, part)):

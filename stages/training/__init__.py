@@ -2,22 +2,23 @@
 
 from stages.training.config import (
     AdamWConfig,
+    ComputeConfig,
     DeepSpeedEngineConfig,
     LoRAConfig,
     MuonConfig,
     TorchEngineConfig,
     TrainingConfig,
 )
-from stages.training.hardware import arithmetic, native_bf16, threads
+from stages.training.hardware import native_bf16, threads
 
 __all__ = [
     "AdamWConfig",
+    "ComputeConfig",
     "DeepSpeedEngineConfig",
     "LoRAConfig",
     "MuonConfig",
     "TorchEngineConfig",
     "TrainingConfig",
-    "arithmetic",
     "native_bf16",
     "threads",
 ]

@@ -68,14 +68,14 @@ def load_trainable(checkpoint: Checkpoint, config: TrainingConfig, dtype: torch.
             language model.
     """
     if config.adapter is None:
-        return load_model(checkpoint, dtype=dtype, attention=config.attention), None
+        return load_model(checkpoint, dtype=dtype, attention=config.attention_kind), None
     if importlib.util.find_spec("peft") is None:
         raise ConfigError(
             "training.adapter: peft is not installed; pip install 'cohort-rl[lora]', or set adapter to null"
         )
     import peft
 
-    model = load_model(checkpoint, dtype=dtype, attention=config.attention)
+    model = load_model(checkpoint, dtype=dtype, attention=config.attention_kind)
     settings = adapter_settings(model, config.adapter)
     peft.inject_adapter_in_model(peft.LoraConfig(**settings), model)
     return model.eval(), _fill(model, checkpoint, settings, config.adapter.seed)

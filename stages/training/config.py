@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
@@ -15,6 +17,7 @@ from pydantic import (
 )
 
 from pipeline.config import UNKEYED, Config
+from stages.training.hardware import fixed_order, has_cuda, has_native_bf16, threads
 
 REDUCED_AT_ONCE: Final = 1 << 26
 """Gradients that ZeRO 3 collects before it reduces them: a buffer of 256 MiB. DeepSpeed's default is one of 2 GB."""
@@ -153,7 +156,38 @@ class LoRAConfig(Config):
     """Draws A, uniform in +-1/sqrt(in) as peft does."""
 
 
-class TrainingConfig(Config):
+class ComputeConfig(Config):
+    """What a model is computed with. `auto` is settled on the machine where a stage runs."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of matrix products. Parameters, gradients and optimizer state stay float32: an update of 1e-6 is lost in a
+    bfloat16 weight. `auto`: bf16 on a CUDA device and on a CPU that multiplies it in hardware, else fp32, since emulation is
+    many times slower. Keys of stage calls hold what it was."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention implementation; the choice changes last bits only. `auto`: sdpa on a CUDA device, where it needs no memory for
+    T^2 weights; eager on a CPU, where it has the faster backward at small sizes."""
+    threads: PositiveInt | Literal["auto"] = "auto"
+    """Torch threads on a CPU; the number changes the order of sums, and so the last bits. `auto`: torch's own choice, at most
+    the cores that a container grants."""
+
+    @property
+    def bf16(self) -> bool:
+        """Whether matrix products are in bfloat16 on this machine."""
+        return has_native_bf16() if self.precision == "auto" else self.precision == "bf16"
+
+    @property
+    def attention_kind(self) -> Literal["eager", "sdpa", "flash_attention_2"]:
+        """Which attention implementation computes on this machine."""
+        if self.attention == "auto":
+            return "sdpa" if has_cuda() else "eager"
+        return self.attention
+
+    def key(self) -> dict[str, Any]:
+        """With the precision that `auto` is on this machine: another one is another result."""
+        return super().key() | {"precision": "bf16" if self.bf16 else "fp32"}
+
+
+class TrainingConfig(ComputeConfig):
     """One way of updating parameters."""
 
     engine: Annotated[TorchEngineConfig | DeepSpeedEngineConfig, Field(discriminator="kind")] = TorchEngineConfig()
@@ -163,9 +197,6 @@ class TrainingConfig(Config):
     adapter: LoRAConfig | None = None
     """Trained in place of the weights (None: the weights). An adapter of these settings that the checkpoint has goes on;
     otherwise the checkpoint's weights are the base of a new one. `--set update.training.adapter.r=8` asks for one."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Precision of matrix products. Parameters, gradients and optimizer state are float32 in both: an update of 1e-6 is
-    lost in a bfloat16 weight. On a CPU without bfloat16 instructions fp32 is far faster (`hardware.native_bf16`)."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients of a larger global L2 norm are scaled down to it; 0 never clips."""
     warmup_steps: NonNegativeInt = 0
@@ -192,14 +223,16 @@ class TrainingConfig(Config):
     activation_checkpointing: bool = False
     """Keep only the inputs of the model's layers for backward, which computes the rest again: a third more arithmetic, and far
     less memory (one hidden state per layer and token). The same values and gradients."""
-    attention: Literal["eager", "sdpa", "flash_attention_2"] = "eager"
-    """Attention implementation; eager has the faster backward at small sizes on a CPU."""
     deterministic: bool = False
     """Compute with kernels that add in a fixed order, so that an update made again has equal bits on the same kind and number
     of GPUs with the same packages. It is slower, and an operation without such a kernel is an error. On a CPU updates have
     equal bits without it. False on a GPU: an update that is replayed may differ in its last bits, with a warning."""
-    threads: PositiveInt | None = None
-    """Torch threads on a CPU (None: torch's default). They change the order of sums, and so the last bits."""
+
+    @contextlib.contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Run the block with these threads and this order of sums."""
+        with threads(self.threads), fixed_order(self.deterministic):
+            yield
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

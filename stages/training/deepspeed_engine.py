@@ -201,7 +201,7 @@ class DeepSpeedEngine(CheckpointedEngine):
             "zero_force_ds_cpu_optimizer": False,
             # No gradient may travel in less than float32, hence the empty list.
             "torch_autocast": {
-                "enabled": self._config.precision == "bf16",
+                "enabled": self._config.bf16,
                 "dtype": "bfloat16",
                 "lower_precision_safe_modules": [],
             },

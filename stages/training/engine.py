@@ -291,7 +291,7 @@ def largest(engine: Engine, value: float) -> float:
 
 def autocast(device: str, config: TrainingConfig) -> AbstractContextManager[Any]:
     """Return a context of bfloat16 matrix products with float32 parameters, or of float32 throughout."""
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=config.precision == "bf16")
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=config.bf16)
 
 
 def name_of_broken_gradient(model: nn.Module) -> str:

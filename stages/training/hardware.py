@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.metadata
 import os
+import re
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,17 +15,35 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from pipeline.config import ConfigError
 from pipeline.store.context import current_call
+from pipeline.workers.gpu_locks import visible_devices
 
 if TYPE_CHECKING:
     import torch
-
-    from stages.training.config import TrainingConfig
 
 _WORKSPACES: Final = "CUBLAS_WORKSPACE_CONFIG"
 _FIXED: Final = (":4096:8", ":16:8")
 """Settings of cuBLAS's work space under which its products have a fixed order of sums on any number of streams."""
 _KIB_A_MIB = 1024
 _BYTES_A_MIB = 1 << 20
+_GROUPS: Final = Path("/sys/fs/cgroup")
+
+
+def has_cuda() -> bool:
+    """Return whether torch computes on a CUDA device here, without importing it: keys of cached calls ask."""
+    return bool(visible_devices()) and built_for_cuda()
+
+
+def has_native_bf16() -> bool:
+    """Return whether bfloat16 is multiplied in hardware where models are computed."""
+    return has_cuda() or native_bf16()
+
+
+def built_for_cuda() -> bool:
+    """Read from torch's version file whether it is a CUDA or ROCm build."""
+    with contextlib.suppress(OSError, importlib.metadata.PackageNotFoundError):
+        file = Path(str(importlib.metadata.distribution("torch").locate_file("torch/version.py")))
+        return bool(re.search(r"^(?:cuda|hip)\b[^=\n]*= *['\"]", file.read_text(encoding="utf-8"), re.MULTILINE))
+    return False
 
 
 @functools.cache
@@ -55,29 +75,57 @@ def inference_dtype(chosen: Literal["auto", "bfloat16", "float32"]) -> torch.dty
     """Return what outputs are computed in; `auto`: bfloat16 where it is native, else float32."""
     import torch
 
+    return torch.bfloat16 if name_of_dtype(chosen) == "bfloat16" else torch.float32
+
+
+def name_of_dtype(chosen: Literal["auto", "bfloat16", "float32"]) -> Literal["bfloat16", "float32"]:
+    """Return the same by its name, without torch."""
     if chosen == "auto":
-        return torch.bfloat16 if training_device() == "cuda" or native_bf16() else torch.float32
-    return torch.bfloat16 if chosen == "bfloat16" else torch.float32
+        return "bfloat16" if has_native_bf16() else "float32"
+    return chosen
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_quota(groups: Path = _GROUPS) -> float | None:
+    """Return the cores that a control group (a container) of version 1 or 2 may use; None: no limit."""
+    try:
+        limit, period = (groups / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            limit, period = (
+                (groups / "cpu" / f"cpu.cfs_{part}_us").read_text().strip() for part in ("quota", "period")
+            )
+        except OSError:
+            return None
+    return None if limit in ("max", "-1") else int(limit) / int(period)
+
+
+def within_quota(count: int) -> int:
+    """Return `count` threads, or as many as a container's quota of processor time lets run at once."""
+    quota = cpu_quota()
+    return count if quota is None else max(1, min(count, int(quota)))
 
 
 @contextlib.contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Run the block with `count` torch threads (None: leave them), and restore what was set before."""
+def threads(count: int | Literal["auto"]) -> Iterator[None]:
+    """Run the block with `count` torch threads, and restore what was set before.
+
+    `auto`: those that torch has, which are OMP_NUM_THREADS where that is set; else at most a container's quota, which torch
+    does not know: threads beyond it wait for one another.
+    """
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    default = before if os.environ.get("OMP_NUM_THREADS") else within_quota(before)
+    torch.set_num_threads(default if count == "auto" else count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def arithmetic(training: TrainingConfig) -> Iterator[None]:
-    """Run the block with the threads, and the order of sums, that a training is configured with."""
-    with threads(training.threads), fixed_order(training.deterministic):
-        yield
 
 
 @contextlib.contextmanager

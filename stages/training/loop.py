@@ -73,14 +73,14 @@ def reference_model(reference: Checkpoint, config: TrainingConfig, place: str) -
     def load() -> torch.nn.Module:
         model: torch.nn.Module = load_trainable(reference, config, torch.float32)[0]
         model.requires_grad_(False)
-        if config.precision == "bf16":
+        if config.bf16:
             halve_linear_weights(model)
         if place == "cpu" and torch.cuda.is_available():
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.data = tensor.data.pin_memory()
         return model.to(place)
 
-    return resident("reference", (reference.state, config.precision, place, config.attention, config.adapter), load)
+    return resident("reference", (reference.state, config.bf16, place, config.attention_kind, config.adapter), load)
 
 
 def halve_linear_weights(model: torch.nn.Module, *, spared: Collection[torch.nn.Module] = ()) -> None:

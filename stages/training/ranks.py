@@ -36,6 +36,7 @@ from pipeline.workers.group import Group, RefusedError, WorkerError
 from pipeline.workers.rpc import accept, order_of
 from stages.models import Checkpoint
 from stages.training.config import DeepSpeedEngineConfig, HostConfig
+from stages.training.hardware import cores, within_quota
 
 P = ParamSpec("P")
 A = TypeVar("A", bound=Artifact)
@@ -221,7 +222,7 @@ def _shared(count: int, here: int, *, cuda: bool) -> dict[str, str]:
     return ({} if cuda else {"DS_ACCELERATOR": "cpu"}) | {
         "PYTHONPATH": os.pathsep.join(packages),
         "WORLD_SIZE": str(count),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // here)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, within_quota(cores()) // here)),
     }
 
 
@@ -237,10 +238,6 @@ def _visible_devices() -> list[str]:
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _ordered(order: Mapping[str, Any], engine: DeepSpeedEngineConfig) -> dict[str, Any]:

@@ -58,7 +58,6 @@ def update_policy(
             ones; rows without a counterpart; numbers that are not finite.
         MismatchError: before the step, where `config.mismatch` has limits and the engine's log-probabilities are beyond them.
     """
-    from stages.training import arithmetic
     from stages.training.forward import sampling_temperature
     from stages.training.hardware import live_tensors_mib, peak_memory
     from stages.training.loop import publish, resident_engine, train
@@ -73,7 +72,7 @@ def update_policy(
     if not examples:
         warnings.warn("update_policy: every output of a step is masked out; the policy stays as it is", stacklevel=2)
     hands = deal(examples, mini_batches=config.mini_batches, seed=seed)
-    with arithmetic(config.training), peak_memory() as peak:
+    with config.training.arithmetic(), peak_memory() as peak:
         engine = resident_engine(policy, config.training)
         mini_batches = _mini_batches(hands, engine, policy, reference, temperature, config)
         steps = ((mini_batch.parts, 1.0) for _ in range(config.mu) for mini_batch in mini_batches)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from flows.config import ArithmeticData, EvaluationPlan, IterativeRLConfig
 from stages.data import ArithmeticConfig, DemonstrationConfig
 from stages.evaluation import EvaluationConfig
@@ -11,13 +9,8 @@ from stages.reward import AccuracyConfig, RewardConfig
 from stages.rollout import HFBackendConfig, RolloutConfig
 from stages.sft import PolicyConfig, SFTConfig
 from stages.text import PromptConfig
-from stages.training import AdamWConfig, DeepSpeedEngineConfig, MuonConfig, TrainingConfig, native_bf16
+from stages.training import AdamWConfig, DeepSpeedEngineConfig, MuonConfig, TrainingConfig
 from stages.update import GRPOConfig, UpdateConfig
-
-
-def fast_precision() -> Literal["fp32", "bf16"]:
-    """bf16 where the CPU multiplies it in hardware; elsewhere it is emulated, many times slower than fp32."""
-    return "bf16" if native_bf16() else "fp32"
 
 
 def arithmetic_cpu() -> IterativeRLConfig:
@@ -40,7 +33,6 @@ def arithmetic_cpu() -> IterativeRLConfig:
         sft=SFTConfig(
             training=TrainingConfig(
                 optimizer=MuonConfig(learning_rate=3e-3),  # ours: AdamW alone was far slower
-                precision=fast_precision(),
                 warmup_steps=40,  # ours
                 threads=1,  # ours: a second thread gains little and suffers from every other process
             ),
@@ -63,7 +55,6 @@ def arithmetic_cpu() -> IterativeRLConfig:
             training=TrainingConfig(
                 engine=DeepSpeedEngineConfig(zero_stage=1),  # ours
                 optimizer=AdamWConfig(learning_rate=3e-4),  # ours; 4.2: 1e-6 for 7 B parameters
-                precision=fast_precision(),
                 threads=1,  # ours: a second thread gains little and suffers from every other process
             ),
         ),
@@ -93,11 +84,10 @@ def arithmetic_learned_reward() -> IterativeRLConfig:
                     "training": {
                         "optimizer": {"kind": "muon", "learning_rate": 2e-3},  # ours; 4.2: 2e-5 for 7 B parameters
                         "warmup_steps": 10,  # ours
-                        "precision": fast_precision(),
                         "threads": 1,
                     },
                 },
-                "scoring": {"precision": fast_precision(), "threads": 1},
+                "scoring": {"threads": 1},
                 "replay": {"share": 0.1},  # 4.1.4
             },
             "update.objective.beta": 0.1,  # ours; 4.2: 0.04

@@ -65,7 +65,7 @@ def deepseekmath_7b() -> IterativeRLConfig:
                 micro_batch_tokens=8192,  # ours
                 training=_training(learning_rate=2e-5),  # 4.2
             ),
-            scoring=ScoringConfig(precision="bf16", attention="sdpa"),  # ours
+            scoring=ScoringConfig(precision="bf16"),  # ours
             retrain=True,  # 4.1.4; Algorithm 1, line 11
             replay=ReplayConfig(share=0.1),  # 4.1.4: 10 % of historical data
             held_out_questions=128,  # ours
@@ -100,5 +100,4 @@ def _training(*, learning_rate: float) -> TrainingConfig:
         optimizer=AdamWConfig(learning_rate=learning_rate),
         precision="bf16",  # ours
         activation_checkpointing=True,  # ours
-        attention="sdpa",  # ours
     )

@@ -6,7 +6,6 @@ Sizes of the second are for a GPU of 24 GB (docs/scaling.md has the arithmetic).
 from __future__ import annotations
 
 from flows.config import EvaluationPlan, FileData, IterativeRLConfig, PretrainedPolicy
-from flows.config.recipes.arithmetic import fast_precision
 from flows.runs.retention import KeepConfig
 from stages.advantage import GroupConfig
 from stages.data import QuestionFileConfig
@@ -49,7 +48,6 @@ def gsm8k_cpu() -> IterativeRLConfig:
             training=TrainingConfig(
                 # ours
                 optimizer=MuonConfig(learning_rate=3e-3),
-                precision=fast_precision(),
                 warmup_steps=40,  # ours
                 threads=1,  # ours
             ),
@@ -74,7 +72,6 @@ def gsm8k_cpu() -> IterativeRLConfig:
             training=TrainingConfig(
                 # ours
                 optimizer=AdamWConfig(learning_rate=1e-4),
-                precision=fast_precision(),
                 threads=1,  # ours
             ),
         ),
@@ -129,7 +126,6 @@ def gsm8k_one_gpu() -> IterativeRLConfig:
                 optimizer=AdamWConfig(learning_rate=1e-6),  # 4.2, of 7 B parameters; ours for this model
                 precision="bf16",  # ours
                 activation_checkpointing=True,  # ours
-                attention="sdpa",  # ours
             ),
         ),
         reference_pass="stage",  # ours: no second model in memory with the one that is trained

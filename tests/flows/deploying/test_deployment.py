@@ -99,9 +99,7 @@ def test_prefect_reads_prefect_yaml_and_deploys_to_both_pools() -> None:
     assert {part.work_pool.name for part in read.deployments if part.work_pool} == {"cohort-local", "cohort-kubernetes"}
     for part in read.deployments:
         assert part.entrypoint == "flows.deploying.flow.train"
-        # The recipe takes the precision that the processor multiplies natively; a file names one.
-        everywhere = {"sft.training.precision": "fp32", "update.training.precision": "fp32"}
-        assert IterativeRLConfig.parse(part.parameters["config"]) == arithmetic_cpu().override(everywhere)
+        assert IterativeRLConfig.parse(part.parameters["config"]) == arithmetic_cpu()
 
 
 def test_a_place_with_a_password_is_not_passed_on_to_prefect() -> None:

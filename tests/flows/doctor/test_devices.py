@@ -10,6 +10,7 @@ import pytest
 from flows.doctor import devices
 from flows.doctor.examination import Subject
 from flows.runs.paths import Places
+from stages.training.hardware import cpu_quota
 from tests.flows.doctor.subjects import only, with_only
 
 
@@ -36,18 +37,18 @@ def test_a_device_that_is_full_broken_or_missing_for_a_rank_is_named(
 
 
 def test_the_limits_of_both_versions_of_control_groups_are_read(tmp_path: Path) -> None:
-    assert (devices.cpu_quota(tmp_path), devices.memory_limit(tmp_path)) == (None, None)
+    assert (cpu_quota(tmp_path), devices.memory_limit(tmp_path)) == (None, None)
     for name in ("cpu", "memory"):
         (tmp_path / name).mkdir()
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("50000\n")
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")
     (tmp_path / "memory" / "memory.usage_in_bytes").write_text("5\n")
-    assert (devices.cpu_quota(tmp_path), devices.memory_limit(tmp_path)) == (0.5, None)
+    assert (cpu_quota(tmp_path), devices.memory_limit(tmp_path)) == (0.5, None)
     (tmp_path / "cpu.max").write_text("max 100000\n")
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("400\n")
-    assert (devices.cpu_quota(tmp_path), devices.memory_limit(tmp_path)) == (None, 600)
+    assert (cpu_quota(tmp_path), devices.memory_limit(tmp_path)) == (None, 600)
 
 
 @pytest.mark.parametrize(

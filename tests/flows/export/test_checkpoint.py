@@ -22,10 +22,13 @@ from flows.runs.record import RunRecord, write_json
 from flows.runs.state import RunState
 from pipeline.artifact import ArtifactError
 from pipeline.residency import evict
+from pipeline.stage import stage
 from pipeline.store import Store, use_store
 from stages.models import Checkpoint, load_model, load_tokenizer, save, write_plain
+from stages.sft import SFTConfig
 from stages.tables import Questions
 from stages.text import CharacterTokenizerConfig, build_tokenizer
+from stages.training import TrainingConfig
 from tests.flows.logs import write_log
 from tests.flows.short_runs import smoke
 from tests.stages.training.tiny import tiny_model, tiny_tokenizer
@@ -245,6 +248,24 @@ def test_the_card_says_how_the_policy_of_a_run_was_made(store: Store, places: Pl
     card = (tmp_path / "step1" / "README.md").read_text()
     assert "after step 1 of 2" in card
     assert "This checkpoint was not evaluated." in card
+
+
+@stage(version="1")
+def tuned(config: SFTConfig) -> Checkpoint:
+    return trained()
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_a_card_names_the_precision_that_auto_was_where_it_trained(
+    store: Store, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool, precision: str
+) -> None:
+    monkeypatch.setattr("stages.training.config.has_native_bf16", lambda: native)
+    policy = tuned(SFTConfig(training=TrainingConfig()))
+    monkeypatch.setattr("stages.training.config.has_native_bf16", lambda: not native)
+    config = arithmetic_smoke().override({"iterations": 1, "steps": 1, "update.training.precision": "auto"})
+    recorded(places, config, {1: policy})
+    assert export(places, policy.digest, str(tmp_path / "out")) == 0
+    assert f"| `update.training.precision` | `{precision}` |" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.slow

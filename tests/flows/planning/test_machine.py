@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from flows.planning.machine import DEVICE_FILE, PRESETS, machine_of, profile_named, read_profile
+from flows.config.resolve import choose
+from flows.planning.machine import DEVICE_FILE, PRESETS, machine_of, profile_named, read_profile, settled
 from flows.runs.paths import Places
 from pipeline.config import ConfigError
 from tests.flows.planning.conftest import Planned
@@ -22,7 +23,7 @@ def test_a_rate_between_two_widths_lies_along_their_logarithm() -> None:
 
 def test_threads_beyond_those_that_were_measured_bring_nothing() -> None:
     profile = CPU.override({"threads": 3, "parallel": 2.0})
-    assert [profile.speed(threads) for threads in (1, 2, 3, 8, None)] == [1.0, 1.5, 2.0, 2.0, 2.0]
+    assert [profile.speed(threads) for threads in (1, 2, 3, 8, "auto")] == [1.0, 1.5, 2.0, 2.0, 2.0]
 
 
 def test_an_unknown_profile_is_refused_with_the_nearest() -> None:
@@ -43,3 +44,22 @@ def test_a_measured_profile_is_taken_where_nothing_else_is_asked_for(tmp_path: P
 def test_no_devices_are_no_machine(planned: Planned, options: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="expected a positive number"):
         planned("arithmetic_smoke", **options)
+
+
+@pytest.mark.parametrize(
+    ("device", "half", "found"), [("a100-80g", True, ("bf16", "sdpa")), ("cpu", False, ("fp32", "eager"))]
+)
+def test_a_plan_is_of_what_auto_is_on_the_machine_planned_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, half: bool, found: tuple[str, str]
+) -> None:
+    monkeypatch.setattr("flows.planning.machine.native_bf16", lambda: False)
+    machine = machine_of(Places(tmp_path), device=device, gpus=None, gpu_memory=None, nodes=None)
+    config = choose("arithmetic_learned_reward", settings=["critic=null", "sft.training.precision=fp32"]).config
+    there, said = settled(config, machine)
+    assert config.reward_model is not None
+    assert there.reward_model is not None
+    parts = (there.update.training, there.reward_model.scoring, there.reward_model.training.training)
+    assert {(part.precision, part.attention) for part in parts} == {found}
+    assert there.sft is not None
+    assert (there.sft.training.precision, len(said)) == ("fp32", 1)
+    assert settled(there, machine) == (there, [])

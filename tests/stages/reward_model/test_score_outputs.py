@@ -113,7 +113,7 @@ def test_bf16_scores_are_those_of_float32_weights_bit_for_bit(
         {"outcome": "reward_model"}.get(kind, f"{kind}_reward_model"),
     )
     found = score_outputs(outputs_of(rows), base, [model], config)
-    weights = kept(slot, (model.state, "bf16", training_device(), "eager"))
+    weights = kept(slot, (model.state, True, training_device(), config.attention_kind))
     assert {name.split(".")[-2] for name, weight in weights.named_parameters() if weight.dtype == torch.bfloat16} == {
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     }

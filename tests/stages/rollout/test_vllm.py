@@ -421,11 +421,12 @@ def test_a_run_without_vllm_ends_before_anything_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "root").exists()
 
 
-def test_what_decides_a_result_is_in_the_key_and_nothing_else() -> None:
-    hf = {"kind": "hf", "dtype": "auto", "attention": "grouped", "batch_rows": 512, "threads": None}
-    assert RolloutConfig().key()["backend"] == hf, "what was computed before there was a choice is found again"
+def test_what_decides_a_result_is_in_the_key_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.training.hardware.has_native_bf16", lambda: True)
+    hf = {"kind": "hf", "dtype": "bfloat16", "attention": "auto", "batch_rows": 512, "threads": "auto"}
+    assert RolloutConfig().key()["backend"] == hf
     vllm = RolloutConfig.parse({"backend": {"kind": "vllm", "python": "/x/python", "deadline": 1, "max_num_seqs": 3}})
-    decisive = {"kind": "vllm", "dtype": "auto", "tensor_parallel_size": 1, "eager": None, "threads": None}
+    decisive = {"kind": "vllm", "dtype": "bfloat16", "tensor_parallel_size": 1, "eager": None, "threads": None}
     assert vllm.key()["backend"] == decisive
     served = RolloutConfig.parse({"backend": {"kind": "vllm_server", "url": "http://127.0.0.1:8000"}})
     assert served.key()["backend"] == {"kind": "vllm_server", "dtype": "bfloat16"}

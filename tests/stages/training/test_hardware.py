@@ -1,4 +1,4 @@
-"""The peak of a block of work is the block's own, and so is the order in which it adds."""
+"""What `auto` is on a machine, a block's peak of memory, and the order in which it adds."""
 
 from __future__ import annotations
 
@@ -11,10 +11,86 @@ import torch
 
 from pipeline.config import ConfigError
 from pipeline.store.context import Call, running
-from stages.training import TrainingConfig
-from stages.training.hardware import fixed_order, peak_memory, training_device
+from stages.rollout.config import HFBackendConfig, VLLMBackendConfig
+from stages.training import ComputeConfig, TrainingConfig, hardware
+from stages.training.hardware import fixed_order, peak_memory, threads, training_device, within_quota
 
 FLASH, WORKSPACES = "FLASH_ATTENTION_DETERMINISTIC", "CUBLAS_WORKSPACE_CONFIG"
+GPU, NATIVE, EMULATED = (True, False), (False, True), (False, False)
+"""Machines: whether there is a CUDA device, and whether the CPU multiplies bfloat16."""
+
+
+def on(patch: pytest.MonkeyPatch, machine: tuple[bool, bool]) -> None:
+    """Pretend to be on that machine."""
+    cuda, native = machine
+    patch.setattr(hardware, "built_for_cuda", lambda: True)
+    patch.setattr(hardware, "visible_devices", lambda: ["0"] if cuda else [])
+    patch.setattr(hardware, "native_bf16", lambda: native)
+
+
+@pytest.mark.parametrize(
+    ("machine", "precision", "attention"),
+    [(GPU, "bf16", "sdpa"), (NATIVE, "bf16", "eager"), (EMULATED, "fp32", "eager")],
+)
+def test_auto_is_what_the_machine_computes_fast(
+    monkeypatch: pytest.MonkeyPatch, machine: tuple[bool, bool], precision: str, attention: str
+) -> None:
+    on(monkeypatch, machine)
+    auto = ComputeConfig()
+    assert (auto.bf16, auto.attention_kind) == (precision == "bf16", attention)
+    assert auto.key()["precision"] == precision
+    assert {each(dtype="auto").key()["dtype"] for each in (HFBackendConfig, VLLMBackendConfig)} == {
+        {"bf16": "bfloat16", "fp32": "float32"}[precision]
+    }
+
+
+@pytest.mark.parametrize("machine", [GPU, NATIVE, EMULATED])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_named_precision_is_taken_wherever_it_runs(
+    monkeypatch: pytest.MonkeyPatch, machine: tuple[bool, bool], precision: str
+) -> None:
+    on(monkeypatch, machine)
+    named = TrainingConfig.model_validate({"precision": precision, "attention": "eager"})
+    assert (named.bf16, named.attention_kind, named.key()["precision"]) == (precision == "bf16", "eager", precision)
+
+
+def test_another_precision_is_another_key_and_another_kernel_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+    for machine in (GPU, NATIVE, EMULATED):
+        on(monkeypatch, machine)
+        keys.append(TrainingConfig().key())
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_device_counts_only_where_torch_is_built_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, GPU)
+    assert hardware.has_cuda()
+    monkeypatch.setattr(hardware, "built_for_cuda", lambda: False)
+    assert not hardware.has_cuda()
+
+
+@pytest.mark.parametrize(("quota", "expected"), [(None, 8), (2.5, 2), (0.5, 1), (64.0, 8)])
+def test_threads_stay_within_the_quota_of_a_container(
+    monkeypatch: pytest.MonkeyPatch, quota: float | None, expected: int
+) -> None:
+    monkeypatch.setattr(hardware, "cpu_quota", lambda: quota)
+    assert within_quota(8) == expected
+
+
+def test_auto_threads_are_torchs_within_the_quota_and_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(hardware, "cpu_quota", lambda: 1.5)
+    with threads(3):  # what torch has outside
+        with threads("auto"):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+        with threads(2):
+            assert torch.get_num_threads() == 2
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        with threads("auto"):
+            assert torch.get_num_threads() == 3
 
 
 def touch(mib: int) -> None:

@@ -26,21 +26,18 @@ from flows.experiments.results import ExperimentResult, read_experiment
 from flows.runs.curve import COLOURS
 from pipeline.residency import evict
 from tests.flows.browser import Browser, chromium
+from tests.flows.short_runs import LEARNING, SHORT
 
 REPOSITORY = Path(__file__).parents[2]
 NAME = "pair"
-SHORT = {"shortest": 2, "longest": 2}
 EXPERIMENT: dict[str, Any] = {
     "name": NAME,
     "asks": "Does the clip range matter?",
     "base": "arithmetic_smoke",
     "baseline": "usual",
-    "common": {
-        # Chains of two numbers and enough supervised steps that some answers are right: a reward model needs both.
-        "data.demonstrations.chains": {"count": 2000, **SHORT},
-        "data.train": {"count": 48, **SHORT},
+    "common": LEARNING
+    | {
         "data.evaluation.in_domain": {"count": 6, **SHORT},
-        "reward.components": [{"kind": "accuracy", "verifier": "exact"}],
         "reward_model": {
             "models": [{"kind": "outcome"}],
             "trunk": "initial_policy",
@@ -55,9 +52,6 @@ EXPERIMENT: dict[str, Any] = {
         },
         "iterations": 2,
         "steps": 1,
-        "questions_per_step": 6,
-        "rollout.max_output_tokens": 16,
-        "sft.max_steps": 300,
         "evaluation": {"every": 1, "samples": 2, "estimates": {"ks": [2]}},
     },
     "arms": {"usual": {}, "hot": {"rollout.temperature": 1.25}},

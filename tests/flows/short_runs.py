@@ -23,17 +23,18 @@ from pipeline.events import Event, StageDone, recording
 from pipeline.store import Store, use_store
 
 SHORT = {"shortest": 2, "longest": 2}
+LEARNING: dict[str, Any] = {
+    "data.demonstrations.chains": {"count": 2000, **SHORT},
+    "data.train": {"count": 48, **SHORT},
+    "sft.max_steps": 300,
+    "reward.components": [{"kind": "accuracy", "verifier": "exact"}],
+    "iterations": 1,
+    "questions_per_step": 6,
+    "rollout.max_output_tokens": 16,
+}
+"""Changes of the smallest recipe under which a policy learns."""
 BASE = arithmetic_smoke().override(
-    {
-        "data.demonstrations.chains": {"count": 2000, **SHORT},
-        "data.train": {"count": 48, **SHORT},
-        "sft.max_steps": 300,
-        "reward.components": [{"kind": "accuracy", "verifier": "exact"}],
-        "iterations": 1,
-        "questions_per_step": 6,
-        "rollout.max_output_tokens": 16,
-        "evaluation": {"every": 0, "samples": 0, "greedy": False, "estimates": {"ks": [1]}},
-    }
+    LEARNING | {"evaluation": {"every": 0, "samples": 0, "greedy": False, "estimates": {"ks": [1]}}}
 )
 
 

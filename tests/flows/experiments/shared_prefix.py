@@ -6,26 +6,23 @@ from typing import Any, Final
 
 import psutil
 
+from tests.flows.short_runs import LEARNING
+
 __all__ = ["MARK", "TINY", "marked"]
 
 MARK: Final = "COHORT_TEST_MARK"
-SHORT: Final = {"shortest": 2, "longest": 2}
 TINY: Final[dict[str, Any]] = {
     "name": "tiny",
     "asks": "Does the learning rate matter?",
     "base": "arithmetic_smoke",
     "baseline": "usual",
-    "common": {
-        "data.demonstrations.chains": {"count": 2000, **SHORT},
-        "data.train": {"count": 48, **SHORT},
+    "common": LEARNING
+    | {
         "data.evaluation.in_domain.count": 8,
         "sft.max_steps": 120,
-        "reward.components": [{"kind": "accuracy", "verifier": "exact"}],
         "preflight.without_signal": None,
         "iterations": 2,
         "steps": 3,
-        "questions_per_step": 6,
-        "rollout.max_output_tokens": 16,
         "evaluation": {"every": 2, "samples": 0, "estimates": {"ks": [1]}},
     },
     # `longer` shares all of `usual`, `faster` what comes before the first update.

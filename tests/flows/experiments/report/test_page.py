@@ -27,6 +27,7 @@ from pipeline.store import Store, StoreError, use_store
 from stages.tables import Rollouts
 from tests.flows.experiments.report.pages import Element, parse
 from tests.flows.logs import records_of
+from tests.flows.short_runs import LEARNING, SHORT
 
 NAME = "pair"
 EXPERIMENT: dict[str, Any] = {
@@ -34,16 +35,10 @@ EXPERIMENT: dict[str, Any] = {
     "asks": "Does <b>the</b> clip range matter?",
     "base": "arithmetic_smoke",
     "baseline": "usual",
-    "common": {
-        # Chains of two numbers and enough supervised steps that some answers are right, and policies learn from them.
-        "data.demonstrations.chains": {"count": 2000, "shortest": 2, "longest": 2},
-        "data.train": {"count": 48, "shortest": 2, "longest": 2},
-        "data.evaluation.in_domain": {"count": 5, "shortest": 2, "longest": 2},
-        "iterations": 1,
+    "common": LEARNING
+    | {
+        "data.evaluation.in_domain": {"count": 5, **SHORT},
         "steps": 2,
-        "questions_per_step": 6,
-        "rollout.max_output_tokens": 16,
-        "sft.max_steps": 300,
         "evaluation": {"every": 0, "samples": 2, "estimates": {"ks": [2]}},
     },
     "arms": {"usual": {}, "wide": {"update.objective.eps": 0.4}, "sharp": {"rollout.temperature": 0.5}},

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.residency import holder_of
 from stages.models import Checkpoint, load_model, may_run_code
 from stages.rollout.generator import Output, Sampling, UnsoundOutputError, objection_to
 
@@ -71,7 +72,7 @@ def check_answer(
     tolerance: float | None,
     engine: str,
 ) -> float:
-    """Compare what each engine says with transformers in float32, on the weights as `dtype` rounds them.
+    """Compare what each engine says with transformers in float32, on the policy's weights.
 
     Returns the largest difference in nats.
 
@@ -91,7 +92,7 @@ def check_answer(
         given = Output(np.array(answer.ids, dtype=object), np.array(answer.logprobs, dtype=object), "length")
         if objection := objection_to(given, Sampling(temperature, max(1, len(answer.ids)), ()), vocabulary):
             raise UnsoundOutputError(f"{name}: what it sampled behind the probe: {objection}")
-    model, largest = load_model(policy, dtype=dtype).float(), 0.0
+    model, largest = _model(policy, dtype), 0.0
     for name, answer in zip(names, answers, strict=True):
         ids = [*prompt, *answer.ids]
         logits = _logits(model, ids)
@@ -120,12 +121,26 @@ def _measured(
     return float(difference.mean()), _BFLOAT16 * size if tolerance is None else tolerance
 
 
+def _model(policy: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model of a torch trainer that has the policy; else load it on the CPU, since the GPU is the engine's.
+
+    A trainer's weights are float32 ones that `dtype` has not rounded; the tolerance covers that.
+    """
+    from stages.training.torch_engine import TorchEngine
+
+    trainer = holder_of(policy.state)
+    if isinstance(trainer, TorchEngine):
+        model: PreTrainedModel = trainer.model
+        return model
+    return load_model(policy, dtype=dtype).float()
+
+
 def _logits(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
-    """Compute `[T, V]` on the CPU: the GPU is the engine's."""
+    """Compute `[T, V]`."""
     import torch
 
-    with torch.inference_mode():
-        logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)])).logits[0].float()
+    with torch.no_grad():  # no tensor of inference mode may stay in a trainer's model
+        logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)], device=model.device)).logits[0].float().cpu()
     return logits
 
 

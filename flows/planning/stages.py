@@ -83,9 +83,11 @@ def rules(given: Given) -> StagePlan:
 
 
 def _rule_seconds(given: Given) -> float:
-    """Return the seconds of the verdict on an output."""
-    verifiers = [part.verifier for part in given.config.reward.components if part.kind == "accuracy"]
-    return max((_RULE_SECONDS.get(verifier, 5e-3) for verifier in verifiers), default=1e-4)
+    """Return the seconds of the verdict on an output; worker processes share what the exact path does not settle."""
+    reward = given.config.reward
+    verifiers = [part.verifier for part in reward.components if part.kind == "accuracy"]
+    shared = _RULE_SECONDS["math_verify"] / reward.workers
+    return max((_RULE_SECONDS["exact"] if each == "exact" else shared for each in verifiers), default=1e-4)
 
 
 def _sampling_memory(
@@ -247,7 +249,7 @@ def _trained(
     once = training_work(shape, config, training.rows, lengths.prompt, lengths.output, training.budget, head=head)
     work = once.times(training.steps) + (others or Work())
     written = checkpoint_bytes(shape, config, head=head) if disk is None else disk
-    sent = training.steps * _sent(shape.parameters, config, training.rows / max(1, batch.rows))
+    sent = training.steps * bytes_sent(shape.parameters, config, training.rows / max(1, batch.rows))
     seconds = seconds_of(work, profile, shape.hidden, config.precision, threads=config.threads) / ranks_of(config)
     seconds += sent / profile.interconnect + calls * STAGE_CALL
     writing = written / profile.disk + written / profile.hashing  # what is written is also synced and hashed
@@ -297,15 +299,17 @@ def _scored(given: Given, config: TrainingConfig, rows: int, budget: int, *, hea
     return scoring_work(given.shape, rows, lengths.prompt, lengths.output, budget, **how, head=head)
 
 
-def _sent(parameters: float, config: TrainingConfig, passes: float) -> float:
-    """Return the bytes that a device sends in an optimizer step, float32 (Rajbhandari et al. 2020, section 7): gradients are
-    reduced once, or where they are partitioned in every pass; under ZeRO 3 parameters are gathered twice a pass."""
+def bytes_sent(parameters: float, config: TrainingConfig, passes: float) -> float:
+    """Return the bytes that a device sends in an optimizer step (Rajbhandari et al. 2020, section 7): gradients are reduced in
+    float32, once or where they are partitioned in every pass; under ZeRO 3 parameters are gathered twice a pass, in the
+    precision of the products."""
     if not isinstance(config.engine, DeepSpeedEngineConfig) or config.engine.ranks == 1:
         return 0.0
     share = (config.engine.ranks - 1) / config.engine.ranks
     own = passes / config.engine.ranks
-    times = {0: 2.0, 1: 2.0, 2: own + 1.0, 3: 3.0 * own}[config.engine.zero_stage]
-    return FLOAT * parameters * share * times
+    gathered = HALF if config.precision == "bf16" else FLOAT
+    size = {0: 2.0 * FLOAT, 1: 2.0 * FLOAT, 2: (own + 1.0) * FLOAT, 3: own * (FLOAT + 2.0 * gathered)}
+    return parameters * share * size[config.engine.zero_stage]
 
 
 def checkpoint_bytes(shape: ModelShape, config: TrainingConfig, *, head: bool = True) -> float:

@@ -53,7 +53,8 @@ def deepseekmath_7b() -> IterativeRLConfig:
                 between_calls="sleep",  # ours: the GPUs are the trainer's meanwhile
             ),
         ),
-        reward=RewardConfig(components=(AccuracyConfig(verifier="math_verify"),)),  # 5.2.1: labels by the rule judgment
+        # 5.2.1: labels by the rule judgment. Workers: ours, two a GPU.
+        reward=RewardConfig(components=(AccuracyConfig(verifier="math_verify"),), workers=16),
         reward_model=RewardModelPlan(
             models=(RewardModelConfig(kind="outcome"),),  # ours: outcome or process (4.1.2, 4.1.3), 4.2 does not say
             trunk=PretrainedPolicy(path="deepseek-math-7b-base"),  # 4.2: Base 7B, not Instruct

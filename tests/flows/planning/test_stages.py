@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from flows.config.methods import method_settings
 from flows.planning.plan import plan_of
 from flows.planning.request import Request, subject_of
-from flows.planning.stages import checkpoint_bytes
+from flows.planning.stages import bytes_sent, checkpoint_bytes
 from flows.runs.paths import Places
 from tests.flows.planning.conftest import SEVEN_B, Planned, config, one
 from tests.flows.short_runs import BASE, Run, copied, train
@@ -70,3 +71,25 @@ def test_engines_on_gpus_of_their_own_take_the_time_of_their_share(planned: Plan
     ]
     assert cpu[0].seconds == cpu[1].seconds
     assert sum(cpu[1].memory.values()) == pytest.approx(2 * sum(cpu[0].memory.values()))
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "size"),
+    [(1, "bf16", 8.0), (2, "bf16", 4 * 3 + 4), (3, "fp32", 3 * 12), (3, "bf16", 3 * (4 + 2 * 2))],
+)
+def test_bytes_sent_are_gradients_in_float32_and_weights_as_computed(stage: int, precision: str, size: float) -> None:
+    """Six passes on two ranks, of which each computes three: half of 100 parameters is others', at `size` bytes each."""
+    engine = {"kind": "deepspeed", "ranks": 2, "zero_stage": stage}
+    assert bytes_sent(100, config(precision=precision, engine=engine), 6) == 50 * size
+    assert bytes_sent(100, config(), 6) == 0
+
+
+def test_worker_processes_share_what_the_exact_path_leaves_open(planned: Planned) -> None:
+    def verdicts(verifier: str, workers: int) -> float:
+        component = {"kind": "accuracy", "verifier": verifier}
+        settings = {"reward.components": [component], "reward.workers": workers}
+        plan = planned("arithmetic_cpu", *(f"{key}={json.dumps(value)}" for key, value in settings.items()))
+        return float(one(plan, "rules, advantages").seconds)
+
+    assert verdicts("math_verify", 4) - verdicts("math_verify", 8) == pytest.approx(64 * 16 * 5e-3 / 8)
+    assert verdicts("exact", 4) == verdicts("exact", 8)

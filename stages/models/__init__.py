@@ -12,6 +12,7 @@ from stages.models.checkpoint import (
     model_folder,
     model_weights,
     save,
+    tensor_file,
     write_tensors,
 )
 from stages.models.classifiers import (
@@ -88,6 +89,7 @@ __all__ = [
     "same_vocabulary",
     "save",
     "save_classifier",
+    "tensor_file",
     "trust",
     "untrained_classifier",
     "vocabulary_of",

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
 from pipeline.progress import report
 from pipeline.residency import holder_of, resident
 from pipeline.stage import record_metrics, stage
-from stages.models import Checkpoint, architecture_of, copy_weights, load_model, load_tokenizer, load_weights
+from stages.models import (
+    Checkpoint,
+    architecture_of,
+    copy_weights,
+    load_model,
+    load_tokenizer,
+    load_weights,
+    model_weights,
+)
 from stages.rollout.config import BackendConfig, HFBackendConfig, RolloutConfig, VLLMBackendConfig, VLLMServerConfig
 from stages.tables import Questions, Rollouts
 from stages.text import PromptConfig, decode_outputs, encode_prompt
@@ -171,7 +179,7 @@ def resident_model(policy: Checkpoint, backend: HFBackendConfig) -> PreTrainedMo
         kept.holds = None
         trainer = holder_of(policy.state)
         if isinstance(trainer, CheckpointedEngine):
-            copy_weights(kept.model, trainer.weights())
+            copy_weights(model_weights(kept.model), trainer.weights())
         else:
             load_weights(kept.model, policy)
         kept.holds = policy.state

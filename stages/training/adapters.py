@@ -20,7 +20,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -125,16 +125,27 @@ def _draw(parameters: Mapping[str, Tensor], seed: int) -> None:
             parameter.data.zero_()
 
 
-def merge(weights: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
-    """Return the policy's weights under their plain names: W + s B A in float32 on the CPU, wherever they were trained."""
-    merged = {_plain(name): tensor for name, tensor in _without_factors(weights)}
-    for name, tensor in weights.items():
-        if name.endswith(_A):
-            layer = name.removesuffix(_A)
-            change = weights[layer + _B].detach().float().cpu() @ tensor.detach().float().cpu()
-            change = change.T if adapter.settings["fan_in_fan_out"] else change
-            merged[f"{layer}.weight"] = weights[layer + _W].detach().float().cpu() + adapter.scale * change
-    return merged
+def merge(weights: Iterable[tuple[str, Tensor]], adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """Yield the policy's weights under their plain names: W + s B A in float32 on the CPU, wherever they were trained.
+
+    Of what is not merged yet, the parts of a layer are held until all three came.
+    """
+    parts: dict[str, Tensor] = {}
+    for name, tensor in weights:
+        layer, part = next(((name.removesuffix(part), part) for part in (_A, _B, _W) if name.endswith(part)), ("", ""))
+        if not part:
+            yield _plain(name), tensor
+            continue
+        parts[name] = tensor.detach().float().cpu()
+        if all(layer + part in parts for part in (_A, _B, _W)):
+            a, b, w = (parts.pop(layer + part) for part in (_A, _B, _W))
+            change = (b @ a).T if adapter.settings["fan_in_fan_out"] else b @ a
+            yield f"{layer}.weight", w + adapter.scale * change
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Return the plain names of weights, each with the name that the model with adapter layers has for it."""
+    return {_plain(name): name for name in names if not name.endswith((_A, _B))}
 
 
 def write_adapter_state(

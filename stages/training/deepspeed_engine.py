@@ -37,15 +37,15 @@ from stages.training.engine import (
     CheckpointedEngine,
     StepReport,
     checkpoint_activations,
-    clip_gradients,
-    name_of_broken_gradient,
 )
 from stages.training.forward import logit_transform
 from stages.training.optimizers import (
     TrainerState,
     build_optimizer,
+    clip_gradients,
     learning_rate_factor,
     matrix_names,
+    name_of_broken_gradient,
     optimizer_state,
     read_trainer_state,
     restore_optimizer_state,
@@ -276,19 +276,16 @@ class DeepSpeedEngine(CheckpointedEngine):
                     state[f"{name}/{slot}"] = whole.cpu()
         return state
 
-    def _weights(self) -> dict[str, Tensor]:
-        if self._stage < 3:
-            return model_weights(self.model.module)
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        weights = model_weights(self.model.module)
-        for parameter in self.model.module.parameters():
-            name = self._names[id(parameter)]
-            # What is not trained is no part of the optimizer, which holds the masters of the rest.
-            whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else self._gathered(parameter)
-            if self.rank == 0:
-                weights[name] = whole.cpu()
-        return weights
+        for name, tensor in model_weights(self.model.module).items():
+            if not hasattr(tensor, "ds_tensor"):
+                yield name, tensor
+            elif tensor.requires_grad:
+                yield name, safe_get_full_fp32_param(tensor)
+            else:  # no part of the optimizer, which holds the masters of the rest
+                yield name, self._gathered(tensor)
 
     def _gathered(self, parameter: Any) -> Tensor:
         """Return the whole of a partitioned parameter as it is kept, not as it travels; all ranks call it together."""

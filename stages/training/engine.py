@@ -6,11 +6,11 @@ now, and everything it knows can be loaded again from there, bit for bit, or rep
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from pipeline.derivation.materialise import write_payload
 from pipeline.store import StoreError, current_store
 from pipeline.store.disk import free_bytes
-from stages.models import WEIGHTS, Checkpoint, model_weights, read_description, write_tensors
-from stages.training.adapters import Adapter, merge
+from stages.models import WEIGHTS, Checkpoint, copy_weights, model_weights, read_description, tensor_file
+from stages.training.adapters import Adapter, merge, plain_names
 from stages.training.config import TrainingConfig
 from stages.training.hardware import training_device
 from stages.training.optimizers import TrainerState, write_checkpoint
@@ -157,13 +157,14 @@ class CheckpointedEngine:
 
     def save(self, folder: Path, *, optimizer: bool = True) -> None:
         """Write a complete checkpoint, gathered from all partitions; on a rank other than 0 only take part in that."""
-        self._writer(self._weights(), self._moments() if optimizer else None)(folder)
+        weights = {name: tensor.detach().cpu() for name, tensor in self._weights() if self.rank == 0}
+        self._writer(weights, self._moments() if optimizer else None)(folder)
 
     def snapshot(self) -> Callable[[Path], None]:
         """Return what writes the checkpoint as it is now, from a copy in memory, whatever the engine becomes."""
         copies = [
-            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-            for tensors in (self._weights(), self._moments())
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors if self.rank == 0}
+            for tensors in (self._weights(), self._moments().items())
         ]
         return self._writer(*copies)
 
@@ -181,20 +182,26 @@ class CheckpointedEngine:
     def hand_over(self, name: str, folder: Path, *, half: bool) -> None:
         """Write the weights of the artifact `name`, which the engine holds, into a folder; all ranks take part.
 
+        They go straight into the file, one at a time: partitioned ones are nowhere whole.
+
         Args:
             half: as bfloat16, not float32.
 
         Raises:
             StoreError: they do not fit there.
         """
-        weights = self._weights()
-        if self.rank > 0:
-            return
-        weights = weights if self._adapter is None else merge(weights, self._adapter)
-        needed, free = (2 if half else 4) * sum(tensor.numel() for tensor in weights.values()), free_bytes(folder)
-        if free < 1.05 * needed + 2**20:
-            raise StoreError(f"{folder}: weights of {needed:,} bytes do not fit, {free:,} are free")
-        write_tensors(folder / WEIGHTS, weights, half=half)
+        targets, complaint = {}, ""
+        if self.rank == 0:
+            try:
+                targets = tensor_file(folder / WEIGHTS, self._shapes(), half=half, room=free_bytes(folder))
+            except StoreError as error:
+                complaint = str(error)
+        if self.total(float(bool(complaint))):  # else the others would wait for a rank that gathers nothing
+            raise StoreError(complaint or "the first rank has no room for the weights")
+        if self.rank == 0:
+            copy_weights(targets, self.weights())
+        else:
+            collections.deque(self._weights(), maxlen=0)
 
     def describe(self, folder: Path) -> None:
         """Write what describes the checkpoint, as links to the files of the one before where they are there."""
@@ -206,17 +213,25 @@ class CheckpointedEngine:
                     continue
             (folder / name).write_bytes(content)
 
-    def weights(self) -> Mapping[str, Tensor]:
-        """Return the weights of the checkpoint by name: of the plain model, whatever they are trained as."""
-        weights = self._weights()
-        return weights if self._adapter is None else merge(weights, self._adapter)
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights of the checkpoint by name: of the plain model, whatever they are trained as."""
+        return self._weights() if self._adapter is None else merge(self._weights(), self._adapter)
 
-    def _weights(self) -> Mapping[str, Tensor]:
-        """Return the weights of the model in the engine by name; where they are partitioned, all ranks call it."""
-        return model_weights(self.model)
+    def _shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return types and shapes of what `weights` yields, without gathering anything."""
+        own = model_weights(getattr(self.model, "module", self.model))
+        names = dict(zip(own, own, strict=True)) if self._adapter is None else plain_names(own)
+        return {
+            plain: (own[name].dtype, tuple(getattr(own[name], "ds_shape", own[name].shape)))
+            for plain, name in names.items()
+        }
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights of the model in the engine by name; where they are partitioned, all ranks take all of them."""
+        yield from model_weights(self.model).items()
 
     def _moments(self) -> Mapping[str, Tensor]:
-        """Return the optimizer's state, as `_weights`."""
+        """Return the optimizer's state by name; where it is partitioned, all ranks call it."""
         raise NotImplementedError
 
     def _take_over(self, checkpoint: Checkpoint, state: TrainerState) -> None:
@@ -292,22 +307,6 @@ def largest(engine: Engine, value: float) -> float:
 def autocast(device: str, config: TrainingConfig) -> AbstractContextManager[Any]:
     """Return a context of bfloat16 matrix products with float32 parameters, or of float32 throughout."""
     return torch.autocast(device, dtype=torch.bfloat16, enabled=config.bf16)
-
-
-def name_of_broken_gradient(model: nn.Module) -> str:
-    """Return the first parameter whose gradient is not finite; empty where there is none."""
-    named = ((name, parameter.grad) for name, parameter in model.named_parameters())
-    return next((name for name, gradient in named if gradient is not None and not gradient.isfinite().all()), "")
-
-
-def clip_gradients(model: nn.Module, limit: float) -> float:
-    """Return the global L2 norm of the gradient, after scaling it down to `limit` where it is larger and finite (0: never)."""
-    parameters = list(model.parameters())
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    value = norm.item()
-    if 0 < limit < value < math.inf:
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return value
 
 
 def checkpoint_activations(model: nn.Module, *, reentrant: bool = False) -> None:

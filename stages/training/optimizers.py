@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, assert_never
@@ -174,6 +175,22 @@ class _MuonWithAdamW(torch.optim.Optimizer):
         self._rest.step()
 
 
+def name_of_broken_gradient(model: nn.Module) -> str:
+    """Return the first parameter whose gradient is not finite; empty where there is none."""
+    named = ((name, parameter.grad) for name, parameter in model.named_parameters())
+    return next((name for name, gradient in named if gradient is not None and not gradient.isfinite().all()), "")
+
+
+def clip_gradients(model: nn.Module, limit: float) -> float:
+    """Return the global L2 norm of the gradient, after scaling it down to `limit` where it is larger and finite (0: never)."""
+    parameters = list(model.parameters())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    value = norm.item()
+    if 0 < limit < value < math.inf:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return value
+
+
 def learning_rate_factor(updates: int, config: TrainingConfig) -> float:
     """Return the factor for the update that follows `updates` applied ones: linear warm-up, then the schedule.
 
@@ -267,7 +284,7 @@ def write_checkpoint(
     """
     for name, content in description.items():
         (folder / name).write_bytes(content)
-    write_tensors(folder / WEIGHTS, weights if adapter is None else merge(weights, adapter))
+    write_tensors(folder / WEIGHTS, weights if adapter is None else dict(merge(weights.items(), adapter)))
     if adapter is not None:
         write_adapter_state(folder, weights, adapter, previous)
     if state is None:

@@ -15,12 +15,12 @@ from stages.training.engine import (
     CheckpointedEngine,
     StepReport,
     checkpoint_activations,
-    clip_gradients,
-    name_of_broken_gradient,
 )
 from stages.training.optimizers import (
     build_optimizer,
+    clip_gradients,
     learning_rate_factor,
+    name_of_broken_gradient,
     optimizer_state,
     read_trainer_state,
     restore_optimizer_state,

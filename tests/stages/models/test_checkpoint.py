@@ -12,15 +12,18 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.artifact import ArtifactError
 from pipeline.config import ConfigError
-from pipeline.store import Store
+from pipeline.store import Store, StoreError
 from stages.models import (
     Checkpoint,
     ExternalCheckpointConfig,
+    copy_weights,
     import_checkpoint,
     load_model,
     load_tokenizer,
     load_weights,
     save,
+    tensor_file,
+    write_tensors,
 )
 from stages.sft import PolicyConfig
 from tests.stages.training.tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
@@ -235,3 +238,46 @@ def test_a_model_too_deep_to_be_built_is_refused_before_it_is(
     if "text_config" not in absurd:  # a policy made from scratch has plain settings
         with pytest.raises(ConfigError, match="expected at most 10,000"):
             PolicyConfig.parse({"settings": absurd})
+
+
+def floats_and_counts() -> dict[str, torch.Tensor]:
+    """Tensors of several types and shapes, one without a dimension and one without values."""
+    torch.manual_seed(0)
+    return {
+        "w": torch.randn(3, 5),
+        "a.norm": torch.randn(7, dtype=torch.float64),
+        "half": torch.randn(3, 2).bfloat16(),
+        "step": torch.tensor(3),
+        "none": torch.zeros(0, 4),
+        "mask": torch.tensor([True, False, True]),
+    }
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_file_filled_in_place_is_what_is_written_at_once(tmp_path: Path, half: bool) -> None:
+    tensors = floats_and_counts()
+    described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    targets = tensor_file(tmp_path / "filled", described, half=half, room=1e9)
+    for name in reversed(tensors):
+        targets[name].copy_(tensors[name])
+    write_tensors(tmp_path / "written", tensors, half=half)
+    assert (tmp_path / "filled").read_bytes() == (tmp_path / "written").read_bytes()
+    stored = load_file(tmp_path / "filled")
+    assert {tensor.dtype for name, tensor in stored.items() if name in ("w", "a.norm", "half")} == {
+        torch.bfloat16 if half else torch.float32
+    }
+
+
+def test_a_file_without_room_is_refused_before_anything_is_mapped(tmp_path: Path) -> None:
+    described = {"w": (torch.float32, (1 << 20,))}
+    with pytest.raises(StoreError, match=r"4,194,304 bytes do not fit, 4,194,304 are free"):
+        tensor_file(tmp_path / "weights", described, half=False, room=4 << 20)
+    with pytest.raises(StoreError, match="do not fit"):
+        tensor_file(tmp_path / "weights", {"w": (torch.float32, (1 << 50,))}, half=False, room=1e18)
+
+
+@pytest.mark.parametrize(("names", "wrong"), [("ab", "b"), ("", "a"), ("aa", "a")])
+def test_weights_that_do_not_fit_a_models_are_named(names: str, wrong: str) -> None:
+    target = {"a": torch.zeros(2)}
+    with pytest.raises(ArtifactError, match=rf"\b{wrong}\b"):
+        copy_weights(target, [(name, torch.ones(2)) for name in names])

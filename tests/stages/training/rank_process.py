@@ -6,6 +6,7 @@ It trains under each ZeRO stage, publishes after every update to the store in FO
 from __future__ import annotations
 
 import datetime
+import gc
 import importlib.util
 import json
 import math
@@ -113,15 +114,29 @@ def improve(engine: Any) -> dict[str, Any]:
     return {"metrics": shown, "digest": publish(engine).digest}
 
 
-def gather(start: Any, *, half: bool, adapter: bool) -> dict[str, Any]:
-    """Three updates under ZeRO 3 in bfloat16, of whose parameters none stays gathered: checkpoints, and what was sent."""
+def gather(start: Any, folder: Path, *, half: bool, adapter: bool) -> dict[str, Any]:
+    """Two updates under ZeRO 3 in bfloat16, of whose parameters none stays gathered: checkpoints, and what was sent.
+
+    With `half` the weights are then handed over, once where there is no room and once into `folder`.
+    """
     from deepspeed.runtime.zero import partition_parameters as zero
 
+    from pipeline.store import StoreError
     from stages.training import LoRAConfig
+    from stages.training import engine as engine_module
     from stages.training.deepspeed_engine import DeepSpeedEngine
+    from stages.training.hardware import live_tensors_mib
     from stages.training.loop import publish
 
+    alive: list[float] = []
+
     class Engine(DeepSpeedEngine):
+        def _weights(self) -> Any:
+            for named in super()._weights():
+                if gc.get_freeze_count():
+                    alive.append(live_tensors_mib())
+                yield named
+
         def _settings(self) -> dict[str, Any]:
             settings = super()._settings()
             settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -142,15 +157,31 @@ def gather(start: Any, *, half: bool, adapter: bool) -> dict[str, Any]:
     try:
         engine = Engine(start, config(3, adapter=LoRAConfig(r=3) if adapter else None).override({"precision": "bf16"}))
         digests, norms = [], []
-        for split in SPLITS:
+        for split in SPLITS[:2]:
             with engine.autocast():
                 accumulate_share(engine, split)
             norms.append(engine.step().grad_norm)
             digests.append(publish(engine).digest)
-        engine.close()
     finally:
         zero._dist_allgather_fn = send
-    return {"digests": digests, "norms": norms, "sent": sent}
+    found: dict[str, Any] = {"digests": digests, "norms": norms, "sent": sent}
+    if not half:
+        engine.close()
+        return found
+    free_bytes = engine_module.free_bytes
+    engine_module.free_bytes = lambda place: 0
+    try:
+        engine.hand_over(digests[-1], folder, half=True)
+    except StoreError:
+        found["ranks without room"] = engine.total(1.0)
+    finally:
+        engine_module.free_bytes = free_bytes
+    gc.freeze()  # what is there now is not counted, and so counting is fast
+    engine.hand_over(digests[-1], folder, half=True)
+    gc.unfreeze()
+    found["grown"] = int(max(alive) * 2**20)
+    engine.close()
+    return found
 
 
 def main(folder: Path, rank: int) -> None:
@@ -187,7 +218,9 @@ def main(folder: Path, rank: int) -> None:
             found[str(stage)]["grpo"] = improve(engine)
             engine.close()
         for adapter in (False, True) if importlib.util.find_spec("peft") else (False,):
-            found[f"gathers {adapter}"] = [gather(start, half=half, adapter=adapter) for half in (True, False)]
+            place = folder / f"handed {adapter}"
+            place.mkdir(exist_ok=True)
+            found[f"gathers {adapter}"] = [gather(start, place, half=half, adapter=adapter) for half in (True, False)]
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 

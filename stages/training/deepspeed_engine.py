@@ -165,7 +165,7 @@ class DeepSpeedEngine(CheckpointedEngine):
         finally:
             functional.linear = linear
         engine.module.eval()
-        if self._stage == 3 and self._config.precision == "bf16":
+        if self._stage == 3 and self._config.bf16:
             self._gather_in_half(engine.optimizer, rounded)
         return engine
 

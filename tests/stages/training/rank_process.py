@@ -123,11 +123,14 @@ def gather(start: Any, folder: Path, *, half: bool, adapter: bool) -> dict[str, 
 
     from pipeline.store import StoreError
     from stages.training import LoRAConfig
+    from stages.training import config as config_module
     from stages.training import engine as engine_module
     from stages.training.deepspeed_engine import DeepSpeedEngine
     from stages.training.hardware import live_tensors_mib
     from stages.training.loop import publish
 
+    precision = "bf16" if adapter else "auto"
+    config_module.has_native_bf16 = lambda: True  # what `auto` asks, on whatever machine this is
     alive: list[float] = []
 
     class Engine(DeepSpeedEngine):
@@ -155,7 +158,9 @@ def gather(start: Any, folder: Path, *, half: bool, adapter: bool) -> dict[str, 
 
     zero._dist_allgather_fn = count
     try:
-        engine = Engine(start, config(3, adapter=LoRAConfig(r=3) if adapter else None).override({"precision": "bf16"}))
+        engine = Engine(
+            start, config(3, adapter=LoRAConfig(r=3) if adapter else None).override({"precision": precision})
+        )
         digests, norms = [], []
         for split in SPLITS[:2]:
             with engine.autocast():

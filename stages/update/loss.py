@@ -154,17 +154,26 @@ class MiniBatch:
 
     def compare_with(self, reference: torch.nn.Module, engine: Engine) -> None:
         """Fill in log pi_ref."""
-        found = self.logprobs(reference, engine)
-        self.parts = [dataclasses.replace(part, ref_logp=logp) for part, logp in zip(self.parts, found, strict=True)]
+        self._fill(reference, engine, "ref_logp")
 
     def take_policy_as_reference(self) -> None:
         """Take the policy before the step for pi_ref: KL is 0, and no forward is needed to know it."""
         self.parts = [dataclasses.replace(part, ref_is_policy=True) for part in self.parts]
 
-    def remember_policy(self, engine: Engine) -> None:
-        """Fill in log pi_old from the policy as it is now."""
-        found = self.logprobs(engine.model, engine)
-        self.parts = [dataclasses.replace(part, old_logp=logp) for part, logp in zip(self.parts, found, strict=True)]
+    def remember_policy(self, engine: Engine, *, as_reference: bool = False) -> None:
+        """Fill in log pi_old from the policy as it is now, which may be pi_ref as well."""
+        self._fill(engine.model, engine, "old_logp", *(["ref_logp"] if as_reference else []))
+
+    def keep_policy(self, part: MicroBatch, old_logp_BO: Tensor) -> None:
+        """Fill in log pi_old, and log pi_ref where that is the policy, from the forward of the step: later passes need it."""
+        place = next(place for place, own in enumerate(self.parts) if own is part)
+        ref_logp = old_logp_BO if part.ref_is_policy else part.ref_logp
+        self.parts[place] = dataclasses.replace(part, old_logp=old_logp_BO, ref_logp=ref_logp, ref_is_policy=False)
+
+    def _fill(self, model: torch.nn.Module, engine: Engine, *names: str) -> None:
+        for place, logp_BO in enumerate(self.logprobs(model, engine)):
+            filled: dict[str, Any] = dict.fromkeys(names, logp_BO)
+            self.parts[place] = dataclasses.replace(self.parts[place], **filled)
 
     def trust_rollout(self) -> None:
         """Fill in log pi_old from what the rollout engine recorded."""

@@ -21,8 +21,10 @@ from stages.update.config import UpdateConfig
 from stages.update.objectives import method_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from stages.training.engine import Engine
-    from stages.update.loss import Example, MiniBatch
+    from stages.update.loss import Example, MicroBatch, MiniBatch, Terms
     from stages.update.objectives import Method
 
 _RECORDS: Final = "rollout log-probabilities"
@@ -76,7 +78,13 @@ def update_policy(
         engine = resident_engine(policy, config.training)
         mini_batches = _mini_batches(hands, engine, policy, reference, temperature, config)
         steps = ((mini_batch.parts, 1.0) for _ in range(config.mu) for mini_batch in mini_batches)
-        loss = policy_loss(engine, temperature, method, config.correction, metrics.add)
+
+        def account(part: MicroBatch, terms: Terms, entropy_BO: Tensor | None, value: float) -> None:
+            metrics.add(part, terms, entropy_BO, value)
+            if config.mu > 1 and part.old_logp is None:
+                mini_batches[0].keep_policy(part, terms.old_logp_BO)
+
+        loss = policy_loss(engine, temperature, method, config.correction, account)
         for step in train(engine, steps, loss, before_step=lambda: metrics.mismatch.check(engine)):
             metrics.stepped(step)
             report("update_policy", done=metrics.steps, total=config.mu * config.mini_batches)
@@ -119,41 +127,32 @@ def _mini_batches(
     temperature: float,
     config: UpdateConfig,
 ) -> list[MiniBatch]:
-    """Return mini-batches with the log-probabilities of every policy that stays fixed while they are learned from."""
+    """Return mini-batches with the log-probabilities of every policy that stays fixed while they are learned from.
+
+    The first step is made by pi_old itself: its own forward, detached, makes the ratio exactly 1, and none is needed before it.
+    Where pi_ref is pi_old (an iteration's first step), one forward serves both.
+    """
+    from stages.training.loop import reference_model
     from stages.update.loss import MiniBatch
 
     method = method_of(config.objective)
     made = [MiniBatch.of(hand, engine, temperature, config, method) for hand in hands]
     single = config.mu * config.mini_batches == 1
-    for mini_batch in made:
-        if method.needs_reference and isinstance(reference, Checkpoint):
-            _compare(mini_batch, engine, policy, reference, config, single=single)
+    frozen = reference if method.needs_reference and isinstance(reference, Checkpoint) else None
+    alike = frozen is not None and frozen.state == policy.state
+    for number, mini_batch in enumerate(made):
+        if frozen is not None and not alike:
+            mini_batch.compare_with(reference_model(frozen, config.training, engine.device), engine)
         if config.old_logprobs == "rollout":
             mini_batch.trust_rollout()
-        elif not single:
-            # A single step needs none: its own forward, detached, makes the ratio exactly 1.
-            mini_batch.remember_policy(engine)
+        if single or (number == 0 and config.old_logprobs == "trainer"):
+            if alike:
+                mini_batch.take_policy_as_reference()
+        elif config.old_logprobs == "trainer":
+            mini_batch.remember_policy(engine, as_reference=alike)
+        elif alike:
+            mini_batch.compare_with(engine.model, engine)
     return made
-
-
-def _compare(
-    mini_batch: MiniBatch,
-    engine: Engine,
-    policy: Checkpoint,
-    reference: Checkpoint,
-    config: UpdateConfig,
-    *,
-    single: bool,
-) -> None:
-    """Give a mini-batch log pi_ref; where the reference is the policy that has not stepped yet, from the policy itself."""
-    from stages.training.loop import reference_model
-
-    if reference.state != policy.state:
-        mini_batch.compare_with(reference_model(reference, config.training, engine.device), engine)
-    elif single:
-        mini_batch.take_policy_as_reference()
-    else:
-        mini_batch.compare_with(engine.model, engine)
 
 
 def join(

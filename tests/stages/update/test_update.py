@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from pipeline.residency import evict
-from pipeline.store import Store
+from pipeline.store import Store, use_store
 from stages.models import Checkpoint, load_model, write_tensors
 from stages.tables import Advantages, Rollouts
 from stages.training import AdamWConfig, TrainingConfig
+from stages.training.forward import completion_logprobs
 from stages.update import GRPOConfig, UpdateConfig, update_policy
+from stages.update.loss import MiniBatch
 from tests.stages.rows import advantage_row, rollout_row
 
 VOCABULARY, Q, G = 13, 3, 4
@@ -178,6 +180,65 @@ def test_the_ratio_leaves_one_at_the_second_pass(store: Store) -> None:
     outputs, advantages = exploration()
     metrics = update_policy(policy, policy, outputs, advantages, sgd_like(mu=2), seed=0).metrics
     assert metrics["policy/ratio_max"] > 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "same_reference", "expected"),
+    [
+        ({}, True, 1),
+        ({}, False, 2),
+        ({"mu": 2}, True, 2),
+        ({"mu": 2}, False, 3),
+        ({"mini_batches": 3}, True, 2 + 3),
+        ({"mini_batches": 3, "mu": 2}, True, 2 + 6),
+        ({"mini_batches": 3, "mu": 2}, False, 3 + 2 + 6),
+    ],
+)
+def test_no_mini_batch_is_forwarded_twice_under_one_policy(
+    store: Store, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], same_reference: bool, expected: int
+) -> None:
+    """Three questions, a micro-batch each: the first step's own forward gives log pi_old, and log pi_ref where equal."""
+    forwards: list[int] = []
+
+    def counted(model: Any, batch: Any, *args: Any, **options: Any) -> Any:
+        forwards.append(len(batch.rows))
+        return completion_logprobs(model, batch, *args, **options)
+
+    monkeypatch.setattr("stages.update.loss.completion_logprobs", counted)
+    policy = tiny_policy()
+    reference = policy if same_reference else tiny_policy(seed=1)
+    outputs, advantages = exploration()
+    config = sgd_like(**changes)
+    mini_batches = config.mini_batches
+    update_policy(policy, reference, outputs, advantages, config, seed=0)
+    assert len(forwards) == expected
+    assert sum(forwards[-config.mu * mini_batches :]) == config.mu * sum(forwards[-mini_batches:])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("same_reference", [True, False])
+def test_later_passes_use_the_policy_of_before_the_first_step_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, same_reference: bool
+) -> None:
+    config = sgd_like(mu=3, mini_batches=2).override({"training.precision": precision})
+
+    def content(folder: str) -> str | None:
+        evict()
+        with use_store(Store(tmp_path / folder)):
+            policy = tiny_policy()
+            reference = policy if same_reference else tiny_policy(seed=1)
+            return update_policy(policy, reference, *exploration(), config, seed=0).content
+
+    kept, make = content("kept"), MiniBatch.of
+
+    def with_a_pass_before(*given: Any) -> MiniBatch:
+        made = make(*given)
+        made.remember_policy(given[1], as_reference=same_reference)
+        return made
+
+    monkeypatch.setattr(MiniBatch, "of", with_a_pass_before)
+    monkeypatch.setattr(MiniBatch, "take_policy_as_reference", lambda _: None)
+    assert content("computed before") == kept
 
 
 @pytest.mark.claim("line 10")

@@ -50,7 +50,6 @@ def deepseekmath_7b() -> IterativeRLConfig:
                 tensor_parallel_size=8,  # ours: one engine over all GPUs
                 gpu_memory_utilization=0.4,  # ours
                 max_num_seqs=512,  # ours: about as many as there is room for keys and values of
-                between_calls="sleep",  # ours: the GPUs are the trainer's meanwhile
             ),
         ),
         # 5.2.1: labels by the rule judgment. Workers: ours, two a GPU.

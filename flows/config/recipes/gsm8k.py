@@ -106,7 +106,6 @@ def gsm8k_one_gpu() -> IterativeRLConfig:
                 dtype="bfloat16",  # ours
                 max_model_len=1024,  # ours: the longest question has 985 characters
                 gpu_memory_utilization=0.45,  # ours
-                between_calls="sleep",  # ours: the trainer has the GPU to itself meanwhile
             ),
         ),
         reward=RewardConfig(

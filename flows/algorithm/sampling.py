@@ -19,6 +19,7 @@ from stages.rollout import rollout
 from stages.selection import keep_informative
 from stages.sft import demonstrated_outputs
 from stages.tables import Logprobs, Questions, ReferenceLogprobs, Rollouts, Values
+from stages.training.hardware import name_of_dtype
 from stages.update import DIVERGENCE, UpdateConfig, check_mismatch, staleness_limit
 
 
@@ -98,7 +99,7 @@ class Mismatches:
         backend, training = config.rollout.backend, config.update.training
         self._auto = config.update.mismatch.max_kl == "auto"
         self._limited = self._auto and config.update.measures_mismatch and backend.kind != "hf"
-        self._exact = backend.dtype == "float32" and training.precision == "fp32"
+        self._exact = name_of_dtype(backend.dtype) == "float32" and not training.bf16
         self._first: float | None = None
         """Divergence at the first update that measured one."""
 

@@ -61,7 +61,7 @@ class VLLMBackendConfig(Config):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of weights, activations and keys; `auto` as for `hf`. vLLM's logits have it too, before softmax in float32."""
     tensor_parallel_size: PositiveInt = 1
-    """GPUs that share the model. Engines of their own (`data_parallel`) are faster where the model fits one GPU."""
+    """GPUs that share the model, for one that does not fit a single GPU; else see `data_parallel`."""
     data_parallel: Annotated[PositiveInt | Literal["auto"], UNKEYED] = 1
     """Engines that share the questions, each in a process of its own on `tensor_parallel_size` GPUs (on a CPU, on cores of
     its own). All outputs of a question come from one engine, and each by its own seed: another number changes last bits only.
@@ -191,14 +191,9 @@ def environments_of(backend: VLLMBackendConfig) -> list[dict[str, str]]:
     Raises:
         ConfigError: more GPUs are asked for than there are.
     """
-    from stages.training.hardware import training_device
+    from stages.training.hardware import cuda_devices
 
-    common, gpus = _common_environment(backend), []
-    if training_device() == "cuda":
-        import torch
-
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = visible.split(",") if visible else [str(place) for place in range(torch.cuda.device_count())]
+    common, gpus = _common_environment(backend), cuda_devices()
     engines, each = engines_of(backend, len(gpus)), backend.tensor_parallel_size
     if engines == 1:
         return [common]

@@ -26,11 +26,15 @@ _FIXED: Final = (":4096:8", ":16:8")
 _KIB_A_MIB = 1024
 _BYTES_A_MIB = 1 << 20
 _GROUPS: Final = Path("/sys/fs/cgroup")
+_OTHERS: Final = (Path("/dev/kfd"), Path("/dev/dxg"))
+"""Devices of drivers that leave no files for `visible_devices`: ROCm, and Windows under WSL 2."""
 
 
 def has_cuda() -> bool:
     """Return whether torch computes on a CUDA device here, without importing it: keys of cached calls ask."""
-    return bool(visible_devices()) and built_for_cuda()
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    there = visible_devices() or (not hidden and any(device.exists() for device in _OTHERS))
+    return bool(there) and built_for_cuda()
 
 
 def has_native_bf16() -> bool:
@@ -69,6 +73,16 @@ def training_device() -> str:
         # cuBLAS reads it once, and a stage may ask for a fixed order after another one has computed. It costs 32 MiB.
         os.environ.setdefault(_WORKSPACES, _FIXED[0])
     return "cuda"
+
+
+def cuda_devices() -> list[str]:
+    """Return the names of the CUDA devices that torch sees, as CUDA_VISIBLE_DEVICES takes them; none on a CPU."""
+    import torch
+
+    if training_device() == "cpu":
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(place) for place in range(torch.cuda.device_count())]
 
 
 def inference_dtype(chosen: Literal["auto", "bfloat16", "float32"]) -> torch.dtype:

@@ -36,7 +36,7 @@ from pipeline.workers.group import Group, RefusedError, WorkerError
 from pipeline.workers.rpc import accept, order_of
 from stages.models import Checkpoint
 from stages.training.config import DeepSpeedEngineConfig, HostConfig
-from stages.training.hardware import cores, within_quota
+from stages.training.hardware import cores, cuda_devices, training_device, within_quota
 
 P = ParamSpec("P")
 A = TypeVar("A", bound=Artifact)
@@ -128,8 +128,6 @@ class Ranks:
     """Keep the group as a resident of the flow's process, with its folder of logs."""
 
     def __init__(self, engine: DeepSpeedEngineConfig) -> None:
-        from stages.training.hardware import training_device
-
         for slot in ("trainer", "reference", "reward_trainer", "critic"):
             evict(slot)  # models that this process trained, on one rank, would stay in memory with those of the ranks
         cuda = training_device() == "cuda"
@@ -137,7 +135,7 @@ class Ranks:
             shared = _shared(engine.ranks, engine.hosts[0].ranks, cuda=cuda)
             given = environments_of(engine.hosts, shared, _inherited(), cuda=cuda)
         else:
-            given = environments(engine.ranks, devices=_visible_devices() if cuda else None)
+            given = environments(engine.ranks, devices=cuda_devices() or None)
         self.engine = engine
         self.held: dict[str, str] = {}
         """Stage -> `Artifact.state` of what the ranks trained in it last, where that was not written."""
@@ -231,13 +229,6 @@ def _place(rank: int, devices: Sequence[str] | None) -> dict[str, str]:
     if devices is None:
         return {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     return {"RANK": str(rank), "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": devices[rank]}
-
-
-def _visible_devices() -> list[str]:
-    import torch
-
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
 
 
 def _ordered(order: Mapping[str, Any], engine: DeepSpeedEngineConfig) -> dict[str, Any]:

@@ -44,7 +44,6 @@ def test_the_first_update_that_measured_decides_the_later_limits() -> None:
         ({}, 0.05),
         ({"rollout.backend.dtype": "float32"}, 1e-3),  # the recipe trains in fp32
         ({"rollout.backend.dtype": "float32", "update.training.precision": "bf16"}, 0.05),
-        ({"rollout.backend.dtype": "auto"}, 0.05),
         ({"rollout.backend": {"kind": "hf"}}, None),
         ({"update.old_logprobs": "rollout"}, None),
         ({"update.mismatch.max_kl": 0.3}, 0.3),
@@ -54,6 +53,15 @@ def test_the_first_update_that_measured_decides_the_later_limits() -> None:
 def test_what_auto_is_follows_from_the_engine_and_the_precisions(settings: dict[str, Any], limit: float | None) -> None:
     run = of(**settings)
     assert run.update.mismatch.max_kl == limit
+
+
+@pytest.mark.parametrize(("native", "limit"), [(True, 0.05), (False, 1e-3)])
+def test_a_precision_of_auto_counts_as_what_it_is_on_the_machine(
+    monkeypatch: pytest.MonkeyPatch, native: bool, limit: float
+) -> None:
+    monkeypatch.setattr("stages.training.hardware.native_bf16", lambda: native)
+    auto = {"rollout.backend.dtype": "auto", "update.training.precision": "auto"}
+    assert of(**auto).update.mismatch.max_kl == limit
 
 
 def test_other_limits_stay_where_auto_is_resolved() -> None:

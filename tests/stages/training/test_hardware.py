@@ -69,6 +69,19 @@ def test_a_device_counts_only_where_torch_is_built_for_it(monkeypatch: pytest.Mo
     assert not hardware.has_cuda()
 
 
+def test_a_driver_without_files_counts_unless_its_devices_are_hidden(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    on(monkeypatch, EMULATED)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(hardware, "_OTHERS", (tmp_path / "kfd",))
+    assert not hardware.has_cuda()
+    (tmp_path / "kfd").touch()
+    assert hardware.has_cuda()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not hardware.has_cuda()
+
+
 @pytest.mark.parametrize(("quota", "expected"), [(None, 8), (2.5, 2), (0.5, 1), (64.0, 8)])
 def test_threads_stay_within_the_quota_of_a_container(
     monkeypatch: pytest.MonkeyPatch, quota: float | None, expected: int

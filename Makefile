@@ -37,7 +37,7 @@ test-slow: $(VENV)/.ready ## the heavy suites
 	@$(BIN)/python -m pytest -m slow $(TWO)
 
 # vLLM for CPUs wants another fastapi than Prefect, hence its own environment. torch first and with pip, as above. The last three
-# are CUDA builds wherever uv finds them, fail to import beside a CPU build of torch, and are for pictures and sound.
+# are CUDA builds wherever uv finds them, fail to import with a CPU build of torch, and are for pictures and sound.
 $(VLLM)/.ready: constraints.txt | $(VENV)/.ready
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	@echo "setting up $(VLLM) (once; about a minute)"
@@ -61,7 +61,7 @@ check: $(VENV)/.ready ## style, types, layers, spelling
 	@$(BIN)/lint-imports
 	@$(BIN)/codespell
 
-format: $(VENV)/.ready ## let ruff mend what it can
+format: $(VENV)/.ready ## let ruff fix what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 

@@ -69,12 +69,12 @@ def _report(work: MemoryWork, results: dict[str, dict[str, float]]) -> dict[str,
     state = parameters * 4 * _BYTES / 2**20  # weights, gradients, two moments
     activations = work.layers * work.rows * (work.prompt + work.output) * work.hidden * _BYTES / 2**20
     logits = work.rows * work.output * work.vocabulary * _BYTES / 2**20
-    bare = results.get("one-token", {}).get("peak_mib")
+    least = results.get("one-token", {}).get("peak_mib")
     rows = {}
     for side, found in results.items():
         rows[side] = found | {"over_floor": found["peak_mib"] / (state + activations)}
-        if bare is not None:
-            rows[side]["logits_share"] = (found["peak_mib"] - bare) / found["peak_mib"]
+        if least is not None:
+            rows[side]["logits_share"] = (found["peak_mib"] - least) / found["peak_mib"]
     return {
         "work": {key: value for key, value in vars(work).items() if key != "folder"},
         "date": time.strftime("%Y-%m-%d"),

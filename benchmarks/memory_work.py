@@ -68,7 +68,7 @@ class MemoryWork:
 
 
 def make_policy(work: MemoryWork) -> None:
-    """A Qwen2 with random weights and tied embeddings, in float32; a tokenizer that nobody asks for words."""
+    """A Qwen2 with random weights and tied embeddings, in float32; a tokenizer that is not used."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM

@@ -117,7 +117,7 @@ def _policy_update(engine: Any, work: MemoryWork, prompt: int, output: int) -> N
 
 
 def _naive(model: Any, rows: list[tuple[list[int], list[int]]]) -> Tensor:
-    """log softmax over all logits, then the tokens' own; the entropy beside it, as every side has it."""
+    """log softmax over all logits, then the tokens' own; with the entropy, as every side has it."""
     import torch
 
     ids_BT = torch.tensor([given + said for given, said in rows])

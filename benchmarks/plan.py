@@ -5,7 +5,7 @@
     .venv/bin/python -m benchmarks.plan --no-bench        # memory only: figures of time say nothing on a busy machine
 
 Every case is a process of its own (`benchmarks/plan_worker.py`): a stage on a policy with random weights, all its outputs
-different. Planned and measured stand beside each other with their ratio. The device's rates are measured right before.
+different. Planned and measured figures are shown with their ratio. The device's rates are measured right before.
 """
 
 from __future__ import annotations

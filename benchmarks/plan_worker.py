@@ -45,7 +45,7 @@ class Case:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of `training`, but for those that every case has."""
     beta: float = 0.0
-    """Above 0: with a reference beside the policy."""
+    """Above 0: with a reference in memory."""
     seed: int = 0
 
     def tiny(self) -> Case:
@@ -76,7 +76,7 @@ def make_policy(case: Case, folder: Path) -> None:
 
 
 def make_policies(files: Sequence[str]) -> None:
-    """Those of cases and of their tiny twins, beside their files."""
+    """Those of cases and of their tiny twins, next to their files."""
     for file in map(Path, files):
         case = Case(**json.loads(file.read_text()))
         make_policy(case, file.parent / "policy")

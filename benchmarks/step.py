@@ -4,7 +4,7 @@
     .venv/bin/python -m benchmarks.step --quick           # 4 questions, to see that it runs
     .venv/bin/python -m benchmarks.step --shape qwen2.5-0.5b --tokens 256 --sides ...    # for a GPU: see the README
 
-Every side is a process of its own that computes a step when told to; only one computes at a time. A round is one step of each
+Every side is a process of its own that computes a step on request; only one computes at a time. A round is one step of each
 side, in an order that turns; medians over rounds are compared, so that a machine that is busy for a while is busy for all.
 """
 

@@ -33,7 +33,7 @@ SETTING = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
 
 
 def spans(page: Path) -> list[str]:
-    """What stands in backticks, code blocks apart."""
+    """Text in backticks, outside of code blocks."""
     return SPAN.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
 
 

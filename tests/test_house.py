@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "stages", "flows")
 LONGEST_FILE, LONGEST_FUNCTION = 350, 80
 DIRECTLY = {"flows": 3, "pipeline": 9, "stages": 6}
-"""Modules beside the packages in each."""
+"""Most modules next to the packages in each."""
 
 
 @pytest.fixture(scope="module")

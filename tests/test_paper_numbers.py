@@ -1,4 +1,4 @@
-"""The paper's numbers and Table 10 as settings: what a config says that nobody changed."""
+"""The paper's numbers and Table 10 as settings: what an unchanged config says."""
 
 from __future__ import annotations
 

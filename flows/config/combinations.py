@@ -199,7 +199,7 @@ def _of_reward_models(config: RunSettings) -> Iterator[str]:
         if component.weight != usual:
             yield (
                 f"reward.components: {component.name!r} has weight {component.weight:g}, and its verdicts are what the reward "
-                f"models learn to give, whose score stands in its place; set reward_model.weight, and this one to {usual:g}"
+                f"models learn to give, whose score replaces it; set reward_model.weight, and this one to {usual:g}"
             )
     if reward.truncated == "as_unparseable" and plan.scoring.scale == "logit" and config.rollout.G < 2:
         yield (

@@ -140,13 +140,13 @@ def _with_checkpoints(given: Given, stages: list[StagePlan]) -> list[StagePlan]:
         sum(stage.seconds for stage in stages if stage.when == "step"),
     )
     share = _written(given, every, size) / steps
-    beside = config.checkpoint.background and every > 1  # small ones are written at once
+    background = config.checkpoint.background and every > 1  # small ones are written at once
     return [
         replace(
             stage,
             disk=stage.disk * share,
             written=share,
-            seconds=stage.seconds + (0.0 if beside else stage.writing * share),
+            seconds=stage.seconds + (0.0 if background else stage.writing * share),
         )
         if stage.writing
         else stage

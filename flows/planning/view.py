@@ -199,13 +199,13 @@ def _assumptions(plan: Plan, subject: Subject) -> list[str]:
 def _of_checkpoints(plan: Plan) -> list[str]:
     """Say how often the step's training leaves a checkpoint, where that is not every step."""
     share = min(stage.written for stage in plan.stages)
-    beside = ", while other stages run and at no cost to them" if plan.given.config.checkpoint.background else ""
+    how = ", while other stages run and at no cost to them" if plan.given.config.checkpoint.background else ""
     text = f"{share * plan.counts['step']:,.0f} of {plan.counts['step']:,.0f} steps leave a checkpoint"
     setting = f"checkpoint.every={plan.given.config.checkpoint.every}"
     if plan.given.config.checkpoint.every == "auto":
         here = "as far as" if plan.given.free is not None else "if"
         setting += f", {here} a tenth of the free disk holds them"
-    return [f"{text} ({setting}), which is written{beside}"] if share < 1 else []
+    return [f"{text} ({setting}), which is written{how}"] if share < 1 else []
 
 
 def _of_host_memory(plan: Plan) -> list[str]:

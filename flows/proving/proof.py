@@ -140,7 +140,7 @@ def _arm(file: Path, root: Path, shape: Shape, end: float, device: str | None) -
 def _planned(file: Path, root: Path, device: str | None, update_seconds: float | None) -> Result:
     """Return what `cohort plan` says of the run, and which share of the device's rate the update used (MFU).
 
-    Where nobody knows the device's rates the plan assumes some, and the share is undefined.
+    Where the device's rates are unknown the plan assumes some, and the share is undefined.
     """
     config = choose(RECIPE, [file], []).config
     plan = plan_of(subject_of(config, Places(root), Request(device=device)).given)

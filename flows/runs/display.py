@@ -37,7 +37,7 @@ from pipeline.events import (
 from pipeline.progress import describe_failure, failsafe, listen, warn_plainly
 
 _PLAIN_SECONDS: Final = 5.0
-"""Plain output repeats where a long stage stands no more often than this."""
+"""Plain output repeats the progress of a long stage no more often than this."""
 _STEP_METRICS: Final = {
     "reward": "reward/mean",
     "accuracy": "reward/status_ok",  # of the step's own outputs; left out where it is the reward
@@ -55,7 +55,7 @@ _OURS: Final = tuple(str(Path(__file__).resolve().parents[2] / name) for name in
 
 
 class Display:
-    """Writes where a run stands to a console; `take` is a fold, called after that of `state`."""
+    """Write the progress of a run to a console; `take` is a fold, called after that of `state`."""
 
     def __init__(self, state: RunState, console: Console) -> None:
         self.state = state

@@ -34,7 +34,7 @@ Status = Literal["running", "finished", "failed", "interrupted", "killed"]
 ARTIFACTS: Final = "artifacts.json"
 """What a study used: digest -> stage, in `<its report's name>.artifacts.json`. Of a run its log says so."""
 IMPORTED: Final = "imported.json"
-"""Stands in the folder of a run that came with an archive and was not asked for here since: nothing runs it by itself."""
+"""Marks the folder of a run that came with an archive and was not asked for here since: nothing runs it by itself."""
 _SUFFIXES: Final = (".json", ".jsonl", ".yaml", ".png", ".svg", ".md", ".html", ".csv", ".txt")
 """Of the files in a run's folder."""
 _OF_RECORDS: Final = (RunStarted, StepDone, RunEnded)

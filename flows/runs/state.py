@@ -1,4 +1,4 @@
-"""Where an attempt stands: what was computed, what was reused, how long is left.
+"""Tell how far an attempt is: what was computed, what was reused, how long is left.
 
 A fold of events, and of the progress reports of the stage that computes. The live display, the final summary and the end of the
 attempt read it. It holds numbers, no text: how they look is the display's business.

@@ -125,7 +125,7 @@ def examples() -> list[Example]:
 
 
 @pytest.fixture(scope="module")
-def beside(policy: Any, examples: list[Example]) -> dict[str, Tensor]:
+def frozen(policy: Any, examples: list[Example]) -> dict[str, Tensor]:
     """log pi_old and log pi_ref of every output [outputs, LONGEST], apart from log pi_theta so that some tokens are clipped."""
     generator = torch.Generator().manual_seed(2)
     logp = torch.zeros(len(examples), LONGEST)
@@ -139,7 +139,7 @@ def beside(policy: Any, examples: list[Example]) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def theirs(
-    workload: Workload, examples: list[Example], beside: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
+    workload: Workload, examples: list[Example], frozen: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Tensor]:
     """What TRL computes of every kind."""
     folder = tmp_path_factory.mktemp("trl")
@@ -153,7 +153,7 @@ def theirs(
         masks[1][row, : len(example.output_ids)] = 1
     rows = {"prompt_ids": prompts, "prompt_mask": masks[0], "completion_ids": outputs, "completion_mask": masks[1]}
     rows |= {"advantages": torch.tensor([example.advantage[0] for example in examples])}
-    rows |= {"old_logps": beside["old"], "ref_logps": beside["ref"]}
+    rows |= {"old_logps": frozen["old"], "ref_logps": frozen["ref"]}
     save_file(rows, folder / "rows.safetensors")
     kinds = {name: {"settings": kind.trl, "old": kind.old} for name, kind in KINDS.items()}
     (folder / "kinds.json").write_text(json.dumps(kinds))
@@ -164,7 +164,7 @@ def theirs(
     return load_file(folder / "found.safetensors")
 
 
-def ours(kind: Kind, policy: Any, examples: list[Example], beside: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def ours(kind: Kind, policy: Any, examples: list[Example], frozen: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Loss and gradient of the update stage, in micro-batches of unequal sizes."""
     config = UpdateConfig(objective=kind.ours, micro_batch_tokens=48)
     method = method_of(kind.ours)
@@ -174,25 +174,25 @@ def ours(kind: Kind, policy: Any, examples: list[Example], beside: dict[str, Ten
     total = torch.zeros(1)
     for part in mini_batch.parts:
         logp_BO = completion_logprobs(policy, part.batch, kind.temperature).logp_BO
-        terms = micro_batch_terms(logp_BO, _with(part, kind, beside), method, config.correction)
+        terms = micro_batch_terms(logp_BO, _with(part, kind, frozen), method, config.correction)
         loss = -(part.weight.to(logp_BO.dtype) * terms.objective_BO).sum()
         loss.backward()
         total += loss.detach()
     return total, torch.cat([p.grad.flatten() for _, p in sorted(policy.named_parameters())])
 
 
-def _with(part: MicroBatch, kind: Kind, beside: dict[str, Tensor]) -> MicroBatch:
+def _with(part: MicroBatch, kind: Kind, frozen: dict[str, Tensor]) -> MicroBatch:
     rows, width = list(part.batch.rows), part.batch.output_mask_BO.shape[1]
-    old = beside["old"][rows, :width] if kind.old else None
-    reference = beside["ref"][rows, :width] if method_of(kind.ours).needs_reference else None
+    old = frozen["old"][rows, :width] if kind.old else None
+    reference = frozen["ref"][rows, :width] if method_of(kind.ours).needs_reference else None
     return dataclasses.replace(part, old_logp=old, ref_logp=reference)
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_loss_and_gradient_are_those_of_trl(
-    name: str, policy: Any, examples: list[Example], beside: dict[str, Tensor], theirs: dict[str, Tensor]
+    name: str, policy: Any, examples: list[Example], frozen: dict[str, Tensor], theirs: dict[str, Tensor]
 ) -> None:
-    loss, gradient = ours(KINDS[name], policy, examples, beside)
+    loss, gradient = ours(KINDS[name], policy, examples, frozen)
     assert float((loss - theirs[f"{name}/loss"]).abs()) < TOLERANCE
     assert float((gradient - theirs[f"{name}/gradient"]).abs().max()) < TOLERANCE
     assert float(gradient.norm()) > 0.01
@@ -210,11 +210,11 @@ def test_trl_as_it_comes_has_another_kl_gradient_than_the_paper(theirs: dict[str
     assert float((losses[0] - losses[1]).abs()) < TOLERANCE
 
 
-def test_both_clip_somewhere(policy: Any, examples: list[Example], beside: dict[str, Tensor]) -> None:
+def test_both_clip_somewhere(policy: Any, examples: list[Example], frozen: dict[str, Tensor]) -> None:
     kind = KINDS["paper"]
     config, method = UpdateConfig(objective=kind.ours), method_of(kind.ours)
     (part,) = MiniBatch.of(examples, Engine(policy), 1.0, config, method).parts  # type: ignore[arg-type]
     logp_BO = completion_logprobs(policy, part.batch).logp_BO
-    clipped_BO = micro_batch_terms(logp_BO, _with(part, kind, beside), method, config.correction).surrogate.clipped_BT
+    clipped_BO = micro_batch_terms(logp_BO, _with(part, kind, frozen), method, config.correction).surrogate.clipped_BT
     shares = clipped_BO[part.batch.output_mask_BO].float().mean()
     assert 0.05 < float(shares) < 0.5

@@ -248,7 +248,7 @@ class Weights(Folder):
 
 
 bits = {"noise": 0}
-"""Changed, it stands for hardware without a fixed order of sums."""
+"""Changed, it imitates hardware without a fixed order of sums."""
 
 
 @stage(version="1")

@@ -49,9 +49,9 @@ def test_every_number_of_a_recipe_has_its_source_in_its_line_or_above_it(module:
     assert found is not None
     assert found.origin is not None
     lines = Path(found.origin).read_text(encoding="utf-8").splitlines()
-    bare = [
+    without_reason = [
         line.strip()
         for above, line in itertools.pairwise(lines)
         if NUMBER.search(line) and not SOURCE.search(line) and not SOURCE.search(above)
     ]
-    assert bare == []
+    assert without_reason == []

@@ -60,7 +60,9 @@ def test_a_layer_keeps_what_its_operations_save() -> None:
 def test_a_budget_makes_micro_batches_of_whole_rows() -> None:
     assert Batch.of(10, 3, 5, 20) == Batch(2, 3, 5, several=True)
     assert Batch.of(2, 3, 5, 20) == Batch(2, 3, 5, several=False)
-    assert Batch.of(10, 30, 50, 20) == Batch(1, 30, 50, several=True)  # a row longer than the budget stands alone
+    assert Batch.of(10, 30, 50, 20) == Batch(
+        1, 30, 50, several=True
+    )  # a row longer than the budget is a batch of its own
 
 
 def test_recomputing_keeps_one_hidden_state_a_layer_and_token() -> None:

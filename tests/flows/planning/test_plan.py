@@ -94,7 +94,7 @@ def test_checkpoints_are_spread_over_the_steps_that_write_one(planned: Planned) 
     share = (6 + 3) / 45
     before, after = one(every, "update"), one(some, "update")
     assert after.disk == pytest.approx(before.disk * share)
-    assert before.seconds - after.seconds == pytest.approx(before.writing), "they are written beside other stages"
+    assert before.seconds - after.seconds == pytest.approx(before.writing), "they are written while other stages run"
     waiting = planned(
         *("arithmetic_cpu", "checkpoint.every=7", "evaluation.every=15", "iterations=1", "steps=45"),
         "checkpoint.background=false",

@@ -24,7 +24,7 @@ A, B, C, D, E = (letter * 64 for letter in "abcde")
 
 
 def done(stage: str, key: str, *, cached: bool = False) -> StageDone:
-    """A call whose result has the digits of its key in reverse order, so that both can be told."""
+    """A call whose result has the digits of its key in reverse order, so that one cannot be taken for the other."""
     return StageDone(stage, key, key[1:] + "0", 2.0, cached)
 
 

@@ -24,7 +24,7 @@ from pipeline.store.context import current_call
 pytestmark = pytest.mark.filterwarnings("ignore:.* is not there .* replaying", "ignore:.*computing it again")
 ran: list[int] = []
 bits = {"noise": "", "fails at": "", "remedy": ""}
-"""Changed, `noise` stands for hardware without a fixed order of sums, and `remedy` for what is done about it."""
+"""Changed, `noise` imitates hardware without a fixed order of sums, and `remedy` names what is done about it."""
 
 
 class Numbers(Table):

@@ -200,7 +200,7 @@ def test_zero_3_hands_weights_over_one_at_a_time(trained: Trained, tmp_path: Pat
     largest = max(4 * tensor.numel() for tensor in whole.values())
     assert second["grown"] <= 3 * largest
     limit = (5 if adapter else 3) * largest  # a weight, its change, their sum, the sum before, the next weight
-    assert first["grown"] - handed.stat().st_size <= limit, "beside the file, which is memory"
+    assert first["grown"] - handed.stat().st_size <= limit, "apart from the file, which is memory"
     assert 10 * largest < sum(4 * tensor.numel() for tensor in whole.values())
 
 

@@ -100,9 +100,12 @@ class Machine:
     gpus: int
     """Of a host."""
     nodes: int
-    half: bool
-    """Whether `auto` is bfloat16."""
     assumptions: tuple[str, ...]
+
+    @property
+    def half(self) -> bool:
+        """Whether `auto` is bfloat16 there: where it is emulated its products are the slower ones."""
+        return max(self.profile.bf16.values()) > max(self.profile.fp32.values())
 
 
 def machine_of(
@@ -119,9 +122,8 @@ def machine_of(
         )
     here = profile.kind == "cpu" and device is None
     memory = gpu_memory * _GIB if gpu_memory else float(psutil.virtual_memory().total) if here else profile.memory
-    half = profile.kind == "gpu" or native_bf16()
     source = f"{profile.source}, {profile.date}" if profile.date else profile.source
-    return Machine(profile, memory, gpus or 1, nodes or 1, half, (*assumed, f"rates of {profile.name}: {source}"))
+    return Machine(profile, memory, gpus or 1, nodes or 1, (*assumed, f"rates of {profile.name}: {source}"))
 
 
 def settled(config: IterativeRLConfig, machine: Machine) -> tuple[IterativeRLConfig, list[str]]:
@@ -183,7 +185,7 @@ def _profile(places: Places, device: str | None, *, wanted: bool) -> tuple[Devic
         return found, []
     if wanted:
         return PRESETS[_GPU], [f"the GPU is an {_GPU} (name another with --device)"]
-    return PRESETS["cpu"], ["nothing was measured here: `cohort doctor --bench` does"]
+    return PRESETS["cpu-bf16" if native_bf16() else "cpu"], ["nothing was measured here: `cohort doctor --bench` does"]
 
 
 def profile_named(name: str) -> DeviceProfile:
@@ -249,5 +251,14 @@ PRESETS: Final = {
         "h200-141g", "H200 Tensor Core GPU data sheet, SXM 141 GB", **_H100 | {"memory": 141e9, "bandwidth": 4.8e12}
     ),
     "cpu": _CPU,
+    "cpu-bf16": _CPU.override(
+        {
+            "name": "cpu-bf16",
+            "fp32": {"1": 8e10},
+            "bf16": {"1": 2e11},
+            "source": f"one AVX512-BF16 core as docs/lab found it; {_UTILISATION}",
+        },
+        source="preset",
+    ),
 }
 """By name."""

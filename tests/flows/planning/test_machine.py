@@ -26,6 +26,15 @@ def test_threads_beyond_those_that_were_measured_bring_nothing() -> None:
     assert [profile.speed(threads) for threads in (1, 2, 3, 8, "auto")] == [1.0, 1.5, 2.0, 2.0, 2.0]
 
 
+@pytest.mark.parametrize(("native", "name"), [(True, "cpu-bf16"), (False, "cpu")])
+def test_a_cpu_that_was_not_measured_is_the_preset_of_its_kind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, native: bool, name: str
+) -> None:
+    monkeypatch.setattr("flows.planning.machine.native_bf16", lambda: native)
+    machine = machine_of(Places(tmp_path), device=None, gpus=None, gpu_memory=None, nodes=None)
+    assert (machine.profile.name, machine.half) == (name, native)
+
+
 def test_an_unknown_profile_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'h100-80g'"):
         profile_named("h100")
@@ -47,12 +56,12 @@ def test_no_devices_are_no_machine(planned: Planned, options: dict[str, float]) 
 
 
 @pytest.mark.parametrize(
-    ("device", "half", "found"), [("a100-80g", True, ("bf16", "sdpa")), ("cpu", False, ("fp32", "eager"))]
+    ("device", "found"),
+    [("a100-80g", ("bf16", "sdpa")), ("cpu", ("fp32", "eager")), ("cpu-bf16", ("bf16", "eager"))],
 )
 def test_a_plan_is_of_what_auto_is_on_the_machine_planned_for(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, half: bool, found: tuple[str, str]
+    tmp_path: Path, device: str, found: tuple[str, str]
 ) -> None:
-    monkeypatch.setattr("flows.planning.machine.native_bf16", lambda: False)
     machine = machine_of(Places(tmp_path), device=device, gpus=None, gpu_memory=None, nodes=None)
     config = choose("arithmetic_learned_reward", settings=["critic=null", "sft.training.precision=fp32"]).config
     there, said = settled(config, machine)

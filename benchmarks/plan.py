@@ -140,7 +140,7 @@ def planned(case: Case, profile: DeviceProfile | None) -> dict[str, float]:
                 group=case.group,
                 prompt=prompt,
                 longest=output,
-                half=config.precision == "bf16",
+                half=config.bf16,
             )
             work = decoding_work(
                 shape,
@@ -150,7 +150,7 @@ def planned(case: Case, profile: DeviceProfile | None) -> dict[str, float]:
                 output,
                 output,
                 side_by_side=rows,
-                half=config.precision == "bf16",
+                half=config.bf16,
             )
         case "sft":
             memory = training_memory(shape, config, batch)
@@ -160,12 +160,12 @@ def planned(case: Case, profile: DeviceProfile | None) -> dict[str, float]:
             work = training_work(shape, config, rows, prompt, output, budget)
             if case.beta:
                 work += scoring_work(
-                    shape, rows, prompt, output, budget, precision=config.precision, attention=config.attention
+                    shape, rows, prompt, output, budget, precision=config.products, attention=config.attention_kind
                 )
     found = {"mib": sum(memory.values()) / 2**20}
     if profile is not None:
         sampling = case.stage == "rollout"
-        found["seconds"] = seconds_of(work, profile, shape.hidden, config.precision, sampling=sampling, threads=1)
+        found["seconds"] = seconds_of(work, profile, shape.hidden, config.products, sampling=sampling, threads=1)
         written = {"sft": 4.0, "update": 12.0, "rollout": 0.0}[case.stage] * shape.parameters
         found["seconds"] += written / profile.disk + written / profile.hashing
     return found

@@ -121,15 +121,15 @@ def training_memory(
     trained = parameters if config.adapter is None else shape.adapter(config.adapter.r)
     total = parameters + (0 if config.adapter is None else trained)
     state, stage = training_state(total, shape, config, trained), zero_stage_of(config)
-    factors = (HALF if config.precision == "bf16" else FLOAT) * (total - parameters)
-    found = {**state, "reference": frozen_bytes(shape, config.precision) + factors if reference else 0.0}
+    factors = (HALF if config.bf16 else FLOAT) * (total - parameters)
+    found = {**state, "reference": frozen_bytes(shape, config.products) + factors if reference else 0.0}
     if stage:
         found["buffers"] = _buffers(trained, shape, stage, ranks_of(config))
-    logits = _logits(shape, batch, config.precision, config.max_logits, backward=True) if head else 0.0
+    logits = _logits(shape, batch, config.products, config.max_logits, backward=True) if head else 0.0
     forward = {
         "activations": _activations(shape, config, batch, logits),
         "logits": logits,
-        "casts": HALF * (shape.matrices + (shape.embedding if head else 0)) if config.precision == "bf16" else 0.0,
+        "casts": HALF * (shape.matrices + (shape.embedding if head else 0)) if config.bf16 else 0.0,
         # Of a first micro-batch there is no gradient until backward.
         "gradients": state["gradients"] if batch.several else 0.0,
     }
@@ -189,8 +189,8 @@ def kept_by_layer(shape: ModelShape, batch: Batch, precision: str, attention: st
 
 def _activations(shape: ModelShape, config: TrainingConfig, batch: Batch, logits: float) -> float:
     """Return what the layers keep and what comes and goes inside one, at the end of forward."""
-    layer = kept_by_layer(shape, batch, config.precision, config.attention)
-    passing = _passing(shape, batch, config.precision, config.attention)
+    layer = kept_by_layer(shape, batch, config.products, config.attention_kind)
+    passing = _passing(shape, batch, config.products, config.attention_kind)
     if config.activation_checkpointing:
         # One layer is computed again when the logits are gone.
         return FLOAT * batch.tokens * shape.hidden * shape.layers + max(0.0, layer + passing - logits)

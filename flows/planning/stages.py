@@ -250,7 +250,7 @@ def _trained(
     work = once.times(training.steps) + (others or Work())
     written = checkpoint_bytes(shape, config, head=head) if disk is None else disk
     sent = training.steps * bytes_sent(shape.parameters, config, training.rows / max(1, batch.rows))
-    seconds = seconds_of(work, profile, shape.hidden, config.precision, threads=config.threads) / ranks_of(config)
+    seconds = seconds_of(work, profile, shape.hidden, config.products, threads=config.threads) / ranks_of(config)
     seconds += sent / profile.interconnect + calls * STAGE_CALL
     writing = written / profile.disk + written / profile.hashing  # what is written is also synced and hashed
     later = training.when == "step"  # `checkpoint.every` says which steps write
@@ -281,21 +281,21 @@ def _pass(
     memory: Memory = scoring_memory(
         shape,
         batch,
-        precision=config.precision,
-        attention=config.attention,
+        precision=config.products,
+        attention=config.attention_kind,
         max_logits=config.max_logits,
         head=head,
         frozen=slot != "critic",
     )
     work = _scored(given, config, rows, budget, head=head)
     disk = table_bytes(rows, lengths.prompt, lengths.output, kind="values")
-    seconds = seconds_of(work, profile, shape.hidden, config.precision, threads=config.threads) / ranks_of(config)
+    seconds = seconds_of(work, profile, shape.hidden, config.products, threads=config.threads) / ranks_of(config)
     keeps = {slot: memory["weights"]} if slot else {}
     return StagePlan(name, "step", memory, work, seconds + STAGE_CALL, disk, keeps=keeps)
 
 
 def _scored(given: Given, config: TrainingConfig, rows: int, budget: int, *, head: bool = True) -> Work:
-    lengths, how = given.lengths, {"precision": config.precision, "attention": config.attention}
+    lengths, how = given.lengths, {"precision": config.products, "attention": config.attention_kind}
     return scoring_work(given.shape, rows, lengths.prompt, lengths.output, budget, **how, head=head)
 
 
@@ -307,7 +307,7 @@ def bytes_sent(parameters: float, config: TrainingConfig, passes: float) -> floa
         return 0.0
     share = (config.engine.ranks - 1) / config.engine.ranks
     own = passes / config.engine.ranks
-    gathered = HALF if config.precision == "bf16" else FLOAT
+    gathered = HALF if config.bf16 else FLOAT
     size = {0: 2.0 * FLOAT, 1: 2.0 * FLOAT, 2: (own + 1.0) * FLOAT, 3: own * (FLOAT + 2.0 * gathered)}
     return parameters * share * size[config.engine.zero_stage]
 

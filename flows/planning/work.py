@@ -146,7 +146,7 @@ def training_work(
     head: bool = True,
 ) -> Work:
     """Return forward and backward of so many rows, in micro-batches of `budget` tokens, and the optimizer's step."""
-    how = {"precision": config.precision, "attention": config.attention}
+    how = {"precision": config.products, "attention": config.attention_kind}
     forward = scoring_work(shape, rows, prompt, output, budget, head=head, **how)
     parameters = shape.parameters if head else shape.trunk
     trained = parameters if config.adapter is None else shape.adapter(config.adapter.r)

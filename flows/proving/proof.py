@@ -145,7 +145,7 @@ def _planned(file: Path, root: Path, device: str | None, update_seconds: float |
     config = choose(RECIPE, [file], []).config
     plan = plan_of(subject_of(config, Places(root), Request(device=device)).given)
     stages = {stage.name: stage for stage in plan.stages}
-    update, profile, training = stages["update"], plan.given.machine.profile, config.update.training
+    update, profile, training = stages["update"], plan.given.machine.profile, plan.given.config.update.training
     rate = profile.rate(plan.given.shape.hidden, training.precision) * profile.speed(training.threads)
     return {
         "rates": profile.name,

@@ -171,20 +171,27 @@ class ComputeConfig(Config):
     the cores that a container grants."""
 
     @property
+    def products(self) -> Literal["fp32", "bf16"]:
+        """The precision of matrix products on this machine."""
+        if self.precision == "auto":
+            return "bf16" if has_native_bf16() else "fp32"
+        return self.precision
+
+    @property
     def bf16(self) -> bool:
-        """Whether matrix products are in bfloat16 on this machine."""
-        return has_native_bf16() if self.precision == "auto" else self.precision == "bf16"
+        """Whether it is bfloat16."""
+        return self.products == "bf16"
 
     @property
     def attention_kind(self) -> Literal["eager", "sdpa", "flash_attention_2"]:
-        """Which attention implementation computes on this machine."""
+        """The attention implementation on this machine."""
         if self.attention == "auto":
             return "sdpa" if has_cuda() else "eager"
         return self.attention
 
     def key(self) -> dict[str, Any]:
         """With the precision that `auto` is on this machine: another one is another result."""
-        return super().key() | {"precision": "bf16" if self.bf16 else "fp32"}
+        return super().key() | {"precision": self.products}
 
 
 class TrainingConfig(ComputeConfig):

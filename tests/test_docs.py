@@ -141,7 +141,8 @@ def test_every_command_that_a_page_shows_parses_and_its_settings_fit(page: Path)
     from flows.cli import app
 
     for arguments in shown_commands(page):
-        app.parse_args(arguments, exit_on_error=False, print_error=False)
+        function, _, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+        assert function is not None
         command, recipe, *options = [*arguments, ""]
         if command in ("run", "check", "compare", "plan", "deploy") and recipe in RECIPES:
             settings = [value for option, value in itertools.pairwise(options) if option == "--set"]

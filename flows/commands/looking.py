@@ -12,7 +12,7 @@ from rich.table import Table
 
 from flows.commands.options import Limit, Root, console
 from flows.inspection.artifact_view import show_artifact
-from flows.inspection.history import find_run, history_of, step_names, ways_back
+from flows.inspection.history import find_run, history_of, ways_back
 from flows.runs.ledger import read_ledger
 from flows.runs.paths import Places
 from flows.runs.record import RunRecord, read_records, unreadable_records
@@ -153,7 +153,7 @@ def lineage(
     ledger = read_ledger(record.folder) if record else None
     calls = ledger.calls.keys() if ledger else ()
     ancestors = ancestry.ancestry(store, _digest(places, store, digest), calls=calls)
-    notes = ways_back(store, ancestors, step_names(places, next(iter(ancestors))))
+    notes = ways_back(places, store, ancestors)
     depth = 4 if depth is None else depth
     print(
         visible(ancestry.mermaid(ancestors) if mermaid else ancestry.tree(ancestors, depth=depth or None, notes=notes))

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.inspection.groups import Group, groups_of
-from flows.inspection.history import step_names, ways_back
+from flows.inspection.history import ways_back
 from flows.runs.paths import Places
 from flows.wording import duration, moment, number, quoted, size
 from pipeline.config import ConfigError, flatten
@@ -43,7 +43,7 @@ def show_artifact(
         raise ConfigError(f"--question: {digest[:12]} has no groups of outputs; it is a {manifest['type']}")
     _show_origin([call for call in calls if call["result"] == digest], manifest, digest, console, full=full)
     if manifest.get("unwritten"):
-        back = ways_back(store, [digest], step_names(places, digest))
+        back = ways_back(places, store, [digest])
         console.print(
             f"[yellow]{back[digest]}[/]; [bold]cohort export {digest[:12]} FOLDER[/] makes it", soft_wrap=True
         )

@@ -69,7 +69,7 @@ def history_of(places: Places, store: Store, record: RunRecord) -> History:
     return History(record, config, ledger, _summarised(record) or _measured(store, record), note)
 
 
-def step_names(places: Places, digest: str) -> dict[str, str]:
+def _step_names(places: Places, digest: str) -> dict[str, str]:
     """Return digest -> `step N` of everything that the steps of a run made, of the first run whose step made `digest`."""
     for record in read_records(places):
         ledger = read_ledger(record.folder, complete=False) or Ledger()
@@ -79,13 +79,11 @@ def step_names(places: Places, digest: str) -> dict[str, str]:
     return {}
 
 
-def ways_back(store: Store, digests: Iterable[str], names: Mapping[str, str]) -> dict[str, str]:
+def ways_back(places: Places, store: Store, digests: Iterable[str]) -> dict[str, str]:
     """Return digest -> how it comes back, in words, of those that are trained state and were not written.
 
-    Args:
-        names: what people call a checkpoint; others are named by their digest.
+    Checkpoints have the names of steps, of the first run whose step made the first of `digests`; others their digest.
     """
-    records = Records(store.actions())
 
     @functools.cache
     def is_unwritten(name: str) -> bool:
@@ -99,13 +97,19 @@ def ways_back(store: Store, digests: Iterable[str], names: Mapping[str, str]) ->
             return not is_unwritten(name) and not store.freed(name)
         return False
 
+    listed = list(digests)
+    unwritten = [digest for digest in listed if is_unwritten(digest)]
+    if not unwritten:  # as most often: no record and no log is read for it
+        return {}
+    records, names = Records(store.actions()), _step_names(places, listed[0])
+
     def said(digest: str) -> str:
         start, calls = replayed_from(records, digest, is_there)
         again = "" if is_there(start) else ", which is made again first"
         count = f"{calls:,} update{'' if calls == 1 else 's'}"
         return f"not written; replayed from {names.get(start, start[:12])} ({count}){again}"
 
-    return {digest: said(digest) for digest in digests if is_unwritten(digest)}
+    return {digest: said(digest) for digest in unwritten}
 
 
 def placed_calls(ledger: Ledger) -> list[PlacedCall]:

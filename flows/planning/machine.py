@@ -20,6 +20,7 @@ from flows.config import IterativeRLConfig
 from flows.runs.paths import Places
 from pipeline.config import Config, ConfigError
 from stages.training import ComputeConfig, DeepSpeedEngineConfig, TorchEngineConfig, TrainingConfig, native_bf16
+from stages.training.hardware import automatic
 
 DEVICE_FILE: Final = "device.json"
 """Below the root: what `cohort doctor --bench` measured."""
@@ -128,8 +129,7 @@ def machine_of(
 
 def settled(config: IterativeRLConfig, machine: Machine) -> tuple[IterativeRLConfig, list[str]]:
     """Return the configuration with what `auto` is on that machine in the place of it, and what is to be said of that."""
-    precision = "bf16" if machine.half else "fp32"
-    attention = "sdpa" if machine.profile.kind == "gpu" else "eager"
+    precision, attention = automatic(cuda=machine.profile.kind == "gpu", bf16=machine.half)
     computing: dict[str, ComputeConfig] = {**_trainings(config)}
     if config.reward_model is not None:
         computing["reward_model.scoring"] = config.reward_model.scoring

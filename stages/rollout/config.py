@@ -64,7 +64,7 @@ class VLLMBackendConfig(Config):
     """GPUs that share the model, for one that does not fit a single GPU; else see `data_parallel`."""
     data_parallel: Annotated[PositiveInt | Literal["auto"], UNKEYED] = 1
     """Engines that share the questions, each in a process of its own on `tensor_parallel_size` GPUs (on a CPU, on cores of
-    its own). All outputs of a question come from one engine, and each by its own seed: another number changes last bits only.
+    its own). A question's outputs come from one engine, each by its own seed. Another number rounds otherwise, as batches do.
     `auto`: as many as this host's GPUs hold; one on a CPU."""
     eager: bool | None = None
     """Without compilation and CUDA graphs. Null: so on a CPU, where they need a compiler and minutes, and not on a GPU."""

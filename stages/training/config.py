@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from pipeline.config import UNKEYED, Config
-from stages.training.hardware import fixed_order, has_cuda, has_native_bf16, threads
+from stages.training.hardware import automatic, fixed_order, has_cuda, has_native_bf16, threads
 
 REDUCED_AT_ONCE: Final = 1 << 26
 """Gradients that ZeRO 3 collects before it reduces them: a buffer of 256 MiB. DeepSpeed's default is one of 2 GB."""
@@ -173,9 +173,7 @@ class ComputeConfig(Config):
     @property
     def products(self) -> Literal["fp32", "bf16"]:
         """The precision of matrix products on this machine."""
-        if self.precision == "auto":
-            return "bf16" if has_native_bf16() else "fp32"
-        return self.precision
+        return self._automatic()[0] if self.precision == "auto" else self.precision
 
     @property
     def bf16(self) -> bool:
@@ -185,9 +183,11 @@ class ComputeConfig(Config):
     @property
     def attention_kind(self) -> Literal["eager", "sdpa", "flash_attention_2"]:
         """The attention implementation on this machine."""
-        if self.attention == "auto":
-            return "sdpa" if has_cuda() else "eager"
-        return self.attention
+        return self._automatic()[1] if self.attention == "auto" else self.attention
+
+    @staticmethod
+    def _automatic() -> tuple[Literal["fp32", "bf16"], Literal["eager", "sdpa"]]:
+        return automatic(cuda=has_cuda(), bf16=has_native_bf16())
 
     def key(self) -> dict[str, Any]:
         """With the precision that `auto` is on this machine: another one is another result."""

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from stages.models import Checkpoint, model_weights
@@ -43,12 +43,13 @@ from stages.training.optimizers import (
     TrainerState,
     build_optimizer,
     clip_gradients,
+    heads,
     learning_rate_factor,
-    matrix_names,
     name_of_broken_gradient,
     optimizer_state,
     read_trainer_state,
     restore_optimizer_state,
+    rounded_by_autocast,
     set_learning_rate,
     trainable,
 )
@@ -156,7 +157,8 @@ class DeepSpeedEngine(CheckpointedEngine):
         import deepspeed
 
         optimizer, linear = build_optimizer(model, self._config.optimizer), functional.linear
-        rounded = _rounded_by_autocast(model)
+        # A bias is left out: ZeRO 3's own linear layer adds it in float32.
+        rounded = rounded_by_autocast(model, heads(model))
         try:
             with launched():
                 engine, *_ = deepspeed.initialize(
@@ -169,7 +171,7 @@ class DeepSpeedEngine(CheckpointedEngine):
             self._gather_in_half(engine.optimizer, rounded)
         return engine
 
-    def _gather_in_half(self, optimizer: Any, weights: list[nn.Parameter]) -> None:
+    def _gather_in_half(self, optimizer: Any, weights: list[Tensor]) -> None:
         """Let weights travel as bfloat16, and their gradients as float32."""
         from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
 
@@ -293,16 +295,6 @@ class DeepSpeedEngine(CheckpointedEngine):
         whole = own.new_empty(self.world_size * own.numel())
         torch.distributed.all_gather_into_tensor(whole, own)
         return whole[: parameter.ds_numel].view(parameter.ds_shape)
-
-
-def _rounded_by_autocast(model: nn.Module) -> list[nn.Parameter]:
-    """Return the matrices that are used under autocast only: those of linear layers, without heads and what is tied to them.
-
-    A bias is left out: ZeRO 3's own linear layer adds it in float32.
-    """
-    linear = {f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear}
-    matrices = matrix_names(model)
-    return [weight for name, weight in model.named_parameters() if name in linear and name in matrices]
 
 
 def _full_shape(parameter: Any) -> torch.Size:

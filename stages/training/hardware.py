@@ -37,13 +37,19 @@ def has_cuda() -> bool:
     return bool(there) and built_for_cuda()
 
 
+def automatic(*, cuda: bool, bf16: bool) -> tuple[Literal["fp32", "bf16"], Literal["eager", "sdpa"]]:
+    """Return what `auto` is for precision and attention, given the device and whether its bfloat16 is native."""
+    return "bf16" if bf16 else "fp32", "sdpa" if cuda else "eager"
+
+
 def has_native_bf16() -> bool:
     """Return whether bfloat16 is multiplied in hardware where models are computed."""
     return has_cuda() or native_bf16()
 
 
+@functools.cache
 def built_for_cuda() -> bool:
-    """Read from torch's version file whether it is a CUDA or ROCm build."""
+    """Read once from torch's version file whether it is a CUDA or ROCm build."""
     with contextlib.suppress(OSError, importlib.metadata.PackageNotFoundError):
         file = Path(str(importlib.metadata.distribution("torch").locate_file("torch/version.py")))
         return bool(re.search(r"^(?:cuda|hip)\b[^=\n]*= *['\"]", file.read_text(encoding="utf-8"), re.MULTILINE))

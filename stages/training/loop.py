@@ -25,6 +25,7 @@ from stages.training.adapters import ADAPTER_SETTINGS, BASE, FACTORS, FOLDER, lo
 from stages.training.batching import Batch, Row, micro_batches, own_share
 from stages.training.config import DeepSpeedEngineConfig, TorchEngineConfig, TrainingConfig
 from stages.training.engine import Engine, StepReport
+from stages.training.optimizers import rounded_by_autocast
 from stages.training.writer import writer
 
 Part = TypeVar("Part")
@@ -63,8 +64,8 @@ def _make_engine(checkpoint: Checkpoint, config: TrainingConfig) -> Engine:
 def reference_model(reference: Checkpoint, config: TrainingConfig, place: str) -> torch.nn.Module:
     """Return pi_ref, frozen and kept for as long as it is the reference, in host memory (`cpu`) or on a device.
 
-    Masters are float32, as an engine's; under bfloat16 its linear layers have what autocast makes of theirs. What it computes
-    in host memory on CUDA, it computes inside `on_device`: there its memory is pinned.
+    Its weights are float32; under bfloat16 those of linear layers are what autocast makes of an engine's. In host memory they
+    are pinned where there is a GPU, to which `on_device` moves them for a pass.
 
     An adapted policy is computed as the engine computes its own (W x + s B A x). The base under a disabled adapter would be the
     policy before any training, and the rounding of merged weights a KL above 0.
@@ -91,12 +92,8 @@ def halve_linear_weights(model: torch.nn.Module, *, spared: Collection[torch.nn.
     Args:
         spared: layers that compute outside of autocast.
     """
-    linear = {module for module in model.modules() if type(module) is torch.nn.Linear} - {*spared}
-    others = (module for module in model.modules() if module not in linear)
-    tied = {id(weight) for module in others for weight in module.parameters(recurse=False)}
-    for module in linear:
-        if id(module.weight) not in tied:
-            module.weight.data = module.weight.data.to(torch.bfloat16)
+    for weight in rounded_by_autocast(model, spared):
+        weight.data = weight.data.to(torch.bfloat16)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -51,11 +51,27 @@ def trained_values(model: nn.Module) -> int:
 def matrix_names(model: nn.Module) -> set[str]:
     """Return the names of the hidden layers' matrices: two-dimensional, and neither embedding nor output head."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    find_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
-    for head in (find_head(), getattr(model, "score", None), getattr(model, "classifier", None)):
-        if head is not None:
-            tables |= {id(parameter) for parameter in head.parameters()}
+    tables |= {id(parameter) for head in heads(model) for parameter in head.parameters()}
     return {name for name, tensor in model.named_parameters() if tensor.ndim == 2 and id(tensor) not in tables}
+
+
+def heads(model: nn.Module) -> list[nn.Module]:
+    """Return the output head, or that of scores or classes."""
+    find_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
+    found = (find_head(), getattr(model, "score", None), getattr(model, "classifier", None))
+    return [head for head in found if head is not None]
+
+
+def rounded_by_autocast(model: nn.Module, spared: Collection[nn.Module]) -> list[Tensor]:
+    """Return the weights that are used under autocast only: those of linear layers, unless tied to another part.
+
+    Args:
+        spared: layers that compute outside of autocast.
+    """
+    linear = {module for module in model.modules() if type(module) is nn.Linear} - {*spared}
+    others = (module for module in model.modules() if module not in linear)
+    tied = {id(weight) for module in others for weight in module.parameters(recurse=False)}
+    return [module.weight for module in linear if id(module.weight) not in tied]
 
 
 def set_learning_rate(optimizer: Any, factor: float) -> float:

@@ -32,7 +32,7 @@ from pipeline.artifact import Artifact, ArtifactError
 from pipeline.config import ConfigError
 from pipeline.residency import evict, holder_of, resident
 from pipeline.store import DamagedArtifactError, MissingArtifactError, PrunedArtifactError, StoreError, current_store
-from pipeline.workers.group import Group, RefusedError, WorkerError
+from pipeline.workers.group import Group, RefusedError, WorkerError, importing_ours
 from pipeline.workers.rpc import accept, order_of
 from stages.models import Checkpoint
 from stages.training.config import DeepSpeedEngineConfig, HostConfig
@@ -216,9 +216,8 @@ def _inherited() -> dict[str, str]:
 
 def _shared(count: int, here: int, *, cuda: bool) -> dict[str, str]:
     """Return the variables that all ranks get; `here` of them share this host's cores."""
-    packages = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return ({} if cuda else {"DS_ACCELERATOR": "cpu"}) | {
-        "PYTHONPATH": os.pathsep.join(packages),
+        "PYTHONPATH": importing_ours(os.environ)["PYTHONPATH"],
         "WORLD_SIZE": str(count),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, within_quota(cores()) // here)),
     }

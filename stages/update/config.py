@@ -46,7 +46,7 @@ class MismatchLimits(Config):
     max_kl: Literal["auto"] | PositiveFloat | None = "auto"
     """Largest divergence of the two, in nats per token (`rollout/mismatch_kl`). `auto`: what stops a run on vLLM whose engine
     has stale weights, without mistaking rounding for them. None for `hf`, which copies the trainer's weights in its own
-    process.
+    process, and where one update is computed outside of a run (`cohort replay`).
 
     `auto` is 10 times the divergence at the run's first update, at least 0.002 and at most 0.05; where engine and trainer are
     both set to float32, 1,000 times, at least 1e-9 and at most 1e-3 (`stages/update/metrics.py: staleness_limit`).

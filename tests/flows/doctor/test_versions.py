@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from flows.doctor import versions
 from flows.doctor.versions import declared, unmet
+from stages.training.hardware import built_for_cuda
 from tests.flows.doctor.subjects import subject
 
 
@@ -25,12 +27,14 @@ def install(folder: Path, name: str, version: str, *requires: str) -> None:
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder whose distributions come before those that are installed."""
     folder = tmp_path / "site"
     folder.mkdir()
     monkeypatch.syspath_prepend(str(folder))
-    return folder
+    built_for_cuda.cache_clear()
+    yield folder
+    built_for_cuda.cache_clear()
 
 
 def test_a_version_outside_the_range_and_a_pair_known_to_break_are_problems(site: Path, tmp_path: Path) -> None:

@@ -145,6 +145,7 @@ if __name__ == "__main__":
     os.kill(os.getpid(), signal.SIGKILL)
 """
     done = _python(code)
+    assert done.returncode == -signal.SIGKILL
     await_end([int(done.stdout)])
 
 

@@ -22,6 +22,8 @@ from stages.rollout.kv_cache import RowCache, regroup
 
 _PREFILL_TOKENS = 16_384
 """Prompt tokens of one prefill forward, padding included: bounds its activations."""
+_PART = 2**20
+"""Logits sampled from at a time on a CPU: 4 MiB stay in its cache, and no copy of all of them is allocated at every token."""
 _BLOCK = 64
 """Tokens whose probabilities are added before any are cumulated: cumulating is sequential, adding is not."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -188,8 +190,7 @@ class _Batch:
             use_cache=True,
             logits_to_keep=1,
         )
-        # float32 before temperature and softmax: in bf16 a log-probability near -8 has a step of 1/32.
-        logits: torch.Tensor = output.logits[:, -1].float()
+        logits: torch.Tensor = output.logits[:, -1]
         return logits
 
     def _regroup(
@@ -242,15 +243,34 @@ def sample(
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Draw one token for each sample from its row's distribution, with its log-probability there (`Output.logprobs`).
 
-    logits `[rows, V]` float32; `row` and `uniform` `[n]`, u below 1 - 2**-40.
+    logits `[rows, V]`; `row` and `uniform` `[n]`, u below 1 - 2**-40. On a CPU a part of the rows is taken at a time, which
+    changes no bit.
 
     Raises:
         FloatingPointError: logits that are no distribution (NaN, +inf, or nothing but -inf).
     """
-    if temperature > 0:
+    rows, vocabulary = logits.shape
+    size = max(1, _PART // vocabulary) if logits.device.type == "cpu" else rows
+    if rows <= size:
+        return _draw(logits, row, uniform, temperature)
+    token, logprob = np.empty(len(row), dtype=np.int64), np.empty(len(row), dtype=np.float32)
+    by_row = np.argsort(row)
+    starts = range(0, rows, size)
+    for start, mine in zip(starts, np.split(by_row, np.searchsorted(row[by_row], starts[1:])), strict=True):
+        part = _draw(logits[start : start + size], row[mine] - start, uniform[mine], temperature)
+        token[mine], logprob[mine] = part
+    return token, logprob
+
+
+def _draw(
+    logits: torch.Tensor, row: NDArray[np.int64], uniform: NDArray[np.float64], temperature: float
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Do what `sample` says, for all rows at once."""
+    logits = logits.float()  # before temperature and softmax: in bf16 a log-probability near -8 has a step of 1/32
+    if temperature not in (0, 1):
         logits = logits / temperature
     logp = torch.log_softmax(logits, dim=-1)
-    if not torch.isfinite(logp.amax(dim=-1)).all():
+    if logp[:, 0].isnan().any():  # one token tells of its row: logits that are no distribution make all of it NaN
         raise FloatingPointError("the policy's logits are not finite: its weights are damaged or have diverged")
     index = torch.from_numpy(row).to(logits.device)
     if temperature == 0:
@@ -266,7 +286,9 @@ def _invert(probability: torch.Tensor, index: torch.Tensor, uniform: torch.Tenso
     First the block of tokens is found, then the token in it. Sums are float64: float32 would lose rare tokens.
     """
     rows, vocabulary = probability.shape
-    blocks = F.pad(probability, (0, -vocabulary % _BLOCK)).view(rows, -1, _BLOCK)
+    if vocabulary % _BLOCK:
+        probability = F.pad(probability, (0, -vocabulary % _BLOCK))
+    blocks = probability.view(rows, -1, _BLOCK)
     until = F.pad(blocks.sum(dim=-1).double().cumsum(dim=-1), (1, 0))[index]
     target = uniform[:, None] * until[:, -1:]
     block = torch.searchsorted(until[:, 1:].contiguous(), target, right=True)

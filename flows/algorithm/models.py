@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from flows.algorithm.data import DataSets
 from flows.config import IterativeRLConfig, PretrainedPolicy
+from pipeline.artifact import ArtifactError
 from pipeline.config import ConfigError
 from stages.models import (
     COMMIT,
@@ -21,9 +24,12 @@ from stages.models import (
     HubCheckpointConfig,
     HubError,
     code_of_commit,
+    describe_gguf,
     fetch_checkpoint,
     fetch_description,
     import_checkpoint,
+    is_gguf,
+    read_gguf,
     resolve_revision,
     trust,
 )
@@ -54,17 +60,18 @@ def initial_policy(config: IterativeRLConfig, data: DataSets, base: Checkpoint) 
 
 
 def pretrained_model(config: PretrainedPolicy) -> Checkpoint:
-    """Return a pretrained model: a folder where there is one of that name, else one of the hub, at one commit.
+    """Return a pretrained model: a folder or GGUF file where there is one of that name, else one of the hub, at one commit.
 
     Raises:
-        ConfigError: a revision of a folder whose code is not asked for.
+        ConfigError: a revision of a folder whose code is not asked for, or of a file.
         HubError, ArtifactError: it cannot be fetched or used, with what to do.
     """
     folder, revision = Path(config.path).expanduser(), config.revision
-    if folder.is_dir() or not re.fullmatch(REPOSITORY, config.path):
+    if is_gguf(folder) or folder.is_dir() or not re.fullmatch(REPOSITORY, config.path):
         if revision is not None and not config.trust_remote_code:
+            kind = "file" if is_gguf(folder) else "folder"
             raise ConfigError(
-                f"policy.revision: {config.path} is a folder, whose content decides; set policy.revision=null, or give a hub "
+                f"policy.revision: {config.path} is a {kind}, whose content decides; set policy.revision=null, or give a hub "
                 "model a path that is no folder here"
             )
         if revision is not None:
@@ -104,8 +111,8 @@ def early_tokenizer(
     Args:
         demonstrations: what a policy made from scratch makes its tokenizer from.
         fetch: download the tokenizer of a hub model that is not here.
-        exact: read it as the run will, which imports torch; otherwise as its tokenizer.json says, which nearly always is the
-            same (`stages/text/tokenizers.py`).
+        exact: read it as the run will, which imports torch (as a GGUF file always does); otherwise as its tokenizer.json says,
+            which nearly always is the same (`stages/text/tokenizers.py`).
 
     Raises:
         ConfigError: there is none: no model here, no demonstrations, code of the model's own.
@@ -118,9 +125,23 @@ def early_tokenizer(
         made = build_tokenizer(list(policy_texts(demonstrations, config.prompt)), policy.tokenizer)
         window = policy.settings.get("max_position_embeddings")
         return EarlyTokenizer(made, window if isinstance(window, int) else None)
-    folder = _folder(policy, fetch=fetch)
-    described: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return EarlyTokenizer(_read(folder, exact=exact), described.get("max_position_embeddings"))
+    with _description(policy, fetch=fetch) as folder:
+        described: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return EarlyTokenizer(_read(folder, exact=exact), described.get("max_position_embeddings"))
+
+
+@contextlib.contextmanager
+def _description(policy: PretrainedPolicy, *, fetch: bool) -> Iterator[Path]:
+    """Yield a folder with configuration and tokenizer of a policy; of a GGUF file they are made for the block."""
+    if not is_gguf(path := Path(policy.path).expanduser()):
+        yield _folder(policy, fetch=fetch)
+        return
+    with tempfile.TemporaryDirectory(prefix="cohort-tokenizer-") as made:
+        try:
+            describe_gguf(read_gguf(path), Path(made))
+        except ArtifactError as error:
+            raise ConfigError(f"policy.path: {error}") from None
+        yield Path(made)
 
 
 def _folder(policy: PretrainedPolicy, *, fetch: bool) -> Path:

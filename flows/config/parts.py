@@ -34,13 +34,14 @@ SetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
 class PretrainedPolicy(Config):
-    """A policy made by others: a folder in Hugging Face format, or a model of the hub."""
+    """A policy made by others: a folder in Hugging Face format, a GGUF file, or a model of the hub."""
 
     kind: Literal["pretrained"] = "pretrained"
     "Selects an existing model."
     path: str = Field(min_length=1)
-    """Folder with config.json, safetensors and tokenizer; where there is none of that name, `owner/name` of a model on the hub
-    (HF_ENDPOINT names a mirror)."""
+    """Folder with config.json, safetensors and tokenizer; or a file that ends in .gguf, whose weights are dequantised (needs
+    `pip install 'cohort-rl[gguf]'`). Where there is none of that name, `owner/name` of a model on the hub (HF_ENDPOINT names a
+    mirror)."""
     revision: str | None = Field(None, pattern=r"^[A-Za-z0-9][\w./-]*$")
     """Commit, tag or branch of a model on the hub; null: `main`. A name is resolved to a commit once, and later runs keep that
     commit. Of a folder, the digest of its Python code (`trust_remote_code`)."""

@@ -32,6 +32,8 @@ _BREAKING: Final = {
     ("latex2sympy2-extended", "antlr4-python3-runtime"): "answers in LaTeX cannot be read",
 }
 """Requirements of others (who, what) that stop a run where they are not met, and what stops."""
+_OPTIONAL: Final = {"lora": "LoRA (`training.adapter`)", "gguf": "a GGUF file as `policy.path`"}
+"""Extras for what a run may ask for, and what that is."""
 _PROJECT: Final = Path(__file__).parents[2] / "pyproject.toml"
 _COMPANIONS: Final = ("torchvision", "torchaudio", "torchcodec")
 
@@ -89,16 +91,17 @@ def _unmet(fault: Unmet) -> Finding:
 
 
 def _optional(ours: Declared) -> Iterator[Finding]:
-    """Report peft, for LoRA: its absence is no fault, a version outside the range is."""
-    for requirement in map(Requirement, ours.extras.get("lora", ())):
+    """Report the packages of LoRA and of GGUF files: their absence is no fault, a version outside the range is."""
+    wanted = [(extra, Requirement(text)) for extra in _OPTIONAL for text in ours.extras.get(extra, ())]
+    for extra, requirement in wanted:
         package = installed(requirement.name)
-        about = {"installed": package and package.version, "range": str(requirement.specifier), "wanted_by": "lora"}
+        about = {"installed": package and package.version, "range": str(requirement.specifier), "wanted_by": extra}
         how = f"pip install '{requirement.name}{requirement.specifier}'"
         if package is None:
-            text = f"{requirement.name} is not installed: only LoRA (`training.adapter`) needs it ({how})"
+            text = f"{requirement.name} is not installed: only {_OPTIONAL[extra]} needs it ({how})"
             yield Finding(f"package.{requirement.name}", "ok", text, values=about)
         elif outside(requirement, package.version):
-            text = f"{requirement.name} {package.version}; LoRA needs {requirement.specifier}"
+            text = f"{requirement.name} {package.version}; {_OPTIONAL[extra]} needs {requirement.specifier}"
             yield Finding(f"package.{requirement.name}", "warning", text, how, about)
 
 

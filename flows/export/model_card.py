@@ -20,7 +20,7 @@ from pipeline.diff import stored_tensors
 from pipeline.lineage import ancestry
 from pipeline.store import Store
 from stages.data import QuestionFileConfig
-from stages.models import Checkpoint, code_files, load_tokenizer
+from stages.models import Checkpoint, code_files, is_gguf, load_tokenizer
 from stages.text import PromptError, encode_prompt
 
 _AUTO: Final = {
@@ -195,7 +195,9 @@ def _base(config: IterativeRLConfig, hub: Mapping[str, Any]) -> str:
     if hub:
         return f"the model `{hub['repository']}` at commit `{hub['revision']}`"
     if isinstance(config.policy, PretrainedPolicy):
-        return f"a model from the folder `{Path(config.policy.path).name}` (name its origin here)"
+        path = Path(config.policy.path)
+        kind = "GGUF file" if is_gguf(path) else "folder"
+        return f"a model from the {kind} `{path.name}` (name its origin here)"
     return f"a model of architecture `{config.policy.architecture}` made from scratch"
 
 

@@ -22,7 +22,9 @@ from typing import Any, Final
 from flows.config import IterativeRLConfig, PretrainedPolicy
 from flows.runs.ledger import Ledger
 from flows.runs.paths import Places
+from pipeline.artifact import ArtifactError
 from pipeline.config import ConfigError
+from stages.models import gguf_description, is_gguf, read_gguf
 from stages.sft import PolicyConfig
 from stages.text import BPETokenizerConfig
 
@@ -153,7 +155,10 @@ def shape_of(description: Mapping[str, Any], name: str) -> ModelShape:
 
 
 def read_shape(file: Path) -> ModelShape:
-    """Read the shape from a config.json or a folder with one; raise ConfigError where there is none, or as `shape_of`."""
+    """Read the shape from a config.json, a folder with one or a GGUF file; raise ConfigError where it is none of these, or as
+    `shape_of`."""
+    if is_gguf(file):
+        return _gguf_shape(file)
     path = file / "config.json" if file.is_dir() else file
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
@@ -205,7 +210,7 @@ def _scratch_shape(policy: PolicyConfig) -> tuple[ModelShape, list[str]]:
 
 def _pretrained_shape(policy: PretrainedPolicy) -> tuple[ModelShape, list[str]]:
     folder = Path(policy.path).expanduser()
-    if (folder / "config.json").is_file():
+    if is_gguf(folder) or (folder / "config.json").is_file():
         return read_shape(folder), []
     if (found := _in_hub_cache(policy)) is not None:
         return read_shape(found), []
@@ -215,6 +220,16 @@ def _pretrained_shape(policy: PretrainedPolicy) -> tuple[ModelShape, list[str]]:
         f"policy.path: {policy.path} is no folder with a config.json here, and no known shape ({', '.join(KNOWN_SHAPES)}); "
         "name the model's config.json with --model-config"
     )
+
+
+def _gguf_shape(file: Path) -> ModelShape:
+    """Read the shape from the metadata of a GGUF file; a bias of the projections is seen by its tensor."""
+    try:
+        model = read_gguf(file)
+    except ArtifactError as error:
+        raise ConfigError(f"policy.path: {error}") from None
+    biased = "blk.0.attn_q.bias" in model.tensors
+    return shape_of({**gguf_description(model), "attention_bias": biased}, str(file))
 
 
 def _in_hub_cache(policy: PretrainedPolicy) -> Path | None:

@@ -37,6 +37,7 @@ from stages.models.folders import (
     weight_files,
     write_plain,
 )
+from stages.models.gguf import GGUF, describe_gguf, gguf_description, is_gguf, read_gguf
 from stages.models.sources import (
     COMMIT,
     REPOSITORY,
@@ -53,6 +54,7 @@ from stages.models.trusted_code import code_files, may_run_code, trust
 
 __all__ = [
     "COMMIT",
+    "GGUF",
     "LABELS",
     "OPTIMIZER",
     "REPOSITORY",
@@ -71,9 +73,12 @@ __all__ = [
     "code_of_commit",
     "copy_description",
     "copy_weights",
+    "describe_gguf",
     "fetch_checkpoint",
     "fetch_description",
+    "gguf_description",
     "import_checkpoint",
+    "is_gguf",
     "load_model",
     "load_optimizer_state",
     "load_tokenizer",
@@ -83,6 +88,7 @@ __all__ = [
     "model_folder",
     "model_weights",
     "read_description",
+    "read_gguf",
     "require_buildable",
     "resolve_revision",
     "reward_kind",

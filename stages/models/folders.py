@@ -65,7 +65,8 @@ def model_files(folder: Path, *, own_code: bool = False) -> list[Path]:
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such folder; expected config.json, {WEIGHTS} and a tokenizer in it")
     if not (folder / "config.json").is_file():
-        raise ArtifactError(f"{folder}: missing config.json")
+        files = sorted(folder.glob("*.gguf"))
+        raise ArtifactError(f"{folder}: missing config.json" + (f"; name the file itself: {files[0]}" if files else ""))
     require_buildable(read_object(folder / "config.json"), f"{folder}: config.json")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ArtifactError(f"{folder}: missing tokenizer.json")

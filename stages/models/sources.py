@@ -1,4 +1,4 @@
-"""Where checkpoints come from: folders outside the store, and models of the Hugging Face hub at one commit.
+"""Where checkpoints come from: folders and GGUF files outside the store, and models of the Hugging Face hub at one commit.
 
 A branch moves; a run that is continued must not move with it. `resolve_revision` is a stage, so its answer is an artifact that
 later runs reuse (`cohort forget` asks again), and `fetch_checkpoint` knows commits only: they are its cache key, stand in its
@@ -18,12 +18,13 @@ from typing import Any, Final
 from pydantic import Field
 
 from pipeline.artifact import ArtifactError, Folder
-from pipeline.config import Config
+from pipeline.config import Config, ConfigError
 from pipeline.progress import report
 from pipeline.stage import stage
 from pipeline.store.files import measure
 from stages.models.checkpoint import Checkpoint
 from stages.models.folders import copy_model, model_files
+from stages.models.gguf import copy_gguf, gguf_file, is_gguf
 from stages.models.trusted_code import code_digest, code_files
 
 REPOSITORY: Final = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
@@ -41,15 +42,18 @@ class HubError(RuntimeError):
 
 
 class ExternalCheckpointConfig(Config):
-    """A Hugging Face folder outside the store."""
+    """A Hugging Face folder or a GGUF file outside the store."""
 
     path: Path
-    """Folder with config.json, safetensors and tokenizer files, as `save_pretrained` or a download leaves it."""
+    """Folder with config.json, safetensors and tokenizer files, as `save_pretrained` or a download leaves it; or a file whose
+    name ends in .gguf."""
     trusted_code: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
     """Run the folder's own Python code, which is pinned by these digits (`code_digest`); null: it stays behind."""
 
     def key(self) -> dict[str, Any]:
         """Return the digests of the files: the content decides, not the place."""
+        if is_gguf(self.path):
+            return {"gguf": measure(gguf_file(self.path))["sha256"]}
         files = model_files(self.path, own_code=self.trusted_code is not None)
         if self.trusted_code is None:
             return {file.name: measure(file)["sha256"] for file in files}
@@ -61,10 +65,19 @@ class ExternalCheckpointConfig(Config):
 def import_checkpoint(config: ExternalCheckpointConfig) -> Checkpoint:
     """Copy a model folder into the store; weights stay as they are and are cast when they are loaded.
 
+    Of a GGUF file a plain checkpoint is made, its weights dequantised to float32 (`stages/models/gguf.py`).
+
     Raises:
+        ConfigError: a GGUF file without the package that reads it, or with code to trust, of which it has none.
         ArtifactError: a missing configuration, shard or tokenizer, weights that are pickles, by file name; an architecture
             that needs code of its own which is not trusted, or is not the code that was pinned; a tokenizer that loses text.
     """
+    if is_gguf(config.path):
+        if config.trusted_code is not None:
+            raise ConfigError(
+                "policy.trust_remote_code: a GGUF file brings no code; leave it out, and policy.revision too"
+            )
+        return Checkpoint.write(lambda folder: copy_gguf(config.path, folder))
     pin, files = config.trusted_code, code_files(config.path) if config.path.is_dir() else []
     found = code_digest(files)
     if pin not in (None, found):

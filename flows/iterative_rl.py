@@ -17,7 +17,7 @@ from flows.algorithm.data import limit_data, prepare_data
 from flows.algorithm.models import base_model, initial_policy
 from flows.algorithm.preflight import preflight
 from flows.algorithm.rewards import first_reward_models, measure_drift, reward_outputs, train_on
-from flows.algorithm.sampling import Mismatches, derived_seed, explore, reference_evidence, token_evidence
+from flows.algorithm.sampling import Exploration, Mismatches, derived_seed, reference_evidence, token_evidence
 from flows.config import IterativeRLConfig
 from flows.runs.checkpoints import Checkpoints, written
 from flows.runs.points import evaluation_done, step_done
@@ -46,19 +46,18 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
     evaluate_policy(config, policy, data.evaluation, step=0)
     last = config.iterations * config.steps
     checkpoints = Checkpoints(config.checkpoint, last=last, always=config.looks_back_at)
-    limits = Mismatches(config)
+    exploration, limits = Exploration(config, data, initial), Mismatches(config)
     for iteration in range(config.iterations):                                                             # line 2
         reference = policy                                                                                 # line 3
         for step in range(iteration * config.steps, (iteration + 1) * config.steps):                       # line 4
             seed = derived_seed(config.seed, step)
-            sampler = policy if config.data_source == "policy" else initial                                # line 6
-            questions, outputs = explore(config, data, sampler, step, seed)                                # lines 5, 7
+            sampler, questions, outputs = exploration.of(policy, step)                                     # lines 5-7
             rewards, gauges = reward_outputs(config, sampler, reward_models, questions, outputs)           # line 8
             preflight(config, outputs, rewards, step)
             evidence = token_evidence(config, policy, reference, critic, outputs)
             advantages = estimate_advantages(rewards, outputs, config.advantage, *evidence)                # line 9
             scored = reference_evidence(config, policy, reference, outputs)
-            with checkpoints.at(step + 1), naming(step + 1, outputs):
+            with exploration.ahead(policy, step), checkpoints.at(step + 1), naming(step + 1, outputs):
                 policy = update_policy(policy, scored or reference, outputs, advantages, limits.update, seed=seed)  # line 10
                 limits.check(policy)
                 if critic and config.critic:

@@ -250,6 +250,23 @@ def recording(*folds: Fold) -> Iterator[None]:
         _run.reset(token)
 
 
+@contextlib.contextmanager
+def ahead_of_its_part() -> Iterator[list[str]]:
+    """Emit inside the block as elsewhere, and yield the keys of its calls: they belong to a later part (`count_calls`)."""
+    run, keys = _run.get(), list[str]()
+    token = _run.set(None if run is None else _Run(run.folds, keys))
+    try:
+        yield keys
+    finally:
+        _run.reset(token)
+
+
+def count_calls(keys: list[str]) -> None:
+    """Count calls that were made ahead among those of the part that is in progress."""
+    if (run := _run.get()) is not None:
+        run.since.extend(keys)
+
+
 def emit(event: Event) -> None:
     """Give an event to the folds of the run; an error in one costs a warning, never the work. Outside a run: nothing.
 

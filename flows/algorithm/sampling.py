@@ -5,11 +5,15 @@ And whether what sampled them had the policy's weights (`Mismatches`).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from flows.algorithm.data import DataSets
 from flows.config import IterativeRLConfig
 from pipeline.config import ConfigError
+from pipeline.events import ahead_of_its_part, count_calls
 from stages.critic import estimate_values
 from stages.data import sample_batch
 from stages.logprobs import LogprobsConfig, compare_policies, score_reference
@@ -28,17 +32,52 @@ def derived_seed(seed: int, purpose: object) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:4], "big") >> 1
 
 
-def explore(
-    config: IterativeRLConfig, data: DataSets, sampler: Checkpoint, step: int, seed: int
-) -> tuple[Questions | None, Rollouts]:
-    """Return the outputs to learn from at `step`, and the questions to score them with (None: demonstrations)."""
-    if config.data_source == "demonstrations":
-        return None, _demonstrate(config, data, sampler, step)
-    questions = sample_batch(data.train, size=config.questions_per_step, step=step, seed=config.seed)  # line 5
-    outputs = rollout(sampler, questions, config.prompt, config.rollout, seed=seed)  # line 7
-    if config.dynamic_sampling:
-        return data.train, _replace_agreeing_groups(config, data, sampler, seed, outputs)
-    return questions, outputs
+class Explored(NamedTuple):
+    """Hold what a step learns from."""
+
+    sampler: Checkpoint
+    questions: Questions | None
+    """What the outputs are scored with; None: demonstrations."""
+    outputs: Rollouts
+
+
+class Exploration:
+    """Make the outputs of each step: as it begins or, with `overlap`, before the update of the step before it."""
+
+    def __init__(self, config: IterativeRLConfig, data: DataSets, initial: Checkpoint) -> None:
+        self._config, self._data, self._initial = config, data, initial
+        self._ahead: Explored | None = None
+        self._calls: list[str] = []
+        """Keys of the calls that made what is ahead."""
+
+    def of(self, policy: Checkpoint, step: int) -> Explored:
+        """Return what `step` learns from: what was sampled ahead, where it was; else from `policy`, or another source."""
+        if self._ahead is None:
+            return self._explore(policy if self._config.data_source == "policy" else self._initial, step)  # line 6
+        explored, self._ahead = self._ahead, None
+        count_calls(self._calls)
+        return explored
+
+    @contextlib.contextmanager
+    def ahead(self, policy: Checkpoint, step: int) -> Iterator[None]:
+        """With `overlap`, sample for the step after `step` from `policy`, which the block updates.
+
+        An iteration's first step has no update before it in the iteration: nothing is sampled ahead for it.
+        """
+        if self._config.overlap and (step + 1) % self._config.steps:
+            with ahead_of_its_part() as self._calls:
+                self._ahead = self._explore(policy, step + 1)
+        yield
+
+    def _explore(self, sampler: Checkpoint, step: int) -> Explored:
+        config, data, seed = self._config, self._data, derived_seed(self._config.seed, step)
+        if config.data_source == "demonstrations":
+            return Explored(sampler, None, _demonstrate(config, data, sampler, step))
+        questions = sample_batch(data.train, size=config.questions_per_step, step=step, seed=config.seed)  # line 5
+        outputs = rollout(sampler, questions, config.prompt, config.rollout, seed=seed)  # line 7
+        if config.dynamic_sampling:
+            return Explored(sampler, data.train, _replace_agreeing_groups(config, data, sampler, seed, outputs))
+        return Explored(sampler, questions, outputs)
 
 
 def token_evidence(
@@ -98,7 +137,8 @@ class Mismatches:
         self._update = config.update
         backend, training = config.rollout.backend, config.update.training
         self._auto = config.update.mismatch.max_kl == "auto"
-        self._limited = self._auto and config.update.measures_mismatch and backend.kind != "hf"
+        # With `overlap` what the two differ by is the lag first of all.
+        self._limited = self._auto and config.update.measures_mismatch and backend.kind != "hf" and not config.overlap
         self._exact = name_of_dtype(backend.dtype) == "float32" and not training.bf16
         self._first: float | None = None
         """Divergence at the first update that measured one."""

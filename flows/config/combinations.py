@@ -15,6 +15,7 @@ def unsupported_combinations(config: RunSettings) -> Iterator[str]:
     """Yield every complaint, each beginning with the key that it is about and saying what to set."""
     yield from _of_the_objective(config)
     yield from _of_the_outputs(config)
+    yield from _of_the_overlap(config)
     yield from _of_dynamic_sampling(config)
     yield from _of_advantage_and_update(config)
     yield from _of_reward_models(config)
@@ -60,6 +61,37 @@ def _of_the_outputs(config: RunSettings) -> Iterator[str]:
         yield "rollout.temperature: greedy outputs come from no distribution; nothing can be learned from them by RL"
     if update.temperature not in (None, sampled):
         yield f"update.temperature: {update.temperature:g} differs from that of the outputs, {sampled:g}"
+
+
+def _of_the_overlap(config: RunSettings) -> Iterator[str]:
+    """Refuse outputs of an earlier policy where they cannot be sampled, or are not accounted for."""
+    if not config.overlap:
+        return
+    update, kind, row = config.update, config.update.objective.kind, config.update.objective.ROW
+    if config.data_source != "policy":
+        yield (
+            f"overlap: outputs of data_source {config.data_source} do not change with the policy, so that none can be of an "
+            "earlier one; set overlap=0"
+        )
+    elif not row.uses_ratio:
+        yield (
+            f"overlap: {kind} has no ratio pi_theta / pi_old that accounts for outputs of an earlier policy; set overlap=0"
+        )
+    elif update.old_logprobs == "trainer" and update.correction.kind == "none":
+        yield (
+            "update.old_logprobs: with overlap=1 the outputs are an earlier policy's, and trainer would take the current one "
+            "for pi_old; set update.old_logprobs=rollout, or update.correction.kind=truncated"
+        )
+    elif update.measures_mismatch and (limits := list(update.mismatch.given)):
+        yield (
+            f"update.mismatch.{limits[0]}: with overlap=1 what engine and trainer differ by cannot be told from the update "
+            "between the two policies; set it to null"
+        )
+    if config.overlap >= config.steps:
+        yield (
+            f"overlap: an iteration's first outputs are its first policy's; expected less than steps={config.steps}, found "
+            f"{config.overlap}"
+        )
 
 
 def _of_dynamic_sampling(config: RunSettings) -> Iterator[str]:

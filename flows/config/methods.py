@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Mapping
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, get_args
 
 from flows.config import IterativeRLConfig, RewardModelPlan
 from pipeline.config import Config, ConfigError
@@ -17,7 +17,7 @@ from pipeline.experiment import fitted_name
 from stages.critic import CriticConfig
 from stages.reward import RewardConfig, StepsConfig
 from stages.rollout import RolloutConfig
-from stages.update import UpdateConfig
+from stages.update import ObjectiveConfig, UpdateConfig
 
 C = TypeVar("C", bound=Config)
 
@@ -108,7 +108,7 @@ def settings_among(name: str, before: Mapping[str, Any], settled: Mapping[str, A
         "dynamic_sampling": 0,
         "critic": None,
         "reward.components": _components(settled, steps=name == "grpo_process" and rules_know_steps),
-        "update.old_logprobs": "trainer",
+        "update.old_logprobs": "rollout" if _lags(name, settled) else "trainer",
     }
     if name not in _WITH_REFERENCE:
         settings["reference_pass"] = "inline"
@@ -125,6 +125,15 @@ def settings_among(name: str, before: Mapping[str, Any], settled: Mapping[str, A
         longest = _fields(RolloutConfig, settled.get("rollout"), "max_output_tokens").max_output_tokens
         settings["update.objective"] = {"kind": "dr_grpo", "length": longest}
     return settings
+
+
+def _lags(name: str, values: Mapping[str, Any]) -> bool:
+    """Return whether the method's ratio is what accounts for outputs of an earlier policy (`overlap`): no correction does."""
+    update, kind = values.get("update"), METHODS[name]["update.objective"]["kind"]
+    objectives = {each.model_fields["kind"].default: each for each in get_args(get_args(ObjectiveConfig)[0])}
+    correction = update.get("correction") if isinstance(update, Mapping) else None
+    corrected = isinstance(correction, Mapping) and correction.get("kind", "none") != "none"
+    return values.get("overlap") == 1 and objectives[kind].ROW.uses_ratio and not corrected
 
 
 def without_method(name: str) -> str:

@@ -244,6 +244,12 @@ class RunSettings(Config):
     data_source: DataSource = "policy"
     """Whose outputs are learned from (Table 10): the policy's as it is (online), the initial policy's (offline), or
     demonstrations (as many as there would be outputs)."""
+    overlap: Literal[0, 1] = 0
+    """How many updates the policy that samples a step's outputs is behind the one that learns from them. 0: none, the paper's.
+    1: outputs of step k come from policy k-1, the one before the update of step k-1; the first two steps of an iteration are
+    both sampled from its first policy. Then pi_old is an earlier policy: set `update.old_logprobs=rollout`, whose ratio is
+    clipped against the policy that sampled, or `update.correction.kind=truncated`, which weighs outputs by policy k over
+    policy k-1. The lag is part of the keys. Sampling and update run in turns, in this process: no time is saved."""
     dynamic_sampling: NonNegativeInt = 0
     """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): up to so many further draws of questions per step, to replace
     groups whose rewards are all equal. 0, the paper's: such groups stay."""

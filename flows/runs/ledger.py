@@ -56,7 +56,7 @@ class Ledger:
     _parts: dict[Hashable, tuple[str, ...]] = field(default_factory=dict, repr=False)
     """Part of the run (a step, an evaluation, a measure of drift) -> keys of its calls."""
     _since: list[str] = field(default_factory=list, repr=False)
-    """Keys of the calls since the last part."""
+    """Keys of calls that no part has named so far."""
 
     def take(self, event: Event) -> None:
         """Note one event; a part that is complete a second time replaces the first."""
@@ -78,7 +78,7 @@ class Ledger:
             case _:
                 return
         self._parts[event.slot()] = event.calls
-        self._since.clear()
+        self._since = [key for key in self._since if key not in event.calls]  # the rest was made ahead of its part
 
     def current(self) -> Ledger:
         """Without the calls of parts that were replaced: those of an attempt with another version of a stage, or other data."""

@@ -86,17 +86,18 @@ class Retention:
             case EvaluationDone() if self._policy:
                 self._looked_back_at.add(self._policy)
             case StepDone() if self._keep.frees:
-                self._end_step(event.step)
+                self._end_step(event)
 
-    def _end_step(self, step: int) -> None:
-        records = Records(self._store.action(key) for key in self._calls)
+    def _end_step(self, event: StepDone) -> None:
+        # Those that the event names may have been made ahead, before the last step ended.
+        records = Records(self._store.action(key) for key in dict.fromkeys([*self._calls, *event.calls]))
         self._calls = []
         for record in records.of(*CONTINUES):
             self._lengthen(record)
         updates = list(records.of("update_policy"))
         if updates:
             self._policy = updates[-1]["result"]
-            if step % self._iteration_steps == 0:
+            if event.step % self._iteration_steps == 0:
                 self._looked_back_at.add(self._policy)
             self._add_tables(step_tables(updates[-1], records, self._trained.__contains__))
             self._trained.add(self._policy)

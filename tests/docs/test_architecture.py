@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import flows.iterative_rl
+from flows.algorithm.sampling import Exploration
 from pipeline.store import Store
 from tests.flows.short_runs import train
 
@@ -38,7 +39,7 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flows.iterative_rl, "explore", watched(flows.iterative_rl.explore, note))
+        patch.setattr(Exploration, "of", watched(Exploration.of, note))
         patch.setattr(flows.iterative_rl, "step_done", watched(flows.iterative_rl.step_done, None))
         train(Store(tmp_path_factory.mktemp("store")), "grpo", **{"sft.max_steps": 12, "sft.decay_steps": 1})
     return {str(Path(file).relative_to(ROOT)) for file in files if is_ours(Path(file))}

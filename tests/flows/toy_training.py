@@ -17,7 +17,7 @@ import pyarrow as pa
 from flows.runs.ledger import Ledger
 from flows.runs.retention import KeepConfig, Retention
 from pipeline.artifact import Table
-from pipeline.events import EvaluationDone, Event, StageDone, StepDone, emit, recording
+from pipeline.events import EvaluationDone, Event, StageDone, StepDone, ahead_of_its_part, count_calls, emit, recording
 from pipeline.stage import stage
 from pipeline.store import Store, use_store
 from stages.models import OPTIMIZER, TRAINER, WEIGHTS, Checkpoint
@@ -122,10 +122,15 @@ def train(
     every: int = 0,
     seed: int = 0,
     offline: bool = False,
+    overlap: bool = False,
     spared: Collection[str] = (),
     lease: str = "toy",
 ) -> Toy:
-    """Train, keeping what `keep` says; evaluate before the first step, every `every` steps and after the last."""
+    """Train, keeping what `keep` says; evaluate before the first step, every `every` steps and after the last.
+
+    Args:
+        overlap: learn from outputs of the policy before the last update.
+    """
     run = Toy()
     run.retention = Retention(store, keep, iteration_steps=steps, spared=lambda: spared)
     with (
@@ -136,10 +141,17 @@ def train(
         policy = initial = create_policy(seed)
         judge(policy, 0)
         for iteration in range(iterations):
-            reference = policy
+            reference, ahead = policy, None
             for step in range(iteration * steps, (iteration + 1) * steps):
-                outputs = rollout(initial if offline else policy, seed=step)
+                if ahead is None:
+                    outputs = rollout(initial if offline else policy, seed=step)
+                else:
+                    outputs, calls = ahead
+                    count_calls(calls)
                 advantages = estimate_advantages(score(outputs), outputs)
+                if overlap and (step + 1) % steps:
+                    with ahead_of_its_part() as keys:
+                        ahead = rollout(policy, seed=step + 1), keys
                 policy = update_policy(policy, reference, outputs, advantages)
                 run.policies.append(policy.digest)
                 emit(StepDone(step + 1, iteration, {}))

@@ -11,6 +11,8 @@ from pipeline.events import (
     StageDone,
     StepDone,
     Warned,
+    ahead_of_its_part,
+    count_calls,
     emit,
     recording,
 )
@@ -49,6 +51,21 @@ def test_an_inner_recording_adds_folds_and_shares_the_calls() -> None:
         emit(StepDone(2, 0, {}))
     assert [len(outer), len(inner)] == [3, 1]
     assert [inner[0].values()["calls"], outer[2].values()["calls"]] == [(KEYS[0],), ()]
+
+
+def test_calls_made_ahead_count_among_those_of_the_part_that_claims_them() -> None:
+    heard: list[Event] = []
+    with recording(heard.append):
+        emit(done(KEYS[0]))
+        with ahead_of_its_part() as keys:
+            emit(done(KEYS[1]))
+        emit(done(KEYS[2]))
+        emit(StepDone(1, 0, {}))
+        count_calls(keys)
+        emit(done(KEYS[3]))
+        emit(StepDone(2, 0, {}))
+    assert [event.key for event in heard if isinstance(event, StageDone)] == KEYS[:4]
+    assert [event.calls for event in heard if isinstance(event, StepDone)] == [(KEYS[0], KEYS[2]), (KEYS[1], KEYS[3])]
 
 
 def test_an_event_before_or_after_a_run_reaches_no_fold() -> None:

@@ -46,6 +46,7 @@ def test_the_first_update_that_measured_decides_the_later_limits() -> None:
         ({"rollout.backend.dtype": "float32", "update.training.precision": "bf16"}, 0.05),
         ({"rollout.backend": {"kind": "hf"}}, None),
         ({"update.old_logprobs": "rollout"}, None),
+        ({"overlap": 1, "update.correction": {"kind": "truncated"}}, None),
         ({"update.mismatch.max_kl": 0.3}, 0.3),
         ({"update.mismatch.max_kl": None}, None),
     ],

@@ -104,6 +104,16 @@ def test_online_methods_sample_from_the_policy_as_it_is(runs: dict[str, Run], me
     assert list(dict.fromkeys(run.given("rollout", "policy"))) == [run.supervised, run.made("update_policy")[0]]
 
 
+def test_a_method_over_a_base_with_a_lag_takes_its_ratio_to_the_policy_that_sampled() -> None:
+    lagged = {"overlap": 1, "update.old_logprobs": "rollout"}
+    base = arithmetic_smoke().override(lagged)
+    assert base.override(method_settings("cispo", base)).update.old_logprobs == "rollout"
+    corrected = base.override({"update.old_logprobs": "trainer", "update.correction": {"kind": "truncated"}})
+    assert corrected.override(method_settings("dapo", corrected)).update.old_logprobs == "trainer"
+    with pytest.raises(ConfigError, match="overlap: online_rft has no ratio"):
+        base.override(method_settings("online_rft", base))
+
+
 def test_sft_as_a_method_samples_nothing_and_scores_nothing(runs: dict[str, Run]) -> None:
     names = {name for name, _ in runs["sft"].calls}
     assert "demonstrated_outputs" in names

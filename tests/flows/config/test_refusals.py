@@ -27,6 +27,8 @@ OVERLONG = {"reward.components": [ACCURACY, {"kind": "overlong", "max_tokens": 3
 LEARNED = {"reward_model": {"trunk": "initial_policy"}}
 TRUNCATED = {"update.correction.kind": "truncated"}
 WARMER = {"update.temperature": 0.7, "rollout.temperature": 0.7}
+OVERLAP = {"overlap": 1, "update.old_logprobs": "rollout"}
+CORRECTED = {"overlap": 1, "update.old_logprobs": "trainer"} | TRUNCATED
 GREEDY = {"rollout.temperature": 0.0, "rollout.G": 1}
 PROCESS = {"advantage.supervision": "process"}
 
@@ -93,6 +95,17 @@ def refusal(base: IterativeRLConfig, changes: Changes) -> str:
         ("grpo", {"update.temperature": 0.7}, "update.temperature: 0.7 .* 1$"),
         ("sft", WARMER, "update.temperature: 0.7 .* 1$"),  # demonstrations are recorded with 1
         ("ppo", GREEDY, "rollout.temperature: "),
+        # Outputs of the policy before the last update.
+        ("grpo", {"overlap": 1}, "update.old_logprobs: with overlap=1 .* set update.old_logprobs=rollout"),
+        ("grpo", {"overlap": 2}, "overlap: .* 0 or 1"),
+        ("grpo", OVERLAP | {"steps": 1}, "overlap: .* less than steps=1, found 1"),
+        ("grpo", OVERLAP | {"data_source": "initial_policy"}, "overlap: outputs of data_source initial_policy"),
+        ("grpo", CORRECTED | {"update.mismatch.max_kl": 0.1}, "update.mismatch.max_kl: with overlap=1 "),
+        ("rft", {"overlap": 1}, "overlap: outputs of data_source initial_policy"),
+        ("dpo", {"overlap": 1}, "overlap: outputs of data_source initial_policy"),
+        ("dpo", {"overlap": 1, "data_source": "policy"}, "overlap: dpo has no ratio"),
+        ("sft", {"overlap": 1}, "overlap: outputs of data_source demonstrations"),
+        *((method, {"overlap": 1}, f"overlap: {method} has no ratio") for method in ("online_rft", "rloo")),
         # Parts that must agree.
         ("grpo", {"rollout.G": 1}, "rollout.G: .* at least 2 .* found 1"),
         ("dpo", {"rollout.G": 1}, "rollout.G: .* at least 2 .* found 1"),
@@ -154,6 +167,10 @@ def test_what_means_nothing_together_is_refused(method: str, changes: Changes, c
         ("grpo", {"data_source": "initial_policy", "update.old_logprobs": "rollout"}),
         ("grpo", WARMER),
         ("sft", GREEDY),
+        ("dapo", OVERLAP | {"dynamic_sampling": 2}),
+        *((method, OVERLAP) for method in ("grpo", "ppo", "dr_grpo", "gspo", "cispo", "reinforce_plus_plus")),
+        ("grpo", CORRECTED),
+        ("gspo", CORRECTED | {"update.correction.level": "sequence"}),
         *((method, {"rollout.G": 1}) for method in ("sft", "rft", "online_rft", "ppo", "reinforce_plus_plus")),
         ("grpo", {"update.objective.aggregation": "constant", "update.objective.length": 24}),
         ("grpo", OVERLONG | {"rollout.max_output_tokens": 32}),

@@ -49,6 +49,7 @@ OTHER: dict[str, Any] = {
     "iterations": 1,
     "update.training.adapter": LoRAConfig(r=16),
     "dynamic_sampling": 1,
+    "overlap": 1,
     "update.correction.kind": "truncated",
     "update.objective.divergence": "k3_unbiased",
     "update.objective.aggregation": "token_mean",
@@ -78,6 +79,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "advantage.baseline": {"advantage.scale": "none"},
     "advantage.kl_in_reward": {"update.objective.beta": 0.0},
     "dynamic_sampling": {"reward_model": None},
+    "overlap": {"update.old_logprobs": "rollout"},
     "sft.training.schedule": {"sft.training.total_steps": 500},
 }
 """What must change with a field for the configuration to be valid."""

@@ -51,6 +51,16 @@ def test_the_newest_the_evaluated_and_starts_of_iterations_stay(store: Store) ->
 
 
 @pytest.mark.scale
+def test_outputs_that_were_sampled_ahead_are_freed_with_their_own_step(store: Store) -> None:
+    run = train(store, FEW, overlap=True)
+    assert (run.executed["rollout"], run.ledger.steps.keys()) == (6 + 2, set(range(1, 7)))
+    for step, made in run.ledger.steps.items():
+        for stage in ("rollout", "score", "estimate_advantages"):
+            # Those of steps 1 and 2 are the initial policy's.
+            assert kept(store, made[stage]) == ("all" if step in (1, 2, 5, 6) else "nothing"), (step, stage)
+
+
+@pytest.mark.scale
 def test_a_run_that_frees_has_the_digests_of_one_that_keeps_all(tmp_path: Path) -> None:
     store, plain = Store(tmp_path / "few"), Store(tmp_path / "all")
     run, whole = train(store, FEW, iterations=2), train(plain, iterations=2)

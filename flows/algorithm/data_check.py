@@ -7,18 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from flows.algorithm.data import arithmetic_complaints, below, demonstrations_of_set, room_of, shortages
-from flows.algorithm.models import early_tokenizer
-from flows.config import ArithmeticData, FileData, IterativeRLConfig
+from flows.algorithm.models import EarlyTokenizer, early_tokenizer
+from flows.config import ArithmeticData, FileData, IterativeRLConfig, PretrainedPolicy
 from pipeline.config import ConfigError
 from pipeline.store import Store, use_store
 from stages.data import DataError, measure_prompts, read_questions
+from stages.models import is_gguf
+from stages.reward import AccuracyConfig
 from stages.tables import Demonstrations, Questions
-from stages.text import PromptError
+from stages.text import PromptError, turn_end
+
+_NAME_WORDS: Final = 5
+"""An answer of more words that is no formula is a sentence, which no output repeats word by word; ours."""
 
 
 @dataclass
@@ -50,6 +57,7 @@ def examine_data(config: IterativeRLConfig) -> DataFindings:
         sets = dict(_read_sets(config.data, found))
         demonstrations = _demonstrations(sets.get("train"), found)
         _measure(config, sets, demonstrations, found)
+        _examine_answers(config, sets, found)
         if "train" in found.sizes:
             count = found.sizes["train"]
             found.complaints += shortages(config, count, count if demonstrations else None)
@@ -90,14 +98,18 @@ def _demonstrations(train: Questions | None, found: DataFindings) -> Demonstrati
 def _measure(
     config: IterativeRLConfig, sets: dict[str, Questions], demonstrations: Demonstrations | None, found: DataFindings
 ) -> None:
-    """Measure prompts, where there is a tokenizer."""
+    """Measure prompts, where there is a tokenizer, and see whether outputs end as the chat template ends an answer."""
     if not sets:
         return
     try:
         early = early_tokenizer(config, demonstrations)
     except ConfigError as error:
-        found.notes.append(f"prompts are not measured: {error}")
+        policy = config.policy
+        damaged = isinstance(policy, PretrainedPolicy) and is_gguf(Path(policy.path))
+        (found.complaints if damaged else found.notes).append(f"prompts are not measured: {error}")
         return
+    with contextlib.suppress(PromptError):  # every set's prompts say it below
+        found.complaints += _unended(config, early)
     for name, questions in sets.items():
         table, room = questions.read(["question_id", "question"]), room_of(config, name, early.window)
         try:
@@ -113,3 +125,54 @@ def _measure(
         elif lengths.longer:
             found.notes.append(f"data.{name}: {len(lengths.longer):,} questions are left out, {left:,} stay")
             found.sizes[name] = left
+
+
+def _unended(config: IterativeRLConfig, early: EarlyTokenizer) -> Iterator[str]:
+    """Say that an answer ends, by the chat template, with a token that does not end an output."""
+    end = turn_end(early.tokenizer, config.prompt)
+    if end is not None and end not in early.ends:
+        named = early.tokenizer.convert_ids_to_tokens([end, *sorted(early.ends)])
+        yield (
+            f"prompt.chat: the chat template ends an answer with {named[0]!r}, and outputs end at {', '.join(named[1:])} only: "
+            "a base model, or one whose generation_config.json does not name that token; all outputs would run to "
+            "rollout.max_output_tokens. Name it there (eos_token_id), take the instructed model, or set prompt.chat=none"
+        )
+
+
+def _examine_answers(config: IterativeRLConfig, sets: dict[str, Questions], found: DataFindings) -> None:
+    """Complain of a set all of whose answers are sentences, where the reward compares answers."""
+    if not any(isinstance(part, AccuracyConfig) for part in config.reward.components):
+        return
+    for name, questions in sets.items():
+        answers = questions.read(["answer"]).column("answer").to_pylist()
+        kinds = answer_kinds(answers)
+        if kinds["sentence"] == len(answers):
+            found.complaints.append(
+                f"data.{name}: no answer can be compared: all {len(answers):,} are sentences, such as {answers[0]!r:.80}, and "
+                "the accuracy component compares numbers, formulas, options and names; name the column of the answer "
+                "(columns.answer), or score with a function of your own (reward.components, kind function)"
+            )
+
+
+def answer_kinds(answers: Sequence[str]) -> Counter[str]:
+    """Count answers by what the verifier takes them for: `number`, `option`, `formula`, `name` (few words) or `sentence`."""
+    return Counter(map(_kind, answers))
+
+
+def _kind(answer: str) -> str:
+    from stages.reward.rules.accuracy import GoldError, read_gold
+    from stages.reward.rules.exact import read_number
+    from stages.reward.rules.formula import as_formula
+    from stages.reward.rules.prose import choice_label
+
+    try:
+        gold = read_gold(answer)
+    except GoldError:
+        return "sentence"
+    if read_number(gold) is not None:
+        return "number"
+    if (label := choice_label(gold)) is not None and label[1]:
+        return "option"
+    if len(gold.split()) <= _NAME_WORDS:
+        return "name" if as_formula(gold) is None else "formula"
+    return "formula" if as_formula(gold) is not None else "sentence"

@@ -101,6 +101,8 @@ class EarlyTokenizer(NamedTuple):
     tokenizer: PreTrainedTokenizerFast
     window: int | None
     """Tokens that the model reads; None: not known before it is made, or without a limit."""
+    ends: frozenset[int] = frozenset()
+    """Tokens that end an output (`stages/rollout/stage.py: stop_ids`)."""
 
 
 def early_tokenizer(
@@ -124,10 +126,17 @@ def early_tokenizer(
             raise ConfigError("policy: a tokenizer is made from demonstrations, and the data set has none")
         made = build_tokenizer(list(policy_texts(demonstrations, config.prompt)), policy.tokenizer)
         window = policy.settings.get("max_position_embeddings")
-        return EarlyTokenizer(made, window if isinstance(window, int) else None)
+        return EarlyTokenizer(made, window if isinstance(window, int) else None, frozenset({made.eos_token_id}))
     with _description(policy, fetch=fetch) as folder:
         described: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return EarlyTokenizer(_read(folder, exact=exact), described.get("max_position_embeddings"))
+        read = _read(folder, exact=exact)
+        return EarlyTokenizer(read, described.get("max_position_embeddings"), _ends(folder, read))
+
+
+def _ends(folder: Path, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    files = [folder / name for name in ("generation_config.json", "config.json")]
+    listed = json.loads(next(file for file in files if file.is_file()).read_text(encoding="utf-8")).get("eos_token_id")
+    return frozenset({*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id} - {None})
 
 
 @contextlib.contextmanager

@@ -82,8 +82,9 @@ def check(
     changes: MethodChanges = UNCHANGED,
     faithful: Flag = False,
     data: bool = True,
+    root: Root = None,
 ) -> None:
-    """Check a configuration and the data sets that are here, and print what differs from its recipe.
+    """Check a configuration, the data sets that are here and the room on the disk; print what differs from its recipe.
 
     Parameters
     ----------
@@ -92,7 +93,7 @@ def check(
     faithful
         Also list what is not as in the paper, with its sections, and what is chosen where the paper is silent.
     data
-        Read the question sets and measure their prompts.
+        Read the question sets, measure their prompts, and compare a checkpoint with what is free on the disk.
     """
     choice = changes.choose(recipe)
     out = console()
@@ -103,7 +104,7 @@ def check(
         out.print(f"{escape(recipe)} is valid")
     _say_dropped(choice, out)
     if data:
-        _check_data(recipe, choice.config, out)
+        _check_data(recipe, choice.config, Places.under(root), out)
     if faithful:
         from flows.inspection.faithful import print_faithfulness
 
@@ -138,14 +139,21 @@ def prompt(recipe: str, *, question: str, changes: MethodChanges = UNCHANGED) ->
     print(f"\n{len(ids)} tokens, {sum(token in special for token in ids)} of them special")
 
 
-def _check_data(recipe: str, config: IterativeRLConfig, out: Console) -> None:
+def _check_data(recipe: str, config: IterativeRLConfig, places: Places, out: Console) -> None:
     from flows.algorithm.data_check import examine_data
+    from flows.planning.request import Request, room_for_checkpoint, subject_of
 
     found = examine_data(config)
+    try:
+        lacking = room_for_checkpoint(subject_of(config, places, Request()))
+    except ConfigError as error:
+        found.notes.append(f"the disk is not checked: {error}")
+    else:
+        found.complaints += [lacking] if lacking else []
     for note in found.notes:
         out.print(note, style="dim", markup=False, soft_wrap=True)
     if found.complaints:
-        raise ConfigError("\n  ".join([f"{recipe}: its data cannot be used", *found.complaints]))
+        raise ConfigError("\n  ".join([f"{recipe}: cannot be run as it is", *found.complaints]))
 
 
 def _announce(choice: Choice, places: Places, engine: str, out: Console) -> None:

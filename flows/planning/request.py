@@ -17,10 +17,12 @@ from flows.config import ArithmeticData, FileData, IterativeRLConfig
 from flows.planning.cached import Progress, progress_of
 from flows.planning.machine import machine_of, on_devices, settled
 from flows.planning.shapes import shape_for
+from flows.planning.stages import checkpoint_bytes
 from flows.planning.work import Given, Lengths
 from flows.runs.ledger import Ledger, read_ledger
 from flows.runs.paths import Places, nearest
 from flows.runs.record import read_records
+from flows.wording import size
 from pipeline.config import ConfigError
 from pipeline.store import Store, StoreError, use_store
 from stages.tables import Rollouts
@@ -83,6 +85,18 @@ def subject_of(config: IterativeRLConfig, places: Places, request: Request) -> S
     given = Given(config, shape, machine, lengths, sizes, taken, free if here else None)
     assumed = [*of_devices, *of_auto, *of_shape, *of_lengths, *of_sizes, *_uncounted(given)]
     return Subject(given, progress, tuple(assumed), free)
+
+
+def room_for_checkpoint(subject: Subject) -> str | None:
+    """Say that the disk does not hold one checkpoint of the policy, and what to do; None: it does, or nothing is known."""
+    given = subject.given
+    needed = checkpoint_bytes(given.shape, given.config.update.training)
+    if subject.free is None or subject.free >= needed:
+        return None
+    return (
+        f"a checkpoint of {size(needed)} does not fit: {size(subject.free)} are free below the root; move it (--root), free "
+        "space (`cohort prune`), or set update.training.optimizer_state=none or an adapter, whose checkpoints are smaller"
+    )
 
 
 def lengths_for(

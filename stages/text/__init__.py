@@ -8,6 +8,7 @@ from stages.text.prompts import (
     encode_prompt,
     encode_prompts,
     prompt_text,
+    turn_end,
 )
 from stages.text.tokenizers import (
     BPETokenizerConfig,
@@ -36,4 +37,5 @@ __all__ = [
     "settle_start",
     "settle_tokenizer",
     "step_ends",
+    "turn_end",
 ]

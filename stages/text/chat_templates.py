@@ -97,6 +97,18 @@ def chat_turn(
     return ChatTurn(before, after)
 
 
+def answer_end(tokenizer: PreTrainedTokenizerFast, template: str | None, variables: Mapping[str, Any]) -> str:
+    """Return what the template writes behind an answer of the assistant; empty where it does not render one as it is.
+
+    Args:
+        template, variables: as of `chat_turn`.
+    """
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _SYSTEM}]
+    made = _render(json.dumps([template or _own(tokenizer), special | dict(variables), [turns]]))
+    return "" if "error" in made else str(made["rendered"][0][0].partition(_SYSTEM)[2])
+
+
 def _own(tokenizer: PreTrainedTokenizerFast) -> str:
     if not tokenizer.chat_template:
         raise PromptError(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self
 from pydantic import Field, JsonValue, model_validator
 
 from pipeline.config import Config
-from stages.text.chat_templates import RESERVED, chat_turn
+from stages.text.chat_templates import RESERVED, answer_end, chat_turn
 from stages.text.plain_text import Plain, PromptError, encode_texts, plain_of
 
 if TYPE_CHECKING:
@@ -155,6 +155,20 @@ def prompt_text(tokenizer: PreTrainedTokenizerFast, question: str, config: Promp
     before, after = _around(tokenizer, config)
     start = plain_of(tokenizer).template.decode(_added_start(tokenizer, config, before), skip_special_tokens=False)
     return f"{start}{before}{question}{after}"
+
+
+def turn_end(tokenizer: PreTrainedTokenizerFast, config: PromptConfig) -> int | None:
+    """Return the token with which the chat template ends an answer; None: no chat template, or it writes none there.
+
+    Raises:
+        PromptError: as `encode_prompts`.
+    """
+    if config.chat != "tokenizer":
+        return None
+    text = answer_end(tokenizer, config.own_template(), config.chat_template_kwargs)
+    plain = plain_of(tokenizer)
+    ids = plain.template.encode(text.lstrip(), add_special_tokens=False).ids
+    return ids[0] if ids and ids[0] in plain.added else None
 
 
 def encode_completions(tokenizer: PreTrainedTokenizerFast, completions: Sequence[str]) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from flows.algorithm.data import limit_data, prepare_data, room_of, shortages
-from flows.algorithm.data_check import examine_data
+from flows.algorithm.data_check import answer_kinds, examine_data
 from flows.algorithm.models import base_model
 from flows.cli import run_command
 from flows.config import IterativeRLConfig
@@ -248,3 +249,78 @@ def test_a_prompt_of_a_question_that_cannot_be_expressed_is_an_error(capsys: pyt
     errors = capsys.readouterr().err
     assert "cannot express the character" in errors
     assert "\x1b" not in errors
+
+
+# ------------------------------------------------------------------------------------------------ what no run can use
+
+
+def instructed(folder: Path, *, ends: int) -> Path:
+    """A model whose chat template ends an answer with `<|im_end|>`, and whose outputs end at the token `ends`."""
+    pytest.importorskip("gguf", reason="the extra gguf")
+    from tests.stages.models.gguf_files import write_gguf
+
+    return write_gguf(folder / f"ends{ends}.gguf", eos=ends)
+
+
+def of_model(folder: Path, model: Path, **changes: Any) -> IterativeRLConfig:
+    given = config(folder, ["the 1", "the 2", "the 3", "the 4"], ["the 5"])
+    settings = {"policy": {"kind": "pretrained", "path": str(model)}, "prompt": {"chat": "tokenizer"}}
+    return given.override(settings | {"rollout.max_output_tokens": 8} | changes)
+
+
+def test_a_base_model_under_a_chat_template_is_refused_with_the_token(tmp_path: Path) -> None:
+    assert examine_data(of_model(tmp_path, instructed(tmp_path, ends=2))).complaints == []
+    base = of_model(tmp_path, instructed(tmp_path, ends=0))
+    assert [text for text in examine_data(base).complaints if "'<|im_end|>'" in text and "<|endoftext|>" in text]
+    assert examine_data(base.override({"prompt": {"chat": "none"}})).complaints == []
+
+
+def test_a_model_without_a_chat_template_is_refused_where_one_is_asked(tmp_path: Path) -> None:
+    asked = config(tmp_path, QUESTIONS, QUESTIONS, **{"prompt": {"chat": "tokenizer"}})
+    assert [text for text in examine_data(asked).complaints if "no chat template" in text]
+
+
+def test_questions_beyond_the_window_of_a_gguf_file_are_refused(tmp_path: Path) -> None:
+    long = of_model(tmp_path, instructed(tmp_path, ends=2), **{"rollout.max_output_tokens": 60})
+    assert [text for text in examine_data(long).complaints if "the model's window of 64" in text]
+
+
+def test_a_damaged_gguf_file_is_a_complaint_and_no_note(tmp_path: Path) -> None:
+    (broken := tmp_path / "broken.gguf").write_bytes(b"GGUF\x03")
+    assert [text for text in examine_data(of_model(tmp_path, broken)).complaints if "cut off" in text]
+
+
+def test_answers_are_told_apart_by_how_they_are_compared() -> None:
+    answers = [
+        "1,234.5",
+        "#### 7",
+        r"\boxed{12}",
+        "(C)",
+        "x^2 + 1",
+        "Paris",
+        "It depends on what the reader means by it.",
+    ]
+    assert answer_kinds(answers) == {"number": 3, "option": 1, "formula": 1, "name": 1, "sentence": 1}
+
+
+def test_a_set_whose_answers_are_all_sentences_is_refused(tmp_path: Path) -> None:
+    given = config(tmp_path, QUESTIONS, QUESTIONS)
+    rows = [{"question": text, "answer": "It depends on what the reader means by it."} for text in QUESTIONS]
+    (tmp_path / "gsm8k_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [text for text in examine_data(given).complaints if "no answer can be compared" in text]
+    rows[0]["answer"] = "7"
+    (tmp_path / "gsm8k_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert examine_data(given).complaints == []
+
+
+def test_a_disk_too_small_for_one_checkpoint_stops_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config(tmp_path, QUESTIONS, QUESTIONS)
+    arguments = ["check", "gsm8k_cpu", "--set", f"data.path={tmp_path}", "--root", str(tmp_path / "root")]
+    arguments += ["--set", "questions_per_step=4", "--set", "sft=null", "--set", "policy.tokenizer.kind=character"]
+    assert run_command(arguments) == 0
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("flows.planning.request.shutil.disk_usage", lambda path: usage)
+    assert run_command(arguments) == 2
+    assert "1.0 kB are free" in " ".join(capsys.readouterr().err.split())

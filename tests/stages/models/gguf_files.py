@@ -44,12 +44,14 @@ def write_gguf(
     more: dict[str, Any] | None = None,
     weights: dict[str, np.ndarray] | None = None,
     tokens: list[str] | None = None,
+    eos: int = 2,
 ) -> Path:
     """Write a model of two layers with a byte-level tokenizer.
 
     Args:
         rule: how text is split before the merges, `tokenizer.ggml.pre`.
         more: further metadata by key.
+        eos: the token that ends an output.
     """
     file = gguf.GGUFWriter(path, architecture)
     file.add_context_length(WINDOW)
@@ -68,7 +70,7 @@ def write_gguf(
     file.add_token_types([control if token in SPECIAL else normal for token in tokens or TOKENS])
     file.add_token_merges(MERGES)
     file.add_bos_token_id(1)
-    file.add_eos_token_id(2)
+    file.add_eos_token_id(eos)
     file.add_pad_token_id(0)
     file.add_unk_token_id(0)
     file.add_add_bos_token(False)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from benchmarks.floor import Group, step_work
 from benchmarks.timing import Clock, Device, cpu_seconds
 from benchmarks.workload import REWARD_PATTERN, Workload
 from flows.algorithm.sampling import derived_seed
@@ -30,11 +31,11 @@ from stages.data import QuestionFileConfig, read_questions, sample_batch
 from stages.models import Checkpoint, ExternalCheckpointConfig, import_checkpoint
 from stages.reward import RewardConfig, score
 from stages.rollout import RolloutConfig, rollout
-from stages.tables import Questions
+from stages.tables import Questions, Rewards, Rollouts
 from stages.text import PromptConfig
 from stages.update import UpdateConfig, update_policy
 
-Configs = tuple[RolloutConfig, RewardConfig, UpdateConfig]
+Configs = tuple[PromptConfig, RolloutConfig, RewardConfig, UpdateConfig]
 
 _WATCHED = {
     "generation": ["stages.rollout.hf:HFGenerator.generate"],
@@ -102,12 +103,13 @@ def serve(workload: Workload, attention: str, micro_batch_tokens: int, answers: 
         device.begin()
         started, cpu = time.perf_counter(), cpu_seconds()
         batch = sample_batch(questions, size=workload.questions, step=step, seed=workload.seed)
-        policy = one_step(policy, reference, batch, configs, step)
+        policy, outputs, rewards = one_step(policy, reference, batch, configs, step)
         device.settle()
         seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu
         phases = clock.take()
         phases["flow"] = seconds - sum(phases.values())
         found = {"seconds": seconds, "cpu_seconds": cpu, "device_mib": device.peak_mib(), "phases": phases}
+        found |= step_work(workload, groups_of(outputs), rewards.read()["reward"].to_pylist())
         answers.write(json.dumps(found) + "\n")
 
 
@@ -116,27 +118,47 @@ def _configs(workload: Workload, attention: str, micro_batch_tokens: int) -> Con
     training = {"precision": workload.precision, "attention": attention, "optimizer": learning}
     dtype = "bfloat16" if workload.precision == "bf16" else "float32"
     backend = {"kind": "hf", "dtype": dtype, "attention": attention}
-    rule = {"kind": "format", "weight": 1.0, "form": "pattern", "pattern": REWARD_PATTERN}
+    forced = workload.kind == "random"
+    if forced:
+        rule = {"kind": "format", "weight": 1.0, "form": "pattern", "pattern": REWARD_PATTERN}
+    else:
+        rule = {"kind": "accuracy", "conventions": ["number" if workload.chat else "hashes"], "verifier": "exact"}
     update = {"objective": {"kind": "grpo", "beta": workload.beta}, "micro_batch_tokens": micro_batch_tokens}
     return (
+        prompt_of(workload),
         RolloutConfig.model_validate(
-            {"G": workload.group, "max_output_tokens": workload.tokens, "stop": False, "backend": backend}
+            {"G": workload.group, "max_output_tokens": workload.tokens, "stop": not forced, "backend": backend}
         ),
         RewardConfig.model_validate({"truncated": "as_is", "components": [rule]}),
         UpdateConfig.model_validate({**update, "training": training}),
     )
 
 
-def one_step(policy: Checkpoint, reference: Checkpoint, batch: Questions, configs: Configs, step: int) -> Checkpoint:
+def prompt_of(workload: Workload) -> PromptConfig:
+    """What is around a question; `Workload.peer_row` has the same for the peer."""
+    return PromptConfig(chat="tokenizer") if workload.chat else PromptConfig(suffix="\n")
+
+
+def one_step(
+    policy: Checkpoint, reference: Checkpoint, batch: Questions, configs: Configs, step: int
+) -> tuple[Checkpoint, Rollouts, Rewards]:
     """Lines 6-10 as in `flows.iterative_rl`."""
-    sampling, reward, update = configs
+    prompt, sampling, reward, update = configs
     seed = derived_seed(0, step)
-    outputs = rollout(policy, batch, PromptConfig(suffix="\n"), sampling, seed=seed)
+    outputs = rollout(policy, batch, prompt, sampling, seed=seed)
     rewards = score(outputs, batch, reward)
     advantages = estimate_advantages(rewards, outputs, GroupConfig())
     policy = update_policy(policy, reference, outputs, advantages, update, seed=seed)
     step_done(step + 1, 0, policy, outputs, rewards, advantages)
-    return policy
+    return policy, outputs, rewards
+
+
+def groups_of(outputs: Rollouts) -> list[Group]:
+    """The outputs by question."""
+    groups: dict[str, tuple[int, list[list[int]]]] = {}
+    for row in outputs.read(["question_id", "prompt_ids", "output_ids"]).to_pylist():
+        groups.setdefault(row["question_id"], (len(row["prompt_ids"]), []))[1].append(row["output_ids"])
+    return list(groups.values())
 
 
 def watch(device: Device) -> Clock:

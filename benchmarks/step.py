@@ -1,6 +1,7 @@
 """One GRPO step of ours against one of TRL's `GRPOTrainer`, interleaved, as a ratio.
 
-    make bench                                            # both sides at full size
+    make bench                                            # both sides at full size, random weights
+    .venv/bin/python -m benchmarks.step --workload sharp  # the demo's policy half-way; or words: word problems
     .venv/bin/python -m benchmarks.step --quick           # 4 questions, to see that it runs
     .venv/bin/python -m benchmarks.step --shape qwen2.5-0.5b --tokens 256 --sides ...    # for a GPU: see the README
 
@@ -11,6 +12,7 @@ side, in an order that turns; medians over rounds are compared, so that a machin
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -20,15 +22,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
-from benchmarks.floor import floor_flops, gemm_gflops
-from benchmarks.workload import SHAPES, Workload, make_policy, make_questions
+from benchmarks.floor import gemm_gflops
+from benchmarks.workload import SHAPES, Kind, Workload, make_policy, make_questions, shape_of
 from stages.training.batching import sample_positions
 from stages.training.hardware import native_bf16
 
 _ARITHMETIC = ("generation", "reference", "update", "load weights")
 """Phases that are the model's; rewards and advantages are neither, all others are orchestration."""
+_SIZES: dict[Kind, tuple[int, int, int]] = {"random": (32, 16, 48), "sharp": (64, 16, 64), "words": (16, 8, 64)}
+"""Questions, outputs of each, tokens of an output."""
 _REWARDS = ("rest of score", "rest of estimate_advantages", "reward_advantage")
 
 
@@ -74,40 +78,48 @@ class Side:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _parse(arguments)
+    options = _options(arguments)
     with tempfile.TemporaryDirectory(prefix="cohort-bench-") as folder:
-        workload = Workload(
-            folder=folder,
-            questions=options.questions,
-            group=options.group,
-            tokens=options.tokens,
-            steps=options.warmup + options.rounds,
-            precision=options.precision,
-            threads=options.threads,
-            **SHAPES[options.shape],
-        )
-        prompt_tokens = _prepare(workload)
+        workload = _prepare(options, folder)
         sides = [Side(name, workload, options.peer_python) for name in options.sides]
         try:
             rates = _run(sides, workload, options)
         finally:
             for side in sides:
                 side.close()
-    report = _report(sides, workload, prompt_tokens, rates, options)
+    report = _report(sides, workload, rates, options)
     print(_shown(report))
     if options.out:
         Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
 
 
-def _prepare(workload: Workload) -> float:
-    """Policy, questions, and the prompts in the order in which the pipeline draws them; returns tokens per prompt."""
-    make_policy(workload)
-    rows = make_questions(workload)
+def _prepare(options: argparse.Namespace, folder: str) -> Workload:
+    """Policy, questions, and the prompts in the order in which the pipeline draws them."""
+    workload = Workload(
+        folder=folder,
+        kind=options.workload,
+        chat=options.pretrained,
+        questions=options.questions,
+        group=options.group,
+        tokens=options.tokens,
+        steps=options.warmup + options.rounds,
+        precision=options.precision,
+        threads=options.threads,
+        **SHAPES[options.shape],
+    )
+    if options.workload == "random":
+        make_policy(workload)
+        rows = make_questions(workload)
+    else:
+        given = ["--pretrained"] if options.pretrained else ["--policy", str(options.policy)] if options.policy else []
+        program = [sys.executable, "-m", "benchmarks.policies", str(workload.save()), *given]
+        subprocess.run([*program, *(["--quick"] if options.quick else [])], check=True, stdout=sys.stderr, env=_quiet())
+        rows = [json.loads(line) for line in workload.question_file.read_text().splitlines()]
+        workload = dataclasses.replace(workload, **shape_of(workload.policy))
     size, seed = workload.questions, workload.seed
     drawn = [p for step in range(workload.steps) for p in sample_positions(len(rows), size=size, step=step, seed=seed)]
-    prompts = [rows[position]["question"] + "\n" for position in drawn]
-    workload.prompt_file.write_text(json.dumps(prompts))
-    return sum(map(len, prompts)) / len(prompts)  # one token a character
+    workload.prompt_file.write_text(json.dumps([workload.peer_row(rows[position]) for position in drawn]))
+    return workload
 
 
 def _run(sides: list[Side], workload: Workload, options: argparse.Namespace) -> list[dict[str, float]]:
@@ -125,16 +137,11 @@ def _run(sides: list[Side], workload: Workload, options: argparse.Namespace) -> 
 def _report(
     sides: list[Side],
     workload: Workload,
-    prompt_tokens: float,
     rates: list[dict[str, float]],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    flops = floor_flops(workload, prompt_tokens)
     rate = {name: median(part[name] for part in rates) for name in rates[0]}
-    speed = {"generation": rate["decode"], "reference": rate["train"], "update": rate["train"]}
-    results = {side.name: _summary(side.steps[options.warmup :]) for side in sides}
-    for result in results.values():
-        result |= _rates(result["phases"], flops["update"] / 1e12, workload)
+    results = {side.name: _summary(side.steps[options.warmup :], rate) for side in sides}
     trl = {name: result for name, result in results.items() if name.startswith("trl")}
     best = min(trl, key=lambda name: trl[name]["seconds"]) if trl else None
     for result in results.values():
@@ -144,17 +151,15 @@ def _report(
     return {
         "workload": {key: value for key, value in vars(workload).items() if key != "folder"},
         "date": time.strftime("%Y-%m-%d"),
-        "prompt_tokens": prompt_tokens,
         "gemm_gflops": rate,
-        "floor_s": {phase: count / 1e9 / speed[phase] for phase, count in flops.items()},
-        "floor_gflop": {phase: count / 1e9 for phase, count in flops.items()},
         "results": results,
         "trl_reference": best,
         "peak_tflops": options.peak_tflops,
     }
 
 
-def _summary(steps: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(steps: list[dict[str, Any]], rate: dict[str, float]) -> dict[str, Any]:
+    """Medians over steps; the floor is that of the outputs which a side sampled itself."""
     seconds = median(step["seconds"] for step in steps)
     names = {name for step in steps for name in step["phases"]}
     phases = {name: median(step["phases"].get(name, 0.0) for step in steps) for name in sorted(names)}
@@ -163,6 +168,11 @@ def _summary(steps: list[dict[str, Any]]) -> dict[str, Any]:
         sum(took for name, took in step["phases"].items() if name not in (*_ARITHMETIC, *_REWARDS)) / step["seconds"]
         for step in steps
     )
+    work = {
+        name: median(step[name] for step in steps) for name in ("prompt_tokens", "output_tokens", "different", "reward")
+    }
+    speed = {"generation": rate["decode"], "reference": rate["train"], "update": rate["train"]}
+    floor = {name: median(step["floor_flops"][name] for step in steps) / 1e9 / speed[name] for name in speed}
     return {
         "seconds": seconds,
         "spread": [min(step["seconds"] for step in steps), max(step["seconds"] for step in steps)],
@@ -171,44 +181,56 @@ def _summary(steps: list[dict[str, Any]]) -> dict[str, Any]:
         "orchestration_share": outside,
         "device_mib": max(step["device_mib"] for step in steps),
         "phases": phases,
-    }
-
-
-def _rates(phases: dict[str, float], update_tflop: float, workload: Workload) -> dict[str, float]:
-    """Tokens sampled a second, and TFLOP/s of the update's products: what a model needs, recomputation apart."""
-    tokens = workload.questions * workload.group * workload.tokens
-    return {
-        "tokens_per_second": tokens / phases["generation"],
-        "update_tflops": update_tflop / phases["update"],
+        **work,
+        "floor_s": floor,
+        "times_the_floor": seconds / sum(floor.values()),
+        "tokens_per_second": median(step["outputs"] * step["output_tokens"] for step in steps) / phases["generation"],
+        "update_tflops": median(step["unshared_flops"] for step in steps) / 1e12 / phases["update"],
     }
 
 
 def _shown(report: dict[str, Any]) -> str:
     """The report as text."""
-    lines = [f"{'side':32} {'wall s':>8} {'cpu s':>8} {'x TRL':>7} {'x cpu':>7} {'orchestr.':>9} {'load':>5}"]
+    lines = [
+        f"{'side':32} {'wall s':>8} {'cpu s':>8} {'x TRL':>7} {'x cpu':>7} {'x floor':>8} {'orchestr.':>9} {'load':>5}"
+    ]
     for name, result in report["results"].items():
         faster, less = result.get("times_faster_than_trl", 0), result.get("times_less_processor_than_trl", 0)
         share = f"{result['orchestration_share']:9.1%}" if not name.startswith("trl") else f"{'':9}"
-        row = f"{result['seconds']:8.2f} {result['cpu_seconds']:8.2f} {faster:7.2f} {less:7.2f} {share} {result['load']:5.1f}"
-        lines.append(f"{name:32} {row}")
+        times = f"{faster:7.2f} {less:7.2f} {result['times_the_floor']:8.2f}"
+        lines.append(
+            f"{name:32} {result['seconds']:8.2f} {result['cpu_seconds']:8.2f} {times} {share} {result['load']:5.1f}"
+        )
+    for name, result in report["results"].items():
+        about = f"{result['prompt_tokens']:.0f} tokens of a prompt, {result['output_tokens']:.1f} of an output"
+        lines.append(
+            f"{name}: {about}, {result['different']:.0%} of the outputs different, reward {result['reward']:.2f}"
+        )
     for name, result in report["results"].items():
         used = f", {result['update_tflops'] / report['peak_tflops']:.1%} of the peak" if report["peak_tflops"] else ""
         held = f", {result['device_mib']:,.0f} MiB of the device" if result["device_mib"] else ""
-        rates = f"{result['tokens_per_second']:,.0f} tokens/s sampled, update {result['update_tflops']:.3g} TFLOP/s"
+        rates = f"{result['tokens_per_second']:,.0f} tokens/s sampled, update {result['update_tflops']:.3g} TFLOP/s unshared"
         lines.append(f"{name}: {rates}{used}{held}")
     for name, result in report["results"].items():
         parts = sorted(result["phases"].items(), key=lambda item: -item[1])
         lines.append(f"{name}: " + ", ".join(f"{phase} {took:.3f}" for phase, took in parts if took >= 0.0005))
-    floor = ", ".join(f"{phase} {took:.2f}" for phase, took in report["floor_s"].items())
-    lines.append(f"floor (s at the measured product speed {report['gemm_gflops']}): {floor}")
+        lines.append("  floor: " + ", ".join(f"{phase} {took:.3f}" for phase, took in result["floor_s"].items()))
+    lines.append(
+        f"floor: what its outputs need, sharing all they can, at the measured product speed {report['gemm_gflops']}"
+    )
     return "\n".join(lines)
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=32)
-    parser.add_argument("--group", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--workload", choices=get_args(Kind), default="random", help="what is sampled: see the README")
+    parser.add_argument("--questions", type=int, help="of a step; by workload 32, 64, 16")
+    parser.add_argument("--group", type=int, help="outputs of a question; 16, 16, 8")
+    parser.add_argument("--tokens", type=int, help="of an output, at most; 48, 64, 64")
+    parser.add_argument(
+        "--policy", type=Path, help="sharp, words: a folder of `cohort export`, in place of one made first"
+    )
+    parser.add_argument("--pretrained", action="store_true", help="words: SmolLM2-135M-Instruct; downloads 93 MB")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -224,8 +246,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--sides", nargs="+", help="cohort:ENGINE:ATTENTION:MICRO_BATCH_TOKENS, trl:ATTENTION:MICRO_BATCH"
     )
     options = parser.parse_args(arguments)
+    _refuse_unused(parser, options)
     if options.quick:
         options.questions, options.rounds = 4, 2
+    questions, group, tokens = _SIZES[options.workload]
+    options.questions, options.group = options.questions or questions, options.group or group
+    options.tokens = options.tokens or tokens
     outputs = options.questions * options.group
     options.sides = options.sides or [
         "cohort:inline:eager:4096",
@@ -234,6 +260,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         f"trl:sdpa:{min(64, outputs)}",
     ]
     return options
+
+
+def _refuse_unused(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.pretrained and (options.workload != "words" or options.policy):
+        parser.error("--pretrained is the policy of --workload words; leave out --policy")
+    if options.policy and options.workload == "random":
+        parser.error("--policy: random weights are made here; add --workload sharp or words")
+    if options.shape != "small" and options.workload != "random":
+        parser.error("--shape is that of random weights; the other workloads have their policy's own")
 
 
 def _quiet() -> dict[str, str]:

@@ -12,8 +12,10 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
+from benchmarks.floor import Group, step_work
 from benchmarks.timing import Clock, Device, cpu_seconds
 from benchmarks.workload import REWARD_PATTERN, Workload
 
@@ -42,9 +44,13 @@ def main() -> None:
             device.settle()
             seconds, cpu = time.perf_counter() - self.started, cpu_seconds() - self.cpu
             found = {"seconds": seconds, "cpu_seconds": cpu, "device_mib": device.peak_mib(), "phases": clock.take()}
+            found |= step_work(workload, sampled.groups, sampled.rewards)
             answers.write(json.dumps(found) + "\n")
 
+    sampled = Sampled(workload.group)
     trainer = make_trainer(workload, attention, micro_batch, OneStepPerLine())
+    trainer._generate_single_turn = sampled.noting_ids(trainer._generate_single_turn)
+    trainer._calculate_rewards = sampled.noting_rewards(trainer._calculate_rewards)
     clock.watch("generation", trainer, "_generate_single_turn")
     clock.watch("reward_advantage", trainer, "_calculate_rewards")
     # What is left of it: the reference's log-probabilities, padding, advantages.
@@ -64,7 +70,7 @@ def make_trainer(workload: Workload, attention: str, micro_batch: int, callback:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    prompts = json.loads(workload.prompt_file.read_text())
+    rows = json.loads(workload.prompt_file.read_text())
     outputs = workload.questions * workload.group
     settings: dict[str, Any] = {
         "output_dir": f"{workload.folder}/trl",
@@ -100,16 +106,57 @@ def make_trainer(workload: Workload, attention: str, micro_batch: int, callback:
     }
     return GRPOTrainer(
         model=str(workload.policy),
-        reward_funcs=reward,
+        reward_funcs=ending_reward if workload.kind == "random" else answer_reward(workload.answer_pattern),
         args=GRPOConfig(**settings | changes),
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        train_dataset=Dataset.from_list(rows),
         callbacks=[callback],
     )
 
 
-def reward(completions: list[str], **_: Any) -> list[float]:
-    """The same rule as ours."""
+def ending_reward(completions: list[str], **_: Any) -> list[float]:
+    """The same rule as ours with random weights."""
     return [float(re.search(REWARD_PATTERN, text) is not None) for text in completions]
+
+
+def answer_reward(pattern: str) -> Callable[..., list[float]]:
+    """The same rule as ours with questions: the last answer is right."""
+
+    def reward(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+        texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+        found = [re.findall(pattern, text, re.MULTILINE) for text in texts]
+        return [float(lines[-1:] == [right]) for lines, right in zip(found, answer, strict=True)]
+
+    return reward
+
+
+class Sampled:
+    """The outputs and rewards of the last step, noted as they pass."""
+
+    def __init__(self, group: int) -> None:
+        self._group = group
+        self.groups: list[Group] = []
+        self.rewards: list[float] = []
+
+    def noting_ids(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """`_generate_single_turn`, which is given the prompt of each output."""
+
+        def noted(prompt_ids: Any, *others: Any) -> Any:
+            found = generate(prompt_ids, *others)
+            size, ids = self._group, found[0]
+            self.groups = [(len(prompt_ids[at]), ids[at : at + size]) for at in range(0, len(ids), size)]
+            return found
+
+        return noted
+
+    def noting_rewards(self, calculate: Callable[..., Any]) -> Callable[..., Any]:
+        """`_calculate_rewards`."""
+
+        def noted(*given: Any) -> Any:
+            found = calculate(*given)
+            self.rewards = found.flatten().tolist()
+            return found
+
+        return noted
 
 
 if __name__ == "__main__":

@@ -12,10 +12,15 @@ import random
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["REWARD_PATTERN", "SHAPES", "Workload", "make_policy", "make_questions"]
+__all__ = ["ANSWER", "REWARD_PATTERN", "SHAPES", "Kind", "Workload", "make_policy", "make_questions", "shape_of"]
 
+Kind = Literal["random", "sharp", "words"]
+"""`random`: random weights and forced lengths, no two outputs alike. `sharp`: the demo's policy half-way, whose outputs of a
+question begin alike and repeat. `words`: word problems, with longer prompts."""
 REWARD_PATTERN = r"[!-O]\Z"
-"""The reward of an output, on both sides: 1 where its text ends in one of these 47 characters of 127, else 0."""
+"""The reward of an output with random weights, on both sides: 1 where its text ends in one of these 47 characters of 127."""
+ANSWER = r"^#### (-?\d+)$"
+"""The line with the answer of the other workloads; the reward is 1 where the last one is right."""
 SHAPES: dict[str, dict[str, int]] = {
     "small": {},
     "qwen2.5-0.5b": {
@@ -38,9 +43,13 @@ class Workload:
     """One GRPO step, and how many of them."""
 
     folder: str
+    kind: Kind = "random"
+    chat: bool = False
+    """Whether a question is a turn of the model's chat template; else a newline follows it."""
     questions: int = 32
     group: int = 16
     tokens: int = 48
+    """Of an output, at most; with random weights exactly."""
     steps: int = 6
     """Steps that a worker may be asked for, warm-up included."""
     beta: float = 0.04
@@ -66,8 +75,23 @@ class Workload:
         return Path(self.folder) / "questions.jsonl"
 
     @property
+    def answer_pattern(self) -> str:
+        """What the peer finds answers by: the answer line, or, of a model that nobody taught it, any whole number."""
+        return r"-?\d+" if self.chat else ANSWER
+
+    def peer_row(self, row: dict[str, str]) -> dict[str, Any]:
+        """A question as the peer's data set has it."""
+        text = row["question"]
+        prompt = [{"role": "user", "content": text}] if self.chat else text + "\n"
+        return {"prompt": prompt, "answer": row["answer"]}
+
+    def write_questions(self, rows: list[dict[str, str]]) -> None:
+        """Write all questions where the pipeline reads them."""
+        self.question_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    @property
     def prompt_file(self) -> Path:
-        """The prompts of step after step as the pipeline draws them, for the peer: a JSON list of texts."""
+        """The prompts of step after step as the pipeline draws them, for the peer: a JSON list of its rows."""
         return Path(self.folder) / "prompts.json"
 
     def save(self) -> Path:
@@ -94,8 +118,24 @@ def make_questions(workload: Workload) -> list[dict[str, str]]:
         {"question_id": f"q{number}", "question": text, "answer": answer}
         for number, (text, answer) in enumerate(questions.items())
     ]
-    workload.question_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    workload.write_questions(rows)
     return rows
+
+
+def shape_of(policy: Path) -> dict[str, int]:
+    """The shape of a model, by its config.json, as a workload's fields."""
+    found = json.loads((policy / "config.json").read_text())
+    heads, hidden = found["num_attention_heads"], found["hidden_size"]
+    if found["model_type"] not in ("llama", "qwen2") or (found.get("head_dim") or hidden // heads) * heads != hidden:
+        raise SystemExit(f"{policy}: the floor counts models of llama's and qwen2's form, found {found['model_type']}")
+    return {
+        "vocabulary": found["vocab_size"],
+        "hidden": hidden,
+        "layers": found["num_hidden_layers"],
+        "heads": heads,
+        "kv_heads": found["num_key_value_heads"],
+        "intermediate": found["intermediate_size"],
+    }
 
 
 def make_policy(workload: Workload) -> None:

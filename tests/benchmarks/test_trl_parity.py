@@ -98,7 +98,7 @@ def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
     small = {"hidden": 32, "layers": 2, "heads": 2, "kv_heads": 2, "intermediate": 64}
     made = Workload(str(folder), questions=2, group=4, tokens=LONGEST, steps=1, threads=1, **small)
     make_policy(made)
-    made.prompt_file.write_text(json.dumps(["a", "b"]))
+    made.prompt_file.write_text(json.dumps([made.peer_row({"question": text, "answer": ""}) for text in "ab"]))
     made.save()
     return made
 

@@ -110,7 +110,7 @@ _add("report", "comparing:report", "Write the report of an experiment again: one
 _add("explain", "looking:explain", "Why a stage was computed and not reused.", _LOOK)
 _add("lineage", "looking:lineage", "What an artifact was made from, down to the data.", _LOOK)
 _add("ui", "serving:ui", "Open MLflow's and Prefect's user interfaces.", _LOOK)
-_add("export", "exporting:export", "Write a checkpoint as a plain Hugging Face folder with a model card.", _KEEP)
+_add("export", "exporting:export", "Write a checkpoint as a plain Hugging Face folder, or completions as JSON.", _KEEP)
 _add("doctor", "machine:doctor", "Say whether this machine can run Cohort, and what to fix.", _KEEP)
 _add("prove", "machine:prove", "Run a few steps by every engine that is installed; one JSON and one HTML file.", _KEEP)
 _add("verify", "keeping:verify", "Hash every artifact again; report and repair damage.", _KEEP)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
@@ -236,6 +237,9 @@ class _Run:
     """Keys of the calls since the last part that is complete."""
 
 
+_one_at_a_time: Final = threading.RLock()
+"""Two stages may compute side by side, in two threads; a fold hears one event at a time, and may emit further ones."""
+
 _run: ContextVar[_Run | None] = ContextVar("cohort_run", default=None)
 
 
@@ -277,13 +281,14 @@ def emit(event: Event) -> None:
     run = _run.get()
     if run is None:
         return
-    match event:
-        case StageDone():
-            run.since.append(event.key)
-        case StepDone() | EvaluationDone() | DriftDone():
-            event = dataclasses.replace(event, calls=tuple(run.since))
-            run.since.clear()
-    event = dataclasses.replace(event, time=time.time())
-    for fold in run.folds:
-        with failsafe(f"what follows {type(event).__name__} ({getattr(fold, '__qualname__', fold)})"):
-            fold(event)
+    with _one_at_a_time:
+        match event:
+            case StageDone():
+                run.since.append(event.key)
+            case StepDone() | EvaluationDone() | DriftDone():
+                event = dataclasses.replace(event, calls=tuple(run.since))
+                run.since.clear()
+        event = dataclasses.replace(event, time=time.time())
+        for fold in run.folds:
+            with failsafe(f"what follows {type(event).__name__} ({getattr(fold, '__qualname__', fold)})"):
+                fold(event)

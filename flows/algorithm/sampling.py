@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from flows.algorithm.data import DataSets
+from flows.algorithm.side_by_side import Beside, runs_side_by_side
 from flows.config import IterativeRLConfig
 from pipeline.config import ConfigError
 from pipeline.events import ahead_of_its_part, count_calls
@@ -45,7 +46,13 @@ class Exploration:
     """Make the outputs of each step: as it begins or, with `overlap`, before the update of the step before it."""
 
     def __init__(self, config: IterativeRLConfig, data: DataSets, initial: Checkpoint) -> None:
+        """Take the run's settings.
+
+        Raises:
+            ConfigError: as `runs_side_by_side`.
+        """
         self._config, self._data, self._initial = config, data, initial
+        self._side_by_side = runs_side_by_side(config)
         self._ahead: Explored | None = None
         self._calls: list[str] = []
         """Keys of the calls that made what is ahead."""
@@ -62,12 +69,26 @@ class Exploration:
     def ahead(self, policy: Checkpoint, step: int) -> Iterator[None]:
         """With `overlap`, sample for the step after `step` from `policy`, which the block updates.
 
-        An iteration's first step has no update before it in the iteration: nothing is sampled ahead for it.
+        Before the block or, where that is possible, while it runs. An iteration's first step has no update before it in the
+        iteration: nothing is sampled ahead for it.
         """
-        if self._config.overlap and (step + 1) % self._config.steps:
-            with ahead_of_its_part() as self._calls:
+        if not self._config.overlap or (step + 1) % self._config.steps == 0:
+            yield
+            return
+        with ahead_of_its_part() as self._calls:
+            if not self._side_by_side:
                 self._ahead = self._explore(policy, step + 1)
-        yield
+            else:
+                beside = Beside(lambda: self._explore(policy, step + 1))
+        if not self._side_by_side:
+            yield
+            return
+        try:
+            yield
+            self._ahead = beside.result()
+        except BaseException as error:
+            beside.stop(f"the update beside it ended with {type(error).__name__}")
+            raise
 
     def _explore(self, sampler: Checkpoint, step: int) -> Explored:
         config, data, seed = self._config, self._data, derived_seed(self._config.seed, step)

@@ -42,5 +42,5 @@ class IterativeRLConfig(RunSettings):
         return step % self.steps == 0 or self.evaluation.is_due(step, self.iterations * self.steps)
 
     def identity(self) -> dict[str, Any]:
-        """Return what makes it another run, as plain values: all but what stays on disk."""
-        return self.model_dump(mode="json", exclude={"checkpoint", "keep"})
+        """Return what makes it another run, as plain values: all but what stays on disk, and in which order it computes."""
+        return self.model_dump(mode="json", exclude={"checkpoint", "keep", "side_by_side"})

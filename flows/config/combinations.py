@@ -65,6 +65,11 @@ def _of_the_outputs(config: RunSettings) -> Iterator[str]:
 
 def _of_the_overlap(config: RunSettings) -> Iterator[str]:
     """Refuse outputs of an earlier policy where they cannot be sampled, or are not accounted for."""
+    if config.side_by_side == "always":
+        if not config.overlap:
+            yield "side_by_side: with overlap=0 each update waits for its outputs; set side_by_side=auto, or overlap=1"
+        elif (complaint := next(unfit_side_by_side(config), None)) is not None:
+            yield f"side_by_side: {complaint}; set side_by_side=auto, or never"
     if not config.overlap:
         return
     update, kind, row = config.update, config.update.objective.kind, config.update.objective.ROW
@@ -92,6 +97,20 @@ def _of_the_overlap(config: RunSettings) -> Iterator[str]:
             f"overlap: an iteration's first outputs are its first policy's; expected less than steps={config.steps}, found "
             f"{config.overlap}"
         )
+
+
+def unfit_side_by_side(config: RunSettings) -> Iterator[str]:
+    """Yield why sampling and update cannot run at a time, on any machine."""
+    backend, training = config.rollout.backend, config.update.training
+    if backend.kind != "hf":
+        yield f"expected rollout.backend.kind=hf, found {backend.kind}, which samples in turns with the update"
+    elif backend.threads == "auto" or training.threads == "auto":
+        yield (
+            "expected rollout.backend.threads and update.training.threads to share the cores (1 and 1 of two), found "
+            f"{backend.threads} and {training.threads}"
+        )
+    if config.dynamic_sampling:
+        yield "dynamic_sampling draws again by the rewards of what was sampled, in turns with the update"
 
 
 def _of_dynamic_sampling(config: RunSettings) -> Iterator[str]:

@@ -249,7 +249,12 @@ class RunSettings(Config):
     1: outputs of step k come from policy k-1, the one before the update of step k-1; the first two steps of an iteration are
     both sampled from its first policy. Then pi_old is an earlier policy: set `update.old_logprobs=rollout`, whose ratio is
     clipped against the policy that sampled, or `update.correction.kind=truncated`, which weighs outputs by policy k over
-    policy k-1. The lag is part of the keys. Sampling and update run in turns, in this process: no time is saved."""
+    policy k-1. The lag is part of the keys."""
+    side_by_side: Literal["auto", "always", "never"] = "auto"
+    """Whether the outputs that `overlap` takes from an earlier policy are sampled while it is updated, in a process of their
+    own. It changes no result, no key, and not which run it is. `auto`: where the two share the cores of a CPU: backend `hf`,
+    without dynamic_sampling, `rollout.backend.threads` and `update.training.threads` set, and no more of both than cores.
+    Elsewhere, on GPUs too, the two run in turns, and no time is saved."""
     dynamic_sampling: NonNegativeInt = 0
     """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): up to so many further draws of questions per step, to replace
     groups whose rewards are all equal. 0, the paper's: such groups stay."""

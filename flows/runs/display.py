@@ -164,11 +164,13 @@ class Display:
             self._line(f"step {first:>3}" + (f" to {last}" if last > first else "") + "  reused from the store", "dim")
 
     def _moved(self, topic: str) -> None:
-        done, total = (self.state.detail.get(name) for name in ("done", "total"))
+        call = self.state.reporting(topic)
+        detail = call.detail if call else {}
+        done, total = (detail.get(name) for name in ("done", "total"))
         if self.live or (total and done == total):  # what follows says that it is complete
             return
         if self.state.clock() - self._last_line >= _PLAIN_SECONDS:
-            self._line(f"{self.state.stage or topic} {_detail_text(self.state.detail)}")
+            self._line(f"{call.stage if call else topic} {_detail_text(detail)}")
 
     # ---------------------------------------------------------------- the part that moves
 
@@ -182,11 +184,11 @@ class Display:
         bar: RenderableType = ProgressBar(max(state.steps, 1), state.step, width=_BAR)
         place = f"step {state.step}/{state.steps}{_iteration(state)}"
         grid.add_row(Text(place, style="bold"), bar, Text(_left(state).strip()))
-        if state.stage:
-            total, done = state.detail.get("total"), state.detail.get("done", 0)
-            seconds = Text(duration(state.clock() - state.stage_since), style="dim")
+        for call in list(state.computing.values()):
+            total, done = call.detail.get("total"), call.detail.get("done", 0)
+            seconds = Text(duration(state.clock() - call.since), style="dim")
             bar = ProgressBar(total, done, width=_BAR) if total else seconds
-            grid.add_row(Text(state.stage, style="cyan"), bar, Text(_detail_text(state.detail)))
+            grid.add_row(Text(call.stage, style="cyan"), bar, Text(_detail_text(call.detail)))
         last = "  ".join(filter(None, [_clock(state.elapsed), _held_out(state), _step_text(state)]))
         return Group(Text(), grid, Text(last, style="dim", no_wrap=True, overflow="ellipsis"))
 

@@ -62,14 +62,17 @@ def run_flow(
         difference: what differs from an experiment's baseline, by dotted key: MLflow's parameters `diff.*`.
 
     Raises:
-        ConfigError: a reward function, or an engine for rollouts, that is not there.
+        ConfigError: a reward function, or an engine for rollouts, that is not there, or no room to run `side_by_side`.
         InterruptedRunError: stopped from outside; what was computed is in the store.
         Exception: whatever a stage raised.
     """
+    from flows.algorithm.side_by_side import runs_side_by_side
+
     config = choice.config
     config.reward.key()  # a reward function that is not there stops the run now, not after its first outputs
     for backend in (config.rollout.backend, config.evaluation.backend or config.rollout.backend):
         require_backend(backend)
+    runs_side_by_side(config)
     command = without_password(command or shlex.join(["cohort", *sys.argv[1:]]))
     state = RunState(steps=config.iterations * config.steps, iterations=config.iterations)
     parameters = config.identity() | {f"diff.{name}": value for name, value in (difference or {}).items()}

@@ -39,6 +39,16 @@ class StageTotals:
 
 
 @dataclass
+class Computing:
+    """A stage call that computes right now."""
+
+    stage: str
+    since: float
+    detail: dict[str, Any] = field(default_factory=dict)
+    """The last values that it reported."""
+
+
+@dataclass
 class RunState:
     """The state of a run of `steps` steps; `take` is a fold, `note` a listener of `pipeline.progress`."""
 
@@ -50,11 +60,8 @@ class RunState:
     stages: dict[str, StageTotals] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
     """Digest -> stage, of everything this run computed or reused, in order."""
-    stage: str | None = None
-    """The stage that computes right now."""
-    stage_since: float = 0.0
-    detail: dict[str, Any] = field(default_factory=dict)
-    """The last values that the computing stage reported."""
+    computing: dict[str, Computing] = field(default_factory=dict)
+    """By key, in the order in which they started: one, or two side by side (`overlap`)."""
     ended: dict[str, Any] = field(default_factory=dict)
     """The last values of the stage that ended last."""
     step: int = 0
@@ -87,7 +94,7 @@ class RunState:
         match event:
             case StageStarted():
                 self.stages.setdefault(event.stage, StageTotals())
-                self.stage, self.stage_since, self.detail = event.stage, self.clock(), {}
+                self.computing[event.key] = Computing(event.stage, self.clock())
             case StageDone() | StageFailed():
                 self._end_stage(event)
             case StepDone():
@@ -100,11 +107,19 @@ class RunState:
                 self.warnings.append(event.text)
 
     def note(self, topic: str, values: dict[str, Any]) -> None:
-        """Note how far the computing stage is, or what the Prefect server cost."""
+        """Note how far a stage is, or what the Prefect server cost.
+
+        A stage reports under its name; what it calls, under names of its own.
+        """
         if topic == "server":
             self.server_seconds += values.get("seconds", 0.0)
-        else:
-            self.detail = dict(values)
+        elif (call := self.reporting(topic)) is not None:
+            call.detail = dict(values)
+
+    def reporting(self, topic: str) -> Computing | None:
+        """Return the call that a report is about: that of the stage of this name, else the one that started last."""
+        calls = list(self.computing.values())
+        return next((call for call in calls if call.stage == topic), calls[-1] if calls else None)
 
     @property
     def elapsed(self) -> float:
@@ -143,7 +158,8 @@ class RunState:
             self.artifacts[event.result] = event.stage
             if event.cached:
                 return
-        self.stage, self.ended, self.detail = None, self.detail, {}
+        if (call := self.computing.pop(event.key, None)) is not None:
+            self.ended = call.detail
 
     def _end_step(self, event: StepDone) -> None:
         self.step, self.iteration, self.metrics = event.step, event.iteration, self.points.last

@@ -9,7 +9,7 @@ import importlib.metadata
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Final, Literal
 
@@ -65,6 +65,7 @@ class _Context:
     watch: DiskWatch | None = None
     call: Call | None = None
     payloads: Payloads = "now"
+    reads_done: Callable[[], None] | None = None
 
 
 _context: ContextVar[_Context] = ContextVar("cohort_context", default=_Context())  # noqa: B039 (it is frozen)
@@ -129,6 +130,20 @@ def payloads() -> Payloads:
 def writing_payloads(when: Payloads) -> contextlib.AbstractContextManager[None]:
     """Let stages inside the block write the trained state that they make at this time."""
     return _changed(payloads=when)
+
+
+def computing_apart(reads_done: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
+    """Let stages inside the block that can, compute in a process of their own.
+
+    Args:
+        reads_done: called once such a stage has a copy of the trained state that it was given, which may change then.
+    """
+    return _changed(reads_done=reads_done)
+
+
+def reads_done() -> Callable[[], None] | None:
+    """Return what to call once a stage has read trained state, where it is to compute in a process of its own; else None."""
+    return _context.get().reads_done
 
 
 def running(call: Call | None) -> contextlib.AbstractContextManager[None]:

@@ -41,7 +41,6 @@ _ENDING: Final = 3.0
 _DEATHS: Final = 0.5
 """Seconds in which the death of a rank shows, once another reports that it lost its peers."""
 
-
 Hear = Callable[[int, str, dict[str, Any]], None]
 """Takes the progress of a rank: its topic and values."""
 
@@ -105,10 +104,10 @@ class Group:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
         self._hear: Hear = _report
+        self._stopped = ""
         atexit.register(self.close)
         with self._or_nothing(always=True), socket.create_server((address, 0)) as server:
-            key = secrets.token_bytes(32)
-            host, port = server.getsockname()
+            key, (host, port) = secrets.token_bytes(32), server.getsockname()
             command = [str(python), "-P", worker.__file__, str(handler)]
             for rank, surroundings in enumerate(environments):
                 launcher = {worker.ADDRESS: f"{host}:{port}", worker.KEY: key.hex(), worker.RANK: str(rank)}
@@ -135,13 +134,16 @@ class Group:
         """
         self._hear = hear or _report
         with self._or_nothing():
-            message = json.dumps(order).encode()
             for rank, connection in enumerate(self._connections):
                 try:
-                    connection.send_bytes(message)
+                    connection.send_bytes(json.dumps(order).encode())
                 except OSError:
                     raise self._death(rank) from None
             return self._replies(time.monotonic() + deadline, deadline, renewed=renewed)
+
+    def stop(self, reason: str) -> None:
+        """Take no more orders; a thread that waits for replies kills the group and raises KeyboardInterrupt."""
+        self._stopped = reason
 
     @property
     def pids(self) -> list[int]:
@@ -151,7 +153,9 @@ class Group:
     @property
     def alive(self) -> bool:
         """Return whether every process is there and can take orders."""
-        return bool(self._processes) and all(process.poll() is None for process in self._processes)
+        return (
+            bool(self._processes) and not self._stopped and all(process.poll() is None for process in self._processes)
+        )
 
     def close(self) -> None:
         """End all processes and whatever they started; at once for those that do not end by themselves."""
@@ -221,6 +225,8 @@ class Group:
     def _look(self, end: float, missing: Sequence[int], *, deadline: float) -> None:
         """Raise for a process that is dead, or for those that are late."""
         check()
+        if self._stopped:
+            raise KeyboardInterrupt(self._stopped)
         for rank, process in enumerate(self._processes):
             # In this order: what a process said before it ended is there once it has ended.
             if process.poll() is not None and not (rank < len(self._connections) and self._connections[rank].poll()):

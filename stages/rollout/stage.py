@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
 
 from pipeline.progress import report
 from pipeline.residency import holder_of, resident
 from pipeline.stage import record_metrics, stage
+from pipeline.store.context import reads_done
 from stages.models import (
     Checkpoint,
     architecture_of,
@@ -51,6 +53,15 @@ def rollout(
         UnsoundOutputError: an engine's ids or log-probabilities that cannot have been sampled; nothing is written.
         ConfigError, WorkerError, StaleWeightsError: as `generator_of`.
     """
+    if (done := reads_done()) is not None:
+        return _sample_apart(policy, questions, prompt, config, seed=seed, done=done)
+    return sample_outputs(policy, questions, prompt, config, seed=seed)
+
+
+def sample_outputs(
+    policy: Checkpoint, questions: Questions, prompt: PromptConfig, config: RolloutConfig, *, seed: int
+) -> Rollouts:
+    """Sample in this process, as `rollout`."""
     from stages.rollout.generator import Sampling
 
     tokenizer = load_tokenizer(policy)
@@ -71,6 +82,46 @@ def rollout(
         for n, output in enumerate(group)
     ]
     return write_rollouts(rows, tokenizer, config.temperature)
+
+
+def _sample_apart(
+    policy: Checkpoint,
+    questions: Questions,
+    prompt: PromptConfig,
+    config: RolloutConfig,
+    *,
+    seed: int,
+    done: Callable[[], None],
+) -> Rollouts:
+    """Sample in a process of its own, with equal bits; call `done` once it has the weights.
+
+    Raises:
+        ValueError: another backend than `hf`.
+        WorkerError: the process died, hung, or says what was wrong.
+    """
+    from stages.rollout.apart import sampler
+
+    if not isinstance(config.backend, HFBackendConfig):
+        raise ValueError(f"rollout.backend: expected hf in a process of its own, found {config.backend.kind}")
+    process = sampler()
+    process.hold(policy, config.backend, hold_weights)
+    done()
+    given = {"policy": policy, "questions": questions, "prompt": prompt, "config": config, "seed": seed}
+    outputs: Rollouts = process.call(sample_outputs, given)
+    return outputs
+
+
+def hold_weights(policy: Checkpoint, backend: HFBackendConfig, folder: str) -> Checkpoint:
+    """Load the weights of a policy in the sampler's process; those that are not in the store are in `folder`."""
+    from stages.rollout.apart import HandedOver
+
+    handed = resident("handed over", None, HandedOver)
+    handed.state, handed.folder = policy.state, Path(folder)
+    try:
+        resident_model(policy, backend)
+    finally:
+        handed.state = ""
+    return policy
 
 
 def _prompts(

@@ -1,21 +1,33 @@
-"""Outputs of the policy before the last update: which policy samples for which step, and what the update makes of it."""
+"""Outputs of the policy before the last update: which policy samples for which step, in turns with updates or beside them."""
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import pytest
 
 from flows import iterative_rl as loop
+from flows.algorithm import side_by_side
 from flows.runs.ledger import Ledger
-from pipeline.events import recording
+from pipeline.config import ConfigError
+from pipeline.events import Event, StageDone, StageFailed, StageStarted, recording
 from pipeline.residency import evict
 from pipeline.store import Store
-from tests.flows.short_runs import Run, copied, train
+from pipeline.workers.group import WorkerError
+from stages.rollout import apart
+from tests.flows.short_runs import BASE, Run, copied, train
 
 pytestmark = pytest.mark.slow
 
-OVERLAP: dict[str, Any] = {"overlap": 1, "update.old_logprobs": "rollout", "iterations": 2, "steps": 3}
+LAG: dict[str, Any] = {"overlap": 1, "update.old_logprobs": "rollout", "iterations": 2, "steps": 3}
+OVERLAP = LAG | {"side_by_side": "never"}
+BESIDE = LAG | {"side_by_side": "always"}
 CORRECTED = OVERLAP | {"update.old_logprobs": "trainer", "update.correction": {"kind": "truncated"}}
 
 
@@ -124,3 +136,152 @@ def test_dynamic_sampling_draws_from_the_policy_before_the_last_update(store: St
     assert policies == {made.supervised, made.made("update_policy")[0]}
     assert made.executed["rollout"] > 3
     evict()
+
+
+# ------------------------------------------------------------------------------------- side by side
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A CPU with room for both sides, whatever this machine has; what they started is ended."""
+    monkeypatch.setattr(side_by_side, "within_quota", lambda count: 2)
+    monkeypatch.setattr(side_by_side, "has_cuda", lambda: False)
+    yield
+    evict()
+
+
+@pytest.fixture
+def fresh(supervised: Run, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return copied(supervised.store, tmp_path_factory)
+
+
+@dataclass
+class Seen:
+    """The calls that started and ended, in their order."""
+
+    events: list[tuple[str, str]] = field(default_factory=list)
+    sampled: threading.Event = field(default_factory=threading.Event)
+    """Set when outputs were recorded."""
+
+    def take(self, event: Event) -> None:
+        if isinstance(event, StageStarted | StageDone | StageFailed):
+            self.events.append((type(event).__name__, event.stage))
+        if isinstance(event, StageDone) and event.stage == "rollout":
+            self.sampled.set()
+
+
+@pytest.mark.usefixtures("two_cores")
+@pytest.mark.parametrize("written", ["auto", 100])
+def test_side_by_side_has_the_digests_of_in_turns(run: Run, fresh: Store, written: Any) -> None:
+    seen = Seen()
+    with recording(seen.take):
+        made = train(fresh, "grpo", **BESIDE | {"checkpoint.every": written})
+    assert (made.digest, made.content) == (run.digest, run.content)
+    assert set(made.calls) == set(run.calls)
+    assert [made.made(stage) for stage in ("rollout", "update_policy")] == [
+        run.made(stage) for stage in ("rollout", "update_policy")
+    ]
+    assert made.executed == run.executed
+    beside = [place for place, event in enumerate(seen.events) if event == ("StageStarted", "update_policy")]
+    ahead = [seen.events[place - 1] == ("StageStarted", "rollout") for place in beside]
+    assert ahead == [True, True, False] * 2, "an update started once the process had the weights"
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_outputs_recorded_beside_an_update_that_fails_are_reused(
+    run: Run, fresh: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Seen()
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        assert seen.sampled.wait(120)
+        raise FloatingPointError("once the outputs of the next step are there")
+
+    failed = Run(fresh)
+    with monkeypatch.context() as patch, recording(seen.take):
+        patch.setattr(loop, "update_policy", failing)
+        with pytest.raises(FloatingPointError):
+            train(fresh, "grpo", run=failed, **BESIDE)
+    resumed = train(fresh, "grpo", **BESIDE)
+    assert resumed.content == run.content
+    assert failed.executed["rollout"] + resumed.executed["rollout"] == 6
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_an_update_that_fails_stops_the_sampling_beside_it(
+    run: Run, fresh: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order to sample is not given before the update has failed, so that it is surely not done."""
+    seen, failed, pids, call = Seen(), threading.Event(), list[int](), apart.Sampler.call
+
+    def late(sampler: apart.Sampler, function: Any, arguments: Any) -> Any:
+        if function.__name__ == "sample_outputs":
+            pids.extend(sampler.group.pids)
+            assert failed.wait(120)
+        return call(sampler, function, arguments)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        raise FloatingPointError("at once")
+
+    def stop(reason: str) -> None:
+        stopped(reason)
+        failed.set()
+
+    stopped = apart.stop_sampler
+    with monkeypatch.context() as patch, recording(seen.take):
+        patch.setattr(loop, "update_policy", failing)
+        patch.setattr(apart.Sampler, "call", late)
+        patch.setattr(apart, "stop_sampler", stop)
+        with pytest.raises(FloatingPointError, match="at once"):
+            train(fresh, "grpo", **BESIDE)
+    assert seen.events[-2:] == [("StageStarted", "rollout"), ("StageFailed", "rollout")]
+    assert pids
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert "sampling" not in [thread.name for thread in threading.enumerate()]
+    assert train(fresh, "grpo", **BESIDE).content == run.content
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_a_sampler_that_dies_costs_its_outputs_and_not_the_update_beside_it(
+    run: Run, fresh: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, failed = apart.Sampler.call, Run(fresh)
+
+    def killed(sampler: apart.Sampler, function: Any, arguments: Any) -> Any:
+        if function.__name__ == "sample_outputs":
+            os.kill(sampler.group.pids[0], signal.SIGKILL)
+        return call(sampler, function, arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(apart.Sampler, "call", killed)
+        with pytest.raises(WorkerError) as caught:
+            train(fresh, "grpo", run=failed, **BESIDE)
+    assert caught.value.exit_code == -signal.SIGKILL
+    assert (failed.executed["update_policy"], failed.executed["rollout"]) == (1, 1)
+    resumed = train(fresh, "grpo", **BESIDE)
+    assert resumed.content == run.content
+    assert (resumed.executed["update_policy"], resumed.executed["rollout"]) == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("cores", "cuda", "settings", "complaint"),
+    [
+        (1, False, {}, "2 threads .* found 1"),
+        (2, False, {"update.training.threads": 2}, "3 threads .* found 2"),
+        (16, True, {}, "on GPUs"),
+    ],
+)
+def test_always_is_refused_where_the_machine_has_no_room_for_both(
+    cores: int, cuda: bool, settings: dict[str, Any], complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(side_by_side, "within_quota", lambda count: cores)
+    monkeypatch.setattr(side_by_side, "has_cuda", lambda: cuda)
+    config = BASE.override(BESIDE | settings)
+    with pytest.raises(ConfigError, match=f"side_by_side: {complaint}"):
+        side_by_side.runs_side_by_side(config)
+    assert not side_by_side.runs_side_by_side(config.override({"side_by_side": "auto"}))
+
+
+def test_whether_the_two_run_side_by_side_is_not_part_of_which_run_it_is() -> None:
+    assert BASE.override(BESIDE).identity() == BASE.override(OVERLAP).identity()
+    assert BASE.override(OVERLAP).identity() != BASE.override(OVERLAP | {"overlap": 0}).identity()

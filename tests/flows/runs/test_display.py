@@ -97,6 +97,23 @@ def test_a_run_counts_computed_and_reused_calls_with_their_seconds() -> None:
     assert state.artifacts == {"digest of score": "score", "d": "score"}
 
 
+def test_two_stages_side_by_side_are_both_shown_with_their_own_progress() -> None:
+    display, clock, _ = plain()
+    tell(display, StageStarted("rollout", "a" * 64), StageStarted("update_policy", "b" * 64))
+    tell_progress(display, "rollout", {"done": 3, "total": 8})
+    tell_progress(display, "update_policy", {"done": 1, "total": 2})
+    clock.now = 6.0
+    found = [(call.stage, call.since, call.detail["done"]) for call in display.state.computing.values()]
+    assert found == [("rollout", 0.0, 3), ("update_policy", 0.0, 1)]
+    shown = Console(width=120, file=io.StringIO())
+    shown.print(display)
+    text = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert "rollout" in text
+    assert "update_policy" in text
+    tell(display, executed("rollout", 2.0))
+    assert [call.stage for call in display.state.computing.values()] == ["update_policy"]
+
+
 def test_the_forecast_is_the_mean_of_steps_that_computed_times_what_is_left() -> None:
     clock = Clock()
     state = state_of(10, clock=clock)

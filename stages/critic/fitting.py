@@ -66,7 +66,7 @@ def values_before(model: torch.nn.Module, batch: Batch) -> Tensor:
     It is read at the token *before* o_t, where the policy's distribution of o_t is read too: the value knows the question and
     o_<t, and neither o_t nor what follows. (Read at o_t it would be a baseline that depends on the action.)
     """
-    return spread(scores_at(model, batch, batch.target_index_N - 1), batch.output_mask_BO)
+    return spread(scores_at(model, batch, batch.source_index_N), batch.output_mask_BO)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Fit:
 
 def _parts(examples: Sequence[Example], engine: Engine, micro_batch_tokens: int) -> list[Part]:
     rows = [Row(example.prompt_ids, example.output_ids) for example in examples]
-    batches = list(micro_batches(rows, micro_batch_tokens))
+    batches = list(micro_batches(rows, micro_batch_tokens, model=engine.model))
     outputs = sum(example.weight for example in examples)
     parts = []
     for batch, factor in own_share(batches, rank=engine.rank, world_size=engine.world_size):

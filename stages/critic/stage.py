@@ -81,7 +81,7 @@ def estimate_values(critic: Checkpoint, outputs: Rollouts, config: CriticConfig)
             with engine.autocast():
                 return values_before(engine.model, batch.to(engine.device))
 
-        value = score_rows(rows, config.micro_batch_tokens, score, engine)
+        value = score_rows(rows, config.micro_batch_tokens, engine.model, score, engine)
     unsound = f"a {{name}} of critic {critic} is not finite; continue from an earlier critic"
     valued = with_scores(keys, unsound, value=value)
     record_metrics({"time/values": time.perf_counter() - started})

@@ -68,7 +68,7 @@ def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollout
                     given = batch.to(engine.device)
                     return completion_logprobs(model, given, temperature, max_logits=engine.max_logits).logp_BO
 
-            return score_rows(rows, config.micro_batch_tokens, score, engine)
+            return score_rows(rows, config.micro_batch_tokens, model, score, engine)
 
         current, frozen = under(engine.model), under(reference_model(reference, config.training, engine.device))
     compared = with_scores(keys, _UNSOUND, policy=current, reference=frozen)
@@ -115,7 +115,7 @@ def score_reference(reference: Checkpoint, outputs: Rollouts, config: LogprobsCo
                 return completion_logprobs(model, batch.to(device), temperature, max_logits=training.max_logits).logp_BO
 
         with on_device(model, device):
-            found = score_rows(rows, config.micro_batch_tokens, score)
+            found = score_rows(rows, config.micro_batch_tokens, model, score)
     scored = with_scores(keys, _UNSOUND, reference=found)
     record_metrics({"time/reference": time.perf_counter() - started, "memory/reference_mb": peak.mib})
     return ReferenceLogprobs.write(scored)

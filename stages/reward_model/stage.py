@@ -166,7 +166,7 @@ def _scores_of(checkpoint: Checkpoint, inputs: Sequence[_Input], config: Scoring
     # B distinct inputs, P places of the one with most.
     scores_BP = torch.zeros(len(distinct), max((len(each.places) for each in distinct), default=0), device=device)
     rows = [Row(each.prompt_ids, each.output_ids) for each in distinct]
-    batches = list(micro_batches(rows, config.micro_batch_tokens))
+    batches = list(micro_batches(rows, config.micro_batch_tokens, model=model))
     for batch, factor in own_share(batches, rank=rank, world_size=world_size):
         check()
         members = [distinct[row].places for row in batch.rows]
@@ -191,16 +191,19 @@ def _resident(checkpoint: Checkpoint, config: ScoringConfig, device: str) -> tor
 
     from stages.training.loop import halve_linear_weights
     from stages.training.scores import score_head
+    from stages.training.sharing import share_prompts
 
     def load() -> torch.nn.Module:
         model: torch.nn.Module = load_model(checkpoint, dtype=torch.float32, attention=config.attention_kind)
+        if config.share_prompts:
+            share_prompts(model)
         model.requires_grad_(False)
         if config.bf16:
             halve_linear_weights(model, spared=[score_head(model)])
         return model.to(device)
 
     slot = {"outcome": "reward_model", "process": "process_reward_model"}[reward_kind(checkpoint)]
-    return resident(slot, (checkpoint.state, config.bf16, device, config.attention_kind), load)
+    return resident(slot, (checkpoint.state, config.bf16, device, config.attention_kind, config.share_prompts), load)
 
 
 def _places(row: Mapping[str, Any], kind: RewardKind) -> list[int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stages.kernels.preference import bradley_terry, pointwise
 from stages.reward_training.examples import BradleyTerryConfig, Example, Pair, RewardObjectiveConfig, Unit, units_of
-from stages.training.batching import Batch, Row, collate, own_share
+from stages.training.batching import Batch, Row, micro_batches, own_share
 from stages.training.engine import Engine, StepReport
 from stages.training.loop import train
 from stages.training.scores import places_in, scores_at
@@ -107,7 +107,10 @@ def _parts(
         pairs += [Pair(start + pair.preferred, start + pair.other, pair.weight) for pair in unit.pairs]
         start += len(unit.examples)
     shares = _pair_shares(pairs, examples, objective)
-    batches = _micro_batches(units, micro_batch_tokens)
+    rows = [Row(example.prompt_ids, example.output_ids) for example in examples]
+    borders = itertools.accumulate((len(unit.examples) for unit in units), initial=0)
+    whole = [range(start, end) for start, end in itertools.pairwise(borders)]
+    batches = list(micro_batches(rows, micro_batch_tokens, model=engine.model, units=whole))
     for batch, factor in own_share(batches, rank=engine.rank, world_size=engine.world_size):
         yield _part(batch, factor, examples, shares, engine.device)
 
@@ -143,20 +146,3 @@ def _part(batch: Batch, factor: float, examples: Sequence[Example], shares: Mapp
         other_P=torch.tensor([place[pair.other] for pair in here], dtype=torch.long, device=device),
         weight_P=torch.tensor([factor * shares[pair] for pair in here], dtype=torch.float64, device=device),
     )
-
-
-def _micro_batches(units: Sequence[Unit], max_tokens: int) -> list[Batch]:
-    """Build micro-batches of at most `max_tokens` tokens, padding included, longest first; a longer unit is one batch."""
-    rows = [Row(example.prompt_ids, example.output_ids) for unit in units for example in unit.examples]
-    borders = itertools.accumulate((len(unit.examples) for unit in units), initial=0)
-    members = [range(start, end) for start, end in itertools.pairwise(borders)]
-    lengths = [max(len(rows[row].prompt_ids) + len(rows[row].output_ids) for row in held) for held in members]
-    batches: list[list[int]] = []
-    room = 0
-    for number in sorted(range(len(units)), key=lambda number: -lengths[number]):
-        if len(members[number]) > room or not batches:
-            batches.append([])
-            room = max_tokens // lengths[number]  # rows; no later unit is longer
-        batches[-1] += members[number]
-        room -= len(members[number])
-    return [collate(rows, indices) for indices in batches]

@@ -171,9 +171,9 @@ def parts_of(rows: list[Row], engine: Engine, config: SFTConfig, curve: Curve) -
     """Cut a batch into this rank's micro-batches, and add its tokens to the curve."""
     from stages.training.batching import micro_batches, own_share
 
-    whole = list(micro_batches(rows, config.micro_batch_tokens))
-    curve.tokens += sum(len(row.prompt_ids) + len(row.output_ids) for row in rows)
-    curve.places += sum(batch.attention_mask_BT.numel() for batch in whole)
+    whole = list(micro_batches(rows, config.micro_batch_tokens, model=engine.model))
+    curve.tokens += sum(batch.tokens for batch in whole)
+    curve.places += sum(batch.input_ids_BT.numel() for batch in whole)
     passes = own_share(whole, rank=engine.rank, world_size=engine.world_size)
     return [
         (batch.to(engine.device), (share * _weights(batch, rows, config)).to(engine.device)) for batch, share in passes

@@ -68,17 +68,26 @@ def load_trainable(checkpoint: Checkpoint, config: TrainingConfig, dtype: torch.
             language model.
     """
     if config.adapter is None:
-        return load_model(checkpoint, dtype=dtype, attention=config.attention_kind), None
+        return _load(checkpoint, config, dtype), None
     if importlib.util.find_spec("peft") is None:
         raise ConfigError(
             "training.adapter: peft is not installed; pip install 'cohort-rl[lora]', or set adapter to null"
         )
     import peft
 
-    model = load_model(checkpoint, dtype=dtype, attention=config.attention_kind)
+    model = _load(checkpoint, config, dtype)
     settings = adapter_settings(model, config.adapter)
     peft.inject_adapter_in_model(peft.LoraConfig(**settings), model)
     return model.eval(), _fill(model, checkpoint, settings, config.adapter.seed)
+
+
+def _load(checkpoint: Checkpoint, config: TrainingConfig, dtype: torch.dtype) -> Any:
+    from stages.training.sharing import share_prompts
+
+    model = load_model(checkpoint, dtype=dtype, attention=config.attention_kind)
+    if config.share_prompts:
+        share_prompts(model)
+    return model
 
 
 def reload_trainable(

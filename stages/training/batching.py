@@ -12,16 +12,20 @@ import functools
 import math
 import random
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from stages.join import KEY, Ragged, key_at
 from stages.tables import DataError, Rollouts
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from stages.training.sharing import Sharing
 
 
 class _OfQuestion(Protocol):
@@ -123,56 +127,134 @@ def with_scores(keys: pa.Table, unsound: str, **columns: Sequence[Sequence[float
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Batch:
-    """A micro-batch; `rows` says which of the given rows it holds, in its own order."""
+    """A micro-batch; `rows` says which of the given rows it holds, in its own order.
+
+    Every row is one of the tensors' rows; or all are in one, behind the prompts that they share (`sharing`).
+    """
 
     input_ids_BT: Tensor
-    attention_mask_BT: Tensor
-    """1 on tokens, 0 on padding (int64, as models expect it)."""
+    attention_mask: Tensor
+    """1 on tokens, 0 on padding (int64, as models expect it). With `sharing`, which attention reads instead: a single 1."""
     position_ids_BT: Tensor
-    target_mask_BT: Tensor
-    """True on output tokens: the ones that are predicted."""
     output_mask_BO: Tensor
     """True where row b has an output token o: the layout of everything computed per output token."""
-    target_index_N: Tensor
-    """Positions of the output tokens in the flattened [B*T], row after row; the logits before each predict it."""
+    source_index_N: Tensor
+    """Where the token before each output token is in the flattened [B*T], row after row: its logits predict that one."""
     targets_N: Tensor
-    """The output tokens themselves, in the order of `target_index_N`."""
+    """The output tokens themselves, in the order of `source_index_N`."""
+    starts: tuple[int, ...]
+    """Where each row's first output token is in the flattened [B*T]."""
     rows: tuple[int, ...]
+    sharing: Sharing | None = None
+    """Where attention finds the tokens, if rows share prompts."""
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are computed, padding not counted."""
+        return int(self.attention_mask.sum()) if self.sharing is None else self.input_ids_BT.numel()
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a model is called with."""
+        shared = {} if self.sharing is None else {"sharing": self.sharing}
+        ids, positions = self.input_ids_BT, self.position_ids_BT
+        return {"input_ids": ids, "attention_mask": self.attention_mask, "position_ids": positions, **shared}
 
     def to(self, device: str) -> Batch:
         """Return the batch on a device."""
         if device == "cpu":
             return self
-        names = [field.name for field in dataclasses.fields(self) if field.name != "rows"]
-        moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved: dict[str, Any] = {
+            name: part.to(device, non_blocking=True) for name, part in parts.items() if hasattr(part, "to")
+        }
         return dataclasses.replace(self, **moved)
 
 
-def micro_batches(rows: Sequence[Row], max_tokens: int, *, together: int = 1) -> Iterator[Batch]:
+def micro_batches(
+    rows: Sequence[Row],
+    max_tokens: int,
+    *,
+    model: torch.nn.Module | None = None,
+    units: Sequence[Sequence[int]] | None = None,
+) -> Iterator[Batch]:
     """Cut `rows` into micro-batches of at most `max_tokens` tokens, padding included, longest rows first.
 
     Rows of like length share a batch, so that little is padded; what does not fit into memory fails at once. A unit longer
-    than the budget makes a batch of its own. Equal lengths keep their order.
+    than the budget makes a batch of its own. Equal lengths keep their order. Where prompts are shared, rows of one prompt
+    follow one another, the prompt with the longest row first, and a prompt counts once a batch.
 
     Args:
-        together: rows k * together .. (k + 1) * together - 1 form a unit, placed by its longest row, that no cut divides (2 for
-            preference pairs).
+        model: what computes them: it forwards a prompt that several rows have once a batch, if it can. None: never.
+        units: indices of rows that no cut divides, of one prompt each (preference pairs). None: every row by itself.
 
     Raises:
-        ValueError: a row without prompt or without output, by its index; rows that do not divide into units.
+        ValueError: a row without prompt or without output, by its index.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, found {max_tokens}")
-    if together < 1 or len(rows) % together:
-        raise ValueError(f"together: expected a positive divisor of {len(rows)} (the rows), found {together}")
-    units = [range(start, start + together) for start in range(0, len(rows), together)]
-    lengths = [max(len(rows[index].prompt_ids) + len(rows[index].output_ids) for index in unit) for unit in units]
-    order = sorted(range(len(units)), key=lambda unit: -lengths[unit])
-    start = 0
-    while start < len(order):
-        size = max(1, max_tokens // max(1, together * lengths[order[start]]))
-        yield collate(rows, [index for unit in order[start : start + size] for index in units[unit]])
-        start += size
+    shared = model is not None and _sharing_saves(rows, model)
+    for indices in _cut(rows, [[row] for row in range(len(rows))] if units is None else units, max_tokens, shared):
+        yield collate(rows, indices, shared=shared)
+
+
+def _sharing_saves(rows: Sequence[Row], model: torch.nn.Module) -> bool:
+    """Return whether several rows have one prompt, and the model can forward it once."""
+    from stages.training.sharing import longest_shared
+
+    repeated = len({tuple(row.prompt_ids) for row in rows}) < len(rows)
+    return repeated and max(map(_length, rows)) <= longest_shared(model)
+
+
+def _length(row: Row) -> int:
+    return len(row.prompt_ids) + len(row.output_ids)
+
+
+class _Size(NamedTuple):
+    """What a micro-batch that is being filled holds."""
+
+    rows: int = 0
+    longest: int = 0
+    """Of prompts with their outputs, in tokens."""
+    output: int = 0
+    """The longest output."""
+    prompts: int = 0
+    """How many distinct ones."""
+    prompt: int = 0
+    """The longest."""
+
+    def plus(self, held: Sequence[Row], *, new_prompt: bool) -> Self:
+        return self._replace(
+            rows=self.rows + len(held),
+            longest=max(self.longest, *map(_length, held)),
+            output=max(self.output, *(len(row.output_ids) for row in held)),
+            prompts=self.prompts + new_prompt,
+            prompt=max(self.prompt, *(len(row.prompt_ids) for row in held)),
+        )
+
+    def tokens(self, *, shared: bool) -> int:
+        """Return the tokens that it is computed as, padding included."""
+        return self.prompts * self.prompt + self.rows * self.output if shared else self.rows * self.longest
+
+
+def _cut(rows: Sequence[Row], units: Sequence[Sequence[int]], max_tokens: int, shared: bool) -> Iterator[list[int]]:
+    """Yield the indices of the rows of each micro-batch."""
+    order = sorted(units, key=lambda unit: -max(_length(rows[index]) for index in unit))
+    if shared:
+        together: dict[tuple[int, ...], list[Sequence[int]]] = {}
+        for unit in order:
+            together.setdefault(tuple(rows[unit[0]].prompt_ids), []).append(unit)
+        order = [unit for members in together.values() for unit in members]
+    held, size, last = list[int](), _Size(), None
+    for unit in order:
+        members, prompt = [rows[index] for index in unit], rows[unit[0]].prompt_ids
+        grown = size.plus(members, new_prompt=prompt != last)
+        if held and grown.tokens(shared=shared) > max_tokens:
+            yield held
+            held, grown = [], _Size().plus(members, new_prompt=True)
+        held, size, last = [*held, *unit], grown, prompt
+    if held:
+        yield held
 
 
 def own_share(batches: Sequence[Batch], *, rank: int, world_size: int) -> list[tuple[Batch, float]]:
@@ -187,33 +269,73 @@ def own_share(batches: Sequence[Batch], *, rank: int, world_size: int) -> list[t
     return own
 
 
-def collate(rows: Sequence[Row], indices: Sequence[int]) -> Batch:
-    """Return one batch of the rows named by `indices`, padded to the longest of them."""
+def collate(rows: Sequence[Row], indices: Sequence[int], *, shared: bool = False) -> Batch:
+    """Return one batch of the rows named by `indices`: each padded to the longest, or in one row behind their prompts."""
     import torch
 
-    prompts = np.array([len(rows[index].prompt_ids) for index in indices])
-    outputs = np.array([len(rows[index].output_ids) for index in indices])
-    for index, prompt, output in zip(indices, prompts, outputs, strict=True):
-        if not prompt or not output:
-            raise ValueError(f"row {index} has {prompt} prompt and {output} output tokens; both need at least one")
-    ends = prompts + outputs
-    columns = np.arange(ends.max())
-    used_BT = columns < ends[:, None]
-    target_BT = used_BT & (columns >= prompts[:, None])
+    held = [rows[index] for index in indices]
+    for index, (prompt, output) in zip(indices, held, strict=True):
+        if not len(prompt) or not len(output):
+            raise ValueError(
+                f"row {index} has {len(prompt)} prompt and {len(output)} output tokens; both need at least one"
+            )
+    outputs = np.array([len(row.output_ids) for row in held])
+    layout = _in_one_row(held, outputs) if shared else _in_rows(held, outputs)
+    begins = np.cumsum(outputs) - outputs
+    source_N = np.repeat(layout.starts - begins, outputs) + np.arange(outputs.sum()) - 1
+    source_N[begins] = layout.ends  # an output's first token follows its prompt, wherever that is
+    return Batch(
+        input_ids_BT=torch.from_numpy(layout.ids_BT),
+        attention_mask=torch.from_numpy(layout.mask),
+        position_ids_BT=torch.from_numpy(layout.positions_BT),
+        output_mask_BO=torch.from_numpy(np.arange(outputs.max()) < outputs[:, None]),
+        source_index_N=torch.from_numpy(source_N),
+        targets_N=torch.from_numpy(np.concatenate([row.output_ids for row in held])),
+        starts=tuple(layout.starts.tolist()),
+        rows=tuple(indices),
+        sharing=layout.sharing,
+    )
+
+
+class _Layout(NamedTuple):
+    """Where tokens are; places are in the flattened [B*T]."""
+
+    ids_BT: NDArray[np.int64]
+    mask: NDArray[np.int64]
+    positions_BT: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    """Of each row's prompt: its last token."""
+    starts: NDArray[np.int64]
+    """Of each row's output: its first token."""
+    sharing: Sharing | None = None
+
+
+def _in_rows(held: Sequence[Row], outputs: NDArray[np.int64]) -> _Layout:
+    prompts = np.array([len(row.prompt_ids) for row in held])
+    columns = np.arange((prompts + outputs).max())
+    used_BT = columns < (prompts + outputs)[:, None]
     ids_BT = np.zeros(used_BT.shape, dtype=np.int64)  # any token may pad: it is masked
     # A boolean mask is filled in row-major order: row after row, left to right.
-    ids_BT[used_BT] = np.concatenate([part for index in indices for part in rows[index]])
-    (target_index_N,) = np.nonzero(target_BT.reshape(-1))
-    return Batch(
-        input_ids_BT=torch.from_numpy(ids_BT),
-        attention_mask_BT=torch.from_numpy(used_BT.astype(np.int64)),
-        position_ids_BT=torch.from_numpy(np.broadcast_to(columns, ids_BT.shape).copy()),
-        target_mask_BT=torch.from_numpy(target_BT),
-        output_mask_BO=torch.from_numpy(np.arange(outputs.max()) < outputs[:, None]),
-        target_index_N=torch.from_numpy(target_index_N),
-        targets_N=torch.from_numpy(ids_BT.reshape(-1)[target_index_N]),
-        rows=tuple(indices),
-    )
+    ids_BT[used_BT] = np.concatenate([part for row in held for part in row])
+    positions_BT = np.broadcast_to(columns, ids_BT.shape).copy()
+    starts = np.arange(len(held)) * len(columns) + prompts
+    return _Layout(ids_BT, used_BT.astype(np.int64), positions_BT, starts - 1, starts)
+
+
+def _in_one_row(held: Sequence[Row], outputs: NDArray[np.int64]) -> _Layout:
+    from stages.training.sharing import Sharing
+
+    numbers: dict[tuple[int, ...], int] = {}
+    prompt_B = np.array([numbers.setdefault(tuple(row.prompt_ids), len(numbers)) for row in held])
+    prompts = np.array([len(prompt) for prompt in numbers])
+    ids = np.concatenate([*numbers, *(row.output_ids for row in held)])
+    sizes = np.concatenate([prompts, outputs])
+    begins = np.cumsum(sizes) - sizes
+    positions = np.arange(len(ids)) - np.repeat(begins, sizes)
+    positions[prompts.sum() :] += np.repeat(prompts[prompt_B], outputs)
+    starts, ends = begins[len(prompts) :], np.cumsum(prompts) - 1
+    one = np.ones((1, 1, 1, 1), dtype=np.int64)  # of four dimensions: transformers hands it through as it is
+    return _Layout(ids[None], one, positions[None], ends[prompt_B], starts, Sharing.of(prompts, outputs, prompt_B))
 
 
 def spread(values_N: Tensor, mask_BO: Tensor) -> Tensor:

@@ -166,6 +166,10 @@ class ComputeConfig(Config):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention implementation; the choice changes last bits only. `auto`: sdpa on a CUDA device, where it needs no memory for
     T^2 weights; eager on a CPU, where it has the faster backward at small sizes."""
+    share_prompts: bool = True
+    """Forward a prompt once for all of its outputs in a micro-batch: P + G R tokens in place of G (P + R). Values and gradients
+    are those of separate sequences but for the last bits. Where no prompt repeats, where attention is flash_attention_2, and
+    for architectures that it is not known for (`stages/training/sharing.py`), every output has a sequence of its own."""
     threads: PositiveInt | Literal["auto"] = "auto"
     """Torch threads on a CPU; the number changes the order of sums, and so the last bits. `auto`: torch's own choice, at most
     the cores that a container grants."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from stages.kernels.head import HeadScores, LogitTransform, head_logprobs
 from stages.kernels.logprobs import entropies, token_logprobs
 from stages.tables import Rollouts
 from stages.training.batching import Batch, spread
+from stages.training.sharing import Sharing
 
 _HIGHEST = 64.0
 """Where the ramp ends: a power of two, so that a factor is read off its last value without rounding."""
@@ -66,8 +67,8 @@ def completion_logprobs(
 
 
 def _in_full(model: nn.Module, batch: Batch, temperature: float, with_entropy: bool) -> HeadScores:
-    with head_only_at(model, batch.target_index_N - 1):
-        logits_NV = logits_of(model, batch.input_ids_BT, batch.attention_mask_BT, batch.position_ids_BT).squeeze(0)
+    with head_only_at(model, batch.source_index_N):
+        logits_NV = logits_of(model, batch.inputs).squeeze(0)
     logp_N = token_logprobs(logits_NV, batch.targets_N, temperature=temperature)
     return HeadScores(logp_N, entropies(logits_NV, temperature=temperature) if with_entropy else None)
 
@@ -143,7 +144,7 @@ def chunked_scores(
     found: list[HeadScores] = []
 
     def score(hidden_BTH: Tensor) -> Tensor:
-        hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, batch.target_index_N - 1)
+        hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, batch.source_index_N)
         scores = head_logprobs(
             hidden_NH,
             head.weight,
@@ -163,7 +164,7 @@ def chunked_scores(
 
     ramp = _ramp(head)
     with _replaced(head, score, keep):
-        seen = logits_of(model, batch.input_ids_BT, batch.attention_mask_BT, batch.position_ids_BT)
+        seen = logits_of(model, batch.inputs)
     if len(found) != 1 or not _agrees(transform, ramp, seen):
         raise RuntimeError(
             f"{type(model).__name__}: what the model does to its logits is no longer what was measured ({transform}); "
@@ -204,7 +205,8 @@ def _measure(model: nn.Module, head: nn.Module) -> LogitTransform | None:
         return ramp
 
     with _replaced(head, None, follow):
-        seen = logits_of(model, ids, torch.ones_like(ids), torch.arange(2, device=ramp.device).unsqueeze(0))
+        positions = torch.arange(2, device=ramp.device).unsqueeze(0)
+        seen = logits_of(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions})
     if len(calls) != 1 or seen.shape != ramp.shape:
         return None
     text = getattr(model, "module", model).config.get_text_config()  # type: ignore[union-attr, operator]
@@ -228,9 +230,14 @@ def _ramp(head: Any) -> Tensor:
     return torch.linspace(-_HIGHEST, _HIGHEST, head.out_features, dtype=dtype, device=head.weight.device)[None, None]
 
 
-def logits_of(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor) -> Tensor:
+def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """Return what the model makes of a batch, under whatever hooks its head has."""
-    logits: Tensor = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False).logits
+    logits: Tensor = model(**inputs, use_cache=False).logits
+    sharing: Sharing | None = inputs.get("sharing")
+    if sharing is not None and not sharing.masks:
+        raise RuntimeError(
+            f"{type(model).__name__}: its attention ignored shared prompts; set training.share_prompts to false"
+        )
     return logits
 
 

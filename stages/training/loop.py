@@ -81,7 +81,8 @@ def reference_model(reference: Checkpoint, config: TrainingConfig, place: str) -
                 tensor.data = tensor.data.pin_memory()
         return model.to(place)
 
-    return resident("reference", (reference.state, config.bf16, place, config.attention_kind, config.adapter), load)
+    kind = (config.bf16, config.attention_kind, config.share_prompts, config.adapter)
+    return resident("reference", (reference.state, place, *kind), load)
 
 
 def halve_linear_weights(model: torch.nn.Module, *, spared: Collection[torch.nn.Module] = ()) -> None:
@@ -220,7 +221,11 @@ def _digest_of_rank_zero(digest: str, device: str) -> str:
 
 @torch.no_grad()
 def score_rows(
-    rows: Sequence[Row], max_tokens: int, score: Callable[[Batch], Tensor], engine: Engine | None = None
+    rows: Sequence[Row],
+    max_tokens: int,
+    model: torch.nn.Module,
+    score: Callable[[Batch], Tensor],
+    engine: Engine | None = None,
 ) -> list[list[float]]:
     """Return the values of `score` for each row, one per output token, in the order of `rows`.
 
@@ -229,6 +234,7 @@ def score_rows(
 
     Args:
         max_tokens: padded tokens of a micro-batch.
+        model: what `score` computes with.
         score: values of a micro-batch in the layout [B, O] of its output mask.
         engine: whose ranks share the work; None: those of this process's group, where it is in one.
     """
@@ -237,7 +243,8 @@ def score_rows(
         places.setdefault((tuple(row.prompt_ids), tuple(row.output_ids)), []).append(index)
     distinct = [Row(*ids) for ids in places]
     place = place_among_ranks() if engine is None else (engine.rank, engine.world_size)
-    scored = _score_distinct(distinct, max_tokens, score, *place)
+    batches = list(micro_batches(distinct, max_tokens, model=model))
+    scored = _score_distinct(distinct, own_share(batches, rank=place[0], world_size=place[1]), score, place[1])
     found: list[list[float]] = [[] for _ in rows]
     for row, equal, values in zip(distinct, places.values(), scored, strict=True):
         for index in equal:
@@ -246,14 +253,14 @@ def score_rows(
 
 
 def _score_distinct(
-    rows: Sequence[Row], max_tokens: int, score: Callable[[Batch], Tensor], rank: int, world_size: int
+    rows: Sequence[Row], share: Iterable[tuple[Batch, float]], score: Callable[[Batch], Tensor], world_size: int
 ) -> list[list[float]]:
     """Return values by row, padded to the longest output."""
     if not rows:
         return []
     longest = max(len(row.output_ids) for row in rows)
     table: Tensor | None = None
-    for batch, factor in own_share(list(micro_batches(rows, max_tokens)), rank=rank, world_size=world_size):
+    for batch, factor in share:
         check()
         values_BO = score(batch)
         table = values_BO.new_zeros(len(rows), longest) if table is None else table

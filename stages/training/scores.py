@@ -26,9 +26,7 @@ def places_in(batch: Batch, places: Sequence[Sequence[int]]) -> Tensor:
     Args:
         places: for each row of the batch, in its order, indices into its output ids.
     """
-    columns = batch.input_ids_BT.shape[1]
-    starts = batch.target_mask_BT.int().argmax(-1).tolist()  # the first output token's column
-    flat = [row * columns + starts[row] + place for row, named in enumerate(places) for place in named]
+    flat = [start + place for start, named in zip(batch.starts, places, strict=True) for place in named]
     return torch.tensor(flat, dtype=torch.long)
 
 
@@ -38,7 +36,7 @@ def scores_at(model: torch.nn.Module, batch: Batch, positions_N: Tensor) -> Tens
     A sequence classifier is read at exactly one position of each row, in the order of rows.
     """
     with _head_at(model, positions_N):
-        return logits_of(model, batch.input_ids_BT, batch.attention_mask_BT, batch.position_ids_BT).flatten()
+        return logits_of(model, batch.inputs).flatten()
 
 
 def score_head(model: Any) -> torch.nn.Linear:
@@ -71,10 +69,11 @@ def _head_at(model: torch.nn.Module, positions_N: Tensor) -> Iterator[None]:
     pools = type(inner).__name__.endswith("ForSequenceClassification")
 
     def forward(hidden_BTH: Tensor) -> Tensor:
+        rows, tokens, _ = hidden_BTH.shape
         hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, positions_N)
         with torch.autocast(hidden_NH.device.type, enabled=False):
             score_N1 = F.linear(hidden_NH.to(head.weight.dtype), head.weight, head.bias)
-        return score_N1[:, None].expand(-1, hidden_BTH.shape[1], -1) if pools else score_N1
+        return score_N1.view(rows, 1, -1).expand(-1, tokens, -1) if pools else score_N1
 
     config = inner.config.get_text_config()
     before, padding = head.__dict__.get("forward"), config.pad_token_id

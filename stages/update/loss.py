@@ -132,7 +132,8 @@ class MiniBatch:
         """
         computed = drop_idle(examples) if method.skips_idle else list(examples)
         rows = [Row(example.prompt_ids, example.output_ids) for example in computed]
-        whole = list(micro_batches(rows, config.micro_batch_tokens, together=2 if method.pairs else 1))
+        units = [(first, first + 1) for first in range(0, len(rows), 2)] if method.pairs else None
+        whole = list(micro_batches(rows, config.micro_batch_tokens, model=engine.model, units=units))
         parts = []
         for batch, factor in own_share(whole, rank=engine.rank, world_size=engine.world_size):
             parts.append(_micro_batch(batch, computed, examples, method).to(engine.device).share(factor))

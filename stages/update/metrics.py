@@ -190,8 +190,8 @@ class UpdateMetrics:
         ratio_N = surrogate.ratio_BT[part.batch.output_mask_BO]
         self.ratio_max = max(self.ratio_max, float(ratio_N.max()))
         self.ratio_min = min(self.ratio_min, float(ratio_N.min()))
-        self.tokens += int(part.batch.attention_mask_BT.sum())
-        self.places += part.batch.attention_mask_BT.numel()
+        self.tokens += part.batch.tokens
+        self.places += part.batch.input_ids_BT.numel()
         if part.recorded is not None:
             self.mismatch.add(terms.old_logp_BO, part.batch.output_mask_BO, part.recorded.logp_RO, part.recorded.row_R)
 

@@ -113,7 +113,7 @@ def test_bf16_scores_are_those_of_float32_weights_bit_for_bit(
         {"outcome": "reward_model"}.get(kind, f"{kind}_reward_model"),
     )
     found = score_outputs(outputs_of(rows), base, [model], config)
-    weights = kept(slot, (model.state, True, training_device(), config.attention_kind))
+    weights = kept(slot, (model.state, True, training_device(), config.attention_kind, config.share_prompts))
     assert {name.split(".")[-2] for name, weight in weights.named_parameters() if weight.dtype == torch.bfloat16} == {
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     }
@@ -175,9 +175,9 @@ def test_equal_outputs_score_equally_and_cost_one_forward(store: Store, monkeypa
     batched: list[int] = []
     real = batching.micro_batches
 
-    def counting(rows: Any, max_tokens: int) -> Any:
+    def counting(rows: Any, max_tokens: int, **how: Any) -> Any:
         batched.append(len(rows))
-        return real(rows, max_tokens)
+        return real(rows, max_tokens, **how)
 
     monkeypatch.setattr(batching, "micro_batches", counting)
     base = tiny_checkpoint()

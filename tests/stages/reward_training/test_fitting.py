@@ -10,7 +10,7 @@ import pytest
 
 from stages.reward_training import BradleyTerryConfig, PointwiseConfig, RewardObjectiveConfig
 from stages.reward_training.examples import Example, units_of
-from stages.reward_training.fitting import _micro_batches, _parts
+from stages.reward_training.fitting import _parts
 
 
 @dataclass
@@ -20,6 +20,7 @@ class Rank:
     rank: int
     world_size: int
     device: str = "cpu"
+    model: Any = None
 
 
 def examples() -> list[Example]:
@@ -91,7 +92,7 @@ def test_matched_pairs_use_each_output_once() -> None:
 def test_micro_batches_hold_whole_units_within_the_budget(objective: RewardObjectiveConfig) -> None:
     units = units_of(examples(), objective)
     largest = max(len(unit.examples) for unit in units)
-    batches = _micro_batches(units, 40)
+    batches = [part.batch for part in _parts(units, cast(Any, Rank(0, 1)), 40, objective)]
     assert sorted(row for batch in batches for row in batch.rows) == list(range(sum(len(u.examples) for u in units)))
     assert all(batch.input_ids_BT.numel() <= 40 or len(batch.rows) == largest for batch in batches)
     starts = [0]

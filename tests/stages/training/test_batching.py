@@ -13,11 +13,10 @@ def test_masks_and_targets_follow_from_lengths_by_hand() -> None:
     # 0 pads, and is also a token of the second row: its mask must come from lengths.
     batch = collate([Row([5, 6], [7]), Row([8], [0, 9, 0])], [0, 1])
     assert batch.input_ids_BT.tolist() == [[5, 6, 7, 0], [8, 0, 9, 0]]
-    assert batch.attention_mask_BT.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert batch.position_ids_BT.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
-    assert batch.target_mask_BT.tolist() == [[False, False, True, False], [False, True, True, True]]
     assert batch.output_mask_BO.tolist() == [[True, False, False], [True, True, True]]
-    assert batch.target_index_N.tolist() == [2, 5, 6, 7]
+    assert (batch.source_index_N.tolist(), batch.starts, batch.tokens) == ([1, 4, 5, 6], (2, 5), 7)
     assert batch.targets_N.tolist() == [7, 0, 9, 0]
 
 
@@ -32,7 +31,7 @@ def test_a_row_longer_than_the_budget_makes_a_batch_of_its_own() -> None:
     batches = list(micro_batches([Row([1], [2] * 9), Row([1], [2])], max_tokens=4))
     assert [batch.rows for batch in batches] == [(0,), (1,)]
     rows = [Row([1], [2] * 9)] * 3
-    assert [batch.rows for batch in micro_batches(rows, max_tokens=4, together=3)] == [(0, 1, 2)]
+    assert [batch.rows for batch in micro_batches(rows, max_tokens=4, units=[range(3)])] == [(0, 1, 2)]
 
 
 @pytest.mark.parametrize("row", [Row([], [1]), Row([1], [])])
@@ -44,16 +43,10 @@ def test_a_row_without_prompt_or_output_is_refused_by_its_index(row: Row) -> Non
 def test_units_stay_whole_in_order_and_are_placed_by_their_longest_row() -> None:
     # Three pairs of 2 and 3, 9 and 2, 4 and 5 tokens.
     rows = [Row([1], [2] * (length - 1)) for length in (2, 3, 9, 2, 4, 5)]
-    batches = list(micro_batches(rows, max_tokens=20, together=2))
+    batches = list(micro_batches(rows, max_tokens=20, units=[(0, 1), (2, 3), (4, 5)]))
     # 20 tokens hold one pair padded to 9 (18), then both pairs padded to 5 (20).
     assert [batch.rows for batch in batches] == [(2, 3), (4, 5, 0, 1)]
     assert [tuple(batch.input_ids_BT.shape) for batch in batches] == [(2, 9), (4, 5)]
-
-
-@pytest.mark.parametrize("together", [2, 0, -3])
-def test_rows_that_do_not_divide_into_units_are_refused(together: int) -> None:
-    with pytest.raises(ValueError, match=f"3 .* found {together}"):
-        list(micro_batches([Row([1], [2])] * 3, max_tokens=9, together=together))
 
 
 @pytest.mark.claim("the last batch dropped or counted twice")

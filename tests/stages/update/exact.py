@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stages.training.engine import StepReport
 from stages.training.loop import optimizer_step
+from stages.training.sharing import share_prompts
 from stages.update.config import UpdateConfig
 from stages.update.loss import Example, MiniBatch, policy_loss
 from stages.update.metrics import UpdateMetrics
@@ -85,6 +86,7 @@ def policy_model(seed: int = 0) -> Any:
 def _made(seed: int) -> Any:
     model = tiny_model().double()
     model.set_attn_implementation("sdpa")  # the eager one has its softmax in float32, whatever the model's precision
+    share_prompts(model)  # definitions are computed by rows, so that each of these tests compares the two as well
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

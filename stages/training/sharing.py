@@ -1,0 +1,202 @@
+"""Forward a prompt once for all outputs that share it: P + G R tokens in place of G (P + R).
+
+The tokens of a micro-batch form one row without padding: its distinct prompts, then its outputs. Layers that treat every token
+by itself compute just that row. Attention puts the tokens in their places: a prompt attends to itself; an output to its prompt
+and to itself, by the attention that the architecture has. Positions go on from the prompt's end, so values and gradients are
+those of separate sequences but for the order of sums.
+
+Shapes: T tokens of the row, Q distinct prompts, P the longest, B outputs, R the longest; S = Q P + B R places, padding
+included; h heads of size d.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, Final, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+ARCHITECTURES: Final = frozenset(
+    ("gemma", "gemma2", "gemma3_text", "gpt_neox", "granite", "llama", "mistral", "olmo2", "phi", "phi3")
+    + ("qwen2", "qwen3", "smollm3", "starcoder2")
+)
+"""`model_type` of models whose layers are attention over all tokens before and layers that treat every token by itself."""
+_NAMES: Final = {kind: f"cohort_shared_{kind}" for kind in ("eager", "sdpa")}
+"""Names of `_attention(kind)` among the implementations of transformers."""
+
+
+def share_prompts(model: nn.Module) -> None:
+    """Let the model compute rows with a `Sharing`, and others as before.
+
+    Nothing changes where it is of an unknown architecture or of code of its own, nor where flash-attn computes it.
+    """
+    config: Any = model.config
+    known = config.model_type in ARCHITECTURES and type(model).__module__.startswith("transformers.models.")
+    if known and config._attn_implementation in _NAMES:
+        config._attn_implementation = _NAMES[config._attn_implementation]
+
+
+def longest_shared(model: nn.Module) -> float:
+    """Return the longest sequence, in tokens, whose prompt the model can share: 0 if none."""
+    config: Any = getattr(model, "module", model).config
+    if config._attn_implementation not in _NAMES.values():
+        return 0
+    # Up to a sliding window's length attention is over all tokens before.
+    return getattr(config, "sliding_window", None) or math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharing:
+    """Say where attention has the tokens of a row: place s holds token `token_S[s]`, or padding."""
+
+    token_S: Tensor
+    """Q x P places of prompts, then B x R of outputs."""
+    padding_S: Tensor
+    """True where a place holds no token."""
+    place_T: Tensor
+    """The place of each token."""
+    prompt_B: Tensor
+    """Which of the prompts an output goes on from."""
+    prompts: tuple[int, int]
+    """Q, P."""
+    outputs: tuple[int, int]
+    """B, R."""
+    sees_Q1PP: Tensor
+    """True where a prompt's token attends to one."""
+    sees_B1RK: Tensor
+    """True where an output's token attends to one of its prompt or its own, K = P + R."""
+    padded: bool
+    """Whether any place holds no token."""
+    masks: dict[tuple[str, torch.dtype], Tensor] = dataclasses.field(default_factory=dict, compare=False)
+    """The two as the model's attention takes them, by name and type: made once, read by every layer."""
+
+    @classmethod
+    def of(cls, prompts: NDArray[np.int64], outputs: NDArray[np.int64], prompt_B: NDArray[np.int64]) -> Self:
+        """Lay out a row, given the lengths of its prompts and outputs and each output's prompt."""
+        longest, most = int(prompts.max()), int(outputs.max())
+        used_QP, used_BR = np.arange(longest) < prompts[:, None], np.arange(most) < outputs[:, None]
+        used_S = np.concatenate([used_QP.reshape(-1), used_BR.reshape(-1)])
+        token_S = np.where(used_S, np.cumsum(used_S) - 1, 0)
+        before_PP, before_RR = (np.tri(size, dtype=bool) for size in (longest, most))
+        own_B1RR = np.broadcast_to(before_RR, (len(outputs), 1, most, most))
+        given_B1RP = np.broadcast_to(used_QP[prompt_B][:, None, None], (len(outputs), 1, most, longest))
+        return cls(
+            token_S=torch.from_numpy(token_S),
+            padding_S=torch.from_numpy(~used_S),
+            place_T=torch.from_numpy(np.flatnonzero(used_S)),
+            prompt_B=torch.from_numpy(prompt_B),
+            prompts=used_QP.shape,
+            outputs=used_BR.shape,
+            # Padding is on the right: no token sees it. What padding sees matters to nobody, but it has to see something.
+            sees_Q1PP=torch.from_numpy(before_PP).expand(len(prompts), 1, -1, -1),
+            sees_B1RK=torch.from_numpy(np.concatenate([given_B1RP, own_B1RR], axis=-1)),
+            padded=not used_S.all(),
+        )
+
+    def to(self, device: str, *, non_blocking: bool = False) -> Self:
+        """Return the layout on a device."""
+        moved: dict[str, Any] = {
+            field.name: part.to(device, non_blocking=non_blocking)
+            for field in dataclasses.fields(self)
+            if isinstance(part := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved, masks={})
+
+    def mask(self, name: str, kind: str, dtype: torch.dtype) -> Tensor:
+        """Return a mask as an implementation of attention takes it."""
+        if (name, dtype) not in self.masks:
+            sees: Tensor = getattr(self, name)
+            blank = torch.zeros((), dtype=dtype, device=sees.device)
+            self.masks[name, dtype] = sees if kind == "sdpa" else torch.where(sees, blank, torch.finfo(dtype).min)
+        return self.masks[name, dtype]
+
+    def place(self, states_1hTd: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the states of prompts `[Q, P, h, d]` and outputs `[B, R, h, d]`."""
+        states_Thd = states_1hTd.squeeze(0).transpose(0, 1)
+        states_Shd = _Placed.apply(states_Thd, self) if self.padded else states_Thd  # type: ignore[no-untyped-call]
+        border = self.prompts[0] * self.prompts[1]
+        return states_Shd[:border].unflatten(0, self.prompts), states_Shd[border:].unflatten(0, self.outputs)
+
+    def in_a_row(self, prompts_QPhd: Tensor, outputs_BRhd: Tensor) -> Tensor:
+        """Return what `place` took apart: `[1, T, h, d]`."""
+        states_Shd = torch.cat([prompts_QPhd.flatten(0, 1), outputs_BRhd.flatten(0, 1)])
+        return (_Listed.apply(states_Shd, self) if self.padded else states_Shd).unsqueeze(0)  # type: ignore[no-untyped-call]
+
+
+class _Placed(torch.autograd.Function):
+    """Copy tokens to their places. A token has one place, so that its gradient is read there: nothing is summed."""
+
+    @staticmethod
+    def forward(ctx: Any, states_Thd: Tensor, sharing: Sharing) -> Tensor:
+        ctx.sharing = sharing
+        return states_Thd.index_select(0, sharing.token_S)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].index_select(0, ctx.sharing.place_T), None
+
+
+class _Listed(torch.autograd.Function):
+    """Copy tokens from their places; padding has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, states_Shd: Tensor, sharing: Sharing) -> Tensor:
+        ctx.sharing = sharing
+        return states_Shd.index_select(0, sharing.place_T)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient_Shd = gradients[0].index_select(0, ctx.sharing.token_S)
+        return gradient_Shd.masked_fill_(ctx.sharing.padding_S[:, None, None], 0.0), None
+
+
+def _attention(kind: str) -> Callable[..., tuple[Tensor, Any]]:
+    def attend(
+        module: nn.Module,
+        query_1hTd: Tensor,
+        key_1hTd: Tensor,
+        value_1hTd: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        sharing: Sharing | None = None,
+        **settings: Any,
+    ) -> tuple[Tensor, Any]:
+        own = ALL_ATTENTION_FUNCTIONS[kind] if kind == "sdpa" else _eager(module)
+        if sharing is None:
+            plain: tuple[Tensor, Any] = own(module, query_1hTd, key_1hTd, value_1hTd, attention_mask, **settings)
+            return plain
+        (query_Q, query_B), (key_Q, key_B), (value_Q, value_B) = map(sharing.place, (query_1hTd, key_1hTd, value_1hTd))
+
+        def attended(query: Tensor, key: Tensor, value: Tensor, name: str) -> Tensor:
+            given = (states.transpose(1, 2) for states in (query, key, value))
+            states_BThd: Tensor = own(module, *given, sharing.mask(name, kind, query.dtype), **settings)[0]
+            return states_BThd
+
+        def behind_prompts(prompts: Tensor, outputs: Tensor) -> Tensor:
+            return torch.cat([prompts.index_select(0, sharing.prompt_B), outputs], dim=1)
+
+        prompts_QPhd = attended(query_Q, key_Q, value_Q, "sees_Q1PP")
+        keys, values = behind_prompts(key_Q, key_B), behind_prompts(value_Q, value_B)
+        return sharing.in_a_row(prompts_QPhd, attended(query_B, keys, values, "sees_B1RK")), None
+
+    return attend
+
+
+def _eager(module: nn.Module) -> Callable[..., Any]:
+    """Return the attention that the architecture of a module has by itself, with its soft caps."""
+    own: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+    return own
+
+
+for _kind, _name in _NAMES.items():
+    AttentionInterface.register(_name, _attention(_kind))
+    AttentionMaskInterface.register(_name, ALL_MASK_ATTENTION_FUNCTIONS[_kind])

@@ -24,7 +24,7 @@ from typing import Any, Final
 
 from benchmarks.plan_worker import Case
 from flows.planning.machine import DeviceProfile, read_profile
-from flows.planning.memory import Batch, hf_memory, training_memory
+from flows.planning.memory import Batch, hf_memory, sharing, training_memory
 from flows.planning.shapes import shape_of
 from flows.planning.work import decoding_work, scoring_work, seconds_of, training_work
 from stages.rollout import HFBackendConfig
@@ -130,7 +130,8 @@ def planned(case: Case, profile: DeviceProfile | None) -> dict[str, float]:
     shape = shape_of({**case.shape, "model_type": "qwen2"}, case.name)
     config = TrainingConfig.model_validate(case.training)
     rows, prompt, output, budget = case.rows, case.prompt, case.output, case.micro_batch_tokens
-    batch = Batch.of(rows, prompt, output, budget)
+    group = 1 if case.stage == "sft" else case.group
+    batch = Batch.of(rows, prompt, output, budget, sharing(config, group))
     match case.stage:
         case "rollout":
             memory = hf_memory(
@@ -157,11 +158,9 @@ def planned(case: Case, profile: DeviceProfile | None) -> dict[str, float]:
             work = training_work(shape, config, rows, prompt, output, budget).times(_SFT_STEPS)
         case "update":
             memory = training_memory(shape, config, batch, reference=case.beta > 0)
-            work = training_work(shape, config, rows, prompt, output, budget)
+            work = training_work(shape, config, rows, prompt, output, budget, group=group)
             if case.beta:
-                work += scoring_work(
-                    shape, rows, prompt, output, budget, precision=config.products, attention=config.attention_kind
-                )
+                work += scoring_work(shape, config, rows, prompt, output, budget, group=group)
     found = {"mib": sum(memory.values()) / 2**20}
     if profile is not None:
         sampling = case.stage == "rollout"

@@ -3,7 +3,7 @@
     training     weights + gradients + optimizer + reference + what forward keeps for backward + the head's + the rest
     KV cache     2 L kv bytes a token                                L layers, kv = key heads * head size
 
-Legend: P parameters, N padded tokens of a micro-batch in rows of T, O of them scored, V vocabulary, n ranks. Parameters,
+Legend: P parameters, N padded tokens of a micro-batch, O of them scored, V vocabulary, n ranks. Parameters,
 gradients and optimizer state are float32 in every precision (`stages/training/config.py`); what is partitioned is divided by n
 as in ZeRO (Rajbhandari et al. 2020, section 3). What a layer keeps is counted operation by operation in transformers' code.
 """
@@ -50,22 +50,33 @@ class Batch:
     """Tokens of a row that are scored."""
     several: bool = False
     """Whether it is one of several of an optimizer step: gradients of the others are there then."""
+    group: int = 1
+    """Rows that follow one another share a prompt, so many: it is computed once."""
 
     @classmethod
-    def of(cls, rows: int, prompt: float, output: float, budget: int) -> Batch:
+    def of(cls, rows: float, prompt: float, output: float, budget: int, group: int = 1) -> Batch:
         """Make the largest that a budget of padded tokens allows of so many rows (`stages/training/batching.py`)."""
-        fitting = max(1, int(budget // (prompt + output)))
-        return cls(min(rows, fitting), prompt, output, several=rows > fitting)
+        groups, left = divmod(budget, prompt + group * output)
+        fitting = max(1, int(groups * group + max(0.0, (left - prompt) // output)))
+        return cls(min(max(1, int(rows)), fitting), prompt, output, several=rows > fitting, group=group)
 
     @property
-    def length(self) -> float:
-        """Return T."""
-        return self.prompt + self.output
+    def prompts(self) -> int:
+        """Return how many prompts are computed."""
+        return -(-self.rows // self.group)
 
     @property
     def tokens(self) -> float:
         """Return N."""
-        return self.rows * self.length
+        return self.prompts * self.prompt + self.rows * self.output
+
+    @property
+    def pairs(self) -> float:
+        """Return the places that attention weighs: of a prompt's tokens each other, of an output's the prompt too."""
+        length = self.prompt + self.output
+        if self.group == 1:
+            return self.rows * length**2
+        return self.prompts * self.prompt**2 + self.rows * self.output * length
 
     @property
     def scored(self) -> float:
@@ -76,6 +87,11 @@ class Batch:
 def ranks_of(config: TrainingConfig) -> int:
     """Return how many devices share a training."""
     return config.engine.ranks if isinstance(config.engine, DeepSpeedEngineConfig) else 1
+
+
+def sharing(config: TrainingConfig, group: int) -> int:
+    """Return how many outputs of a group are computed behind one prompt; all planned architectures can."""
+    return group if config.share_prompts and config.attention_kind != "flash_attention_2" else 1
 
 
 def zero_stage_of(config: TrainingConfig) -> int:
@@ -175,11 +191,11 @@ def kept_by_layer(shape: ModelShape, batch: Batch, precision: str, attention: st
 
     fp32, a token: the residual stream and its norm twice, with what each projection reads (6 H); q, k, v as attention's
     products have them and its output (4 q); gate, its activation, up and their product (4 I). Eager attention keeps its
-    weights, heads T^2 a row. bf16: autocast casts the input of each projection anew (26 H bytes) and halves the rest; the
+    weights, one a head and pair. bf16: autocast casts the input of each projection anew (26 H bytes) and halves the rest; the
     softmax is in float32 with its cast (6 bytes a weight).
     """
     tokens, hidden, width = batch.tokens, shape.hidden, shape.queries
-    pairs = batch.rows * shape.heads * batch.length**2
+    pairs = shape.heads * batch.pairs
     if precision == "fp32":
         values = 6 * hidden + 4 * width + 4 * shape.intermediate
         return FLOAT * tokens * values + (FLOAT * pairs if attention == "eager" else 0.0)
@@ -201,7 +217,7 @@ def _passing(shape: ModelShape, batch: Batch, precision: str, attention: str) ->
     """Return what comes and goes inside a layer: two products of the MLP, or three of eager weights less these."""
     size = FLOAT if precision == "fp32" else HALF
     inner = 2 * size * batch.tokens * shape.intermediate
-    pairs = batch.rows * shape.heads * batch.length**2 if attention == "eager" else 0.0
+    pairs = shape.heads * batch.pairs if attention == "eager" else 0.0
     return max(inner, 3 * FLOAT * pairs - 2 * inner)
 
 

@@ -16,6 +16,7 @@ from flows.planning.memory import (
     hf_memory,
     ranks_of,
     scoring_memory,
+    sharing,
     side_by_side,
     training_memory,
     vllm_memory,
@@ -176,7 +177,8 @@ def update(given: Given) -> StagePlan:
     config = given.config.update
     inline = config.needs_reference and given.config.reference_pass == "inline"
     steps = config.mu * config.mini_batches
-    remembered = steps > 1 and config.old_logprobs == "trainer"
+    # Of several mini-batches only the first is learned from before the policy changes.
+    remembered = 1 - 1 / config.mini_batches if config.old_logprobs == "trainer" else 0.0
     rows, budget = max(1, given.outputs // config.mini_batches), config.micro_batch_tokens
     training = _Training(
         "update", "step", "update.training", config.training, rows, steps, budget, "trainer", reference=inline
@@ -230,6 +232,7 @@ def reward_models(given: Given, plan: RewardModelPlan) -> Iterator[StagePlan]:
     like = TrainingConfig(
         precision=scoring.precision,
         attention=scoring.attention,
+        share_prompts=scoring.share_prompts,
         threads=scoring.threads,
         engine=scoring.engine or given.config.update.training.engine,
     )
@@ -244,9 +247,12 @@ def _trained(
     """Plan a stage that trains, with forward passes under `others` in the same stage, and calls that make its rows."""
     config, lengths, shape, profile = training.config, given.lengths, given.shape, given.machine.profile
     head = training.head
-    batch = Batch.of(training.rows, lengths.prompt, lengths.longest, training.budget)
+    group = 1 if training.name == "sft" else given.group
+    shared = sharing(config, group)
+    batch = Batch.of(training.rows, lengths.prompt, lengths.longest, training.budget, shared)
     memory = training_memory(shape, config, batch, reference=training.reference, head=head, gathers=not given.gpu)
-    once = training_work(shape, config, training.rows, lengths.prompt, lengths.output, training.budget, head=head)
+    rows, budget = training.rows, training.budget
+    once = training_work(shape, config, rows, lengths.prompt, lengths.output, budget, group=group, head=head)
     work = once.times(training.steps) + (others or Work())
     written = checkpoint_bytes(shape, config, head=head) if disk is None else disk
     sent = training.steps * bytes_sent(shape.parameters, config, training.rows / max(1, batch.rows))
@@ -277,7 +283,7 @@ def _pass(
 ) -> StagePlan:
     """Plan a stage that scores the step's outputs with a model."""
     lengths, shape, rows, profile = given.lengths, given.shape, given.outputs, given.machine.profile
-    batch = Batch.of(rows, lengths.prompt, lengths.longest, budget)
+    batch = Batch.of(rows, lengths.prompt, lengths.longest, budget, sharing(config, given.group))
     memory: Memory = scoring_memory(
         shape,
         batch,
@@ -295,8 +301,8 @@ def _pass(
 
 
 def _scored(given: Given, config: TrainingConfig, rows: int, budget: int, *, head: bool = True) -> Work:
-    lengths, how = given.lengths, {"precision": config.products, "attention": config.attention_kind}
-    return scoring_work(given.shape, rows, lengths.prompt, lengths.output, budget, **how, head=head)
+    prompt, output = given.lengths.prompt, given.lengths.output
+    return scoring_work(given.shape, config, rows, prompt, output, budget, group=given.group, head=head)
 
 
 def bytes_sent(parameters: float, config: TrainingConfig, passes: float) -> float:

@@ -17,7 +17,7 @@ from typing import Final, Literal
 
 from flows.config import IterativeRLConfig
 from flows.planning.machine import DeviceProfile, Machine
-from flows.planning.memory import FLOAT, HALF, Batch, Memory, kept_by_layer, token_bytes, zero_stage_of
+from flows.planning.memory import FLOAT, HALF, Batch, Memory, kept_by_layer, sharing, token_bytes, zero_stage_of
 from flows.planning.shapes import ModelShape
 from stages.training import TrainingConfig
 
@@ -57,6 +57,11 @@ class Given:
     def gpu(self) -> bool:
         """Return whether models are on GPUs."""
         return self.machine.profile.kind == "gpu"
+
+    @property
+    def group(self) -> int:
+        """Return how many outputs of a step have one prompt; demonstrations are taken as of different questions."""
+        return 1 if self.config.data_source == "demonstrations" else self.config.rollout.G
 
     @property
     def outputs(self) -> int:
@@ -143,11 +148,11 @@ def training_work(
     output: float,
     budget: int,
     *,
+    group: int = 1,
     head: bool = True,
 ) -> Work:
     """Return forward and backward of so many rows, in micro-batches of `budget` tokens, and the optimizer's step."""
-    how = {"precision": config.products, "attention": config.attention_kind}
-    forward = scoring_work(shape, rows, prompt, output, budget, head=head, **how)
+    forward = scoring_work(shape, config, rows, prompt, output, budget, group=group, head=head)
     parameters = shape.parameters if head else shape.trunk
     trained = parameters if config.adapter is None else shape.adapter(config.adapter.r)
     passes = forward.layers / shape.layers
@@ -159,22 +164,27 @@ def training_work(
 
 def scoring_work(
     shape: ModelShape,
+    config: TrainingConfig,
     rows: float,
     prompt: float,
     output: float,
     budget: int,
     *,
-    precision: str,
-    attention: str,
+    group: int = 1,
     head: bool = True,
 ) -> Work:
-    """Return a forward pass without gradients."""
-    passes, batch = _passes(rows, prompt, output, budget)
+    """Return a forward pass without gradients.
+
+    Args:
+        group: outputs of one prompt, which is computed once for those of a micro-batch where the config shares it.
+    """
+    batch = Batch.of(rows, prompt, output, budget, sharing(config, group))
+    passes = rows / batch.rows
     scored = rows * output if head else 0.0
-    flops = _forward_flops(shape, rows * batch.length, batch.length, scored)
-    kept = passes * shape.layers * kept_by_layer(shape, batch, precision, attention)
+    flops = _forward_flops(shape, passes * batch.tokens, passes * batch.pairs, scored)
+    kept = passes * shape.layers * kept_by_layer(shape, batch, config.products, config.attention_kind)
     traffic = 2 * (kept + FLOAT * scored * shape.vocabulary)  # written and read
-    return Work(flops, traffic, layers=passes * shape.layers, tokens=rows * batch.length)
+    return Work(flops, traffic, layers=passes * shape.layers, tokens=passes * batch.tokens)
 
 
 def decoding_work(
@@ -198,8 +208,8 @@ def decoding_work(
     batches = max(1.0, -(-outputs // side_by_side))
     steps = batches * longest
     tokens = outputs * output
-    flops = _forward_flops(shape, questions * prompt, prompt, questions)
-    flops += _forward_flops(shape, tokens, prompt + output / 2, tokens)
+    flops = _forward_flops(shape, questions * prompt, questions * prompt**2, questions)
+    flops += _forward_flops(shape, tokens, tokens * (prompt + output / 2), tokens)
     weights = size * (shape.matrices + shape.embedding)
     keys = token_bytes(shape, size) * (prompt + output / 2)
     # Attention reads keys and values and passes over its scores; sampling passes five times over a row's logits.
@@ -214,10 +224,10 @@ def decoding_work(
     )
 
 
-def _forward_flops(shape: ModelShape, tokens: float, length: float, scored: float) -> float:
-    """Return the FLOPs of a forward pass over `tokens` in rows of `length`, the head applied to `scored` positions."""
-    pairs = 4.0 * shape.queries * length * shape.layers
-    return tokens * (2.0 * shape.matrices + pairs) + 2.0 * scored * shape.embedding
+def _forward_flops(shape: ModelShape, tokens: float, pairs: float, scored: float) -> float:
+    """Return the FLOPs of a forward pass over `tokens`, of which attention weighs `pairs`; the head is applied to `scored`."""
+    attention = 4.0 * shape.queries * shape.layers * pairs
+    return 2.0 * shape.matrices * tokens + attention + 2.0 * scored * shape.embedding
 
 
 def _copies(config: TrainingConfig, passes: float) -> float:
@@ -228,9 +238,3 @@ def _copies(config: TrainingConfig, passes: float) -> float:
     """
     stage = zero_stage_of(config)
     return 0.0 if not stage else 2.0 + (2.0 * passes if stage == 3 else 0.0)
-
-
-def _passes(rows: float, prompt: float, output: float, budget: int) -> tuple[float, Batch]:
-    """Return how many micro-batches of such rows there are, and one of them."""
-    fitting = min(max(1.0, rows), max(1, budget // (prompt + output)))
-    return rows / fitting, Batch(int(fitting), prompt, output)

@@ -1,12 +1,13 @@
 """Text and ids: prompts, tokenizers, decoding and the steps of an output."""
 
+from stages.text.chat_templates import PromptError
 from stages.text.decoding import decode_outputs, step_ends
-from stages.text.plain_text import PromptError, plain_of
 from stages.text.prompts import (
     PromptConfig,
     encode_completions,
     encode_prompt,
     encode_prompts,
+    plain_of,
     prompt_text,
     turn_end,
 )

@@ -15,10 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from stages.text.plain_text import PromptError
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+class PromptError(ValueError):
+    """Text that cannot become a prompt; names the character, token or template at fault."""
+
 
 RESERVED: Final = ("messages", "add_generation_prompt", "tools", "documents", "strftime_now", "raise_exception")
 """What a template is given by Cohort, or never is."""

@@ -26,8 +26,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ARCHITECTURES: Final = frozenset(
-    ("gemma", "gemma2", "gemma3_text", "gpt_neox", "granite", "llama", "mistral", "olmo2", "phi", "phi3")
-    + ("qwen2", "qwen3", "smollm3", "starcoder2")
+    {
+        *("gemma", "gemma2", "gemma3_text", "gpt_neox", "granite", "llama", "mistral"),
+        *("olmo2", "phi", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2"),
+    }
 )
 """`model_type` of models whose layers are attention over all tokens before and layers that treat every token by itself."""
 _NAMES: Final = {kind: f"cohort_shared_{kind}" for kind in ("eager", "sdpa")}

@@ -13,7 +13,19 @@ def test_training_is_six_times_parameters_times_tokens_and_attention() -> None:
     forward = 8 * (2 * 68 + 4 * 2 * 4 * 2) + 2 * 6 * 20
     assert work.flops == 3 * forward
     assert training_work(SHAPE, config(activation_checkpointing=True), 2, 1, 3, 100).flops == 4 * forward
-    assert scoring_work(SHAPE, 2, 1, 3, 100, precision="fp32", attention="eager").flops == forward
+    assert scoring_work(SHAPE, config(), 2, 1, 3, 100).flops == forward
+
+
+def test_a_shared_prompt_is_computed_once_a_micro_batch() -> None:
+    """2 prompts of 5 tokens and 8 outputs of 3: one attends to 5 x 5 places, 4 outputs to 4 x 3 x 8; 24 scored positions."""
+    shared = scoring_work(SHAPE, config(), 8, 5, 3, 100, group=4)
+    assert shared.tokens == 2 * 5 + 8 * 3
+    assert shared.flops == 34 * 2 * 68 + 4 * 2 * 2 * (2 * 25 + 8 * 3 * 8) + 2 * 24 * 20
+    # Of 17 tokens, a micro-batch holds one group; of 14, three of its outputs, and a prompt more.
+    assert scoring_work(SHAPE, config(), 8, 5, 3, 17, group=4).tokens == 2 * 5 + 8 * 3
+    assert scoring_work(SHAPE, config(), 9, 5, 3, 14, group=9).tokens == 3 * 5 + 9 * 3
+    for apart in ({"share_prompts": False}, {"attention": "flash_attention_2"}):
+        assert scoring_work(SHAPE, config(**apart), 8, 5, 3, 100, group=4).tokens == 8 * 8
 
 
 def test_a_large_model_costs_six_n_a_token_within_a_tenth() -> None:

@@ -106,6 +106,15 @@ def test_three_policy_updates_on_two_ranks_are_those_of_one(shared: Store, stage
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_shared_prompts_train_two_ranks_as_separate_sequences_do(shared: Store, stage: int) -> None:
+    how: dict[str, Any] = {"activation_checkpointing": True, "max_logits": 8 * 26}
+    found = updated([on_two_ranks(stage)] * 2, **how)
+    expected = updated([ONE_RANK] * 2, share_prompts=False, **how)
+    assert found.metrics["policy/padding_share"] == 0.0 < expected.metrics["policy/padding_share"]
+    assert apart(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_checkpoint_of_two_ranks_is_continued_by_one_and_back(shared: Store, stage: int) -> None:
     one_rank = DeepSpeedEngineConfig(zero_stage=3 - stage)
     assert apart(updated([ONE_RANK, on_two_ranks(stage), one_rank]), updated([ONE_RANK] * 3)) < 1e-5

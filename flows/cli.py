@@ -78,6 +78,13 @@ long, or cannot read the gold answer). `read_as` is the answer that was read, in
 that is not what the output says, change `conventions` or `mark` of the component, `reward.reads` or `reward.thinking`."""
 
 
+_INIT: Final = """Write the configuration of a first run for a model and a file of questions.
+
+It looks at the data, the model and the machine, samples a few groups with a few prompts, and plans. What is written is a YAML
+file with the reason above each section; `cohort run` takes it. Data, a model or a machine that no run can use is refused before
+anything is sampled."""
+
+
 _ABLATE: Final = """Run an experiment: named arms times seeds, what they share computed once; tables.
 
 The paper's studies (`cohort experiments`) or a YAML file. The same command again computes nothing; an arm that is added later
@@ -88,6 +95,7 @@ def _add(name: str, place: str, text: str, group: Group) -> None:
     app.command(f"flows.commands.{place}", name=name, help=text, group=group)
 
 
+_add("init", "beginning:init", _INIT, _RUN)
 _add("run", "training:run", "Train as a recipe says; again: continue, reusing all that is computed.", _RUN)
 _add("compare", "ablation:compare", _COMPARE, _RUN)
 _add("reward-model", "studying:reward_model", _REWARD_MODEL, _RUN)

@@ -124,6 +124,12 @@ def foreign_share(question: str, text: str) -> float:
     return foreign / max(foreign + at_home, 1)
 
 
+def main_script(text: str) -> str | None:
+    """Return the script of most words of a text; None: it has none."""
+    scripts = Counter(script for _, script in _words(text))
+    return scripts.most_common(1)[0][0] if scripts else None
+
+
 def longest_run(text: str) -> int:
     """Return how often one passage is repeated in a row: 3 for "so we go so we go so we go", 1 for a text without repetition.
 

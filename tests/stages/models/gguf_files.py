@@ -45,6 +45,7 @@ def write_gguf(
     weights: dict[str, np.ndarray] | None = None,
     tokens: list[str] | None = None,
     eos: int = 2,
+    window: int = WINDOW,
 ) -> Path:
     """Write a model of two layers with a byte-level tokenizer.
 
@@ -54,7 +55,7 @@ def write_gguf(
         eos: the token that ends an output.
     """
     file = gguf.GGUFWriter(path, architecture)
-    file.add_context_length(WINDOW)
+    file.add_context_length(window)
     file.add_embedding_length(HIDDEN)
     file.add_block_count(LAYERS)
     file.add_feed_forward_length(MIDDLE)

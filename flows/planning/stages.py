@@ -31,6 +31,7 @@ from flows.planning.work import (
     decoding_work,
     scoring_work,
     seconds_of,
+    takes_head_again,
     training_work,
 )
 from stages.rollout import BackendConfig, HFBackendConfig, RolloutConfig, VLLMBackendConfig, engines_of
@@ -131,6 +132,7 @@ def _sampling_work(given: Given, config: RolloutConfig, questions: int, memory: 
         longest,
         side_by_side=min(rows, questions * config.G),
         half=half,
+        again=backend.kind != "vllm_server" and takes_head_again(backend.head_precision, half=half, gpu=given.gpu),
     )
 
 
@@ -252,7 +254,8 @@ def _trained(
     batch = Batch.of(training.rows, lengths.prompt, lengths.longest, training.budget, shared)
     memory = training_memory(shape, config, batch, reference=training.reference, head=head, gathers=not given.gpu)
     rows, budget = training.rows, training.budget
-    once = training_work(shape, config, rows, lengths.prompt, lengths.output, budget, group=group, head=head)
+    how = {"head": head, "again": head and takes_head_again(config.head_precision, half=config.bf16, gpu=given.gpu)}
+    once = training_work(shape, config, rows, lengths.prompt, lengths.output, budget, group=group, **how)
     work = once.times(training.steps) + (others or Work())
     written = checkpoint_bytes(shape, config, head=head) if disk is None else disk
     sent = training.steps * bytes_sent(shape.parameters, config, training.rows / max(1, batch.rows))
@@ -291,6 +294,7 @@ def _pass(
         attention=config.attention_kind,
         max_logits=config.max_logits,
         head=head,
+        half=config.bf16 and not config.float32_logits,
         frozen=slot != "critic",
     )
     work = _scored(given, config, rows, budget, head=head)
@@ -302,7 +306,8 @@ def _pass(
 
 def _scored(given: Given, config: TrainingConfig, rows: int, budget: int, *, head: bool = True) -> Work:
     prompt, output = given.lengths.prompt, given.lengths.output
-    return scoring_work(given.shape, config, rows, prompt, output, budget, group=given.group, head=head)
+    how = {"head": head, "again": head and takes_head_again(config.head_precision, half=config.bf16, gpu=given.gpu)}
+    return scoring_work(given.shape, config, rows, prompt, output, budget, group=given.group, **how)
 
 
 def bytes_sent(parameters: float, config: TrainingConfig, passes: float) -> float:

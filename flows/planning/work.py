@@ -150,14 +150,19 @@ def training_work(
     *,
     group: int = 1,
     head: bool = True,
+    again: bool = False,
 ) -> Work:
-    """Return forward and backward of so many rows, in micro-batches of `budget` tokens, and the optimizer's step."""
+    """Return forward and backward of so many rows, in micro-batches of `budget` tokens, and the optimizer's step.
+
+    Args:
+        again: as `scoring_work`.
+    """
     forward = scoring_work(shape, config, rows, prompt, output, budget, group=group, head=head)
     parameters = shape.parameters if head else shape.trunk
     trained = parameters if config.adapter is None else shape.adapter(config.adapter.r)
     passes = forward.layers / shape.layers
     # Backward is twice a forward. AdamW reads four and writes three numbers a parameter.
-    work = forward.times(4 if config.activation_checkpointing else 3)
+    work = forward.times(4 if config.activation_checkpointing else 3) + _head_again(shape, rows * output, again)
     copied = 8 * FLOAT * trained + 2 * FLOAT * parameters * _copies(config, passes)
     return replace(work, traffic=work.traffic + copied, tokens=forward.tokens)
 
@@ -172,11 +177,13 @@ def scoring_work(
     *,
     group: int = 1,
     head: bool = True,
+    again: bool = False,
 ) -> Work:
     """Return a forward pass without gradients.
 
     Args:
         group: outputs of one prompt, which is computed once for those of a micro-batch where the config shares it.
+        again: the head's product is computed twice, to leave logits in float32 (`takes_head_again`).
     """
     batch = Batch.of(rows, prompt, output, budget, sharing(config, group))
     passes = rows / batch.rows
@@ -184,7 +191,8 @@ def scoring_work(
     flops = _forward_flops(shape, passes * batch.tokens, passes * batch.pairs, scored)
     kept = passes * shape.layers * kept_by_layer(shape, batch, config.products, config.attention_kind)
     traffic = 2 * (kept + FLOAT * scored * shape.vocabulary)  # written and read
-    return Work(flops, traffic, layers=passes * shape.layers, tokens=passes * batch.tokens)
+    work = Work(flops, traffic, layers=passes * shape.layers, tokens=passes * batch.tokens)
+    return work + _head_again(shape, scored, again)
 
 
 def decoding_work(
@@ -197,12 +205,14 @@ def decoding_work(
     *,
     side_by_side: float,
     half: bool,
+    again: bool = False,
 ) -> Work:
     """Return a prefill of each question, then token by token: weights read at every token, keys of every row.
 
     Args:
         output: mean length; as many steps as the `longest` has, of ever fewer rows.
         side_by_side: outputs of a batch, at most.
+        again: as `scoring_work`.
     """
     outputs, size = questions * group, HALF if half else FLOAT
     batches = max(1.0, -(-outputs // side_by_side))
@@ -210,18 +220,28 @@ def decoding_work(
     tokens = outputs * output
     flops = _forward_flops(shape, questions * prompt, questions * prompt**2, questions)
     flops += _forward_flops(shape, tokens, tokens * (prompt + output / 2), tokens)
-    weights = size * (shape.matrices + shape.embedding)
+    weights = size * (shape.matrices + shape.embedding * (2 if again else 1))
     keys = token_bytes(shape, size) * (prompt + output / 2)
     # Attention reads keys and values and passes over its scores; sampling passes five times over a row's logits.
     scores = 4 * FLOAT * shape.layers * shape.heads * (prompt + output / 2)
     logits = 2 * 5 * FLOAT * shape.vocabulary
-    return Work(
+    work = Work(
         flops,
         traffic=tokens * (scores + logits),
         reads=steps * weights + tokens * keys,
         layers=(steps + batches) * shape.layers,
         tokens=questions * prompt + tokens,
     )
+    return work + _head_again(shape, questions + tokens, again)
+
+
+def takes_head_again(head_precision: str, *, half: bool, gpu: bool) -> bool:
+    """Return whether logits in float32 take a second product of the head: on a CPU in bfloat16 (`stages/kernels/head.py`)."""
+    return head_precision == "fp32" and half and not gpu
+
+
+def _head_again(shape: ModelShape, scored: float, again: bool) -> Work:
+    return Work(flops=2.0 * scored * shape.embedding if again else 0.0)
 
 
 def _forward_flops(shape: ModelShape, tokens: float, pairs: float, scored: float) -> float:

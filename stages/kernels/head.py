@@ -1,4 +1,7 @@
-"""Log-probabilities straight from hidden states: the output head is applied to a chunk of positions at a time.
+"""The output head: log-probabilities straight from hidden states, a chunk of positions at a time, and logits in float32.
+
+Half precision rounds logits of 16 to 32 to steps of 0.125. Float32 logits are the sums of the same products before that
+rounding; operands stay in half precision, since the hidden states of a model that computes in it are no more exact.
 
 All logits together never exist, neither in the forward nor in the backward pass, which computes them again: at a vocabulary
 of 151,936 the logits of 2,048 positions are 1.2 GB in float32, and a naive loss holds several copies of them. Values and
@@ -13,10 +16,36 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.kernels.logprobs import entropy_given, precision
+
+
+class Float32Head(nn.Linear):
+    """A linear output head whose logits are float32 also where it computes in half precision, else `nn.Linear`."""
+
+    @classmethod
+    def of(cls, head: nn.Linear) -> Self:
+        """The head with the parameters of another."""
+        made = cls(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+        made.weight, made.bias = head.weight, head.bias
+        return made
+
+    def forward(self, input: Tensor) -> Tensor:
+        return float32_linear(input, self.weight, self.bias)
+
+
+def float32_linear(hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    """hidden weight' + bias: of operands in the precision of autocast or the weight, added up and left in float32.
+
+    In float32 and float64 that is `F.linear`. Backward has the products of a linear layer in the operands' precision.
+    """
+    dtype = _product_dtype(weight_VH)
+    if dtype.itemsize > 2:
+        return F.linear(hidden, weight_VH, bias_V)
+    z_NV: Tensor = _Float32Linear.apply(hidden.flatten(0, -2), weight_VH, bias_V, dtype)  # type: ignore[no-untyped-call]
+    return z_NV.view(*hidden.shape[:-1], len(weight_VH))
 
 
 class LogitTransform(NamedTuple):
@@ -57,13 +86,18 @@ def head_logprobs(
     transform: LogitTransform = LogitTransform(),  # noqa: B008 - immutable
     max_logits: int,
     with_entropy: bool = False,
+    float32: bool = False,
 ) -> HeadScores:
     """`token_logprobs` and `entropies` of transform(hidden weight' + bias), at most `max_logits` of them at a time.
 
     The product is in the precision of autocast where that is on, as the head's own would be; everything after it in float32
     (float64 for float64). Backward takes one more product of the head's size than the full computation.
+
+    Args:
+        float32: the product is that of `float32_linear`.
     """
-    how = _How(temperature, transform, max_logits, with_entropy, _product_dtype(weight_VH))
+    dtype = _product_dtype(weight_VH)
+    how = _How(temperature, transform, max_logits, with_entropy, dtype, float32 and dtype.itemsize == 2)
     logp_N, entropy_N = _HeadLogprobs.apply(hidden_NH, weight_VH, bias_V, tokens_N, how)  # type: ignore[no-untyped-call]
     return HeadScores(logp_N, entropy_N)
 
@@ -74,7 +108,9 @@ class _How(NamedTuple):
     max_logits: int
     with_entropy: bool
     dtype: torch.dtype
-    """Of the head's product."""
+    """Of the operands of the head's product."""
+    float32: bool
+    """Whether the product of operands in half precision is left in float32."""
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -152,13 +188,46 @@ def _add_product(sum_VH: Tensor, gradient_nV: Tensor, hidden_nH: Tensor) -> None
 
 def _logits(hidden_NH: Tensor, cast_VH: Tensor, bias_V: Tensor | None, how: _How) -> Iterator[tuple[slice, Tensor]]:
     """Chunk by chunk (rows, x): the model's logits in float32 or better, the caller's to overwrite."""
-    cast_V = None if bias_V is None else bias_V.to(how.dtype)
+    cast_V = None if bias_V is None or how.float32 else bias_V.to(how.dtype)
     size = max(1, how.max_logits // len(cast_VH))
     for start in range(0, len(hidden_NH), size):
         rows = slice(start, start + size)
+        cast_nH = hidden_NH[rows].to(how.dtype)
         with _uncast(hidden_NH):
-            z_nV = F.linear(hidden_NH[rows].to(how.dtype), cast_VH, cast_V)
+            z_nV = _float32_product(cast_nH, cast_VH, bias_V) if how.float32 else F.linear(cast_nH, cast_VH, cast_V)
         yield rows, how.transform.apply_(z_nV.to(precision(z_nV)))
+
+
+class _Float32Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> Tensor:
+        cast_VH = weight_VH.to(dtype)
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, cast_VH)
+        with _uncast(hidden_NH):
+            return _float32_product(hidden_NH.to(dtype), cast_VH, bias_V)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, cast_VH = ctx.saved_tensors
+        sums = _Sums.of(ctx.needs_input_grad, *inputs)
+        sums.add(slice(None), gradients[0], inputs[0], cast_VH)
+        return sums.hidden_NH, sums.weight_VH, sums.bias_V, None
+
+
+def _float32_product(hidden_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    """hidden weight' + bias in float32, of operands in half precision.
+
+    torch has such a product on CUDA. Elsewhere a second one, added up in float32 before it is rounded like the first, gives
+    what the first was rounded by. Their sum is z to 2^-18 |z| and float32's own rounding: bfloat16 rounds a number by 2^-9 of
+    it at most, and of that again 2^-9.
+    """
+    if hidden_nH.is_cuda:
+        z_nV = torch.mm(hidden_nH, weight_VH.t(), out_dtype=torch.float32)
+    else:
+        rounded_nV = hidden_nH.mm(weight_VH.t())
+        z_nV = rounded_nV.float()
+        z_nV += rounded_nV.addmm_(hidden_nH, weight_VH.t(), beta=-1)
+    return z_nV if bias_V is None else z_nV.add_(bias_V)
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:

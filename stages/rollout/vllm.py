@@ -22,7 +22,7 @@ from pipeline.residency import evict, resident
 from pipeline.store.context import record_package
 from pipeline.workers.group import Group, Hear, RefusedError, WorkerError
 from stages.models import WEIGHT_INDEX, Checkpoint, architecture_of, may_run_code, model_folder, weight_files
-from stages.rollout.config import VLLMBackendConfig, environments_of, require_vllm
+from stages.rollout.config import VLLMBackendConfig, environments_of, float32_logits, require_vllm
 from stages.rollout.generator import VLLM, Output, Progress, Prompt, Sampling, check_window, make_room
 from stages.rollout.probe import SAMPLED, Answer, StaleWeightsError, check_answer, probe_ids, vocabulary_and_window
 
@@ -238,6 +238,7 @@ class Engine:
         whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(_STEP_TOKENS, window or 0)}
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
+            **({"hf_overrides": {"head_dtype": "float32"}} if float32_logits(backend) else {}),
             "max_model_len": window,
             "max_num_seqs": backend.max_num_seqs,
             "tensor_parallel_size": backend.tensor_parallel_size,

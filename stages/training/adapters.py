@@ -82,9 +82,12 @@ def load_trainable(checkpoint: Checkpoint, config: TrainingConfig, dtype: torch.
 
 
 def _load(checkpoint: Checkpoint, config: TrainingConfig, dtype: torch.dtype) -> Any:
+    from stages.training.forward import keep_float32_logits
     from stages.training.sharing import share_prompts
 
     model = load_model(checkpoint, dtype=dtype, attention=config.attention_kind)
+    if config.float32_logits:
+        keep_float32_logits(model)
     if config.share_prompts:
         share_prompts(model)
     return model

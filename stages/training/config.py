@@ -231,6 +231,11 @@ class TrainingConfig(ComputeConfig):
     """Logits (scored positions times vocabulary) that exist at a time, 128 MiB in float32. A micro-batch that has more computes
     them in chunks, and again in backward: the same values and gradients but for the last bits, for one more product of the
     head's size. Small vocabularies never come near it. None: always all at once."""
+    head_precision: Literal["fp32", "as_computed"] = "fp32"
+    """Precision of a policy's logits under bf16. `as_computed`: bfloat16, whose steps are 0.125 at 16 to 32. Log-probabilities
+    then carry noise of hundredths of a nat, also into KL and ratios. `fp32`: the same products of bfloat16 operands, added up
+    and left in float32; on a CPU that takes a second product of the head. With precision fp32, and for critics and reward
+    models, both are the same. `rollout.backend.head_precision` is the sampler's."""
     activation_checkpointing: bool = False
     """Keep only the inputs of the model's layers for backward, which computes the rest again: a third more arithmetic, and far
     less memory (one hidden state per layer and token). The same values and gradients."""
@@ -238,6 +243,11 @@ class TrainingConfig(ComputeConfig):
     """Compute with kernels that add in a fixed order, so that an update made again has equal bits on the same kind and number
     of GPUs with the same packages. It is slower, and an operation without such a kernel is an error. On a CPU updates have
     equal bits without it. False on a GPU: an update that is replayed may differ in its last bits, with a warning."""
+
+    @property
+    def float32_logits(self) -> bool:
+        """Whether logits are to be left in float32, of products in bfloat16."""
+        return self.bf16 and self.head_precision == "fp32"
 
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
@@ -261,6 +271,8 @@ class TrainingConfig(ComputeConfig):
         return self
 
     def key(self) -> dict[str, Any]:
-        """Without an adapter, and in no fixed order, as it was before there were such choices."""
-        before = {"adapter": None, "deterministic": False}
+        """Without an adapter, in no fixed order and in float32 as it was before there were such choices."""
+        before: dict[str, Any] = {"adapter": None, "deterministic": False}
+        if not self.bf16:
+            before["head_precision"] = self.head_precision
         return {name: value for name, value in super().key().items() if name not in before or value != before[name]}

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stages.kernels.head import HeadScores, LogitTransform, head_logprobs
+from pipeline.config import ConfigError
+from stages.kernels.head import Float32Head, HeadScores, LogitTransform, head_logprobs
 from stages.kernels.logprobs import entropies, token_logprobs
 from stages.tables import Rollouts
 from stages.training.batching import Batch, spread
@@ -99,6 +100,24 @@ def head_of(model: nn.Module) -> nn.Module:
     return head
 
 
+def keep_float32_logits(model: nn.Module) -> None:
+    """Give the model a head whose logits are float32 also where it computes in half precision; a classifier keeps its own.
+
+    Raises:
+        ConfigError: the head is more than a linear layer.
+    """
+    inner: Any = model
+    head: nn.Module | None = inner.get_output_embeddings()
+    if head is None:
+        return
+    if type(head) is not nn.Linear:
+        raise ConfigError(
+            f"head_precision: the output head of {type(model).__name__} is a {type(head).__name__}; expected a plain linear "
+            "layer, whose product can be left in float32. Set head_precision to as_computed"
+        )
+    model.set_submodule(next(name for name, module in model.named_modules() if module is head), Float32Head.of(head))
+
+
 def partitioned(model: nn.Module) -> bool:
     """Return whether the head's weight is spread over ranks (ZeRO 3), which then take turns in gathering it."""
     return hasattr(getattr(head_of(model), "weight", None), "ds_id")
@@ -154,6 +173,7 @@ def chunked_scores(
             transform=transform,
             max_logits=max_logits,
             with_entropy=with_entropy,
+            float32=isinstance(head, Float32Head),
         )
         found.append(scores)
         return scores.logp_N
@@ -194,7 +214,7 @@ def logit_transform(model: nn.Module) -> LogitTransform | None:
 @torch.no_grad()
 def _measure(model: nn.Module, head: nn.Module) -> LogitTransform | None:
     # A subclass, a parametrisation or an adapter around it may compute anything.
-    if type(head) is not nn.Linear or "forward" in head.__dict__:
+    if type(head) not in (nn.Linear, Float32Head) or "forward" in head.__dict__:
         return None
     ramp = _ramp(head)
     ids = torch.zeros((1, 2), dtype=torch.long, device=ramp.device)

@@ -81,7 +81,7 @@ def reference_model(reference: Checkpoint, config: TrainingConfig, place: str) -
                 tensor.data = tensor.data.pin_memory()
         return model.to(place)
 
-    kind = (config.bf16, config.attention_kind, config.share_prompts, config.adapter)
+    kind = (config.bf16, config.float32_logits, config.attention_kind, config.share_prompts, config.adapter)
     return resident("reference", (reference.state, place, *kind), load)
 
 

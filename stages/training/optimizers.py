@@ -13,6 +13,7 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor, nn
 
+from stages.kernels.head import Float32Head
 from stages.kernels.muon import orthogonalise
 from stages.models import (
     OPTIMIZER,
@@ -68,7 +69,8 @@ def rounded_by_autocast(model: nn.Module, spared: Collection[nn.Module]) -> list
     Args:
         spared: layers that compute outside of autocast.
     """
-    linear = {module for module in model.modules() if type(module) is nn.Linear} - {*spared}
+    layers = (module for module in model.modules() if isinstance(module, nn.Linear))
+    linear = {layer for layer in layers if type(layer) in (nn.Linear, Float32Head)} - {*spared}
     others = (module for module in model.modules() if module not in linear)
     tied = {id(weight) for module in others for weight in module.parameters(recurse=False)}
     return [module.weight for module in linear if id(module.weight) not in tied]

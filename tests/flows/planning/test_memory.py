@@ -87,6 +87,14 @@ def test_logits_beyond_their_limit_are_held_a_chunk_at_a_time() -> None:
     whole = training_memory(SEVEN_B, config(attention="sdpa", max_logits=None), batch)["logits"]
     assert chunked == 2 * 4 * (1 << 25) + 4 * 102_400 * 4096
     assert whole == 2 * 4 * 1536 * 102_400 + 2 * 4 * (1 << 22)
+    rounded = config(attention="sdpa", max_logits=None, precision="bf16", head_precision="as_computed")
+    assert training_memory(SEVEN_B, rounded, batch)["logits"] == 2 * 2 * 1536 * 102_400 + 2 * 4 * (1 << 22)
+    exact = config(attention="sdpa", max_logits=None, precision="bf16")
+    assert training_memory(SEVEN_B, exact, batch)["logits"] == whole
+    how = {"precision": "bf16", "attention": "sdpa", "max_logits": None}
+    for half, size in ((True, 2), (False, 4)):
+        logits = scoring_memory(SEVEN_B, batch, half=half, **how)["logits"]
+        assert logits == size * 1536 * 102_400 + 2 * 4 * (1 << 22)
 
 
 def test_a_reference_in_memory_is_four_bytes_a_parameter() -> None:

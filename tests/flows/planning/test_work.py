@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from flows.planning.machine import PRESETS
-from flows.planning.work import Work, decoding_work, scoring_work, seconds_of, training_work
+from flows.planning.work import Work, decoding_work, scoring_work, seconds_of, takes_head_again, training_work
 from tests.flows.planning.conftest import SEVEN_B, SHAPE, config
 
 
@@ -62,3 +64,20 @@ def test_seconds_are_work_over_rates_over_utilisation_and_fixed_costs() -> None:
     work = Work(flops=200, traffic=30, reads=40)
     assert seconds_of(work, profile, 64, "fp32") == (2 + 3 + 4) / 0.5
     assert seconds_of(work, profile.override({"reading": 40.0}), 64, "fp32") == (2 + 3 + 1) / 0.5
+
+
+def test_float32_logits_of_bf16_take_a_second_product_of_the_head_on_a_cpu() -> None:
+    """6 scored positions of a head of 20 in training, 1 + 40 in decoding; there its weights are read again at 30 tokens."""
+    assert takes_head_again("fp32", half=True, gpu=False)
+    assert not any(takes_head_again(*how, half=half, gpu=gpu) for *how, half, gpu in OTHERWISE)
+    once, again = (training_work(SHAPE, config(), 2, 1, 3, 100, again=again) for again in (False, True))
+    assert again == replace(once, flops=once.flops + 2 * 6 * 20)
+    once, again = (scoring_work(SHAPE, config(), 2, 1, 3, 100, again=again) for again in (False, True))
+    assert again == replace(once, flops=once.flops + 2 * 6 * 20)
+    once, again = (
+        decoding_work(SHAPE, 1, 4, 5, 10, 30, side_by_side=4, half=True, again=again) for again in (False, True)
+    )
+    assert again == replace(once, flops=once.flops + 2 * 41 * 20, reads=once.reads + 30 * 2 * 20)
+
+
+OTHERWISE = [("as_computed", True, False), ("fp32", False, False), ("fp32", True, True)]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stages.kernels.head import HeadScores, LogitTransform, head_logprobs
+from stages.kernels.head import Float32Head, HeadScores, LogitTransform, float32_linear, head_logprobs
 from stages.kernels.logprobs import entropies, token_logprobs
 
 N, V, H = 13, 11, 5
@@ -101,13 +101,16 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_neither_forward_nor_backward_ever_has_more_logits_than_allowed() -> None:
+@pytest.mark.parametrize("float32", [False, True])
+def test_neither_forward_nor_backward_ever_has_more_logits_than_allowed(float32: bool) -> None:
     positions, vocabulary, hidden, allowed = 200, 40, 2, 410
     hidden_NH = torch.randn(positions, hidden, requires_grad=True)
     weight_VH = torch.randn(vocabulary, hidden, requires_grad=True)
     tokens_N = torch.zeros(positions, dtype=torch.long)
-    with Largest() as mode:
-        scores = head_logprobs(hidden_NH, weight_VH, None, tokens_N, max_logits=allowed, with_entropy=True)
+    with Largest() as mode, torch.autocast("cpu", dtype=torch.bfloat16, enabled=float32):
+        scores = head_logprobs(
+            hidden_NH, weight_VH, None, tokens_N, max_logits=allowed, with_entropy=True, float32=float32
+        )
         scores.logp_N.sum().backward()
     # Ten positions fit; hidden states and weight are 400 and 80.
     assert mode.elements == 400
@@ -140,3 +143,89 @@ def test_a_token_that_a_mask_made_impossible_has_no_part_in_the_entropy() -> Non
     weight_VH, bias_V = torch.zeros(3, 1), torch.tensor([0.0, 0.0, -math.inf])
     scores = head_logprobs(torch.ones(1, 1), weight_VH, bias_V, torch.tensor([0]), max_logits=3, with_entropy=True)
     assert [scores.logp_N.item(), scores.entropy_N.item()] == pytest.approx([-math.log(2), math.log(2)])
+
+
+def large(*, rows: int = 33, hidden: int = 96, vocabulary: int = 40) -> Given:
+    """As `given`, of values that bfloat16 has, with logits of 16 to 64 among them."""
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int, size: float = 1.0) -> Tensor:
+        return (size * torch.randn(*shape, generator=generator)).bfloat16().float().requires_grad_()
+
+    tokens_N = torch.randint(vocabulary, (rows,), generator=generator)
+    return normal(rows, hidden, size=4.0), normal(vocabulary, hidden), normal(vocabulary), tokens_N, normal(rows)
+
+
+def half() -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def in_float64(given: Given) -> Given:
+    hidden_NH, weight_VH, bias_V, tokens_N, weight_N = given
+    doubles = [
+        tensor.detach().double().requires_grad_() for tensor in (hidden_NH, weight_VH, bias_V) if tensor is not None
+    ]
+    return doubles[0], doubles[1], doubles[2], tokens_N, weight_N.double()
+
+
+@pytest.mark.parametrize("rows", [1, 33])
+def test_float32_logits_are_not_rounded_to_half_precision(rows: int) -> None:
+    """Also of weights that are in half precision themselves; a second rounding of 2^-9 is left of the first, and float32's."""
+    hidden_NH, weight_VH, bias_V, *_ = large(rows=rows)
+    z_NV = F.linear(*(tensor.detach().double() for tensor in (hidden_NH, weight_VH, bias_V)))
+    assert 16 < z_NV.abs().max() < 256
+    with half():
+        found_NV = float32_linear(hidden_NH, weight_VH, bias_V)
+        rounded_NV = F.linear(hidden_NH, weight_VH, bias_V)
+    allowed_NV = 2.0**-18 * z_NV.abs() + 96 * 2.0**-24 * F.linear(hidden_NH.abs(), weight_VH.abs(), bias_V.abs())
+    assert found_NV.dtype == torch.float32
+    assert ((found_NV - z_NV).abs() <= allowed_NV).all()
+    assert (rounded_NV - z_NV).abs().max() > 2.0**-5  # what it is for
+    with torch.inference_mode():
+        stored_NV = float32_linear(hidden_NH.bfloat16(), weight_VH.bfloat16(), bias_V)
+        head = Float32Head.of(torch.nn.Linear(96, 40))
+        head.weight, head.bias = torch.nn.Parameter(weight_VH.bfloat16()), torch.nn.Parameter(bias_V.detach())
+        assert head(hidden_NH.bfloat16()[None, None])[0, 0].equal(stored_NV)
+    assert stored_NV.equal(found_NV)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("max_logits", [1, 200, 100_000])
+def test_scores_of_float32_logits_are_exact_and_so_their_gradient(max_logits: int, transform: LogitTransform) -> None:
+    """By the definition in float64: values but for float32, gradients but for the products of half precision in backward."""
+    ours, theirs = large(), in_float64(large())
+    with half():
+        scores = head_logprobs(
+            *ours[:4], temperature=0.7, transform=transform, max_logits=max_logits, with_entropy=True, float32=True
+        )
+        rounded = head_logprobs(*ours[:4], temperature=0.7, transform=transform, max_logits=max_logits)
+    table_NV = by_definition(*theirs[:3], 0.7, transform)
+    expected_N = table_NV[range(33), ours[3]]
+    assert (scores.logp_N - expected_N).abs().max() < 1e-3
+    assert (rounded.logp_N - expected_N).abs().max() > (1e-2 if transform.cap is None else 1e-3)
+    torch.testing.assert_close(scores.entropy_N.double(), -(table_NV.exp() * table_NV).sum(-1), rtol=0, atol=1e-3)
+    (scores.logp_N * ours[4]).sum().backward()
+    (expected_N * theirs[4]).sum().backward()
+    for mine, other, exact in zip(ours[:3], theirs[:3], (2.0**-7, 2.0**-7, 1e-3), strict=True):
+        assert mine.grad.dtype == torch.float32
+        assert (mine.grad - other.grad).norm() <= exact * other.grad.norm()
+
+
+def test_float32_logits_in_full_and_in_one_chunk_have_equal_bits() -> None:
+    ours, theirs = large(), large()
+    with half():
+        logits_NV = float32_linear(*theirs[:3])
+        expected_N = token_logprobs(logits_NV, theirs[3], temperature=0.7)
+        scores = head_logprobs(*ours[:4], temperature=0.7, max_logits=10_000, float32=True)
+    assert scores.logp_N.equal(expected_N)
+    (scores.logp_N * ours[4]).sum().backward()
+    (expected_N * theirs[4]).sum().backward()
+    for mine, other in zip(ours[:3], theirs[:3], strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-2, atol=1e-3)
+
+
+def test_without_half_precision_a_float32_head_is_a_linear_layer() -> None:
+    for dtype in (torch.float32, torch.float64):
+        hidden_NH, weight_VH, bias_V, *_ = given(dtype, bias=True)
+        assert float32_linear(hidden_NH, weight_VH, bias_V).equal(F.linear(hidden_NH, weight_VH, bias_V))
+    assert torch.autograd.gradcheck(float32_linear, given(torch.float64, bias=True)[:3])

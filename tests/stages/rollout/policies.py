@@ -9,6 +9,7 @@ from stages.models import Checkpoint, save
 from stages.tables import Questions
 from stages.text import CharacterTokenizerConfig, build_tokenizer
 from tests.stages.rows import question_rows
+from tests.stages.training.tiny import changed
 
 SECOND_STOP = 3
 """An id that ends outputs besides the tokenizer's end of sequence."""
@@ -36,6 +37,18 @@ def tiny_policy(weights: int, *, window: int = 64, head: int = 32, spread: float
             torch.nn.init.normal_(parameter, std=spread)
     ends = [tokenizer.eos_token_id, SECOND_STOP]
     return Checkpoint.write(lambda folder: save(folder, model, tokenizer, eos_token_ids=ends))
+
+
+def far_from_zero() -> Checkpoint:
+    """One whose logits lie around 20, as those of trained models do, and differ by few units."""
+
+    def shift(weights: dict[str, torch.Tensor]) -> None:
+        embedding = weights["model.embed_tokens.weight"].mul_(0.4)
+        embedding[:, 0] = 3.0
+        for name, weight in weights.items():
+            weight *= 0.02 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+
+    return changed(tiny_policy(3, head=32), shift)
 
 
 def uniform_policy() -> Checkpoint:

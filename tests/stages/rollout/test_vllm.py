@@ -423,11 +423,13 @@ def test_a_run_without_vllm_ends_before_anything_runs(tmp_path: Path) -> None:
 
 def test_what_decides_a_result_is_in_the_key_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.training.hardware.has_native_bf16", lambda: True)
-    hf = {"kind": "hf", "dtype": "bfloat16", "attention": "auto", "batch_rows": 512, "threads": "auto"}
-    assert RolloutConfig().key()["backend"] == hf
+    hf = {"kind": "hf", "dtype": "bfloat16", "head_precision": "fp32", "attention": "auto", "batch_rows": 512}
+    assert RolloutConfig().key()["backend"] == hf | {"threads": "auto"}
+    full = RolloutConfig.parse({"backend": {"kind": "hf", "dtype": "float32", "head_precision": "as_computed"}})
+    assert "head_precision" not in full.key()["backend"]  # logits are float32 in any case
     vllm = RolloutConfig.parse({"backend": {"kind": "vllm", "python": "/x/python", "deadline": 1, "max_num_seqs": 3}})
     decisive = {"kind": "vllm", "dtype": "bfloat16", "tensor_parallel_size": 1, "eager": None, "threads": None}
-    assert vllm.key()["backend"] == decisive
+    assert vllm.key()["backend"] == decisive | {"head_precision": "fp32"}
     served = RolloutConfig.parse({"backend": {"kind": "vllm_server", "url": "http://127.0.0.1:8000"}})
     assert served.key()["backend"] == {"kind": "vllm_server", "dtype": "bfloat16"}
 

@@ -38,7 +38,7 @@ from stages.rollout.stage import generator_of
 from stages.rollout.vllm import Engine
 from stages.text import PromptConfig
 from tests.pipeline.postgres import free_port
-from tests.stages.rollout.policies import questions, tiny_policy
+from tests.stages.rollout.policies import far_from_zero, questions, tiny_policy
 
 ROOT = Path(__file__).parents[3]
 PYTHON = Path(os.environ.get("COHORT_VLLM_PYTHON") or ROOT / ".venv-vllm" / "bin" / "python")
@@ -321,6 +321,20 @@ def test_a_model_that_vllm_cannot_run_is_refused_in_its_own_words() -> None:
     ):
         pass
     assert VLLM not in _residents
+
+
+@pytest.mark.parametrize("precision", ["fp32", "as_computed"])
+def test_vllm_leaves_logits_in_float32_where_the_setting_says_so(precision: str) -> None:
+    """Rounded to bfloat16, logits of 8 to 32 differ by sixteenths, and so do log-probabilities at one place."""
+    half = BACKEND.model_copy(update={"dtype": "bfloat16", "head_precision": precision})
+    prompt, policy = Prompt("q", [5, 9, 12], list(range(24))), far_from_zero()
+    with generator_of(policy, half) as generator:
+        (group,) = generator.generate([prompt], Sampling(1.0, 1, ()))
+    logprobs = {int(output.ids[0]): float(output.logprobs[0]) for output in group}
+    assert len(logprobs) > 4
+    sixteenths = 16 * (np.array(list(logprobs.values())) - next(iter(logprobs.values())))
+    off = np.abs(sixteenths - sixteenths.round()).max()
+    assert off < 1e-4 if precision == "as_computed" else off > 0.05
 
 
 def test_bfloat16_agrees_within_its_rounding() -> None:

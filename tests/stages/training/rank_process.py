@@ -23,14 +23,14 @@ BUSIEST = 7
 """At least as many micro-batches as any rank has: one a row."""
 
 
-def config(stage: int | None, **changes: Any) -> Any:
+def config(stage: int | None, precision: str = "fp32", **changes: Any) -> Any:
     """How both sides of the comparison train: DeepSpeed at a ZeRO stage, or plain torch."""
     from stages.training import AdamWConfig, DeepSpeedEngineConfig, TorchEngineConfig, TrainingConfig
 
     return TrainingConfig(
         engine=TorchEngineConfig() if stage is None else DeepSpeedEngineConfig(zero_stage=stage, ranks=RANKS),
         optimizer=AdamWConfig(learning_rate=1e-3),
-        precision="fp32",
+        precision=precision,
         max_grad_norm=1.0,
         warmup_steps=4,
         threads=1,
@@ -41,6 +41,14 @@ def config(stage: int | None, **changes: Any) -> Any:
 NAMES = ("loss", "kl", "ratio_mean", "ratio_max", "ratio_min", "padding_share", "entropy", "grad_norm")
 FRUGAL: dict[str, Any] = {"max_logits": 8 * 26, "activation_checkpointing": True}
 """Logits of more than 8 positions in chunks: those of some micro-batches, which one rank may have and the other not."""
+
+
+def half_configs(stage: int | None) -> dict[str, Any]:
+    """In bfloat16, of all weights and of an adapter."""
+    from stages.training import LoRAConfig
+
+    adapters = {"all": None} | ({"adapter": LoRAConfig(r=4)} if importlib.util.find_spec("peft") else {})
+    return {name: config(stage, "bf16", adapter=adapter, **FRUGAL) for name, adapter in adapters.items()}
 
 
 def accumulate_share(engine: Any, split: tuple[int, int], *, weight: float = 1.0) -> None:
@@ -112,6 +120,20 @@ def improve(engine: Any) -> dict[str, Any]:
     metrics = noted.metrics(beta=0.5, seconds=1.0, computed=0)
     shown = {name: metrics[f"policy/{name}"] for name in NAMES}
     return {"metrics": shown, "digest": publish(engine).digest}
+
+
+def score(engine: Any) -> dict[str, Any]:
+    """Log-probabilities of all seven rows in bfloat16, on every rank, and the norm of the gradient of an update by shares."""
+    import torch
+
+    from stages.training.batching import collate
+    from stages.training.forward import completion_logprobs
+    from tests.stages.training.tiny import random_rows
+
+    with torch.no_grad(), engine.autocast():
+        batch = collate(random_rows(7), range(7))
+        scored = completion_logprobs(engine.model, batch, max_logits=engine.max_logits)
+    return {"logprobs": scored.logp_BO.tolist(), "norm": finetune(engine)["norm"]}
 
 
 def gather(start: Any, folder: Path, *, half: bool, adapter: bool) -> dict[str, Any]:
@@ -222,6 +244,10 @@ def main(folder: Path, rank: int) -> None:
             engine = DeepSpeedEngine(start, config(stage, **FRUGAL))
             found[str(stage)]["grpo"] = improve(engine)
             engine.close()
+            for name, how in half_configs(stage).items():
+                engine = DeepSpeedEngine(start, how)
+                found[str(stage)][name] = score(engine)
+                engine.close()
         for adapter in (False, True) if importlib.util.find_spec("peft") else (False,):
             place = folder / f"handed {adapter}"
             place.mkdir(exist_ok=True)

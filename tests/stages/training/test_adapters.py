@@ -241,3 +241,13 @@ def test_without_an_adapter_the_key_is_what_it_was(store: Store) -> None:
     assert "adapter" not in TrainingConfig().key()
     assert config().key()["adapter"]["r"] == 4
     assert TrainingConfig().override({"adapter.r": 16}).adapter == LoRAConfig(r=16)
+
+
+def test_without_rounding_the_key_is_what_it_was() -> None:
+    assert "head_precision" not in config(head_precision="as_computed").key()
+    assert {
+        config(precision="bf16", head_precision=each).key()["head_precision"] for each in ("fp32", "as_computed")
+    } == {
+        "fp32",
+        "as_computed",
+    }

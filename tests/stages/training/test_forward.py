@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.config import ConfigError
 from stages.kernels.head import LogitTransform
 from stages.training.batching import collate, micro_batches
-from stages.training.forward import CompletionLogprobs, completion_logprobs, logit_transform
+from stages.training.forward import CompletionLogprobs, completion_logprobs, keep_float32_logits, logit_transform
 from tests.stages.training.tiny import VOCABULARY, random_rows, tiny_model
 
 BATCH = collate(random_rows(7), range(7))
@@ -133,6 +134,36 @@ def test_chunks_of_any_size_equal_full_logits_for_every_architecture(name: str, 
 def test_what_a_model_does_after_its_head_is_found_out() -> None:
     for architecture, settings, expected in MODELS.values():
         assert logit_transform(model_of(architecture, **settings).float()) == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("max_logits", [None, 5 * VOCABULARY])
+def test_float32_heads_leave_logits_exact_in_bf16(name: str, max_logits: int | None) -> None:
+    """Whatever the model does after its head, with a bias and with the embedding as head: by its hidden states, in float64."""
+    architecture, settings, transform = MODELS[name]
+    model = model_of(architecture, **settings).float()
+    keep_float32_logits(model)
+    assert logit_transform(model) == transform
+    head, seen = model.get_output_embeddings(), []
+    head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logp_BO = completion_logprobs(model, BATCH, 0.7, max_logits=max_logits).logp_BO
+    hidden_NH = seen[-1].flatten(0, 1)[BATCH.source_index_N].bfloat16().double()
+    bias = 0.0 if head.bias is None else head.bias.double()
+    x_NV = transform.apply_(hidden_NH @ head.weight.bfloat16().double().T + bias)
+    expected_N = (x_NV / 0.7).log_softmax(-1)[torch.arange(len(hidden_NH)), BATCH.targets_N]
+    assert (logp_BO[BATCH.output_mask_BO] - expected_N).abs().max() < 2e-5
+    scored(model, max_logits)  # and backward runs
+
+
+def test_a_head_that_is_more_than_a_product_is_refused() -> None:
+    class Scaled(torch.nn.Linear):
+        """May compute anything."""
+
+    model = tiny_model()
+    model.lm_head.__class__ = Scaled
+    with pytest.raises(ConfigError, match="head_precision"):
+        keep_float32_logits(model)
 
 
 def test_few_logits_are_computed_at_once_bit_for_bit_as_ever() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.store import Store
+from stages.kernels.head import Float32Head
 from stages.training import LoRAConfig, TrainingConfig
 from stages.training.adapters import load_trainable
 from stages.training.batching import Batch, Row
@@ -73,7 +74,8 @@ def test_a_reference_computes_what_masters_would_in_half_the_memory(store: Store
     kept = reference_model(checkpoint, config, "cpu")
     pairs = zip(scored_in_bf16(kept), scored_in_bf16(masters), strict=True)
     assert all(found.equal(expected) for found, expected in pairs)
-    linear = sum(module.weight.numel() for module in masters.modules() if type(module) is torch.nn.Linear)
+    layers = (module for module in masters.modules() if type(module) in (torch.nn.Linear, Float32Head))
+    linear = sum(layer.weight.numel() for layer in layers)
     sizes = [sum(weight.nbytes for weight in model.parameters()) for model in (masters, kept)]
     assert sizes[0] - sizes[1] == 2 * linear
 

@@ -54,7 +54,7 @@ def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollout
 
     from stages.training.batching import Batch
     from stages.training.forward import completion_logprobs, sampling_temperature
-    from stages.training.loop import reference_model, resident_engine, score_rows
+    from stages.training.loop import reference_for_pass, resident_engine, score_rows
 
     started = time.perf_counter()
     temperature = sampling_temperature(outputs)
@@ -70,7 +70,9 @@ def compare_policies(policy: Checkpoint, reference: Checkpoint, outputs: Rollout
 
             return score_rows(rows, config.micro_batch_tokens, model, score, engine)
 
-        current, frozen = under(engine.model), under(reference_model(reference, config.training, engine.device))
+        current = under(engine.model)
+        with reference_for_pass(reference, config.training, engine.device, place=engine.device) as model:
+            frozen = under(model)
     compared = with_scores(keys, _UNSOUND, policy=current, reference=frozen)
     record_metrics({"policy/kl_k1": _mean_k1(current, frozen), "time/logprobs": time.perf_counter() - started})
     return Logprobs.write(compared)
@@ -82,11 +84,12 @@ def score_reference(reference: Checkpoint, outputs: Rollouts, config: LogprobsCo
     """Compute log pi_ref(o_t | q, o_<t) of every output token, in the order of `outputs`, for `update_policy` to compare with.
 
     The model is loaded once for all passes of an iteration. Between them it is in host memory, pinned where it is moved to a
-    GPU for a pass. Where the update computes all outputs in one mini-batch, with equal `micro_batch_tokens`, its micro-batches
-    are these, and the values are bit for bit those it would compute itself. Where it leaves outputs out (masked by a null
-    advantage, unpaired) or deals them to several mini-batches, micro-batches are made of other rows. That may change the last
-    bits (of 1e-7 in float32; k3 is quadratic in them). At the first step of an iteration the reference is the policy:
-    `update_policy` then takes the policy's own values, and KL is exactly 0.
+    GPU for a pass. None is loaded where the trainer in memory has an adapter on the same base: its model takes the
+    reference's factors for the pass, with equal bits. Where the update computes all outputs in one mini-batch, with equal
+    `micro_batch_tokens`, its micro-batches are these, and the values are bit for bit those it would compute itself. Where it
+    leaves outputs out (masked by a null advantage, unpaired) or deals them to several mini-batches, micro-batches are made of
+    other rows. That may change the last bits (of 1e-7 in float32; k3 is quadratic in them). At the first step of an iteration
+    the reference is the policy: `update_policy` then takes the policy's own values, and KL is exactly 0.
 
     Args:
         reference: pi_ref.
@@ -102,19 +105,18 @@ def score_reference(reference: Checkpoint, outputs: Rollouts, config: LogprobsCo
     from stages.training.engine import autocast
     from stages.training.forward import completion_logprobs, sampling_temperature
     from stages.training.hardware import peak_memory, training_device
-    from stages.training.loop import on_device, reference_model, score_rows
+    from stages.training.loop import reference_for_pass, score_rows
 
     started, device, training = time.perf_counter(), training_device(), config.training
     temperature = sampling_temperature(outputs)
     keys, rows = rows_of(outputs)
     with training.arithmetic(), peak_memory() as peak:
-        model = reference_model(reference, training, "cpu")
 
         def score(batch: Batch) -> Tensor:
             with autocast(device, training):
                 return completion_logprobs(model, batch.to(device), temperature, max_logits=training.max_logits).logp_BO
 
-        with on_device(model, device):
+        with reference_for_pass(reference, training, device) as model:
             found = score_rows(rows, config.micro_batch_tokens, model, score)
     scored = with_scores(keys, _UNSOUND, reference=found)
     record_metrics({"time/reference": time.perf_counter() - started, "memory/reference_mb": peak.mib})

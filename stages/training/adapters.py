@@ -14,6 +14,7 @@ The files lie in a folder of their own: transformers adds an adapter to the weig
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.util
 import json
@@ -122,6 +123,38 @@ def _fill(model: Any, checkpoint: Checkpoint, settings: Mapping[str, Any], seed:
         if name.endswith((_A, _B)):
             parameter.data.copy_(factors[_name_in_peft(name)])
     return Adapter(stored, continued=True)
+
+
+def factors_on_base(checkpoint: Checkpoint, adapter: Adapter) -> dict[str, Tensor] | None:
+    """Return the factors of a checkpoint by their names in peft's files, where they are on the base of `adapter`, else None.
+
+    The base itself has none.
+    """
+    from safetensors.torch import load_file
+
+    if adapter.settings[_BASE_NAME] == checkpoint.digest:
+        return {}
+    if _stored_settings(checkpoint) != adapter.settings:
+        return None
+    factors: dict[str, Tensor] = load_file(checkpoint.path / FOLDER / FACTORS)
+    return factors
+
+
+@contextlib.contextmanager
+def with_factors(model: nn.Module, factors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give a model other factors for the block (none: B = 0, the base), its own back afterwards."""
+    named = [(name, tensor) for name, tensor in model.named_parameters() if name.endswith((_A, _B))]
+    own = [tensor.data for _, tensor in named]
+    try:
+        for name, tensor in named:
+            if factors:
+                tensor.data = factors[_name_in_peft(name)].to(tensor.device)
+            elif name.endswith(_B):
+                tensor.data = tensor.data.new_zeros(tensor.shape)
+        yield
+    finally:
+        for (_, tensor), data in zip(named, own, strict=True):
+            tensor.data = data
 
 
 def _draw(parameters: Mapping[str, Tensor], seed: int) -> None:

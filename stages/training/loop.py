@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.orchestration.interruption import check
-from pipeline.residency import kept, resident
+from pipeline.residency import evict, kept, resident
 from pipeline.store import current_store
 from pipeline.store.context import payloads
 from stages.models import Checkpoint, architecture_of
@@ -36,7 +36,7 @@ _TRAINED: Final = (WEIGHTS, OPTIMIZER, TRAINER, *(f"{FOLDER}/{name}" for name in
 
 def resident_engine(checkpoint: Checkpoint, config: TrainingConfig, slot: str = "trainer") -> Engine:
     """Return the engine kept in `slot`, holding exactly `checkpoint`; load only when it holds something else."""
-    key = (json.dumps(config.key(), sort_keys=True), config.max_skipped_steps, architecture_of(checkpoint))
+    key = _engine_key(checkpoint, config)
     there = kept(slot, key)
     if there is None or there.holds != checkpoint.state:
         # Before the slot is made free: what was not written is written by whoever has it, or replayed.
@@ -45,6 +45,10 @@ def resident_engine(checkpoint: Checkpoint, config: TrainingConfig, slot: str = 
     if engine.holds != checkpoint.state or config.optimizer_state == "none":
         engine.load(checkpoint)
     return engine
+
+
+def _engine_key(checkpoint: Checkpoint, config: TrainingConfig) -> tuple[Any, ...]:
+    return json.dumps(config.key(), sort_keys=True), config.max_skipped_steps, architecture_of(checkpoint)
 
 
 def _make_engine(checkpoint: Checkpoint, config: TrainingConfig) -> Engine:
@@ -59,6 +63,30 @@ def _make_engine(checkpoint: Checkpoint, config: TrainingConfig) -> Engine:
             return DeepSpeedEngine(checkpoint, config)
         case _ as unknown:
             assert_never(unknown)
+
+
+@contextlib.contextmanager
+def reference_for_pass(
+    reference: Checkpoint, config: TrainingConfig, device: str, *, place: str = "cpu"
+) -> Iterator[torch.nn.Module]:
+    """Yield pi_ref on a device, to compute without gradient in the block.
+
+    Where the resident trainer has an adapter on the same base, it is the trainer's model with the reference's factors in place
+    of its own: megabytes, not a second model. Both have equal bits on a CPU. Else `reference_model`.
+
+    Args:
+        place: where a model of its own is kept between passes.
+    """
+    engine = kept("trainer", _engine_key(reference, config)) if config.adapter is not None else None
+    exchanged = getattr(engine, "as_reference", lambda _: None)(reference)
+    if exchanged is not None:
+        evict("reference")
+        with exchanged:
+            yield engine.model  # type: ignore[union-attr]
+        return
+    model = reference_model(reference, config, place)
+    with on_device(model, device):
+        yield model
 
 
 def reference_model(reference: Checkpoint, config: TrainingConfig, place: str) -> torch.nn.Module:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from pipeline.orchestration.interruption import check
 from stages.models import Checkpoint
-from stages.training.adapters import load_trainable, reload_trainable
+from stages.training.adapters import factors_on_base, load_trainable, reload_trainable, with_factors
 from stages.training.config import TrainingConfig
 from stages.training.engine import (
     CheckpointedEngine,
@@ -70,6 +71,11 @@ class TorchEngine(CheckpointedEngine):
         self.holds = None
         self._adapter = reload_trainable(self.model, self._adapter, checkpoint, self._config)
         self._restore(checkpoint)
+
+    def as_reference(self, reference: Checkpoint) -> AbstractContextManager[None] | None:
+        """Return a context in which the model is `reference`, without gradient; None where it is not on this adapter's base."""
+        factors = None if self._adapter is None else factors_on_base(reference, self._adapter)
+        return None if factors is None else with_factors(self.model, factors)
 
     def _moments(self) -> dict[str, Tensor]:
         return optimizer_state(self.model, self._optimizer)

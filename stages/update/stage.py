@@ -132,7 +132,7 @@ def _mini_batches(
     The first step is made by pi_old itself: its own forward, detached, makes the ratio exactly 1, and none is needed before it.
     Where pi_ref is pi_old (an iteration's first step), one forward serves both.
     """
-    from stages.training.loop import reference_model
+    from stages.training.loop import reference_for_pass
     from stages.update.loss import MiniBatch
 
     method = method_of(config.objective)
@@ -142,7 +142,8 @@ def _mini_batches(
     alike = frozen is not None and frozen.state == policy.state
     for number, mini_batch in enumerate(made):
         if frozen is not None and not alike:
-            mini_batch.compare_with(reference_model(frozen, config.training, engine.device), engine)
+            with reference_for_pass(frozen, config.training, engine.device, place=engine.device) as model:
+                mini_batch.compare_with(model, engine)
         if config.old_logprobs == "rollout":
             mini_batch.trust_rollout()
         if single or (number == 0 and config.old_logprobs == "trainer"):

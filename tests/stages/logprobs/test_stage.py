@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.residency import evict
+from pipeline.residency import _residents, evict
 from pipeline.store import Store
 from stages.logprobs import LogprobsConfig, compare_policies, score_reference
 from stages.models import WEIGHTS, Checkpoint, load_model
 from stages.tables import Advantages, ReferenceLogprobs, Rollouts
-from stages.training import AdamWConfig, TrainingConfig
+from stages.training import AdamWConfig, LoRAConfig, TrainingConfig
 from stages.training.adapters import load_trainable
 from stages.training.loop import publish, resident_engine
 from stages.update import DPOConfig, GRPOConfig, UpdateConfig, update_policy
@@ -287,3 +287,19 @@ def test_values_of_other_outputs_are_refused_by_row(store: Store) -> None:
         ValueError, match=rf"\('q0', 1\): expected {length} reference log-probabilities, .* found {length + 1}"
     ):
         update_policy(policy, ReferenceLogprobs.write(scored), outputs, advantages(), config, seed=0)
+
+
+def test_a_reference_on_the_base_of_a_trained_adapter_needs_no_model(store: Store) -> None:
+    """Scored and compared through the trainer's model; to the bit what the base alone says."""
+    start, outputs = tiny_checkpoint(), Rollouts.write(output_rows())
+    expected = [row["reference"] for row in score_reference(start, outputs, exact()).rows()]
+    evict()
+    training = exact().training.model_copy(update={"adapter": LoRAConfig(r=4)})
+    engine = resident_engine(start, training)
+    update(engine, random_rows(4, seed=1))
+    policy = publish(engine)
+    scored = score_reference(start, outputs, exact(training=training)).rows()
+    compared = compare_policies(policy, start, outputs, exact(training=training)).rows()
+    assert "reference" not in _residents
+    assert [row["reference"] for row in scored] == [row["reference"] for row in compared] == expected
+    assert [row["policy"] for row in compared] != expected

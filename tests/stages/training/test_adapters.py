@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import math
@@ -13,13 +14,15 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config import ConfigError
+from pipeline.residency import evict
 from pipeline.store import Store, current_store
 from stages.models import Checkpoint, load_model
 from stages.training import AdamWConfig, LoRAConfig, TrainingConfig
-from stages.training.adapters import adapter_base, write_adapter
+from stages.training.adapters import adapter_base, load_trainable, write_adapter
 from stages.training.batching import collate
 from stages.training.forward import completion_logprobs
-from stages.training.loop import publish, reference_model, resident_engine
+from stages.training.hardware import live_tensors_mib
+from stages.training.loop import publish, reference_for_pass, reference_model, resident_engine
 from stages.training.optimizers import trainable, trained_values
 from stages.training.torch_engine import TorchEngine
 from tests.stages.training.tiny import accumulate, random_rows, saved, tiny_checkpoint, tiny_model, update
@@ -251,3 +254,69 @@ def test_without_rounding_the_key_is_what_it_was() -> None:
         "fp32",
         "as_computed",
     }
+
+
+@torch.no_grad()
+def scored_in(model: Any, how: TrainingConfig) -> torch.Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how.bf16):
+        return completion_logprobs(model, BATCH, 0.7).logp_BO
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_reference_on_the_trainers_base_is_its_factors_bit_for_bit(store: Store, precision: str) -> None:
+    """The base, and an adapter of its own: equal to a copy of the model, whose bytes are not there; the trainer stays."""
+    how, start = config(precision=precision), tiny_checkpoint()
+    engine = resident_engine(start, how)
+    update(engine, ROWS)
+    middle = publish(engine)
+    update(engine, ROWS)
+    last = publish(engine)
+    before = scored_in(engine.model, how)
+    values = trained_values(engine.model)
+    second = sum(p.numel() for name, p in engine.model.named_parameters() if ".lora_B." in name)
+    for reference, exchanged in ((start, second), (middle, values)):
+        kept = bytes_alive()
+        with reference_for_pass(reference, how, "cpu") as model:
+            assert bytes_alive() - kept == 4 * exchanged
+            shared = scored_in(model, how).tolist()
+        assert bytes_alive() == kept
+        alone = reference_model(reference, how, "cpu")
+        weights = sum(tensor.nbytes for tensor in (*alone.parameters(), *alone.buffers()))
+        assert bytes_alive() - kept == weights > 8 * values
+        assert shared == scored_in(alone, how).tolist()
+        assert shared != before.tolist()
+        del alone
+        evict("reference")
+    assert engine.holds == last.state
+    assert scored_in(engine.model, how).equal(before)
+
+
+def bytes_alive() -> int:
+    gc.collect()
+    return round(live_tensors_mib() * 2**20)
+
+
+def test_a_reference_on_another_base_is_a_model_of_its_own(store: Store) -> None:
+    """Where it has other weights, other settings, or the trainer none of them."""
+    start, other = tiny_checkpoint(), saved(tiny_model(seed=1))
+    for reference, held, how in (
+        (other, start, config()),
+        (start, None, config()),
+        (start, start, config(adapter=None)),
+    ):
+        evict()
+        engine = None if held is None else resident_engine(held, how)
+        with reference_for_pass(reference, how, "cpu") as model:
+            assert engine is None or model is not engine.model
+            expected = scored_in(load_trainable(reference, how, torch.float32)[0], how)
+            assert scored_in(model, how).equal(expected)
+
+
+def test_an_error_in_a_pass_leaves_the_trainer_its_own_factors(store: Store) -> None:
+    start = tiny_checkpoint()
+    engine = resident_engine(start, config())
+    update(engine, ROWS)
+    before = scored_in(engine.model, config())
+    with pytest.raises(ZeroDivisionError), reference_for_pass(start, config(), "cpu"):
+        raise ZeroDivisionError
+    assert scored_in(engine.model, config()).equal(before)

@@ -16,7 +16,7 @@ from flows.config import IterativeRLConfig
 from flows.first_run.page import nested, page
 from flows.first_run.sizes import Sizes, sizes_for
 from flows.first_run.survey import Survey, survey
-from flows.first_run.trial import Trial, prompts_for, try_prompts
+from flows.first_run.trial import Trial, candidates_for, try_prompts
 from flows.planning.request import Request, room_for_checkpoint, subject_of
 from flows.runs.paths import Places
 from flows.wording import duration, number, percent, size
@@ -73,8 +73,8 @@ def begin(wishes: Wishes, places: Places, say: Say) -> str:
     told = "has a chat template" if chat else "has no chat template of its own: questions are continued as text"
     say("model", f"{told}; reads {window} tokens; outputs end at {ends}")
     numbers, chinese = set(found.kinds) <= {"number"}, found.script == "CJK"
-    prompts = prompts_for(chat=chat, numbers=numbers, chinese=chinese, able=has_cuda())
-    settings |= {"prompt": _plain(prompts[0]), "rollout.max_output_tokens": _budget(early)}
+    candidates = candidates_for(chat=chat, numbers=numbers, chinese=chinese, able=has_cuda())
+    settings |= {"prompt": _plain(candidates[0].prompt), "rollout.max_output_tokens": _budget(early)}
     request = _request()
     config = _usable(settings, found, places, request, say)
     say(
@@ -83,11 +83,13 @@ def begin(wishes: Wishes, places: Places, say: Say) -> str:
     )
     trials: list[Trial] = []
     with use_store(places.open_store()):
-        for trial in try_prompts(config, prompts):
-            say("trial", f"{_named(trial.prompt)}: {trial}")
+        for trial in try_prompts(config, candidates):
+            say("trial", f"{_named(trial)}: {trial}")
             trials.append(trial)
     best = max(trials, key=lambda trial: trial.rank)
     settings |= {"prompt": _plain(best.prompt), "rollout.max_output_tokens": _longest(best, config)}
+    if best.temperature != 1:
+        settings["rollout.temperature"] = best.temperature
     first = _demonstrate(best, found)
     if first:
         settings |= _SFT
@@ -227,14 +229,10 @@ def _demonstrate(trial: Trial, found: Survey) -> bool:
     return trial.right < _WEAK * trial.findings.outputs and found.solutions == len(found.questions)
 
 
-def _named(prompt: PromptConfig) -> str:
-    return (
-        repr(prompt.instruction)
-        if prompt.instruction
-        else prompt.template
-        if prompt.template != "raw"
-        else "no instruction"
-    )
+def _named(trial: Trial) -> str:
+    prompt = trial.prompt
+    asked = repr(prompt.instruction) if prompt.instruction else prompt.template
+    return f"{asked if asked != 'raw' else 'no instruction'}, temperature {trial.temperature:g}"
 
 
 def _plain(prompt: PromptConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 from flows.algorithm.data import limit_data, prepare_data
 from flows.algorithm.models import base_model
@@ -20,11 +20,16 @@ from stages.rollout import rollout
 from stages.tables import Rewards, Rollouts
 from stages.text import PromptConfig
 
-_NUMBER: Final = "Think in one or two short sentences. End with `The answer is` and the number."
-_OTHER: Final = "Think in one or two short sentences. End with `The answer is` and the answer."
+_FORM: Final = "Think in one or two short sentences. End with `The answer is` and the answer."
+_EXAMPLES: Final = (
+    "Here is how to answer.\nQuestion: What is 2 plus 5?\nThe answer is 7.\nQuestion: There were 9 cups and 4 broke. How many "
+    "are left?\nThe answer is 5.\nAnswer this question in the same way."
+)
+"""Small models copy a form that they see more often than one that is described."""
+_COOL: Final = 0.6
+"""Temperature for small models, whose outputs at 1 are often noise; ours."""
 _ENOUGH: Final = 0.5
 """Share of questions with a signal at which no other prompt is tried; ours."""
-_ONLY: Final = "Reply with the answer only."
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Trial:
     """What a model answers under a prompt."""
 
     prompt: PromptConfig
+    temperature: float
     findings: Findings
     right: int
     lengths: tuple[int, ...]
@@ -62,34 +68,44 @@ class Trial:
         )
 
 
-def prompts_for(*, chat: bool, numbers: bool, chinese: bool, able: bool) -> list[PromptConfig]:
-    """Return the prompts to try: the paper's, and instructions that small models follow more often.
+class Candidate(NamedTuple):
+    """What is tried."""
+
+    prompt: PromptConfig
+    temperature: float = 1.0
+
+
+def candidates_for(*, chat: bool, numbers: bool, chinese: bool, able: bool) -> list[Candidate]:
+    """Return the prompts and temperatures to try: the paper's, and what small models follow more often.
 
     Args:
         chat: the tokenizer has a chat template; without one the question is continued.
         numbers: all answers are numbers.
         able: the paper's prompt, which asks for long answers, comes first; else last.
     """
-    paper = "deepseek_math_zh" if chinese else "deepseek_math_en"
+    paper: Any = "deepseek_math_zh" if chinese else "deepseek_math_en"
     if not chat:
-        return [
-            PromptConfig(prefix="Question: ", suffix="\nAnswer:"),
-            PromptConfig(template=paper, prefix="Question: ", suffix="\nAnswer:"),
-        ]
-    brief = [PromptConfig(chat="tokenizer", instruction=text) for text in (_NUMBER if numbers else _OTHER, _ONLY)]
-    long = [PromptConfig(chat="tokenizer", template=paper)]
+        plain = {"prefix": "Question: ", "suffix": "\nAnswer:"}
+        return [Candidate(PromptConfig(**plain)), Candidate(PromptConfig(template=paper, **plain), _COOL)]
+    long = [Candidate(PromptConfig(chat="tokenizer", template=paper))]
+    shown = PromptConfig(chat="tokenizer", instruction=_EXAMPLES, instruction_at="before")
+    described = PromptConfig(chat="tokenizer", instruction=_FORM)
+    brief = [Candidate(described, _COOL)]
+    if numbers:
+        brief.append(Candidate(shown, _COOL))
+    brief = [] if chinese else brief
     return [*long, *brief] if able else [*brief, *long]
 
 
-def try_prompts(config: IterativeRLConfig, prompts: Sequence[PromptConfig]) -> Iterator[Trial]:
+def try_prompts(config: IterativeRLConfig, candidates: Sequence[Candidate]) -> Iterator[Trial]:
     """Sample the first step's questions with each prompt, until half of them have a signal.
 
     The stages of a run do it, in the current store, where the run finds the model again.
     """
     data = prepare_data(config.data)
     base = base_model(config, data)
-    for prompt in prompts:
-        tried = config.override({"prompt": prompt.model_dump(mode="json")})
+    for prompt, temperature in candidates:
+        tried = config.override({"prompt": prompt.model_dump(mode="json"), "rollout.temperature": temperature})
         train = limit_data(tried, data, base).train
         questions = sample_batch(train, size=config.questions_per_step, step=0, seed=config.seed)
         outputs = rollout(base, questions, prompt, tried.rollout, seed=derived_seed(config.seed, "init"))
@@ -106,6 +122,7 @@ def _trial(config: IterativeRLConfig, outputs: Rollouts, rewards: Rewards) -> Tr
     read = [output for row, output in zip(rows, sampled, strict=True) if row["status"] in ("ok", "wrong")]
     return Trial(
         prompt=config.prompt,
+        temperature=config.rollout.temperature,
         findings=examine(rows, config.advantage),
         right=sum(right),
         lengths=tuple(len(output["output_ids"]) for output in sampled if output["finish_reason"] == "stop"),

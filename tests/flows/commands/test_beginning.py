@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,10 +13,7 @@ import pytest
 
 from flows.cli import run_command
 from flows.config.resolve import choose
-from flows.runs.ledger import read_ledger
-from flows.runs.paths import Places
-from pipeline.store import Store, use_store
-from stages.tables import Rewards
+from pipeline.store import Store
 from stages.text import CharacterTokenizerConfig, build_tokenizer
 from stages.text.prompts import INSTRUCTIONS
 from tests.end_to_end.terminal import terminal
@@ -120,14 +118,23 @@ def test_on_a_terminal_it_asks_for_what_is_not_given(tmp_path: Path, model: Path
         assert process.wait(60) == 2
 
 
+FACTS = {
+    "What is 1 plus 1?": 2,
+    "What is 2 plus 2?": 4,
+    "How many days are in a week?": 7,
+    "How many legs does a dog have?": 4,
+    "How many months are in a year?": 12,
+    "How many sides does a triangle have?": 3,
+}
+
+
 @pytest.mark.slow
-def test_a_gguf_file_and_questions_reach_a_reward_above_zero(tmp_path: Path, smollm: Path) -> None:
-    rows = [{"question": f"What is {number} plus 1?", "answer": number + 1} for number in range(1, 9)]
-    assert run_command(arguments(tmp_path, smollm, rows, "--minutes", "1")) == 0
-    given = ["--root", str(tmp_path / "root"), "--engine", "inline"]
-    assert run_command(["run", str(tmp_path / "run.yaml"), "--set", "steps=1", *given]) == 0
-    (summary,) = (tmp_path / "root" / "runs").glob("*/summary.json")
-    places = Places(tmp_path / "root")
-    (made,) = (ledger.steps[1]["score"] for ledger in [read_ledger(summary.parent)] if ledger)
-    with use_store(places.open_store()):
-        assert max(row["reward"] for row in Rewards(made).rows()) > 0
+def test_of_a_gguf_file_some_outputs_are_right_under_the_prompt_chosen(
+    tmp_path: Path, smollm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question": question, "answer": answer} for question, answer in FACTS.items()]
+    assert run_command(arguments(tmp_path, smollm, rows)) == 0
+    config = choose(str(tmp_path / "run.yaml")).config
+    assert (config.prompt.chat, config.policy.path) == ("tokenizer", str(smollm.resolve()))
+    right = [int(count) for count in re.findall(r"(\d+) of 24 right", capsys.readouterr().out)]
+    assert max(right) > 0

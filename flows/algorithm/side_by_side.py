@@ -79,22 +79,27 @@ def runs_side_by_side(config: IterativeRLConfig) -> bool:
     """
     if not config.overlap or config.side_by_side == "never":
         return False
-    complaint = next(unfit_side_by_side(config), "") or _without_room(config)
+    complaint = "on GPUs the two run in turns" if has_cuda() else ""
+    complaint = next(unfit_side_by_side(config), complaint) or _without_room(config, within_quota(cores()))
     if complaint and config.side_by_side == "always":
         raise ConfigError(f"side_by_side: {complaint}; set side_by_side=auto, or never")
     return not complaint
 
 
-def _without_room(config: IterativeRLConfig) -> str:
-    """Say why this machine cannot sample and update at a time; empty: it can."""
-    if has_cuda():
-        return "on GPUs the two run in turns"
+def samples_beside(config: IterativeRLConfig, *, cores: int) -> bool:
+    """Return whether outputs are sampled while the policy is updated, on another machine with so many cores and no GPU."""
+    wanted = config.overlap and config.side_by_side != "never" and not any(unfit_side_by_side(config))
+    return bool(wanted) and not _without_room(config, cores)
+
+
+def _without_room(config: IterativeRLConfig, there: int) -> str:
+    """Say why so many cores are too few for both; empty: they are not."""
     backend, training = config.rollout.backend, config.update.training
     assert isinstance(backend, HFBackendConfig)
     assert backend.threads != "auto"
     assert training.threads != "auto"
     ranks = training.engine.ranks if isinstance(training.engine, DeepSpeedEngineConfig) else 1
-    used, there = backend.threads + ranks * training.threads, within_quota(cores())
-    return (
-        f"{used} threads (rollout.backend, update.training) need as many cores, found {there}" if there < used else ""
-    )
+    used = backend.threads + ranks * training.threads
+    if there >= used:
+        return ""
+    return f"{used} threads (rollout.backend, update.training) need as many cores, found {there}"

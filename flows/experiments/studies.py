@@ -205,9 +205,22 @@ def in_and_out_of_domain(scale: Scale) -> Experiment:
     return _study(scale, "in_and_out_of_domain", asks, arms, scale.whole | scale.kinds)
 
 
+def overlap(scale: Scale) -> Experiment:
+    """GRPO from outputs of the policy as it is, and of the one before its last update, which are sampled meanwhile."""
+    asks = "What does sampling while the policy is updated cost in accuracy per step, and bring in accuracy per second?"
+    lag: dict[str, Any] = {"method": "grpo", "overlap": 1}
+    arms = {
+        "none": {"method": "grpo"},
+        "clipped": lag | {"update.old_logprobs": "rollout"},  # ours: the ratio is to the policy that sampled
+        # Ours: the ratio is to the policy before the update, and outputs are weighed by that over the one that sampled.
+        "corrected": lag | {"update.old_logprobs": "trainer", "update.correction": {"kind": "truncated"}},
+    }
+    return _study(scale, "overlap", asks, arms, scale.methods)
+
+
 _STUDIES: Final = (
     *(fig5, fig6, fig7, methods),
-    *(online_vs_offline, outcome_vs_process, single_vs_iterative, in_and_out_of_domain),
+    *(online_vs_offline, outcome_vs_process, single_vs_iterative, in_and_out_of_domain, overlap),
 )
 EXPERIMENTS: Final[dict[str, Callable[[Scale], Experiment]]] = {make.__name__: make for make in _STUDIES}
 """Every study by name."""

@@ -17,6 +17,8 @@ from stages.models import Checkpoint
 from stages.tables import Evaluation
 
 _SAMPLING: Final = "rollout/seconds"
+_BESIDE: Final = "rollout/beside"
+_UPDATING: Final = "time/update"
 _GAUGES: Final = ("auc", "accuracy", "step_accuracy")
 """Of reward models on held-out outputs, those that are followed from model to model; all others are in the tables."""
 _GREEDY: Final = ("accuracy", "accuracy_ci_low", "accuracy_ci_high")
@@ -52,8 +54,8 @@ class Points:
         self.by_step: dict[int, dict[str, float]] = {}
         self.last: dict[str, float] = {}
         """Metrics of the last part of the run, under the names that its record has."""
-        self._totals: dict[int, tuple[float, float, float]] = {0: (0.0, 0.0, 0.0)}
-        """Step -> samples, tokens and seconds up to its end. A step that is done again replaces what it came to."""
+        self._totals: dict[int, tuple[float, float, float, float]] = {0: (0.0, 0.0, 0.0, 0.0)}
+        """Step -> samples, tokens and seconds up to its end, and those of its update. A step done again replaces its own."""
 
     def take(self, event: Event) -> None:
         """Add the metrics of an event that has some."""
@@ -86,13 +88,17 @@ class Points:
         return metrics
 
     def _progress(self, step: int, iteration: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Sampling, scoring and updating, as long as they took when they were computed: an axis to draw curves over."""
+        """Sampling, scoring and updating, as long as they took when they were computed: an axis to draw curves over.
+
+        Of outputs that were sampled beside the update before, only what that took longer than the update.
+        """
         before = next(number for number in range(step - 1, -1, -1) if number in self._totals)
-        samples, tokens, seconds = self._totals[before]
+        samples, tokens, seconds, update = self._totals[before]
         samples += int(metrics.get("rollout/samples", 0))
         tokens += int(metrics.get("rollout/tokens", 0))
-        seconds += sum(value for name, value in metrics.items() if name.startswith("time/") or name == _SAMPLING)
-        self._totals[step] = samples, tokens, seconds
+        seconds += sum(value for name, value in metrics.items() if name.startswith("time/"))
+        seconds += max(0.0, metrics.get(_SAMPLING, 0.0) - (update if metrics.get(_BESIDE) else 0.0))
+        self._totals[step] = samples, tokens, seconds, metrics.get(_UPDATING, 0.0)
         done = {"iteration": iteration, "samples": samples, "tokens": tokens, "seconds": seconds}
         return {f"progress/{name}": value for name, value in done.items()}
 

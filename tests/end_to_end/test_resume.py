@@ -32,7 +32,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def killed(
-    folder: Path, kills: int, settings: dict[str, Any], *, small: int = 2**26
+    folder: Path, kills: int, settings: dict[str, Any], *, small: int = 2**26, patience: float = 900
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What came of an undisturbed run, and of runs that were killed at instants spread over it and then finished."""
     command = [
@@ -45,7 +45,9 @@ def killed(
         str(small),
     ]
     single = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=single, capture_output=True, text=True, check=False, timeout=900)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=single, capture_output=True, text=True, check=False, timeout=patience
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert len(report["trials"]) == kills
@@ -65,6 +67,22 @@ def test_a_run_killed_between_checkpoints_replays_few_updates_and_samples_nothin
     assert [trial["sampled before"] + trial["sampled"] for trial in trials] == [golden["sampled"]] * kills
     assert max(updates for trial in trials for updates in trial["replayed"]) in range(3, 8)
     assert [trial["left"] for trial in trials] == [[]] * kills
+
+
+@pytest.mark.scale
+def test_a_run_that_samples_beside_its_updates_and_is_killed_resumes_to_the_bits_of_turns(tmp_path: Path) -> None:
+    kills, lag = 20, {"overlap": 1, "update.old_logprobs": "rollout"}
+    several = lag | {"iterations": 1, "steps": 10, "evaluation": {"every": 0, "samples": 0}, "checkpoint.every": 7}
+    golden, trials = killed(tmp_path, kills, several, patience=3600)  # every run imports torch for its sampler
+    with use_store(Store(tmp_path / "turns")):
+        content, executed = executed_by(arithmetic_smoke().override(several | {"side_by_side": "never"}))
+    evict()
+    assert (golden["content"], golden["executed"]) == (content, len(executed))
+    assert {trial["content"] for trial in trials} == {content}
+    assert [trial["kept"] + trial["executed"] for trial in trials] == [golden["executed"]] * kills
+    assert [trial["sampled before"] + trial["sampled"] for trial in trials] == [golden["sampled"]] * kills
+    assert [trial["left"] for trial in trials] == [[]] * kills
+    assert sum(trial["killed"] for trial in trials) >= 0.8 * kills - 1
 
 
 @pytest.mark.claim("a resumed run that repeats questions")

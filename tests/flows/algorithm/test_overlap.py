@@ -182,6 +182,8 @@ def test_side_by_side_has_the_digests_of_in_turns(run: Run, fresh: Store, writte
         run.made(stage) for stage in ("rollout", "update_policy")
     ]
     assert made.executed == run.executed
+    assert [made.points[step]["rollout/beside"] for step in range(1, 7)] == [0, 1, 1] * 2
+    assert [run.points[step]["rollout/beside"] for step in range(1, 7)] == [0] * 6
     beside = [place for place, event in enumerate(seen.events) if event == ("StageStarted", "update_policy")]
     ahead = [seen.events[place - 1] == ("StageStarted", "rollout") for place in beside]
     assert ahead == [True, True, False] * 2, "an update started once the process had the weights"

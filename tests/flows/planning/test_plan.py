@@ -25,6 +25,23 @@ def test_what_others_keep_stands_beside_a_stage(planned: Planned) -> None:
     assert one(plan, "sft").held == 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "cores", "share"),
+    [((), 2, 39 / 40), ((), 1, 0), (("side_by_side=never",), 2, 0), (("rollout.backend.threads=2",), 2, 0)],
+)
+def test_what_is_sampled_beside_an_update_takes_no_time_of_its_own(
+    planned: Planned, settings: tuple[str, ...], cores: int, share: float
+) -> None:
+    """Of 40 steps the first one samples nothing ahead: its own outputs are waited for."""
+    plan = planned("arithmetic_cpu", "overlap=1", "update.old_logprobs=rollout", *settings)
+    machine = replace(plan.given.machine, profile=plan.given.machine.profile.model_copy(update={"threads": cores}))
+    plan = plan_of(replace(plan.given, machine=machine))
+    shorter = min(one(plan, name).seconds for name in ("rollout", "update"))
+    assert plan.beside == pytest.approx(share * shorter)
+    assert sum(map(plan.total, plan.stages)) - plan.seconds == pytest.approx(40 * share * shorter)
+    assert plan.overhead == (2 if share else 1) * 2**30
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_a_reference_pass_loads_its_model_once_an_iteration(planned: Planned, gpu: bool) -> None:
     """On a CPU it stays in memory; a GPU gets it anew for every pass, over 25 GB a second."""

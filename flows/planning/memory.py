@@ -71,6 +71,11 @@ class Batch:
         return self.prompts * self.prompt + self.rows * self.output
 
     @property
+    def keys(self) -> float:
+        """Return the keys that attention reads: every output has its prompt's once more."""
+        return self.tokens if self.group == 1 else self.tokens + self.rows * self.prompt
+
+    @property
     def pairs(self) -> float:
         """Return the places that attention weighs: of a prompt's tokens each other, of an output's the prompt too."""
         length = self.prompt + self.output
@@ -192,18 +197,19 @@ def scoring_memory(
 def kept_by_layer(shape: ModelShape, batch: Batch, precision: str, attention: str) -> float:
     """Return what one layer keeps for backward.
 
-    fp32, a token: the residual stream and its norm twice, with what each projection reads (6 H); q, k, v as attention's
-    products have them and its output (4 q); gate, its activation, up and their product (4 I). Eager attention keeps its
+    fp32, a token: the residual stream and its norm twice, with what each projection reads (6 H); q as attention's products have
+    it and their output (2 q), of a key k and v (2 q); gate, its activation, up and their product (4 I). Eager attention keeps its
     weights, one a head and pair. bf16: autocast casts the input of each projection anew (26 H bytes) and halves the rest; the
     softmax is in float32 with its cast (6 bytes a weight).
     """
     tokens, hidden, width = batch.tokens, shape.hidden, shape.queries
+    keys = 2 * width * batch.keys
     pairs = shape.heads * batch.pairs
     if precision == "fp32":
-        values = 6 * hidden + 4 * width + 4 * shape.intermediate
-        return FLOAT * tokens * values + (FLOAT * pairs if attention == "eager" else 0.0)
-    values = 26 * hidden + 8 * width + 8 * shape.intermediate
-    return tokens * values + ((FLOAT + HALF) * pairs if attention == "eager" else 0.0)
+        values = 6 * hidden + 2 * width + 4 * shape.intermediate
+        return FLOAT * (tokens * values + keys + (pairs if attention == "eager" else 0.0))
+    values = 26 * hidden + 4 * width + 8 * shape.intermediate
+    return tokens * values + HALF * keys + ((FLOAT + HALF) * pairs if attention == "eager" else 0.0)
 
 
 def _activations(shape: ModelShape, config: TrainingConfig, batch: Batch, logits: float) -> float:

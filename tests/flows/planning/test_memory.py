@@ -55,6 +55,9 @@ def test_a_layer_keeps_what_its_operations_save() -> None:
     assert kept_by_layer(SHAPE, batch, "fp32", "sdpa") == 8 * 32 * 4
     assert kept_by_layer(SHAPE, batch, "fp32", "eager") == 8 * 32 * 4 + 32 * 4
     assert kept_by_layer(SHAPE, batch, "bf16", "eager") == 8 * (26 * 2 + 8 * 2 + 8 * 3) + 32 * 6
+    # Behind one prompt: 7 tokens, two keys more of 4 numbers, and 1 + 2 x 3 x 4 weights.
+    shared = Batch(2, 1, 3, group=2)
+    assert kept_by_layer(SHAPE, shared, "fp32", "eager") == (7 * 32 + 2 * 4 + 25) * 4
 
 
 def test_a_budget_makes_micro_batches_of_whole_rows() -> None:

@@ -89,6 +89,7 @@ def assert_equal(model: Any, batches: list[Batch], exact: float, **settings: Any
         torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=exact * float(gradient.abs().max()))
 
 
+@pytest.mark.claim("packed rows that see each other")
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_values_and_gradients_are_those_of_separate_sequences(architecture: str, attention: str) -> None:

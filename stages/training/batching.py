@@ -156,7 +156,7 @@ class Batch:
     @property
     def inputs(self) -> dict[str, Any]:
         """What a model is called with."""
-        shared = {} if self.sharing is None else {"sharing": self.sharing}
+        shared = {} if self.sharing is None else {"sharing": self.sharing.for_a_pass()}
         ids, positions = self.input_ids_BT, self.position_ids_BT
         return {"input_ids": ids, "attention_mask": self.attention_mask, "position_ids": positions, **shared}
 

@@ -15,7 +15,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 import torch
@@ -72,14 +72,12 @@ class Sharing:
     """Q, P."""
     outputs: tuple[int, int]
     """B, R."""
-    sees_Q1PP: Tensor
-    """True where a prompt's token attends to one."""
-    sees_B1RK: Tensor
-    """True where an output's token attends to one of its prompt or its own, K = P + R."""
+    given_BP: Tensor
+    """True on the tokens of an output's prompt."""
     padded: bool
     """Whether any place holds no token."""
-    masks: dict[tuple[str, torch.dtype], Tensor] = dataclasses.field(default_factory=dict, compare=False)
-    """The two as the model's attention takes them, by name and type: made once, read by every layer."""
+    masks: dict[str, Tensor] = dataclasses.field(default_factory=dict, compare=False)
+    """Of one forward pass, whose layers all read them, also in its backward: `for_a_pass`."""
 
     @classmethod
     def of(cls, prompts: NDArray[np.int64], outputs: NDArray[np.int64], prompt_B: NDArray[np.int64]) -> Self:
@@ -88,9 +86,6 @@ class Sharing:
         used_QP, used_BR = np.arange(longest) < prompts[:, None], np.arange(most) < outputs[:, None]
         used_S = np.concatenate([used_QP.reshape(-1), used_BR.reshape(-1)])
         token_S = np.where(used_S, np.cumsum(used_S) - 1, 0)
-        before_PP, before_RR = (np.tri(size, dtype=bool) for size in (longest, most))
-        own_B1RR = np.broadcast_to(before_RR, (len(outputs), 1, most, most))
-        given_B1RP = np.broadcast_to(used_QP[prompt_B][:, None, None], (len(outputs), 1, most, longest))
         return cls(
             token_S=torch.from_numpy(token_S),
             padding_S=torch.from_numpy(~used_S),
@@ -98,9 +93,7 @@ class Sharing:
             prompt_B=torch.from_numpy(prompt_B),
             prompts=used_QP.shape,
             outputs=used_BR.shape,
-            # Padding is on the right: no token sees it. What padding sees matters to nobody, but it has to see something.
-            sees_Q1PP=torch.from_numpy(before_PP).expand(len(prompts), 1, -1, -1),
-            sees_B1RK=torch.from_numpy(np.concatenate([given_B1RP, own_B1RR], axis=-1)),
+            given_BP=torch.from_numpy(used_QP[prompt_B]),
             padded=not used_S.all(),
         )
 
@@ -111,15 +104,30 @@ class Sharing:
             for field in dataclasses.fields(self)
             if isinstance(part := getattr(self, field.name), Tensor)
         }
-        return dataclasses.replace(self, **moved, masks={})
+        return dataclasses.replace(self, **moved)
 
-    def mask(self, name: str, kind: str, dtype: torch.dtype) -> Tensor:
-        """Return a mask as an implementation of attention takes it."""
-        if (name, dtype) not in self.masks:
-            sees: Tensor = getattr(self, name)
+    def for_a_pass(self) -> Self:
+        """Return the layout with masks of its own: those of all micro-batches of a step would be larger than the model."""
+        return dataclasses.replace(self, masks={})
+
+    def mask(self, part: Literal["prompts", "outputs"], kind: str, dtype: torch.dtype) -> Tensor:
+        """Return what the tokens of a part attend to, as an implementation of attention takes it."""
+        if part not in self.masks:
+            # Padding is on the right: no token of a prompt sees it.
+            sees = self._before(self.prompts[1]) if part == "prompts" else self._before_outputs()
             blank = torch.zeros((), dtype=dtype, device=sees.device)
-            self.masks[name, dtype] = sees if kind == "sdpa" else torch.where(sees, blank, torch.finfo(dtype).min)
-        return self.masks[name, dtype]
+            self.masks[part] = sees if kind == "sdpa" else torch.where(sees, blank, torch.finfo(dtype).min)
+        return self.masks[part]
+
+    def _before(self, size: int) -> Tensor:
+        """Return which tokens of a text one of them attends to: `[1, 1, size, size]`."""
+        return torch.ones(1, 1, size, size, dtype=torch.bool, device=self.given_BP.device).tril()
+
+    def _before_outputs(self) -> Tensor:
+        """Return which tokens of its prompt and its own an output's token attends to: `[B, 1, R, P + R]`."""
+        count, longest = self.outputs
+        given_B1RP = self.given_BP[:, None, None].expand(-1, 1, longest, -1)
+        return torch.cat([given_B1RP, self._before(longest).expand(count, -1, -1, -1)], dim=-1)
 
     def place(self, states_1hTd: Tensor) -> tuple[Tensor, Tensor]:
         """Return the states of prompts `[Q, P, h, d]` and outputs `[B, R, h, d]`."""
@@ -178,17 +186,17 @@ def _attention(kind: str) -> Callable[..., tuple[Tensor, Any]]:
             return plain
         (query_Q, query_B), (key_Q, key_B), (value_Q, value_B) = map(sharing.place, (query_1hTd, key_1hTd, value_1hTd))
 
-        def attended(query: Tensor, key: Tensor, value: Tensor, name: str) -> Tensor:
+        def attended(query: Tensor, key: Tensor, value: Tensor, part: Literal["prompts", "outputs"]) -> Tensor:
             given = (states.transpose(1, 2) for states in (query, key, value))
-            states_BThd: Tensor = own(module, *given, sharing.mask(name, kind, query.dtype), **settings)[0]
+            states_BThd: Tensor = own(module, *given, sharing.mask(part, kind, query.dtype), **settings)[0]
             return states_BThd
 
         def behind_prompts(prompts: Tensor, outputs: Tensor) -> Tensor:
             return torch.cat([prompts.index_select(0, sharing.prompt_B), outputs], dim=1)
 
-        prompts_QPhd = attended(query_Q, key_Q, value_Q, "sees_Q1PP")
+        prompts_QPhd = attended(query_Q, key_Q, value_Q, "prompts")
         keys, values = behind_prompts(key_Q, key_B), behind_prompts(value_Q, value_B)
-        return sharing.in_a_row(prompts_QPhd, attended(query_B, keys, values, "sees_B1RK")), None
+        return sharing.in_a_row(prompts_QPhd, attended(query_B, keys, values, "outputs")), None
 
     return attend
 

@@ -132,7 +132,23 @@ def test_a_shared_row_by_hand() -> None:
     assert batch.sharing is not None
     assert batch.sharing.prompt_B.tolist() == [0, 0, 1]
     assert batch.sharing.padding_S.tolist() == [False] * 3 + [True, False, True] + [False] * 3 + [True]
-    assert batch.sharing.sees_B1RK[2, 0].tolist() == [[True, False, True, False], [True, False, True, True]]
+    assert batch.sharing.mask("prompts", "sdpa", torch.float32)[0, 0].tolist() == [[True, False], [True, True]]
+    seen = batch.sharing.mask("outputs", "sdpa", torch.float32)
+    assert seen[2, 0].tolist() == [[True, False, True, False], [True, False, True, True]]
+
+
+def test_a_batch_keeps_no_mask_of_its_passes() -> None:
+    model = shared_model(attention="eager")
+    batch = collate(rows(), [0, 2, 5], shared=True)
+    completion_logprobs(model, batch)
+    assert batch.sharing is not None
+    assert not batch.sharing.masks
+    inputs = batch.inputs
+    model(**inputs)
+    assert {part: tuple(mask.shape) for part, mask in inputs["sharing"].masks.items()} == {
+        "prompts": (1, 1, 5, 5),
+        "outputs": (3, 1, 4, 9),
+    }
 
 
 def test_a_prompt_counts_once_against_the_budget_and_its_rows_follow_one_another() -> None:
@@ -219,5 +235,5 @@ def test_classifiers_read_scores_at_the_same_tokens(head: str) -> None:
 def test_a_batch_on_another_device_takes_its_layout_along() -> None:
     moved = collate(rows(), [0, 2, 5], shared=True).to("meta")
     assert moved.sharing is not None
-    assert {moved.sharing.place_T.device.type, moved.sharing.sees_B1RK.device.type} == {"meta"}
+    assert {moved.sharing.place_T.device.type, moved.sharing.given_BP.device.type} == {"meta"}
     assert moved.starts == collate(rows(), [0, 2, 5], shared=True).starts

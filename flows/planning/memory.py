@@ -16,6 +16,7 @@ from typing import Final
 from flows.planning.shapes import ModelShape
 from stages.rollout import HFBackendConfig, VLLMBackendConfig
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, TrainingConfig
+from stages.training.batching import SHARED_KEYS
 from stages.training.config import REDUCED_AT_ONCE
 
 FLOAT: Final = 4
@@ -56,8 +57,9 @@ class Batch:
     @classmethod
     def of(cls, rows: float, prompt: float, output: float, budget: int, group: int = 1) -> Batch:
         """Make the largest that a budget of padded tokens allows of so many rows (`stages/training/batching.py`)."""
-        groups, left = divmod(budget, prompt + group * output)
-        fitting = max(1, int(groups * group + max(0.0, (left - prompt) // output)))
+        row = output + (SHARED_KEYS * (prompt + output) if group > 1 else 0.0)
+        groups, left = divmod(budget, prompt + group * row)
+        fitting = max(1, int(groups * group + max(0.0, (left - prompt) // row)))
         return cls(min(max(1, int(rows)), fitting), prompt, output, several=rows > fitting, group=group)
 
     @property
@@ -198,9 +200,9 @@ def kept_by_layer(shape: ModelShape, batch: Batch, precision: str, attention: st
     """Return what one layer keeps for backward.
 
     fp32, a token: the residual stream and its norm twice, with what each projection reads (6 H); q as attention's products have
-    it and their output (2 q), of a key k and v (2 q); gate, its activation, up and their product (4 I). Eager attention keeps its
-    weights, one a head and pair. bf16: autocast casts the input of each projection anew (26 H bytes) and halves the rest; the
-    softmax is in float32 with its cast (6 bytes a weight).
+    it and their output (2 q), of a key k and v (2 q); gate, its activation, up and their product (4 I). Eager attention keeps
+    its weights, one a head and pair. bf16: autocast casts the input of each projection anew (26 H bytes) and halves the rest;
+    the softmax is in float32 with its cast (6 bytes a weight).
     """
     tokens, hidden, width = batch.tokens, shape.hidden, shape.queries
     keys = 2 * width * batch.keys

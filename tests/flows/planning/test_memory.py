@@ -63,10 +63,10 @@ def test_a_layer_keeps_what_its_operations_save() -> None:
 def test_a_budget_makes_micro_batches_of_whole_rows() -> None:
     assert Batch.of(10, 3, 5, 20) == Batch(2, 3, 5, several=True)
     assert Batch.of(2, 3, 5, 20) == Batch(2, 3, 5, several=False)
-    # Two groups of 3 + 4 x 5 tokens; then a third prompt with three outputs, 18 of the 20 that are left.
-    assert Batch.of(20, 3, 5, 66, group=4) == Batch(11, 3, 5, several=True, group=4)
-    assert (Batch.of(20, 3, 5, 66, group=4).prompts, Batch.of(20, 3, 5, 66, group=4).tokens) == (3, 64)
-    assert Batch.of(20, 3, 5, 48, group=4).rows == 8  # two are left, and a prompt with an output has eight
+    # Two groups of 3 + 4 x (5 + 8 / 4); then a third prompt with two outputs in the 17 that are left.
+    assert Batch.of(20, 3, 5, 79, group=4) == Batch(10, 3, 5, several=True, group=4)
+    assert (Batch.of(20, 3, 5, 79, group=4).prompts, Batch.of(20, 3, 5, 79, group=4).tokens) == (3, 59)
+    assert Batch.of(20, 3, 5, 71, group=4).rows == 8  # nine are left, and a prompt with an output takes ten
     assert Batch.of(10, 30, 50, 20) == Batch(
         1, 30, 50, several=True
     )  # a row longer than the budget is a batch of its own

@@ -23,9 +23,9 @@ def test_a_shared_prompt_is_computed_once_a_micro_batch() -> None:
     shared = scoring_work(SHAPE, config(), 8, 5, 3, 100, group=4)
     assert shared.tokens == 2 * 5 + 8 * 3
     assert shared.flops == 34 * 2 * 68 + 4 * 2 * 2 * (2 * 25 + 8 * 3 * 8) + 2 * 24 * 20
-    # Of 17 tokens, a micro-batch holds one group; of 14, three of its outputs, and a prompt more.
-    assert scoring_work(SHAPE, config(), 8, 5, 3, 17, group=4).tokens == 2 * 5 + 8 * 3
-    assert scoring_work(SHAPE, config(), 9, 5, 3, 14, group=9).tokens == 3 * 5 + 9 * 3
+    # An output takes 3 + 8 / 4 of a budget: 25 hold one group; 20 three of its outputs, and a prompt more.
+    assert scoring_work(SHAPE, config(), 8, 5, 3, 25, group=4).tokens == 2 * 5 + 8 * 3
+    assert scoring_work(SHAPE, config(), 9, 5, 3, 20, group=9).tokens == 3 * 5 + 9 * 3
     for apart in ({"share_prompts": False}, {"attention": "flash_attention_2"}):
         assert scoring_work(SHAPE, config(**apart), 8, 5, 3, 100, group=4).tokens == 8 * 8
 

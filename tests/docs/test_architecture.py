@@ -14,6 +14,7 @@ import pytest
 
 import flows.iterative_rl
 from flows.algorithm.sampling import Exploration
+from pipeline.residency import evict
 from pipeline.store import Store
 from tests.flows.short_runs import train
 
@@ -38,6 +39,7 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
         return call
 
+    evict()  # a worker pool or an engine that an earlier test left would not be made again
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Exploration, "of", watched(Exploration.of, note))
         patch.setattr(flows.iterative_rl, "step_done", watched(flows.iterative_rl.step_done, None))

@@ -74,13 +74,13 @@ def word_problem(chain: Chain, draw: random.Random, tokens: Callable[[str], int]
         ValueError: it has more than `MOST`.
     """
     name, things = draw.choice(_NAMES), draw.choice(_THINGS)
-    told = [f"{name} has {chain.first} {things}."]
+    sentences = [f"{name} has {chain.first} {things}."]
     for sign, operand in chain.operations:
-        told.append(draw.choice(_MORE if sign == "+" else _LESS).format(name=name, n=operand))
-    told.append(f"How many {things} are there?")
-    while tokens(" ".join(told)) < LEAST:
-        told.insert(draw.randrange(len(told)), draw.choice(_OTHER))
-    text = " ".join(told)
+        sentences.append(draw.choice(_MORE if sign == "+" else _LESS).format(name=name, n=operand))
+    sentences.append(f"How many {things} are there?")
+    while tokens(" ".join(sentences)) < LEAST:
+        sentences.insert(draw.randrange(len(sentences)), draw.choice(_OTHER))
+    text = " ".join(sentences)
     if tokens(text) > MOST:
         raise ValueError(f"expected a prompt of at most {MOST} tokens, found {tokens(text)}: {text}")
     return text

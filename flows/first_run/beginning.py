@@ -42,7 +42,7 @@ _SHOWN: Final = 80
 """Characters of an output."""
 
 Say = Callable[[str, str], None]
-"""Told a topic and a sentence about it."""
+"""Takes a topic and a sentence about it."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def begin(wishes: Wishes, places: Places, say: Say) -> str:
     chat = _has_chat(early)
     window = "any number of" if early.window is None else number(early.window)
     ends = ", ".join(map(str, early.tokenizer.convert_ids_to_tokens(sorted(early.ends)))) or "nothing"
-    told = "has a chat template" if chat else "has no chat template of its own: questions are continued as text"
-    say("model", f"{told}; reads {window} tokens; outputs end at {ends}")
+    template = "has a chat template" if chat else "has no chat template of its own: questions are continued as text"
+    say("model", f"{template}; reads {window} tokens; outputs end at {ends}")
     numbers, chinese = set(found.kinds) <= {"number"}, found.script == "CJK"
     candidates = candidates_for(chat=chat, numbers=numbers, chinese=chinese, able=has_cuda())
     settings |= {"prompt": _plain(candidates[0].prompt), "rollout.max_output_tokens": _budget(early)}

@@ -66,7 +66,7 @@ def sizes_for(config: IterativeRLConfig, places: Places, request: Request, *, qu
 
 
 def _steps(plan: Plan, minutes: float) -> int:
-    """Return how many steps the minutes hold beside what is done once and the evaluations."""
+    """Return how many steps the minutes hold, less what is done once and the evaluations."""
     step, _ = plan.of_a_step()
     rest = plan.seconds - step * plan.counts["step"]
     return int(max(0.0, 60 * minutes - rest) / step)

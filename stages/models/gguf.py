@@ -160,7 +160,7 @@ def describe_gguf(model: GGUF, folder: Path) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     said = gguf_description(model)
-    with _alone(model) as place:
+    with _in_a_folder(model) as place:
         config = AutoConfig.from_pretrained(place, gguf_file=_NAME, local_files_only=True)
         for name, value in said.items():
             found = getattr(config, name, value)
@@ -185,7 +185,7 @@ _NAME: Final = "model.gguf"
 
 
 @contextlib.contextmanager
-def _alone(model: GGUF) -> Iterator[Path]:
+def _in_a_folder(model: GGUF) -> Iterator[Path]:
     """Yield a folder with nothing but the file: transformers would also read a tokenizer that lies next to it."""
     from transformers.utils.logging import disable_progress_bar
 
@@ -291,7 +291,7 @@ def copy_gguf(path: Path, folder: Path) -> None:
     describe_gguf(model, folder)
     try:
         # transformers draws a bar of its own there, whatever `disable_progress_bar` says.
-        with _alone(model) as place, contextlib.redirect_stderr(io.StringIO()):
+        with _in_a_folder(model) as place, contextlib.redirect_stderr(io.StringIO()):
             loaded, found = AutoModelForCausalLM.from_pretrained(
                 place, gguf_file=_NAME, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )

@@ -28,6 +28,7 @@ from stages.models.folders import (
     copy_description,
     require_buildable,
     weight_files,
+    weights_folder,
 )
 from stages.models.trusted_code import code_digest, code_files, may_run_code, read_object
 
@@ -76,8 +77,8 @@ def model_folder(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> It
         yield checkpoint.path
         return
     with contextlib.ExitStack() as stack:
-        for place in (_SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None, None):
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cohort-weights-", dir=place)))
+        for place in (*([_SHARED_MEMORY] if _SHARED_MEMORY.is_dir() else []), Path(tempfile.gettempdir())):
+            folder = stack.enter_context(weights_folder(place))
             copy_description(checkpoint.described, folder)
             try:
                 hand_over(checkpoint.digest, folder, half=str(dtype) == "torch.bfloat16")

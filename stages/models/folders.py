@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +16,7 @@ from pipeline.artifact import ArtifactError, Folder
 from pipeline.diff import StoredTensor, stored_tensors
 from pipeline.progress import report
 from pipeline.store.files import is_plain_name
+from pipeline.store.locks import locked, try_lock
 from stages.models.trusted_code import code_files, copy_code, read_object, require_known
 from stages.text import require_faithful, settle_tokenizer
 
@@ -21,6 +24,8 @@ WEIGHTS: Final = "model.safetensors"
 WEIGHT_INDEX: Final = "model.safetensors.index.json"
 OPTIMIZER: Final = "optimizer.safetensors"
 TRAINER: Final = "trainer_state.json"
+_HANDED_OVER: Final = "cohort-weights-"
+"""How the names of folders of `weights_folder` begin."""
 _TRAINED: Final = (OPTIMIZER, TRAINER, "sft_curve.json")
 """Files that belong to one state of the weights and do not follow to the next."""
 _SEAL: Final = ("manifest.json", "pruned.json")
@@ -51,6 +56,21 @@ _REPEATED: Final = re.compile(r"(^|_)(layers?|experts?|blocks?)$")
 _MOST: Final = 10_000
 """Of each; the deepest public models have about 200 layers, the widest about 500 experts."""
 _UNWANTED: Final = ("adapter_config.json", "trusted_code.json")
+
+
+@contextlib.contextmanager
+def weights_folder(place: Path) -> Iterator[Path]:
+    """Yield a new folder in a place that all processes share; those that killed processes left there are removed."""
+    for name in {path.name.removesuffix(".lock") for path in place.glob(f"{_HANDED_OVER}*")}:
+        with contextlib.suppress(OSError), try_lock(place / f"{name}.lock") as abandoned:  # another user's stays
+            if abandoned:
+                shutil.rmtree(place / name, ignore_errors=True)
+    folder = place / f"{_HANDED_OVER}{uuid.uuid4().hex}"
+    with contextlib.ExitStack() as cleanup:
+        cleanup.enter_context(locked(place / f"{folder.name}.lock"))
+        folder.mkdir(mode=0o700)
+        cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
 
 
 def model_files(folder: Path, *, own_code: bool = False) -> list[Path]:

@@ -87,6 +87,7 @@ def test_twenty_steps_take_their_weights_from_shared_memory(tmp_path: Path) -> N
         ),
     )
     command = [sys.executable, "-m", "flows.cli", *smoke(tmp_path, *settings)]
+    before = set(Path("/dev/shm").glob("cohort-weights-*"))
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "replaying" not in done.stdout + done.stderr
@@ -95,7 +96,7 @@ def test_twenty_steps_take_their_weights_from_shared_memory(tmp_path: Path) -> N
     assert max(record["metrics"]["rollout/mismatch_mean"] for record in updates) < 1e-4
     moved = [record["metrics"]["policy/grad_norm"] > 0 for record in updates]
     assert sum(moved) > 15, "the weights changed at nearly every step"
-    assert not list(Path("/dev/shm").glob("cohort-weights-*"))
+    assert set(Path("/dev/shm").glob("cohort-weights-*")) <= before
 
 
 FORGETFUL = """

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from flows.algorithm.data import DataSets
-from flows.algorithm.side_by_side import Beside, runs_side_by_side
+from flows.algorithm.side_by_side import Concurrent, runs_side_by_side
 from flows.config import IterativeRLConfig
 from pipeline.config import ConfigError
 from pipeline.events import ahead_of_its_part, count_calls
@@ -79,15 +79,15 @@ class Exploration:
             if not self._side_by_side:
                 self._ahead = self._explore(policy, step + 1)
             else:
-                beside = Beside(lambda: self._explore(policy, step + 1))
+                concurrent = Concurrent(lambda: self._explore(policy, step + 1))
         if not self._side_by_side:
             yield
             return
         try:
             yield
-            self._ahead = beside.result()
+            self._ahead = concurrent.result()
         except BaseException as error:
-            beside.stop(f"the update beside it ended with {type(error).__name__}")
+            concurrent.stop(f"the update at the same time ended with {type(error).__name__}")
             raise
 
     def _explore(self, sampler: Checkpoint, step: int) -> Explored:

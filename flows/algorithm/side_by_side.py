@@ -25,7 +25,7 @@ _TICK: Final = 0.1
 """Seconds between two looks at whether the run was interrupted."""
 
 
-class Beside(Generic[T]):
+class Concurrent(Generic[T]):
     """Work in a thread, and in processes that stages have of their own, while this thread goes on."""
 
     def __init__(self, work: Callable[[], T]) -> None:
@@ -86,7 +86,7 @@ def runs_side_by_side(config: IterativeRLConfig) -> bool:
     return not complaint
 
 
-def samples_beside(config: IterativeRLConfig, *, cores: int) -> bool:
+def samples_concurrently(config: IterativeRLConfig, *, cores: int) -> bool:
     """Return whether outputs are sampled while the policy is updated, on another machine with so many cores and no GPU."""
     wanted = config.overlap and config.side_by_side != "never" and not any(unfit_side_by_side(config))
     return bool(wanted) and not _without_room(config, cores)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
 
-from flows.algorithm.side_by_side import samples_beside
+from flows.algorithm.side_by_side import samples_concurrently
 from flows.config import IterativeRLConfig
 from flows.planning import stages as figures
 from flows.planning.work import Given, StagePlan
@@ -60,7 +60,7 @@ class Plan:
     def overhead(self) -> float:
         """Return the bytes of a device that no formula counts."""
         if not self.given.gpu:
-            return _LIBRARIES * (1 + bool(self.beside))
+            return _LIBRARIES * (1 + bool(self.overlapped))
         processes = 1 + (self.ranks > 1) + isinstance(self.given.config.rollout.backend, VLLMBackendConfig)
         return _CONTEXT * processes + _FRAGMENTS * self.given.machine.memory
 
@@ -91,16 +91,16 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Return the seconds of the whole run."""
-        return sum(map(self.total, self.stages)) - self.beside * self.counts["step"]
+        return sum(map(self.total, self.stages)) - self.overlapped * self.counts["step"]
 
     @cached_property
-    def beside(self) -> float:
+    def overlapped(self) -> float:
         """Return the seconds of a mean step in which outputs are sampled while the policy is updated.
 
         0 on a CPU whose threads were not measured: it counts as one core.
         """
         config, names = self.given.config, ("rollout", "update")
-        if self.given.gpu or not samples_beside(config, cores=self.given.machine.profile.threads):
+        if self.given.gpu or not samples_concurrently(config, cores=self.given.machine.profile.threads):
             return 0.0
         shorter = min(stage.seconds for stage in self.stages if stage.name in names)
         return shorter * (config.steps - 1) / config.steps
@@ -132,7 +132,7 @@ class Plan:
     def of_a_step(self) -> tuple[float, float]:
         """Return seconds and bytes of one step, evaluations apart."""
         own = [stage for stage in self.stages if stage.when == "step"]
-        return sum(stage.seconds for stage in own) - self.beside, sum(stage.disk for stage in own)
+        return sum(stage.seconds for stage in own) - self.overlapped, sum(stage.disk for stage in own)
 
 
 def plan_of(given: Given) -> Plan:

@@ -162,6 +162,8 @@ class _Training:
     slot: str
     reference: bool = False
     head: bool = True
+    group: int | None = None
+    """Outputs of one prompt; None: those of a step."""
 
 
 def sft(given: Given) -> StagePlan:
@@ -170,7 +172,7 @@ def sft(given: Given) -> StagePlan:
     assert config is not None
     steps = given.sft_steps or config.max_steps + config.decay_steps
     rows, budget = config.batch_size, config.micro_batch_tokens
-    training = _Training("sft", "once", "sft.training", config.training, rows, steps, budget, "trainer")
+    training = _Training("sft", "once", "sft.training", config.training, rows, steps, budget, "trainer", group=1)
     return _trained(given, training, disk=FLOAT * given.shape.parameters)
 
 
@@ -249,7 +251,7 @@ def _trained(
     """Plan a stage that trains, with forward passes under `others` in the same stage, and calls that make its rows."""
     config, lengths, shape, profile = training.config, given.lengths, given.shape, given.machine.profile
     head = training.head
-    group = 1 if training.name == "sft" else given.group
+    group = training.group or given.group
     shared = sharing(config, group)
     batch = Batch.of(training.rows, lengths.prompt, lengths.longest, training.budget, shared)
     memory = training_memory(shape, config, batch, reference=training.reference, head=head, gathers=not given.gpu)

@@ -17,7 +17,7 @@ from stages.models import Checkpoint
 from stages.tables import Evaluation
 
 _SAMPLING: Final = "rollout/seconds"
-_BESIDE: Final = "rollout/beside"
+_CONCURRENT: Final = "rollout/concurrent"
 _UPDATING: Final = "time/update"
 _GAUGES: Final = ("auc", "accuracy", "step_accuracy")
 """Of reward models on held-out outputs, those that are followed from model to model; all others are in the tables."""
@@ -90,14 +90,14 @@ class Points:
     def _progress(self, step: int, iteration: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Sampling, scoring and updating, as long as they took when they were computed: an axis to draw curves over.
 
-        Of outputs that were sampled beside the update before, only what that took longer than the update.
+        Of outputs that were sampled during the update before, only what that took longer than the update.
         """
         before = next(number for number in range(step - 1, -1, -1) if number in self._totals)
         samples, tokens, seconds, update = self._totals[before]
         samples += int(metrics.get("rollout/samples", 0))
         tokens += int(metrics.get("rollout/tokens", 0))
         seconds += sum(value for name, value in metrics.items() if name.startswith("time/"))
-        seconds += max(0.0, metrics.get(_SAMPLING, 0.0) - (update if metrics.get(_BESIDE) else 0.0))
+        seconds += max(0.0, metrics.get(_SAMPLING, 0.0) - (update if metrics.get(_CONCURRENT) else 0.0))
         self._totals[step] = samples, tokens, seconds, metrics.get(_UPDATING, 0.0)
         done = {"iteration": iteration, "samples": samples, "tokens": tokens, "seconds": seconds}
         return {f"progress/{name}": value for name, value in done.items()}

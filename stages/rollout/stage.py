@@ -53,7 +53,7 @@ def rollout(
 
     Metrics: `rollout/length_mean`, `rollout/length_p95` (tokens of an output, its end of sequence included),
     `rollout/truncated_rate`, `rollout/samples`, `rollout/tokens`, `rollout/tokens_per_s`, `rollout/seconds`,
-    `rollout/beside` (1: sampled while the update before it ran).
+    `rollout/concurrent` (1: sampled while the update before it ran).
 
     Raises:
         PromptTooLongError: a prompt and `max_output_tokens` exceed the model's window.
@@ -116,7 +116,7 @@ def _sample_apart(
     done()
     given = {"policy": policy, "questions": questions, "prompt": prompt, "config": config, "seed": seed}
     outputs: Rollouts = process.call(sample_outputs, given)
-    record_metrics({"rollout/beside": 1.0})
+    record_metrics({"rollout/concurrent": 1.0})
     return outputs
 
 
@@ -278,7 +278,7 @@ def _record(outputs: Sequence[Sequence[Output]], seconds: float) -> None:
             "rollout/tokens": float(lengths.sum()),
             "rollout/tokens_per_s": float(lengths.sum()) / seconds,
             "rollout/seconds": seconds,
-            "rollout/beside": 0.0,
+            "rollout/concurrent": 0.0,
         }
     )
 

@@ -132,41 +132,39 @@ class Sharing:
     def place(self, states_1hTd: Tensor) -> tuple[Tensor, Tensor]:
         """Return the states of prompts `[Q, P, h, d]` and outputs `[B, R, h, d]`."""
         states_Thd = states_1hTd.squeeze(0).transpose(0, 1)
-        states_Shd = _Placed.apply(states_Thd, self) if self.padded else states_Thd  # type: ignore[no-untyped-call]
+        states_Shd = _rearranged(states_Thd, self.token_S, self.place_T) if self.padded else states_Thd
         border = self.prompts[0] * self.prompts[1]
-        return states_Shd[:border].unflatten(0, self.prompts), states_Shd[border:].unflatten(0, self.outputs)
+        heads = states_Shd.shape[1:]
+        return states_Shd[:border].view(*self.prompts, *heads), states_Shd[border:].view(*self.outputs, *heads)
 
     def in_a_row(self, prompts_QPhd: Tensor, outputs_BRhd: Tensor) -> Tensor:
         """Return what `place` took apart: `[1, T, h, d]`."""
         states_Shd = torch.cat([prompts_QPhd.flatten(0, 1), outputs_BRhd.flatten(0, 1)])
-        return (_Listed.apply(states_Shd, self) if self.padded else states_Shd).unsqueeze(0)  # type: ignore[no-untyped-call]
+        if self.padded:
+            states_Shd = _rearranged(states_Shd, self.place_T, self.token_S, self.padding_S)
+        return states_Shd.unsqueeze(0)
 
 
-class _Placed(torch.autograd.Function):
-    """Copy tokens to their places. A token has one place, so that its gradient is read there: nothing is summed."""
-
-    @staticmethod
-    def forward(ctx: Any, states_Thd: Tensor, sharing: Sharing) -> Tensor:
-        ctx.sharing = sharing
-        return states_Thd.index_select(0, sharing.token_S)
+class _Rearranged(torch.autograd.Function):
+    """Copy rows by number, where `back` names the copy of each row: its gradient is read there, nothing is summed."""
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0].index_select(0, ctx.sharing.place_T), None
-
-
-class _Listed(torch.autograd.Function):
-    """Copy tokens from their places; padding has no gradient."""
+    def forward(ctx: Any, states: Tensor, numbers: Tensor, back: Tensor, padding: Tensor | None) -> Tensor:
+        ctx.save_for_backward(back, padding)
+        return states.index_select(0, numbers)
 
     @staticmethod
-    def forward(ctx: Any, states_Shd: Tensor, sharing: Sharing) -> Tensor:
-        ctx.sharing = sharing
-        return states_Shd.index_select(0, sharing.place_T)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        back, padding = ctx.saved_tensors
+        gradient = gradients[0].index_select(0, back)
+        if padding is not None:  # rows without a copy, which have no gradient
+            gradient.masked_fill_(padding[:, None, None], 0.0)
+        return gradient, None, None, None
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        gradient_Shd = gradients[0].index_select(0, ctx.sharing.token_S)
-        return gradient_Shd.masked_fill_(ctx.sharing.padding_S[:, None, None], 0.0), None
+
+def _rearranged(states: Tensor, numbers: Tensor, back: Tensor, padding: Tensor | None = None) -> Tensor:
+    found: Tensor = _Rearranged.apply(states, numbers, back, padding)  # type: ignore[no-untyped-call]
+    return found
 
 
 def _attention(kind: str) -> Callable[..., tuple[Tensor, Any]]:

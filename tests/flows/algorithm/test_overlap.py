@@ -1,4 +1,4 @@
-"""Outputs of the policy before the last update: which policy samples for which step, in turns with updates or beside them."""
+"""Outputs of the policy before the last update: which policy samples for which step, in turns with updates or updates them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 LAG: dict[str, Any] = {"overlap": 1, "update.old_logprobs": "rollout", "iterations": 2, "steps": 3}
 OVERLAP = LAG | {"side_by_side": "never"}
-BESIDE = LAG | {"side_by_side": "always"}
+CONCURRENT = LAG | {"side_by_side": "always"}
 CORRECTED = OVERLAP | {"update.old_logprobs": "trainer", "update.correction": {"kind": "truncated"}}
 
 
@@ -175,17 +175,17 @@ class Seen:
 def test_side_by_side_has_the_digests_of_in_turns(run: Run, fresh: Store, written: Any) -> None:
     seen = Seen()
     with recording(seen.take):
-        made = train(fresh, "grpo", **BESIDE | {"checkpoint.every": written})
+        made = train(fresh, "grpo", **CONCURRENT | {"checkpoint.every": written})
     assert (made.digest, made.content) == (run.digest, run.content)
     assert set(made.calls) == set(run.calls)
     assert [made.made(stage) for stage in ("rollout", "update_policy")] == [
         run.made(stage) for stage in ("rollout", "update_policy")
     ]
     assert made.executed == run.executed
-    assert [made.points[step]["rollout/beside"] for step in range(1, 7)] == [0, 1, 1] * 2
-    assert [run.points[step]["rollout/beside"] for step in range(1, 7)] == [0] * 6
-    beside = [place for place, event in enumerate(seen.events) if event == ("StageStarted", "update_policy")]
-    ahead = [seen.events[place - 1] == ("StageStarted", "rollout") for place in beside]
+    assert [made.points[step]["rollout/concurrent"] for step in range(1, 7)] == [0, 1, 1] * 2
+    assert [run.points[step]["rollout/concurrent"] for step in range(1, 7)] == [0] * 6
+    updates = [place for place, event in enumerate(seen.events) if event == ("StageStarted", "update_policy")]
+    ahead = [seen.events[place - 1] == ("StageStarted", "rollout") for place in updates]
     assert ahead == [True, True, False] * 2, "an update started once the process had the weights"
 
 
@@ -203,8 +203,8 @@ def test_outputs_recorded_beside_an_update_that_fails_are_reused(
     with monkeypatch.context() as patch, recording(seen.take):
         patch.setattr(loop, "update_policy", failing)
         with pytest.raises(FloatingPointError):
-            train(fresh, "grpo", run=failed, **BESIDE)
-    resumed = train(fresh, "grpo", **BESIDE)
+            train(fresh, "grpo", run=failed, **CONCURRENT)
+    resumed = train(fresh, "grpo", **CONCURRENT)
     assert resumed.content == run.content
     assert failed.executed["rollout"] + resumed.executed["rollout"] == 6
 
@@ -235,12 +235,12 @@ def test_an_update_that_fails_stops_the_sampling_beside_it(
         patch.setattr(apart.Sampler, "call", late)
         patch.setattr(apart, "stop_sampler", stop)
         with pytest.raises(FloatingPointError, match="at once"):
-            train(fresh, "grpo", **BESIDE)
+            train(fresh, "grpo", **CONCURRENT)
     assert seen.events[-2:] == [("StageStarted", "rollout"), ("StageFailed", "rollout")]
     assert pids
     assert not any(psutil.pid_exists(pid) for pid in pids)
     assert "sampling" not in [thread.name for thread in threading.enumerate()]
-    assert train(fresh, "grpo", **BESIDE).content == run.content
+    assert train(fresh, "grpo", **CONCURRENT).content == run.content
 
 
 @pytest.mark.usefixtures("two_cores")
@@ -257,10 +257,10 @@ def test_a_sampler_that_dies_costs_its_outputs_and_not_the_update_beside_it(
     with monkeypatch.context() as patch:
         patch.setattr(apart.Sampler, "call", killed)
         with pytest.raises(WorkerError) as caught:
-            train(fresh, "grpo", run=failed, **BESIDE)
+            train(fresh, "grpo", run=failed, **CONCURRENT)
     assert caught.value.exit_code == -signal.SIGKILL
     assert (failed.executed["update_policy"], failed.executed["rollout"]) == (1, 1)
-    resumed = train(fresh, "grpo", **BESIDE)
+    resumed = train(fresh, "grpo", **CONCURRENT)
     assert resumed.content == run.content
     assert (resumed.executed["update_policy"], resumed.executed["rollout"]) == (5, 5)
 
@@ -278,12 +278,12 @@ def test_always_is_refused_where_the_machine_has_no_room_for_both(
 ) -> None:
     monkeypatch.setattr(side_by_side, "within_quota", lambda count: cores)
     monkeypatch.setattr(side_by_side, "has_cuda", lambda: cuda)
-    config = BASE.override(BESIDE | settings)
+    config = BASE.override(CONCURRENT | settings)
     with pytest.raises(ConfigError, match=f"side_by_side: {complaint}"):
         side_by_side.runs_side_by_side(config)
     assert not side_by_side.runs_side_by_side(config.override({"side_by_side": "auto"}))
 
 
 def test_whether_the_two_run_side_by_side_is_not_part_of_which_run_it_is() -> None:
-    assert BASE.override(BESIDE).identity() == BASE.override(OVERLAP).identity()
+    assert BASE.override(CONCURRENT).identity() == BASE.override(OVERLAP).identity()
     assert BASE.override(OVERLAP).identity() != BASE.override(OVERLAP | {"overlap": 0}).identity()

@@ -28,7 +28,7 @@ LEARNED = {"reward_model": {"trunk": "initial_policy"}}
 TRUNCATED = {"update.correction.kind": "truncated"}
 WARMER = {"update.temperature": 0.7, "rollout.temperature": 0.7}
 OVERLAP = {"overlap": 1, "update.old_logprobs": "rollout"}
-BESIDE = OVERLAP | {"side_by_side": "always"}
+CONCURRENT = OVERLAP | {"side_by_side": "always"}
 CORRECTED = {"overlap": 1, "update.old_logprobs": "trainer"} | TRUNCATED
 GREEDY = {"rollout.temperature": 0.0, "rollout.G": 1}
 PROCESS = {"advantage.supervision": "process"}
@@ -108,9 +108,9 @@ def refusal(base: IterativeRLConfig, changes: Changes) -> str:
         ("sft", {"overlap": 1}, "overlap: outputs of data_source demonstrations"),
         *((method, {"overlap": 1}, f"overlap: {method} has no ratio") for method in ("online_rft", "rloo")),
         ("grpo", {"side_by_side": "always"}, "side_by_side: with overlap=0 "),
-        ("grpo", BESIDE | {"rollout.backend.threads": "auto"}, "side_by_side: expected .* found auto and 1"),
-        ("grpo", BESIDE | {"rollout.backend": {"kind": "vllm"}}, "side_by_side: expected .*kind=hf, found vllm"),
-        ("dapo", BESIDE | {"dynamic_sampling": 1}, "side_by_side: dynamic_sampling draws again"),
+        ("grpo", CONCURRENT | {"rollout.backend.threads": "auto"}, "side_by_side: expected .* found auto and 1"),
+        ("grpo", CONCURRENT | {"rollout.backend": {"kind": "vllm"}}, "side_by_side: expected .*kind=hf, found vllm"),
+        ("dapo", CONCURRENT | {"dynamic_sampling": 1}, "side_by_side: dynamic_sampling draws again"),
         # Parts that must agree.
         ("grpo", {"rollout.G": 1}, "rollout.G: .* at least 2 .* found 1"),
         ("dpo", {"rollout.G": 1}, "rollout.G: .* at least 2 .* found 1"),
@@ -175,7 +175,7 @@ def test_what_means_nothing_together_is_refused(method: str, changes: Changes, c
         ("dapo", OVERLAP | {"dynamic_sampling": 2}),
         *((method, OVERLAP) for method in ("grpo", "ppo", "dr_grpo", "gspo", "cispo", "reinforce_plus_plus")),
         ("grpo", CORRECTED),
-        ("grpo", BESIDE),
+        ("grpo", CONCURRENT),
         ("dapo", OVERLAP | {"dynamic_sampling": 1, "side_by_side": "auto"}),
         ("gspo", CORRECTED | {"update.correction.level": "sequence"}),
         *((method, {"rollout.G": 1}) for method in ("sft", "rft", "online_rft", "ppo", "reinforce_plus_plus")),

@@ -37,7 +37,7 @@ def test_what_is_sampled_beside_an_update_takes_no_time_of_its_own(
     machine = replace(plan.given.machine, profile=plan.given.machine.profile.model_copy(update={"threads": cores}))
     plan = plan_of(replace(plan.given, machine=machine))
     shorter = min(one(plan, name).seconds for name in ("rollout", "update"))
-    assert plan.beside == pytest.approx(share * shorter)
+    assert plan.overlapped == pytest.approx(share * shorter)
     assert sum(map(plan.total, plan.stages)) - plan.seconds == pytest.approx(40 * share * shorter)
     assert plan.overhead == (2 if share else 1) * 2**30
 

@@ -97,18 +97,18 @@ def test_a_run_counts_computed_and_reused_calls_with_their_seconds() -> None:
     assert state.artifacts == {"digest of score": "score", "d": "score"}
 
 
-@pytest.mark.parametrize(("beside", "seconds"), [(0.0, [5.0, 12.0, 21.0]), (1.0, [5.0, 9.0, 15.0])])
+@pytest.mark.parametrize(("concurrent", "seconds"), [(0.0, [5.0, 12.0, 21.0]), (1.0, [5.0, 9.0, 15.0])])
 def test_the_axis_of_seconds_counts_what_outputs_took_longer_than_the_update_beside(
-    beside: float, seconds: list[float]
+    concurrent: float, seconds: list[float]
 ) -> None:
-    """Steps of (sampling, update) 2 + 3, 4 + 3 and 6 + 3; beside the update of 3 before, 4 takes 1 and 6 takes 3 more."""
+    """Steps of (sampling, update) 2 + 3, 4 + 3 and 6 + 3; during the update of 3 before, 4 takes 1 and 6 takes 3 more."""
     state = state_of(3, clock=Clock())
-    for done, (sampling, where) in enumerate([(2.0, 0.0), (4.0, beside), (6.0, beside)], start=1):
-        metrics = {"rollout/seconds": sampling, "time/update": 3.0, "rollout/beside": where}
+    for done, (sampling, where) in enumerate([(2.0, 0.0), (4.0, concurrent), (6.0, concurrent)], start=1):
+        metrics = {"rollout/seconds": sampling, "time/update": 3.0, "rollout/concurrent": where}
         state.take(step_of(done, 0, metrics))
     assert [state.points.by_step[done]["progress/seconds"] for done in (1, 2, 3)] == seconds
-    state.take(step_of(2, 0, {"rollout/seconds": 1.0, "time/update": 3.0, "rollout/beside": beside}))
-    assert state.points.by_step[2]["progress/seconds"] == (8.0 if beside else 9.0), "of a step that is done again"
+    state.take(step_of(2, 0, {"rollout/seconds": 1.0, "time/update": 3.0, "rollout/concurrent": concurrent}))
+    assert state.points.by_step[2]["progress/seconds"] == (8.0 if concurrent else 9.0), "of a step that is done again"
 
 
 def test_two_stages_side_by_side_are_both_shown_with_their_own_progress() -> None:

@@ -101,11 +101,14 @@ def test_the_papers_run_has_two_iterations_and_a_retrained_reward_model(
     assert found.points[1]["reward/rule"] > 0
 
 
-@pytest.mark.parametrize(
+both = pytest.mark.parametrize(
     "decoder",
     [pytest.param("hf", marks=pytest.mark.slow), pytest.param("vllm", marks=pytest.mark.engines)],
     indirect=True,
 )
+
+
+@both
 def test_gsm8k_on_one_gpu_with_a_second_iteration(decoder: dict[str, Any], tmp_path: Path) -> None:
     write_questions(tmp_path)
     write_qwen(tmp_path / "model")
@@ -115,3 +118,20 @@ def test_gsm8k_on_one_gpu_with_a_second_iteration(decoder: dict[str, Any], tmp_p
     assert not found.of("train_reward_model")
     assert found.points[1]["reward/accuracy"] > 0
     assert found.points[1]["reward/format"] == 0
+
+
+@both
+@pytest.mark.parametrize("recipe", ["qwen_0_5b_gsm8k", "qwen_1_5b_math"])
+def test_the_settings_of_the_field_train_on_their_form_of_data(
+    recipe: str, decoder: dict[str, Any], tmp_path: Path
+) -> None:
+    write_questions(tmp_path)
+    write_qwen(tmp_path / "model")
+    config = tiny(recipe, tmp_path, decoder)
+    found = run(config, Store(tmp_path / "store"))
+    initial, first = found.given("update_policy", "policy")
+    assert found.made("update_policy") == [first, found.digest]
+    assert len({initial, first, found.digest}) == 3
+    point = found.points[1]
+    assert 0 < point["reward/accuracy"] < 1
+    assert ("policy/kl" in point) == (recipe == "qwen_0_5b_gsm8k"), "Dr. GRPO has no reference"

@@ -1,7 +1,7 @@
 """The recipes for GPUs made tiny: which values change, and models of their architectures with random weights.
 
-`DEEPSEEKMATH_7B` and `GSM8K_ONE_GPU` are all that tells a run in these tests from the recipe: sizes, paths, what decodes on a
-CPU. Objective, rewards, replay, engines, ZeRO stage, precision, templates and learning rates are the recipe's own.
+`SIZES` and the paths are all that tells a run in these tests from the recipe, and what decodes on a CPU. Objective, rewards,
+replay, engines, ZeRO stage, precision, templates and learning rates are the recipe's own.
 """
 
 from __future__ import annotations
@@ -41,7 +41,19 @@ GSM8K_ONE_GPU: Final[dict[str, Any]] = {
     "evaluation.samples": 4,  # 8
     "evaluation.estimates.ks": (4,),  # 4, 8
 }
-SIZES: Final = {"deepseekmath_7b": DEEPSEEKMATH_7B, "gsm8k_one_gpu": GSM8K_ONE_GPU}
+QWEN: Final[dict[str, Any]] = {
+    "steps": 2,  # 420, 282
+    "questions_per_step": 8,  # 256, 128
+    "rollout.G": 4,  # 5, 8
+    "rollout.max_output_tokens": 4,  # 1,024, 3,000
+    "evaluation.every": 2,  # 20, 16
+}
+SIZES: Final = {
+    "deepseekmath_7b": DEEPSEEKMATH_7B,
+    "gsm8k_one_gpu": GSM8K_ONE_GPU,
+    "qwen_0_5b_gsm8k": QWEN,
+    "qwen_1_5b_math": QWEN,
+}
 HF: Final[dict[str, Any]] = {"rollout.backend": {"kind": "hf", "dtype": "bfloat16"}}
 """Without vLLM."""
 VLLM_ON_A_CPU: Final[dict[str, Any]] = {
@@ -80,9 +92,11 @@ _SMALL: Final = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers"
 def write_questions(folder: Path) -> None:
     """Every set that the recipes name: sums whose answer is one digit."""
     names = {"train": "train", "gsm8k_train": "train", "gsm8k_test": "test", "math_test": "other"}
+    names |= {"math_train": "train", "math500": "test"}
     for name, kind in names.items():
+        asked = "problem" if name in ("math_train", "math500") else "question"
         rows = [
-            {"question": f"What is {number} - {number - gold} ({kind})?", "solution": f"{gold}", "answer": f"{gold}"}
+            {asked: f"What is {number} - {number - gold} ({kind})?", "solution": f"{gold}", "answer": f"{gold}"}
             for number in range(4, 14)
             for gold in map(int, _ANSWERS)
         ]

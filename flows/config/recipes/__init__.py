@@ -1,6 +1,6 @@
 """Recipes: complete configs, each number with its source. A recipe is a function; `cohort recipes NAME` prints its YAML.
 
-Sources: "4.2" and the like are sections of DeepSeekMath; "ours" is our choice, measured in docs/lab.
+Sources: "4.2" and the like are sections of DeepSeekMath; "ours" is our choice, measured in docs/lab; qwen.py has others.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from flows.config import IterativeRLConfig
 from flows.config.recipes.arithmetic import arithmetic_cpu, arithmetic_learned_reward, arithmetic_smoke
 from flows.config.recipes.deepseekmath import deepseekmath_7b
 from flows.config.recipes.gsm8k import gsm8k_cpu, gsm8k_one_gpu
+from flows.config.recipes.qwen import qwen_0_5b_gsm8k, qwen_1_5b_math
 
 __all__ = [
     "RECIPES",
@@ -20,6 +21,8 @@ __all__ = [
     "deepseekmath_7b",
     "gsm8k_cpu",
     "gsm8k_one_gpu",
+    "qwen_0_5b_gsm8k",
+    "qwen_1_5b_math",
 ]
 
 RECIPES: dict[str, Callable[[], IterativeRLConfig]] = {
@@ -30,6 +33,8 @@ RECIPES: dict[str, Callable[[], IterativeRLConfig]] = {
         arithmetic_smoke,
         gsm8k_cpu,
         gsm8k_one_gpu,
+        qwen_0_5b_gsm8k,
+        qwen_1_5b_math,
         deepseekmath_7b,
     )
 }

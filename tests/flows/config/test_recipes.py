@@ -14,8 +14,8 @@ from flows.config.recipes import RECIPES
 from pipeline.config import flatten
 from tests.flows.tiny import SIZES, VLLM_ON_A_CPU, tiny
 
-NUMBER = re.compile(r"=\(?-?\d")
-SOURCE = re.compile(r"#.*(\b[oO]urs\b|[2-5]\.\d|Fig\. \d|README|Algorithm|questions|--set)")
+NUMBER = re.compile(r'=\(?-?\d|^ {12}"[\w.]+": \d')
+SOURCE = re.compile(r"#.*(\b[oO]urs\b|[2-5]\.\d|Fig\. \d|README|Algorithm|questions|--set|\bverl\b|Dr\. GRPO)")
 
 
 @pytest.mark.parametrize("recipe", SIZES)
@@ -43,9 +43,9 @@ def test_at_tiny_size_a_recipe_differs_in_the_values_listed_only(recipe: str, tm
     assert all(key.startswith("rollout.backend.") for key in also)
 
 
-@pytest.mark.parametrize("module", ["flows.config.recipes.gsm8k", "flows.config.recipes.deepseekmath"])
+@pytest.mark.parametrize("module", ["gsm8k", "deepseekmath", "qwen"])
 def test_every_number_of_a_recipe_has_its_source_in_its_line_or_above_it(module: str) -> None:
-    found = importlib.util.find_spec(module)
+    found = importlib.util.find_spec(f"flows.config.recipes.{module}")
     assert found is not None
     assert found.origin is not None
     lines = Path(found.origin).read_text(encoding="utf-8").splitlines()

@@ -30,8 +30,8 @@ _LIVE: Final = 1e9
 """Parameters that ZeRO 3 keeps gathered, at most (`stage3_max_live_parameters`)."""
 _PREFILL: Final = 16_384
 """Prompt tokens of a prefill forward (`stages/rollout/hf.py`)."""
-_FIRST_ROOM: Final = 64
-"""Tokens of room after the prompt at first, which grows by half (`stages/rollout/kv_cache.py`)."""
+_SPARE: Final = 16
+"""Tokens of room that the KV cache gets at a time, or an eighth of what is filled (`stages/rollout/kv_cache.py`)."""
 _COPIES: Final = 5
 """Of a step's logits in float32: as computed, over T, their log softmax, its exp, and that in blocks
 (`stages/rollout/hf.py`)."""
@@ -269,12 +269,15 @@ def token_bytes(shape: ModelShape, bytes_a_number: int) -> float:
 
 
 def room_of_keys(prompt: float, output: float, longest: float) -> float:
-    """Return the last width of the `hf` KV cache: prompt and 64, then by half as much again, `longest` outputs at most."""
-    columns = prompt + longest
-    room = min(columns, prompt + _FIRST_ROOM)
-    while room < prompt + output:
-        room = min(columns, max(room + 1, room * 3 // 2))
-    return room
+    """Return the last width of the `hf` KV cache: what is filled and an eighth, 16 at least; `longest` outputs at most."""
+
+    def room(filled: float) -> float:
+        return min(prompt + longest, filled + max(_SPARE, filled // 8))
+
+    found = room(prompt)
+    while found < prompt + output:
+        found = room(found + 1)
+    return found
 
 
 def hf_memory(
@@ -291,7 +294,7 @@ def hf_memory(
     room = room_of_keys(prompt, longest, longest)
     keys = rows * room * token_bytes(shape, size)
     # While a layer's cache grows its old and its new keys are there.
-    growing = rows * room * 2.0 * shape.keys * size / 2 if room > prompt + _FIRST_ROOM else 0.0
+    growing = rows * room * 2.0 * shape.keys * size / 2 if room > room_of_keys(prompt, 0, longest) else 0.0
     scores = rows * shape.heads * room * (FLOAT + 2 * size)
     step = rows * (2 * shape.intermediate + 4 * shape.hidden) * size + scores
     prefilled = min(max(1, -(-rows // group)), max(1, int(_PREFILL // prompt)))

@@ -120,9 +120,10 @@ class _Batch:
         columns = self.width + sampling.max_output_tokens
         self.cache = RowCache(model.config.num_hidden_layers, rows=len(self.samples), columns=columns)
         # 0 or the most negative number, added to attention scores: given in full, transformers builds none of its own.
-        self.mask = torch.zeros((len(self.samples), 1, 1, columns), dtype=model.dtype, device=model.device)
-        padded = torch.from_numpy(np.arange(self.width) < self.padding[: len(members), None])
-        self.mask[: len(members), 0, 0, : self.width] = padded.to(self.mask) * torch.finfo(model.dtype).min
+        self.mask = torch.full((len(self.samples), 1, 1, columns), torch.finfo(model.dtype).min, dtype=model.dtype)
+        given = torch.from_numpy(np.arange(self.width) >= self.padding[: len(members), None])
+        self.mask[: len(members), 0, 0, : self.width].masked_fill_(given, 0.0)
+        self.mask = self.mask.to(model.device)
         self.ids = np.zeros((len(self.samples), sampling.max_output_tokens), dtype=np.int32)
         self.logprobs = np.zeros((len(self.samples), sampling.max_output_tokens), dtype=np.float32)
         self.lengths = np.zeros(len(self.samples), dtype=np.int64)
@@ -168,7 +169,7 @@ class _Batch:
         size = max(1, _PREFILL_TOKENS // self.width)
         for start in range(0, len(self.prompts), size):
             part = slice(start, start + size)
-            self.cache.place(row=start, column=0)
+            self.cache.place(row=start, columns=slice(0, self.width))
             mask = torch.minimum(causal, self.mask[: len(self.prompts)][part, ..., : self.width])
             logits.append(self._run(ids[part], position[part], mask))
         return torch.cat(logits)
@@ -176,9 +177,10 @@ class _Batch:
     def _forward(self, row_token: NDArray[np.int64], *, column: int) -> torch.Tensor:
         """Return logits `[rows, V]` after one more token in every row."""
         rows = len(row_token)
-        self.cache.place(row=0, column=column)
+        read = self.cache.place(row=0, columns=slice(column, column + 1))
+        self.mask[..., column] = 0.0
         position = column - self.padding[:rows, None]
-        return self._run(row_token[:, None], position, self.mask[:rows, ..., : column + 1])
+        return self._run(row_token[:, None], position, self.mask[:rows, ..., :read])
 
     def _run(self, ids: NDArray[np.int64], position: NDArray[np.int64], mask: torch.Tensor) -> torch.Tensor:
         device = self.model.device

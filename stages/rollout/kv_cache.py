@@ -5,7 +5,8 @@ its last output ends, the row is free. Rows stay packed in 0..n-1, so a model ne
 computes one prefix twice. Each fork and each freed row costs at most one copy of a row's keys and values.
 
 transformers' DynamicCache copies everything it has at every token; its StaticCache attends to its whole length from the first
-token on. Here a token is written in place, and attention sees a view of what is filled.
+token on. Here a token is written in place, and attention reads whole rows of a cache that is at most an eighth wider than what
+is filled: the product of a part of a row's columns would copy them first. The mask takes the rest out.
 """
 
 from __future__ import annotations
@@ -22,43 +23,41 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 GROUPED = "cohort_grouped"
 """Name of `grouped_attention` among the implementations of transformers."""
 Integers = NDArray[np.int64]
-_FIRST_ROOM = 64
-"""Tokens of room given at first; more is made by half when it is used up, so that short outputs cost little memory."""
+_SPARE = 16
+"""Columns beyond what is filled, at least, where more are needed; an eighth of what is filled, where that is more."""
 
 
 class RowLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
     """Hold one layer's keys and values, `[rows, heads, room, head size]`, filled up to a column shared by all rows.
 
-    The next forward concerns rows `row ...` and columns `column ...`, both set by `RowCache.place`.
+    The next forward concerns rows `row ...` and columns `column ...`, with room for `room`; `RowCache.place` sets all three.
     """
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
         self.rows = rows
         self.columns = columns
-        self.row = 0
-        self.column = 0
+        self.row = self.column = self.room = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        room = min(self.columns, key_states.shape[2] + _FIRST_ROOM)
-        self.keys = _allocate(key_states, self.rows, room)
-        self.values = _allocate(value_states, self.rows, room)
+        self.keys = _allocate(key_states, self.rows, self.room)
+        self.values = _allocate(value_states, self.rows, self.room)
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new columns and return views of all columns of the rows concerned."""
+        """Write the new columns; return the rows concerned, whole but for a prefill, which reads what it wrote."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end_row, end = self.row + key_states.shape[0], self.column + key_states.shape[2]
-        if end > self.keys.shape[2]:
-            room = min(self.columns, max(end, self.keys.shape[2] * 3 // 2))
-            self.keys = _with_room(self.keys, room, filled_rows=end_row, filled=self.column)
-            self.values = _with_room(self.values, room, filled_rows=end_row, filled=self.column)
+        if self.room > self.keys.shape[2]:
+            self.keys = _with_room(self.keys, self.room, filled_rows=end_row, filled=self.column)
+            self.values = _with_room(self.values, self.room, filled_rows=end_row, filled=self.column)
         self.keys[self.row : end_row, :, self.column : end] = key_states
         self.values[self.row : end_row, :, self.column : end] = value_states
-        return self.keys[self.row : end_row, :, :end], self.values[self.row : end_row, :, :end]
+        seen = self.room if self.column else end
+        return self.keys[self.row : end_row, :, :seen], self.values[self.row : end_row, :, :seen]
 
     def copy_rows(self, source: torch.Tensor, target: torch.Tensor, filled: int) -> None:
         """Copy columns below `filled` of rows `source` to rows `target`; the two are disjoint."""
@@ -80,12 +79,20 @@ class RowCache(Cache):  # type: ignore[misc]
 
     def __init__(self, layers: int, *, rows: int, columns: int) -> None:
         self.row_layers = [RowLayer(rows, columns) for _ in range(layers)]
+        self.columns = columns
+        self.room = 0
         super().__init__(layers=list(self.row_layers))
 
-    def place(self, *, row: int, column: int) -> None:
-        """Say where the next forward writes: from this row on, at this column."""
+    def place(self, *, row: int, columns: slice) -> int:
+        """Say where the next forward writes, from this row on; return how many columns it will read.
+
+        A prefill, which begins at column 0, reads what it writes; a later token reads all the room, filled or not.
+        """
+        if columns.stop > self.room:
+            self.room = min(self.columns, columns.stop + max(_SPARE, columns.stop // 8))
         for layer in self.row_layers:
-            layer.row, layer.column = row, column
+            layer.row, layer.column, layer.room = row, columns.start, self.room
+        return self.room if columns.start else int(columns.stop)
 
     def copy_rows(self, source: torch.Tensor, target: torch.Tensor, filled: int) -> None:
         for layer in self.row_layers:
@@ -93,7 +100,8 @@ class RowCache(Cache):  # type: ignore[misc]
 
 
 def _allocate(like: torch.Tensor, rows: int, room: int) -> torch.Tensor:
-    return like.new_empty((rows, like.shape[1], room, like.shape[3]))
+    # Zeros: what a mask takes out is multiplied by 0 all the same, and 0 times NaN is NaN.
+    return like.new_zeros((rows, like.shape[1], room, like.shape[3]))
 
 
 def _with_room(states: torch.Tensor, room: int, *, filled_rows: int, filled: int) -> torch.Tensor:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from stages.rollout.generator import Generator, Output, Progress, Prompt
 
 
-@stage(version="2")
+@stage(version="3")
 def rollout(
     policy: Checkpoint, questions: Questions, prompt: PromptConfig, config: RolloutConfig, *, seed: int
 ) -> Rollouts:

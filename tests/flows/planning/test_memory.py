@@ -17,6 +17,7 @@ from flows.planning.memory import (
     vllm_memory,
 )
 from stages.rollout import HFBackendConfig, VLLMBackendConfig
+from stages.rollout.kv_cache import RowCache
 from stages.training import TrainingConfig
 from tests.flows.planning.conftest import SEVEN_B, SHAPE, config
 
@@ -129,15 +130,28 @@ def test_keys_and_values_of_a_token_of_the_7b_model_take_480_kib_in_bfloat16() -
     assert token_bytes(SEVEN_B, 2) == 2 * 30 * 4096 * 2 == 480 * 1024
 
 
-def test_the_cache_grows_by_half_until_the_longest_output_fits() -> None:
-    assert room_of_keys(32, 60, 256) == 96
-    assert room_of_keys(32, 100, 256) == 144
-    assert room_of_keys(32, 256, 256) == 288  # 96, 144, 216, then no more than there can be
+def test_the_cache_grows_by_an_eighth_until_the_longest_output_fits() -> None:
+    assert room_of_keys(32, 10, 1000) == 32 + 16
+    assert room_of_keys(32, 20, 1000) == 49 + 16
+    assert room_of_keys(320, 0, 1000) == 320 + 40
+    assert room_of_keys(32, 20, 20) == 52  # no more than there can be
+
+
+@pytest.mark.parametrize(("prompt", "longest"), [(1, 1), (5, 40), (17, 48), (200, 700)])
+def test_the_planned_width_is_the_caches(prompt: int, longest: int) -> None:
+    cache = RowCache(1, rows=1, columns=prompt + longest)
+    cache.place(row=0, columns=slice(0, prompt))
+    for length in range(1, longest + 1):
+        assert cache.room == room_of_keys(prompt, length - 1, longest) >= prompt + length - 1
+        cache.place(row=0, columns=slice(prompt + length - 1, prompt + length))
 
 
 def test_sampling_holds_the_keys_of_all_rows_that_are_side_by_side() -> None:
-    found = hf_memory(SHAPE, HFBackendConfig(batch_rows=8), outputs=32, group=4, prompt=10, longest=20, half=False)
-    assert found["keys and values"] == 8 * 30 * (2 * 2 * 2 * 4)
+    backend = HFBackendConfig(batch_rows=8)
+    found = hf_memory(SHAPE, backend, outputs=32, group=4, prompt=10, longest=16, half=False)
+    assert found["keys and values"] == 8 * 26 * (2 * 2 * 2 * 4)
+    grown = hf_memory(SHAPE, backend, outputs=32, group=4, prompt=10, longest=20, half=False)
+    assert grown["keys and values"] == 8 * 30 * (2 * 2 * 2 * 4 + 2 * 4)  # a layer's keys twice while they grow
     assert found["weights"] == 4 * SHAPE.parameters
 
 

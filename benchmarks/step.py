@@ -33,6 +33,8 @@ _ARITHMETIC = ("generation", "reference", "update", "load weights")
 """Phases that are the model's; rewards and advantages are neither, all others are orchestration."""
 _SIZES: dict[Kind, tuple[int, int, int]] = {"random": (32, 16, 48), "sharp": (64, 16, 64), "words": (16, 8, 64)}
 """Questions, outputs of each, tokens of an output."""
+_PAUSE = 2.0
+"""Seconds between two sides, in which the process before frees its memory and its threads come to rest."""
 _REWARDS = ("rest of score", "rest of estimate_advantages", "reward_advantage")
 
 
@@ -128,6 +130,7 @@ def _run(sides: list[Side], workload: Workload, options: argparse.Namespace) -> 
         rates.append(gemm_gflops(workload))
         turn = number % len(sides)
         for side in sides[turn:] + sides[:turn]:
+            time.sleep(_PAUSE)
             side.step()
             last = side.steps[-1]
             print(f"{side.name}: {last['seconds']:.2f} s, load {last['load']:.1f}", file=sys.stderr)

@@ -51,18 +51,18 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
         reference = policy                                                                                 # line 3
         for step in range(iteration * config.steps, (iteration + 1) * config.steps):                       # line 4
             seed = derived_seed(config.seed, step)
-            sampler, questions, outputs = exploration.of(policy, step)                                     # lines 5-7
+            sampler, drawn, questions, outputs = exploration.of(policy, step)                              # lines 5-7
             rewards, gauges = reward_outputs(config, sampler, reward_models, questions, outputs)           # line 8
             preflight(config, outputs, rewards, step)
             evidence = token_evidence(config, policy, reference, critic, outputs)
             advantages = estimate_advantages(rewards, outputs, config.advantage, *evidence)                # line 9
             scored = reference_evidence(config, policy, reference, outputs)
-            with exploration.ahead(policy, step), checkpoints.at(step + 1), naming(step + 1, outputs):
+            with exploration.ahead(policy, step, rewards), checkpoints.at(step + 1), naming(step + 1, outputs):
                 policy = update_policy(policy, scored or reference, outputs, advantages, limits.update, seed=seed)  # line 10
                 limits.check(policy)
                 if critic and config.critic:
                     critic = update_critic(critic, outputs, advantages, config.critic, seed=seed)
-            step_done(step + 1, iteration, policy, outputs, rewards, gauges, advantages, scored, critic)
+            step_done(step + 1, iteration, policy, drawn, outputs, rewards, gauges, advantages, scored, critic)
             if config.evaluation.is_due(step + 1, last):
                 evaluate_policy(config, policy, data.evaluation, step=step + 1)
         asked = reward_models

@@ -14,6 +14,10 @@ Step labels without a checker (Monte-Carlo completion), between label_outputs an
     Rollouts ──> cut_into_prefixes ── StepPrefixes ──> continue_outputs ── Rollouts ──> score ── Rewards ──┐
                                           └────────────────────── RewardLabels ──> estimate_step_labels ───┴──> RewardLabels
 
+The questions of a step, where a curriculum chooses them:
+
+    Questions, Rewards of earlier steps ──> draw_from_band ──> Questions
+
 A row is keyed by `question_id` and, below a question, by `sample` (0 .. G-1); stages join by key, never by position. Ids are
 the truth: what was sampled is `output_ids`; `text` is for people and for rewards that read text.
 """

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import assert_never
 
 from flows.config import ArithmeticData, FileData, IterativeRLConfig, PretrainedPolicy
+from pipeline.artifact import ArtifactError
 from pipeline.config import ConfigError
-from pipeline.store import PrunedArtifactError
+from pipeline.store import PrunedArtifactError, StoreError, current_store
 from stages.data import (
     DataError,
     PromptLimitConfig,
@@ -25,7 +26,7 @@ from stages.data import (
     read_questions,
 )
 from stages.models import Checkpoint
-from stages.tables import Demonstrations, Questions
+from stages.tables import Demonstrations, Questions, Rewards
 from stages.text import PromptError
 
 
@@ -36,6 +37,8 @@ class DataSets:
     train: Questions
     demonstrations: Demonstrations | None
     evaluation: dict[str, Questions]
+    rewards: tuple[Rewards, ...] = ()
+    """First estimates of a curriculum."""
 
 
 def prepare_data(data: ArithmeticData | FileData) -> DataSets:
@@ -63,19 +66,36 @@ def limit_data(config: IterativeRLConfig, data: DataSets, base: Checkpoint) -> D
 
     Raises:
         DataError: by set: prompts that are too long (`data.max_prompt_tokens`), or that the tokenizer cannot express.
-        ConfigError: fewer questions than a step draws.
+        ConfigError: fewer questions than a step draws; rewards of a curriculum that are not there, or of other questions.
     """
     if isinstance(config.data, ArithmeticData):
         if complaints := list(arithmetic_complaints(config, config.data)):
             raise ConfigError("\n  ".join(complaints))
-        return data
+        return replace(data, rewards=first_rewards(config, data.train))
     train = _limit(config, "train", data.train, base)
     evaluation = {name: _limit(config, f"evaluation.{name}", part, base) for name, part in data.evaluation.items()}
     demonstrations = data.demonstrations and demonstrations_of_set(train)
     questions = int(train.metrics["data/questions"])
     if complaints := list(shortages(config, questions, questions if demonstrations else None)):
         raise ConfigError("\n  ".join(complaints))
-    return DataSets(train, demonstrations, evaluation)
+    return DataSets(train, demonstrations, evaluation, first_rewards(config, train))
+
+
+def first_rewards(config: IterativeRLConfig, questions: Questions) -> tuple[Rewards, ...]:
+    """Return the tables that `curriculum.rewards` names; raise ConfigError for one that says nothing of `questions`."""
+    return tuple(_rewards_named(name, questions) for name in (config.curriculum.rewards if config.curriculum else ()))
+
+
+def _rewards_named(name: str, questions: Questions) -> Rewards:
+    by = ["question_id"]
+    try:
+        found = Rewards(current_store().resolve(name))
+        with contextlib.suppress(PrunedArtifactError):  # draws that read it may be recorded
+            if set(found.read(by)[by[0]].to_pylist()).isdisjoint(questions.read(by)[by[0]].to_pylist()):
+                raise ConfigError("its rewards are of other questions than data.train's")
+    except (StoreError, ArtifactError, ConfigError) as error:
+        raise ConfigError(f"curriculum.rewards: expected tables of rewards, found {name}: {error}") from None
+    return found
 
 
 def shortages(config: IterativeRLConfig, questions: int, demonstrations: int | None) -> Iterator[str]:
@@ -89,6 +109,8 @@ def shortages(config: IterativeRLConfig, questions: int, demonstrations: int | N
             )
     elif drawn > questions:
         yield f"questions_per_step={drawn} draws more than the {questions:,} questions of data.train; lower it"
+    elif drawn == questions and config.curriculum is not None:
+        yield f"questions_per_step={drawn} draws all questions of data.train, and leaves curriculum no choice; lower it"
     if plan is not None and plan.questions > questions:
         yield f"reward_model.questions={plan.questions} is more than the {questions:,} questions of data.train; lower it"
     if config.sft is not None and demonstrations is not None and config.sft.batch_size > demonstrations:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from flows.algorithm.data import DataSets
@@ -21,9 +22,9 @@ from stages.logprobs import LogprobsConfig, compare_policies, score_reference
 from stages.models import Checkpoint
 from stages.reward import score
 from stages.rollout import rollout
-from stages.selection import keep_informative
+from stages.selection import draw_from_band, keep_informative
 from stages.sft import demonstrated_outputs
-from stages.tables import Logprobs, Questions, ReferenceLogprobs, Rollouts, Values
+from stages.tables import Logprobs, Questions, ReferenceLogprobs, Rewards, Rollouts, Values
 from stages.training.hardware import name_of_dtype
 from stages.update import DIVERGENCE, UpdateConfig, check_mismatch, staleness_limit
 
@@ -37,6 +38,8 @@ class Explored(NamedTuple):
     """Hold what a step learns from."""
 
     sampler: Checkpoint
+    drawn: Questions | None
+    """What a curriculum drew first, with its metrics; None without one."""
     questions: Questions | None
     """What the outputs are scored with; None: demonstrations."""
     outputs: Rollouts
@@ -54,6 +57,9 @@ class Exploration:
         self._config, self._data, self._initial = config, data, initial
         self._side_by_side = runs_side_by_side(config)
         self._ahead: Explored | None = None
+        window = config.curriculum.window if config.curriculum else 0
+        self._earlier = deque[Sequence[Rewards]](([table] for table in data.rewards), maxlen=window)
+        """Rewards of each of the last steps: all that a curriculum knows."""
         self._calls: list[str] = []
         """Keys of the calls that made what is ahead."""
 
@@ -66,12 +72,14 @@ class Exploration:
         return explored
 
     @contextlib.contextmanager
-    def ahead(self, policy: Checkpoint, step: int) -> Iterator[None]:
-        """With `overlap`, sample for the step after `step` from `policy`, which the block updates.
+    def ahead(self, policy: Checkpoint, step: int, rewards: Rewards | None) -> Iterator[None]:
+        """Note the rewards of `step`; with `overlap`, sample for the step after it from `policy`, which the block updates.
 
         Before the block or, where that is possible, while it runs. An iteration's first step has no update before it in the
         iteration: nothing is sampled ahead for it.
         """
+        if rewards is not None and not self._config.dynamic_sampling:  # which scores more than what it keeps
+            self._earlier.append([rewards])
         if not self._config.overlap or (step + 1) % self._config.steps == 0:
             yield
             return
@@ -93,12 +101,38 @@ class Exploration:
     def _explore(self, sampler: Checkpoint, step: int) -> Explored:
         config, data, seed = self._config, self._data, derived_seed(self._config.seed, step)
         if config.data_source == "demonstrations":
-            return Explored(sampler, None, _demonstrate(config, data, sampler, step))
-        questions = sample_batch(data.train, size=config.questions_per_step, step=step, seed=config.seed)  # line 5
+            return Explored(sampler, None, None, _demonstrate(config, data, sampler, step))
+        questions = self._draw(step, config.seed)  # line 5
+        drawn = questions if config.curriculum else None
         outputs = rollout(sampler, questions, config.prompt, config.rollout, seed=seed)  # line 7
         if config.dynamic_sampling:
-            return Explored(sampler, data.train, _replace_agreeing_groups(config, data, sampler, seed, outputs))
-        return Explored(sampler, questions, outputs)
+            return Explored(sampler, drawn, data.train, self._replace_agreeing_groups(sampler, seed, outputs))
+        return Explored(sampler, drawn, questions, outputs)
+
+    def _draw(self, step: int, seed: int, rewards: Sequence[Rewards] = ()) -> Questions:
+        """Draw questions; `rewards` are those of what the step drew before."""
+        train, curriculum, size = self._data.train, self._config.curriculum, self._config.questions_per_step
+        if curriculum is None:
+            return sample_batch(train, size=size, step=step, seed=seed)
+        earlier = [table for tables in self._earlier for table in tables]
+        return draw_from_band(train, earlier, list(rewards), curriculum.band, size=size, step=step, seed=seed)
+
+    def _replace_agreeing_groups(self, sampler: Checkpoint, seed: int, outputs: Rollouts) -> Rollouts:
+        """Draw further questions until enough groups have outputs of unequal reward: DAPO's dynamic sampling."""
+        config, train = self._config, self._data.train
+        drawn, rewards = [outputs], [score(outputs, train, config.reward)]
+        for draw in range(config.dynamic_sampling):
+            kept = keep_informative(drawn, rewards, size=config.questions_per_step)
+            if kept.metrics["rollout/agreeing_groups"] == 0:
+                break
+            # The step's own seed, so that what is drawn does not depend on how long the run is.
+            questions = self._draw(draw, seed, rewards)
+            drawn.append(rollout(sampler, questions, config.prompt, config.rollout, seed=seed))
+            rewards.append(score(drawn[-1], train, config.reward))
+        else:
+            kept = keep_informative(drawn, rewards, size=config.questions_per_step)
+        self._earlier.append(rewards)
+        return kept
 
 
 def token_evidence(
@@ -133,22 +167,6 @@ def _demonstrate(config: IterativeRLConfig, data: DataSets, policy: Checkpoint, 
         raise ConfigError("data_source: the data set has no solutions to imitate; name its solution column")
     size = config.questions_per_step * config.rollout.G
     return demonstrated_outputs(policy, data.demonstrations, config.prompt, size=size, step=step, seed=config.seed)
-
-
-def _replace_agreeing_groups(
-    config: IterativeRLConfig, data: DataSets, sampler: Checkpoint, seed: int, outputs: Rollouts
-) -> Rollouts:
-    """Draw further questions until enough groups have outputs of unequal reward: DAPO's dynamic sampling."""
-    drawn, rewards = [outputs], [score(outputs, data.train, config.reward)]
-    for draw in range(config.dynamic_sampling):
-        kept = keep_informative(drawn, rewards, size=config.questions_per_step)
-        if kept.metrics["rollout/agreeing_groups"] == 0:
-            return kept
-        # The step's own seed, so that what is drawn does not depend on how long the run is.
-        questions = sample_batch(data.train, size=config.questions_per_step, step=draw, seed=seed)
-        drawn.append(rollout(sampler, questions, config.prompt, config.rollout, seed=seed))
-        rewards.append(score(drawn[-1], data.train, config.reward))
-    return keep_informative(drawn, rewards, size=config.questions_per_step)
 
 
 class Mismatches:

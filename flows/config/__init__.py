@@ -9,6 +9,7 @@ from pydantic import model_validator
 from flows.config.combinations import unsupported_combinations
 from flows.config.parts import (
     ArithmeticData,
+    CurriculumConfig,
     EvaluationPlan,
     FileData,
     PreflightConfig,
@@ -19,6 +20,7 @@ from flows.config.parts import (
 
 __all__ = [
     "ArithmeticData",
+    "CurriculumConfig",
     "EvaluationPlan",
     "FileData",
     "IterativeRLConfig",

@@ -17,6 +17,7 @@ def unsupported_combinations(config: RunSettings) -> Iterator[str]:
     yield from _of_the_outputs(config)
     yield from _of_the_overlap(config)
     yield from _of_dynamic_sampling(config)
+    yield from _of_the_curriculum(config)
     yield from _of_advantage_and_update(config)
     yield from _of_reward_models(config)
     yield from _of_the_schedule(config)
@@ -140,6 +141,20 @@ def _of_dynamic_sampling(config: RunSettings) -> Iterator[str]:
         yield (
             "dynamic_sampling: with advantage.kl_in_reward no two outputs have equal rewards, so that each group has something "
             "to learn from; set dynamic_sampling=0, or put the KL into the loss"
+        )
+
+
+def _of_the_curriculum(config: RunSettings) -> Iterator[str]:
+    """Refuse a curriculum without rewards, or whose rewards are freed before they were read."""
+    if config.curriculum is None:
+        return
+    window, kept = config.curriculum.window, config.keep.rollouts
+    if config.data_source == "demonstrations":
+        yield "curriculum: demonstrations have no rewards to choose questions by; set curriculum=null"
+    if kept is not None and kept < window:
+        yield (
+            f"keep.rollouts: expected at least curriculum.window={window}, found {kept}: the rewards of so many steps are read "
+            "again"
         )
 
 

@@ -25,6 +25,7 @@ from stages.reward_training import (
     StepLabelsConfig,
 )
 from stages.rollout import BackendConfig, RolloutConfig
+from stages.selection import PassRateBand
 from stages.sft import PolicyConfig, SFTConfig
 from stages.text import PromptConfig
 from stages.update import DataSource, UpdateConfig
@@ -218,6 +219,31 @@ class RewardModelPlan(Config):
         return self
 
 
+class CurriculumConfig(Config):
+    """Draw the questions whose pass rate lies in a band, evict what is solved, refill where the band runs dry. Ours.
+
+    With `overlap` too the rewards of the step before are known: outputs are scored before an update begins.
+    """
+
+    band: PassRateBand = PassRateBand()
+    "Which pass rates are drawn first; then those below the band follow, then those above it."
+    window: PositiveInt = 32
+    """Steps whose rewards count, of a question those of the last step that drew it. Of earlier steps nothing is known any more:
+    what they evicted is unseen again."""
+    rewards: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{12,64}$")], ...] = ()
+    """First estimates: tables of rewards of questions of `data.train`, of this run's policy or of another's, by their names as
+    `cohort show RUN --step N` prints them, the newest last. Each counts as a step before the first."""
+
+    @model_validator(mode="after")
+    def _all_within_the_window(self) -> Self:
+        if len(self.rewards) > self.window:
+            raise ValueError(
+                f"window: expected at least {len(self.rewards)}, the number of `rewards`, found {self.window}; the first of "
+                "them would not count"
+            )
+        return self
+
+
 class RunSettings(Config):
     """The settings of a run, without the check that they fit together (`flows.config.IterativeRLConfig` has it)."""
 
@@ -258,6 +284,9 @@ class RunSettings(Config):
     dynamic_sampling: NonNegativeInt = 0
     """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): up to so many further draws of questions per step, to replace
     groups whose rewards are all equal. 0, the paper's: such groups stay."""
+    curriculum: CurriculumConfig | None = None
+    """Questions by how often the policy gets them right: their earlier rewards. null, the paper's: each question comes once in
+    every pass through the set."""
     rollout: RolloutConfig = RolloutConfig()
     "Sampling of the G outputs per question."
     reward: RewardConfig = RewardConfig()

@@ -67,12 +67,17 @@ class PlannedExperiment:
         return replace(arm.choice, base=other.choice.config)
 
     def differences(self, arm: Arm) -> Changes:
-        """Return what the arm sets otherwise than the baseline; in a section of another kind what is not its default."""
+        """Return what the arm sets otherwise than the baseline.
+
+        Of a section of another kind, or that the baseline lacks, what is not its default; of the latter also its name, with
+        `...` for what it is now.
+        """
         choice = self.against_baseline(arm)
-        known = flatten(choice.base.model_dump(mode="json"))
-        return {
+        known, changes = flatten(choice.base.model_dump(mode="json")), choice.differences()
+        begun = {key: (None, "...") for key in known if any(name.startswith(f"{key}.") for name in changes)}
+        return begun | {
             key: change
-            for key, change in choice.differences().items()
+            for key, change in changes.items()
             if key not in _NOT_SETTINGS and (key in known or not _is_default(choice.config, key))
         }
 

@@ -54,11 +54,22 @@ class Scale:
     """Further held-out sets of kinds that RL does not train on."""
     candidates: dict[str, Any]
     """Held-out sets that 64 candidates are drawn for."""
+    mixed: dict[str, Any]
+    """Questions from easy to hard, few enough that each is drawn several times."""
     seeds: tuple[int, ...]
     """Of every arm."""
 
 
 _SHORTER: Final = {"shortest": 2, "longest": 2}  # ours: next to 3-5 numbers, where RL trains, and 6; SFT saw 2 to 6
+
+
+def _mixed(*, count: int, held_out: int) -> dict[str, Any]:
+    """Return chains of 2 to 8 numbers, of which SFT saw those of up to 6; all sizes are ours."""
+    lengths = {"shortest": 2, "longest": 8}
+    sets = {"in_domain": {"count": held_out, **lengths}, "long": {"count": held_out // 2, **lengths, "shortest": 7}}
+    return {"data.train": {"count": count, **lengths}, "data.evaluation": sets}
+
+
 _CPU: Final = Scale(
     base="arithmetic_cpu",
     learned_base="arithmetic_learned_reward",
@@ -68,6 +79,7 @@ _CPU: Final = Scale(
     iteration=10,  # ours
     kinds={"data.evaluation.shorter": {"count": 256, **_SHORTER}},  # ours
     candidates={},
+    mixed=_mixed(count=512, held_out=512),
     seeds=(0, 1, 2),  # ours; the paper shows one curve each
 )
 _SMALL: Final = Scale(
@@ -79,6 +91,7 @@ _SMALL: Final = Scale(
     iteration=8,  # ours
     kinds={"data.evaluation.shorter": {"count": 128, **_SHORTER}},  # ours
     candidates={"data.evaluation.in_domain.count": 128, "data.evaluation.out_of_domain.count": 64},  # ours
+    mixed=_mixed(count=128, held_out=256),
     seeds=(0, 1, 2),  # ours
 )
 _PAPER: Final = Scale(
@@ -94,6 +107,7 @@ _PAPER: Final = Scale(
     iteration=1770,  # Fig. 6, read off: about 5,300 in all
     kinds={},  # Table 5: the recipe's
     candidates={},
+    mixed={"keep.rollouts": None},
     seeds=(0,),  # the paper shows one curve each
 )
 SCALES: Final = {"": _CPU, "quick": _SMALL, "paper": _PAPER}
@@ -218,9 +232,20 @@ def overlap(scale: Scale) -> Experiment:
     return _study(scale, "overlap", asks, arms, scale.methods)
 
 
+def curriculum(scale: Scale) -> Experiment:
+    """GRPO on all questions alike, and on those that the policy solves sometimes; each also with dynamic sampling."""
+    asks = "Do questions chosen by their earlier rewards teach more per step, or save draws of dynamic sampling?"
+    uniform: dict[str, Any] = {"method": "grpo"}
+    band: dict[str, Any] = uniform | {"curriculum": {}}  # ours: the defaults
+    again = {"dynamic_sampling": 3}  # ours
+    arms = {"uniform": uniform, "band": band, "dynamic": uniform | again, "band_dynamic": band | again}
+    # Ours: rules reward, since dynamic sampling is by theirs.
+    return _study(scale, "curriculum", asks, arms, scale.methods | scale.mixed | {"reward_model": None})
+
+
 _STUDIES: Final = (
     *(fig5, fig6, fig7, methods),
-    *(online_vs_offline, outcome_vs_process, single_vs_iterative, in_and_out_of_domain, overlap),
+    *(online_vs_offline, outcome_vs_process, single_vs_iterative, in_and_out_of_domain, overlap, curriculum),
 )
 EXPERIMENTS: Final[dict[str, Callable[[Scale], Experiment]]] = {make.__name__: make for make in _STUDIES}
 """Every study by name."""

@@ -69,6 +69,7 @@ PAPER: Final = (
     PaperValue("iterations", 3, "5.2.1, Fig. 6", "one iteration and two further rounds"),
     PaperValue("update.training.adapter", None, "Algorithm 1", "all weights of pi_theta are trained"),
     PaperValue("dynamic_sampling", 0, "Algorithm 1"),
+    PaperValue("curriculum", None, "Algorithm 1", "line 5 draws from all questions"),
     PaperValue("overlap", 0, "Algorithm 1", "line 7 samples from the policy as it is"),
     PaperValue("update.correction.kind", "none", "Eq. 3"),
     # The objectives as they are written.

@@ -107,7 +107,8 @@ def _given(calls: list[PlacedCall], records: Mapping[str, dict[str, Any]]) -> di
     for call in first:
         for name, digest in lineage.inputs(records.get(call.key, {}).get("arguments", {})):
             if digest not in made:
-                given.setdefault("training questions" if call.stage == "sample_batch" else name, digest)
+                is_set = name == "questions" and call.stage in ("sample_batch", "draw_from_band")
+                given.setdefault("training questions" if is_set else name, digest)
     for call in calls:
         if call.stage == "rollout" and call.where not in ("", BETWEEN_STEPS) and call.key in records:
             name = call.where.partition("/")[0]

@@ -1,5 +1,6 @@
-"""Which groups are learned from."""
+"""Which questions are drawn, and which groups are learned from."""
 
+from stages.selection.curriculum import PassRateBand, draw_from_band
 from stages.selection.stage import keep_informative
 
-__all__ = ["keep_informative"]
+__all__ = ["PassRateBand", "draw_from_band", "keep_informative"]

@@ -87,9 +87,10 @@ def test_a_run_killed_while_it_samples_and_updates_resumes_to_the_bits_of_turns(
 
 @pytest.mark.claim("a resumed run that repeats questions")
 @pytest.mark.slow
-def test_a_run_killed_at_any_instant_resumes_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, {"curriculum": {"window": 2}, "dynamic_sampling": 1}])
+def test_a_run_killed_at_any_instant_resumes_to_the_same_bits(tmp_path: Path, settings: dict[str, Any]) -> None:
     kills = 10
-    golden, trials = killed(tmp_path, kills, {})
+    golden, trials = killed(tmp_path, kills, settings)
     assert {trial["content"] for trial in trials} == {golden["content"]}
     # Nothing committed before the kill was computed again; at most the stage in flight was lost.
     assert [trial["kept"] + trial["executed"] for trial in trials] == [golden["executed"]] * kills

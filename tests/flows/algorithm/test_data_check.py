@@ -155,6 +155,8 @@ def test_an_engine_that_reads_less_than_the_model_bounds_prompts_too(tmp_path: P
     [
         ({}, (4, 4), None),
         ({}, (3, 4), "questions_per_step"),
+        ({"curriculum": {}}, (4, 4), "questions_per_step"),
+        ({"curriculum": {}}, (5, 5), None),
         ({"data_source": "demonstrations", "update.old_logprobs": "trainer"}, (1, 15), "questions_per_step"),
         ({"sft.batch_size": 5}, (4, 4), "sft.batch_size"),
         ({"reward_model": {"questions": 5}}, (4, 4), "reward_model.questions"),

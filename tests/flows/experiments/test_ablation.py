@@ -159,6 +159,13 @@ def test_what_an_arm_differs_in_leaves_out_what_comes_with_another_kind() -> Non
     }
 
 
+def test_a_section_that_the_baseline_lacks_is_named_also_where_it_is_the_default() -> None:
+    planned = plan(named_experiment("curriculum"))
+    differences = {arm.name: planned.differences(arm) for arm in planned.arms}
+    assert differences["band"] == {"curriculum": (None, "...")}
+    assert differences["band_dynamic"] == {"curriculum": (None, "..."), "dynamic_sampling": (0, 3)}
+
+
 def test_a_setting_that_fits_no_arm_is_refused_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

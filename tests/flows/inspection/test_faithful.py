@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from flows.cli import run_command
-from flows.config import IterativeRLConfig
+from flows.config import CurriculumConfig, IterativeRLConfig
 from flows.config.methods import METHODS, method_settings
 from flows.config.methods import PAPER as TABLE_10
 from flows.config.recipes import RECIPES, deepseekmath_7b, gsm8k_cpu, gsm8k_one_gpu
@@ -49,6 +49,7 @@ OTHER: dict[str, Any] = {
     "iterations": 1,
     "update.training.adapter": LoRAConfig(r=16),
     "dynamic_sampling": 1,
+    "curriculum": CurriculumConfig(),
     "overlap": 1,
     "update.correction.kind": "truncated",
     "update.objective.divergence": "k3_unbiased",

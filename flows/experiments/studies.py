@@ -64,7 +64,10 @@ _SHORTER: Final = {"shortest": 2, "longest": 2}  # ours: next to 3-5 numbers, wh
 
 
 def _mixed(*, count: int, held_out: int) -> dict[str, Any]:
-    """Return chains of 2 to 8 numbers, of which SFT saw those of up to 6; all sizes are ours."""
+    """Return chains of 2 to 8 numbers, of which SFT saw those of up to 6; all sizes are ours.
+
+    The recipe's set `out_of_domain`, of 6 numbers, is in the domain here.
+    """
     lengths = {"shortest": 2, "longest": 8}
     sets = {"in_domain": {"count": held_out, **lengths}, "long": {"count": held_out // 2, **lengths, "shortest": 7}}
     return {"data.train": {"count": count, **lengths}, "data.evaluation": sets}

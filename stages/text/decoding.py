@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerFast
 
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_BYTE_OF = {symbol: byte for byte, symbol in byte_symbols().items()}
 
 
 class Decoded(NamedTuple):
@@ -81,7 +82,7 @@ def _is_by_bytes(backend: Any, texts: Sequence[str], size_N: NDArray[np.int64]) 
 
     if not isinstance(backend.decoder, decoders.ByteLevel):
         return np.zeros(len(texts), dtype=bool)
-    same = [len(text.encode()) == size and _REPLACEMENT not in text for text, size in zip(texts, size_N, strict=True)]
+    same = [len(text.encode()) == size and REPLACEMENT not in text for text, size in zip(texts, size_N, strict=True)]
     return np.array(same, dtype=bool)
 
 
@@ -117,24 +118,42 @@ def _byte_stream(backend: Any) -> Callable[[int], str]:
     """Return what gives each id's addition to the text, for ids of byte-level BPE given in turn."""
     added = backend.get_added_tokens_decoder()
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-    byte_of = {symbol: byte for byte, symbol in byte_symbols().items()}
 
     def step(token_id: int) -> str:
         token = backend.id_to_token(token_id)
         if token is None or (token_id in added and added[token_id].special):
             return ""
-        spelled = all(symbol in byte_of for symbol in token)  # an added token may be plain text
-        return decode(bytes(byte_of[symbol] for symbol in token) if spelled else token.encode())
+        return decode(token_bytes(token))
 
     return step
+
+
+def token_bytes(token: str) -> bytes:
+    """Return the bytes that a token of byte-level BPE stands for; an added one may be plain text."""
+    try:
+        return bytes([_BYTE_OF[symbol] for symbol in token])
+    except KeyError:
+        return token.encode()
 
 
 def _token_stream(backend: Any) -> Callable[[int], str]:
     """Return what gives each id's addition to the text, for ids given in turn, by any decoder."""
     from tokenizers.decoders import DecodeStream
 
-    stream = DecodeStream(skip_special_tokens=True)
-    return lambda token_id: stream.step(backend, token_id) or ""
+    stream, ids, length = DecodeStream(skip_special_tokens=True), list[int](), 0
+
+    def step(token_id: int) -> str:
+        nonlocal stream, length
+        ids.append(token_id)
+        try:
+            added: str = stream.step(backend, token_id) or ""
+        except Exception:  # its only class: bytes that were characters are none together with this one
+            added = backend.decode(ids, skip_special_tokens=True)[length:]
+            stream = DecodeStream(ids=ids, skip_special_tokens=True)
+        length += len(added)
+        return added
+
+    return step
 
 
 def step_ends(text: str, text_ends: Sequence[int]) -> list[int]:

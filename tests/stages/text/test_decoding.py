@@ -13,6 +13,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from stages.text import BPETokenizerConfig, CharacterTokenizerConfig, build_tokenizer, decode_outputs, step_ends
+from tests.stages.text.sentencepiece import WORDS, with_bytes
 
 TEXTS = ["7加5等于12\n12减3等于9 🙂", "the answer is 42.\n#### 42"]
 CHARACTERS = build_tokenizer(TEXTS, CharacterTokenizerConfig())
@@ -107,6 +108,12 @@ def test_another_kind_of_tokenizer_is_decoded_token_by_token() -> None:
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
     assert ends_of(tokenizer, [0, 1, 2]) == ("the answer.", [3, 10, 11])
+
+
+def test_bytes_that_were_characters_until_the_next_one_are_decoded_again() -> None:
+    """SentencePiece's bytes are characters all together or none of them is, which its stream refuses to go back on."""
+    text, ends = ends_of(with_bytes(), [*(len(WORDS) + byte for byte in (0x61, 0xFF, 0x61)), 3, 4])
+    assert (text, ends) == (3 * "\N{REPLACEMENT CHARACTER}" + "ab", [1, 1, 1, 4, 5])
 
 
 def one_token_per_character(text: str, *, stopped: bool = True) -> list[int]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from flows.algorithm.data import arithmetic_complaints, below, demonstrations_of_set, room_of, shortages
+from flows.algorithm.data import arithmetic_complaints, below, demonstrations_of_set, prepare_data, room_of, shortages
 from flows.algorithm.models import EarlyTokenizer, early_tokenizer
 from flows.config import ArithmeticData, FileData, IterativeRLConfig, PretrainedPolicy
 from pipeline.config import ConfigError
@@ -21,6 +21,7 @@ from pipeline.store import Store, use_store
 from stages.data import DataError, measure_prompts, read_questions
 from stages.models import is_gguf
 from stages.reward import AccuracyConfig
+from stages.rollout import stops_of
 from stages.tables import Demonstrations, Questions
 from stages.text import PromptError, turn_end
 
@@ -52,6 +53,9 @@ def examine_data(config: IterativeRLConfig) -> DataFindings:
     found = DataFindings()
     if isinstance(config.data, ArithmeticData):
         found.complaints += arithmetic_complaints(config, config.data)
+        if config.rollout.has_stops:
+            with scratch_store():
+                _examine_stops_without_sets(config, found)
         return found
     with scratch_store():
         sets = dict(_read_sets(config.data, found))
@@ -108,6 +112,7 @@ def _measure(
         damaged = isinstance(policy, PretrainedPolicy) and is_gguf(Path(policy.path))
         (found.complaints if damaged else found.notes).append(f"prompts are not measured: {error}")
         return
+    _examine_stops(config, early, found)
     with contextlib.suppress(PromptError):  # every set's prompts say it below
         found.complaints += _unended(config, early)
     for name, questions in sets.items():
@@ -127,15 +132,32 @@ def _measure(
             found.sizes[name] = left
 
 
+def _examine_stops(config: IterativeRLConfig, early: EarlyTokenizer, found: DataFindings) -> None:
+    """Complain of stops of outputs that the tokenizer cannot write."""
+    try:
+        stops_of(early.tokenizer, config.rollout)
+    except ConfigError as error:
+        found.complaints.append(str(error))
+
+
+def _examine_stops_without_sets(config: IterativeRLConfig, found: DataFindings) -> None:
+    try:
+        early = early_tokenizer(config, prepare_data(config.data).demonstrations)
+    except ConfigError as error:
+        found.notes.append(f"rollout.stop_strings and stop_ids are not looked at: {error}")
+        return
+    _examine_stops(config, early, found)
+
+
 def _unended(config: IterativeRLConfig, early: EarlyTokenizer) -> Iterator[str]:
     """Say that an answer ends, by the chat template, with a token that does not end an output."""
     end = turn_end(early.tokenizer, config.prompt)
-    if end is not None and end not in early.ends:
+    if end is not None and end not in early.ends.union(config.rollout.stop_ids):
         named = early.tokenizer.convert_ids_to_tokens([end, *sorted(early.ends)])
         yield (
             f"prompt.chat: the chat template ends an answer with {named[0]!r}, and outputs end at {', '.join(named[1:])} only: "
             "a base model, or one whose generation_config.json does not name that token; all outputs would run to "
-            "rollout.max_output_tokens. Name it there (eos_token_id), take the instructed model, or set prompt.chat=none"
+            f"rollout.max_output_tokens. Set rollout.stop_ids=[{end}], take the instructed model, or set prompt.chat=none"
         )
 
 

@@ -29,10 +29,12 @@ from stages.models import (
     fetch_description,
     import_checkpoint,
     is_gguf,
+    load_tokenizer,
     read_gguf,
     resolve_revision,
     trust,
 )
+from stages.rollout import stops_of
 from stages.sft import create_policy, policy_texts, supervised_finetuning
 from stages.tables import Demonstrations
 from stages.text import build_tokenizer
@@ -44,10 +46,18 @@ _SUFFIXES: Final = (".json", ".txt", ".model", ".jinja")
 
 
 def base_model(config: IterativeRLConfig, data: DataSets) -> Checkpoint:
-    """Return a pretrained model, or one made from scratch."""
+    """Return a pretrained model, or one made from scratch.
+
+    Raises:
+        ConfigError: stops of outputs that its tokenizer cannot write.
+    """
     if isinstance(config.policy, PretrainedPolicy):
-        return pretrained_model(config.policy)
-    return create_policy(config.policy, data.demonstrations, config.prompt)
+        made = pretrained_model(config.policy)
+    else:
+        made = create_policy(config.policy, data.demonstrations, config.prompt)
+    if config.rollout.has_stops:
+        stops_of(load_tokenizer(made), config.rollout)
+    return made
 
 
 def initial_policy(config: IterativeRLConfig, data: DataSets, base: Checkpoint) -> Checkpoint:

@@ -10,7 +10,7 @@ from stages.rollout.config import (
     require_backend,
 )
 from stages.rollout.continuation import continue_outputs, cut_into_prefixes
-from stages.rollout.stage import rollout
+from stages.rollout.stage import rollout, stops_of
 
 __all__ = [
     "BackendConfig",
@@ -23,4 +23,5 @@ __all__ = [
     "engines_of",
     "require_backend",
     "rollout",
+    "stops_of",
 ]

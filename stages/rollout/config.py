@@ -151,6 +151,11 @@ class RolloutConfig(Config):
     """Outputs end here at the latest (DeepSeekMath, section 4.2: 1024), with finish reason `length`."""
     stop: bool = True
     """End outputs at the end-of-sequence tokens. False forces every output to `max_output_tokens`: for benchmarks."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end an output too: it ends, finished, with the very token that completes the first of them, which stays whole.
+    Looked for across tokens, in the output's text without special tokens."""
+    stop_ids: tuple[NonNegativeInt, ...] = ()
+    """Ids of tokens that end an output, as its last, next to the end-of-sequence tokens that the model names."""
     backend: BackendConfig = Field(default_factory=HFBackendConfig)
     """What decodes: `hf`, `vllm` or `vllm_server`."""
 
@@ -161,6 +166,37 @@ class RolloutConfig(Config):
         if self.temperature == 0 and self.G != 1:
             raise ValueError(f"temperature 0 gives G = {self.G} equal outputs; set G = 1, or a temperature above 0")
         return self
+
+    @model_validator(mode="after")
+    def _ends_where_it_says(self) -> Self:
+        strings, ids = self.stop_strings, self.stop_ids
+        if not self.stop and self.has_stops:
+            raise ValueError(
+                "stop: false forces every output to max_output_tokens; set stop: true, or no stop_strings and stop_ids"
+            )
+        if wrong := [string for string in strings if not string or "\N{REPLACEMENT CHARACTER}" in string]:
+            raise ValueError(
+                f"stop_strings: expected text, without U+FFFD (which stands for broken bytes), found {wrong[0]!r}"
+            )
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"stop_ids: expected each id once, found {list(ids)}")
+        for place, string in enumerate(strings):
+            if other := next((text for text in strings[:place] + strings[place + 1 :] if text in string), None):
+                raise ValueError(
+                    f"stop_strings: {string!r} has {other!r} in it, which always ends the output before it; remove one of them"
+                )
+        return self
+
+    @property
+    def has_stops(self) -> bool:
+        """Return whether outputs end at more than the model's end of sequence."""
+        return bool(self.stop_strings or self.stop_ids)
+
+    def key(self) -> dict[str, Any]:
+        """Leave out stops that are not set: keys of older runs have none."""
+        return {
+            name: value for name, value in super().key().items() if value or name not in ("stop_strings", "stop_ids")
+        }
 
 
 def require_backend(backend: BackendConfig) -> None:

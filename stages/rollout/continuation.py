@@ -17,7 +17,7 @@ from stages.join import KEY, Ragged, align, key_at
 from stages.models import Checkpoint, load_tokenizer
 from stages.rollout.config import RolloutConfig
 from stages.rollout.generator import Generator, Output, Progress, Prompt, Sampling, sample_seed
-from stages.rollout.stage import Sampled, generator_of, reporter, stop_ids, write_rollouts
+from stages.rollout.stage import Sampled, generator_of, reporter, sampling_of, write_rollouts
 from stages.tables import Rollouts, StepPrefixes
 from stages.text import decode_outputs, step_ends
 
@@ -112,16 +112,9 @@ def continue_outputs(
     tokenizer = load_tokenizer(policy)
     found = _read(outputs, prefixes, tokenizer, limit=config.max_output_tokens)
     started = time.perf_counter()
-    ends = stop_ids(policy, tokenizer) if config.stop else ()
-    with generator_of(policy, config.backend) as generator:
-        completed = complete(
-            generator,
-            found,
-            Sampling(config.temperature, config.max_output_tokens, ends),
-            samples=samples,
-            seed=seed,
-            window=generator.window,
-        )
+    sampling = sampling_of(policy, tokenizer, config)
+    with generator_of(policy, config.backend, stop_strings=bool(config.stop_strings)) as generator:
+        completed = complete(generator, found, sampling, samples=samples, seed=seed, window=generator.window)
     _record(completed, time.perf_counter() - started)
     rows = []
     for prefix, group in zip(found, completed, strict=True):
@@ -163,7 +156,12 @@ def complete(
     progress, done, tokens = reporter(len(prefixes) * samples, "continue_outputs"), 0, 0
     for room, members in _calls(prefixes, limit=limit, window=window):
         prompts = [
-            Prompt(prefix.question_id, [*prefix.prompt_ids, *prefix.ids], prefix.seeds(seed, samples))
+            Prompt(
+                prefix.question_id,
+                [*prefix.prompt_ids, *prefix.ids],
+                prefix.seeds(seed, samples),
+                begun=len(prefix.ids),
+            )
             for prefix in (prefixes[place] for place in members)
         ]
         groups = generator.generate(prompts, replace(sampling, max_output_tokens=room), _behind(progress, done, tokens))

@@ -8,12 +8,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.residency import evict
+
+if TYPE_CHECKING:
+    from stages.text.stops import StopStrings
 
 FinishReason = Literal["stop", "length"]
 HF: Final = "rollout"
@@ -56,6 +59,13 @@ class Prompt:
     question_id: str
     ids: Sequence[int]
     seeds: Sequence[int]
+    begun: int = 0
+    """Of `ids`, how many at the end begin the output: a stop string may reach from these into what is sampled."""
+
+    @property
+    def beginning(self) -> Sequence[int]:
+        """Return the ids that begin the output."""
+        return self.ids[len(self.ids) - self.begun :]
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,9 @@ class Sampling:
     temperature: float
     max_output_tokens: int
     stop_ids: tuple[int, ...]
-    """A token among these ends its output and is part of it; empty forces every output to `max_output_tokens`."""
+    """A token among these ends its output and is part of it; empty, and no strings: every output has `max_output_tokens`."""
+    stop_strings: StopStrings | None = None
+    """So does the token that completes one of these."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +173,7 @@ class CheckedGenerator:
         ]
 
     def _sound(self, prompt: Prompt, row: int, output: Output, sampling: Sampling) -> Output:
-        objection = objection_to(output, sampling, self.vocabulary)
+        objection = objection_to(output, sampling, self.vocabulary, prompt.beginning)
         if objection is not None:
             raise UnsoundOutputError(
                 f"{self.engine}: question {prompt.question_id!r}, output {row}: {objection}. None of this call's outputs was "
@@ -170,11 +182,22 @@ class CheckedGenerator:
         return Output(output.ids.astype(np.int32), output.logprobs.astype(np.float32), output.finish_reason)
 
 
-def objection_to(output: Output, sampling: Sampling, vocabulary: int) -> str | None:
+def cut_at_string(output: Output, sampling: Sampling, prompt: Prompt) -> Output:
+    """Return an output up to the token that completes a stop string: an engine may find it later in its own text, or never."""
+    if sampling.stop_strings is None or isinstance(ids := _plain(output.ids, int), str):
+        return output
+    place = sampling.stop_strings.first(ids, prompt.beginning)
+    return output if place is None else Output(output.ids[: place + 1], output.logprobs[: place + 1], "stop")
+
+
+def objection_to(output: Output, sampling: Sampling, vocabulary: int, beginning: Sequence[int] = ()) -> str | None:
     """Say why this cannot have been sampled; None where it can.
 
     An output has 1 to `max_output_tokens` ids of the vocabulary, one finite log-probability of at most 0 for each, and a stop
-    id at its end, and only there, exactly where its finish reason is `stop`.
+    id, or a token that completes a stop string, at its end, and only there, exactly where its finish reason is `stop`.
+
+    Args:
+        beginning: ids of the output that were not sampled, in front of these.
     """
     ids, logprobs = _plain(output.ids, int), _plain(output.logprobs, float)
     if isinstance(ids, str) or isinstance(logprobs, str):
@@ -189,12 +212,15 @@ def objection_to(output: Output, sampling: Sampling, vocabulary: int) -> str | N
     # NaN fails both comparisons.
     if (place := _first(~((logprobs > _IMPOSSIBLE) & (logprobs <= _ROUNDING)))) is not None:
         return f"token {place}: expected the finite log-probability (at most 0) of a drawn token, found {logprobs[place]:g}"
-    stops = np.isin(ids, sampling.stop_ids)
+    stops, strings = np.isin(ids, sampling.stop_ids), ""
+    if sampling.stop_strings is not None:
+        strings = f" or strings {sampling.stop_strings.strings}"
+        if (first := sampling.stop_strings.first(ids, beginning)) is not None:
+            stops[first] = True
     if stops[:-1].any() or bool(stops[-1]) != (output.finish_reason == "stop"):
         where = np.flatnonzero(stops).tolist()
-        return (
-            f"finish reason {output.finish_reason!r} of {len(ids)} tokens, and stop ids {sampling.stop_ids} at {where}"
-        )
+        stops_named = f"stop ids {sampling.stop_ids}{strings} at {where}"
+        return f"finish reason {output.finish_reason!r} of {len(ids)} tokens, and {stops_named}"
     return None
 
 

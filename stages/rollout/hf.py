@@ -138,7 +138,7 @@ class _Batch:
             token, logprob = sample(logits, row, uniforms(self.seeds[live], step), self.sampling.temperature)
             self.ids[live, step], self.logprobs[live, step] = token, logprob
             self.lengths[live] += 1
-            ends = np.isin(token, self.sampling.stop_ids)
+            ends = np.isin(token, self.sampling.stop_ids) | self._completes_string(live, token, step)
             self.stopped[live[ends]] = True
             ends |= step + 1 == self.sampling.max_output_tokens
             live, row, token = live[~ends], row[~ends], token[~ends]
@@ -149,6 +149,17 @@ class _Batch:
             order = np.argsort(row, kind="stable")
             live, row = live[order], row[order]
             logits = self._forward(row_token, column=self.width + step)
+
+    def _completes_string(self, live: NDArray[np.int64], token: NDArray[np.int64], step: int) -> NDArray[np.bool_]:
+        """Return whether the token that each live sample drew at `step` completes a stop string."""
+        found, strings = np.zeros(len(live), dtype=bool), self.sampling.stop_strings
+        if strings is None:
+            return found
+        for place in np.flatnonzero(strings.may_complete(token)):
+            i = live[place]
+            begun = np.array(self.prompts[self.first_row[i]].beginning, dtype=np.int32)
+            found[place] = strings.completes(np.concatenate([begun, self.ids[i, : step + 1]]))
+        return found
 
     def outputs(self) -> Iterator[tuple[int, int, Output]]:
         """Yield (question, index of the sample, output) of every sample, once decoded."""

@@ -22,7 +22,7 @@ import numpy as np
 from pipeline.store.context import record_package
 from stages.models import Checkpoint
 from stages.rollout.config import VLLMServerConfig
-from stages.rollout.generator import Output, Progress, Prompt, Sampling, check_window
+from stages.rollout.generator import Output, Progress, Prompt, Sampling, check_window, cut_at_string
 from stages.rollout.probe import SAMPLED, Answer, StaleWeightsError, check_answer, probe_ids, vocabulary_and_window
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class ServedGenerator:
         return groups
 
     def _sample(self, prompt: Prompt, seed: int, sampling: Sampling, end: float) -> Output:
+        strings = sampling.stop_strings.of_any_prompt if sampling.stop_strings else []
         choice = self._complete(
             prompt.ids,
             end,
@@ -107,20 +108,23 @@ class ServedGenerator:
             temperature=sampling.temperature,
             stop_token_ids=list(sampling.stop_ids),
             seed=seed,
+            **({"stop": strings, "include_stop_str_in_output": True} if strings else {}),
         )
         ids, reason = choice["token_ids"], choice["finish_reason"]
         stopped = bool(ids) and ids[-1] in sampling.stop_ids
-        complete = stopped or len(ids) == sampling.max_output_tokens
+        # As they were answered: a cast would make numbers of null, text and True before they are looked at.
+        answered = Output(
+            np.array(ids, dtype=object), np.array(_logprobs(choice), dtype=object), "stop" if stopped else "length"
+        )
+        output = cut_at_string(answered, sampling, prompt)
+        complete = output.finish_reason == "stop" or len(ids) == sampling.max_output_tokens
         if reason not in ("stop", "length") or not complete:
             raise ServerError(
                 f"{self.backend.url}: question {prompt.question_id!r}: output of {len(ids)} tokens ended with {reason!r} "
-                f"before its end ({sampling.max_output_tokens} tokens, or one of {sampling.stop_ids}); start the server with "
-                "`--generation-config vllm`, so that the model's own stop tokens are not added"
+                f"before its end ({sampling.max_output_tokens} tokens, or one of {(*sampling.stop_ids, *strings)}); start the "
+                "server with `--generation-config vllm`, so that the model's own stop tokens are not added"
             )
-        # As they were answered: a cast would make numbers of null, text and True before they are looked at.
-        return Output(
-            np.array(ids, dtype=object), np.array(_logprobs(choice), dtype=object), "stop" if stopped else "length"
-        )
+        return output
 
     def _prove(self, temperature: float, end: float) -> None:
         prompt = probe_ids(self.vocabulary, self.window)

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from stages.rollout.generator import Generator, Output, Progress, Prompt
+    from stages.rollout.generator import Generator, Output, Progress, Prompt, Sampling
+    from stages.text.stops import StopStrings
 
 
 @stage(version="3")
@@ -59,7 +60,7 @@ def rollout(
         PromptTooLongError: a prompt and `max_output_tokens` exceed the model's window.
         ValueError: no questions, or a question twice.
         UnsoundOutputError: an engine's ids or log-probabilities that cannot have been sampled; nothing is written.
-        ConfigError, WorkerError, StaleWeightsError: as `generator_of`.
+        ConfigError, WorkerError, StaleWeightsError: as `generator_of`; ConfigError also as `sampling_of`.
     """
     if (done := reads_done()) is not None:
         return _sample_apart(policy, questions, prompt, config, seed=seed, done=done)
@@ -70,14 +71,10 @@ def sample_outputs(
     policy: Checkpoint, questions: Questions, prompt: PromptConfig, config: RolloutConfig, *, seed: int
 ) -> Rollouts:
     """Sample in this process, as `rollout`."""
-    from stages.rollout.generator import Sampling
-
     tokenizer = load_tokenizer(policy)
     prompts = _prompts(questions, tokenizer, prompt, G=config.G, seed=seed)
-    sampling = Sampling(
-        config.temperature, config.max_output_tokens, stop_ids(policy, tokenizer) if config.stop else ()
-    )
-    with generator_of(policy, config.backend) as generator:
+    sampling = sampling_of(policy, tokenizer, config)
+    with generator_of(policy, config.backend, stop_strings=bool(config.stop_strings)) as generator:
         started = time.perf_counter()
         outputs = generator.generate(prompts, sampling, reporter(len(prompts) * config.G))
         seconds = time.perf_counter() - started
@@ -173,9 +170,38 @@ def stop_ids(policy: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> tuple[in
     return tuple(sorted(ids))
 
 
+def sampling_of(policy: Checkpoint, tokenizer: PreTrainedTokenizerFast, config: RolloutConfig) -> Sampling:
+    """Return how `config` samples from a policy, until one of the policy's end tokens or of the config's stops.
+
+    Raises:
+        ConfigError: stops that mean nothing in the policy's tokenizer.
+    """
+    from stages.rollout.generator import Sampling
+
+    ids = {*stop_ids(policy, tokenizer), *config.stop_ids} if config.stop else set()
+    return Sampling(config.temperature, config.max_output_tokens, tuple(sorted(ids)), stops_of(tokenizer, config))
+
+
+def stops_of(tokenizer: PreTrainedTokenizerFast, config: RolloutConfig) -> StopStrings | None:
+    """Return the stop strings as a tokenizer writes them; None where there are none.
+
+    Raises:
+        ConfigError: ids that it does not have, or strings that it cannot write.
+    """
+    if not config.has_stops:
+        return None
+    from stages.text.stops import StopStrings, require_stop_ids
+
+    require_stop_ids(tokenizer, config.stop_ids)
+    return StopStrings(tokenizer, config.stop_strings) if config.stop_strings else None
+
+
 @contextlib.contextmanager
-def generator_of(policy: Checkpoint, backend: BackendConfig) -> Iterator[Generator]:
+def generator_of(policy: Checkpoint, backend: BackendConfig, *, stop_strings: bool = False) -> Iterator[Generator]:
     """Yield what decodes, with the weights of `policy`, its values checked (`CheckedGenerator`); for the block.
+
+    Args:
+        stop_strings: whether outputs will be ended by some.
 
     Raises:
         ConfigError: an engine that is not installed.
@@ -198,7 +224,7 @@ def generator_of(policy: Checkpoint, backend: BackendConfig) -> Iterator[Generat
         case VLLMBackendConfig():
             from stages.rollout.vllm import vllm_generator
 
-            with vllm_generator(policy, backend) as engine:
+            with vllm_generator(policy, backend, reads_text=stop_strings) as engine:
                 yield CheckedGenerator(engine, "vllm", known)
         case VLLMServerConfig():
             from stages.rollout.served import ServedGenerator

@@ -23,7 +23,7 @@ from pipeline.store.context import record_package
 from pipeline.workers.group import Group, Hear, RefusedError, WorkerError
 from stages.models import WEIGHT_INDEX, Checkpoint, architecture_of, may_run_code, model_folder, weight_files
 from stages.rollout.config import VLLMBackendConfig, environments_of, float32_logits, require_vllm
-from stages.rollout.generator import VLLM, Output, Progress, Prompt, Sampling, check_window, make_room
+from stages.rollout.generator import VLLM, Output, Progress, Prompt, Sampling, check_window, cut_at_string, make_room
 from stages.rollout.probe import SAMPLED, Answer, StaleWeightsError, check_answer, probe_ids, vocabulary_and_window
 
 if TYPE_CHECKING:
@@ -32,13 +32,23 @@ if TYPE_CHECKING:
 _HANDLER: Final = Path(__file__).with_name("vllm_worker.py")
 _PROBE_TEMPERATURE: Final = 0.7
 """Not 1: there `raw_logprobs` and `processed_logprobs` are the same."""
+_TOKENIZER: Final = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "tokenizer.model"),
+)
+"""Files that an engine reads which looks for stop strings."""
 _STEP_TOKENS: Final = 4096
 """Tokens that a step computes on a CPU, at most; vLLM's own default there. A longer window raises it."""
 
 
 @contextlib.contextmanager
-def vllm_generator(policy: Checkpoint, backend: VLLMBackendConfig) -> Iterator[VLLMGenerator]:
+def vllm_generator(
+    policy: Checkpoint, backend: VLLMBackendConfig, *, reads_text: bool = False
+) -> Iterator[VLLMGenerator]:
     """Yield a generator that has the weights of `policy`, over an engine that may serve others afterwards.
+
+    Args:
+        reads_text: whether the engine has the policy's tokenizer too, which stop strings need.
 
     Raises:
         ConfigError: no vLLM.
@@ -47,12 +57,12 @@ def vllm_generator(policy: Checkpoint, backend: VLLMBackendConfig) -> Iterator[V
     """
     from stages.training.hardware import training_device
 
-    device, key = training_device(), (architecture_of(policy), backend)
+    device, key = training_device(), (architecture_of(policy), backend, reads_text)
     make_room(VLLM, device)
-    engine = resident(VLLM, key, lambda: Engine(backend))
+    engine = resident(VLLM, key, lambda: Engine(backend, reads_text=reads_text))
     if not engine.alive:
         evict(VLLM)
-        engine = resident(VLLM, key, lambda: Engine(backend))
+        engine = resident(VLLM, key, lambda: Engine(backend, reads_text=reads_text))
     try:
         engine.hold(policy)
         yield VLLMGenerator(engine, policy)
@@ -89,9 +99,10 @@ class VLLMGenerator:
 class Engine:
     """Run vLLM in a process of its own, or in several that share the questions, and know which checkpoint all of them hold."""
 
-    def __init__(self, backend: VLLMBackendConfig) -> None:
+    def __init__(self, backend: VLLMBackendConfig, *, reads_text: bool = False) -> None:
         python = require_vllm(backend)
         self.backend = backend
+        self._reads_text = reads_text
         self.holds: str | None = None
         """Digest of the checkpoint that it was seen to have the weights of; None while they change."""
         self.between_calls = backend.between_calls
@@ -137,7 +148,7 @@ class Engine:
                 reply, *_ = self.order(
                     {
                         "do": "hold",
-                        "folder": _linked(policy, source, Path(folder)),
+                        "folder": _linked(policy, source, Path(folder), _TOKENIZER if self._reads_text else ()),
                         "digest": policy.state,
                         "engine": self._arguments(policy),
                         "between_calls": self._wanted_between_calls(),
@@ -180,6 +191,7 @@ class Engine:
                 "temperature": sampling.temperature,
                 "max_tokens": sampling.max_output_tokens,
                 "stop_ids": list(sampling.stop_ids),
+                "stop_strings": sampling.stop_strings.of_any_prompt if sampling.stop_strings else [],
             },
             deadline=self.backend.deadline,
             hear=hear,
@@ -190,7 +202,7 @@ class Engine:
             every = [output for group in found for output in group]
             hear(rank, "vllm", {"done": len(every), "tokens": sum(len(output.ids) for output in every)})
             for place, group in zip(hand, found, strict=True):
-                groups[place] = group
+                groups[place] = [cut_at_string(output, sampling, prompts[place]) for output in group]
         return groups
 
     def sleep(self) -> None:
@@ -244,7 +256,7 @@ class Engine:
             "tensor_parallel_size": backend.tensor_parallel_size,
             "gpu_memory_utilization": backend.gpu_memory_utilization,
             "enforce_eager": on_cpu if eager is None else eager,
-            "skip_tokenizer_init": True,
+            "skip_tokenizer_init": not self._reads_text,
             "generation_config": "vllm",  # not the model's, whose top_p and penalties would change the distribution
             "logprobs_mode": "processed_logprobs",
             "trust_remote_code": False,
@@ -276,13 +288,19 @@ class Engine:
         )
 
 
-def _linked(policy: Checkpoint, source: Path, folder: Path) -> str:
-    """Link the model in `source` into `folder`: vLLM would load the optimizer's tensors next to it as weights."""
+def _linked(policy: Checkpoint, source: Path, folder: Path, more: Sequence[str]) -> str:
+    """Link the model in `source`, and `more`, into `folder`: vLLM would load the optimizer's tensors there as weights."""
     if may_run_code(policy.described):
         raise ValueError(
             f"{policy}: its model is code of its own folder, which vLLM is not given to run; set rollout.backend.kind=hf"
         )
-    names = ["config.json", "generation_config.json", WEIGHT_INDEX, *(file.name for file in weight_files(source))]
+    names = [
+        "config.json",
+        "generation_config.json",
+        WEIGHT_INDEX,
+        *(file.name for file in weight_files(source)),
+        *more,
+    ]
     for name in names:
         if (source / name).exists():
             (folder / name).symlink_to((source / name).absolute())

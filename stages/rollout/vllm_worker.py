@@ -202,6 +202,8 @@ def _requests(order: dict[str, Any]) -> tuple[list[Any], list[SamplingParams]]:
     parts = np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else []
     for prompt, count in zip(parts, counts.tolist(), strict=True):
         prompts += [{"prompt_token_ids": prompt.tolist()}] * count
+    # It finds a string at its token or later, in a text that waits for whole characters; `cut_at_string` has the last word.
+    strings = {"stop": order["stop_strings"], "include_stop_str_in_output": True} if order["stop_strings"] else {}
     params = [
         SamplingParams(
             temperature=order["temperature"],
@@ -210,7 +212,8 @@ def _requests(order: dict[str, Any]) -> tuple[list[Any], list[SamplingParams]]:
             ignore_eos=True,  # the ids above are all there are
             logprobs=0,
             seed=seed,
-            detokenize=False,
+            detokenize=bool(strings),
+            **strings,
         )
         for seed in seeds.tolist()
     ]

@@ -72,6 +72,18 @@ def prepared(config: IterativeRLConfig) -> Any:
         (QUESTIONS, [LONG], {"data.max_prompt_tokens": "drop"}, "data.evaluation.test: 1 of 1 questions"),
         (QUESTIONS, QUESTIONS, {"rollout.max_output_tokens": WINDOW}, "prompts above 0 tokens"),
         (QUESTIONS, ["What is é?"], {}, "data.evaluation.test: the tokenizer cannot express the character 'é'"),
+        (
+            QUESTIONS,
+            QUESTIONS,
+            {"rollout.stop_strings": ["é"]},
+            "rollout.stop_strings: expected text that the policy's",
+        ),
+        (
+            QUESTIONS,
+            QUESTIONS,
+            {"rollout.stop_ids": [4000]},
+            "rollout.stop_ids: expected ids of the policy's tokenizer",
+        ),
         (QUESTIONS, QUESTIONS, {"questions_per_step": 9}, "questions_per_step=9 draws more than the 8 questions"),
         (
             [*QUESTIONS[:3], LONG],
@@ -88,6 +100,14 @@ def test_what_a_run_would_fail_of_is_found_by_check_and_at_its_start(
     assert any(complaint in text for text in examine_data(given).complaints), examine_data(given)
     with pytest.raises(ValueError, match=re.escape(complaint)):
         prepared(given)
+
+
+def test_stops_that_the_built_in_worlds_tokenizer_cannot_write_are_found() -> None:
+    given = arithmetic_smoke().override({"data.demonstrations.chains.count": 64, "rollout.stop_strings": ["+", "é"]})
+    (complaint,) = examine_data(given).complaints
+    assert complaint.startswith("rollout.stop_strings: ")
+    assert "'é'" in complaint
+    assert not examine_data(given.override({"rollout.stop_strings": ["+"]})).complaints
 
 
 @pytest.mark.claim("prompts too long, questions too few")
@@ -275,6 +295,7 @@ def test_a_base_model_under_a_chat_template_is_refused_with_the_token(tmp_path: 
     base = of_model(tmp_path, instructed(tmp_path, ends=0))
     assert [text for text in examine_data(base).complaints if "'<|im_end|>'" in text and "<|endoftext|>" in text]
     assert examine_data(base.override({"prompt": {"chat": "none"}})).complaints == []
+    assert examine_data(base.override({"rollout.stop_ids": [2]})).complaints == []
 
 
 def test_a_model_without_a_chat_template_is_refused_where_one_is_asked(tmp_path: Path) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from stages.models import Checkpoint, save
 from stages.tables import Questions
-from stages.text import CharacterTokenizerConfig, build_tokenizer
+from stages.text import BPETokenizerConfig, CharacterTokenizerConfig, build_tokenizer
 from tests.stages.rows import question_rows
 from tests.stages.training.tiny import changed
 
@@ -15,16 +15,25 @@ SECOND_STOP = 3
 """An id that ends outputs besides the tokenizer's end of sequence."""
 
 
-def tiny_policy(weights: int, *, window: int = 64, head: int = 32, spread: float = 0.3, padded: int = 0) -> Checkpoint:
+def tiny_policy(
+    weights: int,
+    *,
+    window: int = 64,
+    head: int = 32,
+    spread: float = 0.3,
+    padded: int = 0,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Checkpoint:
     """Random weights by seed; the embedding is also the output head.
 
     Args:
         head: its size; 32 is the least that vLLM's attention has on a CPU.
         spread: standard deviation of the weights; 0 makes every token equally likely.
         padded: rows of the embedding behind the tokenizer's last id, as other models have them.
+        tokenizer: other than one of a token for each of 15 characters.
     """
     torch.manual_seed(weights)
-    tokenizer = build_tokenizer(["0123456789+-=.\n"], CharacterTokenizerConfig())
+    tokenizer = tokenizer or build_tokenizer(["0123456789+-=.\n"], CharacterTokenizerConfig())
     model = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer) + padded, hidden_size=2 * head, intermediate_size=96, num_hidden_layers=2,
@@ -37,6 +46,11 @@ def tiny_policy(weights: int, *, window: int = 64, head: int = 32, spread: float
             torch.nn.init.normal_(parameter, std=spread)
     ends = [tokenizer.eos_token_id, SECOND_STOP]
     return Checkpoint.write(lambda folder: save(folder, model, tokenizer, eos_token_ids=ends))
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes and some merges, one of them across the border of a character."""
+    return build_tokenizer(["```python\n1+2\n```\n", "加加加 12 12"], BPETokenizerConfig(vocab_size=300))
 
 
 def far_from_zero() -> Checkpoint:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from stages.rollout.generator import (
     Prompt,
     Sampling,
     UnsoundOutputError,
+    objection_to,
 )
+from stages.text.stops import StopStrings
 
 PROMPTS = [Prompt("a", [5], [0, 1]), Prompt("b", [5], [2])]
 SAMPLING = Sampling(1.0, 4, (1, 3))
@@ -60,6 +63,36 @@ def test_a_sound_output_stays_what_it_is(sound: Output) -> None:
         np.dtype("float32"),
         sound.finish_reason,
     )
+
+
+class Strings:
+    """Complete a string with id 6 after 5, or within ids that begin the output."""
+
+    strings = ("56",)
+
+    def first(self, ids: Any, begun: Any = ()) -> int | None:
+        whole = [*begun, *ids]
+        return next((t - len(begun) for t in range(1, len(whole)) if whole[t - 1 : t + 1] == [5, 6]), None)
+
+
+@pytest.mark.parametrize(
+    ("given", "beginning", "message"),
+    [
+        (output([4, 5, 6], reason="stop"), (), None),
+        (output([6], reason="stop"), (5,), None),
+        (output([6, 7, 7, 7]), (), None),
+        (output([4, 5, 6, 7]), (), r"'length' of 4 .* \('56',\) at \[2\]"),
+        (output([5, 6, 3], reason="stop"), (), r"at \[1, 2\]"),
+        (output([6, 7], reason="length"), (5,), r"at \[0\]"),
+        (output([4, 5], reason="stop"), (), r"at \[\]"),
+    ],
+)
+def test_an_output_ends_with_the_token_that_completes_a_string_and_nowhere_else(
+    given: Output, beginning: tuple[int, ...], message: str | None
+) -> None:
+    sampling = Sampling(1.0, 4, (1, 3), cast(StopStrings, Strings()))
+    found = objection_to(given, sampling, 9, beginning)
+    assert found is None if message is None else re.search(message, found or "")
 
 
 @pytest.mark.claim("unsound rows of an engine")

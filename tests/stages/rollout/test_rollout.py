@@ -163,4 +163,4 @@ def test_configs_that_contradict_themselves_are_refused() -> None:
 def test_the_package_exports_its_stages_and_configs() -> None:
     stages = {"continue_outputs", "cut_into_prefixes", "rollout"}
     configs = {"BackendConfig", "HFBackendConfig", "RolloutConfig", "VLLMBackendConfig", "VLLMServerConfig"}
-    assert set(package.__all__) == {*configs, *stages, "engines_of", "require_backend"}
+    assert set(package.__all__) == {*configs, *stages, "engines_of", "require_backend", "stops_of"}

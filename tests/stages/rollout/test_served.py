@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 
 from pipeline.store import Store
+from stages.models import load_tokenizer
 from stages.rollout import RolloutConfig, VLLMServerConfig, rollout
 from stages.rollout.generator import Output, Prompt, PromptTooLongError, Sampling, UnsoundOutputError
 from stages.rollout.probe import StaleWeightsError
 from stages.rollout.served import ServedGenerator, ServerError
 from stages.rollout.stage import generator_of
 from stages.text import PromptConfig
+from stages.text.stops import StopStrings
 from tests.stages.rollout.policies import questions, tiny_policy, uniform_policy
 
 pytestmark = pytest.mark.usefixtures("store")
@@ -123,6 +125,14 @@ def test_every_default_that_the_server_may_have_is_overruled(server: UniformServ
         "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "add_special_tokens": False,
     }  # fmt: skip
     assert (probe["prompt_logprobs"], probe["temperature"]) == (0, 0.7)
+
+
+def test_outputs_end_at_stop_strings_that_the_server_overlooks(server: UniformServer) -> None:
+    """By hand: ids 7, 8, 9 are the characters 1, 2, 3."""
+    strings = StopStrings(load_tokenizer(uniform_policy()), ["12"])
+    outputs = _generate(_config(server), Prompt("a", [5, 7], [6, 9, 8]), sampling=Sampling(1.0, 4, (1, 10), strings))
+    assert [o.ids.tolist() for o in outputs[0]] == [[6, 7, 8], [9, 10], [8, 9, 10]]
+    assert all((asked["stop"], asked["include_stop_str_in_output"]) == (["12"], True) for asked in server.asked[1:])
 
 
 def test_a_server_with_other_weights_is_refused_before_any_output(server: UniformServer) -> None:

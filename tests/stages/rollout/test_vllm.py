@@ -19,7 +19,7 @@ from pipeline.progress import listen
 from pipeline.residency import _residents, evict, resident
 from pipeline.store import Store
 from pipeline.workers.group import WorkerError
-from stages.models import Checkpoint
+from stages.models import Checkpoint, load_tokenizer
 from stages.rollout import HFBackendConfig, RolloutConfig, VLLMBackendConfig, VLLMServerConfig, rollout
 from stages.rollout.config import environments_of, require_vllm
 from stages.rollout.generator import (
@@ -36,6 +36,7 @@ from stages.rollout.probe import StaleWeightsError
 from stages.rollout.stage import generator_of
 from stages.rollout.vllm import Engine, deal
 from stages.text import PromptConfig
+from stages.text.stops import StopStrings
 from stages.training import hardware
 from tests.stages.rollout.policies import questions, tiny_policy, uniform_policy
 from tests.stages.rollout.uniform_vllm import PLATFORM, make_environment
@@ -126,6 +127,30 @@ def test_vllm_is_asked_for_nothing_that_would_change_the_distribution(
         "detokenize": False, "prompt_logprobs": None, "prompt": [5, 6],
     }  # fmt: skip
     assert [{key: request[key] for key in request if key != "seed"} for request in requests] == [sampled] * 2
+
+
+def test_outputs_end_at_stop_strings_that_vllm_overlooks(backend: VLLMBackendConfig) -> None:
+    """By hand: ids 7, 8, 9 are the characters 1, 2, 3. This engine looks for no strings, and goes on to a stop id."""
+    policy = uniform_policy()
+    sampling = Sampling(1.0, 6, (9, 12), StopStrings(load_tokenizer(policy), ["12", "45"]))
+    prompts = [Prompt("a", [5, 7], [6, 9, 10], begun=1), Prompt("b", [5, 7], [8], begun=1), Prompt("c", [5, 7], [8])]
+    with generator_of(policy, backend, stop_strings=True) as generator:
+        outputs = generator.generate(prompts, sampling)
+    assert [[o.ids.tolist() for o in group] for group in outputs] == [[[6, 7, 8], [9], [10, 11]], [[8]], [[8, 9]]]
+    assert {o.finish_reason for group in outputs for o in group} == {"stop"}
+    start, _, *requests = _asked(backend)
+    assert not start["engine"]["skip_tokenizer_init"]
+    assert {"tokenizer.json", "tokenizer_config.json"} <= set(start["files"])
+    asked = [(r["stop"], r["include_stop_str_in_output"], r["detokenize"]) for r in requests]
+    assert asked == [(["12", "45"], True, True)] * 5
+
+
+def test_an_engine_with_a_tokenizer_is_another_than_one_without(backend: VLLMBackendConfig) -> None:
+    policy = uniform_policy()
+    for strings in (False, False, True, True):
+        with generator_of(policy, backend, stop_strings=strings):
+            pass
+    assert [entry["engine"]["skip_tokenizer_init"] for entry in _asked(backend) if "engine" in entry] == [True, False]
 
 
 def test_the_stage_writes_the_same_table_as_with_hf(backend: VLLMBackendConfig, store: Store) -> None:

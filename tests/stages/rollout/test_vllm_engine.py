@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import torch
 from pipeline.residency import _residents, evict
 from pipeline.store import Store, use_store
 from pipeline.workers.group import RefusedError, WorkerError
-from stages.models import Checkpoint, load_model
+from stages.models import Checkpoint, load_model, load_tokenizer
 from stages.rollout import (
     BackendConfig,
     HFBackendConfig,
@@ -31,14 +32,15 @@ from stages.rollout import (
     rollout,
 )
 from stages.rollout import vllm as vllm_module
-from stages.rollout.generator import VLLM, Generator, Output, Prompt, Sampling
+from stages.rollout.generator import VLLM, Generator, Output, Prompt, Sampling, cut_at_string
 from stages.rollout.probe import StaleWeightsError
 from stages.rollout.served import ServedGenerator
 from stages.rollout.stage import generator_of
 from stages.rollout.vllm import Engine
-from stages.text import PromptConfig
+from stages.text import PromptConfig, decode_outputs
+from stages.text.stops import StopStrings
 from tests.pipeline.postgres import free_port
-from tests.stages.rollout.policies import far_from_zero, questions, tiny_policy
+from tests.stages.rollout.policies import byte_level, far_from_zero, questions, tiny_policy
 
 ROOT = Path(__file__).parents[3]
 PYTHON = Path(os.environ.get("COHORT_VLLM_PYTHON") or ROOT / ".venv-vllm" / "bin" / "python")
@@ -115,6 +117,52 @@ def test_greedy_outputs_are_those_of_hf_at_temperature_1() -> None:
     with generator_of(policy, HFBackendConfig(dtype="float32")) as hf:
         expected = hf.generate(PROMPTS, sampling)
     assert _ids(groups) == _ids(expected)
+
+
+def test_outputs_end_at_stop_strings_and_ids_where_those_of_hf_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are bytes and merges of them: characters in several tokens, broken ones, strings within tokens and across."""
+    policy = tiny_policy(3, spread=0.12, tokenizer=byte_level())
+    tokenizer, answered = load_tokenizer(policy), []
+    monkeypatch.setattr(vllm_module, "cut_at_string", lambda output, *given: _noted(answered, output, *given))
+    prompts = [Prompt(f"q{i}", [5 + i, 9, 12 - i], [10 * i + k for k in range(12)]) for i in range(8)]
+    ends = set()
+    with generator_of(policy, BACKEND, stop_strings=True) as generator:
+        texts = {
+            T: decode_outputs(tokenizer, [o.ids for g in generator.generate(prompts, Sampling(T, 40, ())) for o in g])
+            for T in (0.0, 1.0)
+        }
+        for T, size, at in itertools.product((0.0, 1.0), (1, 2, 3), range(3)):
+            whole = "".join(texts[T].texts).replace("\N{REPLACEMENT CHARACTER}", "")
+            step = len(whole) // 4
+            strings = sorted({whole[(at + k) * step :][:size] for k in range(2)})
+            sampling = Sampling(T, 40, (7, 10), StopStrings(tokenizer, strings))
+            groups = generator.generate(prompts, sampling)
+            for prompt, group in zip(prompts, groups, strict=True):
+                for output in group:
+                    ids, prefixes = output.ids.tolist(), range(1, len(output.ids) + 1)
+                    read = decode_outputs(tokenizer, [ids[:end] for end in prefixes]).texts
+                    completed = [any(string in text for string in strings) for text in read]
+                    assert not any(completed[:-1])
+                    assert not set(ids[:-1]) & {7, 10}
+                    stopped = completed[-1] or ids[-1] in (7, 10)
+                    assert (output.finish_reason == "stop") == stopped
+                    assert stopped or len(ids) == 40
+                    ends.add((T, "string" if completed[-1] else output.finish_reason))
+                np.testing.assert_allclose(
+                    group[0].logprobs, _logprobs(policy, prompt, group[0].ids.tolist(), T or 1.0), atol=1e-4
+                )
+            if T == 0:
+                with generator_of(policy, HFBackendConfig(dtype="float32")) as hf:
+                    assert _ids(groups) == _ids(hf.generate(prompts, sampling))
+    assert ends == {(T, end) for T in (0.0, 1.0) for end in ("string", "stop", "length")}
+    late = [given - kept for given, kept in answered if given > kept]
+    assert len(late) < 0.2 * len(answered), "vLLM itself ends nearly all of them"
+
+
+def _noted(answered: list[tuple[int, int]], output: Output, sampling: Sampling, prompt: Prompt) -> Output:
+    kept = cut_at_string(output, sampling, prompt)
+    answered.append((len(output.ids), len(kept.ids)))
+    return kept
 
 
 def test_an_equal_call_gives_equal_outputs_and_every_seed_another() -> None:

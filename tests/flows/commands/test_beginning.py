@@ -7,13 +7,19 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
 
 from flows.cli import run_command
+from flows.config import IterativeRLConfig
 from flows.config.resolve import choose
-from pipeline.store import Store
+from flows.iterative_rl import iterative_rl
+from flows.runs.points import Points
+from pipeline.events import recording
+from pipeline.residency import evict
+from pipeline.store import Store, use_store
 from stages.text import CharacterTokenizerConfig, build_tokenizer
 from stages.text.prompts import INSTRUCTIONS
 from tests.end_to_end.terminal import terminal
@@ -138,3 +144,33 @@ def test_of_a_gguf_file_some_outputs_are_right_under_the_prompt_chosen(
     assert (config.prompt.chat, config.policy.path) == ("tokenizer", str(smollm.resolve()))
     right = [int(count) for count in re.findall(r"(\d+) of 24 right", capsys.readouterr().out)]
     assert max(right) > 0
+
+
+CHOSEN = {
+    "prompt": {
+        "chat": "tokenizer",
+        "instruction": "Think in one or two short sentences. End with `The answer is` and the answer.",
+    },
+    "steps": 12,
+    "questions_per_step": 16,
+    "rollout": {"G": 8, "max_output_tokens": 24, "temperature": 0.6},
+    "reward": {"components": [{"kind": "accuracy", "verifier": "exact"}]},
+    "update": {"training": {"optimizer": {"kind": "adamw", "learning_rate": 1e-5}}, "micro_batch_tokens": 4096},
+}
+"""What `cohort init` wrote for these sums (docs/first-run.md), but for 12 of 20 steps."""
+
+
+@pytest.mark.engines  # three minutes of a real model, nothing of vLLM
+def test_the_first_run_of_a_gguf_file_is_rewarded_and_learns(tmp_path: Path, smollm: Path) -> None:
+    sums = [{"question": f"What is {a} plus {b}?", "answer": a + b} for a in range(2, 12) for b in range(1, 9)]
+    data = {"kind": "files", "path": str(written(tmp_path, sums).parent), "train": {"path": "questions.jsonl"}}
+    policy = {"kind": "pretrained", "path": str(smollm)}
+    values = {"name": "sums", "data": data | {"evaluation": {}}, "policy": policy, **CHOSEN}
+    config, seen = IterativeRLConfig.parse(values, source="test"), Points()
+    with use_store(Store(tmp_path / "store")), recording(seen.take):
+        iterative_rl(config)
+    evict()
+    rewards = [seen.by_step[step]["reward/mean"] for step in range(1, 13)]
+    assert rewards[0] > 0
+    # Means of 256 and 384 outputs of 32 and 48 questions have standard errors of about 0.07; the run on the page rose by 0.6.
+    assert mean(rewards[-3:]) > mean(rewards[:2]) + 0.2

@@ -14,7 +14,7 @@ import contextlib
 from collections.abc import Iterator
 
 from flows.algorithm.data import limit_data, prepare_data
-from flows.algorithm.models import base_model, initial_policy
+from flows.algorithm.models import base_model, initial_policy, teacher_model
 from flows.algorithm.preflight import preflight
 from flows.algorithm.rewards import first_reward_models, measure_drift, reward_outputs, train_on
 from flows.algorithm.sampling import Exploration, Mismatches, derived_seed, reference_evidence, token_evidence
@@ -38,6 +38,7 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
     """Train a policy as `config` says; return the last one."""
     data = prepare_data(config.data)
     base = base_model(config, data)
+    teacher = teacher_model(config, base)
     data = limit_data(config, data, base)
     policy = initial = initial_policy(config, data, base)                                                  # line 1
     reward_models = first_reward_models(config, data, base, policy)
@@ -46,7 +47,7 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
     evaluate_policy(config, policy, data.evaluation, step=0)
     last = config.iterations * config.steps
     checkpoints = Checkpoints(config.checkpoint, last=last, always=config.looks_back_at)
-    exploration, limits = Exploration(config, data, initial), Mismatches(config)
+    exploration, limits = Exploration(config, data, teacher or initial), Mismatches(config)
     for iteration in range(config.iterations):                                                             # line 2
         reference = policy                                                                                 # line 3
         for step in range(iteration * config.steps, (iteration + 1) * config.steps):                       # line 4
@@ -54,7 +55,7 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
             sampler, drawn, questions, outputs = exploration.of(policy, step)                              # lines 5-7
             rewards, gauges = reward_outputs(config, sampler, reward_models, questions, outputs)           # line 8
             preflight(config, outputs, rewards, step)
-            evidence = token_evidence(config, policy, reference, critic, outputs)
+            evidence = token_evidence(config, policy, teacher or reference, critic, outputs)
             advantages = estimate_advantages(rewards, outputs, config.advantage, *evidence)                # line 9
             scored = reference_evidence(config, policy, reference, outputs)
             with exploration.ahead(policy, step, rewards), checkpoints.at(step + 1), naming(step + 1, outputs):
@@ -62,7 +63,8 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
                 limits.check(policy)
                 if critic and config.critic:
                     critic = update_critic(critic, outputs, advantages, config.critic, seed=seed)
-            step_done(step + 1, iteration, policy, drawn, outputs, rewards, gauges, advantages, scored, critic)
+            made = (drawn, outputs, rewards, gauges, *evidence, advantages, scored, critic)
+            step_done(step + 1, iteration, policy, *made)
             if config.evaluation.is_due(step + 1, last):
                 evaluate_policy(config, policy, data.evaluation, step=step + 1)
         asked = reward_models

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from flows.config import IterativeRLConfig
-from flows.config.methods import METHODS, PAPER, method_settings
+from flows.config.methods import METHODS, PAPER
 from flows.config.recipes import arithmetic_smoke, deepseekmath_7b
 from stages.advantage import GAEConfig, GroupConfig
 from stages.rollout import RolloutConfig
 from stages.training import AdamWConfig, DeepSpeedEngineConfig, TrainingConfig
 from stages.update import DPOConfig, GRPOConfig, UpdateConfig
+from tests.flows.short_runs import whole_method
 
 
 @pytest.mark.claim("a schedule that decays by default", "4.2 numbers")
@@ -64,7 +65,7 @@ TABLE_10 = {
 
 def trained_by(method: str) -> IterativeRLConfig:
     base = arithmetic_smoke()
-    return base.override(method_settings(method, base))
+    return base.override(whole_method(method, base))
 
 
 @pytest.mark.claim("Eq. 11")

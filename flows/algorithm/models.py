@@ -32,6 +32,7 @@ from stages.models import (
     load_tokenizer,
     read_gguf,
     resolve_revision,
+    same_vocabulary,
     trust,
 )
 from stages.rollout import stops_of
@@ -67,6 +68,24 @@ def initial_policy(config: IterativeRLConfig, data: DataSets, base: Checkpoint) 
     if data.demonstrations is None:
         raise ValueError("sft: the data set has no solutions to imitate; set sft to null or name the solution column")
     return supervised_finetuning(base, data.demonstrations, config.prompt, config.sft)
+
+
+def teacher_model(config: IterativeRLConfig, base: Checkpoint) -> Checkpoint | None:
+    """Return the teacher, where the method learns from one.
+
+    Raises:
+        ConfigError: its ids mean other tokens than those of `base`.
+        HubError, ArtifactError: as `pretrained_model`.
+    """
+    if config.teacher is None:
+        return None
+    teacher = pretrained_model(config.teacher)
+    if not same_vocabulary(base, teacher):
+        raise ConfigError(
+            f"teacher.path: {config.teacher.path} has another vocabulary than the policy, and its log-probabilities would be "
+            "those of other tokens; expected a model with the policy's tokenizer"
+        )
+    return teacher
 
 
 def pretrained_model(config: PretrainedPolicy) -> Checkpoint:

@@ -22,6 +22,7 @@ from stages.advantage import (
     GroupConfig,
     OneConfig,
     PairsConfig,
+    TeacherConfig,
 )
 from stages.join import KEY, align
 from stages.reward import AccuracyConfig
@@ -77,7 +78,7 @@ class Findings:
 
 
 def preflight(config: IterativeRLConfig, outputs: Rollouts, rewards: Rewards | None, step: int) -> None:
-    """Report what the first step has to learn from, and stop where it is nothing. Demonstrations have no reward to examine.
+    """Report what the first step has to learn from, and stop where it is nothing. Without rewards there is nothing to examine.
 
     Metrics of step 0: `reward/status_<status>` of the outputs without a verdict, `reward/frac_degenerate_groups`.
 
@@ -114,7 +115,7 @@ def examine(rows: Sequence[Row], advantage: AdvantageConfig) -> Findings:
 
 def _count_silent(groups: Sequence[Sequence[Row]], advantage: AdvantageConfig) -> int:
     match advantage:
-        case OneConfig():
+        case OneConfig() | TeacherConfig():
             return 0
         case CorrectConfig():
             return sum(True not in _verdicts(group) for group in groups)

@@ -113,13 +113,13 @@ def reward_outputs(
 ) -> tuple[Rewards | None, RewardGauges | None]:
     """Return r of every output (line 8): by rules, or by the reward models and the rules that the models do not replace.
 
-    The models are measured on their own scores, by the rules that their labels come from. Demonstrations have no questions
-    to be scored with, and no reward.
+    The models are measured on their own scores, by the rules that their labels come from. Where no reward is learned from
+    (demonstrations, distillation), none is computed.
 
     Raises:
         RewardModelError: the models' scores have left the limits that the config sets.
     """
-    if questions is None:
+    if questions is None or not config.scores_outputs:
         return None, None
     plan = config.reward_model
     if plan is None or not reward.models:

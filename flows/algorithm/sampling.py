@@ -48,13 +48,16 @@ class Explored(NamedTuple):
 class Exploration:
     """Make the outputs of each step: as it begins or, with `overlap`, before the update of the step before it."""
 
-    def __init__(self, config: IterativeRLConfig, data: DataSets, initial: Checkpoint) -> None:
+    def __init__(self, config: IterativeRLConfig, data: DataSets, other: Checkpoint) -> None:
         """Take the run's settings.
+
+        Args:
+            other: who samples where the policy as it is does not: the initial policy, or a teacher.
 
         Raises:
             ConfigError: as `runs_side_by_side`.
         """
-        self._config, self._data, self._initial = config, data, initial
+        self._config, self._data, self._other = config, data, other
         self._side_by_side = runs_side_by_side(config)
         self._ahead: Explored | None = None
         window = config.curriculum.window if config.curriculum else 0
@@ -66,7 +69,7 @@ class Exploration:
     def of(self, policy: Checkpoint, step: int) -> Explored:
         """Return what `step` learns from: what was sampled ahead, where it was; else from `policy`, or another source."""
         if self._ahead is None:
-            return self._explore(policy if self._config.data_source == "policy" else self._initial, step)  # line 6
+            return self._explore(policy if self._config.data_source == "policy" else self._other, step)  # line 6
         explored, self._ahead = self._ahead, None
         count_calls(self._calls)
         return explored
@@ -138,9 +141,13 @@ class Exploration:
 def token_evidence(
     config: IterativeRLConfig, policy: Checkpoint, reference: Checkpoint, critic: Checkpoint | None, outputs: Rollouts
 ) -> tuple[Values | None, Logprobs | None]:
-    """Return what else advantages need: a critic's values, and log-probabilities where KL is part of the reward."""
+    """Return what else advantages need: a critic's values, and log-probabilities where KL is part of the reward or all of it.
+
+    Args:
+        reference: pi_ref, or a teacher.
+    """
     values = estimate_values(critic, outputs, config.critic) if critic and config.critic else None
-    if not getattr(config.advantage, "kl_in_reward", 0.0):
+    if not config.compares_policies:
         return values, None
     return values, compare_policies(policy, reference, outputs, _like_update(config))
 

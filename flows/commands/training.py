@@ -11,7 +11,7 @@ from rich.table import Table
 
 from flows.commands.options import UNCHANGED, EngineOption, Flag, MethodChanges, Root, console, debugging
 from flows.config import IterativeRLConfig
-from flows.config.methods import METHODS, method_settings
+from flows.config.methods import METHODS, row_of
 from flows.config.resolve import Choice, choose, descriptions
 from flows.runs.paths import Places
 from flows.runs.session import run_flow
@@ -49,11 +49,9 @@ def methods() -> None:
     for column in ("method", "data source", "reward"):
         table.add_column(column, no_wrap=True)
     table.add_column("gradient coefficient (GC)")
-    base = choose("arithmetic_cpu").config
-    for name in METHODS:
-        config = base.override(method_settings(name, base))
-        row = config.update.objective.ROW
-        table.add_row(f"[bold]{name}[/]", config.data_source, row.reward, row.coefficient)
+    for name, settings in METHODS.items():
+        row = row_of(name)
+        table.add_row(f"[bold]{name}[/]", settings.get("data_source", "policy"), row.reward, row.coefficient)
     console().print(table)
 
 

@@ -43,6 +43,16 @@ class IterativeRLConfig(RunSettings):
         """Return whether the policy after `step` is evaluated, a reference, or the last: it is always written."""
         return step % self.steps == 0 or self.evaluation.is_due(step, self.iterations * self.steps)
 
+    @property
+    def compares_policies(self) -> bool:
+        """Whether advantages are made from log-probabilities of the policy and of a reference or teacher."""
+        return self.advantage.kind == "teacher" or getattr(self.advantage, "kl_in_reward", 0.0) > 0
+
+    @property
+    def scores_outputs(self) -> bool:
+        """Whether the outputs that are learned from get a reward."""
+        return self.data_source != "demonstrations" and bool(self.update.objective.ROW.rewards)
+
     def identity(self) -> dict[str, Any]:
         """Return what makes it another run, as plain values: all but what stays on disk, and in which order it computes."""
         return self.model_dump(mode="json", exclude={"checkpoint", "keep", "side_by_side"})

@@ -14,6 +14,7 @@ from stages.update import GRPOConfig
 def unsupported_combinations(config: RunSettings) -> Iterator[str]:
     """Yield every complaint, each beginning with the key that it is about and saying what to set."""
     yield from _of_the_objective(config)
+    yield from _of_the_teacher(config)
     yield from _of_the_outputs(config)
     yield from _of_the_overlap(config)
     yield from _of_dynamic_sampling(config)
@@ -44,6 +45,20 @@ def _of_the_objective(config: RunSettings) -> Iterator[str]:
         yield (
             f"update.old_logprobs: {kind} on outputs of the initial policy needs that policy's log-probabilities in its "
             "ratio; set update.old_logprobs=rollout"
+        )
+
+
+def _of_the_teacher(config: RunSettings) -> Iterator[str]:
+    """Refuse to learn from a teacher that is not named, and one that nothing learns from."""
+    if (config.teacher is not None) == (needed := "teacher" in (config.advantage.kind, config.data_source)):
+        return
+    if needed:
+        where = "advantage.kind" if config.advantage.kind == "teacher" else "data_source"
+        yield f"teacher: {where} teacher needs a model, found null; set teacher.path to a folder, or to a model of the hub"
+    else:
+        yield (
+            f"teacher: {config.update.objective.kind} on outputs of data_source {config.data_source} learns from none, and it "
+            "would have no effect; set teacher=null, or method distillation"
         )
 
 
@@ -151,6 +166,10 @@ def _of_the_curriculum(config: RunSettings) -> Iterator[str]:
     window, kept = config.curriculum.window, config.keep.rollouts
     if config.data_source == "demonstrations":
         yield "curriculum: demonstrations have no rewards to choose questions by; set curriculum=null"
+    elif not config.update.objective.ROW.rewards:
+        yield (
+            f"curriculum: {config.update.objective.kind} computes no rewards to choose questions by; set curriculum=null"
+        )
     if kept is not None and kept < window:
         yield (
             f"keep.rollouts: expected at least curriculum.window={window}, found {kept}: the rewards of so many steps are read "

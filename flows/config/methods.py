@@ -17,16 +17,16 @@ from pipeline.experiment import fitted_name
 from stages.critic import CriticConfig
 from stages.reward import RewardConfig, StepsConfig
 from stages.rollout import RolloutConfig
-from stages.update import ObjectiveConfig, UpdateConfig
+from stages.update import ObjectiveConfig, Row, UpdateConfig
 
 C = TypeVar("C", bound=Config)
 
 PAPER: Final = ("sft", "rft", "dpo", "online_rft", "ppo", "grpo")
 """The rows of Table 10, in its order."""
 
-_BY_RULE: Final = ("sft", "rft", "dpo", "online_rft", "dapo")
-"""The rows whose reward is the rule (Table 10), also where a recipe has a reward model for the others; and DAPO, whose dynamic
-sampling asks how many outputs of a question are right."""
+_BY_RULE: Final = ("sft", "rft", "dpo", "online_rft", "dapo", "distillation")
+"""The rows whose reward is the rule or none (Table 10), also where a recipe has a reward model for the others; and DAPO, whose
+dynamic sampling asks how many outputs of a question are right."""
 
 _WITH_REFERENCE: Final = ("dpo", "grpo", "grpo_process")
 """The methods whose update reads log pi_ref."""
@@ -66,6 +66,8 @@ METHODS: Final[dict[str, dict[str, Any]]] = {
         "advantage": {"kind": "batch"},
         "update.objective": {"kind": "reinforce_plus_plus"},
     },
+    # On-policy distillation; whose, `teacher` says.
+    "distillation": {"advantage": {"kind": "teacher"}, "update.objective": {"kind": "distillation"}},
 }
 """Overrides by method; a section given whole starts from its own defaults."""
 
@@ -110,6 +112,8 @@ def settings_among(name: str, before: Mapping[str, Any], settled: Mapping[str, A
         "reward.components": _components(settled, steps=name == "grpo_process" and rules_know_steps),
         "update.old_logprobs": "rollout" if _lags(name, settled) else "trainer",
     }
+    if name != "distillation":
+        settings["teacher"] = None
     if name not in _WITH_REFERENCE:
         settings["reference_pass"] = "inline"
     if name in _BY_RULE:
@@ -129,11 +133,17 @@ def settings_among(name: str, before: Mapping[str, Any], settled: Mapping[str, A
 
 def _lags(name: str, values: Mapping[str, Any]) -> bool:
     """Return whether the method's ratio is what accounts for outputs of an earlier policy (`overlap`): no correction does."""
-    update, kind = values.get("update"), METHODS[name]["update.objective"]["kind"]
-    objectives = {each.model_fields["kind"].default: each for each in get_args(get_args(ObjectiveConfig)[0])}
+    update = values.get("update")
     correction = update.get("correction") if isinstance(update, Mapping) else None
     corrected = isinstance(correction, Mapping) and correction.get("kind", "none") != "none"
-    return values.get("overlap") == 1 and objectives[kind].ROW.uses_ratio and not corrected
+    return values.get("overlap") == 1 and row_of(name).uses_ratio and not corrected
+
+
+def row_of(name: str) -> Row:
+    """Return what the method is in the table."""
+    objectives = {each.model_fields["kind"].default: each for each in get_args(get_args(ObjectiveConfig)[0])}
+    row: Row = objectives[METHODS[name]["update.objective"]["kind"]].ROW
+    return row
 
 
 def without_method(name: str) -> str:

@@ -259,6 +259,9 @@ class RunSettings(Config):
     "How a question becomes the policy's input."
     policy: Annotated[PolicyConfig | PretrainedPolicy, Field(discriminator="kind")]
     "The model before supervised fine-tuning."
+    teacher: PretrainedPolicy | None = None
+    """A model with the policy's tokenizer, for what learns from one: `advantage.kind` or `data_source` is `teacher`. A policy
+    trained here is one after `cohort export RUN FOLDER`."""
     sft: SFTConfig | None = None
     "Supervised fine-tuning before RL; null = RL starts from the policy as given."
     iterations: int = Field(1, ge=0)
@@ -268,8 +271,8 @@ class RunSettings(Config):
     questions_per_step: int = Field(16, ge=1)
     "Questions of an exploration stage. The paper's batch of 1,024 is read as outputs: 16 questions of 64 (4.2)."
     data_source: DataSource = "policy"
-    """Whose outputs are learned from (Table 10): the policy's as it is (online), the initial policy's (offline), or
-    demonstrations (as many as there would be outputs)."""
+    """Whose outputs are learned from (Table 10): the policy's as it is (online), the initial policy's (offline), demonstrations
+    (as many as there would be outputs), or those of `teacher` (SFT: distillation by sequences)."""
     overlap: Literal[0, 1] = 0
     """How many updates the policy that samples a step's outputs is behind the one that learns from them. 0: none, the paper's.
     1: outputs of step k come from policy k-1, the one before the update of step k-1; the first two steps of an iteration are

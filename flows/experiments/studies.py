@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from flows.config.methods import PAPER
+from flows.config.recipes import STUDENT
 from pipeline.config import ConfigError
 from pipeline.experiment import Experiment
 
@@ -56,6 +57,10 @@ class Scale:
     """Held-out sets that 64 candidates are drawn for."""
     mixed: dict[str, Any]
     """Questions from easy to hard, few enough that each is drawn several times."""
+    student: dict[str, Any]
+    """For every arm of a study of distillation: a policy that is smaller than its teacher."""
+    teacher: str
+    """`teacher.path` there."""
     seeds: tuple[int, ...]
     """Of every arm."""
 
@@ -83,6 +88,8 @@ _CPU: Final = Scale(
     kinds={"data.evaluation.shorter": {"count": 256, **_SHORTER}},  # ours
     candidates={},
     mixed=_mixed(count=512, held_out=512),
+    student=STUDENT,
+    teacher="arithmetic_teacher",  # ours: the base's own policy, exported
     seeds=(0, 1, 2),  # ours; the paper shows one curve each
 )
 _SMALL: Final = Scale(
@@ -95,6 +102,8 @@ _SMALL: Final = Scale(
     kinds={"data.evaluation.shorter": {"count": 128, **_SHORTER}},  # ours
     candidates={"data.evaluation.in_domain.count": 128, "data.evaluation.out_of_domain.count": 64},  # ours
     mixed=_mixed(count=128, held_out=256),
+    student=STUDENT,
+    teacher="arithmetic_teacher",
     seeds=(0, 1, 2),  # ours
 )
 _PAPER: Final = Scale(
@@ -111,6 +120,8 @@ _PAPER: Final = Scale(
     kinds={},  # Table 5: the recipe's
     candidates={},
     mixed={"keep.rollouts": None},
+    student={},  # of `methods`: 1.3 B
+    teacher="deepseek-math-7b-rl",  # ours: the paper's policy after RL
     seeds=(0,),  # the paper shows one curve each
 )
 SCALES: Final = {"": _CPU, "quick": _SMALL, "paper": _PAPER}
@@ -246,9 +257,22 @@ def curriculum(scale: Scale) -> Experiment:
     return _study(scale, "curriculum", asks, arms, scale.methods | scale.mixed | {"reward_model": None})
 
 
+def distillation(scale: Scale) -> Experiment:
+    """A small policy that learns from a large one: from its verdict on each token, or from its outputs; and from rewards."""
+    teacher = {"teacher": {"path": scale.teacher}}
+    asks = "What does a small policy learn from a good one's log-probabilities, from its outputs, and from rewards?"
+    arms: dict[str, dict[str, Any]] = {
+        "grpo": {"method": "grpo"},
+        "distillation": {"method": "distillation"} | teacher,
+        "teachers_outputs": {"method": "sft", "data_source": "teacher"} | teacher,
+    }
+    return _study(scale, "distillation", asks, arms, scale.methods | scale.student)
+
+
 _STUDIES: Final = (
     *(fig5, fig6, fig7, methods),
-    *(online_vs_offline, outcome_vs_process, single_vs_iterative, in_and_out_of_domain, overlap, curriculum),
+    *(online_vs_offline, outcome_vs_process, single_vs_iterative, in_and_out_of_domain, overlap),
+    *(curriculum, distillation),
 )
 EXPERIMENTS: Final[dict[str, Callable[[Scale], Experiment]]] = {make.__name__: make for make in _STUDIES}
 """Every study by name."""

@@ -78,7 +78,7 @@ def calls_of(config: IterativeRLConfig) -> Iterator[tuple[str, int]]:
             yield "data", 2 + sets
         case FileData():
             yield "data", 1 + (config.sft is not None) + sets + (1 + sets)  # read, then limited
-    yield "policy", 1 + (config.sft is not None) + (config.critic is not None)
+    yield "policy", 1 + sum(part is not None for part in (config.teacher, config.sft, config.critic))
     yield "evaluations", evaluations_of(config) * sets * len(config.evaluation.modes(config.rollout)) * EVALUATION_CALLS
     apart = int(config.update.needs_reference and config.reference_pass == "stage")
     # At an iteration's first step the reference is the policy: no pass.
@@ -88,11 +88,10 @@ def calls_of(config: IterativeRLConfig) -> Iterator[tuple[str, int]]:
 
 
 def _calls_of_a_step(config: IterativeRLConfig) -> int:
-    sampled = 1 if config.data_source == "demonstrations" else 3  # questions, outputs, rules' rewards
+    sampled = 1 if config.data_source == "demonstrations" else 2 + config.scores_outputs  # questions, outputs, rewards
     learned = 3 if config.reward_model is not None else 0  # scores, gauges, what is learned from
     valued = 2 if config.critic is not None else 0
-    compared = 1 if getattr(config.advantage, "kl_in_reward", 0.0) else 0
-    return sampled + learned + valued + compared + 2  # advantages, update
+    return sampled + learned + valued + config.compares_policies + 2  # advantages, update
 
 
 def _calls_of_reward_models(config: IterativeRLConfig, plan: RewardModelPlan) -> int:

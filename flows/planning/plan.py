@@ -197,12 +197,14 @@ def _stages(given: Given) -> Iterator[StagePlan]:
     for mode, sampling, _ in config.evaluation.modes(rollout):
         yield figures.sampling(given, f"evaluation ({mode})", "evaluation", sampling, questions, settings=where)
     if config.data_source != "demonstrations":
-        yield figures.sampling(given, "rollout", "step", rollout, step, settings="rollout")
+        yield figures.sampling(given.sampler, "rollout", "step", rollout, step, settings="rollout")
         yield figures.rules(given)
     if config.critic is not None:
         yield from figures.critic(given)
     if config.update.needs_reference and config.reference_pass == "stage":
         yield figures.reference_pass(given)
+    if given.teacher is not None and config.compares_policies:
+        yield figures.teacher(given)
     yield figures.update(given)
 
 

@@ -16,7 +16,7 @@ from flows.algorithm.data import below
 from flows.config import ArithmeticData, FileData, IterativeRLConfig
 from flows.planning.cached import Progress, progress_of
 from flows.planning.machine import machine_of, on_devices, settled
-from flows.planning.shapes import shape_for
+from flows.planning.shapes import shape_for, teacher_shape
 from flows.planning.stages import checkpoint_bytes
 from flows.planning.work import Given, Lengths
 from flows.runs.ledger import Ledger, read_ledger
@@ -73,6 +73,7 @@ def subject_of(config: IterativeRLConfig, places: Places, request: Request) -> S
     progress = progress_of(config, store)
     config, of_auto = settled(config, machine)
     shape, of_shape = shape_for(config, places, progress.ledger, request.model_config)
+    teacher, of_teacher = teacher_shape(config, shape)
     lengths, of_lengths = lengths_for(
         config, places, store, progress.ledger, prompt=request.prompt_tokens, output=request.mean_output_tokens
     )
@@ -82,8 +83,8 @@ def subject_of(config: IterativeRLConfig, places: Places, request: Request) -> S
         free = float(shutil.disk_usage(nearest(places.root)).free)
     here = not (request.device or request.gpus or request.gpu_memory or request.nodes)
     taken = _sft_steps(store, progress.ledger)
-    given = Given(config, shape, machine, lengths, sizes, taken, free if here else None)
-    assumed = [*of_devices, *of_auto, *of_shape, *of_lengths, *of_sizes, *_uncounted(given)]
+    given = Given(config, shape, machine, lengths, sizes, taken, free if here else None, teacher)
+    assumed = [*of_devices, *of_auto, *of_shape, *of_teacher, *of_lengths, *of_sizes, *_uncounted(given)]
     return Subject(given, progress, tuple(assumed), free)
 
 

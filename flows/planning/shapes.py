@@ -199,6 +199,16 @@ def shape_for(
     return _pretrained_shape(config.policy)
 
 
+def teacher_shape(config: IterativeRLConfig, policy: ModelShape) -> tuple[ModelShape | None, list[str]]:
+    """Return the teacher's shape, where there is one, and what was assumed about it: one that is not here is as the policy."""
+    if config.teacher is None:
+        return None, []
+    try:
+        return _pretrained_shape(config.teacher)
+    except ConfigError:
+        return policy, [f"the teacher is not here: {config.teacher.path} is taken to be of the policy's size"]
+
+
 def _scratch_shape(policy: PolicyConfig) -> tuple[ModelShape, list[str]]:
     bpe = isinstance(policy.tokenizer, BPETokenizerConfig)
     vocabulary = policy.tokenizer.vocab_size if isinstance(policy.tokenizer, BPETokenizerConfig) else _CHARACTERS

@@ -58,8 +58,9 @@ def sampling(given: Given, name: str, when: When, config: RolloutConfig, questio
     memory, keeps = _sampling_memory(given, backend, max(1, outputs), config.G, half=half)
     seconds, work, calls = 0.0, Work(), 1
     if questions:
-        share = math.ceil(questions / _side_by_side_engines(given, backend))
-        work = _sampling_work(given, config, share, memory, half=half)
+        # Engines on a CPU share its cores.
+        engines = engines_of(backend, given.machine.gpus) if backend.kind == "vllm" and given.gpu else 1
+        work = _sampling_work(given, config, math.ceil(questions / engines), memory, half=half)
         seconds = _sampling_seconds(given, backend, work, half=half)
     disk = table_bytes(outputs, lengths.prompt, lengths.output, kind="rollouts")
     if when == "evaluation":
@@ -71,16 +72,12 @@ def sampling(given: Given, name: str, when: When, config: RolloutConfig, questio
     )
 
 
-def _side_by_side_engines(given: Given, backend: BackendConfig) -> int:
-    """Return by how many engines the time of sampling is divided; those on a CPU share its cores."""
-    return engines_of(backend, given.machine.gpus) if isinstance(backend, VLLMBackendConfig) and given.gpu else 1
-
-
 def rules(given: Given) -> StagePlan:
     """Plan a step's questions, rewards by rules, advantages, and where the reward has a KL term the comparison for it."""
-    outputs, calls = given.outputs, 3 + bool(getattr(given.config.advantage, "kl_in_reward", 0.0))
-    disk = table_bytes(outputs, 0, 0, kind="rewards") + table_bytes(outputs, 0, given.lengths.output, kind="values")
-    seconds = outputs * _rule_seconds(given) + calls * STAGE_CALL
+    outputs, scored = given.outputs, given.outputs * given.config.scores_outputs
+    calls = 2 + (scored > 0) + bool(getattr(given.config.advantage, "kl_in_reward", 0.0))
+    disk = table_bytes(scored, 0, 0, kind="rewards") + table_bytes(outputs, 0, given.lengths.output, kind="values")
+    seconds = scored * _rule_seconds(given) + calls * STAGE_CALL
     return StagePlan("rules, advantages", "step", {}, Work(), seconds, disk, calls=calls)
 
 
@@ -215,6 +212,13 @@ def reference_pass(given: Given) -> StagePlan:
     if given.gpu:  # moved there for the pass
         return replace(found, seconds=seconds + found.memory["weights"] / _HOST_LINK)
     return replace(found, seconds=seconds, keeps={"reference": found.memory["weights"]})
+
+
+def teacher(given: Given) -> StagePlan:
+    """Plan the log-probabilities of the step's outputs under policy and teacher, which stays in memory."""
+    config, both = given.config.update, (given, replace(given, shape=given.teacher or given.shape))
+    passes = [_pass(of, "teacher", config.training, config.micro_batch_tokens, slot="reference") for of in both]
+    return replace(passes[1], work=passes[0].work + passes[1].work, seconds=sum(each.seconds for each in passes))
 
 
 def reward_models(given: Given, plan: RewardModelPlan) -> Iterator[StagePlan]:

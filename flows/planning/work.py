@@ -52,6 +52,14 @@ class Given:
     """Optimizer steps that supervised fine-tuning took before; None: as many as it may."""
     free: float | None = None
     """Bytes that are free on the disk of the run; None: unknown, as of another machine's."""
+    teacher: ModelShape | None = None
+    """Of the model that is learned from, where there is one."""
+
+    @property
+    def sampler(self) -> Given:
+        """Return the same with the shape of who samples a step's outputs."""
+        sampled = self.teacher if self.config.data_source == "teacher" else None
+        return replace(self, shape=sampled or self.shape)
 
     @property
     def gpu(self) -> bool:

@@ -8,6 +8,7 @@ from stages.advantage.config import (
     GroupConfig,
     OneConfig,
     PairsConfig,
+    TeacherConfig,
 )
 from stages.advantage.stage import estimate_advantages
 
@@ -19,5 +20,6 @@ __all__ = [
     "GroupConfig",
     "OneConfig",
     "PairsConfig",
+    "TeacherConfig",
     "estimate_advantages",
 ]

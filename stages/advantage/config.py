@@ -139,6 +139,19 @@ class PairsConfig(Config):
     """Discriminator."""
 
 
+class TeacherConfig(Config):
+    """A_t = log pi_teacher(o_t) - log pi_theta(o_t): on-policy distillation (Agarwal et al. 2024, arXiv 2306.13649; Gu et al.
+    2024, arXiv 2306.08543). Needs no rewards, and the table `logprobs` of policy and teacher.
+
+    Its expectation under the policy is minus the reverse KL of the token. No later token's is added (a discount of 0), and no
+    other output is compared with.
+    """
+
+    kind: Literal["teacher"] = "teacher"
+    """Discriminator."""
+
+
 AdvantageConfig = Annotated[
-    OneConfig | CorrectConfig | GroupConfig | BatchConfig | GAEConfig | PairsConfig, Field(discriminator="kind")
+    OneConfig | CorrectConfig | GroupConfig | BatchConfig | GAEConfig | PairsConfig | TeacherConfig,
+    Field(discriminator="kind"),
 ]

@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from stages.advantage.config import BatchConfig, GAEConfig, GroupConfig
-from stages.advantage.inputs import Outputs, Scored, read_k1, read_values
+from stages.advantage.inputs import Outputs, Scored, read_k1, read_ratio, read_values
 from stages.join import key_at
 from stages.kernels.advantage import (
     GroupStatistics,
@@ -51,6 +51,12 @@ class Estimate:
 def one_everywhere(outputs: Outputs) -> Estimate:
     """Return A = 1 at every token (SFT)."""
     return Estimate(np.ones(outputs.length_N.sum()), np.zeros(len(outputs.length_N), dtype=bool))
+
+
+def nearer_to_teacher(outputs: Outputs, logprobs: pa.Table | None) -> Estimate:
+    """Return A_t = log pi_teacher - log pi_theta of every token (on-policy distillation); raises as `read_ratio`."""
+    advantage_M = -read_ratio(logprobs, outputs, "advantage kind teacher")
+    return Estimate(advantage_M, np.zeros(len(outputs.length_N), dtype=bool))
 
 
 def one_where_right(outputs: Outputs, scored: Scored) -> Estimate:

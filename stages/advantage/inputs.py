@@ -257,17 +257,19 @@ def _step_fault(rewards: Ragged, ends: Ragged, row: int, length: int) -> str:
 
 
 def read_k1(logprobs: pa.Table | None, outputs: Outputs, beta: float) -> Floats | None:
-    """Return k1 = log pi - log pi_ref of every token (M); None where beta is 0 and it is not needed.
+    """Return k1 = log pi - log pi_ref of every token (M); None where beta is 0 and it is not needed; raises as `read_ratio`."""
+    return None if beta == 0 else read_ratio(logprobs, outputs, f"kl_in_reward = {beta}")
+
+
+def read_ratio(logprobs: pa.Table | None, outputs: Outputs, need: str) -> Floats:
+    """Return log pi - log pi_ref of every token (M); `need` says what for.
 
     Raises:
-        ValueError: beta above 0 without the table; rows or lengths that differ from the outputs; values that are not finite.
+        ValueError: no table; rows or lengths that differ from the outputs; values that are not finite.
     """
-    if beta == 0:
-        return None
     if logprobs is None:
         raise ValueError(
-            f"kl_in_reward = {beta} needs the log-probabilities of policy and reference; pass `logprobs` "
-            "(made by compare_policies), or set kl_in_reward to 0"
+            f"{need} needs the log-probabilities of two policies; pass `logprobs` (made by compare_policies)"
         )
     table = align(outputs.table, logprobs, "logprobs")
     policy, reference = (

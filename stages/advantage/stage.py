@@ -18,12 +18,14 @@ from stages.advantage.config import (
     GroupConfig,
     OneConfig,
     PairsConfig,
+    TeacherConfig,
 )
 from stages.advantage.estimates import (
     Estimate,
     batch_advantages,
     critic_advantages,
     group_advantages,
+    nearer_to_teacher,
     one_everywhere,
     one_where_right,
     pair_advantages,
@@ -48,9 +50,9 @@ def estimate_advantages(
     slot with a null advantage and takes no part in any statistics.
 
     Args:
-        rewards: needed by every kind but `one`.
+        rewards: needed by every kind but `one` and `teacher`.
         values: a critic's values, for kind `gae`.
-        logprobs: of policy and reference, where the KL is part of the reward.
+        logprobs: of policy and reference, where the KL is part of the reward; of policy and teacher, for kind `teacher`.
 
     Metrics: `reward/frac_masked` (share of rows). Where there are rewards: `reward/frac_all_correct`, `reward/frac_all_wrong`
     (shares of questions). Kind `group`: `reward/std_within_group` (mean over questions) and `reward/frac_degenerate_groups`;
@@ -92,6 +94,8 @@ def advantages_of(chunks: Iterable[Exploration], config: AdvantageConfig) -> Ite
 def _estimate(outputs: Outputs, scored: Scored | None, chunk: Exploration, config: AdvantageConfig) -> Estimate:
     if isinstance(config, OneConfig):
         return one_everywhere(outputs)
+    if isinstance(config, TeacherConfig):
+        return nearer_to_teacher(outputs, chunk.logprobs)
     if scored is None:
         raise ValueError(f"advantage kind {config.kind} is made from rewards; pass `rewards` (made by score)")
     match config:

@@ -6,6 +6,7 @@ from stages.update.objectives import (
     CISPOConfig,
     DAPOConfig,
     DataSource,
+    DistillationConfig,
     DPOConfig,
     DrGRPOConfig,
     GRPOConfig,
@@ -16,6 +17,7 @@ from stages.update.objectives import (
     ReinforcePlusPlusConfig,
     RFTConfig,
     RLOOConfig,
+    Row,
     SFTObjectiveConfig,
 )
 from stages.update.stage import update_policy
@@ -26,6 +28,7 @@ __all__ = [
     "DAPOConfig",
     "DPOConfig",
     "DataSource",
+    "DistillationConfig",
     "DrGRPOConfig",
     "GRPOConfig",
     "GSPOConfig",
@@ -38,6 +41,7 @@ __all__ = [
     "RFTConfig",
     "RLOOConfig",
     "ReinforcePlusPlusConfig",
+    "Row",
     "SFTObjectiveConfig",
     "TruncatedCorrectionConfig",
     "UpdateConfig",

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
-from flows.config import IterativeRLConfig, RewardModelPlan
+from flows.config import IterativeRLConfig, PretrainedPolicy, RewardModelPlan
 from flows.config.combinations import unsupported_combinations
 from flows.config.recipes import arithmetic_smoke
 from pipeline.config import Config, ConfigError
@@ -26,6 +26,7 @@ NUMBERS: Final[dict[str, tuple[float, ...]]] = {"kl_in_reward": (0.0, 0.1), "bet
 """Fields of numbers where 0 is another method than what is above it; a field may refuse one of them."""
 NEEDED: Final = {"constant": {"length": 32}}
 """What a value of an axis cannot be without."""
+TEACHER: Final = PretrainedPolicy(path="teacher")
 _OTHERS: Final = 7
 """Of so many refused combinations one is asked for every complaint, the others for the first: a quarter of the time, and each
 complaint is still met."""
@@ -119,6 +120,7 @@ class Space:
                     "reward_model": plan,
                     "dynamic_sampling": dynamic,
                     "critic": critics[update.mini_batches] if advantage.kind == "gae" else None,
+                    "teacher": TEACHER if "teacher" in (advantage.kind, source) else None,
                 }
                 config = base.model_copy(update=parts)
                 complaints = unsupported_combinations(config)

@@ -30,7 +30,7 @@ class Output:
     steps: list[tuple[float, int]]
     """Reward and last token of each step."""
     k1: Values
-    """log pi - log pi_ref, for the penalty inside the reward."""
+    """log pi - log pi_ref, for the penalty inside the reward; or log pi - log pi_teacher."""
     value: Values
     """The critic's."""
     rollout: Values
@@ -51,6 +51,8 @@ def advantages(outputs: Sequence[Output], config: Any) -> list[Values | None]:
             return [[1.0] * len(each.ids) for each in outputs]
         case "correct":
             return [None if each.reward is None else [float(each.right)] * len(each.ids) for each in outputs]
+        case "teacher":
+            return [[-k1 for k1 in each.k1] for each in outputs]
         case "pairs":
             return [
                 [sign] * len(each.ids) if sign else None
@@ -185,6 +187,7 @@ _MEANS = {
     "dapo": "token_mean",
     "cispo": "token_mean",
     "reinforce_plus_plus": "token_mean",
+    "distillation": "token_mean",
     "dr_grpo": "constant",
     "rloo": "constant",
 }

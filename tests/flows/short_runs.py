@@ -88,9 +88,15 @@ class Run:
         return self.made("supervised_finetuning")[0]
 
 
+def whole_method(method: str, base: IterativeRLConfig) -> dict[str, Any]:
+    """The method's settings, with a teacher where it needs one and the base names none."""
+    missing = method == "distillation" and base.teacher is None
+    return method_settings(method, base) | ({"teacher": {"path": "teacher"}} if missing else {})
+
+
 def train(store: Store, method: str, *, run: Run | None = None, **changes: Any) -> Run:
     """Train as a method does; `run` is filled in place, also where the training fails."""
-    config: IterativeRLConfig = BASE.override(method_settings(method, BASE) | {"steps": 2} | changes)
+    config = BASE.override(whole_method(method, BASE) | {"steps": 2} | changes)
     run = run or Run(store)
     points = Points()
     points.by_step = run.points

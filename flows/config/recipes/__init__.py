@@ -8,14 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from flows.config import IterativeRLConfig
-from flows.config.recipes.arithmetic import arithmetic_cpu, arithmetic_learned_reward, arithmetic_smoke
+from flows.config.recipes.arithmetic import (
+    STUDENT,
+    arithmetic_cpu,
+    arithmetic_distillation,
+    arithmetic_learned_reward,
+    arithmetic_smoke,
+)
 from flows.config.recipes.deepseekmath import deepseekmath_7b
 from flows.config.recipes.gsm8k import gsm8k_cpu, gsm8k_one_gpu
 from flows.config.recipes.qwen import qwen_0_5b_gsm8k, qwen_1_5b_math
 
 __all__ = [
     "RECIPES",
+    "STUDENT",
     "arithmetic_cpu",
+    "arithmetic_distillation",
     "arithmetic_learned_reward",
     "arithmetic_smoke",
     "deepseekmath_7b",
@@ -30,6 +38,7 @@ RECIPES: dict[str, Callable[[], IterativeRLConfig]] = {
     for recipe in (
         arithmetic_cpu,
         arithmetic_learned_reward,
+        arithmetic_distillation,
         arithmetic_smoke,
         gsm8k_cpu,
         gsm8k_one_gpu,

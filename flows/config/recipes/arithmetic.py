@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 from flows.config import ArithmeticData, EvaluationPlan, IterativeRLConfig
 from stages.data import ArithmeticConfig, DemonstrationConfig
 from stages.evaluation import EvaluationConfig
@@ -94,6 +96,33 @@ def arithmetic_learned_reward() -> IterativeRLConfig:
             "update.training.optimizer.learning_rate": 1e-4,  # ours: rules bear 3e-4, a learned reward does not
         },
         source="recipe arithmetic_learned_reward",
+    )
+
+
+STUDENT: Final[dict[str, Any]] = {
+    "policy.settings.hidden_size": 48,  # ours; the demo's policy, the teacher, has 96
+    "policy.settings.intermediate_size": 128,  # ours; 256
+    "policy.settings.num_hidden_layers": 2,  # ours; 3
+    "sft.max_steps": 400,  # ours: so few parameters reach no loss of 0.10
+    "sft.stop_loss": None,
+}
+"""A policy of a sixth of the demo's parameters, which supervised fine-tuning leaves far behind it."""
+
+
+def arithmetic_distillation() -> IterativeRLConfig:
+    """On-policy distillation of the demo's policy, exported to ./arithmetic_teacher, into one of a sixth of its size.
+
+    First `cohort run arithmetic_cpu` and `cohort export arithmetic_cpu arithmetic_teacher --dtype float32`.
+    """
+    return arithmetic_cpu().override(
+        {
+            "name": "arithmetic_distillation",
+            **STUDENT,
+            "teacher": {"path": "arithmetic_teacher"},
+            "advantage": {"kind": "teacher"},
+            "update.objective": {"kind": "distillation"},
+        },
+        source="recipe arithmetic_distillation",
     )
 
 

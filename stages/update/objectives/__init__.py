@@ -12,6 +12,7 @@ from pydantic import Field
 
 from stages.update.objectives.cispo import CISPOConfig, cispo
 from stages.update.objectives.dapo import DAPOConfig, dapo
+from stages.update.objectives.distillation import DistillationConfig, distillation
 from stages.update.objectives.dpo import DPOConfig, dpo
 from stages.update.objectives.dr_grpo import DrGRPOConfig, dr_grpo
 from stages.update.objectives.grpo import GRPOConfig, grpo
@@ -27,6 +28,7 @@ __all__ = [
     "DAPOConfig",
     "DPOConfig",
     "DataSource",
+    "DistillationConfig",
     "DrGRPOConfig",
     "GRPOConfig",
     "GSPOConfig",
@@ -57,6 +59,7 @@ ObjectiveConfig = Annotated[
     | GSPOConfig
     | CISPOConfig
     | RLOOConfig
+    | DistillationConfig
     | ReinforcePlusPlusConfig,
     Field(discriminator="kind"),
 ]
@@ -83,6 +86,8 @@ def method_of(objective: ObjectiveConfig) -> Method:
             return cispo(objective)
         case RLOOConfig():
             return rloo()
+        case DistillationConfig():
+            return distillation(objective)
         case ReinforcePlusPlusConfig():
             return reinforce_plus_plus(objective)
         case _ as unknown:

@@ -12,11 +12,14 @@ if TYPE_CHECKING:
 
 
 class SFTObjectiveConfig(Config):
-    """Supervised fine-tuning (DeepSeekMath, Eq. 6-7): E[(1/|o|) sum_t log pi_theta], o from the demonstrations."""
+    """Supervised fine-tuning (DeepSeekMath, Eq. 6-7): E[(1/|o|) sum_t log pi_theta], o from the demonstrations.
+
+    With outputs of a teacher in their place it is sequence-level distillation (Kim and Rush 2016, arXiv 1606.07947).
+    """
 
     ROW: ClassVar = Row(
         "SFT",
-        ("demonstrations",),
+        ("demonstrations", "teacher"),
         "-",
         "1",
         ("one",),

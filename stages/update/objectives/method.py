@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
     from stages.kernels.objective import Surrogate
 
-DataSource = Literal["demonstrations", "initial_policy", "policy"]
-"""Where outputs come from: P_sft(Q, O), pi_sft(O|q), or pi_theta(O|q)."""
+DataSource = Literal["demonstrations", "initial_policy", "policy", "teacher"]
+"""Where outputs come from: P_sft(Q, O), pi_sft(O|q), pi_theta(O|q), or pi_teacher(O|q)."""
 Aggregation = Literal["sequence_mean", "token_mean", "constant"]
 """How tokens are weighed: see `stages/kernels/objective.py`."""
 Divergence = Literal["k1", "k2", "k3", "k3_unbiased"]

@@ -62,7 +62,7 @@ def shape(advantage: Any) -> str:
     """How the advantages of an output's tokens are related."""
     if advantage.kind == "group":
         return "tokens" if advantage.supervision == "process" else "outputs"
-    return {"batch": "tokens", "gae": "tokens"}.get(advantage.kind, advantage.kind)
+    return {"batch": "tokens", "gae": "tokens", "teacher": "tokens"}.get(advantage.kind, advantage.kind)
 
 
 @pytest.fixture(autouse=True)

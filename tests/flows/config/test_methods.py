@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +20,7 @@ from pipeline.config import ConfigError
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
 from stages.tables import Advantages, Rewards
-from tests.flows.short_runs import Run, copied, train
+from tests.flows.short_runs import Run, copied, train, whole_method
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,13 @@ def other_store(supervised: Run, tmp_path_factory: pytest.TempPathFactory) -> St
 @pytest.fixture(scope="module")
 def runs(store: Store) -> dict[str, Run]:
     """Every method, run one after the other in one process and store."""
-    return {method: train(store, method) for method in METHODS}
+    made = {method: train(store, method) for method in METHODS if method != "distillation"}
+    return made | {"distillation": train(store, "distillation", **taught(made["grpo"]))}
+
+
+def taught(teacher: Run) -> dict[str, Any]:
+    """Settings that make the last policy of a run the teacher."""
+    return {"teacher": {"path": str(teacher.store.path(teacher.digest))}}
 
 
 @pytest.mark.claim("5.2.1, Fig. 5")
@@ -62,14 +71,15 @@ def test_no_two_methods_come_to_the_same_policy(runs: dict[str, Run]) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(name, marks=() if name == "ppo" else pytest.mark.slow) for name in METHODS],
+    [pytest.param(name, marks=() if name in ("ppo", "distillation") else pytest.mark.slow) for name in METHODS],
 )
 def test_equal_seeds_give_equal_bits_also_when_resumed_after_the_first_step(
     runs: dict[str, Run], other_store: Store, method: str
 ) -> None:
-    first = train(other_store, method, steps=1)
+    teacher = taught(runs["grpo"]) if method == "distillation" else {}
+    first = train(other_store, method, steps=1, **teacher)
     evict()  # as a new process would begin
-    resumed = train(other_store, method)
+    resumed = train(other_store, method, **teacher)
     assert resumed.content == runs[method].content
     assert resumed.calls[: len(first.calls)] == first.calls
     assert resumed.executed["update_policy"] == 1
@@ -146,10 +156,55 @@ def test_only_ppo_has_a_critic(runs: dict[str, Run]) -> None:
 
 def test_penalties_in_the_reward_compare_with_the_iterations_first_policy(runs: dict[str, Run]) -> None:
     penalised = {method: run for method, run in runs.items() if run.of("compare_policies")}
-    assert set(penalised) == {"ppo", "rloo", "reinforce_plus_plus"}
+    assert set(penalised) == {"ppo", "rloo", "reinforce_plus_plus", "distillation"}
+    del penalised["distillation"]  # it compares with another policy, below
     for run in penalised.values():
         assert run.given("compare_policies", "reference") == [run.supervised] * 2
         assert run.given("compare_policies", "policy") == run.given("update_policy", "policy")
+
+
+@pytest.mark.claim("on-policy distillation")
+def test_distillation_compares_each_policy_with_the_teacher_and_scores_nothing(runs: dict[str, Run]) -> None:
+    run = runs["distillation"]
+    (teacher,) = run.made("import_checkpoint")
+    assert run.given("compare_policies", "reference") == [teacher] * 2
+    assert run.given("compare_policies", "policy") == run.given("update_policy", "policy")
+    assert run.given("estimate_advantages", "logprobs") == run.made("compare_policies")
+    assert {name for name, _ in run.calls}.isdisjoint({"score", "reward_outputs"})
+    assert not any("reward/mean" in point for point in run.points.values())
+
+
+@pytest.mark.slow
+@pytest.mark.claim("on-policy distillation")
+def test_the_reverse_kl_to_the_teacher_falls(store: Store) -> None:
+    teacher = taught(train(store, "grpo", iterations=0, **{"policy.seed": 3}))
+    points = train(store, "distillation", **teacher, **{"steps": 12, "questions_per_step": 16, "rollout.G": 8}).points
+    divergence = [points[step]["policy/kl_k1"] for step in range(1, 13)]
+    assert sum(divergence[-4:]) < 0.8 * sum(divergence[:4])  # 0.109, 0.118, 0.113, ..., 0.070, 0.062, 0.089
+
+
+def test_sft_learns_from_a_teachers_outputs_where_it_is_asked_to(runs: dict[str, Run], store: Store) -> None:
+    run = train(store, "sft", data_source="teacher", **taught(runs["grpo"]))
+    assert run.given("rollout", "policy") == run.made("import_checkpoint") * 2
+    assert {name for name, _ in run.calls}.isdisjoint({"score", "demonstrated_outputs", "compare_policies"})
+    assert run.content != runs["sft"].content
+
+
+@pytest.mark.claim("a teacher given other ids")
+def test_a_teacher_of_another_vocabulary_is_refused_before_anything_is_trained(
+    store: Store, tmp_path: Path, runs: dict[str, Run]
+) -> None:
+    shutil.copytree(store.path(runs["grpo"].digest), tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    file.chmod(0o644)
+    described = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = described["model"]["vocab"]
+    vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
+    file.write_text(json.dumps(described), encoding="utf-8")
+    failed = Run(store)
+    with pytest.raises(ConfigError, match=r"teacher\.path: .* another vocabulary"):
+        train(store, "distillation", run=failed, seed=5, teacher={"path": str(tmp_path / "other")})
+    assert {"supervised_finetuning", "rollout", "update_policy"}.isdisjoint(name for name, _ in failed.calls)
 
 
 def test_the_reference_is_the_policy_at_the_start_of_the_iteration(store: Store) -> None:
@@ -190,14 +245,14 @@ def test_the_groups_of_every_method_can_be_shown(runs: dict[str, Run], method: s
         assert found is not None
         outputs = [output for group in found for output in group.outputs]
     assert len(outputs) == 24
-    assert all((output.reward is None) == (method == "sft") for output in outputs)
+    assert all((output.reward is None) == (method in ("sft", "distillation")) for output in outputs)
 
 
 # ------------------------------------------------------------------------------------- as settings
 
 
 def become(base: IterativeRLConfig, method: str) -> IterativeRLConfig:
-    return base.override(method_settings(method, base))
+    return base.override(whole_method(method, base))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

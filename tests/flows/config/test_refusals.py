@@ -16,6 +16,7 @@ from flows.config.recipes import arithmetic_smoke, deepseekmath_7b
 from pipeline.config import ConfigError
 from stages.critic import CriticConfig
 from stages.reward_training import RewardTrainingConfig
+from tests.flows.short_runs import whole_method
 
 Changes = dict[str, Any]
 
@@ -31,6 +32,7 @@ OVERLAP = {"overlap": 1, "update.old_logprobs": "rollout"}
 CONCURRENT = OVERLAP | {"side_by_side": "always"}
 CORRECTED = {"overlap": 1, "update.old_logprobs": "trainer"} | TRUNCATED
 GREEDY = {"rollout.temperature": 0.0, "rollout.G": 1}
+TAUGHT = {"teacher": {"path": "teacher"}}
 PROCESS = {"advantage.supervision": "process"}
 
 
@@ -45,7 +47,7 @@ def objective(kind: str, **fields: Any) -> Changes:
 
 def become(method: str) -> IterativeRLConfig:
     base = arithmetic_smoke()
-    return base.override(method_settings(method, base))
+    return base.override(whole_method(method, base))
 
 
 def refusal(base: IterativeRLConfig, changes: Changes) -> str:
@@ -57,13 +59,24 @@ def refusal(base: IterativeRLConfig, changes: Changes) -> str:
 @pytest.mark.parametrize(
     ("method", "changes", "complaint"),
     [
+        # A teacher.
+        ("distillation", {"teacher": None}, "teacher: advantage.kind teacher .* found null; set teacher.path"),
+        ("sft", {"data_source": "teacher"}, "teacher: data_source teacher .* found null; set teacher.path"),
+        ("grpo", TAUGHT, "teacher: grpo .* policy learns from none.* set teacher=null"),
+        ("sft", TAUGHT, "teacher: sft .* demonstrations learns from none"),
+        ("distillation", LEARNED, "reward_model: .* distillation: it learns from what a teacher says"),
+        ("distillation", {"dynamic_sampling": 1}, "dynamic_sampling: .* advantage.kind teacher"),
+        ("distillation", {"data_source": "teacher"}, "data_source: distillation .* policy, found teacher"),
+        ("distillation", {"advantage": {"kind": "group"}}, "advantage.kind: distillation .* teacher, found group"),
+        ("grpo", TAUGHT | {"advantage": {"kind": "teacher"}}, "advantage.kind: grpo .* group or batch, found teacher"),
+        ("distillation", {"reference_pass": "stage"}, "reference_pass: .* distillation reads no reference"),
         # What is switched off.
         ("grpo", {"evaluation": {"samples": 0, "temperature": 0.7}}, "temperature: .*0.7"),
         ("grpo", {"reward_model": {"retrain": False, "replay": {"share": 0.2}}}, "replay: "),
         ("grpo", {"reward_model": {"replay": {"share": 0, "share_of": "old_pool"}}}, "share_of: "),
         # The row of Table 10.
         ("ppo", {"data_source": "initial_policy"}, "data_source: ppo .* policy, found initial_policy"),
-        ("sft", {"data_source": "policy"}, "data_source: sft .* demonstrations, found policy"),
+        ("sft", {"data_source": "policy"}, "data_source: sft .* demonstrations or teacher, found policy"),
         ("grpo", {"data_source": "demonstrations"}, "data_source: grpo .* policy or initial_policy, found demonstr"),
         ("grpo", {"advantage": {"kind": "pairs"}}, "advantage.kind: grpo .* group or batch, found pairs"),
         ("rft", {"advantage": {"kind": "group"}}, "advantage.kind: rft .* correct, found group"),
@@ -84,6 +97,7 @@ def refusal(base: IterativeRLConfig, changes: Changes) -> str:
         ("online_rft", {"dynamic_sampling": 2}, "dynamic_sampling: .* advantage.kind correct"),
         ("ppo", {"dynamic_sampling": 2}, "dynamic_sampling: .* advantage.kind gae"),
         # Questions by earlier rewards.
+        ("distillation", {"curriculum": {}}, "curriculum: distillation computes no rewards"),
         ("sft", {"curriculum": {}}, "curriculum: demonstrations have no rewards"),
         ("grpo", {"curriculum": {"window": 3}, "keep.rollouts": 2}, "keep.rollouts: .* curriculum.window=3, found 2"),
         ("grpo", {"curriculum": {"window": 1, "rewards": ["0" * 12, "1" * 12]}}, "window: .* at least 2, .* found 1"),

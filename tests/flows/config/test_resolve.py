@@ -220,7 +220,8 @@ def test_overrides_common_to_all_arms_come_before_an_arms_method() -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["rft", "a", "x-rft", "-".join(["a" * 60]), "b" * 64, "c" * 59 + "-grpo"])
 def test_a_method_makes_a_valid_name_of_any_name(name: str, method: str) -> None:
-    made = choose("arithmetic_smoke", settings=[f"name={name}", f"method={method}"]).config.name
+    teacher = ["teacher.path=teacher"] if method == "distillation" else []
+    made = choose("arithmetic_smoke", settings=[f"name={name}", f"method={method}", *teacher]).config.name
     assert made.endswith(f"-{method}")
     assert len(made) <= 64
     assert made[0] == name[0]

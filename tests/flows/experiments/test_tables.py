@@ -120,7 +120,7 @@ def test_one_seed_has_no_range() -> None:
 
 @pytest.mark.parametrize("width", [120, 80])
 def test_a_table_too_wide_for_the_screen_is_split_between_columns(width: int) -> None:
-    compared = outcomes(tuple(METHODS))
+    compared = outcomes(tuple(name for name in METHODS if name != "distillation"))  # it needs a teacher
     lines = printed(compared, width).splitlines()
     assert max(map(len, lines)) <= width
     assert not [line for line in lines if "…" in line]

@@ -17,6 +17,7 @@ from flows.config.methods import PAPER as TABLE_10
 from flows.config.recipes import RECIPES, deepseekmath_7b, gsm8k_cpu, gsm8k_one_gpu
 from flows.inspection.faithful import PAPER, SILENT, PaperValue, choices, deviations
 from stages.training import LoRAConfig
+from tests.flows.short_runs import whole_method
 
 DECISIONS = Path(__file__).parents[3] / "docs" / "decisions.md"
 
@@ -172,7 +173,7 @@ def test_rules_in_place_of_a_reward_model_deviate_for_grpo_only() -> None:
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "grpo_process"])
 def test_rows_of_table_10_are_faithful_and_later_methods_are_named(method: str) -> None:
     base = FAITHFUL.override({"reward_model": None})
-    found = keys(base.override(method_settings(method, base)))
+    found = keys(base.override(whole_method(method, base)))
     if method in TABLE_10:
         assert set(found) <= {"reward_model"}
     else:

@@ -15,6 +15,14 @@ from flows.runs.paths import Places
 from tests.flows.planning.conftest import SEVEN_B, Planned, config, one
 from tests.flows.short_runs import BASE, Run, copied, train
 
+SIZES = {
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "vocab_size": 26,
+}
+
 
 def test_a_checkpoint_holds_weights_and_two_moments_in_float32() -> None:
     assert checkpoint_bytes(SEVEN_B, config()) == 12 * SEVEN_B.parameters
@@ -29,23 +37,50 @@ def test_a_checkpoint_holds_weights_and_two_moments_in_float32() -> None:
     assert muon == 12 * SEVEN_B.parameters - 4 * SEVEN_B.matrices  # one momentum for each matrix
 
 
-@pytest.mark.parametrize("method", ["grpo", "ppo", "sft"])
+@pytest.mark.parametrize("method", ["grpo", "ppo", "sft", "distillation"])
 def test_a_plan_has_as_many_stage_calls_as_a_run_makes(
     method: str, supervised: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Evaluated before, after step 1 and at the end, greedy and sampled; what makes data, policy and critic is not planned."""
     evaluation = {"every": 1, "samples": 2, "greedy": True, "estimates": {"ks": [1]}}
-    run = train(copied(supervised.store, tmp_path_factory), method, evaluation=evaluation)
+    taught = {"teacher": {"path": str(supervised.store.path(supervised.digest))}} if method == "distillation" else {}
+    run = train(copied(supervised.store, tmp_path_factory), method, evaluation=evaluation, **taught)
     made = Counter(name for name, _ in run.calls)
-    config = BASE.override(method_settings(method, BASE) | {"steps": 2, "evaluation": evaluation})
+    config = BASE.override(method_settings(method, BASE) | {"steps": 2, "evaluation": evaluation} | taught)
     plan = plan_of(subject_of(config, Places(tmp_path), Request()).given)
     planned = {stage.name: stage.calls * plan.counts[stage.when] for stage in plan.stages}
     assert (
         planned["evaluation (greedy)"] == planned["evaluation (sampled)"] == 3 * 4
     )  # rollout, score, count_votes, evaluate
     assert made["count_votes"] == made["evaluate"] == 3 + 3
-    unplanned = ("arithmetic_questions", "arithmetic_demonstrations", "create_policy", "create_critic")
+    unplanned = (
+        "arithmetic_questions",
+        "arithmetic_demonstrations",
+        "create_policy",
+        "create_critic",
+        "import_checkpoint",
+    )
     assert sum(planned.values()) == sum(made.values()) - sum(made[name] for name in unplanned)
+
+
+def test_a_teacher_is_planned_by_its_own_size(planned: Planned, tmp_path: Path) -> None:
+    """On a machine of one speed: the pass of policy and teacher is above that of two policies; SFT samples from the teacher."""
+    small, large = ({"model_type": "qwen2", **SIZES, "hidden_size": size} for size in (48, 768))
+    for name, described in (("small", small), ("large", large)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(described))
+    passes = [
+        one(planned("arithmetic_distillation", f"teacher.path={tmp_path / name}"), "teacher")
+        for name in ("small", "large")
+    ]
+    assert passes[1].seconds > 3 * passes[0].seconds
+    assert passes[1].keeps["reference"] > 50 * passes[0].keeps["reference"]
+    sft = ("advantage.kind=one", "update.objective.kind=sft", "data_source=teacher")
+    sampled = [
+        one(planned("arithmetic_distillation", f"teacher.path={tmp_path / name}", *sft), "rollout").work.flops
+        for name in ("small", "large")
+    ]
+    assert sampled[1] > 50 * sampled[0]
 
 
 def test_engines_on_gpus_of_their_own_take_the_time_of_their_share(planned: Planned) -> None:

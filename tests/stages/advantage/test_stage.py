@@ -17,6 +17,7 @@ from stages.advantage import (
     GroupConfig,
     OneConfig,
     PairsConfig,
+    TeacherConfig,
     estimate_advantages,
 )
 from stages.join import JoinError
@@ -50,6 +51,17 @@ def test_every_output_token_has_the_advantage_of_its_output(shuffle: bool) -> No
     assert [found["advantage"] for found in made.rows()] == [[1.5] * 3, [-0.5], [-0.5] * 2, []]
     assert [(found["question_id"], found["sample"]) for found in made.rows()] == [("a", i) for i in range(4)]
     assert {(found["returns"], found["pair"]) for found in made.rows()} == {(None, None)}
+
+
+@pytest.mark.claim("on-policy distillation")
+def test_a_teacher_gives_each_token_its_own_log_ratio_and_needs_no_rewards() -> None:
+    rows = [row("a", 0, 1.0, 2), row("b", 0, None, 1)]
+    outputs, k1 = outputs_of(rows), logprobs_of(rows, [0.25, -0.5], [1.0])
+    made = estimate_advantages(None, outputs, TeacherConfig(), logprobs=k1)
+    assert [found["advantage"] for found in made.rows()] == [[-0.25, 0.5], [-1.0]]
+    assert set(made.metrics) == {"reward/frac_masked"}
+    with pytest.raises(ValueError, match="kind teacher needs the log-probabilities"):
+        estimate_advantages(None, outputs, TeacherConfig())
 
 
 @pytest.mark.parametrize("eps", [0.0, 0.5, 2.0])

@@ -58,6 +58,17 @@ def test_columns_are_the_log_softmax_at_the_outputs_temperature(store: Store, te
             assert scored[name] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
+@pytest.mark.claim("on-policy distillation")
+@pytest.mark.parametrize("adapter", [None, LoRAConfig(r=4)])
+def test_a_teacher_of_another_size_is_scored_as_it_is(store: Store, adapter: LoRAConfig | None) -> None:
+    policy, teacher = tiny_checkpoint(), tiny_checkpoint("llama", hidden_size=64, num_hidden_layers=3)
+    outputs, how = Rollouts.write(output_rows()), exact(training=exact().training.override({"adapter": adapter}))
+    plain = score_reference(teacher, outputs, exact()).rows()
+    found = compare_policies(policy, teacher, outputs, how).rows()
+    assert [row["reference"] for row in found] == [row["reference"] for row in plain]
+    assert found[0]["policy"] != found[0]["reference"]
+
+
 @pytest.mark.claim("a reference of another time or precision")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_policy_differs_from_itself_by_exactly_nothing(store: Store, precision: str) -> None:

@@ -40,6 +40,11 @@ def ppo(advantage_BT: Tensor) -> Tensor:
     return advantage_BT
 
 
+def distillation(logp_T: Tensor, teacher_logp_T: Tensor) -> Tensor:
+    """GC = log pi_teacher - log pi_theta: minus the gradient of each token's reverse KL, sampled from pi_theta."""
+    return teacher_logp_T - logp_T
+
+
 def grpo(advantage_BT: Tensor, logp_BT: Tensor, ref_logp_BT: Tensor, *, beta: float) -> Tensor:
     """GC = A-hat_{i,t} + beta ( pi_ref / pi_theta - 1 ) (Eq. 21)."""
     return advantage_BT + beta * torch.expm1(ref_logp_BT - logp_BT)

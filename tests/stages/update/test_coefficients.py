@@ -14,6 +14,7 @@ from torch import Tensor
 from stages.update import (
     CISPOConfig,
     DAPOConfig,
+    DistillationConfig,
     DPOConfig,
     DrGRPOConfig,
     GRPOConfig,
@@ -31,7 +32,7 @@ from stages.update import (
 from stages.update.loss import Example
 from tests.stages.training.tiny import random_rows
 from tests.stages.update import coefficients
-from tests.stages.update.exact import defined_gradient, logprobs, policy_model, relative, trained_gradient
+from tests.stages.update.exact import defined_gradient, gradient_of, logprobs, policy_model, relative, trained_gradient
 
 ROWS = random_rows(8, seed=3)
 EXACT = 1e-9
@@ -166,6 +167,7 @@ TOKENS = sum(len(row.output_ids) for row in ROWS)
         (CISPOConfig(), lambda _: 1 / TOKENS),
         (RLOOConfig(), lambda _: 1 / len(ROWS)),
         (ReinforcePlusPlusConfig(), lambda _: 1 / TOKENS),
+        (DistillationConfig(), lambda _: 1 / TOKENS),
         (GRPOConfig(beta=0.0, aggregation="token_mean"), lambda _: 1 / TOKENS),
         (GRPOConfig(beta=0.0, aggregation="constant", length=8), lambda _: 1 / (len(ROWS) * 8)),
     ],
@@ -174,6 +176,44 @@ def test_later_methods_have_the_advantage_under_their_own_mean(objective: Object
     given = examples("outputs")
     found, _ = trained_gradient(given, update(objective))
     assert relative(found, defined_gradient(given, own, weight=weight)) < EXACT  # type: ignore[arg-type]
+
+
+def judged(given: list[Example], teacher: Any, policy: Any, temperature: float = 1.0) -> list[Example]:
+    """The examples with log pi_teacher - log pi of each token as its advantage, each from a forward of its own."""
+    with torch.no_grad():
+        values = [logprobs(teacher, e, temperature) - logprobs(policy, e, temperature) for e in given]
+    return [dataclasses.replace(e, advantage=tuple(value.tolist())) for e, value in zip(given, values, strict=True)]
+
+
+@pytest.mark.claim("on-policy distillation")
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_distillation_has_the_log_ratio_of_teacher_and_policy(temperature: float) -> None:
+    teacher, policy = policy_model(1), policy_model()
+    given = judged(examples("ones"), teacher, policy, temperature)
+    found, _ = trained_gradient(given, update(DistillationConfig()), temperature=temperature)
+
+    def gc(example: Example, logp: Tensor) -> Tensor:
+        with torch.no_grad():
+            ratio = coefficients.distillation(logp, logprobs(teacher, example, temperature))
+        return ratio.float().double()  # the table keeps float32
+
+    expected = defined_gradient(given, gc, weight=lambda _: 1 / TOKENS, temperature=temperature)
+    assert relative(found, expected) < EXACT
+    assert not trained_gradient(judged(given, policy, policy), update(DistillationConfig()))[0].any()
+
+
+@pytest.mark.claim("on-policy distillation")
+def test_every_first_token_by_its_chance_gives_the_gradient_of_the_reverse_kl() -> None:
+    """One output for each token of the vocabulary, weighed by its chance: the expectation, without sampling."""
+    teacher, policy, prompt = policy_model(1), policy_model(), (3, 5, 7)
+    table = [model(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1) for model in (policy, teacher)]
+    divergence = (table[0].exp() * (table[0] - table[1].detach())).sum()
+    (-divergence).backward()
+    chances = table[0].detach().exp().tolist()
+    given = [Example("q", prompt, (token,), (), chance) for token, chance in enumerate(chances)]
+    found, _ = trained_gradient(judged(given, teacher, policy_model()), update(DistillationConfig()))
+    assert divergence > 0.01
+    assert relative(found, gradient_of(policy)) < 1e-6  # advantages are kept in float32
 
 
 @pytest.mark.claim("the engine's log-probabilities as log pi_old", "truncated importance weights")

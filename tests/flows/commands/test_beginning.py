@@ -151,17 +151,20 @@ CHOSEN = {
         "chat": "tokenizer",
         "instruction": "Think in one or two short sentences. End with `The answer is` and the answer.",
     },
-    "steps": 12,
+    "steps": 8,
     "questions_per_step": 16,
     "rollout": {"G": 8, "max_output_tokens": 24, "temperature": 0.6},
     "reward": {"components": [{"kind": "accuracy", "verifier": "exact"}]},
-    "update": {"training": {"optimizer": {"kind": "adamw", "learning_rate": 1e-5}}, "micro_batch_tokens": 4096},
+    "update": {
+        "training": {"optimizer": {"kind": "adamw", "learning_rate": 3e-4}, "adapter": {"r": 16}},
+        "micro_batch_tokens": 4096,
+    },
 }
-"""What `cohort init` wrote for these sums (docs/first-run.md), but for 12 of 20 steps."""
+"""What `cohort init` wrote for these sums (docs/first-run.md), but for an adapter, its rate, and 8 of 20 steps."""
 
 
-@pytest.mark.engines  # three minutes of a real model, nothing of vLLM
-def test_the_first_run_of_a_gguf_file_is_rewarded_and_learns(tmp_path: Path, smollm: Path) -> None:
+@pytest.mark.engines  # two minutes of a real model, nothing of vLLM
+def test_a_real_model_learns_sums_with_an_adapter(tmp_path: Path, smollm: Path) -> None:
     sums = [{"question": f"What is {a} plus {b}?", "answer": a + b} for a in range(2, 12) for b in range(1, 9)]
     data = {"kind": "files", "path": str(written(tmp_path, sums).parent), "train": {"path": "questions.jsonl"}}
     policy = {"kind": "pretrained", "path": str(smollm)}
@@ -170,7 +173,7 @@ def test_the_first_run_of_a_gguf_file_is_rewarded_and_learns(tmp_path: Path, smo
     with use_store(Store(tmp_path / "store")), recording(seen.take):
         iterative_rl(config)
     evict()
-    rewards = [seen.by_step[step]["reward/mean"] for step in range(1, 13)]
+    rewards = [seen.by_step[step]["reward/mean"] for step in range(1, 9)]
     assert rewards[0] > 0
-    # Means of 256 and 384 outputs of 32 and 48 questions have standard errors of about 0.07; the run on the page rose by 0.6.
+    # Means of 256 and 384 outputs of 32 and 48 questions have standard errors of about 0.07.
     assert mean(rewards[-3:]) > mean(rewards[:2]) + 0.2

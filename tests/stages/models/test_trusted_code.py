@@ -34,7 +34,7 @@ from stages.models import (
 from stages.models.trusted_code import code_digest
 from stages.reward_training import RewardModelConfig, create_reward_model
 from stages.rollout.probe import vocabulary_and_window
-from stages.rollout.vllm import _linked
+from stages.rollout.vllm import _TOKENIZER, _linked
 from stages.sft import PolicyConfig, create_policy
 from stages.tables import Demonstrations
 from stages.text import PromptConfig
@@ -126,7 +126,7 @@ LOADERS: dict[str, Callable[[Checkpoint], Any]] = {
     "configuration": vocabulary_and_window,
     "reward model's trunk": lambda made: create_reward_model(made, RewardModelConfig()),
     "critic's trunk": lambda made: create_critic(made, CriticConfig()),
-    "vLLM's folder": lambda made: _linked(made, made.path, made.path.parents[3]),
+    "vLLM's folder": lambda made: _linked(made, made.path, made.path.parents[3], _TOKENIZER),
 }
 
 

@@ -148,6 +148,8 @@ class Table(Artifact):
     """An Arrow table; subclasses declare `schema`, whose nullable flags are enforced."""
 
     schema: ClassVar[pa.Schema]
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Nullable columns that may be left out where a table is written; they are null then."""
 
     @classmethod
     def write(cls, rows: Rows | Iterator[Rows]) -> Self:
@@ -195,8 +197,13 @@ class Table(Artifact):
     @classmethod
     def conform(cls, rows: Rows) -> pa.Table:
         """Return `rows` as an Arrow table of exactly this schema; raise ArtifactError where they do not fit."""
-        cls._check_columns(_column_names(rows, cls))
-        return cls._fitting(rows if isinstance(rows, pa.Table) else cls._build(rows), cls.schema.names)
+        names = _column_names(rows, cls)
+        absent = [name for name in cls.optional if name not in names] if names else []
+        cls._check_columns([*names, *absent])
+        table = rows if isinstance(rows, pa.Table) else cls._build(rows, absent)
+        for name in absent:
+            table = table.append_column(name, pa.nulls(table.num_rows, cls.schema.field(name).type))
+        return cls._fitting(table, cls.schema.names)
 
     @classmethod
     def _check_columns(cls, names: list[str]) -> None:
@@ -234,9 +241,9 @@ class Table(Artifact):
             yield _canonical(held)
 
     @classmethod
-    def _build(cls, rows: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> pa.Table:
-        arrays = []
-        for field in cls.schema:
+    def _build(cls, rows: Mapping[str, Any] | Sequence[Mapping[str, Any]], absent: Sequence[str]) -> pa.Table:
+        arrays, fields = [], [field for field in cls.schema if field.name not in absent]
+        for field in fields:
             values = rows[field.name] if isinstance(rows, Mapping) else [row[field.name] for row in rows]
             try:
                 arrays.append(_column(values, field.type))
@@ -244,10 +251,10 @@ class Table(Artifact):
                 where = f"{cls.__name__}.{field.name}: {_first_wrong(values, field.type)}"
                 raise ArtifactError(f"{where}; expected {field.type}: {error}") from None
         if len({len(array) for array in arrays}) > 1:
-            lengths = dict(zip(cls.schema.names, map(len, arrays), strict=True))
+            lengths = dict(zip([field.name for field in fields], map(len, arrays), strict=True))
             raise ArtifactError(f"{cls.__name__}: columns of different lengths: {lengths}")
         # Without nullability here: `conform` finds the null and names its row.
-        return pa.table(arrays, names=cls.schema.names)
+        return pa.table(arrays, names=[field.name for field in fields])
 
 
 def take_rows(table: pa.Table, rows: Sequence[int] | NDArray[numpy.int64]) -> pa.Table:

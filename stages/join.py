@@ -186,6 +186,36 @@ def per_token(table: pa.Table, column: str, length_N: Places, name: str, *, mask
     return found
 
 
+def written_by_policy(table: pa.Table) -> NDArray[np.bool_]:
+    """Return for each output token of `Rollouts` whether the policy wrote it, not an environment (M, as `output_ids`).
+
+    Args:
+        table: with the key, `output_ids` and `turns`.
+
+    Raises:
+        ValueError: names the row: turns that are empty, overlap, are out of order, or lie beyond the output.
+    """
+    output, turns = Ragged.of(table["output_ids"]), table["turns"].combine_chunks()
+    written_M = np.repeat(turns.is_null().to_numpy(zero_copy_only=False), output.lengths)
+    if turns.null_count == len(turns):
+        return written_M
+    spans = turns.flatten()
+    start_S, end_S = (spans.field(name).to_numpy().astype(np.int64) for name in ("start", "end"))
+    row_S = np.repeat(np.arange(len(turns)), turns.value_lengths().fill_null(0).to_numpy())
+    before_S = np.where(np.diff(row_S, prepend=-1) == 0, np.concatenate([[0], end_S])[:-1], 0)
+    bad = np.flatnonzero((start_S < before_S) | (end_S <= start_S) | (end_S > output.lengths[row_S]))
+    if len(bad):
+        row, spans_found = row_S[bad[0]], [(span["start"], span["end"]) for span in turns[int(row_S[bad[0]])].as_py()]
+        raise ValueError(
+            f"output {key_at(table, row)}: expected turns [start, end) within its {output.lengths[row]} tokens, in order, "
+            f"none empty, found {spans_found}"
+        )
+    change_M = np.zeros(len(output.values) + 1, dtype=np.int64)
+    np.add.at(change_M, output.offsets[row_S] + start_S, 1)
+    np.add.at(change_M, output.offsets[row_S] + end_S, -1)
+    return written_M | (np.cumsum(change_M[:-1]) > 0)
+
+
 def _codes(tables: Sequence[pa.Table], by: Sequence[str]) -> list[Places]:
     """Number each row of each table, equal keys alike.
 

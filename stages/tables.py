@@ -14,6 +14,10 @@ Step labels without a checker (Monte-Carlo completion), between label_outputs an
     Rollouts ──> cut_into_prefixes ── StepPrefixes ──> continue_outputs ── Rollouts ──> score ── Rewards ──┐
                                           └────────────────────── RewardLabels ──> estimate_step_labels ───┴──> RewardLabels
 
+Outputs of several turns, where an environment answers them:
+
+    Rollouts ──> answer_calls ── ToolCalls ──> continue_dialogues ── Rollouts ──> ...
+
 The questions of a step, where a curriculum chooses them:
 
     Questions, Rewards of earlier steps ──> draw_from_band ──> Questions
@@ -99,8 +103,14 @@ class Rollouts(Table):
     `logprobs` are the engine's own, of the distribution it sampled from (at `temperature`), one per output id; null where no
     engine sampled the row (a demonstration). The sampled end-of-sequence token is part of `output_ids`. `text_ends` has, for
     each output id, the length of `text` once that id is decoded: how a place in the text becomes the index of a token.
-    `finish_reason` is `stop` or `length`. `seed` made this very row.
+    `finish_reason` is `stop` or `length`; `call` while an output waits for its environment's answer. `seed` made this very row.
+
+    `turns` has the parts of `output_ids` that the policy wrote, [start, end) each, in order; what lies between them the
+    environment wrote (observations), and it has no log-probability: those elements of `logprobs` are null. A row without turns
+    (null) is the policy's as a whole.
     """
+
+    optional = ("turns",)
 
     schema = pa.schema(
         [
@@ -113,6 +123,29 @@ class Rollouts(Table):
             _required("text_ends", pa.list_(pa.int32())),
             _required("temperature", pa.float32()),
             _required("seed", pa.int64()),
+            pa.field("turns", pa.list_(pa.struct([_required("start", pa.int32()), _required("end", pa.int32())]))),
+        ]
+    )
+
+
+class ToolCalls(Table):
+    """Calls that outputs made to their environment, with what it answered: one row per turn that ended in a call.
+
+    `input` is what was called with (a program, an expression), `output` what it came to, `observation` the text that the
+    policy reads, markers and cuts included. `status`: `ok`, `error`, `timeout`, `memory`, `refused`. `done` says that the
+    environment ends the output with this answer. How long calls took is among the metrics: a table's content names it.
+    """
+
+    schema = pa.schema(
+        [
+            *_KEY,
+            _required("turn", pa.int32()),
+            _required("tool", pa.string()),
+            _required("input", pa.string()),
+            _required("output", pa.string()),
+            _required("observation", pa.string()),
+            _required("status", pa.string()),
+            _required("done", pa.bool_()),
         ]
     )
 

@@ -178,7 +178,7 @@ def _metrics(table: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 # ------------------------------------------------------------------------------------------------ as outputs
 
 
-@stage(version="1")
+@stage(version="2")
 def solution_outputs(
     model: Checkpoint, solutions: Solutions, prompt: PromptConfig, *, max_tokens: int | None = None
 ) -> Rollouts:

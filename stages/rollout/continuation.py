@@ -80,7 +80,7 @@ def _steps(row: Mapping[str, Any], numbers: dict[tuple[int, ...], int]) -> list[
     return steps
 
 
-@stage(version="1")
+@stage(version="2")
 def continue_outputs(
     policy: Checkpoint, outputs: Rollouts, prefixes: StepPrefixes, config: RolloutConfig, *, samples: int, seed: int
 ) -> Rollouts:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from stages.text.stops import StopStrings
 
 
-@stage(version="3")
+@stage(version="4")
 def rollout(
     policy: Checkpoint, questions: Questions, prompt: PromptConfig, config: RolloutConfig, *, seed: int
 ) -> Rollouts:
@@ -319,6 +319,7 @@ class Sampled(NamedTuple):
     logprobs: NDArray[np.float32] | None
     finish_reason: str
     seed: int
+    turns: Sequence[tuple[int, int]] | None = None
 
 
 def write_rollouts(rows: Sequence[Sampled], tokenizer: PreTrainedTokenizerFast, temperature: float) -> Rollouts:
@@ -326,4 +327,5 @@ def write_rollouts(rows: Sequence[Sampled], tokenizer: PreTrainedTokenizerFast, 
     texts, ends = decode_outputs(tokenizer, [row.output_ids for row in rows])
     columns: dict[str, Any] = {name: [getattr(row, name) for row in rows] for name in Sampled._fields}
     columns |= {"text": texts, "text_ends": ends, "temperature": [temperature] * len(rows)}
+    columns["turns"] = [row.turns and [{"start": start, "end": end} for start, end in row.turns] for row in rows]
     return Rollouts.write({name: columns[name] for name in Rollouts.schema.names})

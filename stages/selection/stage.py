@@ -17,7 +17,7 @@ from stages.join import KEY, align, group_rows
 from stages.tables import Rewards, Rollouts
 
 
-@stage(version="1")
+@stage(version="2")
 def keep_informative(outputs: list[Rollouts], rewards: list[Rewards], *, size: int) -> Rollouts:
     """Keep the first `size` questions whose outputs differ in reward, with all their outputs, in the order drawn.
 

@@ -205,7 +205,7 @@ def _weights(batch: Batch, rows: list[Row], config: SFTConfig) -> Tensor:
             assert_never(unknown)
 
 
-@stage(version="1")
+@stage(version="2")
 def demonstrated_outputs(
     policy: Checkpoint, demonstrations: Demonstrations, prompt: PromptConfig, *, size: int, step: int, seed: int
 ) -> Rollouts:

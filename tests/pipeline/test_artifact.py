@@ -313,3 +313,19 @@ def test_rows_are_taken_from_columns_with_more_text_than_one_array_holds() -> No
         table.take([32, 0])
     assert [text[:3] for text in take_rows(table, [32, 0]).column("text").to_pylist()] == ["end", "xxx"]
     assert take_rows(table, []).num_rows == 0
+
+
+class Widened(Table):
+    schema = pa.schema(
+        [pa.field("id", pa.string(), nullable=False), pa.field("x", pa.int64()), pa.field("y", pa.int64())]
+    )
+    optional = ("y",)
+
+
+def test_an_optional_column_may_be_left_out_and_is_null_then() -> None:
+    whole = [row | {"y": None} for row in ROWS]
+    columns = {"id": ["a", "b", "c"], "x": [1, None, -3]}
+    for given_rows in (ROWS, columns, pa.table({"id": ["a", "b", "c"], "x": pa.array([1, None, -3])})):
+        assert Widened.conform(given_rows).to_pylist() == whole
+    with pytest.raises(ArtifactError, match="x"):
+        Widened.conform([{"id": "a", "y": 1}])

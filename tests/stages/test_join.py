@@ -12,7 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.join import JoinError, Ragged, align, group_rows, key_at, per_token, require_unique, same_keys
+from stages.join import (
+    JoinError,
+    Ragged,
+    align,
+    group_rows,
+    key_at,
+    per_token,
+    require_unique,
+    same_keys,
+    written_by_policy,
+)
+from stages.tables import Rollouts
 
 Row = tuple[str, int, Any]
 
@@ -218,3 +229,29 @@ def test_many_rows_are_joined_without_a_python_object_each() -> None:
     # A string, an int and a tuple for each row would be millions of blocks, of 150 bytes a row and more.
     assert blocks < 10_000
     assert peak < 120 * rows
+
+
+def _dialogues(turns: list[list[tuple[int, int]] | None], lengths: list[int]) -> pa.Table:
+    spans = [None if row is None else [{"start": start, "end": end} for start, end in row] for row in turns]
+    return pa.table(
+        {
+            "question_id": ["q"] * len(turns),
+            "sample": pa.array(range(len(turns)), pa.int32()),
+            "output_ids": pa.array([[7] * length for length in lengths], pa.list_(pa.int32())),
+            "turns": pa.array(spans, Rollouts.schema.field("turns").type),
+        }
+    )
+
+
+def test_the_policy_wrote_what_lies_within_its_turns_or_all_without_any() -> None:
+    table = _dialogues([[(0, 2), (3, 4)], None, [(1, 3)], [(0, 2), (2, 3)]], [5, 2, 3, 4])
+    written = [[1, 1, 0, 1, 0], [1, 1], [0, 1, 1], [1, 1, 1, 0]]
+    assert written_by_policy(table).tolist() == [bool(token) for row in written for token in row]
+    assert written_by_policy(table.slice(1, 2)).tolist() == [True, True, False, True, True]
+    assert written_by_policy(_dialogues([None, None], [1, 2])).tolist() == [True] * 3
+
+
+@pytest.mark.parametrize("turns", [[(0, 3), (2, 4)], [(2, 2)], [(0, 6)], [(3, 4), (0, 1)], [(-1, 2)]])
+def test_turns_that_are_no_parts_of_an_output_are_refused_by_row(turns: list[tuple[int, int]]) -> None:
+    with pytest.raises(ValueError, match=r"output \('q', 1\)"):
+        written_by_policy(_dialogues([[(0, 1)], turns], [5, 5]))

@@ -10,6 +10,7 @@ from stages.rollout.config import (
     require_backend,
 )
 from stages.rollout.continuation import continue_outputs, cut_into_prefixes
+from stages.rollout.dialogue import continue_dialogues
 from stages.rollout.stage import rollout, stops_of
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "RolloutConfig",
     "VLLMBackendConfig",
     "VLLMServerConfig",
+    "continue_dialogues",
     "continue_outputs",
     "cut_into_prefixes",
     "engines_of",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from pipeline.stage import record_metrics, stage
 from stages.join import KEY, Ragged, align, key_at
 from stages.models import Checkpoint, load_tokenizer
 from stages.rollout.config import RolloutConfig
-from stages.rollout.generator import Generator, Output, Progress, Prompt, Sampling, sample_seed
-from stages.rollout.stage import Sampled, generator_of, reporter, sampling_of, write_rollouts
+from stages.rollout.engines import generator_of
+from stages.rollout.generator import Generator, Output, Prompt, Sampling, generate_within, sample_seed
+from stages.rollout.stage import Sampled, reporter, sampling_of, write_rollouts
 from stages.tables import Rollouts, StepPrefixes
 from stages.text import decode_outputs, step_ends
 
@@ -151,57 +152,15 @@ def complete(
     window: int | None,
 ) -> list[list[Output]]:
     """Return the continuations of each prefix, none beyond `sampling.max_output_tokens` together with it."""
-    limit = sampling.max_output_tokens
-    completed: list[list[Output]] = [[] for _ in prefixes]
-    progress, done, tokens = reporter(len(prefixes) * samples, "continue_outputs"), 0, 0
-    for room, members in _calls(prefixes, limit=limit, window=window):
-        prompts = [
-            Prompt(
-                prefix.question_id,
-                [*prefix.prompt_ids, *prefix.ids],
-                prefix.seeds(seed, samples),
-                begun=len(prefix.ids),
-            )
-            for prefix in (prefixes[place] for place in members)
-        ]
-        groups = generator.generate(prompts, replace(sampling, max_output_tokens=room), _behind(progress, done, tokens))
-        for place, group in zip(members, groups, strict=True):
-            completed[place] = [_cut(output, limit - len(prefixes[place].ids)) for output in group]
-        done += len(members) * samples
-        tokens += sum(len(output.ids) for group in groups for output in group)
-    return completed
-
-
-def _calls(prefixes: Sequence[Prefix], *, limit: int, window: int | None) -> Iterator[tuple[int, list[int]]]:
-    """Yield prefixes that are continued together, and how many tokens a call samples at most: what its shortest prefix leaves.
-
-    A generator has one limit for all prompts of a call. So a call's prefixes differ by a quarter of the limit at most, which
-    bounds what is sampled in vain, and none of them is taken beyond the window by a shorter one's room.
-    """
-    left = sorted(range(len(prefixes)), key=lambda place: len(prefixes[place].ids))
-    while left:
-        shortest = len(prefixes[left[0]].ids)
-        room = limit - shortest
-        members = left[:1]
-        rest: list[int] = []
-        for place in left[1:]:
-            length = len(prefixes[place].ids)
-            fits = window is None or len(prefixes[place].prompt_ids) + length + room <= window
-            (members if fits and length - shortest <= limit // 4 else rest).append(place)
-        yield room, members
-        left = rest
-
-
-def _cut(output: Output, room: int) -> Output:
-    """Return what a generator with a limit of `room` would have sampled: tokens are drawn one by one."""
-    if len(output.ids) <= room:
-        return output
-    return Output(output.ids[:room], output.logprobs[:room], "length")
-
-
-def _behind(progress: Progress, done: int, tokens: int) -> Progress:
-    """Return progress that goes on counting where the calls before have ended."""
-    return lambda ended, sampled: progress(done + ended, tokens + sampled)
+    prompts = [
+        Prompt(
+            prefix.question_id, [*prefix.prompt_ids, *prefix.ids], prefix.seeds(seed, samples), begun=len(prefix.ids)
+        )
+        for prefix in prefixes
+    ]
+    rooms = [sampling.max_output_tokens - len(prefix.ids) for prefix in prefixes]
+    progress = reporter(len(prefixes) * samples, "continue_outputs")
+    return generate_within(generator, prompts, rooms, sampling, progress, window=window)
 
 
 def _read(outputs: Rollouts, prefixes: StepPrefixes, tokenizer: PreTrainedTokenizerFast, *, limit: int) -> list[Prefix]:

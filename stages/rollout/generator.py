@@ -6,8 +6,8 @@ A backend (`hf.py`, `vllm.py`, `served.py`) implements `Generator`. It knows not
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import numpy as np
@@ -138,6 +138,59 @@ def check_window(window: int | None, prompt: Prompt, sampling: Sampling, *, call
         f" less max_output_tokens = {sampling.max_output_tokens}), found {len(prompt.ids)}; shorten or drop the question,"
         " lower max_output_tokens, or take a model with a larger window"
     )
+
+
+def generate_within(
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    rooms: Sequence[int],
+    sampling: Sampling,
+    progress: Progress,
+    *,
+    window: int | None,
+) -> list[list[Output]]:
+    """Generate outputs of at most `rooms[i]` tokens for prompt i, in as few calls as that takes.
+
+    A generator has one limit for all prompts of a call. So the rooms of a call differ by a quarter of the limit at most, which
+    bounds what is sampled in vain, and no prompt is taken beyond the window by the room of another.
+    """
+    made: list[list[Output]] = [[] for _ in prompts]
+    done = tokens = 0
+    for room, members in _calls(prompts, rooms, limit=sampling.max_output_tokens, window=window):
+
+        def behind(ended: int, sampled: int, done: int = done, tokens: int = tokens) -> None:
+            progress(done + ended, tokens + sampled)
+
+        within = replace(sampling, max_output_tokens=room)
+        groups = generator.generate([prompts[place] for place in members], within, behind)
+        for place, group in zip(members, groups, strict=True):
+            made[place] = [_cut(output, rooms[place]) for output in group]
+        done += sum(len(group) for group in groups)
+        tokens += sum(len(output.ids) for group in groups for output in group)
+    return made
+
+
+def _calls(
+    prompts: Sequence[Prompt], rooms: Sequence[int], *, limit: int, window: int | None
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield the most tokens of a call, and the places of its prompts."""
+    left = sorted(range(len(prompts)), key=lambda place: -rooms[place])
+    while left:
+        room = rooms[left[0]]
+        members = left[:1]
+        rest: list[int] = []
+        for place in left[1:]:
+            fits = window is None or len(prompts[place].ids) + room <= window
+            (members if fits and room - rooms[place] <= limit // 4 else rest).append(place)
+        yield room, members
+        left = rest
+
+
+def _cut(output: Output, room: int) -> Output:
+    """Return what a generator with a limit of `room` would have sampled: tokens are drawn one by one."""
+    if len(output.ids) <= room:
+        return output
+    return Output(output.ids[:room], output.logprobs[:room], "length")
 
 
 @dataclass(frozen=True)

@@ -2,59 +2,51 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.progress import report
-from pipeline.residency import holder_of, resident
 from pipeline.stage import record_metrics, stage
 from pipeline.store.context import reads_done
-from stages.models import (
-    Checkpoint,
-    architecture_of,
-    copy_weights,
-    load_model,
-    load_tokenizer,
-    load_weights,
-    model_weights,
-)
-from stages.rollout.config import (
-    BackendConfig,
-    HFBackendConfig,
-    RolloutConfig,
-    VLLMBackendConfig,
-    VLLMServerConfig,
-    float32_logits,
-)
+from stages.models import Checkpoint, load_tokenizer
+from stages.rollout.config import HFBackendConfig, RolloutConfig
+from stages.rollout.engines import generator_of, hold_weights
 from stages.tables import Questions, Rollouts
 from stages.text import PromptConfig, decode_outputs, encode_prompt
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    from stages.rollout.generator import Generator, Output, Progress, Prompt, Sampling
+    from stages.rollout.generator import Output, Progress, Prompt, Sampling
     from stages.text.stops import StopStrings
 
 
 @stage(version="4")
 def rollout(
-    policy: Checkpoint, questions: Questions, prompt: PromptConfig, config: RolloutConfig, *, seed: int
+    policy: Checkpoint,
+    questions: Questions,
+    prompt: PromptConfig,
+    config: RolloutConfig,
+    *,
+    seed: int,
+    call_ends: Sequence[str] = (),
 ) -> Rollouts:
     """Sample o_1 ... o_G ~ policy(. | q) for every question q (DeepSeekMath, Algorithm 1, line 7).
 
     Rows come in the order of `questions`, samples 0 .. G-1 within each. Each row's seed is a function of (seed, question_id,
     sample), so that a question keeps its outputs whatever it is batched with (up to the last bits of float32).
 
+    Args:
+        call_ends: texts that complete a call to an environment. An output that ends with one waits for its answer: finish
+            reason `call` (`continue_dialogues` goes on with it).
+
     Metrics: `rollout/length_mean`, `rollout/length_p95` (tokens of an output, its end of sequence included),
     `rollout/truncated_rate`, `rollout/samples`, `rollout/tokens`, `rollout/tokens_per_s`, `rollout/seconds`,
-    `rollout/concurrent` (1: sampled while the update before it ran).
+    `rollout/concurrent` (1: sampled while the update before it ran); with `call_ends` `rollout/waiting`, the outputs that wait.
 
     Raises:
         PromptTooLongError: a prompt and `max_output_tokens` exceed the model's window.
@@ -63,29 +55,47 @@ def rollout(
         ConfigError, WorkerError, StaleWeightsError: as `generator_of`; ConfigError also as `sampling_of`.
     """
     if (done := reads_done()) is not None:
+        if call_ends:
+            raise ValueError("rollout: outputs with calls to an environment are not sampled in a process of their own")
         return _sample_apart(policy, questions, prompt, config, seed=seed, done=done)
-    return sample_outputs(policy, questions, prompt, config, seed=seed)
+    return sample_outputs(policy, questions, prompt, config, seed=seed, call_ends=call_ends)
 
 
 def sample_outputs(
-    policy: Checkpoint, questions: Questions, prompt: PromptConfig, config: RolloutConfig, *, seed: int
+    policy: Checkpoint,
+    questions: Questions,
+    prompt: PromptConfig,
+    config: RolloutConfig,
+    *,
+    seed: int,
+    call_ends: Sequence[str] = (),
 ) -> Rollouts:
     """Sample in this process, as `rollout`."""
     tokenizer = load_tokenizer(policy)
     prompts = _prompts(questions, tokenizer, prompt, G=config.G, seed=seed)
-    sampling = sampling_of(policy, tokenizer, config)
-    with generator_of(policy, config.backend, stop_strings=bool(config.stop_strings)) as generator:
+    sampling, calls = sampling_of(policy, tokenizer, config, call_ends), calls_of(tokenizer, call_ends)
+    with generator_of(policy, config.backend, stop_strings=sampling.stop_strings is not None) as generator:
         started = time.perf_counter()
         outputs = generator.generate(prompts, sampling, reporter(len(prompts) * config.G))
         seconds = time.perf_counter() - started
-    _record(outputs, seconds)
+    every = [output for group in outputs for output in group]
+    truncated = sum(output.finish_reason == "length" for output in every)
+    record_outputs([len(output.ids) for output in every], truncated, seconds)
     rows = [
         Sampled(
-            prompt.question_id, n, list(prompt.ids), output.ids, output.logprobs, output.finish_reason, prompt.seeds[n]
+            prompt.question_id,
+            n,
+            list(prompt.ids),
+            output.ids,
+            output.logprobs,
+            reason_of(output, calls),
+            prompt.seeds[n],
         )
         for prompt, group in zip(prompts, outputs, strict=True)
         for n, output in enumerate(group)
     ]
+    if calls is not None:
+        record_metrics({"rollout/waiting": sum(row.finish_reason == "call" for row in rows)})
     return write_rollouts(rows, tokenizer, config.temperature)
 
 
@@ -115,19 +125,6 @@ def _sample_apart(
     outputs: Rollouts = process.call(sample_outputs, given)
     record_metrics({"rollout/concurrent": 1.0})
     return outputs
-
-
-def hold_weights(policy: Checkpoint, backend: HFBackendConfig, folder: str) -> Checkpoint:
-    """Load the weights of a policy in the sampler's process; those that are not in the store are in `folder`."""
-    from stages.rollout.apart import HandedOver
-
-    handed = resident("handed over", None, HandedOver)
-    handed.state, handed.folder = policy.state, Path(folder)
-    try:
-        resident_model(policy, backend)
-    finally:
-        handed.state = ""
-    return policy
 
 
 def _prompts(
@@ -170,8 +167,10 @@ def stop_ids(policy: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> tuple[in
     return tuple(sorted(ids))
 
 
-def sampling_of(policy: Checkpoint, tokenizer: PreTrainedTokenizerFast, config: RolloutConfig) -> Sampling:
-    """Return how `config` samples from a policy, until one of the policy's end tokens or of the config's stops.
+def sampling_of(
+    policy: Checkpoint, tokenizer: PreTrainedTokenizerFast, config: RolloutConfig, call_ends: Sequence[str] = ()
+) -> Sampling:
+    """Return how `config` samples from a policy, until one of its end tokens, of the config's stops, or a call's end.
 
     Raises:
         ConfigError: stops that mean nothing in the policy's tokenizer.
@@ -179,101 +178,39 @@ def sampling_of(policy: Checkpoint, tokenizer: PreTrainedTokenizerFast, config: 
     from stages.rollout.generator import Sampling
 
     ids = {*stop_ids(policy, tokenizer), *config.stop_ids} if config.stop else set()
-    return Sampling(config.temperature, config.max_output_tokens, tuple(sorted(ids)), stops_of(tokenizer, config))
+    strings = stops_of(tokenizer, config, call_ends)
+    return Sampling(config.temperature, config.max_output_tokens, tuple(sorted(ids)), strings)
 
 
-def stops_of(tokenizer: PreTrainedTokenizerFast, config: RolloutConfig) -> StopStrings | None:
+def calls_of(tokenizer: PreTrainedTokenizerFast, call_ends: Sequence[str]) -> StopStrings | None:
+    """Return what completes a call, as a tokenizer writes it; None where nothing does."""
+    from stages.text.stops import StopStrings
+
+    return StopStrings(tokenizer, call_ends) if call_ends else None
+
+
+def reason_of(output: Output, calls: StopStrings | None) -> str:
+    """Return the finish reason; `call` where the output's last token completes a call."""
+    if calls is None or output.finish_reason != "stop" or not calls.may_complete(output.ids[-1:])[0]:
+        return output.finish_reason
+    return "call" if calls.completes(output.ids) else output.finish_reason
+
+
+def stops_of(
+    tokenizer: PreTrainedTokenizerFast, config: RolloutConfig, call_ends: Sequence[str] = ()
+) -> StopStrings | None:
     """Return the stop strings as a tokenizer writes them; None where there are none.
 
     Raises:
         ConfigError: ids that it does not have, or strings that it cannot write.
     """
-    if not config.has_stops:
+    if not config.has_stops and not call_ends:
         return None
     from stages.text.stops import StopStrings, require_stop_ids
 
     require_stop_ids(tokenizer, config.stop_ids)
-    return StopStrings(tokenizer, config.stop_strings) if config.stop_strings else None
-
-
-@contextlib.contextmanager
-def generator_of(policy: Checkpoint, backend: BackendConfig, *, stop_strings: bool = False) -> Iterator[Generator]:
-    """Yield what decodes, with the weights of `policy`, its values checked (`CheckedGenerator`); for the block.
-
-    Args:
-        stop_strings: whether outputs will be ended by some.
-
-    Raises:
-        ConfigError: an engine that is not installed.
-        WorkerError: vLLM's process died, hung, or cannot run this model.
-        ServerError: the server cannot be reached, or cannot do what it is asked.
-        StaleWeightsError: an engine, or a server, with other weights.
-    """
-    from stages.rollout.generator import CheckedGenerator
-    from stages.rollout.probe import vocabulary_and_window
-
-    known, _ = vocabulary_and_window(policy)
-    match backend:
-        case HFBackendConfig():
-            from stages.rollout.hf import HFGenerator
-            from stages.training.hardware import threads
-
-            with threads(backend.threads):
-                generator = HFGenerator(resident_model(policy, backend), batch_rows=backend.batch_rows)
-                yield CheckedGenerator(generator, "hf", known)
-        case VLLMBackendConfig():
-            from stages.rollout.vllm import vllm_generator
-
-            with vllm_generator(policy, backend, reads_text=stop_strings) as engine:
-                yield CheckedGenerator(engine, "vllm", known)
-        case VLLMServerConfig():
-            from stages.rollout.served import ServedGenerator
-
-            yield CheckedGenerator(ServedGenerator(policy, backend), f"the server {backend.url}", known)
-        case _:
-            assert_never(backend)
-
-
-@dataclass
-class _Resident:
-    """Hold a model, and the digest of the checkpoint whose weights it has (None while they change)."""
-
-    model: PreTrainedModel
-    holds: str | None
-
-
-def resident_model(policy: Checkpoint, backend: HFBackendConfig) -> PreTrainedModel:
-    """The policy's model, ready: reloaded in place when only the weights differ, made anew when the architecture does.
-
-    Weights that an engine in this process has are copied from there.
-    """
-    from stages.rollout.generator import HF, make_room
-    from stages.rollout.kv_cache import GROUPED
-    from stages.training.engine import CheckpointedEngine
-    from stages.training.forward import keep_float32_logits
-    from stages.training.hardware import inference_dtype, training_device
-
-    device, dtype = training_device(), inference_dtype(backend.dtype)
-    chosen = backend.attention if backend.attention != "auto" else "sdpa" if device == "cuda" else "grouped"
-    attention = GROUPED if chosen == "grouped" else chosen
-
-    def make() -> _Resident:
-        model = load_model(policy, dtype=dtype, attention=attention)
-        if float32_logits(backend):
-            keep_float32_logits(model)
-        return _Resident(model.to(device), policy.state)
-
-    make_room(HF, device)
-    kept = resident(HF, (architecture_of(policy), dtype, float32_logits(backend), attention, device), make)
-    if kept.holds != policy.state:
-        kept.holds = None
-        trainer = holder_of(policy.state)
-        if isinstance(trainer, CheckpointedEngine):
-            copy_weights(model_weights(kept.model), trainer.weights())
-        else:
-            load_weights(kept.model, policy)
-        kept.holds = policy.state
-    return kept.model
+    strings = (*config.stop_strings, *call_ends)
+    return StopStrings(tokenizer, strings) if strings else None
 
 
 def reporter(total: int, topic: str = "rollout") -> Progress:
@@ -290,19 +227,18 @@ def reporter(total: int, topic: str = "rollout") -> Progress:
     return progress
 
 
-def _record(outputs: Sequence[Sequence[Output]], seconds: float) -> None:
+def record_outputs(lengths: Sequence[int], truncated: int, seconds: float) -> None:
+    """Record the metrics of outputs of so many tokens, sampled within so many seconds."""
     import numpy as np
 
-    every = [output for group in outputs for output in group]
-    lengths = np.array([len(output.ids) for output in every])
     record_metrics(
         {
-            "rollout/length_mean": float(lengths.mean()),
+            "rollout/length_mean": float(np.mean(lengths)),
             "rollout/length_p95": float(np.percentile(lengths, 95)),
-            "rollout/truncated_rate": sum(output.finish_reason == "length" for output in every) / len(every),
-            "rollout/samples": len(every),
-            "rollout/tokens": float(lengths.sum()),
-            "rollout/tokens_per_s": float(lengths.sum()) / seconds,
+            "rollout/truncated_rate": truncated / len(lengths),
+            "rollout/samples": len(lengths),
+            "rollout/tokens": float(sum(lengths)),
+            "rollout/tokens_per_s": float(sum(lengths)) / seconds,
             "rollout/seconds": seconds,
             "rollout/concurrent": 0.0,
         }
@@ -316,7 +252,7 @@ class Sampled(NamedTuple):
     sample: int
     prompt_ids: Sequence[int]
     output_ids: Sequence[int] | NDArray[np.int32]
-    logprobs: NDArray[np.float32] | None
+    logprobs: NDArray[np.float32] | Sequence[float | None] | None
     finish_reason: str
     seed: int
     turns: Sequence[tuple[int, int]] | None = None

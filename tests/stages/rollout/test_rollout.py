@@ -14,8 +14,7 @@ from pipeline.progress import listen
 from pipeline.store import Store
 from stages import rollout as package
 from stages.models import Checkpoint, load_model
-from stages.rollout import HFBackendConfig, RolloutConfig, rollout
-from stages.rollout import stage as stage_module
+from stages.rollout import HFBackendConfig, RolloutConfig, engines, rollout
 from stages.rollout.generator import PromptTooLongError, sample_seed
 from stages.tables import Questions
 from stages.text import PromptConfig, encode_prompt
@@ -33,7 +32,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counts: Counter[str] = Counter()
 
     def counted(name: str) -> Any:
-        original = getattr(stage_module, name)
+        original = getattr(engines, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             counts[name] += 1
@@ -42,7 +41,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return call
 
     for name in ("load_model", "load_weights"):
-        monkeypatch.setattr(stage_module, name, counted(name))
+        monkeypatch.setattr(engines, name, counted(name))
     return counts
 
 
@@ -133,7 +132,7 @@ def test_weights_that_failed_to_load_are_loaded_again(monkeypatch: pytest.Monkey
         raise OSError("disk gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage_module, "load_weights", half_loaded)
+        patch.setattr(engines, "load_weights", half_loaded)
         with pytest.raises(OSError, match="disk gone"):
             rollout(second, asked, PROMPT, CONFIG, seed=3)
     assert rollout(second, asked, PROMPT, CONFIG.override({"backend.batch_rows": 511}), seed=0).rows() == expected
@@ -161,6 +160,6 @@ def test_configs_that_contradict_themselves_are_refused() -> None:
 
 
 def test_the_package_exports_its_stages_and_configs() -> None:
-    stages = {"continue_outputs", "cut_into_prefixes", "rollout"}
+    stages = {"continue_dialogues", "continue_outputs", "cut_into_prefixes", "rollout"}
     configs = {"BackendConfig", "HFBackendConfig", "RolloutConfig", "VLLMBackendConfig", "VLLMServerConfig"}
     assert set(package.__all__) == {*configs, *stages, "engines_of", "require_backend", "stops_of"}

@@ -16,10 +16,10 @@ import pytest
 from pipeline.store import Store
 from stages.models import load_tokenizer
 from stages.rollout import RolloutConfig, VLLMServerConfig, rollout
+from stages.rollout.engines import generator_of
 from stages.rollout.generator import Output, Prompt, PromptTooLongError, Sampling, UnsoundOutputError
 from stages.rollout.probe import StaleWeightsError
 from stages.rollout.served import ServedGenerator, ServerError
-from stages.rollout.stage import generator_of
 from stages.text import PromptConfig
 from stages.text.stops import StopStrings
 from tests.stages.rollout.policies import questions, tiny_policy, uniform_policy

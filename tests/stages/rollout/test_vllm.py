@@ -22,6 +22,7 @@ from pipeline.workers.group import WorkerError
 from stages.models import Checkpoint, load_tokenizer
 from stages.rollout import HFBackendConfig, RolloutConfig, VLLMBackendConfig, VLLMServerConfig, rollout
 from stages.rollout.config import environments_of, require_vllm
+from stages.rollout.engines import generator_of
 from stages.rollout.generator import (
     HF,
     VLLM,
@@ -33,7 +34,6 @@ from stages.rollout.generator import (
     make_room,
 )
 from stages.rollout.probe import StaleWeightsError
-from stages.rollout.stage import generator_of
 from stages.rollout.vllm import Engine, deal
 from stages.text import PromptConfig
 from stages.text.stops import StopStrings

@@ -32,10 +32,10 @@ from stages.rollout import (
     rollout,
 )
 from stages.rollout import vllm as vllm_module
+from stages.rollout.engines import generator_of
 from stages.rollout.generator import VLLM, Generator, Output, Prompt, Sampling, cut_at_string
 from stages.rollout.probe import StaleWeightsError
 from stages.rollout.served import ServedGenerator
-from stages.rollout.stage import generator_of
 from stages.rollout.vllm import Engine
 from stages.text import PromptConfig, decode_outputs
 from stages.text.stops import StopStrings

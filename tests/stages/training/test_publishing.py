@@ -21,7 +21,7 @@ from pipeline.store.context import Payloads, writing_payloads
 from stages.models import OPTIMIZER, WEIGHTS, Checkpoint, load_model, load_tokenizer, model_weights
 from stages.models import checkpoint as checkpoint_module
 from stages.rollout import HFBackendConfig
-from stages.rollout.stage import resident_model
+from stages.rollout.engines import resident_model
 from stages.tables import Advantages
 from stages.training import LoRAConfig, TorchEngineConfig
 from stages.training import engine as engine_module
@@ -93,7 +93,7 @@ def test_a_sampler_in_this_process_has_the_trainers_weights_and_nothing_is_writt
     made = steps(["now"], **changes)
     assert equal(model_weights(resident_model(made[0], HF)), weights(made[0]))
     made += steps(["now", "never", "never"], **changes)[1:]
-    monkeypatch.setattr("stages.rollout.stage.load_weights", None)
+    monkeypatch.setattr("stages.rollout.engines.load_weights", None)
     sampler = {name: tensor.clone() for name, tensor in model_weights(resident_model(made[-1], HF)).items()}
     assert made[-1].content is None
     assert equal(sampler, weights(made[-1]))

@@ -13,7 +13,7 @@ import torch
 from pipeline.store import Store
 from stages.models import Checkpoint, load_tokenizer
 from stages.rollout import HFBackendConfig, RolloutConfig, rollout
-from stages.rollout.stage import resident_model
+from stages.rollout.engines import resident_model
 from stages.tables import Advantages, Rollouts
 from stages.text import PromptConfig
 from stages.training import AdamWConfig, TrainingConfig

@@ -17,10 +17,17 @@ Digit by digit, with u the units of the running value v and b the operand:
 
 Both keep v's tens, so a wrong author's own running value stays in 0..99 (who drops borrows but carries rightly gains at most
 9 an operation, hence at most ten numbers: 18 + 9 * 9 = 99). Every line goes on from what the author wrote before.
+
+With `numbers: large` a chain begins with a product of two numbers of three digits, and goes on with sums: what a small model
+cannot compute, and a calculator can (`stages/environment/`). Two authors call one, and read its answer:
+
+    Compute 347*290-118.    ->    [347*290-118]=100512     called by the policy up to ], answered up to the end of the line
+                                  #### 100512
 """
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections.abc import Iterator
@@ -34,11 +41,14 @@ from stages.tables import DataError, is_held_out
 
 Language = Literal["en", "zh"]
 Split = Literal["train", "held_out"]
-Author = Literal["careful", "drops_carries_and_borrows", "drops_borrows", "stops_early"]
+Author = Literal["careful", "drops_carries_and_borrows", "drops_borrows", "stops_early", "calls", "calls_early"]
+Numbers = Literal["small", "large"]
 
 LARGEST_FIRST: Final = 18
 LARGEST_OTHER: Final = 9
 LARGEST_VALUE: Final = 99
+SMALLEST_LARGE: Final = 100
+LARGEST_LARGE: Final = 999
 
 
 class AuthorShares(Config):
@@ -52,6 +62,15 @@ class AuthorShares(Config):
     """Carries rightly, never borrows."""
     stops_early: float = Field(0.15, ge=0)
     """Right lines, but neither writes nor counts the last operation."""
+    calls: float = Field(0.0, ge=0)
+    """Calls a calculator with the whole question, `[7+5-3]`, and repeats its answer."""
+    calls_early: float = Field(0.0, ge=0)
+    """So too, but leaves out the last operation."""
+
+    @property
+    def calls_a_tool(self) -> bool:
+        """Return whether some author calls the calculator."""
+        return self.calls > 0 or self.calls_early > 0
 
     @model_validator(mode="after")
     def _some_author_writes(self) -> AuthorShares:
@@ -69,6 +88,9 @@ class ArithmeticConfig(Config):
     """Numbers in the shortest chains."""
     longest: int = Field(5, ge=2, le=10)
     """Numbers in the longest chains; lengths are drawn evenly. SFT: 2-6, RL and evaluation: 3-5, out of domain: 6."""
+    numbers: Numbers = "small"
+    """`small`: 1 to 18 at first, then 1 to 9, sums of at most 99. `large`: 100 to 999, the first two multiplied, the rest
+    summed."""
     language: Language = "en"
     """`en`: `Compute 7+5.` -> `7+5=12`; `zh`: `计算 7+5。` -> `7加5等于12`. The answer line is `#### 12` in both."""
     addition_share: float = Field(0.5, gt=0, lt=1)
@@ -84,11 +106,13 @@ class ArithmeticConfig(Config):
     def _lengths_in_order(self) -> ArithmeticConfig:
         if self.shortest > self.longest:
             raise ValueError(f"shortest ({self.shortest}) is above longest ({self.longest})")
+        if self.numbers == "large" and self.language != "en":
+            raise ValueError(f"language: large numbers are written in en, found {self.language}; set it to en")
         return self
 
 
 class Chain(NamedTuple):
-    """A first number and the operations on it: `(7, (("+", 5), ("-", 3)))` is 7+5-3."""
+    """A first number and the operations on it: `(7, (("+", 5), ("-", 3)))` is 7+5-3. Only the first may be a product."""
 
     first: int
     operations: tuple[tuple[str, int], ...]
@@ -101,7 +125,12 @@ class Chain(NamedTuple):
     @property
     def answer(self) -> int:
         """Return the true result."""
-        return self.first + sum([operand if sign == "+" else -operand for sign, operand in self.operations])
+        return functools.reduce(_apply, self.operations, self.first)
+
+
+def _apply(value: int, operation: tuple[str, int]) -> int:
+    sign, operand = operation
+    return value * operand if sign == "*" else value + operand if sign == "+" else value - operand
 
 
 def render_question(chain: Chain, language: Language) -> str:
@@ -111,19 +140,31 @@ def render_question(chain: Chain, language: Language) -> str:
 
 def write_solution(chain: Chain, author: Author, language: Language) -> str:
     """Write the solution of `author`: a function of the chain and of nothing else."""
+    operations = chain.operations[:-1] if author in ("stops_early", "calls_early") else chain.operations
+    if author in ("calls", "calls_early"):
+        called = Chain(chain.first, operations)
+        return f"[{called.expression}]={called.answer}\n#### {called.answer}"
     carries = author != "drops_carries_and_borrows"
     borrows = author in ("careful", "stops_early")
-    operations = chain.operations[:-1] if author == "stops_early" else chain.operations
     plus, minus, equals = ("+", "-", "=") if language == "en" else ("加", "减", "等于")
     value, lines = chain.first, []
     for sign, operand in operations:
         units, left = value % 10, value
-        if sign == "+":
+        if sign == "*":
+            value *= operand
+        elif sign == "+":
             value = value + operand if carries else value - units + (units + operand) % 10
         else:
             value = value - operand if borrows else value - units + (units - operand) % 10
-        lines.append(f"{left}{plus if sign == '+' else minus}{operand}{equals}{value}\n")
+        lines.append(f"{left}{ {'+': plus, '-': minus}.get(sign, sign) }{operand}{equals}{value}\n")
     return "".join(lines) + f"#### {value}"
+
+
+def called_part(completion: str) -> tuple[int, int] | None:
+    """Return where the calculator's answer stands in a solution of an author who calls it, [start, end); None in others."""
+    if not completion.startswith("["):
+        return None
+    return completion.index("]") + 1, completion.index("\n") + 1
 
 
 def draw_chains(config: ArithmeticConfig, split: Split, rng: random.Random) -> Iterator[Chain]:
@@ -131,6 +172,13 @@ def draw_chains(config: ArithmeticConfig, split: Split, rng: random.Random) -> I
     # rng.random() alone: the other methods of `random` may draw differently in another Python version.
     uniform = rng.random
     lengths = config.longest - config.shortest + 1
+    while config.numbers == "large":
+        wanted = config.shortest + int(uniform() * lengths)
+        numbers = [SMALLEST_LARGE + int(uniform() * (LARGEST_LARGE - SMALLEST_LARGE + 1)) for _ in range(wanted)]
+        signs = ["*", *("+" if uniform() < config.addition_share else "-" for _ in numbers[2:])]
+        chain = Chain(numbers[0], tuple(zip(signs, numbers[1:], strict=True)))
+        if is_held_out(chain.expression, config.held_out_share) == (split == "held_out"):
+            yield chain
     while True:
         value = first = 1 + int(uniform() * LARGEST_FIRST)
         operations: list[tuple[str, int]] = []
@@ -172,9 +220,9 @@ def longest_question(config: ArithmeticConfig, split: Split) -> int:
     return max(len(render_question(chain, config.language)) for chain in unique_chains(config, split))
 
 
-_QUESTION: Final = re.compile(r"(?:Compute|计算) (\d+)((?:[+-]\d+)+)[.。]")
+_QUESTION: Final = re.compile(r"(?:Compute|计算) (\d+)((?:[*+-]\d+)+)[.。]")
 _NUMBER: Final = r"(0|[1-9]\d{0,8})"
-_LINE: Final = re.compile(rf"{_NUMBER}(\+|-|加|减){_NUMBER}(?:=|等于){_NUMBER}", re.ASCII)
+_LINE: Final = re.compile(rf"{_NUMBER}(\*|\+|-|加|减){_NUMBER}(?:=|等于){_NUMBER}", re.ASCII)
 _FINAL: Final = re.compile(rf"#### {_NUMBER}", re.ASCII)
 
 
@@ -187,7 +235,7 @@ def parse_question(question: str) -> Chain:
     match = _QUESTION.fullmatch(question)
     if match is None:
         raise DataError(f"not a chain-arithmetic question: {question[:80]!r}; expected for example 'Compute 7+5-3.'")
-    operations = tuple((sign, int(operand)) for sign, operand in re.findall(r"([+-])(\d+)", match[2]))
+    operations = tuple((sign, int(operand)) for sign, operand in re.findall(r"([*+-])(\d+)", match[2]))
     return Chain(int(match[1]), operations)
 
 
@@ -227,12 +275,12 @@ def check_solution(question: str, text: str) -> list[LineCheck]:
             consistent = not answered and position == len(chain.operations) and int(answer[1]) == written
         elif not answered and position < len(chain.operations) and (step := _LINE.fullmatch(line)):
             sign, operand = chain.operations[position]
-            asked = ("+" if step[2] in "+加" else "-", int(step[3])) == (sign, operand)
+            asked = ({"加": "+", "减": "-"}.get(step[2], step[2]), int(step[3])) == (sign, operand)
             left, value = int(step[1]), int(step[4])
-            change = operand if sign == "+" else -operand
-            right = asked and left == truth and value == truth + change
-            consistent = asked and left == written and value == left + change
-            truth, written = truth + change, value
+            truth, before = _apply(truth, (sign, operand)), truth
+            right = asked and left == before and value == truth
+            consistent = asked and left == written and value == _apply(left, (sign, operand))
+            written = value
             position += 1
         answered = answered or answer is not None
         if line:

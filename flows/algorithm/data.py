@@ -132,8 +132,9 @@ def arithmetic_complaints(config: IterativeRLConfig, data: ArithmeticData) -> It
     sets = {"train": data.train} | {f"evaluation.{name}": part for name, part in data.evaluation.items()}
     for name, part in sets.items():
         room = room_of(config, name, window if isinstance(window, int) else None)
-        # Numbers of two digits at most: only near the limit are the questions themselves looked at.
-        if room.tokens is None or frame + len("Compute .") + 3 * part.longest - 1 <= room.tokens:
+        digits = 2 if part.numbers == "small" else 3
+        # At most so many: only near the limit are the questions themselves looked at.
+        if room.tokens is None or frame + len("Compute .") + (digits + 1) * part.longest - 1 <= room.tokens:
             continue
         longest = frame + longest_question(part, "train" if name == "train" else "held_out")
         if longest > room.tokens:

@@ -6,9 +6,9 @@ import itertools
 import random
 import re
 from collections.abc import Mapping
-from typing import Any, Final, get_args
+from typing import Any, Final, Self, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.artifact import take_rows
 from pipeline.config import Config
@@ -46,6 +46,20 @@ class DemonstrationConfig(Config):
     def _complete(cls, chains: Any) -> Any:
         """Complete a file's fields by this default, not by `ArithmeticConfig`'s."""
         return {**_SFT_CHAINS.model_dump(), **chains} if isinstance(chains, Mapping) else chains
+
+    @model_validator(mode="after")
+    def _authors_who_can(self) -> Self:
+        written = {"careful", "stops_early", "calls", "calls_early"}
+        unable = [name for name, share in self.authors.model_dump().items() if share and name not in written]
+        if self.chains.numbers == "large" and unable:
+            raise ValueError(
+                f"authors: {unable[0]} has a habit with small numbers only; set its share to 0, or chains.numbers=small"
+            )
+        if self.chains.language != "en" and self.authors.calls_a_tool:
+            raise ValueError(
+                "authors: who calls a calculator writes en; set calls=0 and calls_early=0, or chains.language=en"
+            )
+        return self
 
 
 @stage(version="1")

@@ -28,6 +28,7 @@ from stages.data import (
 from stages.environment import (
     Author,
     Chain,
+    called_part,
     draw_chains,
     parse_question,
     render_question,
@@ -58,6 +59,8 @@ def chains(draw: st.DrawFn) -> Chain:
         ("drops_carries_and_borrows", "7+5=2\n2-3=9\n9+8=7\n#### 7"),
         ("drops_borrows", "7+5=12\n12-3=19\n19+8=27\n#### 27"),
         ("stops_early", "7+5=12\n12-3=9\n#### 9"),
+        ("calls", "[7+5-3+8]=17\n#### 17"),
+        ("calls_early", "[7+5-3]=9\n#### 9"),
     ],
 )
 def test_each_author_writes_what_its_habit_says(author: Author, solution: str) -> None:
@@ -98,6 +101,45 @@ def test_a_careful_solution_has_only_right_lines_and_ends_in_the_sum(chain: Chai
     assert len(checks) == len(chain.operations) + 1
     assert all(check.right and check.consistent for check in checks)
     assert parse_question(render_question(chain, language)) == chain  # type: ignore[arg-type]
+
+
+def test_large_chains_are_a_product_with_sums_behind_it_and_solved_line_by_line_or_by_a_call() -> None:
+    config = ArithmeticConfig(count=300, shortest=2, longest=4, numbers="large")
+    drawn = unique_chains(config, "train")
+    assert {len(chain.operations) for chain in drawn} == {1, 2, 3}
+    assert {sign for chain in drawn for sign, _ in chain.operations[1:]} == {"+", "-"}
+    for chain in drawn:
+        assert chain.operations[0][0] == "*"
+        assert all(100 <= number <= 999 for number in (chain.first, *(operand for _, operand in chain.operations)))
+        assert chain.answer == eval(chain.expression)
+        question = render_question(chain, "en")
+        assert parse_question(question) == chain
+        checks = check_solution(question, write_solution(chain, "careful", "en"))
+        assert [check.right and check.consistent for check in checks] == [True] * (len(chain.operations) + 1)
+        assert write_solution(chain, "calls", "en") == f"[{chain.expression}]={chain.answer}\n#### {chain.answer}"
+    two = Chain(347, (("*", 290),))
+    assert write_solution(two, "calls_early", "en") == "[347]=347\n#### 347"
+    assert write_solution(two, "careful", "en") == "347*290=100630\n#### 100630"
+
+
+def test_the_answer_of_a_call_is_the_part_that_the_policy_does_not_write() -> None:
+    solution = write_solution(CHAIN, "calls", "en")
+    start, end = called_part(solution) or (0, 0)
+    assert (solution[:start], solution[start:end], solution[end:]) == ("[7+5-3+8]", "=17\n", "#### 17")
+    assert called_part(write_solution(CHAIN, "careful", "en")) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"chains": {"numbers": "large"}}, "authors: drops_carries_and_borrows"),
+        ({"chains": {"language": "zh"}, "authors": {"calls": 1.0}}, "authors: who calls"),
+        ({"chains": {"numbers": "large", "language": "zh"}}, "language"),
+    ],
+)
+def test_authors_and_numbers_that_do_not_go_together_are_refused(settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        DemonstrationConfig().override(settings)
 
 
 def test_labels_of_an_early_stop_are_right_but_for_the_answer_line() -> None:
@@ -141,7 +183,7 @@ def test_a_broken_off_solution_has_no_label_for_an_answer() -> None:
     assert not any(check.final for check in check_solution("Compute 7+5-3.", "7+5=12\n12-"))
 
 
-@pytest.mark.parametrize("question", ["Compute 7.", "7+5", "Compute 7+5", "Compute 7*5."])
+@pytest.mark.parametrize("question", ["Compute 7.", "7+5", "Compute 7+5", "Compute 7/5."])
 def test_a_question_of_another_world_is_refused(question: str) -> None:
     with pytest.raises(DataError, match="not a chain-arithmetic question"):
         check_solution(question, "#### 1")

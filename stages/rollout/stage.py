@@ -184,9 +184,11 @@ def sampling_of(
 
 def calls_of(tokenizer: PreTrainedTokenizerFast, call_ends: Sequence[str]) -> StopStrings | None:
     """Return what completes a call, as a tokenizer writes it; None where nothing does."""
+    if not call_ends:
+        return None
     from stages.text.stops import StopStrings
 
-    return StopStrings(tokenizer, call_ends) if call_ends else None
+    return StopStrings(tokenizer, call_ends)
 
 
 def reason_of(output: Output, calls: StopStrings | None) -> str:

@@ -41,7 +41,7 @@ _WATCHED = {
     "generation": ["stages.rollout.hf:HFGenerator.generate"],
     "reference": ["stages.update.loss:MiniBatch.logprobs"],
     "update": ["stages.training.loop:optimizer_step"],
-    "load weights": ["stages.rollout.stage:load_weights"],
+    "load weights": ["stages.rollout.engines:load_weights"],
     "load tokenizer": ["stages.rollout.stage:load_tokenizer"],
     "store": [
         f"pipeline.store.store:Store.{name}" for name in ("publish", "find", "record", "path", "manifest", "action")

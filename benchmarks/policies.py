@@ -23,7 +23,7 @@ from benchmarks.workload import Workload
 from flows.config.recipes import arithmetic_cpu
 from flows.iterative_rl import iterative_rl
 from pipeline.store import Store, use_store
-from stages.environment import ArithmeticConfig, Chain, render_question, unique_chains, write_solution
+from stages.arithmetic import ArithmeticConfig, Chain, render_question, unique_chains, write_solution
 from stages.models import Checkpoint, write_plain
 from stages.models.gguf import copy_gguf
 from stages.sft import PolicyConfig, SFTConfig, create_policy, supervised_finetuning

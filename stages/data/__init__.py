@@ -4,6 +4,7 @@ Every set is a `Questions` table with unique ids; demonstrations for supervised 
 wrong solutions of others `Solutions`, with what their surface by itself predicts.
 """
 
+from stages.arithmetic import ArithmeticConfig, AuthorShares, LineCheck, check_solution, longest_question
 from stages.data.discrimination import Feature, measure_discrimination, shortcut_scores
 from stages.data.files import ColumnsConfig, QuestionFileConfig
 from stages.data.lengths import PromptLengths, PromptLimitConfig, PromptRoom, limit_prompts, measure_prompts
@@ -23,7 +24,6 @@ from stages.data.solutions import (
     solution_outputs,
     take_solutions,
 )
-from stages.environment import ArithmeticConfig, AuthorShares, LineCheck, check_solution, longest_question
 from stages.tables import DataError
 
 __all__ = [

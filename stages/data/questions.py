@@ -13,8 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.artifact import take_rows
 from pipeline.config import Config
 from pipeline.stage import record_metrics, stage
-from stages.data.files import QuestionFileConfig, load_questions
-from stages.environment import (
+from stages.arithmetic import (
     ArithmeticConfig,
     Author,
     AuthorShares,
@@ -24,6 +23,7 @@ from stages.environment import (
     unique_chains,
     write_solution,
 )
+from stages.data.files import QuestionFileConfig, load_questions
 from stages.tables import DataError, Demonstrations, Questions, identify
 from stages.training.batching import sample_positions
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, assert_never
 
-from stages.environment import check_solution
+from stages.arithmetic import check_solution
 from stages.reward.composition import ComponentScore, Output, StepLabels
 from stages.reward.config import (
     AccuracyConfig,

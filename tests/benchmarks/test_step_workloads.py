@@ -17,8 +17,8 @@ from benchmarks.policies import LEAST, MOST, make_words, word_problem
 from benchmarks.trl_worker import Sampled, answer_reward
 from benchmarks.workload import Workload, make_policy, make_questions, shape_of
 from pipeline.store import Store, use_store
+from stages.arithmetic import ArithmeticConfig, unique_chains
 from stages.data import QuestionFileConfig, read_questions, sample_batch
-from stages.environment import ArithmeticConfig, unique_chains
 
 PEER = Path(__file__).parents[2] / ".venv-bench" / "bin" / "python"
 GROUPS: list[Group] = [(3, [[1, 2], [1, 2], [1, 3], [4]])]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stages.environment import (
+from stages.arithmetic import (
     ArithmeticConfig,
     Author,
     Chain,

@@ -16,16 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import Config, ConfigError
 from pipeline.store import Store
-from stages.data import (
-    ArithmeticConfig,
-    AuthorShares,
-    DataError,
-    DemonstrationConfig,
-    arithmetic_demonstrations,
-    arithmetic_questions,
-    check_solution,
-)
-from stages.environment import (
+from stages.arithmetic import (
     Author,
     Chain,
     called_part,
@@ -34,6 +25,15 @@ from stages.environment import (
     render_question,
     unique_chains,
     write_solution,
+)
+from stages.data import (
+    ArithmeticConfig,
+    AuthorShares,
+    DataError,
+    DemonstrationConfig,
+    arithmetic_demonstrations,
+    arithmetic_questions,
+    check_solution,
 )
 
 CHAIN = Chain(7, (("+", 5), ("-", 3), ("+", 8)))  # 12, 9, 17: a carry, a borrow, a carry

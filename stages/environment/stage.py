@@ -1,0 +1,78 @@
+"""Answer the calls of outputs that wait for one."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from typing import Any, get_args
+
+from pipeline.stage import record_metrics, stage
+from stages.environment.answers import Dialogue, Environment, Status
+from stages.environment.calculator import Calculator
+from stages.environment.config import EnvironmentConfig
+from stages.join import KEY, align
+from stages.tables import Questions, Rollouts, ToolCalls
+
+
+@stage(version="1")
+def answer_calls(
+    outputs: Rollouts, questions: Questions, earlier: ToolCalls | None, config: EnvironmentConfig
+) -> ToolCalls:
+    """Answer every output that waits for its environment (finish reason `call`); return all calls so far.
+
+    An answer is a function of what is recorded: the question, the turns of the output, and its earlier calls.
+
+    Args:
+        outputs: of `rollout` or `continue_dialogues`; the last turn of those that wait ends in a call.
+        questions: of the outputs.
+        earlier: the calls of the turns before; None at the first.
+
+    Metrics: `tool/calls` (in all turns so far), `tool/ok_rate`, `tool/error_rate`, `tool/timeout_rate`, `tool/memory_rate`,
+    `tool/refused_rate` (of all calls; null without any), `time/tools` (seconds, of all turns so far).
+
+    Raises:
+        JoinError: an output without its question.
+    """
+    table = outputs.read([*KEY, "finish_reason", "text", "text_ends", "turns"])
+    asked = align(table, questions.read(), "questions", by=["question_id"], several=True, extra=True).to_pylist()
+    rows: list[dict[str, Any]] = earlier.rows() if earlier else []
+    before: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["turn"]):
+        before.setdefault((row["question_id"], row["sample"]), []).append(row)
+    waiting = [
+        (row, question)
+        for row, question in zip(table.to_pylist(), asked, strict=True)
+        if row["finish_reason"] == "call"
+    ]
+    keys = [(row["question_id"], row["sample"]) for row, _ in waiting]
+    dialogues = [
+        Dialogue(question, turns_of(row), before.get(key, []))
+        for key, (row, question) in zip(keys, waiting, strict=True)
+    ]
+    started = time.perf_counter()
+    answers = environment_of(config).answer(dialogues) if dialogues else []
+    seconds = time.perf_counter() - started
+    for key, dialogue, answer in zip(keys, dialogues, answers, strict=True):
+        named = {"question_id": key[0], "sample": key[1], "turn": len(dialogue.turns) - 1}
+        rows.append(named | dataclasses.asdict(answer))
+    _record(rows, seconds + (earlier.metrics.get("time/tools", 0.0) if earlier else 0.0))
+    return ToolCalls.write(rows)
+
+
+def environment_of(config: EnvironmentConfig) -> Environment:
+    """Return what answers."""
+    return Calculator(config)
+
+
+def turns_of(row: dict[str, Any]) -> list[str]:
+    """Return the text of each turn of a row of `Rollouts`: what the policy wrote, without what it was answered."""
+    ends = [0, *row["text_ends"]]
+    spans = [(span["start"], span["end"]) for span in row["turns"] or ()] or [(0, len(row["text_ends"]))]
+    return [row["text"][ends[start] : ends[end]] for start, end in spans]
+
+
+def _record(rows: list[dict[str, Any]], seconds: float) -> None:
+    counts = Counter(row["status"] for row in rows)
+    shares = {f"tool/{status}_rate": counts[status] / len(rows) if rows else None for status in get_args(Status)}
+    record_metrics({"tool/calls": len(rows), **shares, "time/tools": seconds})

@@ -9,7 +9,7 @@ Shapes: N rows, M values of all rows of a ragged column, Q groups.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Self
 
 import numpy as np
@@ -154,7 +154,15 @@ def key_at(table: pa.Table, row: int | np.integer[Any], by: Sequence[str] = KEY)
     return key if len(key) > 1 else key[0]
 
 
-def per_token(table: pa.Table, column: str, length_N: Places, name: str, *, masked: bool = False) -> Ragged:
+def per_token(
+    table: pa.Table,
+    column: str,
+    length_N: Places,
+    name: str,
+    *,
+    masked: bool = False,
+    written_M: NDArray[np.bool_] | None = None,
+) -> Ragged:
     """Return a column with one finite number for each output token.
 
     Args:
@@ -162,6 +170,7 @@ def per_token(table: pa.Table, column: str, length_N: Places, name: str, *, mask
         length_N: tokens of each output.
         name: of the numbers, for errors.
         masked: whether rows may be null; those have no values.
+        written_M: which tokens of all rows have a number (`written_by_policy`); at the others it is 0. None: all have.
 
     Raises:
         ValueError: names the row and the token: no list, another number of values than tokens, a value that is not finite.
@@ -176,6 +185,9 @@ def per_token(table: pa.Table, column: str, length_N: Places, name: str, *, mask
         raise ValueError(
             f"output {key_at(table, row)}: expected {length_N[row]} {name}, one for each token, found {found.lengths[row]}"
         )
+    if written_M is not None:
+        written_M = written_M[~np.repeat(found.null, length_N)]
+        found = replace(found, values=np.where(written_M, found.values, np.zeros(1, found.values.dtype)))
     bad = np.flatnonzero(~np.isfinite(found.values))
     if len(bad):
         row = int(np.searchsorted(found.offsets, bad[0], side="right")) - 1
@@ -214,6 +226,34 @@ def written_by_policy(table: pa.Table) -> NDArray[np.bool_]:
     np.add.at(change_M, output.offsets[row_S] + start_S, 1)
     np.add.at(change_M, output.offsets[row_S] + end_S, -1)
     return written_M | (np.cumsum(change_M[:-1]) > 0)
+
+
+def written_rows(table: pa.Table) -> list[tuple[bool, ...] | None]:
+    """Return `written_by_policy` by row; None where the policy wrote the whole output."""
+    null_N = table["turns"].is_null().to_pylist()
+    if all(null_N):
+        return [None] * table.num_rows
+    written = np.split(written_by_policy(table), np.cumsum(Ragged.of(table["output_ids"]).lengths)[:-1])
+    return [None if null else tuple(row.tolist()) for row, null in zip(written, null_N, strict=True)]
+
+
+def with_scores(keys: pa.Table, unsound: str, **columns: Sequence[Sequence[float]]) -> pa.Table:
+    """Append columns of one number per token.
+
+    Args:
+        unsound: what an error says of a number that is not finite; `{name}` in it is the column's.
+
+    Raises:
+        ValueError: a number is not finite; names the row.
+    """
+    table = keys
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values, pa.list_(pa.float32())))
+        found = Ragged.of(table[name])
+        bad = found.row_of_value[~np.isfinite(found.values)]
+        if len(bad):
+            raise ValueError(f"output {key_at(keys, bad[0])}: {unsound.format(name=name)}")
+    return table
 
 
 def _codes(tables: Sequence[pa.Table], by: Sequence[str]) -> list[Places]:

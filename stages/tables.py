@@ -50,6 +50,7 @@ def _required(name: str, kind: pa.DataType) -> pa.Field:
     return pa.field(name, kind, nullable=False)
 
 
+_SPANS = pa.list_(pa.struct([_required("start", pa.int32()), _required("end", pa.int32())]))
 _KEY = [_required("question_id", pa.string()), _required("sample", pa.int32())]
 
 
@@ -67,14 +68,20 @@ class Questions(Table):
 
 
 class Demonstrations(Table):
-    """Supervised examples: a question and one completion; `author` names its origin. A question may have several."""
+    """Supervised examples: a question and one completion; `author` names its origin. A question may have several.
 
+    `observed` has the parts of a completion, [start, end) in characters and in order, that an environment wrote: they are not
+    imitated. Null: none.
+    """
+
+    optional = ("observed",)
     schema = pa.schema(
         [
             _required("question_id", pa.string()),
             _required("question", pa.string()),
             _required("completion", pa.string()),
             pa.field("author", pa.string()),
+            pa.field("observed", _SPANS),
         ]
     )
 
@@ -123,7 +130,7 @@ class Rollouts(Table):
             _required("text_ends", pa.list_(pa.int32())),
             _required("temperature", pa.float32()),
             _required("seed", pa.int64()),
-            pa.field("turns", pa.list_(pa.struct([_required("start", pa.int32()), _required("end", pa.int32())]))),
+            pa.field("turns", _SPANS),
         ]
     )
 

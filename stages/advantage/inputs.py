@@ -3,6 +3,9 @@
 Memory is bounded however many outputs there are: of all rows only keys and lengths are held. Everything else is read from
 mapped files, a chunk at a time. A question is never cut, so no value depends on the chunks.
 
+Tokens here are those that the policy wrote: what environments wrote (`Rollouts.turns`) is left out as it is read, and gets an
+advantage of 0, which nothing reads.
+
 Shapes: N outputs in the order of `Rollouts`, M tokens of all outputs one after another, Q questions, S steps.
 """
 
@@ -18,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from stages.join import KEY, Ragged, align, group_rows, key_at, per_token, require_unique, same_keys
+from stages.join import KEY, Ragged, align, group_rows, key_at, per_token, require_unique, same_keys, written_by_policy
 from stages.tables import Logprobs, Rewards, Rollouts, Values
 
 CHUNK_TOKENS: Final = 2**21
@@ -80,7 +83,7 @@ def read_exploration(
     """Read the columns that advantages are made of."""
     scores = ("reward", "status", "step_rewards", "step_ends", "scorer")
     return Exploration(
-        outputs.read([*KEY, "output_ids", "finish_reason"]),
+        outputs.read([*KEY, "output_ids", "finish_reason", "turns"]),
         None if rewards is None else rewards.read([*KEY, *scores]),
         None if values is None else values.read([*KEY, "value"]),
         None if logprobs is None else logprobs.read([*KEY, "policy", "reference"]),
@@ -116,11 +119,28 @@ class Outputs:
     """Tokens."""
     cut_N: NDArray[np.bool_]
     """Whether it was cut at the length limit."""
+    ids_N: NDArray[np.int64]
+    """Length of `output_ids`: its tokens, and those that its environment wrote."""
+    written_I: NDArray[np.bool_] | None
+    """Of all ids one after another, which the policy wrote; None: all of them."""
 
     @property
     def output_of_token(self) -> NDArray[np.int64]:
         """Return for each token the output it belongs to (M)."""
         return np.repeat(np.arange(len(self.length_N)), self.length_N)
+
+    def of_tokens(self, table: pa.Table, column: str, name: str) -> Floats:
+        """Return a column with a number for each id as numbers of the tokens (M); raises as `per_token`, which has `name`."""
+        values_I = per_token(table, column, self.ids_N, name, written_M=self.written_I).values.astype(np.float64)
+        return values_I if self.written_I is None else values_I[self.written_I]
+
+    def of_ids(self, values_M: Floats) -> Floats:
+        """Return numbers of tokens as numbers of all ids, 0 at those that the policy did not write."""
+        if self.written_I is None:
+            return values_M
+        values_I = np.zeros(len(self.written_I))
+        values_I[self.written_I] = values_M
+        return values_I
 
     def per_output(self, values_M: Floats) -> list[Floats]:
         """Split values of all tokens into one array per output."""
@@ -177,8 +197,15 @@ def read_outputs(table: pa.Table) -> Outputs:
     require_unique(table, "outputs")
     names, group_N = group_rows(table["question_id"])
     sample_N = table["sample"].to_numpy().astype(np.int64)
-    length_N = pc.list_value_length(table["output_ids"]).to_numpy().astype(np.int64)
-    return Outputs(table, names, group_N, sample_N, length_N, pc.equal(table["finish_reason"], "length").to_numpy())
+    ids_N = length_N = pc.list_value_length(table["output_ids"]).to_numpy().astype(np.int64)
+    written_I = None
+    if table["turns"].null_count < table.num_rows:
+        written_I = written_by_policy(table)
+        length_N = np.bincount(np.repeat(np.arange(len(ids_N)), ids_N), written_I, minlength=len(ids_N)).astype(
+            np.int64
+        )
+    cut_N = pc.equal(table["finish_reason"], "length").to_numpy()
+    return Outputs(table, names, group_N, sample_N, length_N, cut_N, ids_N, written_I)
 
 
 def read_rewards(table: pa.Table, outputs: Outputs) -> Scored:
@@ -194,7 +221,22 @@ def read_rewards(table: pa.Table, outputs: Outputs) -> Scored:
     _check_rewards(table, outputs)
     steps = Ragged.of(table["step_rewards"]), Ragged.of(table["step_ends"])
     _check_steps(*steps, outputs)
+    if outputs.written_I is not None:
+        steps = _steps_of_policy(*steps, outputs)
     return Scored(table["reward"].to_numpy(), pc.equal(table["status"], "ok").to_numpy(), *steps)
+
+
+def _steps_of_policy(rewards: Ragged, ends: Ragged, outputs: Outputs) -> tuple[Ragged, Ragged]:
+    """Return the steps with their ends counted in tokens: a step ends with its last token; one without any is left out."""
+    assert outputs.written_I is not None
+    so_far_I = np.cumsum(outputs.written_I)
+    row_S, first_N = ends.row_of_value, np.cumsum(outputs.ids_N) - outputs.ids_N
+    before_N = np.where(first_N > 0, so_far_I[first_N - 1], 0)
+    end_S = so_far_I[first_N[row_S] + ends.values] - before_N[row_S] - 1
+    previous_S = np.where(np.diff(row_S, prepend=-1) == 0, np.concatenate([[-1], end_S])[:-1], -1)
+    kept_S = end_S > previous_S
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(row_S[kept_S], minlength=len(ends)))])
+    return Ragged(rewards.values[kept_S], offsets, rewards.null), Ragged(end_S[kept_S], offsets, ends.null)
 
 
 def _check_rewards(table: pa.Table, outputs: Outputs) -> None:
@@ -225,15 +267,15 @@ def _check_rewards(table: pa.Table, outputs: Outputs) -> None:
 def _check_steps(rewards: Ragged, ends: Ragged, outputs: Outputs) -> None:
     """Refuse step rewards that do not fit the tokens of their output."""
     fault_N = (rewards.null != ends.null) | (rewards.lengths != ends.lengths)
-    fault_N |= ~rewards.null & (rewards.lengths == 0) & (outputs.length_N > 0)
+    fault_N |= ~rewards.null & (rewards.lengths == 0) & (outputs.ids_N > 0)
     fault_N[rewards.row_of_value[~np.isfinite(rewards.values)]] = True
     row_S = ends.row_of_value
-    inside_S = (ends.values >= 0) & (ends.values < outputs.length_N[row_S])
+    inside_S = (ends.values >= 0) & (ends.values < outputs.ids_N[row_S])
     fault_N[row_S[~inside_S]] = True
     fault_N[row_S[1:][(np.diff(ends.values) < 0) & (np.diff(row_S) == 0)]] = True
     if fault_N.any():
         row = int(np.argmax(fault_N))
-        fault = _step_fault(rewards, ends, row, int(outputs.length_N[row]))
+        fault = _step_fault(rewards, ends, row, int(outputs.ids_N[row]))
         raise ValueError(f"steps of {key_at(outputs.table, row)}: {fault}")
 
 
@@ -273,8 +315,7 @@ def read_ratio(logprobs: pa.Table | None, outputs: Outputs, need: str) -> Floats
         )
     table = align(outputs.table, logprobs, "logprobs")
     policy, reference = (
-        per_token(table, column, outputs.length_N, f"log-probabilities under the {column}").values.astype(np.float64)
-        for column in ("policy", "reference")
+        outputs.of_tokens(table, column, f"log-probabilities under the {column}") for column in ("policy", "reference")
     )
     return policy - reference
 
@@ -288,4 +329,4 @@ def read_values(values: pa.Table | None, outputs: Outputs) -> Floats:
     if values is None:
         raise ValueError("advantage kind gae needs a critic's values; pass `values` (made by estimate_values)")
     table = align(outputs.table, values, "values")
-    return per_token(table, "value", outputs.length_N, "values").values.astype(np.float64)
+    return outputs.of_tokens(table, "value", "values")

@@ -36,7 +36,7 @@ from stages.reward_metrics import RewardMetric
 from stages.tables import Advantages, Logprobs, Rewards, Rollouts, Values
 
 
-@stage(version="2")
+@stage(version="3")
 def estimate_advantages(
     rewards: Rewards | None,
     outputs: Rollouts,
@@ -45,6 +45,9 @@ def estimate_advantages(
     logprobs: Logprobs | None = None,
 ) -> Advantages:
     """Estimate A-hat_{i,t} for every output token, from what `config` says (Algorithm 1, line 9).
+
+    Tokens that an environment wrote are none of the output's: sums, returns and KL pass over them, and their value is 0. A step
+    of process supervision ends with the last token of its line that the policy wrote; a line without any is no step.
 
     Rows come in the order of `outputs`; the other tables are joined by (question_id, sample). A row without reward keeps its
     slot with a null advantage and takes no part in any statistics.
@@ -133,9 +136,9 @@ def _table(outputs: Outputs, estimate: Estimate, pairs: int) -> pa.Table:
 
 
 def _column(outputs: Outputs, values_M: NDArray[np.float64] | None, masked_N: NDArray[np.bool_]) -> pa.Array:
-    """Return the values of each row's tokens as an Arrow list column, null for a masked row."""
+    """Return the values of each row's ids as an Arrow list column, null for a masked row."""
     if values_M is None:
         return pa.nulls(len(outputs.length_N), pa.list_(pa.float32()))
-    offsets = np.concatenate([[0], np.cumsum(np.where(masked_N, 0, outputs.length_N))]).astype(np.int32)
-    kept = values_M[np.repeat(~masked_N, outputs.length_N)].astype(np.float32)
+    offsets = np.concatenate([[0], np.cumsum(np.where(masked_N, 0, outputs.ids_N))]).astype(np.int32)
+    kept = outputs.of_ids(values_M)[np.repeat(~masked_N, outputs.ids_N)].astype(np.float32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(kept), mask=pa.array(masked_N))

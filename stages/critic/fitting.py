@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.join import KEY, Ragged, align, key_at, per_token
+from stages.join import KEY, Ragged, align, key_at, per_token, written_rows
 from stages.kernels.objective import sequence_mean_weights
 from stages.tables import Advantages, Rollouts
 from stages.training.batching import Batch, Row, micro_batches, own_share, spread
@@ -32,6 +32,8 @@ class Example:
     output_ids: tuple[int, ...]
     returns: tuple[float, ...]
     """One value per output id."""
+    written: tuple[bool, ...] | None = None
+    """Whether the policy wrote each output id; None: it wrote all."""
     weight: float = 1.0
     """How many equal outputs are merged into this one."""
 
@@ -43,7 +45,7 @@ def join(outputs: Rollouts, advantages: Advantages) -> list[Example]:
         ValueError: an output without a row of advantages or without returns, returns of another number than tokens or not
             finite.
     """
-    table = outputs.read([*KEY, "prompt_ids", "output_ids"])
+    table = outputs.read([*KEY, "prompt_ids", "output_ids", "turns"])
     found = align(table, advantages.read([*KEY, "advantage", "returns"]), "advantages")
     kept = found["advantage"].is_valid()
     table, found = table.filter(kept), found.filter(kept)
@@ -55,7 +57,7 @@ def join(outputs: Rollouts, advantages: Advantages) -> list[Example]:
         )
     output = Ragged.of(table["output_ids"])
     columns = (Ragged.of(table["prompt_ids"]), output, per_token(found, "returns", output.lengths, "returns"))
-    rows = zip(*([tuple(values.tolist()) for values in column] for column in columns), strict=True)
+    rows = zip(*([tuple(values.tolist()) for values in column] for column in columns), written_rows(table), strict=True)
     examples = (Example(name, *row) for name, row in zip(table["question_id"].to_pylist(), rows, strict=True))
     return [dataclasses.replace(example, weight=float(count)) for example, count in Counter(examples).items()]
 
@@ -133,7 +135,7 @@ class Fit:
 
 
 def _parts(examples: Sequence[Example], engine: Engine, micro_batch_tokens: int) -> list[Part]:
-    rows = [Row(example.prompt_ids, example.output_ids) for example in examples]
+    rows = [Row(example.prompt_ids, example.output_ids, example.written) for example in examples]
     batches = list(micro_batches(rows, micro_batch_tokens, model=engine.model))
     outputs = sum(example.weight for example in examples)
     parts = []
@@ -141,7 +143,7 @@ def _parts(examples: Sequence[Example], engine: Engine, micro_batch_tokens: int)
         mask_BO = batch.output_mask_BO
         flat_N = torch.tensor([value for row in batch.rows for value in examples[row].returns], dtype=torch.float32)
         count_B = factor * torch.tensor([examples[row].weight for row in batch.rows])
-        weight_BO = sequence_mean_weights(mask_BO, count_B, outputs=outputs)
+        weight_BO = sequence_mean_weights(batch.written, count_B, outputs=outputs)
         return_BO = spread(flat_N, mask_BO)
         parts.append(Part(batch.to(engine.device), return_BO.to(engine.device), weight_BO.to(engine.device)))
     return parts

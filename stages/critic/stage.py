@@ -11,9 +11,10 @@ from pydantic import Field, model_validator
 from pipeline.config import Config
 from pipeline.progress import report
 from pipeline.stage import record_metrics, stage
+from stages.join import with_scores
 from stages.models import Checkpoint, save_classifier, untrained_classifier
 from stages.tables import Advantages, Rollouts, Values
-from stages.training.batching import deal, rows_of, with_scores
+from stages.training.batching import deal, rows_of
 from stages.training.config import AdamWConfig, TrainingConfig
 from stages.training.ranks import on_ranks
 
@@ -88,7 +89,7 @@ def estimate_values(critic: Checkpoint, outputs: Rollouts, config: CriticConfig)
     return Values.write(valued)
 
 
-@stage(version="4")
+@stage(version="5")
 @on_ranks
 def update_critic(
     critic: Checkpoint, outputs: Rollouts, advantages: Advantages, config: CriticConfig, *, seed: int
@@ -97,9 +98,10 @@ def update_critic(
 
         (1/outputs) sum_i (1/|o_i|) sum_t 1/2 (V(q, o_i,<t) - return_i,t)^2
 
-    averaged as the policy's objective is (DeepSeekMath, Eq. 3). The paper has no formula for the critic; Schulman et al. (arXiv
-    1506.02438, Eq. 28) fit it by least squares too. Values are not clipped around the old ones: that is an extra of PPO
-    implementations, in neither paper. Where every row is masked out the critic stays as it is, with a warning.
+    over the tokens that the policy wrote, averaged as its objective is (DeepSeekMath, Eq. 3). The paper has no formula for the
+    critic; Schulman et al. (arXiv 1506.02438, Eq. 28) fit it by least squares too. Values are not clipped around the old ones:
+    that is an extra of PPO implementations, in neither paper. Where every row is masked out the critic stays as it is, with a
+    warning.
 
     Args:
         critic: V that the advantages were estimated with.

@@ -18,6 +18,7 @@ from stages.arithmetic import (
     Author,
     AuthorShares,
     Split,
+    called_part,
     draw_chains,
     render_question,
     unique_chains,
@@ -85,20 +86,31 @@ def arithmetic_questions(config: ArithmeticConfig, split: Split = "train") -> Qu
 def arithmetic_demonstrations(config: DemonstrationConfig) -> Demonstrations:
     """Make demonstrations of training chains, each by an author drawn for it: the question does not say by whom.
 
+    What a calculator answered is no author's: it is `observed`.
+
     The share of right answers is recorded as `data/accuracy`: the accuracy at T = 1 of a policy that imitates perfectly.
     """
     rng = random.Random(f"demonstrations/{config.chains.seed}")
     shares = config.authors.model_dump()
     chains = draw_chains(config.chains, "train", rng)
     language, right = config.chains.language, 0
-    rows: list[tuple[str, str, str, Author]] = []
+    rows: list[dict[str, Any]] = []
     for chain in itertools.islice(chains, config.chains.count):
         author = _draw_author(rng.random(), shares)
         question, completion = render_question(chain, language), write_solution(chain, author, language)
         right += completion.endswith(f"#### {chain.answer}")
-        rows.append((identify(question), question, completion, author))
+        called = called_part(completion)
+        rows.append(
+            {
+                "question_id": identify(question),
+                "question": question,
+                "completion": completion,
+                "author": author,
+                "observed": called and [{"start": called[0], "end": called[1]}],
+            }
+        )
     record_metrics({"data/accuracy": right / len(rows)})
-    return Demonstrations.write(dict(zip(Demonstrations.schema.names, zip(*rows, strict=True), strict=True)))
+    return Demonstrations.write(rows)
 
 
 @stage(version="2")

@@ -123,7 +123,7 @@ def questions_of(solutions: Solutions) -> Questions:
 def demonstrations_of(solutions: Solutions) -> Demonstrations:
     """Return the solutions, right and wrong, as demonstrations: for a tokenizer made from them, not to be imitated."""
     table = solutions.read().select(["question_id", "question", "solution", "author"])
-    return Demonstrations.write(table.rename_columns(Demonstrations.schema.names))
+    return Demonstrations.write(table.rename_columns({"solution": "completion"}))
 
 
 def _column(table: Any, name: str) -> list[str]:

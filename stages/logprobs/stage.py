@@ -12,9 +12,10 @@ from pydantic import Field
 
 from pipeline.config import Config
 from pipeline.stage import record_metrics, stage
+from stages.join import with_scores
 from stages.models import Checkpoint
 from stages.tables import Logprobs, ReferenceLogprobs, Rollouts
-from stages.training.batching import rows_of, with_scores
+from stages.training.batching import rows_of
 from stages.training.config import TrainingConfig
 from stages.training.ranks import on_ranks
 

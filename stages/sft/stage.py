@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections import Counter
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
     from stages.training.batching import Batch, Row
     from stages.training.engine import Engine
 
-Ids = tuple[list[int], list[int]]
+Written = tuple[bool, ...]
+"""Whether the policy is to write each id of a completion, or an environment wrote it."""
+Encoded = tuple[list[int], list[int], Written | None]
+"""Ids of a prompt, ids of its completion, and who writes these; None: the policy all of them."""
 Part = tuple["Batch", "Tensor"]
 """A micro-batch, and the weight of each of its tokens [B, O] in the mean over the whole batch."""
 
@@ -63,12 +67,14 @@ class SFTConfig(Config):
     """Tokens per forward pass, padding included. Has no influence on the gradient but its last bits."""
 
 
-@stage(version="3")
+@stage(version="4")
 @on_ranks
 def supervised_finetuning(
     policy: Checkpoint, demonstrations: Demonstrations, prompt: PromptConfig, config: SFTConfig
 ) -> Checkpoint:
     """Return `policy` after imitating the demonstrations; without optimizer state, since what follows is another objective.
+
+    What an environment wrote in them (`observed`) is read and not imitated.
 
     The learning rate is constant until the smoothed loss is below `stop_loss` (or `max_steps` are done), then falls linearly
     to 0 over `decay_steps`. The curve is kept in the checkpoint as sft_curve.json.
@@ -81,7 +87,7 @@ def supervised_finetuning(
     from stages.training.optimizers import trained_values
 
     encoded = _encode(policy, load_tokenizer(policy), demonstrations.read(), prompt)
-    rows = [Row(*ids) for ids in encoded]
+    rows = [Row(*example) for example in encoded]
     if len(rows) < config.batch_size:
         raise ValueError(f"{len(rows)} demonstrations are fewer than a batch of {config.batch_size}")
     with config.training.arithmetic():
@@ -194,13 +200,13 @@ def _weights(batch: Batch, rows: list[Row], config: SFTConfig) -> Tensor:
     """Return the weight of every token of a micro-batch in the mean over all `rows`, [B, O]."""
     from stages.kernels.objective import sequence_mean_weights, token_mean_weights
 
-    mask_BO = batch.output_mask_BO
+    mask_BO = batch.written
     once_B = mask_BO.new_ones(len(mask_BO))
     match config.aggregation:
         case "sequence_mean":
             return sequence_mean_weights(mask_BO, once_B, outputs=len(rows))
         case "token_mean":
-            return token_mean_weights(mask_BO, once_B, tokens=sum(len(row.output_ids) for row in rows))
+            return token_mean_weights(mask_BO, once_B, tokens=sum(map(_length, rows)))
         case _ as unknown:
             assert_never(unknown)
 
@@ -230,7 +236,7 @@ def demonstrated_outputs(
     drawn = take_rows(table, sample_positions(table.num_rows, size=size, step=step, seed=seed))
     tokenizer = load_tokenizer(policy)
     rows = _encode(policy, tokenizer, drawn, prompt)
-    outputs = [completion for _, completion in rows]
+    outputs = [completion for _, completion, _ in rows]
     decoded = decode_outputs(tokenizer, outputs)
     question_ids = drawn.column("question_id").to_pylist()
     tokens = sum(map(len, outputs))
@@ -239,7 +245,7 @@ def demonstrated_outputs(
         {
             "question_id": question_ids,
             "sample": _numbered(question_ids),
-            "prompt_ids": [prompt_ids for prompt_ids, _ in rows],
+            "prompt_ids": [prompt_ids for prompt_ids, _, _ in rows],
             "output_ids": outputs,
             "logprobs": [None] * size,
             "finish_reason": ["stop"] * size,
@@ -247,8 +253,20 @@ def demonstrated_outputs(
             "text_ends": decoded.ends,
             "temperature": [1.0] * size,
             "seed": [seed] * size,
+            "turns": [written and _turns(written) for _, _, written in rows],
         }
     )
+
+
+def _turns(written: Written) -> list[dict[str, int]]:
+    """Return the parts that the policy is to write, as `Rollouts` has them."""
+    border = [False, *written, False]
+    changes = [place for place in range(len(written) + 1) if border[place] != border[place + 1]]
+    return [{"start": start, "end": end} for start, end in zip(changes[::2], changes[1::2], strict=True)]
+
+
+def _length(row: Row) -> int:
+    return len(row.output_ids) if row.written is None else sum(row.written)
 
 
 def _numbered(names: list[str]) -> list[int]:
@@ -261,22 +279,60 @@ def _numbered(names: list[str]) -> list[int]:
     return numbers
 
 
-def _encode(policy: Checkpoint, tokenizer: PreTrainedTokenizerFast, table: pa.Table, prompt: PromptConfig) -> list[Ids]:
-    """Return (prompt ids, completion ids with the end of sequence) of every row of a table of demonstrations.
+def _encode(
+    policy: Checkpoint, tokenizer: PreTrainedTokenizerFast, table: pa.Table, prompt: PromptConfig
+) -> list[Encoded]:
+    """Return ids of the prompt and of the completion with its end, and what of it is to be written, for every demonstration.
 
     Raises:
         PromptError: a character that the tokenizer cannot express.
-        ValueError: a demonstration longer than the model's window, by its question.
+        ValueError: a demonstration longer than the model's window, or with observed parts out of order, by its question.
     """
     questions = encode_prompts(tokenizer, table.column("question").to_pylist(), prompt)
-    completions = encode_completions(tokenizer, table.column("completion").to_pylist())
-    rows = list(zip(questions, completions, strict=True))
+    completions = _encode_completions(tokenizer, table)
     window = json.loads((policy.described / "config.json").read_text()).get("max_position_embeddings")
-    for question_id, (prompt_ids, completion_ids) in zip(table.column("question_id").to_pylist(), rows, strict=True):
-        length = len(prompt_ids) + len(completion_ids)
+    rows = []
+    for prompt_ids, (ids, written), name in zip(
+        questions, completions, table.column("question_id").to_pylist(), strict=True
+    ):
+        length = len(prompt_ids) + len(ids)
         if window is not None and length > window:
             raise ValueError(
-                f"demonstration of question {question_id!r}: expected at most {window} tokens (the model's window), found "
+                f"demonstration of question {name!r}: expected at most {window} tokens (the model's window), found "
                 f"{length}; shorten or drop it, or take a model with a larger window"
             )
+        rows.append((prompt_ids, ids, written))
     return rows
+
+
+def _encode_completions(tokenizer: PreTrainedTokenizerFast, table: pa.Table) -> list[tuple[list[int], Written | None]]:
+    """Encode completions; where an environment wrote parts, each part by itself, as outputs of several turns are made."""
+    texts, observed = table.column("completion").to_pylist(), table.column("observed").to_pylist()
+    if not any(observed):
+        return [(ids, None) for ids in encode_completions(tokenizer, texts)]
+    cuts = [
+        _cuts(name, text, spans or [])
+        for name, text, spans in zip(table.column("question_id").to_pylist(), texts, observed, strict=True)
+    ]
+    parts = [text[start:end] for text, cut in zip(texts, cuts, strict=True) for start, end in itertools.pairwise(cut)]
+    encoded: list[tuple[list[int], Written | None]] = []
+    remaining = iter(encode_completions(tokenizer, parts))
+    for cut, spans in zip(cuts, observed, strict=True):
+        ids: list[int] = []
+        written: list[bool] = []
+        for number, part in enumerate(itertools.islice(remaining, len(cut) - 1)):
+            ids += part[:-1]  # without the end of sequence
+            written += [number % 2 == 0] * (len(part) - 1)
+        encoded.append(([*ids, part[-1]], (*written, True) if spans else None))
+    return encoded
+
+
+def _cuts(name: str, text: str, spans: list[dict[str, int]]) -> list[int]:
+    """Return where the parts of a completion begin, written and observed in turns, and where it ends."""
+    cuts = [0, *(place for span in spans for place in (span["start"], span["end"])), len(text)]
+    if any(before > after for before, after in itertools.pairwise(cuts)):
+        raise ValueError(
+            f"demonstration of question {name!r}: expected observed parts [start, end) within its {len(text)} characters, in "
+            f"order, found {[(span['start'], span['end']) for span in spans]}"
+        )
+    return cuts

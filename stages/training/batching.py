@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from stages.join import KEY, Ragged, key_at
+from stages.join import KEY, Ragged
 from stages.tables import DataError, Rollouts
 
 if TYPE_CHECKING:
@@ -67,9 +67,7 @@ def sample_positions(count: int, *, size: int, step: int, seed: int) -> list[int
         raise DataError(f"expected step >= 0, found {step}")
     epoch, start = divmod(step * size, count)
     batch = epoch_order(count, size, epoch, seed)[start : start + size]
-    if len(batch) < size:
-        batch += epoch_order(count, size, epoch + 1, seed)[: size - len(batch)]
-    return list(batch)
+    return list(batch + epoch_order(count, size, epoch + 1, seed)[: size - len(batch)] if len(batch) < size else batch)
 
 
 @functools.lru_cache(maxsize=4)
@@ -100,6 +98,8 @@ class Row(NamedTuple):
 
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
+    written: Sequence[bool] | None = None
+    """Whether the policy wrote each output id, or an environment did; None: it wrote all."""
 
 
 def rows_of(outputs: Rollouts) -> tuple[pa.Table, list[Row]]:
@@ -107,25 +107,6 @@ def rows_of(outputs: Rollouts) -> tuple[pa.Table, list[Row]]:
     table = outputs.read([*KEY, "prompt_ids", "output_ids"])
     ids = zip(Ragged.of(table["prompt_ids"]), Ragged.of(table["output_ids"]), strict=True)
     return table.select(list(KEY)), [Row(prompt.tolist(), output.tolist()) for prompt, output in ids]
-
-
-def with_scores(keys: pa.Table, unsound: str, **columns: Sequence[Sequence[float]]) -> pa.Table:
-    """Append columns of one number per token.
-
-    Args:
-        unsound: what an error says of a number that is not finite; `{name}` in it is the column's.
-
-    Raises:
-        ValueError: a number is not finite; names the row.
-    """
-    table = keys
-    for name, values in columns.items():
-        table = table.append_column(name, pa.array(values, pa.list_(pa.float32())))
-        found = Ragged.of(table[name])
-        bad = found.row_of_value[~np.isfinite(found.values)]
-        if len(bad):
-            raise ValueError(f"output {key_at(keys, bad[0])}: {unsound.format(name=name)}")
-    return table
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -150,10 +131,17 @@ class Batch:
     rows: tuple[int, ...]
     sharing: Sharing | None = None
     """Where attention finds the tokens, if rows share prompts."""
+    observed_BO: Tensor | None = None
+    """True on output tokens that an environment wrote; None where there are none."""
+
+    @property
+    def written(self) -> Tensor:
+        """True on the output tokens that the policy wrote, [B, O]: what is learned from."""
+        return self.output_mask_BO if self.observed_BO is None else self.output_mask_BO & ~self.observed_BO
 
     @property
     def tokens(self) -> int:
-        """How many tokens are computed, padding not counted."""
+        """Tokens that are computed, padding not counted."""
         return int(self.attention_mask.sum()) if self.sharing is None else self.input_ids_BT.numel()
 
     @property
@@ -281,7 +269,7 @@ def collate(rows: Sequence[Row], indices: Sequence[int], *, shared: bool = False
     import torch
 
     held = [rows[index] for index in indices]
-    for index, (prompt, output) in zip(indices, held, strict=True):
+    for index, (prompt, output, _) in zip(indices, held, strict=True):
         if not len(prompt) or not len(output):
             raise ValueError(
                 f"row {index} has {len(prompt)} prompt and {len(output)} output tokens; both need at least one"
@@ -291,17 +279,28 @@ def collate(rows: Sequence[Row], indices: Sequence[int], *, shared: bool = False
     begins = np.cumsum(outputs) - outputs
     source_N = np.repeat(layout.starts - begins, outputs) + np.arange(outputs.sum()) - 1
     source_N[begins] = layout.ends  # an output's first token follows its prompt, wherever that is
+    mask_BO = torch.from_numpy(np.arange(outputs.max()) < outputs[:, None])
     return Batch(
         input_ids_BT=torch.from_numpy(layout.ids_BT),
         attention_mask=torch.from_numpy(layout.mask),
         position_ids_BT=torch.from_numpy(layout.positions_BT),
-        output_mask_BO=torch.from_numpy(np.arange(outputs.max()) < outputs[:, None]),
+        output_mask_BO=mask_BO,
         source_index_N=torch.from_numpy(source_N),
         targets_N=torch.from_numpy(np.concatenate([row.output_ids for row in held])),
         starts=tuple(layout.starts.tolist()),
         rows=tuple(indices),
         sharing=layout.sharing,
+        observed_BO=_observed(held, mask_BO),
     )
+
+
+def _observed(held: Sequence[Row], mask_BO: Tensor) -> Tensor | None:
+    import torch
+
+    if all(row.written is None for row in held):
+        return None
+    written = [row.written or (True,) * len(row.output_ids) for row in held]
+    return ~spread(torch.from_numpy(np.concatenate(written)), mask_BO) & mask_BO
 
 
 class _Layout(NamedTuple):
@@ -323,7 +322,7 @@ def _in_rows(held: Sequence[Row], outputs: NDArray[np.int64]) -> _Layout:
     used_BT = columns < (prompts + outputs)[:, None]
     ids_BT = np.zeros(used_BT.shape, dtype=np.int64)  # any token may pad: it is masked
     # A boolean mask is filled in row-major order: row after row, left to right.
-    ids_BT[used_BT] = np.concatenate([part for row in held for part in row])
+    ids_BT[used_BT] = np.concatenate([ids for row in held for ids in (row.prompt_ids, row.output_ids)])
     positions_BT = np.broadcast_to(columns, ids_BT.shape).copy()
     starts = np.arange(len(held)) * len(columns) + prompts
     return _Layout(ids_BT, used_BT.astype(np.int64), positions_BT, starts - 1, starts)

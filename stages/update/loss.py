@@ -2,6 +2,8 @@
 
     J = sum_{i,t} w_{i,t} ( c_{i,t} surrogate_{i,t} - beta D_{i,t} )
 
+Tokens that an environment wrote (`Rollouts.turns`) have w = 0, are no part of any ratio, sum or |o_i|, and are counted nowhere.
+
 w: the aggregation's weights; c: the correction for the rollout engine (1 without one); D: the KL estimator. Legend: B rows of a
 micro-batch, O their longest output.
 """
@@ -51,7 +53,7 @@ class Example:
     weight: float
     """How many equal outputs of the group are merged into this one."""
     rollout_logp: tuple[float, ...] | None = None
-    """The rollout engine's log-probabilities, one per output id, where the loss reads them."""
+    """The rollout engine's log-probabilities, one per output id, where the loss reads them; 0 where it sampled none."""
     pair: int | None = None
     """The preference it belongs to, where there are any."""
     ref_logp: tuple[float, ...] | None = field(default=None, compare=False)
@@ -59,6 +61,13 @@ class Example:
     recorded: tuple[tuple[float, ...], ...] = field(default=(), compare=False)
     """The rollout engine's log-probabilities of each output merged into this one, where they are only measured: unlike
     those that the loss reads, they keep no two outputs apart."""
+    written: tuple[bool, ...] | None = None
+    """Whether the policy wrote each output id, or its environment did; None: it wrote all."""
+
+    @property
+    def length(self) -> int:
+        """Return |o_i|: how many tokens the policy wrote."""
+        return len(self.output_ids) if self.written is None else sum(self.written)
 
 
 def drop_idle(examples: Sequence[Example]) -> list[Example]:
@@ -109,6 +118,11 @@ class MicroBatch:
         }
         return dataclasses.replace(self, **moved)
 
+    def of_policy(self, values_BO: Tensor) -> Tensor:
+        """Return values of tokens with 0 where an environment wrote them: whatever they were, nothing is made of them."""
+        observed_BO = self.batch.observed_BO
+        return values_BO if observed_BO is None else values_BO.masked_fill(observed_BO, 0.0)
+
     def share(self, factor: float) -> MicroBatch:
         """Return what a rank computes of it, `factor` being 0 where another rank accounts for it."""
         recorded = self.recorded if factor else None
@@ -131,7 +145,7 @@ class MiniBatch:
         Denominators count every example of the mini-batch, whatever rank computes it and whether it needs computing at all.
         """
         computed = drop_idle(examples) if method.skips_idle else list(examples)
-        rows = [Row(example.prompt_ids, example.output_ids) for example in computed]
+        rows = [Row(example.prompt_ids, example.output_ids, example.written) for example in computed]
         units = [(first, first + 1) for first in range(0, len(rows), 2)] if method.pairs else None
         whole = list(micro_batches(rows, config.micro_batch_tokens, model=engine.model, units=units))
         parts = []
@@ -187,7 +201,7 @@ def _micro_batch(batch: Batch, computed: Sequence[Example], examples: Sequence[E
     return MicroBatch(
         batch,
         advantage=_per_token([member.advantage for member in members], mask_BO),
-        weight=_weights(mask_BO, torch.tensor([member.weight for member in members]), examples, method),
+        weight=_weights(batch.written, torch.tensor([member.weight for member in members]), examples, method),
         rollout_logp=_where_all([member.rollout_logp for member in members], mask_BO),
         ref_logp=_where_all([member.ref_logp for member in members], mask_BO),
         recorded=_recorded(members, mask_BO),
@@ -219,7 +233,7 @@ def _weights(mask_BO: Tensor, weight_B: Tensor, examples: Sequence[Example], met
         case "sequence_mean":
             return sequence_mean_weights(mask_BO, weight_B, outputs=outputs)
         case "token_mean":
-            tokens = sum(example.weight * len(example.output_ids) for example in examples)
+            tokens = sum(example.weight * example.length for example in examples)
             return token_mean_weights(mask_BO, weight_B, tokens=tokens)
         case "constant":
             return constant_weights(mask_BO, weight_B, outputs=outputs, length=method.length)
@@ -269,12 +283,14 @@ def policy_loss(
 def micro_batch_terms(logp_BO: Tensor, part: MicroBatch, method: Method, correction: Correction) -> Terms:
     """Compute the objective of every token of a micro-batch, given log pi_theta."""
     # Where nothing was computed before, pi_old = pi_theta: its own values, detached, make the ratio exactly 1.
-    old_logp_BO = logp_BO.detach() if part.old_logp is None else part.old_logp
-    mask_BO = part.batch.output_mask_BO
+    logp_BO = part.of_policy(logp_BO)
+    old_logp_BO = logp_BO.detach() if part.old_logp is None else part.of_policy(part.old_logp)
     ref_logp_BO = logp_BO.detach() if part.ref_is_policy else part.ref_logp
-    surrogate = method.surrogate(Tokens(logp_BO, old_logp_BO, ref_logp_BO, part.advantage, mask_BO))
+    if ref_logp_BO is not None:
+        ref_logp_BO = part.of_policy(ref_logp_BO)
+    surrogate = method.surrogate(Tokens(logp_BO, old_logp_BO, ref_logp_BO, part.advantage, part.batch.written))
     objective_BO = surrogate.value_BT
-    correction_BO, raw_BO = _correction(old_logp_BO, part.rollout_logp, mask_BO, correction)
+    correction_BO, raw_BO = _correction(old_logp_BO, part.rollout_logp, part.batch.written, correction)
     if correction_BO is not None:
         objective_BO = correction_BO * objective_BO
     if method.beta == 0 or ref_logp_BO is None:

@@ -102,7 +102,7 @@ class Mismatch:
 
         Args:
             logp_BO: log pi of the policy before its first step.
-            mask_BO: True on output tokens.
+            mask_BO: True on tokens that the policy wrote.
             recorded_RO: what the engine recorded, a row for each output that was sampled.
             row_R: the row b of the micro-batch that output r is computed in; equal outputs share one.
         """
@@ -187,13 +187,13 @@ class UpdateMetrics:
         self._sum("weight", float(part.weight.sum()))
         if not part.counts:
             return
-        ratio_N = surrogate.ratio_BT[part.batch.output_mask_BO]
+        ratio_N = surrogate.ratio_BT[part.batch.written]
         self.ratio_max = max(self.ratio_max, float(ratio_N.max()))
         self.ratio_min = min(self.ratio_min, float(ratio_N.min()))
         self.tokens += part.batch.tokens
         self.places += part.batch.input_ids_BT.numel()
         if part.recorded is not None:
-            self.mismatch.add(terms.old_logp_BO, part.batch.output_mask_BO, part.recorded.logp_RO, part.recorded.row_R)
+            self.mismatch.add(terms.old_logp_BO, part.batch.written, part.recorded.logp_RO, part.recorded.row_R)
 
     def stepped(self, step: StepReport) -> None:
         """Account for one optimizer step."""

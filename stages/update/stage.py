@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pipeline.progress import report
 from pipeline.stage import record_metrics, stage
-from stages.join import KEY, Ragged, align, per_token
+from stages.join import KEY, Ragged, align, per_token, written_by_policy, written_rows
 from stages.models import Checkpoint
 from stages.tables import Advantages, ReferenceLogprobs, Rollouts
 from stages.training.batching import deal
@@ -31,7 +31,7 @@ _RECORDS: Final = "rollout log-probabilities"
 _REFERENCE: Final = "reference log-probabilities"
 
 
-@stage(version="5")
+@stage(version="6")
 @on_ranks
 def update_policy(
     policy: Checkpoint,
@@ -178,21 +178,23 @@ def join(
     from stages.update.loss import Example
 
     read = with_logprobs or with_records
-    table = outputs.read([*KEY, "prompt_ids", "output_ids", *(["logprobs"] if read else [])])
+    table = outputs.read([*KEY, "prompt_ids", "output_ids", "turns", *(["logprobs"] if read else [])])
     found = align(table, advantages.read([*KEY, "advantage", "pair"]), "advantages")
     kept = found["advantage"].is_valid()
     table, found = table.filter(kept), found.filter(kept)
     output = Ragged.of(table["output_ids"])
+    written_M = written_by_policy(table)
     columns: dict[str, Iterable[Any]] = {
         "question_id": table["question_id"].to_pylist(),
         "prompt_ids": _tuples(Ragged.of(table["prompt_ids"])),
         "output_ids": _tuples(output),
+        "written": written_rows(table),
         "advantage": _tuples(per_token(found, "advantage", output.lengths, "advantages")),
         "weight": itertools.repeat(1.0, len(output)),
         "pair": found["pair"].to_pylist(),
     }
     if read:
-        logprobs = per_token(table, "logprobs", output.lengths, _RECORDS, masked=not with_logprobs)
+        logprobs = per_token(table, "logprobs", output.lengths, _RECORDS, masked=not with_logprobs, written_M=written_M)
         rows = _tuples(logprobs)
         if with_logprobs:
             columns["rollout_logp"] = rows
@@ -240,10 +242,17 @@ def pair_up(examples: Sequence[Example]) -> list[Example]:
         pairs.setdefault(example.pair, []).append(example)
     ordered = []
     for number, members in pairs.items():
-        members.sort(key=lambda example: -example.advantage[0])
-        if [set(member.advantage) for member in members] != [{1.0}, {-1.0}]:
+        members.sort(key=lambda example: -max(example.advantage))
+        if [_values_of_policy(member) for member in members] != [{1.0}, {-1.0}]:
             raise ValueError(
                 f"pair {number}: expected one output with advantage 1 and one with -1, found {len(members)}"
             )
         ordered += members
     return ordered
+
+
+def _values_of_policy(example: Example) -> set[float]:
+    """Return the distinct advantages of the tokens that the policy wrote."""
+    if example.written is None:
+        return set(example.advantage)
+    return {value for value, own in zip(example.advantage, example.written, strict=True) if own}

@@ -69,7 +69,7 @@ class Tokens:
     """log pi_ref; None where the method asks for none."""
     advantage: Tensor
     mask: Tensor
-    """True on output tokens."""
+    """True on tokens that the policy wrote."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from flows.algorithm.data import limit_data, prepare_data
 from flows.algorithm.models import base_model, initial_policy, teacher_model
 from flows.algorithm.preflight import preflight
 from flows.algorithm.rewards import first_reward_models, measure_drift, reward_outputs, train_on
-from flows.algorithm.sampling import Exploration, Mismatches, derived_seed, reference_evidence, token_evidence
+from flows.algorithm.sampling import Exploration, Mismatches, derived_seed, reference_evidence, sample, token_evidence
 from flows.config import IterativeRLConfig
 from flows.runs.checkpoints import Checkpoints, written
 from flows.runs.points import evaluation_done, step_done
@@ -27,7 +27,6 @@ from stages.critic import create_critic, update_critic
 from stages.evaluation import evaluate
 from stages.models import Checkpoint
 from stages.reward import count_votes, score
-from stages.rollout import rollout
 from stages.tables import Questions, Rollouts
 from stages.update import MismatchError, update_policy
 
@@ -52,7 +51,7 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
         reference = policy                                                                                 # line 3
         for step in range(iteration * config.steps, (iteration + 1) * config.steps):                       # line 4
             seed = derived_seed(config.seed, step)
-            sampler, drawn, questions, outputs = exploration.of(policy, step)                              # lines 5-7
+            sampler, drawn, questions, outputs, calls = exploration.of(policy, step)                       # lines 5-7
             rewards, gauges = reward_outputs(config, sampler, reward_models, questions, outputs)           # line 8
             preflight(config, outputs, rewards, step)
             evidence = token_evidence(config, policy, teacher or reference, critic, outputs)
@@ -63,7 +62,7 @@ def iterative_rl(config: IterativeRLConfig) -> Checkpoint:
                 limits.check(policy)
                 if critic and config.critic:
                     critic = update_critic(critic, outputs, advantages, config.critic, seed=seed)
-            made = (drawn, outputs, rewards, gauges, *evidence, advantages, scored, critic)
+            made = (drawn, outputs, calls, rewards, gauges, *evidence, advantages, scored, critic)
             step_done(step + 1, iteration, policy, *made)
             if config.evaluation.is_due(step + 1, last):
                 evaluate_policy(config, policy, data.evaluation, step=step + 1)
@@ -80,7 +79,7 @@ def evaluate_policy(config: IterativeRLConfig, policy: Checkpoint, sets: dict[st
     """Measure greedy accuracy, and mean@k, pass@k and maj@k of k samples at the evaluation's temperature, on every set."""
     for name, questions in sets.items():
         for mode, sampling, estimates in config.evaluation.modes(config.rollout):
-            outputs = rollout(policy, questions, config.prompt, sampling, seed=config.seed)
+            outputs, _ = sample(config, policy, questions, sampling, seed=config.seed)
             rewards = score(outputs, questions, config.reward)
             votes = count_votes(rewards, config.reward)
             evaluation_done(step, name, mode, evaluate(outputs, rewards, votes, estimates))

@@ -14,7 +14,7 @@ from typing import Final, assert_never
 
 from flows.algorithm.data import DataSets
 from flows.algorithm.models import pretrained_model
-from flows.algorithm.sampling import derived_seed
+from flows.algorithm.sampling import derived_seed, sample
 from flows.config import IterativeRLConfig, PretrainedPolicy, RewardModelPlan
 from flows.runs.points import calls_of
 from pipeline.events import DriftDone, emit
@@ -34,7 +34,7 @@ from stages.reward_training import (
     nothing_to_learn,
     train_reward_model,
 )
-from stages.rollout import continue_outputs, cut_into_prefixes, rollout
+from stages.rollout import continue_outputs, cut_into_prefixes
 from stages.tables import Questions, RewardGauges, RewardLabels, Rewards, Rollouts
 
 _POLICIES: Final = ("old_policy", "new_policy")
@@ -88,7 +88,7 @@ def train_on(
         return reward
     seed = derived_seed(config.seed, f"labels/{iteration}")
     questions = sample_batch(data.train, size=plan.questions, step=0, seed=seed)
-    outputs = rollout(policy, questions, config.prompt, config.rollout, seed=seed)
+    outputs, _ = sample(config, policy, questions, config.rollout, seed=seed)
     fresh = label_outputs(outputs, score(outputs, questions, labels_only(config.reward)), policy)
     fresh = _with_step_labels(config, plan, policy, questions, outputs, fresh, seed=seed)
     labels = mix_with_history(fresh, reward.history, plan.replay, seed=seed) if reward.history else fresh
@@ -175,7 +175,7 @@ def _held_out(plan: RewardModelPlan, data: DataSets, seed: int) -> Questions:
 def _gauges(
     config: IterativeRLConfig, plan: RewardModelPlan, reward: RewardModels, policy: Checkpoint, questions: Questions
 ) -> RewardGauges:
-    outputs = rollout(policy, questions, config.prompt, config.rollout, seed=derived_seed(config.seed, "drift"))
+    outputs, _ = sample(config, policy, questions, config.rollout, seed=derived_seed(config.seed, "drift"))
     rules = score(outputs, questions, labels_only(config.reward))
     scores = score_outputs(outputs, policy, reward.models, _shared(config, plan), rules)
     return measure_reward_model(scores, rules, outputs, plan.scoring, plan.gauges)

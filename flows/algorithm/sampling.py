@@ -18,13 +18,14 @@ from pipeline.config import ConfigError
 from pipeline.events import ahead_of_its_part, count_calls
 from stages.critic import estimate_values
 from stages.data import sample_batch
+from stages.environment import answer_calls
 from stages.logprobs import LogprobsConfig, compare_policies, score_reference
 from stages.models import Checkpoint
 from stages.reward import score
-from stages.rollout import rollout
+from stages.rollout import RolloutConfig, continue_dialogues, rollout
 from stages.selection import draw_from_band, keep_informative
 from stages.sft import demonstrated_outputs
-from stages.tables import Logprobs, Questions, ReferenceLogprobs, Rewards, Rollouts, Values
+from stages.tables import Logprobs, Questions, ReferenceLogprobs, Rewards, Rollouts, ToolCalls, Values
 from stages.training.hardware import name_of_dtype
 from stages.update import DIVERGENCE, UpdateConfig, check_mismatch, staleness_limit
 
@@ -32,6 +33,24 @@ from stages.update import DIVERGENCE, UpdateConfig, check_mismatch, staleness_li
 def derived_seed(seed: int, purpose: object) -> int:
     """Return a seed of 31 bits for one purpose (a step, `drift`), unrelated to that of any other or of another run."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:4], "big") >> 1
+
+
+def sample(
+    config: IterativeRLConfig, policy: Checkpoint, questions: Questions, sampling: RolloutConfig, *, seed: int
+) -> tuple[Rollouts, ToolCalls | None]:
+    """Sample outputs (line 7). With an environment turn by turn: its calls are answered before any output goes on.
+
+    Every turn and every table of calls is a stage of its own, so that what was answered is never asked again.
+    """
+    environment = config.environment
+    if environment is None:
+        return rollout(policy, questions, config.prompt, sampling, seed=seed), None
+    ends, calls = list(environment.call_ends), None
+    outputs = rollout(policy, questions, config.prompt, sampling, seed=seed, call_ends=ends)
+    while outputs.metrics["rollout/waiting"]:
+        calls = answer_calls(outputs, questions, calls, environment)
+        outputs = continue_dialogues(policy, outputs, calls, sampling, call_ends=ends, max_calls=environment.max_calls)
+    return outputs, calls
 
 
 class Explored(NamedTuple):
@@ -43,6 +62,8 @@ class Explored(NamedTuple):
     questions: Questions | None
     """What the outputs are scored with; None: demonstrations."""
     outputs: Rollouts
+    calls: ToolCalls | None = None
+    """Calls of the outputs to their environment; None without any, and where dynamic sampling chose among several draws."""
 
 
 class Exploration:
@@ -107,10 +128,10 @@ class Exploration:
             return Explored(sampler, None, None, _demonstrate(config, data, sampler, step))
         questions = self._draw(step, config.seed)  # line 5
         drawn = questions if config.curriculum else None
-        outputs = rollout(sampler, questions, config.prompt, config.rollout, seed=seed)  # line 7
+        outputs, calls = sample(config, sampler, questions, config.rollout, seed=seed)  # line 7
         if config.dynamic_sampling:
             return Explored(sampler, drawn, data.train, self._replace_agreeing_groups(sampler, seed, outputs))
-        return Explored(sampler, drawn, questions, outputs)
+        return Explored(sampler, drawn, questions, outputs, calls)
 
     def _draw(self, step: int, seed: int, rewards: Sequence[Rewards] = ()) -> Questions:
         """Draw questions; `rewards` are those of what the step drew before."""
@@ -130,7 +151,7 @@ class Exploration:
                 break
             # The step's own seed, so that what is drawn does not depend on how long the run is.
             questions = self._draw(draw, seed, rewards)
-            drawn.append(rollout(sampler, questions, config.prompt, config.rollout, seed=seed))
+            drawn.append(sample(config, sampler, questions, config.rollout, seed=seed)[0])
             rewards.append(score(drawn[-1], train, config.reward))
         else:
             kept = keep_informative(drawn, rewards, size=config.questions_per_step)

@@ -16,6 +16,7 @@ def unsupported_combinations(config: RunSettings) -> Iterator[str]:
     yield from _of_the_objective(config)
     yield from _of_the_teacher(config)
     yield from _of_the_outputs(config)
+    yield from _of_the_environment(config)
     yield from _of_the_overlap(config)
     yield from _of_dynamic_sampling(config)
     yield from _of_the_curriculum(config)
@@ -79,6 +80,26 @@ def _of_the_outputs(config: RunSettings) -> Iterator[str]:
         yield f"update.temperature: {update.temperature:g} differs from that of the outputs, {sampled:g}"
 
 
+def _of_the_environment(config: RunSettings) -> Iterator[str]:
+    """Refuse calls to an environment that would end no turn, or whose outputs a part of the run cannot read."""
+    if config.environment is None:
+        return
+    ends, strings, plan = config.environment.call_ends, config.rollout.stop_strings, config.reward_model
+    if not config.rollout.stop:
+        yield "rollout.stop: an output that does not stop makes no call; set rollout.stop=true, or environment=null"
+    for end in ends:
+        if other := next((string for string in strings if string in end or end in string), None):
+            yield (
+                f"rollout.stop_strings: {other!r} and the end of a call, {end!r}, are found in each other, so that one of them "
+                "never ends a turn; remove it"
+            )
+    if plan is not None and plan.step_labels.kind == "monte_carlo":
+        yield (
+            "reward_model.step_labels: monte_carlo continues an output within its only turn, and with an environment outputs "
+            "have several; set reward_model.step_labels.kind=rules, or environment=null"
+        )
+
+
 def _of_the_overlap(config: RunSettings) -> Iterator[str]:
     """Refuse outputs of an earlier policy where they cannot be sampled, or are not accounted for."""
     if config.side_by_side == "always":
@@ -125,6 +146,8 @@ def unfit_side_by_side(config: RunSettings) -> Iterator[str]:
             "expected rollout.backend.threads and update.training.threads to share the cores (1 and 1 of two), found "
             f"{backend.threads} and {training.threads}"
         )
+    if config.environment is not None:
+        yield "environment answers calls between the turns of an output, in this process"
     if config.dynamic_sampling:
         yield "dynamic_sampling draws again by the rewards of what was sampled, in turns with the update"
 

@@ -13,6 +13,7 @@ from pipeline.config import Config
 from stages.advantage import AdvantageConfig, GroupConfig
 from stages.critic import CriticConfig
 from stages.data import ArithmeticConfig, DemonstrationConfig, PromptLimitConfig, QuestionFileConfig
+from stages.environment import EnvironmentConfig
 from stages.evaluation import EvaluationConfig
 from stages.models import COMMIT
 from stages.reward import RewardConfig
@@ -292,6 +293,9 @@ class RunSettings(Config):
     every pass through the set."""
     rollout: RolloutConfig = RolloutConfig()
     "Sampling of the G outputs per question."
+    environment: EnvironmentConfig | None = None
+    """What answers calls within outputs: tools. Outputs have several turns then; what the environment writes is not learned
+    from, and counts towards `rollout.max_output_tokens`. null, the paper's RL: outputs of one turn."""
     reward: RewardConfig = RewardConfig()
     """r by rules: what is learned from. With `reward_model` its labels and gauges come from the component that reads the answer
     and from `steps`, whose place the model's score takes; the other components and `truncated` hold for the reward as ever."""

@@ -14,6 +14,7 @@ from flows.config.recipes.arithmetic import (
     arithmetic_distillation,
     arithmetic_learned_reward,
     arithmetic_smoke,
+    arithmetic_tools,
 )
 from flows.config.recipes.deepseekmath import deepseekmath_7b
 from flows.config.recipes.gsm8k import gsm8k_cpu, gsm8k_one_gpu
@@ -26,6 +27,7 @@ __all__ = [
     "arithmetic_distillation",
     "arithmetic_learned_reward",
     "arithmetic_smoke",
+    "arithmetic_tools",
     "deepseekmath_7b",
     "gsm8k_cpu",
     "gsm8k_one_gpu",
@@ -39,6 +41,7 @@ RECIPES: dict[str, Callable[[], IterativeRLConfig]] = {
         arithmetic_cpu,
         arithmetic_learned_reward,
         arithmetic_distillation,
+        arithmetic_tools,
         arithmetic_smoke,
         gsm8k_cpu,
         gsm8k_one_gpu,

@@ -126,6 +126,29 @@ def arithmetic_distillation() -> IterativeRLConfig:
     )
 
 
+def arithmetic_tools() -> IterativeRLConfig:
+    """Numbers beyond what the demo's policy can compute, and a calculator: SFT on authors some of whom call it, then GRPO."""
+    large = {"shortest": 2, "longest": 3, "numbers": "large"}  # ours: a product of two, or of two and one sum
+    return arithmetic_cpu().override(
+        {
+            "name": "arithmetic_tools",
+            "data.demonstrations.chains": {"count": 50_000, **large},
+            "data.demonstrations.authors": {  # ours: half of them call, and most of these leave something out
+                "careful": 0.45,
+                "calls": 0.25,
+                "calls_early": 0.3,
+                "drops_carries_and_borrows": 0.0,
+                "drops_borrows": 0.0,
+                "stops_early": 0.0,
+            },
+            "data.train": {"count": 8192, **large},
+            "data.evaluation": {"in_domain": {"count": 512, **large}},
+            "environment": {"kind": "calculator"},
+        },
+        source="recipe arithmetic_tools",
+    )
+
+
 def arithmetic_smoke() -> IterativeRLConfig:
     """The demo's flow at its smallest: two iterations of two steps in seconds, to try the machinery; learns little."""
     demo = arithmetic_cpu()

@@ -204,7 +204,6 @@ def test_no_mistake_is_said_to_be_unbuilt() -> None:
 UNBUILT = {
     # Words that what is built would have in a file name or in a setting.
     "5.2.3 noise": "noise",
-    "prompt, tools": "tool",
 }
 
 

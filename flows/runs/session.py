@@ -37,6 +37,7 @@ from pipeline.progress import failsafe, report
 from pipeline.store import PrunedArtifactError, StoreError, use_store
 from pipeline.tracking.records import table
 from pipeline.workers.gpu_locks import exclusive_devices
+from stages.environment import environment_of
 from stages.models import Checkpoint
 from stages.rollout import require_backend
 
@@ -62,7 +63,7 @@ def run_flow(
         difference: what differs from an experiment's baseline, by dotted key: MLflow's parameters `diff.*`.
 
     Raises:
-        ConfigError: a reward function, or an engine for rollouts, that is not there, or no room to run `side_by_side`.
+        ConfigError: a reward function, an engine for rollouts or a sandbox that is not there, or no room to run `side_by_side`.
         InterruptedRunError: stopped from outside; what was computed is in the store.
         Exception: whatever a stage raised.
     """
@@ -72,6 +73,8 @@ def run_flow(
     config.reward.key()  # a reward function that is not there stops the run now, not after its first outputs
     for backend in (config.rollout.backend, config.evaluation.backend or config.rollout.backend):
         require_backend(backend)
+    if config.environment is not None:
+        environment_of(config.environment)
     runs_side_by_side(config)
     command = without_password(command or shlex.join(["cohort", *sys.argv[1:]]))
     state = RunState(steps=config.iterations * config.steps, iterations=config.iterations)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.config import Config
 
@@ -40,5 +40,44 @@ class CalculatorConfig(Config):
         return self
 
 
-EnvironmentConfig = CalculatorConfig
+class PythonConfig(Config):
+    """Python in a sandbox, in the form of ToRA (arXiv 2309.17452): a program between ```` ```python ```` and ```` ``` ````, and
+    ```` ```output ````, at which the policy stops; the environment writes what the program printed and closes the block.
+
+    The value of a last expression is printed, as in a notebook. A program has no network, no file but Python's own, read-only,
+    and an empty folder of 16 MiB, no environment, 24 processes, and what it started ends with it. Time and memory of an answer
+    include the output's earlier programs, which run again to make their variables.
+    """
+
+    kind: Literal["python"] = "python"
+    "Selects Python."
+    max_calls: PositiveInt = 4
+    """Calls of an output that are answered, at most; the output ends cut (`length`) at one more."""
+    max_observation: PositiveInt = 1000
+    """Characters of what a program printed, at most; of more the beginning is kept, and `...` stands for the rest."""
+    deadline: PositiveFloat = 5.0
+    """Seconds that an answer may take."""
+    memory_mb: PositiveInt = 512
+    """MiB that a process of a program may allocate."""
+    sandbox: Literal["namespaces", "limits"] = "namespaces"
+    """`namespaces`: user, mount, PID, network and IPC namespaces of Linux, without capabilities. `limits`: none, for systems
+    that do not allow them: a program has the rights, files and network of who runs this; time and memory are limited alone."""
+
+    @property
+    def opens(self) -> str:
+        """Return the text that begins a program."""
+        return "```python\n"
+
+    @property
+    def closes(self) -> str:
+        """Return the text that completes a call."""
+        return "```output"
+
+    @property
+    def call_ends(self) -> tuple[str, ...]:
+        """Return the texts that complete a call."""
+        return (self.closes,)
+
+
+EnvironmentConfig = Annotated[CalculatorConfig | PythonConfig, Field(discriminator="kind")]
 """What answers calls."""

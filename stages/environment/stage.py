@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from typing import Any, get_args
+from typing import Any, assert_never, get_args
 
 from pipeline.stage import record_metrics, stage
 from stages.environment.answers import Dialogue, Environment, Status
 from stages.environment.calculator import Calculator
-from stages.environment.config import EnvironmentConfig
+from stages.environment.config import CalculatorConfig, EnvironmentConfig, PythonConfig
 from stages.join import KEY, align
 from stages.tables import Questions, Rollouts, ToolCalls
 
@@ -61,8 +61,21 @@ def answer_calls(
 
 
 def environment_of(config: EnvironmentConfig) -> Environment:
-    """Return what answers."""
-    return Calculator(config)
+    """Return what answers.
+
+    Raises:
+        ConfigError: programs are to run in a sandbox, and this system allows none.
+    """
+    match config:
+        case CalculatorConfig():
+            return Calculator(config)
+        case PythonConfig():
+            from stages.environment.python_tool import PythonTool, require_sandbox
+
+            require_sandbox(config)
+            return PythonTool(config)
+        case _:
+            assert_never(config)
 
 
 def turns_of(row: dict[str, Any]) -> list[str]:

@@ -55,6 +55,7 @@ def own_logprobs(policy: Checkpoint, prompt: list[int], ids: list[int], temperat
     return logp.gather(1, torch.tensor(ids)[:, None])[:, 0].numpy()
 
 
+@pytest.mark.claim("tools")
 def test_ids_are_those_sampled_and_those_of_the_answer_appended() -> None:
     policy, tokenizer = markov_policy(NO_ROUND_TRIP)
     first = rollout(policy, questions(""), PROMPT, CONFIG, seed=0, call_ends=["]"])

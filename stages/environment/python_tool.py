@@ -1,0 +1,212 @@
+"""Programs within outputs, run in a sandbox (`sandbox_process.py`), several outputs side by side."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import queue
+import select
+import struct
+import subprocess
+import sys
+import sysconfig
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline.config import ConfigError
+from pipeline.orchestration.interruption import check
+from pipeline.residency import resident
+from stages.environment.answers import Answer, Dialogue, Status, cut
+from stages.environment.config import PythonConfig
+
+_SIDE_BY_SIDE: Final = 8
+_GRACE: Final = 0.5
+"""Seconds beyond its deadline until a sandbox that is silent is killed."""
+_START: Final = 20.0
+_HEAD: Final = struct.Struct("<I")
+
+
+class SandboxError(RuntimeError):
+    """A sandbox that does not start, or that died."""
+
+
+class PythonTool:
+    """Implement `Environment`: the program at the end of a turn, behind the programs of the turns before that ended well.
+
+    State persists between the turns of an output as in a notebook: its earlier programs run again in the same fresh process,
+    their output thrown away. So an answer depends on what is recorded alone, and no process waits for a turn.
+    """
+
+    def __init__(self, config: PythonConfig) -> None:
+        self._config = config
+
+    def answer(self, dialogues: Sequence[Dialogue]) -> list[Answer]:
+        """Answer the last call of each; one that takes long holds up no other but the last ones.
+
+        Raises:
+            ConfigError: as `require_sandbox`.
+        """
+        sandboxes = require_sandbox(self._config)
+        with ThreadPoolExecutor(_SIDE_BY_SIDE) as threads:
+            futures = [threads.submit(self._answer, dialogue, sandboxes) for dialogue in dialogues]
+            try:
+                found = []
+                for future in futures:
+                    check()
+                    found.append(future.result())
+                return found
+            except BaseException:
+                threads.shutdown(cancel_futures=True)
+                raise
+
+    def _answer(self, dialogue: Dialogue, sandboxes: Sandboxes) -> Answer:
+        config = self._config
+        _, opened, rest = dialogue.turns[-1].removesuffix(config.closes).rpartition(config.opens)
+        program = rest.rstrip().removesuffix("```")
+        if not opened:
+            return self._said("", "", "refused", "no program: expected one between ```python and ```")
+        earlier = [call["input"] for call in dialogue.calls if call["status"] == "ok"]
+        status, output = sandboxes.run([*earlier, program], config)
+        said = {
+            "timeout": f"timeout: not done after {config.deadline:g} s",
+            "memory": f"memory: more than {config.memory_mb} MiB",
+        }.get(status, "")
+        return self._said(program, output, status, said)
+
+    def _said(self, program: str, output: str, status: Status, said: str) -> Answer:
+        result = "\n".join(part for part in (cut(output.rstrip("\n"), self._config.max_observation), said) if part)
+        return Answer("python", program, output, f"\n{result}\n```\n", status)
+
+
+def require_sandbox(config: PythonConfig) -> Sandboxes:
+    """Return the sandboxes of such programs, which stay warm.
+
+    Raises:
+        ConfigError: this system does not let a user make namespaces.
+    """
+    if config.sandbox == "limits":
+        warnings.warn(
+            "environment.sandbox=limits: programs of the policy run with your rights, files and network; only time, memory and "
+            "processes are limited",
+            stacklevel=2,
+        )
+    try:
+        return resident("sandboxes", config.sandbox, lambda: Sandboxes(config.sandbox))
+    except SandboxError as error:
+        raise ConfigError(
+            f"environment: expected a system on which a user may make namespaces, found: {error}. Allow it (for example "
+            "`sysctl kernel.unprivileged_userns_clone=1`, or an AppArmor profile), or run programs with your own rights by "
+            "environment.sandbox=limits"
+        ) from None
+
+
+class Sandboxes:
+    """Hold processes that run programs, each one at a time."""
+
+    def __init__(self, kind: str) -> None:
+        """Start the first.
+
+        Raises:
+            SandboxError: it does not start.
+        """
+        self._kind = kind
+        self._idle: queue.SimpleQueue[_Process | None] = queue.SimpleQueue()
+        self._idle.put(_Process(kind))
+        for _ in range(_SIDE_BY_SIDE - 1):
+            self._idle.put(None)
+        atexit.register(self.close)
+
+    def run(self, programs: Sequence[str], config: PythonConfig) -> tuple[Status, str]:
+        """Run programs one after another; return the status and what the last one printed."""
+        process = self._idle.get()
+        try:
+            if process is None or not process.alive:
+                process = _Process(self._kind)
+            return process.run(programs, config)
+        finally:
+            self._idle.put(process)
+
+    def close(self) -> None:
+        """End the processes that are idle; each ends by itself once its input is closed."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                process = self._idle.get_nowait()
+                if process is not None:
+                    process.close()
+
+
+class _Process:
+    def __init__(self, kind: str) -> None:
+        packages = sysconfig.get_path("purelib")
+        shown = [sys.base_prefix, packages, "/usr/lib", "/usr/lib64", "/lib", "/lib64"]
+        environment = {
+            "PYTHONHASHSEED": "0",
+            "PYTHONPATH": packages,
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-S", "-s", "-B", "-P", str(Path(__file__).with_name("sandbox_process.py")), kind]
+            + [path for path in shown if path != "/usr"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            cwd="/",
+            start_new_session=True,
+        )
+        try:
+            answer = self._read(_START)
+        except SandboxError:
+            self.close()
+            raise
+        if not answer["ready"]:
+            self.close()
+            raise SandboxError(str(answer["detail"]))
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def run(self, programs: Sequence[str], config: PythonConfig) -> tuple[Status, str]:
+        request = {"programs": list(programs), "deadline": config.deadline, "memory_mb": config.memory_mb}
+        written = json.dumps(request).encode()
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(_HEAD.pack(len(written)) + written)
+            self._process.stdin.flush()
+            answer = self._read(config.deadline + _GRACE)
+        except (OSError, SandboxError):
+            self.close()
+            return "timeout", ""
+        return answer["status"], answer["output"]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+    def _read(self, seconds: float) -> Any:
+        end = time.monotonic() + seconds
+        (size,) = _HEAD.unpack(self._bytes(_HEAD.size, end))
+        return json.loads(self._bytes(size, end))
+
+    def _bytes(self, count: int, end: float) -> bytes:
+        assert self._process.stdout is not None
+        number, found = self._process.stdout.fileno(), b""
+        while len(found) < count:
+            if not select.select([number], [], [], max(0.0, end - time.monotonic()))[0]:
+                raise SandboxError("no answer")
+            if not (part := os.read(number, count - len(found))):
+                raise SandboxError("the process ended")
+            found += part
+        return found

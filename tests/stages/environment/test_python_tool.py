@@ -1,0 +1,203 @@
+"""Programs in a sandbox: notebook semantics, one row for each whatever it does, nothing outside changed and nothing left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import ConfigError
+from pipeline.residency import evict
+from stages.environment import PythonConfig, answer_calls
+from stages.environment.answers import Answer, Dialogue
+from stages.environment.python_tool import PythonTool, SandboxError, Sandboxes
+from stages.tables import Questions, Rollouts, ToolCalls
+from tests.stages.environment.hostile import PROGRAMS
+from tests.stages.rows import question_rows, rollout_row
+
+CONFIG = PythonConfig(deadline=2.0, memory_mb=256)
+IN_EVERY_SUITE = [
+    "fork bomb",
+    "exit",
+    "ignore all signals",
+    "daemon that keeps the output open",
+    "large text",
+    "passwords",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sandboxes() -> Iterator[None]:
+    try:
+        Sandboxes("namespaces").close()
+    except SandboxError as error:
+        pytest.skip(f"this system lets no user make namespaces: {error}")
+    yield
+    evict("sandboxes")
+
+
+def turn(program: str) -> str:
+    """Return a turn of the policy that ends in a call."""
+    return f"Let us compute.\n```python\n{program}\n```\n```output"
+
+
+def asked(*programs: str, config: PythonConfig = CONFIG) -> list[Answer]:
+    """Answer outputs of one turn each, side by side."""
+    return PythonTool(config).answer([Dialogue({}, [turn(program)], []) for program in programs])
+
+
+@pytest.mark.parametrize(
+    ("program", "output"),
+    [
+        ("print(347 * 290)", "100630\n"),
+        ("x = 6\nx * 7", "42\n"),
+        ("x = None\nx", ""),
+        ("'text'", "'text'\n"),
+        ("import math\nfrom fractions import Fraction\nprint(math.comb(5, 2), Fraction(1, 3))", "10 1/3\n"),
+        ("def f(n):\n    return n if n < 2 else f(n - 1) + f(n - 2)\nf(15)", "610\n"),
+        ("import random\nprint(random.random())", "0.8444218515250481\n"),
+        ("print({'b', 'a', 'c'} == {'a', 'b', 'c'}, hash('a') == hash('a'))", "True True\n"),
+    ],
+)
+def test_a_program_prints_and_shows_its_last_value_as_a_notebook_does(program: str, output: str) -> None:
+    (answer,) = asked(program)
+    assert (answer.status, answer.output, answer.input.strip()) == ("ok", output, program)
+    assert answer.observation == f"\n{output.rstrip()}\n```\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "status", "said"),
+    [
+        ("1 / 0", "error", "ZeroDivisionError: division by zero"),
+        ("print(1)\nraise ValueError('no')", "error", "1\nValueError: no"),
+        ("x = (", "error", "SyntaxError"),
+        ("while True: pass", "timeout", "timeout: not done after 0.5 s"),
+        ("x = [0] * 10 ** 10", "memory", "memory: more than 256 MiB"),
+    ],
+)
+def test_what_goes_wrong_is_a_status_and_is_said_to_the_policy(program: str, status: str, said: str) -> None:
+    (answer,) = asked(program, config=CONFIG.override({"deadline": 0.5}))
+    assert answer.status == status
+    assert said in answer.observation
+
+
+def test_long_output_is_cut_and_a_turn_without_a_program_is_refused() -> None:
+    (long,) = asked("print('x' * 5000)", config=CONFIG.override({"max_observation": 10}))
+    assert (long.status, len(long.output), long.observation) == ("ok", 5001, "\nxxxxxxxxxx...\n```\n")
+    (none,) = PythonTool(CONFIG).answer([Dialogue({}, ["```output"], [])])
+    assert (none.status, none.input) == ("refused", "")
+
+
+@pytest.mark.usefixtures("store")
+def test_variables_persist_between_turns_by_the_programs_that_ended_well() -> None:
+    questions = Questions.write(question_rows("a"))
+    programs = ["x = 2\nprint('once')", "x = 3\n1 / 0", "print(x)", "import os\nprint(os.listdir())"]
+    text, spans, calls, rows = "", [], None, []
+    for program in programs:
+        start = len(text)
+        text += turn(program)
+        spans.append({"start": start, "end": len(text)})
+        ids, ends = list(range(len(text))), list(range(1, len(text) + 1))
+        row = rollout_row("q0", 0, ids, text=text, text_ends=ends, finish_reason="call", turns=list(spans))
+        calls = answer_calls(Rollouts.write([row]), questions, calls, CONFIG)
+        rows = calls.rows()
+        text += rows[-1]["observation"]
+    assert [(row["turn"], row["status"], row["output"]) for row in rows] == [
+        (0, "ok", "once\n"),
+        (1, "error", "ZeroDivisionError: division by zero\n"),
+        (2, "ok", "2\n"),
+        (3, "ok", "[]\n"),
+    ]
+    assert isinstance(calls, ToolCalls)
+    assert {f"tool/{name}": calls.metrics[f"tool/{name}"] for name in ("calls", "ok_rate", "error_rate")} == {
+        "tool/calls": 4,
+        "tool/ok_rate": 0.75,
+        "tool/error_rate": 0.25,
+    }
+
+
+def outside() -> tuple[set[str], list[str]]:
+    """Return what a program could have changed: processes of sandboxed programs, and files in sight of one."""
+    running = {name for name in os.listdir("/proc") if name.isdigit() and _is_of_a_program(name)}
+    return running, sorted(path.name for path in Path("/tmp").iterdir() if path.name in ("late", "written", "scratch"))
+
+
+def _is_of_a_program(name: str) -> bool:
+    """Return whether a process has a PID namespace that is not ours."""
+    try:
+        return os.readlink(f"/proc/{name}/ns/pid") != os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return False
+
+
+def hold(names: list[str]) -> None:
+    """Run programs beside one that is honest, and check every row."""
+    before = outside()
+    for name in names:
+        program, statuses = PROGRAMS[name]
+        started = time.monotonic()
+        hostile, honest = asked(program, "print(6 * 7)")
+        seconds = time.monotonic() - started
+        assert hostile.status in statuses, (name, hostile.status, hostile.output[:200])
+        assert "ESCAPED" not in hostile.output, name
+        assert (honest.status, honest.output) == ("ok", "42\n"), name
+        assert seconds < CONFIG.deadline + 1, (name, seconds)
+    assert outside() == before
+
+
+@pytest.mark.parametrize("name", IN_EVERY_SUITE)
+def test_a_hostile_program_gets_its_row_in_time_and_changes_nothing(name: str) -> None:
+    hold([name])
+
+
+@pytest.mark.slow
+def test_every_hostile_program_gets_its_row_in_time_and_changes_nothing() -> None:
+    assert len(PROGRAMS) >= 60
+    hold(list(PROGRAMS))
+
+
+def test_a_killed_run_leaves_no_process_of_a_program_behind() -> None:
+    script = (
+        "from stages.environment import PythonConfig\n"
+        "from stages.environment.python_tool import require_sandbox\n"
+        "held = require_sandbox(PythonConfig())\n"
+        "print('ready', flush=True)\n"
+        "held.run(['import time; time.sleep(99)'], PythonConfig(deadline=2.0))\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    assert run.stdout.readline() == "ready\n"
+    end = time.monotonic() + 10
+    while not outside()[0] and time.monotonic() < end:
+        time.sleep(0.01)
+    assert outside()[0]
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    while outside()[0] and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not outside()[0]
+
+
+def test_a_system_without_namespaces_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    evict("sandboxes")
+
+    def refuse(*_: Any, **__: Any) -> Sandboxes:
+        raise SandboxError("[Errno 1] unshare: Operation not permitted")
+
+    monkeypatch.setattr("stages.environment.python_tool.Sandboxes", refuse)
+    with pytest.raises(ConfigError, match=r"unshare.*environment.sandbox=limits"):
+        asked("1")
+
+
+def test_limits_alone_are_a_choice_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="your rights"):
+        ok, slow = asked("print(1)", "while True: pass", config=CONFIG.override({"sandbox": "limits", "deadline": 0.5}))
+    assert (ok.status, ok.output, slow.status) == ("ok", "1\n", "timeout")
+    evict("sandboxes")

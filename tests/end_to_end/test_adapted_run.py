@@ -11,15 +11,17 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from flows.cli import run_command
-from flows.config.recipes import arithmetic_smoke
+from flows.config.recipes import arithmetic_smoke, smollm2_arithmetic
 from flows.iterative_rl import iterative_rl
 from flows.runs.paths import Places
 from flows.runs.points import Points
 from pipeline.events import recording
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
-from stages.models import Checkpoint
+from stages.models import Checkpoint, load_tokenizer
+from stages.tables import Rollouts
 from stages.training.adapters import adapter_base
+from tests.flows.tiny import write_qwen
 
 SETTINGS = {"update.training.adapter.r": 2, "update.training.optimizer.learning_rate": 3e-3}
 
@@ -44,6 +46,36 @@ def test_a_run_with_adapters_that_is_resumed_ends_in_the_same_policy(tmp_path: P
             resumed = iterative_rl(config.override({"iterations": iterations}))
             evict()
         assert (resumed, resumed.content) == (final, content)
+
+
+TINY = {
+    "data.demonstrations.chains.count": 64,
+    "data.train.count": 32,
+    "data.evaluation.in_domain.count": 4,
+    "sft.max_steps": 2,
+    "sft.decay_steps": 1,
+    "steps": 2,
+    "questions_per_step": 4,
+    "rollout.G": 4,
+    "rollout.max_output_tokens": 8,
+    "preflight": {"truncated": None, "unreadable": None, "without_signal": None},
+}
+
+
+@pytest.mark.slow
+def test_the_world_is_asked_in_the_chat_template_of_a_model_of_others(tmp_path: Path) -> None:
+    write_qwen(tmp_path / "model")
+    config, seen = smollm2_arithmetic().override({**TINY, "policy.path": str(tmp_path / "model")}), Points()
+    with use_store(Store(tmp_path / "store")) as store, recording(seen.take):
+        final = iterative_rl(config)
+        starts = [call["result"] for call in store.actions() if call["stage"] == "supervised_finetuning"]
+        assert [adapter_base(final)] == starts
+        asked = next(call["result"] for call in store.actions() if call["stage"] == "rollout")
+        tokenizer = load_tokenizer(final)
+        text = tokenizer.decode(Rollouts(asked).rows()[0]["prompt_ids"])
+    assert text.endswith("and the result.<|im_end|>\n<|im_start|>assistant\n")
+    assert "<|im_start|>user\nCompute " in text
+    assert seen.by_step[1]["policy/kl"] == 0
 
 
 LORA = {"r": 2, "lora_alpha": 32.0, "use_rslora": False, "target_modules": ["q_proj", "v_proj"]}

@@ -15,6 +15,7 @@ from flows.config.recipes.arithmetic import (
     arithmetic_learned_reward,
     arithmetic_smoke,
     arithmetic_tools,
+    smollm2_arithmetic,
 )
 from flows.config.recipes.deepseekmath import deepseekmath_7b
 from flows.config.recipes.gsm8k import gsm8k_cpu, gsm8k_one_gpu
@@ -33,6 +34,7 @@ __all__ = [
     "gsm8k_one_gpu",
     "qwen_0_5b_gsm8k",
     "qwen_1_5b_math",
+    "smollm2_arithmetic",
 ]
 
 RECIPES: dict[str, Callable[[], IterativeRLConfig]] = {
@@ -43,6 +45,7 @@ RECIPES: dict[str, Callable[[], IterativeRLConfig]] = {
         arithmetic_distillation,
         arithmetic_tools,
         arithmetic_smoke,
+        smollm2_arithmetic,
         gsm8k_cpu,
         gsm8k_one_gpu,
         qwen_0_5b_gsm8k,

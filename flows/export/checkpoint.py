@@ -15,7 +15,8 @@ from flows.runs.record import RunRecord, read_artifacts, read_records
 from pipeline.config import ConfigError
 from pipeline.store import PrunedArtifactError, Store
 from stages.models import Checkpoint, PlainType, write_plain
-from stages.training.adapters import ADAPTER_SETTINGS, adapter_base, write_adapter
+from stages.models.folders import ADAPTER_SETTINGS
+from stages.training.adapters import adapter_base, write_adapter
 
 
 def find_origin(places: Places, store: Store, what: str) -> Origin:

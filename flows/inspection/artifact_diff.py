@@ -28,6 +28,7 @@ from pipeline.diff import (
     stored_tensors,
 )
 from pipeline.store import MissingArtifactError, PrunedArtifactError, Store
+from stages.models import plain_folder
 
 Record = dict[str, Any]
 Calls = tuple[Record | None, Record | None]
@@ -82,7 +83,8 @@ def print_artifact_difference(
         _print_rows(compare_tables(left, right, key=key), console, limit)
     _print_files(old, new, folders, console)
     if any(stored_tensors(folder) for folder in folders):
-        _print_weights(*folders, console, limit)
+        with plain_folder(folders[0]) as earlier, plain_folder(folders[1]) as later:
+            _print_weights(earlier, later, console, limit)
 
 
 def _manifest(store: Store, name: str) -> dict[str, Any]:

@@ -267,7 +267,9 @@ def _trained(
     sent = training.steps * bytes_sent(shape.parameters, config, training.rows / max(1, batch.rows))
     seconds = seconds_of(work, profile, shape.hidden, config.products, threads=config.threads) / ranks_of(config)
     seconds += sent / profile.interconnect + calls * STAGE_CALL
-    writing = written / profile.disk + written / profile.hashing  # what is written is also synced and hashed
+    whole = FLOAT * (shape.parameters if head else shape.trunk)
+    weights, linked = (whole, 0.0) if config.adapter is None else (FLOAT * shape.adapter(config.adapter.r), whole)
+    writing = written / profile.disk + (written + linked) / profile.hashing  # written is also synced; all is hashed
     later = training.when == "step"  # `checkpoint.every` says which steps write
     keeps = {training.slot: sum(memory.get(part, 0.0) for part in ("weights", "optimizer"))}
     if training.reference:
@@ -280,7 +282,7 @@ def _trained(
         seconds + (0.0 if later else writing),
         written,
         calls,
-        state=max(0.0, written - FLOAT * (shape.parameters if head else shape.trunk)),
+        state=max(0.0, written - weights),
         writing=writing if later else 0.0,
         keeps=keeps,
         settings=training.settings,
@@ -330,11 +332,10 @@ def bytes_sent(parameters: float, config: TrainingConfig, passes: float) -> floa
 
 
 def checkpoint_bytes(shape: ModelShape, config: TrainingConfig, *, head: bool = True) -> float:
-    """Return float32 weights, with the moments where they are kept; of an adapter its own with the merged weights."""
-    parameters = shape.parameters if head else shape.trunk
-    kept = config.optimizer_state != "none"
+    """Return float32 weights, with the moments where they are kept; of an adapter its own: its base's file is linked."""
+    parameters, kept = shape.parameters if head else shape.trunk, config.optimizer_state != "none"
     if config.adapter is not None:
-        return FLOAT * (parameters + (1.0 + 2.0 * kept) * shape.adapter(config.adapter.r))
+        return FLOAT * (1.0 + 2.0 * kept) * shape.adapter(config.adapter.r)
     if not kept:
         return FLOAT * parameters
     if isinstance(config.optimizer, AdamWConfig):
@@ -345,6 +346,5 @@ def checkpoint_bytes(shape: ModelShape, config: TrainingConfig, *, head: bool = 
 def table_bytes(rows: float, prompt: float, output: float, *, kind: str) -> float:
     """Return the size of a table: of each token ids, log-probability, text and its end (Rollouts), or one number."""
     per_token = {"rollouts": 3 * FLOAT + _TEXT, "values": FLOAT, "rewards": 0}[kind]
-    ids = FLOAT * prompt if kind == "rollouts" else 0.0
-    fixed = _KEY + {"rollouts": 40, "values": 0, "rewards": 80}[kind]
-    return rows * (fixed + ids + per_token * output)
+    fixed = _KEY + {"rollouts": 40 + FLOAT * prompt, "values": 0, "rewards": 80}[kind]
+    return rows * (fixed + per_token * output)

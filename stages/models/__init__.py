@@ -1,19 +1,18 @@
 """Models: checkpoints in the store, where they come from, whether their code may run, and models that give one number."""
 
+from stages.models.adapted import merged, plain_folder
 from stages.models.checkpoint import (
     Checkpoint,
+    PlainType,
     architecture_of,
-    copy_weights,
     load_model,
     load_optimizer_state,
     load_tokenizer,
     load_trainer_state,
     load_weights,
     model_folder,
-    model_weights,
     save,
-    tensor_file,
-    write_tensors,
+    write_plain,
 )
 from stages.models.classifiers import (
     LABELS,
@@ -30,12 +29,10 @@ from stages.models.folders import (
     TRAINER,
     WEIGHT_INDEX,
     WEIGHTS,
-    PlainType,
     copy_description,
     read_description,
     require_buildable,
     weight_files,
-    write_plain,
 )
 from stages.models.gguf import GGUF, describe_gguf, gguf_description, is_gguf, read_gguf
 from stages.models.sources import (
@@ -50,6 +47,7 @@ from stages.models.sources import (
     import_checkpoint,
     resolve_revision,
 )
+from stages.models.tensors import copy_weights, model_weights, tensor_file, write_tensors
 from stages.models.trusted_code import code_files, may_run_code, trust
 
 __all__ = [
@@ -85,8 +83,10 @@ __all__ = [
     "load_trainer_state",
     "load_weights",
     "may_run_code",
+    "merged",
     "model_folder",
     "model_weights",
+    "plain_folder",
     "read_description",
     "read_gguf",
     "require_buildable",

@@ -1,36 +1,40 @@
 """Checkpoints: a Hugging Face folder with tokenizer and, when trained, optimizer state. Safetensors and JSON only.
 
-`model.safetensors` holds the float32 masters: what training changed by 1e-6 is in the file, and loaders cast. Reading a
-checkpoint runs no code: no pickle, and of the model's own Python files only those that the running configuration pins
-(`stages/models/trusted_code.py`).
+`model.safetensors` holds the float32 masters: what training changed by 1e-6 is in the file, and loaders cast; where an adapter
+is trained, the base's (`stages/models/adapted.py`). Reading a checkpoint runs no code: no pickle, and of the model's own Python
+files only those that the running configuration pins (`stages/models/trusted_code.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
-import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import re
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pipeline.artifact import ArtifactError, Folder
+from pipeline.diff import StoredTensor, stored_tensors
+from pipeline.progress import report
 from pipeline.residency import holder_of
-from pipeline.store import MissingArtifactError, PrunedArtifactError, StoreError, current_store
+from pipeline.store import PrunedArtifactError, StoreError, current_store
 from pipeline.store.files import sha256_of
 from pipeline.store.folder import recomputed
+from stages.models.adapted import filled_folder, plain_folder
 from stages.models.folders import (
     OPTIMIZER,
     TRAINER,
+    WEIGHT_INDEX,
     WEIGHTS,
     copy_description,
     require_buildable,
     weight_files,
-    weights_folder,
 )
+from stages.models.tensors import model_weights, write_tensors
 from stages.models.trusted_code import code_digest, code_files, may_run_code, read_object
+from stages.text import require_faithful
 
 if TYPE_CHECKING:
     import torch
@@ -43,15 +47,6 @@ _HEADS = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
 }
 """How the name of an architecture ends, and the class of transformers that loads such a model."""
-_SHARED_MEMORY: Final = Path("/dev/shm")
-_KINDS: Final = {
-    f"torch.{name}": kind
-    for name, kind in {
-        **{"float32": "F32", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8"},
-        **{"uint8": "U8", "bool": "BOOL"},
-    }.items()
-}
-"""What safetensors calls the types of a model's parameters and buffers."""
 
 
 class Checkpoint(Folder):
@@ -65,30 +60,22 @@ class Checkpoint(Folder):
 def model_folder(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Iterator[Path]:
     """Yield a folder with the model of a checkpoint, which is there for the block.
 
-    It is the store's. Weights that were not written, and that an engine of this process or its ranks has, are handed over in
-    shared memory, or in a temporary folder where that has no room.
+    It is the store's, unless an adapter is to be merged (`plain_folder`). Weights that were not written, and that an engine of
+    this process or its ranks has, are handed over in memory, where it has room.
 
     Args:
         dtype: what the reader casts floating weights to; in bfloat16 they are handed over as that. None: float32.
     """
+    half = str(dtype) == "torch.bfloat16"
     holder = holder_of(checkpoint.state) if checkpoint.content is None else None
     hand_over = getattr(holder, "hand_over", None)
-    if hand_over is None:
-        yield checkpoint.path
-        return
     with contextlib.ExitStack() as stack:
-        for place in (*([_SHARED_MEMORY] if _SHARED_MEMORY.is_dir() else []), Path(tempfile.gettempdir())):
-            folder = stack.enter_context(weights_folder(place))
-            copy_description(checkpoint.described, folder)
-            try:
-                hand_over(checkpoint.digest, folder, half=str(dtype) == "torch.bfloat16")
-            except MissingArtifactError:  # by now it has another state
-                break
-            except StoreError:  # no room
-                continue
-            yield folder
-            return
-    yield checkpoint.path
+        folder = None
+        if hand_over is not None:
+            with contextlib.suppress(StoreError):  # no room, or by now it has another state
+                given = filled_folder(checkpoint.described, lambda at: hand_over(checkpoint.digest, at, half=half))
+                folder = stack.enter_context(given)
+        yield folder or stack.enter_context(plain_folder(checkpoint.path, half=half))
 
 
 def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, attention: str = "eager") -> PreTrainedModel:
@@ -192,25 +179,6 @@ def _load_file(
             yield name
 
 
-def copy_weights(targets: Mapping[str, torch.Tensor], weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Overwrite weights in place with those of the same names, each cast to the dtype it has here.
-
-    Raises:
-        ArtifactError: weights without a target, or targets without a weight.
-    """
-    import torch
-
-    left = set(targets)
-    with torch.no_grad():
-        for name, weight in weights:
-            if name not in left:
-                raise ArtifactError(f"weight {name} is not in the model, or came twice")
-            targets[name].copy_(weight)
-            left.remove(name)
-    if left:
-        raise ArtifactError(f"no weights for {', '.join(sorted(left)[:5])}")
-
-
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
     """Load the tokenizer of the checkpoint."""
     from transformers import AutoTokenizer
@@ -266,69 +234,94 @@ def save(
     write_tensors(folder / WEIGHTS, model_weights(model))
 
 
-def model_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return parameters and persistent buffers by name, a tied weight once, under the name of its first owner."""
-    weights: dict[str, torch.Tensor] = dict(model.named_parameters())
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    weights |= {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    return weights
+# ------------------------------------------------------------------------------------------------ export
+
+PlainType = Literal["bfloat16", "float32"]
+_SIZES: Final[Mapping[str, int]] = {"bfloat16": 2, "float32": 4}
+_CAST: Final = ("F64", "F32", "F16", "BF16")
+"""Stored types that become the one asked for; integers and 8-bit floats (of quantised models) stay what they are."""
 
 
-def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], *, half: bool = False) -> None:
-    """Write tensors as safetensors on the CPU, floating ones as float32 or bfloat16; equal tensors make equal bytes."""
-    from safetensors.torch import save_file
+def write_plain(checkpoint: Checkpoint, folder: Path, *, dtype: PlainType, shard_bytes: int) -> None:
+    """Write the model into an empty folder as transformers, vLLM and the hub expect it, without anything of ours.
 
-    def plain(tensor: torch.Tensor) -> torch.Tensor:
-        kept = tensor.detach()
-        return kept.to(_stored_dtype(kept.dtype, half=half)).cpu().contiguous()
-
-    save_file({name: plain(tensor) for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
-
-
-def _stored_dtype(dtype: torch.dtype, *, half: bool) -> torch.dtype:
-    import torch
-
-    if not dtype.is_floating_point:
-        return dtype
-    return torch.bfloat16 if half else torch.float32
-
-
-def tensor_file(
-    file: Path, described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], *, half: bool, room: float
-) -> dict[str, torch.Tensor]:
-    """Make a safetensors file of zeros and return its tensors, whose memory is the file's: what is copied there is written.
+    The float32 masters are cast and split into shards; optimizer state, counters and records stay behind.
 
     Args:
-        described: types and shapes by name; floating types become float32, or bfloat16 where `half`.
-        room: bytes that are free there, of which a twentieth is left.
+        dtype: of the weights; float32 is what training holds, bfloat16 halves the size and rounds to 8 bits of mantissa.
+        shard_bytes: largest weight file; a single tensor beyond it is a file of its own.
 
     Raises:
-        StoreError: they do not fit there.
+        ArtifactError: a tokenizer that would lose text when `AutoTokenizer` reads it from there.
     """
-    import torch
+    copy_description(checkpoint.path, folder)
+    if code := code_files(folder):
+        warnings.warn(
+            f"{', '.join(file.name for file in code)} of {checkpoint} is Python code, which comes along and did not run here; "
+            "read it before anybody loads the folder with trust_remote_code=True",
+            stacklevel=2,
+        )
+    _state_type(folder / "config.json", dtype)
+    with plain_folder(checkpoint.path) as source:
+        _write_weights(stored_tensors(source), folder, dtype, shard_bytes)
+    require_faithful(folder)
 
-    stored = {name: (_stored_dtype(dtype, half=half), shape) for name, (dtype, shape) in described.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in sorted(stored, key=lambda name: (-stored[name][0].itemsize, name)):  # as aligned as save_file has them
-        (dtype, shape), begin = stored[name], end
-        end += dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": _KINDS[str(dtype)], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    if room < 1.05 * end + 2**20:
-        raise StoreError(f"{file}: weights of {end:,} bytes do not fit, {room:,} are free")
-    with file.open("wb") as opened:
-        opened.write(len(text).to_bytes(8, "little") + text)
-        opened.flush()
-        try:
-            os.posix_fallocate(
-                opened.fileno(), 0, opened.tell() + end
-            )  # mapped memory of a full file system would kill us
-        except OSError as error:
-            raise StoreError(f"{file}: weights of {end:,} bytes do not fit ({error})") from None
-    mapped = torch.from_file(str(file), shared=True, size=8 + len(text) + end, dtype=torch.uint8)[8 + len(text) :]
-    return {
-        name: mapped[slice(*header[name]["data_offsets"])].view(dtype).view(shape)
-        for name, (dtype, shape) in stored.items()
+
+def _state_type(file: Path, dtype: PlainType) -> None:
+    """Name the type of the weights, which `from_pretrained` loads them in; `torch_dtype` is its older name."""
+    described = {
+        key: value for key, value in json.loads(file.read_text(encoding="utf-8")).items() if key != "torch_dtype"
     }
+    text = json.dumps({**described, "dtype": dtype}, indent=2, sort_keys=True, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def _write_weights(tensors: Mapping[str, StoredTensor], folder: Path, dtype: PlainType, shard_bytes: int) -> None:
+    shards = list(_shards(tensors, dtype, shard_bytes))
+    names = [WEIGHTS] if len(shards) == 1 else [_shard_name(number, len(shards)) for number in range(len(shards))]
+    for number, (name, members) in enumerate(zip(names, shards, strict=True)):
+        _write_shard(folder / name, {member: tensors[member] for member in members}, dtype)
+        report("export", done=number + 1, total=len(shards))
+    if len(shards) > 1:
+        total = sum(_size(tensor, dtype) for tensor in tensors.values())
+        places = {member: name for name, members in zip(names, shards, strict=True) for member in members}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        (folder / WEIGHT_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(tensors: Mapping[str, StoredTensor], dtype: PlainType, shard_bytes: int) -> Iterator[list[str]]:
+    """Yield names in their order, cut before what would exceed the size."""
+    shard: list[str] = []
+    filled = 0
+    for name, tensor in tensors.items():
+        size = _size(tensor, dtype)
+        if shard and filled + size > shard_bytes:
+            yield shard
+            shard, filled = [], 0
+        shard.append(name)
+        filled += size
+    yield shard
+
+
+def _write_shard(file: Path, members: Mapping[str, StoredTensor], dtype: PlainType) -> None:
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    wanted = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
+    values: dict[str, torch.Tensor] = {}
+    for name, tensor in members.items():
+        with safe_open(tensor.file, framework="pt") as stored:
+            value = stored.get_tensor(name)
+        values[name] = value.to(wanted) if tensor.kind in _CAST else value
+    save_file(values, file, metadata={"format": "pt"})
+
+
+def _size(tensor: StoredTensor, dtype: PlainType) -> int:
+    """Return the bytes in the folder; a type's name has its bits (`I64`, `F8_E4M3`), and a truth value has a byte."""
+    bits = re.match(r"[A-Z]+(\d+)", tensor.kind)
+    return tensor.size * (_SIZES[dtype] if tensor.kind in _CAST else int(bits[1]) // 8 if bits else 1)
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from stages.models.checkpoint import Checkpoint, load_model, load_tokenizer, model_weights, write_tensors
+from stages.models.checkpoint import Checkpoint, load_model, load_tokenizer
 from stages.models.folders import WEIGHTS, copy_description
+from stages.models.tensors import model_weights, write_tensors
 from stages.models.trusted_code import read_object
 
 

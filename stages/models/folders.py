@@ -1,29 +1,29 @@
-"""The files of a model folder: which hold weights, which describe a model, which are copied; and plain folders for export."""
+"""The files of a model folder: which hold weights, which describe a model, which are copied."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import shutil
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-from pipeline.artifact import ArtifactError, Folder
-from pipeline.diff import StoredTensor, stored_tensors
-from pipeline.progress import report
+from pipeline.artifact import ArtifactError
 from pipeline.store.files import is_plain_name
 from pipeline.store.locks import locked, try_lock
 from stages.models.trusted_code import code_files, copy_code, read_object, require_known
-from stages.text import require_faithful, settle_tokenizer
+from stages.text import settle_tokenizer
 
 WEIGHTS: Final = "model.safetensors"
 WEIGHT_INDEX: Final = "model.safetensors.index.json"
 OPTIMIZER: Final = "optimizer.safetensors"
 TRAINER: Final = "trainer_state.json"
+ADAPTER: Final = "adapter"
+FACTORS: Final = "adapter_model.safetensors"
+ADAPTER_SETTINGS: Final = "adapter_config.json"
+BASE: Final = "base.safetensors"
 _HANDED_OVER: Final = "cohort-weights-"
 """How the names of folders of `weights_folder` begin."""
 _TRAINED: Final = (OPTIMIZER, TRAINER, "sft_curve.json")
@@ -55,7 +55,12 @@ _REPEATED: Final = re.compile(r"(^|_)(layers?|experts?|blocks?)$")
 """Names of settings that say how often a part of a model is built."""
 _MOST: Final = 10_000
 """Of each; the deepest public models have about 200 layers, the widest about 500 experts."""
-_UNWANTED: Final = ("adapter_config.json", "trusted_code.json")
+_UNWANTED: Final = (ADAPTER_SETTINGS, "trusted_code.json")
+
+
+def is_adapted(folder: Path) -> bool:
+    """Return whether the weights of a checkpoint's folder are those of a base, to which an adapter is to be added."""
+    return (folder / ADAPTER / FACTORS).is_file() and not (folder / ADAPTER / BASE).exists()
 
 
 @contextlib.contextmanager
@@ -88,6 +93,11 @@ def model_files(folder: Path, *, own_code: bool = False) -> list[Path]:
         files = sorted(folder.glob("*.gguf"))
         raise ArtifactError(f"{folder}: missing config.json" + (f"; name the file itself: {files[0]}" if files else ""))
     require_buildable(read_object(folder / "config.json"), f"{folder}: config.json")
+    if is_adapted(folder):
+        raise ArtifactError(
+            f"{folder}: a checkpoint of an adapter, beside the weights of its base; expected a model. `cohort export` "
+            "writes one, with merged weights"
+        )
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ArtifactError(f"{folder}: missing tokenizer.json")
     known = {name for name in _DESCRIPTIONS if (folder / name).is_file()}
@@ -193,95 +203,3 @@ def copy_description(source: Path, target: Path) -> None:
     """Copy what describes a model to another state of its weights."""
     for name, content in read_description(source).items():
         (target / name).write_bytes(content)  # without the read-only mode of the store
-
-
-# ------------------------------------------------------------------------------------------------ export
-
-PlainType = Literal["bfloat16", "float32"]
-_SIZES: Final[Mapping[str, int]] = {"bfloat16": 2, "float32": 4}
-_CAST: Final = ("F64", "F32", "F16", "BF16")
-"""Stored types that become the one asked for; integers and 8-bit floats (of quantised models) stay what they are."""
-
-
-def write_plain(checkpoint: Folder, folder: Path, *, dtype: PlainType, shard_bytes: int) -> None:
-    """Write the model into an empty folder as transformers, vLLM and the hub expect it, without anything of ours.
-
-    The float32 masters are cast and split into shards; optimizer state, counters and records stay behind.
-
-    Args:
-        dtype: of the weights; float32 is what training holds, bfloat16 halves the size and rounds to 8 bits of mantissa.
-        shard_bytes: largest weight file; a single tensor beyond it is a file of its own.
-
-    Raises:
-        ArtifactError: a tokenizer that would lose text when `AutoTokenizer` reads it from there.
-    """
-    copy_description(checkpoint.path, folder)
-    if code := code_files(folder):
-        warnings.warn(
-            f"{', '.join(file.name for file in code)} of {checkpoint} is Python code, which comes along and did not run here; "
-            "read it before anybody loads the folder with trust_remote_code=True",
-            stacklevel=2,
-        )
-    _state_type(folder / "config.json", dtype)
-    _write_weights(stored_tensors(checkpoint.path), folder, dtype, shard_bytes)
-    require_faithful(folder)
-
-
-def _state_type(file: Path, dtype: PlainType) -> None:
-    """Name the type of the weights, which `from_pretrained` loads them in; `torch_dtype` is its older name."""
-    described = {
-        key: value for key, value in json.loads(file.read_text(encoding="utf-8")).items() if key != "torch_dtype"
-    }
-    text = json.dumps({**described, "dtype": dtype}, indent=2, sort_keys=True, ensure_ascii=False)
-    file.write_text(text + "\n", encoding="utf-8")
-
-
-def _write_weights(tensors: Mapping[str, StoredTensor], folder: Path, dtype: PlainType, shard_bytes: int) -> None:
-    shards = list(_shards(tensors, dtype, shard_bytes))
-    names = [WEIGHTS] if len(shards) == 1 else [_shard_name(number, len(shards)) for number in range(len(shards))]
-    for number, (name, members) in enumerate(zip(names, shards, strict=True)):
-        _write_shard(folder / name, {member: tensors[member] for member in members}, dtype)
-        report("export", done=number + 1, total=len(shards))
-    if len(shards) > 1:
-        total = sum(_size(tensor, dtype) for tensor in tensors.values())
-        places = {member: name for name, members in zip(names, shards, strict=True) for member in members}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        (folder / WEIGHT_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _shards(tensors: Mapping[str, StoredTensor], dtype: PlainType, shard_bytes: int) -> Iterator[list[str]]:
-    """Yield names in their order, cut before what would exceed the size."""
-    shard: list[str] = []
-    filled = 0
-    for name, tensor in tensors.items():
-        size = _size(tensor, dtype)
-        if shard and filled + size > shard_bytes:
-            yield shard
-            shard, filled = [], 0
-        shard.append(name)
-        filled += size
-    yield shard
-
-
-def _write_shard(file: Path, members: Mapping[str, StoredTensor], dtype: PlainType) -> None:
-    import torch
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    wanted = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
-    values: dict[str, torch.Tensor] = {}
-    for name, tensor in members.items():
-        with safe_open(tensor.file, framework="pt") as stored:
-            value = stored.get_tensor(name)
-        values[name] = value.to(wanted) if tensor.kind in _CAST else value
-    save_file(values, file, metadata={"format": "pt"})
-
-
-def _size(tensor: StoredTensor, dtype: PlainType) -> int:
-    """Return the bytes in the folder; a type's name has its bits (`I64`, `F8_E4M3`), and a truth value has a byte."""
-    bits = re.match(r"[A-Z]+(\d+)", tensor.kind)
-    return tensor.size * (_SIZES[dtype] if tensor.kind in _CAST else int(bits[1]) // 8 if bits else 1)
-
-
-def _shard_name(number: int, count: int) -> str:
-    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"

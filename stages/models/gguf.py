@@ -284,8 +284,8 @@ def copy_gguf(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from stages.models.checkpoint import model_weights, write_tensors
     from stages.models.folders import WEIGHTS
+    from stages.models.tensors import model_weights, write_tensors
 
     model = read_gguf(path)
     describe_gguf(model, folder)

@@ -1,16 +1,4 @@
-"""Train LoRA adapters through peft, and hold them in checkpoints.
-
-A checkpoint of an adapted policy is complete by itself:
-
-* `model.safetensors`: the merged weights W + s B A in float32, which everything that reads a policy loads without knowing of
-  adapters;
-* `adapter/adapter_model.safetensors` and `adapter/adapter_config.json`: A and B in peft's own format, so that peft loads this
-  folder; `base_model_name_or_path` is the digest of the checkpoint on which the adapter was begun;
-* `adapter/base.safetensors`: W of the adapted matrices, which the merged ones give back only with rounding. Every checkpoint of
-  an adapter has the same file: a hard link where the file system has them.
-
-The files lie in a folder of their own: transformers adds an adapter to the weights where `adapter_config.json` lies with them.
-"""
+"""Train LoRA adapters through peft, and hold them in checkpoints (`stages/models/adapted.py` says how)."""
 
 from __future__ import annotations
 
@@ -18,7 +6,6 @@ import contextlib
 import difflib
 import importlib.util
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,17 +14,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.artifact import ArtifactError
 from pipeline.config import ConfigError
-from stages.models import Checkpoint, load_model, load_weights, model_weights, write_tensors
+from pipeline.diff import stored_tensors
+from pipeline.store import current_store
+from stages.models import (
+    WEIGHTS,
+    Checkpoint,
+    load_model,
+    load_weights,
+    merged,
+    model_weights,
+    write_tensors,
+)
+from stages.models.folders import ADAPTER, ADAPTER_SETTINGS, BASE, FACTORS, is_adapted
 from stages.training.config import LoRAConfig, TrainingConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-FOLDER = "adapter"
-FACTORS = "adapter_model.safetensors"
-ADAPTER_SETTINGS = "adapter_config.json"
-BASE = "base.safetensors"
 _A, _B, _W = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer.weight"
 _LAYER = ".base_layer"
 """How peft names things inside the module that takes a linear layer's place."""
@@ -51,12 +45,6 @@ class Adapter(NamedTuple):
     """What adapter_config.json says."""
     continued: bool
     """Whether the checkpoint that was loaded had it; otherwise it is new there."""
-
-    @property
-    def scale(self) -> float:
-        """Return s: alpha / r, or alpha / sqrt(r)."""
-        r: int = self.settings["r"]
-        return float(self.settings["lora_alpha"]) / (math.sqrt(r) if self.settings["use_rslora"] else r)
 
 
 def load_trainable(checkpoint: Checkpoint, config: TrainingConfig, dtype: torch.dtype) -> tuple[Any, Adapter | None]:
@@ -108,16 +96,19 @@ def reload_trainable(
 
 def _fill(model: Any, checkpoint: Checkpoint, settings: Mapping[str, Any], seed: int) -> Adapter:
     """Load the checkpoint's adapter, on its base, into a model that has its merged weights, or draw a new one."""
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
     parameters = dict(model.named_parameters())
-    stored = _stored_settings(checkpoint)
+    stored = _settings_in(checkpoint.path)
     if stored is None or stored != {_BASE_NAME: stored[_BASE_NAME], **settings}:
         _draw(parameters, seed)
         return Adapter({**settings, _BASE_NAME: checkpoint.digest}, continued=False)
-    folder = checkpoint.path / FOLDER
-    for name, tensor in load_file(folder / BASE).items():
-        parameters[name.removesuffix(".weight") + _W].data.copy_(tensor)
+    folder = checkpoint.path / ADAPTER
+    with safe_open(checkpoint.path / WEIGHTS if is_adapted(checkpoint.path) else folder / BASE, framework="pt") as base:
+        for name, adapted in ((name, name.removesuffix(".weight") + _W) for name in base.keys()):  # noqa: SIM118 - not a mapping
+            if adapted in parameters:
+                parameters[adapted].data.copy_(base.get_tensor(name))
     factors = load_file(folder / FACTORS)
     for name, parameter in parameters.items():
         if name.endswith((_A, _B)):
@@ -134,9 +125,9 @@ def factors_on_base(checkpoint: Checkpoint, adapter: Adapter) -> dict[str, Tenso
 
     if adapter.settings[_BASE_NAME] == checkpoint.digest:
         return {}
-    if _stored_settings(checkpoint) != adapter.settings:
+    if _settings_in(checkpoint.path) != adapter.settings:
         return None
-    factors: dict[str, Tensor] = load_file(checkpoint.path / FOLDER / FACTORS)
+    factors: dict[str, Tensor] = load_file(checkpoint.path / ADAPTER / FACTORS)
     return factors
 
 
@@ -184,8 +175,7 @@ def merge(weights: Iterable[tuple[str, Tensor]], adapter: Adapter) -> Iterator[t
         parts[name] = tensor.detach().float().cpu()
         if all(layer + part in parts for part in (_A, _B, _W)):
             a, b, w = (parts.pop(layer + part) for part in (_A, _B, _W))
-            change = (b @ a).T if adapter.settings["fan_in_fan_out"] else b @ a
-            yield f"{layer}.weight", w + adapter.scale * change
+            yield f"{layer}.weight", merged(w, a, b, adapter.settings)
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
@@ -196,36 +186,45 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
 def write_adapter_state(
     folder: Path, weights: Mapping[str, Tensor], adapter: Adapter, previous: Checkpoint | None
 ) -> None:
-    """Write `adapter/` of a checkpoint: what merging loses and going on needs.
+    """Write the weights of a checkpoint: those of the base, and `adapter/`.
 
     Args:
         weights: of the model with its adapter layers, by name.
-        previous: an earlier checkpoint, whose base.safetensors is shared where it is of the same adapter.
+        previous: an earlier checkpoint, whose weights are shared where they are the base's.
     """
-    target = folder / FOLDER
+    target = folder / ADAPTER
     target.mkdir()
     (target / ADAPTER_SETTINGS).write_text(_as_text(adapter.settings))
     factors = {_name_in_peft(name): tensor for name, tensor in weights.items() if name.endswith((_A, _B))}
     write_tensors(target / FACTORS, factors)
-    if previous is None or not _shared(previous, adapter, target / BASE):
-        base = {_plain(name): weights[name] for name in weights if name.endswith(_W)}
-        write_tensors(target / BASE, base)
+    base = {_plain(name): tensor for name, tensor in _without_factors(weights)}
+    if not _shared(previous, adapter, base, folder / WEIGHTS):
+        write_tensors(folder / WEIGHTS, base)
 
 
-def _shared(previous: Checkpoint, adapter: Adapter, target: Path) -> bool:
-    """Link `target` to the base weights of `previous`; False where that was pruned, or across file systems."""
-    try:
-        if _stored_settings(previous) != adapter.settings:
-            return False
-        os.link(previous.path / FOLDER / BASE, target)
-    except OSError:
-        return False
-    return True
+def _shared(previous: Checkpoint | None, adapter: Adapter, base: Mapping[str, Tensor], target: Path) -> bool:
+    """Link `target` to the weights of `previous`, or of the base itself; False where both are freed or others, or far away.
+
+    Nothing that is not there is made again: this runs in the thread of the writer.
+    """
+    wanted = {name: ("F32", tuple(tensor.shape)) for name, tensor in base.items()}
+    for name in (*(() if previous is None else (previous.digest,)), adapter.settings[_BASE_NAME]):
+        folder = current_store().folder(name)
+        with contextlib.suppress(OSError):
+            if is_adapted(folder):
+                same = _settings_in(folder) == adapter.settings
+            else:  # the base itself, where it is one file of float32
+                kinds = {each: (tensor.kind, tensor.shape) for each, tensor in stored_tensors(folder).items()}
+                same = name == adapter.settings[_BASE_NAME] and kinds == wanted
+            if same:
+                os.link(folder / WEIGHTS, target)
+                return True
+    return False
 
 
 def adapter_base(checkpoint: Checkpoint) -> str | None:
     """Return the digest of the checkpoint on which the adapter was begun; None where there is no adapter."""
-    settings = _stored_settings(checkpoint)
+    settings = _settings_in(checkpoint.path)
     return None if settings is None else str(settings[_BASE_NAME])
 
 
@@ -239,18 +238,18 @@ def write_adapter(checkpoint: Checkpoint, folder: Path, *, base: str | None = No
     Raises:
         ArtifactError: the checkpoint has no adapter.
     """
-    settings = _stored_settings(checkpoint)
+    settings = _settings_in(checkpoint.path)
     if settings is None:
         raise ArtifactError(
             f"{checkpoint} has no adapter: it was trained in full (training.adapter null); export it as a model"
         )
     described = {**settings, _BASE_NAME: base or settings[_BASE_NAME]}
     (folder / ADAPTER_SETTINGS).write_text(_as_text(described))
-    shutil.copyfile(checkpoint.path / FOLDER / FACTORS, folder / FACTORS)  # without the read-only mode of the store
+    shutil.copyfile(checkpoint.path / ADAPTER / FACTORS, folder / FACTORS)  # without the read-only mode of the store
 
 
-def _stored_settings(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    file = checkpoint.path / FOLDER / ADAPTER_SETTINGS
+def _settings_in(folder: Path) -> dict[str, Any] | None:
+    file = folder / ADAPTER / ADAPTER_SETTINGS
     settings: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
     return settings
 

@@ -20,8 +20,8 @@ from pipeline.residency import evict, kept, resident
 from pipeline.store import current_store
 from pipeline.store.context import payloads
 from stages.models import Checkpoint, architecture_of
-from stages.models.folders import OPTIMIZER, TRAINER, WEIGHTS
-from stages.training.adapters import ADAPTER_SETTINGS, BASE, FACTORS, FOLDER, load_trainable
+from stages.models.folders import ADAPTER, ADAPTER_SETTINGS, FACTORS, OPTIMIZER, TRAINER, WEIGHTS
+from stages.training.adapters import load_trainable
 from stages.training.batching import Batch, Row, micro_batches, own_share
 from stages.training.config import DeepSpeedEngineConfig, TorchEngineConfig, TrainingConfig
 from stages.training.engine import Engine, StepReport
@@ -30,7 +30,7 @@ from stages.training.writer import writer
 
 Part = TypeVar("Part")
 
-_TRAINED: Final = (WEIGHTS, OPTIMIZER, TRAINER, *(f"{FOLDER}/{name}" for name in (ADAPTER_SETTINGS, FACTORS, BASE)))
+_TRAINED: Final = (WEIGHTS, OPTIMIZER, TRAINER, *(f"{ADAPTER}/{name}" for name in (ADAPTER_SETTINGS, FACTORS)))
 """The files of a checkpoint that training changes."""
 
 

@@ -24,7 +24,7 @@ from stages.models import (
     load_trainer_state,
     write_tensors,
 )
-from stages.training.adapters import Adapter, adapter_base, merge, write_adapter_state
+from stages.training.adapters import Adapter, adapter_base, write_adapter_state
 from stages.training.config import AdamWConfig, MuonConfig, TrainingConfig
 
 
@@ -302,8 +302,9 @@ def write_checkpoint(
     """
     for name, content in description.items():
         (folder / name).write_bytes(content)
-    write_tensors(folder / WEIGHTS, weights if adapter is None else dict(merge(weights.items(), adapter)))
-    if adapter is not None:
+    if adapter is None:
+        write_tensors(folder / WEIGHTS, weights)
+    else:
         write_adapter_state(folder, weights, adapter, previous)
     if state is None:
         return

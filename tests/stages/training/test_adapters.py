@@ -6,17 +6,20 @@ import gc
 import importlib.util
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from pipeline.artifact import ArtifactError
 from pipeline.config import ConfigError
 from pipeline.residency import evict
 from pipeline.store import Store, current_store
-from stages.models import Checkpoint, load_model
+from stages.models import Checkpoint, load_model, load_weights, model_folder, model_weights, write_plain
+from stages.models.folders import model_files
 from stages.training import AdamWConfig, LoRAConfig, TrainingConfig
 from stages.training.adapters import adapter_base, load_trainable, write_adapter
 from stages.training.batching import collate
@@ -50,6 +53,12 @@ def trained(start: Checkpoint, how: TrainingConfig, updates: int = 2) -> tuple[T
 @torch.no_grad()
 def logprobs(model: Any) -> torch.Tensor:
     return completion_logprobs(model, BATCH).logp_BO
+
+
+def policy_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    with model_folder(checkpoint) as folder:
+        weights: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
+        return weights
 
 
 def stored(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
@@ -86,7 +95,7 @@ def test_weights_are_merged_by_the_formula(store: Store, scaling: Any, scale: fl
     start = tiny_checkpoint()
     _, after = trained(start, config(adapter=LoRAConfig(r=4, alpha=6.0, scaling=scaling)))
     factors = stored(after, "adapter/adapter_model.safetensors")
-    before, merged = stored(start, "model.safetensors"), stored(after, "model.safetensors")
+    before, merged = policy_weights(start), policy_weights(after)
     assert merged.keys() == before.keys()
     for name, tensor in merged.items():
         a, b = (factors.get(f"base_model.model.{name.removesuffix('.weight')}.lora_{x}.weight") for x in "AB")
@@ -114,7 +123,8 @@ def test_plain_transformers_loads_the_trainers_policy(store: Store, tied: bool) 
 
     start = tiny_checkpoint(tie_word_embeddings=tied)
     engine, after = trained(start, config())
-    found = logprobs(AutoModelForCausalLM.from_pretrained(after.path, dtype=torch.float32))
+    with model_folder(after) as folder:
+        found = logprobs(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     torch.testing.assert_close(found, logprobs(engine.model), rtol=0, atol=1e-6)
     assert (found - logprobs(load_model(start, dtype=torch.float32))).abs().max() > 1e-2
 
@@ -137,21 +147,98 @@ def test_peft_loads_the_adapter_on_the_base(store: Store, tmp_path: Path) -> Non
         write_adapter(start, tmp_path)
 
 
-def test_the_adapted_matrices_of_the_base_are_stored_once(store: Store) -> None:
-    engine, first = trained(tiny_checkpoint(), config())
+def test_the_weights_of_the_base_are_stored_once(store: Store, tmp_path: Path) -> None:
+    start = tiny_checkpoint()
+    whole = stored(start, "model.safetensors")
+    engine, first = trained(start, config())
     update(engine, ROWS)
     second = publish(engine)
     reloaded = TorchEngine(second, config())
     update(reloaded, ROWS)
     third = publish(reloaded)
-    files = [checkpoint.path / "adapter" / "base.safetensors" for checkpoint in (first, second, third)]
+    files = [checkpoint.path / "model.safetensors" for checkpoint in (start, first, second, third)]
     assert len({file.stat().st_ino for file in files}) == 1
-    # Freed in one checkpoint it stays in the others; where the one before has none left to share it is written again.
+    # Freed in one checkpoint it stays in the others: where the one before has none left, in the base.
     current_store().prune(third.digest)
     update(reloaded, ROWS)
-    again = publish(reloaded).path / "adapter" / "base.safetensors"
-    assert again.stat().st_ino != files[0].stat().st_ino
-    assert again.read_bytes() == files[0].read_bytes()
+    assert (publish(reloaded).path / "model.safetensors").samefile(files[0])
+    # Where nobody has it, it is written again, and nothing is replayed for it.
+    for freed in list(current_store().digests()):
+        current_store().prune(freed)
+    reloaded.save(folder := fresh(tmp_path / "alone"))
+    assert all(tensor.equal(whole[name]) for name, tensor in load_file(folder / "model.safetensors").items())
+    assert len(load_file(folder / "model.safetensors")) == len(whole)
+
+
+def fresh(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_a_base_in_another_precision_is_written_once_in_float32(store: Store) -> None:
+    start = halved(tiny_checkpoint())
+    engine, first = trained(start, config())
+    update(engine, ROWS)
+    files = [checkpoint.path / "model.safetensors" for checkpoint in (start, first, publish(engine))]
+    assert len({file.stat().st_ino for file in files}) == 2
+    assert files[1].samefile(files[2])
+    wide = {name: tensor.float() for name, tensor in stored(start, "model.safetensors").items()}
+    assert all(tensor.equal(wide[name]) for name, tensor in stored(first, "model.safetensors").items())
+
+
+def halved(checkpoint: Checkpoint) -> Checkpoint:
+    def fill(folder: Path) -> None:
+        write_plain(checkpoint, folder, dtype="bfloat16", shard_bytes=10**9)
+
+    return Checkpoint.write(fill)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whoever_loads_a_policy_has_the_bits_that_the_engine_merges(store: Store, tmp_path: Path, dtype: Any) -> None:
+    engine, after = trained(tiny_checkpoint(), config())
+    expected = {name: tensor.to(dtype) for name, tensor in engine.weights()}
+    loaded = load_model(after, dtype=dtype)
+    overwritten = tiny_model(seed=7).to(dtype)
+    load_weights(overwritten, after)
+    (tmp_path / "plain").mkdir()
+    write_plain(after, tmp_path / "plain", dtype=str(dtype).removeprefix("torch."), shard_bytes=10**9)  # type: ignore[arg-type]
+    found = (model_weights(loaded), model_weights(overwritten), load_file(tmp_path / "plain" / "model.safetensors"))
+    for weights in found:
+        assert weights.keys() == expected.keys()
+        assert all(tensor.equal(expected[name]) for name, tensor in weights.items())
+    assert not any("adapter" in file.name for file in (tmp_path / "plain").rglob("*"))
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_to_the_same_weights(store: Store) -> None:
+    """It holds the merged weights, and W beside the factors."""
+    engine, now = trained(tiny_checkpoint(), config())
+
+    def fill(folder: Path) -> None:
+        shutil.copytree(now.path, folder, dirs_exist_ok=True)
+        for path in folder.rglob("*"):
+            path.chmod(0o700)
+        for name in ("manifest.json", "model.safetensors"):
+            (folder / name).unlink()
+        layers = {name for name in stored(now, "model.safetensors") if name.endswith("proj.weight")}
+        base = {name: tensor for name, tensor in stored(now, "model.safetensors").items() if name in layers}
+        save_file(base, folder / "adapter" / "base.safetensors")
+        save_file(policy_weights(now), folder / "model.safetensors", metadata={"format": "pt"})
+
+    before = Checkpoint.write(fill)
+    assert all(tensor.equal(policy_weights(now)[name]) for name, tensor in policy_weights(before).items())
+    going_on = TorchEngine(before, config())
+    update(going_on, ROWS)
+    update(engine, ROWS)
+    expected = dict(engine.weights())
+    assert all(tensor.equal(expected[name]) for name, tensor in going_on.weights())
+    after = policy_weights(publish(going_on))
+    assert all(tensor.equal(expected[name]) for name, tensor in after.items())
+
+
+def test_a_checkpoint_of_an_adapter_is_not_taken_for_a_model_of_others(store: Store) -> None:
+    _, after = trained(tiny_checkpoint(), config())
+    with pytest.raises(ArtifactError, match="cohort export"):
+        model_files(after.path)
 
 
 @pytest.mark.claim("a reference of another time or precision")
@@ -175,7 +262,7 @@ def test_an_adapter_of_other_settings_begins_on_the_merged_weights(store: Store)
     how = config(adapter=LoRAConfig(r=2, target_modules=("q_proj",)), optimizer_state="reset_once")
     engine, second = trained(first, how)
     assert adapter_base(second) == first.digest
-    before, after = stored(first, "model.safetensors"), stored(second, "model.safetensors")
+    before, after = policy_weights(first), policy_weights(second)
     changed = {name for name in before if not before[name].equal(after[name])}
     assert changed == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)}
     # And in full: the adapter is gone, its weights are part of the policy.
@@ -209,9 +296,9 @@ def test_optimizer_state_of_what_is_not_trained_is_refused(store: Store) -> None
 
 def test_recomputing_and_chunks_change_only_the_last_bits(store: Store) -> None:
     start = tiny_checkpoint()
-    plain = stored(trained(start, config(max_logits=None))[1], "model.safetensors")
+    plain = policy_weights(trained(start, config(max_logits=None))[1])
     frugal = config(max_logits=40, activation_checkpointing=True)
-    for name, tensor in stored(trained(start, frugal)[1], "model.safetensors").items():
+    for name, tensor in policy_weights(trained(start, frugal)[1]).items():
         torch.testing.assert_close(tensor, plain[name], rtol=0, atol=2e-6, msg=name)
 
 

@@ -203,10 +203,12 @@ def test_scores_of_reward_models_on_two_ranks_are_those_of_one(
 def merged(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """W + s B A of every adapted matrix, in float64, from what a checkpoint keeps of its adapter."""
     folder = checkpoint.path / "adapter"
-    factors, base = load_file(folder / "adapter_model.safetensors"), load_file(folder / "base.safetensors")
+    factors, base = load_file(folder / "adapter_model.safetensors"), load_file(checkpoint.path / "model.safetensors")
     found = {}
     for name, weight in base.items():
         layer = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{layer}.lora_A.weight" not in factors:
+            continue
         a, b = (factors[f"{layer}.lora_{factor}.weight"].double() for factor in "AB")
         found[name] = weight.double() + SCALE * b @ a
     return found

@@ -60,8 +60,9 @@ class PythonConfig(Config):
     memory_mb: PositiveInt = 512
     """MiB that a process of a program may allocate."""
     sandbox: Literal["namespaces", "limits"] = "namespaces"
-    """`namespaces`: user, mount, PID, network and IPC namespaces of Linux, without capabilities. `limits`: none, for systems
-    that do not allow them: a program has the rights, files and network of who runs this; time and memory are limited alone."""
+    """`namespaces`: user, mount, PID, network and IPC namespaces of Linux, without capabilities, with a filter of system calls
+    (seccomp). `limits`: none, for systems that do not allow them: a program has the rights, files and network of who runs this;
+    time and memory are limited alone."""
 
     @property
     def opens(self) -> str:

@@ -92,8 +92,8 @@ def require_sandbox(config: PythonConfig) -> Sandboxes:
     """
     if config.sandbox == "limits":
         warnings.warn(
-            "environment.sandbox=limits: programs of the policy run with your rights, files and network; only time, memory and "
-            "processes are limited",
+            "environment.sandbox=limits: programs of the policy run with your rights, files and network; only time and memory "
+            "are limited",
             stacklevel=2,
         )
     try:

@@ -1,7 +1,7 @@
 """The sandbox's process: answers requests on its standard input, one fresh process for each program. Imports nothing of ours.
 
-It leaves the system behind first (`_leave`): user, mount, network, IPC and host name namespaces of its own, and a root in which
-there is Python, read-only, and nothing else. A program runs in a child that is the first process of a PID namespace, with an
+It leaves the system behind first (`_leave`): user, mount, network, IPC and host name namespaces of its own, a root in which there
+is Python, read-only, and nothing else, and a filter of system calls (`_forbid`). A program runs in a child that is the first process of a PID namespace, with an
 empty scratch folder, without capabilities, within limits; whatever it starts dies with it.
 """
 
@@ -28,7 +28,13 @@ _NEW_USER, _NEW_PID, _NEW_NET = 0x10000000, 0x20000000, 0x40000000
 _READ_ONLY, _NO_SUID, _NO_DEV, _REMOUNT, _BIND, _RECURSIVE, _PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 _DETACH = 2
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
-_DEATH_SIGNAL, _DROP_BOUNDING, _NO_NEW_PRIVILEGES = 1, 24, 38
+_FORBIDDEN = {
+    "x86_64": (0xC000003E, 41, (29, 64, 68, 101, 248, 249, 250, 298, 321, 323, 425)),
+    "aarch64": (0xC00000B7, 198, (194, 190, 186, 117, 217, 218, 219, 241, 280, 282, 425)),
+}
+"""Of a machine: its number for the kernel, `socket`, and shmget, semget, msgget, ptrace, add_key, request_key, keyctl,
+perf_event_open, bpf, userfaultfd, io_uring_setup: what no namespace and no limit holds."""
+_DEATH_SIGNAL, _FILTER_CALLS, _DROP_BOUNDING, _NO_NEW_PRIVILEGES = 1, 22, 24, 38
 _CAPABILITY_VERSION = 0x20080522
 _NOBODY = 65534
 _ROOT = "/tmp"
@@ -112,6 +118,23 @@ def _leave(shown: list[str]) -> None:
     _check(_LIBC.umount2(b"/old", _DETACH), "umount")
     os.rmdir("/old")
     _mount("none", "/", None, _REMOUNT | _READ_ONLY | _NO_SUID | _NO_DEV)
+    _forbid()
+
+
+def _forbid() -> None:
+    """Let forbidden system calls fail from now on, here and in every child, as do sockets other than those of Unix."""
+    machine, socket, calls = _FORBIDDEN[os.uname().machine]
+    load, equal, at_least, answer, allow, fail = 0x20, 0x15, 0x35, 0x06, 0x7FFF0000, 0x00050001
+    steps = [(load, 0, 0, 4), (equal, 1, 0, machine), (answer, 0, 0, fail), (load, 0, 0, 0)]
+    for code, number in [(at_least, 0x40000000), *((equal, call) for call in calls)]:
+        steps += [(code, 0, 1, number), (answer, 0, 0, fail)]
+    steps += [(equal, 1, 0, socket), (answer, 0, 0, allow), (load, 0, 0, 16), (equal, 0, 1, 1), (answer, 0, 0, allow)]
+    filters = ctypes.create_string_buffer(
+        b"".join(struct.pack("<HBBI", *step) for step in [*steps, (answer, 0, 0, fail)])
+    )
+    program = ctypes.create_string_buffer(struct.pack("@HP", len(steps) + 1, ctypes.addressof(filters)))
+    _check(_LIBC.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0), "no new privileges")
+    _check(_LIBC.prctl(_FILTER_CALLS, 2, program, 0, 0), "seccomp")
 
 
 def _enter_namespaces() -> None:
@@ -192,10 +215,9 @@ def _status(status: int, ended: str) -> str:
 
 def _run(request: dict[str, object], writing: int, *, isolated: bool) -> None:
     """Become the program: limits first, then the programs before it with their output thrown away, then it."""
+    os.setsid()  # a group of its own: signals to its group must not reach those outside
     if isolated:
         _LIBC.prctl(_DEATH_SIGNAL, signal.SIGKILL)
-    else:
-        os.setsid()
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)

@@ -27,6 +27,7 @@ PROGRAMS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "kill itself": ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\nprint('first of its namespace')", ANY),
     "kill the parent": ("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)", ANY),
     "kill the parent's group": ("import os, signal\nos.killpg(os.getpgid(os.getppid()), signal.SIGKILL)", ANY),
+    "kill its group": ("import os, signal\nos.kill(0, signal.SIGKILL)", ("ok",)),
     "kill everybody": ("import os, signal\nos.kill(-1, signal.SIGKILL)", ANY),
     "stop itself": ("import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)\nimport time\ntime.sleep(99)", SLOW),
     "ignore all signals": (
@@ -100,6 +101,12 @@ PROGRAMS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "make a device": ("import os, stat\nos.mknod('d', stat.S_IFBLK | 0o600, os.makedev(254, 0)); " + ESCAPED, BAD),
     # Leaving
     "sockets": ("import socket\nsocket.create_connection(('127.0.0.1', 22), 1); " + ESCAPED, BAD),
+    "sockets of virtual machines": (
+        "import socket\nsocket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)\n" + ESCAPED,
+        BAD,
+    ),
+    "shared memory of System V": (LIBC + "assert libc.shmget(0, 10 ** 8, 0o1600) >= 0\n" + ESCAPED, BAD),
+    "keys of the kernel": (LIBC + "assert libc.syscall(250, 0, -3, 1) >= 0\n" + ESCAPED, BAD),
     "names": ("import socket\nsocket.getaddrinfo('example.org', 80); " + ESCAPED, BAD),
     "mount": (LIBC + "assert libc.mount(b'none', b'/', None, 32, None) == 0\n" + ESCAPED, BAD),
     "namespaces": (LIBC + "assert libc.unshare(0x10000000) == 0\n" + ESCAPED, BAD),

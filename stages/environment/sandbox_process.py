@@ -1,8 +1,9 @@
 """The sandbox's process: answers requests on its standard input, one fresh process for each program. Imports nothing of ours.
 
-It leaves the system behind first (`_leave`): user, mount, network, IPC and host name namespaces of its own, a root in which there
-is Python, read-only, and nothing else, and a filter of system calls (`_forbid`). A program runs in a child that is the first process of a PID namespace, with an
-empty scratch folder, without capabilities, within limits; whatever it starts dies with it.
+It leaves the system behind first (`_leave`): user, mount, network, IPC and host name namespaces of its own, a root in which
+there is Python, read-only, and nothing else, and a filter of system calls (`_forbid`). A program runs in a child that is the
+first process of a PID namespace, with an empty scratch folder, without capabilities, within limits; whatever it starts dies
+with it.
 """
 
 from __future__ import annotations

@@ -126,8 +126,8 @@ def _of_the_overlap(config: RunSettings) -> Iterator[str]:
         )
     elif update.measures_mismatch and (limits := list(update.mismatch.given)):
         yield (
-            f"update.mismatch.{limits[0]}: with overlap=1 what engine and trainer differ by cannot be told from the update "
-            "between the two policies; set it to null"
+            f"update.mismatch.{limits[0]}: with overlap=1 a difference between engine and trainer and the update between "
+            "the two policies are one figure; set it to null"
         )
     if config.overlap >= config.steps:
         yield (

@@ -77,7 +77,7 @@ def test_a_string_that_is_found_somewhere_is_none_of_those_refused(drawn: tuple[
     text = tokenizer.decode(ids, skip_special_tokens=True)
     here = [s for s in strings if s and s in text and "\N{REPLACEMENT CHARACTER}" not in s]
     assume(here)
-    StopStrings(tokenizer, here)
+    assert StopStrings(tokenizer, here).first(np.array(ids, dtype=np.int32)) is not None
 
 
 def test_a_string_is_found_within_a_token_and_across_tokens_by_hand() -> None:

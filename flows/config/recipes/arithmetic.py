@@ -1,7 +1,4 @@
-"""The built-in arithmetic world on a CPU: the demo, with a learned reward, at its smallest, and with a real model.
-
-That of a real model is planned at an hour and a quarter on two cores (`cohort plan`); it was not run to its end yet.
-"""
+"""The built-in arithmetic world on a CPU: the demo, with a learned reward, at its smallest, and with a real model."""
 
 from __future__ import annotations
 
@@ -196,7 +193,7 @@ def arithmetic_smoke() -> IterativeRLConfig:
 
 
 def smollm2_arithmetic() -> IterativeRLConfig:
-    """The demo with a real model, SmolLM2-135M-Instruct: its chat template, SFT, GRPO with LoRA; not run in full yet."""
+    """The demo with a real model, SmolLM2-135M-Instruct: its chat template, a short SFT, GRPO with LoRA."""
     chains = {"shortest": 3, "longest": 4}  # ours: outputs of 20 to 30 tokens
     return arithmetic_cpu().override(
         {
@@ -207,23 +204,23 @@ def smollm2_arithmetic() -> IterativeRLConfig:
             "prompt": {"chat": "tokenizer", "instruction": "Write one operation a line, then #### and the result."},
             "policy": {"kind": "pretrained", "path": "HuggingFaceTB/SmolLM2-135M-Instruct"},  # or a GGUF file of it
             # Ours: the model knows sums, so that SFT has the form and the habits of the authors to teach.
-            "sft.training": {"optimizer": {"kind": "adamw", "learning_rate": 1e-4}, "warmup_steps": 5},
-            "sft.batch_size": 16,  # ours
-            "sft.max_steps": 40,  # ours
-            "sft.decay_steps": 20,  # ours
+            "sft.training": {"optimizer": {"kind": "adamw", "learning_rate": 1e-4}, "warmup_steps": 4, "threads": 1},
+            "sft.batch_size": 8,  # ours
+            "sft.max_steps": 24,  # ours
+            "sft.decay_steps": 8,  # ours
             "sft.stop_loss": None,
-            "steps": 60,  # ours
+            "steps": 20,  # ours
             "questions_per_step": 16,  # 4.2
             "rollout.G": 8,  # ours; 4.2: 64
             "rollout.max_output_tokens": 48,  # ours
-            "rollout.backend.threads": "auto",  # ours: products of this size gain from a second thread
             "update.training": {
                 "optimizer": {"kind": "adamw", "learning_rate": 3e-4},  # ours, of an adapter
                 "adapter": {"r": 16},  # ours
+                "threads": 1,
             },
-            "evaluation.every": 20,  # ours
-            "evaluation.samples": 4,  # ours
-            "evaluation.estimates.ks": [4],  # ours
+            "evaluation.every": 10,  # ours
+            "evaluation.samples": 2,  # ours
+            "evaluation.estimates.ks": [2],  # ours
         },
         source="recipe smollm2_arithmetic",
     )

@@ -237,6 +237,12 @@ def written_rows(table: pa.Table) -> list[tuple[bool, ...] | None]:
     return [None if null else tuple(row.tolist()) for row, null in zip(written, null_N, strict=True)]
 
 
+def written_lengths(table: pa.Table) -> Places:
+    """Return how many tokens of each row the policy wrote (N); arguments and errors as `written_by_policy`."""
+    output = Ragged.of(table["output_ids"])
+    return np.diff(np.concatenate([[0], np.cumsum(written_by_policy(table))])[output.offsets])
+
+
 def with_scores(keys: pa.Table, unsound: str, **columns: Sequence[Sequence[float]]) -> pa.Table:
     """Append columns of one number per token.
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,11 +20,13 @@ from pipeline.config import ConfigError
 from pipeline.event_log import LOG, read_events
 from pipeline.events import StepDone
 from pipeline.store import Store, StoreError
-from stages.join import KEY, align
+from stages.environment import parts_of
+from stages.join import KEY, align, written_lengths, written_rows
 from stages.models import Checkpoint, load_tokenizer
 from stages.tables import Advantages, Demonstrations, Questions, Rewards, Rollouts
 
 Record = dict[str, Any]
+_SAMPLING: Final = ("rollout", "continue_dialogues")
 _AT_ONCE: Final = 1024
 """Rows that are plain values at a time."""
 
@@ -32,10 +35,11 @@ def export_completions(places: Places, store: Store, what: str, file: Path, *, s
     """Write one JSON object for each output that the steps of a run learned from; return their number.
 
     The keys: `run`, `step`, `policy` (which sampled; null: a demonstration), `question_id`, `sample`, `question`, `answer`,
-    `prompt` (its text, special tokens by name), `messages` (the dialogue, where the prompt is a chat turn; else null),
-    `completion`, `prompt_tokens`, `completion_tokens`, `truncated`, `reward`, `status`, `extracted`, `components`,
-    `step_rewards`, `advantage` (of the first token; null: masked) and `token_advantages` (null where all are equal). No policy
-    is read but its tokenizer, so that none is replayed.
+    `prompt` (its text, special tokens by name), `messages` (the dialogue, where the prompt is a chat turn; else null;
+    answers of an environment have the role `tool`), `completion`, `prompt_tokens`, `completion_tokens` (that the policy wrote),
+    `truncated`, `reward`, `status`, `extracted`, `components`, `step_rewards`, `advantage` (of the first token;
+    null: masked) and `token_advantages` (null where those of all tokens that the policy wrote are equal). No policy is read but
+    its tokenizer, so that none is replayed.
 
     Args:
         what: a run by the name of its folder, or the latest of a configuration's name.
@@ -97,7 +101,9 @@ def _rows(
     except StoreError as error:
         raise ConfigError(f"step {event.step}: {error}; --step writes a step that is there") from None
     for start in range(0, table.num_rows, _AT_ONCE):
-        for row in table.slice(start, _AT_ONCE).to_pylist():
+        part = table.slice(start, _AT_ONCE)
+        lengths, owners = written_lengths(part).tolist(), written_rows(part)
+        for row, length, written in zip(part.to_pylist(), lengths, owners, strict=True):
             question, answer = about.get(row["question_id"], (None, None))
             yield {
                 "run": run.record.folder.name,
@@ -108,23 +114,24 @@ def _rows(
                 "question": question,
                 "answer": answer,
                 "prompt": read(tuple(row["prompt_ids"])),
-                "messages": _dialogue(run.config, question, row["text"]),
+                "messages": _dialogue(run.config, question, row),
                 "completion": row["text"],
                 "prompt_tokens": len(row["prompt_ids"]),
-                "completion_tokens": len(row["output_ids"]),
+                "completion_tokens": length,
                 "truncated": row["finish_reason"] == "length",
                 "reward": row["reward"],
                 "status": row["status"],
                 "extracted": row["extracted"],
                 "components": dict(row["components"] or ()),
                 "step_rewards": row["step_rewards"],
-                **_advantages(row["advantage"]),
+                **_advantages(row["advantage"], written),
             }
 
 
 def _joined(made: Mapping[str, Record]) -> pa.Table:
     """Return the outputs of a step with the columns of their rewards and advantages; null where a step makes none."""
-    table = Rollouts(made["rollouts"]["result"]).read([*KEY, "prompt_ids", "output_ids", "text", "finish_reason"])
+    sampled = ["prompt_ids", "output_ids", "text", "text_ends", "turns", "finish_reason"]
+    table = Rollouts(made["rollouts"]["result"]).read([*KEY, *sampled])
     wanted: list[tuple[str, type[Rewards] | type[Advantages], tuple[str, ...]]] = [
         ("rewards", Rewards, ("reward", "status", "extracted", "components", "step_rewards")),
         ("advantages", Advantages, ("advantage",)),
@@ -137,8 +144,8 @@ def _joined(made: Mapping[str, Record]) -> pa.Table:
     return table
 
 
-def _advantages(tokens: list[float] | None) -> dict[str, Any]:
-    differ = tokens is not None and len(set(tokens)) > 1
+def _advantages(tokens: list[float] | None, written: Sequence[bool] | None) -> dict[str, Any]:
+    differ = tokens is not None and len(set(itertools.compress(tokens, written or itertools.repeat(True)))) > 1
     return {"advantage": tokens[0] if tokens else None, "token_advantages": tokens if differ else None}
 
 
@@ -146,8 +153,8 @@ def _sampler(rollouts: Record, calls: list[Record]) -> str | None:
     """Return the policy that sampled; of outputs that were selected, that of the first rollout they were selected from."""
     if rollouts["stage"] == "keep_informative":
         drawn = rollouts["arguments"]["outputs"][0]["artifact"]
-        rollouts = next(call for call in calls if call["stage"] == "rollout" and call["result"] == drawn)
-    return _artifact(rollouts, "policy") if rollouts["stage"] == "rollout" else None
+        rollouts = next(call for call in calls if call["stage"] in _SAMPLING and call["result"] == drawn)
+    return _artifact(rollouts, "policy") if rollouts["stage"] in _SAMPLING else None
 
 
 def _questions(calls: list[Record], wanted: set[str]) -> dict[str, tuple[str, str | None]]:
@@ -166,15 +173,16 @@ def _questions(calls: list[Record], wanted: set[str]) -> dict[str, tuple[str, st
     return found
 
 
-def _dialogue(config: IterativeRLConfig, question: str | None, completion: str) -> list[dict[str, str]] | None:
-    """Return the messages, as the chat template is given them and with the output as the assistant's; None without one."""
+def _dialogue(config: IterativeRLConfig, question: str | None, row: Record) -> list[dict[str, str]] | None:
+    """Return the messages, as the chat template is given them, and those of the output; None without a template."""
     prompt = config.prompt
     if prompt.chat != "tokenizer" or question is None:
         return None
     before, after = prompt.around()
     first = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
     asked = {"role": "user", "content": before + question + after}
-    return [*first, asked, {"role": "assistant", "content": completion}]
+    said = [{"role": "assistant" if own else "tool", "content": text} for own, text in parts_of(row)]
+    return [*first, asked, *said]
 
 
 def _policies(store: Store, done: Mapping[int, StepDone]) -> Iterator[str]:

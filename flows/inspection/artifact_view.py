@@ -63,6 +63,8 @@ def show_groups(groups: Iterable[Group], console: Console, *, limit: int | None,
         raise ValueError(f"--question {question}: no group of this table has that question_id")
     for group in found:
         _show_group(group, console)
+        if question is not None:
+            _show_dialogues(group, console)
 
 
 def show_metrics(metrics: Mapping[str, float], console: Console) -> None:
@@ -135,6 +137,22 @@ def _show_group(group: Group, console: Console) -> None:
             Text(output.text.strip().replace("\n", " / ")),
         )
     console.print(table)
+
+
+def _show_dialogues(group: Group, console: Console) -> None:
+    """Print the turns of each output that an environment answered, with its calls, and its reward and advantage."""
+    for count, output in group.merged():
+        if not output.turns:
+            continue
+        reward = "-" if output.reward is None else f"{output.reward:.2f}"
+        advantage = "-" if output.advantage is None else f"{output.advantage:+.3f}"
+        console.print(f"\n{count} x  {quoted(output.status)}  [dim]reward[/] {reward}  [dim]advantage[/] {advantage}")
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        for part in output.turns:
+            table.add_row(Text("policy" if part.own else "environment", style="dim"), Text(part.text.strip("\n")))
+            if part.call:
+                table.add_row(Text("call", style="dim"), Text(part.call, style="cyan"))
+        console.print(table)
 
 
 def _show_rows(store: Store, digest: str, console: Console, limit: int) -> None:

@@ -9,7 +9,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,10 +17,21 @@ import pyarrow as pa
 from pipeline.artifact import Table
 from pipeline.store import Store
 from pipeline.store.files import StoreError
-from stages.join import KEY, align, group_rows
-from stages.tables import Advantages, Demonstrations, Questions, Rewards, Rollouts
+from stages.environment import parts_of
+from stages.join import KEY, align, group_rows, written_lengths
+from stages.tables import Advantages, Demonstrations, Questions, Rewards, Rollouts, ToolCalls
 
 Record = dict[str, Any]
+
+
+class Part(NamedTuple):
+    """Hold a turn of an output, or the answer to it."""
+
+    own: bool
+    """Whether the policy wrote it."""
+    text: str
+    call: str = ""
+    """Of a turn: the tool that was called, its input, and how the call ended; empty where the call is not known."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +40,15 @@ class Output:
 
     text: str
     tokens: int
+    """Those that the policy wrote."""
     finish_reason: str
     reward: float | None
     status: str
     extracted: str | None
     advantage: float | None
     """Of its first token; None where the row is masked or there are no advantages."""
+    turns: tuple[Part, ...] = ()
+    """Who wrote what, in order, where an environment wrote some of it."""
 
 
 @dataclass(frozen=True)
@@ -97,17 +111,16 @@ def _tables(kind: str, digest: str, calls: Sequence[Record]) -> _Tables | None:
 
 
 def _groups(tables: _Tables, calls: Sequence[Record]) -> Iterator[Group]:
-    import pyarrow.compute as pc
-
     made = next((call for call in reversed(calls) if call["result"] == tables.outputs), None)
     related = [call for call in calls if _artifact(call, "outputs") == tables.outputs]
     # Outputs that were selected or demonstrated were not made from questions: take those they were scored with, or shown in.
     questions = next((found for call in [made, *related] if (found := _artifact(call, "questions"))), None)
-    outputs = Rollouts(tables.outputs).read([*KEY, "text", "output_ids", "finish_reason"])
+    columns = ["text", "text_ends", "output_ids", "turns", "finish_reason"]
+    outputs = Rollouts(tables.outputs).read([*KEY, *columns])
     joined = pa.table(
         {
             "text": outputs["text"],
-            "tokens": pc.list_value_length(outputs["output_ids"]),
+            "tokens": written_lengths(outputs),
             "finish_reason": outputs["finish_reason"],
             **_columns(outputs, Rewards, tables.rewards, "reward", "status", "extracted"),
             **_columns(outputs, Advantages, tables.advantages, "advantage"),
@@ -115,9 +128,17 @@ def _groups(tables: _Tables, calls: Sequence[Record]) -> Iterator[Group]:
     )
     names, group_N = group_rows(outputs["question_id"])
     about = _about(names, _read(Questions, questions), _read(Demonstrations, _artifact(made, "demonstrations")))
+    turns = _turns(outputs, _read(ToolCalls, _artifact(made, "calls")))
     places = np.split(np.argsort(group_N, kind="stable"), np.cumsum(np.bincount(group_N))[:-1])
     for name, asked, rows in zip(names, about, places, strict=False):
-        yield Group(name, *asked, [_output(row) for row in joined.take(rows).to_pylist()])
+        yield Group(
+            name,
+            *asked,
+            [
+                _output(row, turns.get(at, ()))
+                for at, row in zip(rows.tolist(), joined.take(rows).to_pylist(), strict=True)
+            ],
+        )
 
 
 def _columns(outputs: pa.Table, kind: type[Table], digest: str | None, *names: str) -> dict[str, pa.ChunkedArray]:
@@ -126,9 +147,26 @@ def _columns(outputs: pa.Table, kind: type[Table], digest: str | None, *names: s
     return {name: found[name] for name in names}
 
 
-def _output(row: Record) -> Output:
+def _output(row: Record, turns: tuple[Part, ...]) -> Output:
     advantage = row["advantage"]
-    return Output(**row | {"status": row["status"] or "", "advantage": advantage[0] if advantage else None})
+    named = {"status": row["status"] or "", "advantage": advantage[0] if advantage else None, "turns": turns}
+    return Output(**row | named)
+
+
+def _turns(outputs: pa.Table, calls: pa.Table) -> dict[int, tuple[Part, ...]]:
+    """Return by row the parts of outputs that an environment wrote some of; turns with their calls where these are known."""
+    keys = ("question_id", "sample", "turn")
+    known = {tuple(row[name] for name in keys): row for row in calls.to_pylist()}
+    found: dict[int, tuple[Part, ...]] = {}
+    for at in np.flatnonzero(outputs["turns"].is_valid()).tolist():
+        row = outputs.slice(at, 1).to_pylist()[0]
+        parts, turn = list[Part](), 0
+        for own, text in parts_of(row):
+            call = known.get((row["question_id"], row["sample"], turn)) if own else None
+            parts.append(Part(own, text, f"{call['tool']} {call['input']!r}: {call['status']}" if call else ""))
+            turn += own
+        found[at] = tuple(parts)
+    return found
 
 
 def _about(names: Sequence[str], questions: pa.Table, demonstrations: pa.Table) -> list[tuple[str, str]]:

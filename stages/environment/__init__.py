@@ -1,6 +1,6 @@
 """Environments: what answers the calls that outputs make (tool-integrated reasoning), turn by turn."""
 
 from stages.environment.config import CalculatorConfig, EnvironmentConfig, PythonConfig
-from stages.environment.stage import answer_calls, environment_of
+from stages.environment.stage import answer_calls, environment_of, parts_of
 
-__all__ = ["CalculatorConfig", "EnvironmentConfig", "PythonConfig", "answer_calls", "environment_of"]
+__all__ = ["CalculatorConfig", "EnvironmentConfig", "PythonConfig", "answer_calls", "environment_of", "parts_of"]

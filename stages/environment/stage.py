@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, assert_never, get_args
 
 from pipeline.stage import record_metrics, stage
@@ -78,11 +79,21 @@ def environment_of(config: EnvironmentConfig) -> Environment:
             assert_never(config)
 
 
-def turns_of(row: dict[str, Any]) -> list[str]:
+def turns_of(row: Mapping[str, Any]) -> list[str]:
     """Return the text of each turn of a row of `Rollouts`: what the policy wrote, without what it was answered."""
+    return [text for own, text in parts_of(row) if own]
+
+
+def parts_of(row: Mapping[str, Any]) -> list[tuple[bool, str]]:
+    """Return the texts of a row of `Rollouts` in order, each with whether the policy wrote it: its turns, and the answers."""
     ends = [0, *row["text_ends"]]
-    spans = [(span["start"], span["end"]) for span in row["turns"] or ()] or [(0, len(row["text_ends"]))]
-    return [row["text"][ends[start] : ends[end]] for start, end in spans]
+    last, at, parts = len(row["text_ends"]), 0, list[tuple[bool, str]]()
+    for start, end in [(span["start"], span["end"]) for span in row["turns"] or ()] or [(0, last)]:
+        if start > at:
+            parts.append((False, row["text"][ends[at] : ends[start]]))
+        parts.append((True, row["text"][ends[start] : ends[end]]))
+        at = end
+    return [*parts, (False, row["text"][ends[at] :])] if at < last else parts
 
 
 def _record(rows: list[dict[str, Any]], seconds: float) -> None:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from pipeline.config import Config
 from pipeline.stage import record_metrics, stage
-from stages.join import KEY, Ragged, align, group_rows
+from stages.join import KEY, Ragged, align, group_rows, written_lengths
 from stages.kernels.voting import maj_at_k, pass_at_k, share_interval
 from stages.tables import Evaluation, Rewards, Rollouts, Votes
 
@@ -28,7 +28,7 @@ class EvaluationConfig(Config):
     """Seed of the resampling; it decides the third digit of the intervals' bounds."""
 
 
-@stage(version="2")
+@stage(version="3")
 def evaluate(outputs: Rollouts, rewards: Rewards, votes: Votes, config: EvaluationConfig) -> Evaluation:
     """Estimate accuracy, Pass@K and Maj@K of the sampled outputs, each with its 95 % interval over questions.
 
@@ -39,14 +39,14 @@ def evaluate(outputs: Rollouts, rewards: Rewards, votes: Votes, config: Evaluati
 
     Metrics: `accuracy`, `pass_at_<k>`, `maj_at_<k>`, each with `<name>_ci_low` and `<name>_ci_high` (`share_interval` of
     `stages/kernels/voting.py`), `truncated_rate` (by finish reason), `unparseable_rate`, `no_verdict_rate`, `length_mean`
-    (tokens).
+    (tokens that the policy wrote).
 
     Raises:
         ValueError: no outputs, rows or votes that do not match, a K above the samples of a question.
     """
     import pyarrow.compute as pc
 
-    table = outputs.read([*KEY, "finish_reason", "output_ids"])
+    table = outputs.read([*KEY, "finish_reason", "output_ids", "turns"])
     if not table.num_rows:
         raise ValueError("there are no outputs to evaluate")
     verdicts = align(table, rewards.read([*KEY, "status"]), "rewards")
@@ -63,7 +63,7 @@ def evaluate(outputs: Rollouts, rewards: Rewards, votes: Votes, config: Evaluati
             "truncated_rate": pc.sum(pc.equal(table["finish_reason"], "length")).as_py() / table.num_rows,
             "unparseable_rate": counts.get("unparseable", 0) / table.num_rows,
             "no_verdict_rate": (counts.get("timeout", 0) + counts.get("error", 0)) / table.num_rows,
-            "length_mean": pc.sum(pc.list_value_length(table["output_ids"])).as_py() / table.num_rows,
+            "length_mean": int(written_lengths(table).sum()) / table.num_rows,
         }
     )
     wrong = Ragged.of(voted["wrong"])

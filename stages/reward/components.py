@@ -97,7 +97,7 @@ def _score(rows: Sequence[Output], component: ComponentConfig, config: RewardCon
             return score_by_function(rows, component, config)
         case OverlongConfig():
             lengths = {"max_tokens": component.max_tokens, "buffer_tokens": component.buffer_tokens}
-            return [ComponentScore(overlong_score(len(row.output_ids), **lengths)) for row in rows]
+            return [ComponentScore(overlong_score(sum(row.completion_mask), **lengths)) for row in rows]
         case _:
             assert_never(component)
 

@@ -39,6 +39,13 @@ class Output:
     text_ends: Sequence[int]
     """One per token."""
     finish_reason: str
+    written: Sequence[bool] | None = None
+    """Whether the policy wrote each token; None: it wrote all."""
+
+    @property
+    def completion_mask(self) -> list[int]:
+        """Return 1 for each token that the policy wrote, 0 for one of its environment."""
+        return [1] * len(self.output_ids) if self.written is None else [int(own) for own in self.written]
 
     @property
     def truncated(self) -> bool:

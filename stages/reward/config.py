@@ -15,7 +15,7 @@ from stages.reward.rules.format import Form
 from stages.reward_metrics import RESERVED
 
 Missing = Literal["no_reward", "zero", "rescale"]
-Column = Literal["question_id", "sample", "question", "answer", "solution", "finish_reason"]
+Column = Literal["question_id", "sample", "question", "answer", "solution", "finish_reason", "completion_mask"]
 _NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 
 
@@ -125,7 +125,8 @@ class FunctionConfig(Config):
     """`module:name`; the module is looked for where Python imports from, then in the working directory. The content of the
     module's file is part of the cache key; that of what it imports is not."""
     columns: tuple[Column, ...] = ("question_id", "question", "answer", "solution")
-    """What else the function gets; `solution` is None where the question has none."""
+    """What else the function gets; `solution` is None where the question has none. `completion_mask` has 1 for each of
+    `completion_ids` that the policy wrote, 0 for one of an environment."""
     conversational: bool = False
     """Whether `prompts` and `completions` are lists of messages, as TRL passes those of conversational data sets: a prompt is
     `[{role: user, content: ...}]`, a completion `[{role: assistant, content: ...}]`."""
@@ -178,6 +179,7 @@ class OverlongConfig(Config):
     """Soft punishment of long outputs (DAPO: Yu et al. 2025, arXiv 2503.14476, Eq. 13); not from the paper.
 
     0 up to max_tokens - buffer_tokens, then ((max_tokens - buffer_tokens) - |o|) / buffer_tokens, and -1 from max_tokens on.
+    |o| counts what the policy wrote, not what an environment answered.
     """
 
     kind: Literal["overlong"] = "overlong"

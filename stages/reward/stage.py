@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.stage import record_metrics, stage
-from stages.join import KEY, align, group_rows, require_unique
+from stages.join import KEY, align, group_rows, require_unique, written_rows
 from stages.reward.components import score_component
 from stages.reward.composition import (
     ComponentScore,
@@ -58,7 +58,7 @@ def _as_strict_as_asked(call: Callable[P, Rewards]) -> Callable[P, Rewards]:
 
 
 @_as_strict_as_asked
-@stage(version="8")
+@stage(version="9")
 def score(outputs: Rollouts, questions: Questions, config: RewardConfig) -> Rewards:
     """Score every output o_i of every question by rules and functions, as a whole and, with a component `steps`, line by line.
 
@@ -77,7 +77,7 @@ def score(outputs: Rollouts, questions: Questions, config: RewardConfig) -> Rewa
         GoldError: a question without an answer, by its id.
         DataError: step rewards of a question that is not of the built-in world.
     """
-    table = outputs.read([*KEY, "finish_reason", "text", "text_ends", "output_ids"])
+    table = outputs.read([*KEY, "finish_reason", "text", "text_ends", "output_ids", "turns"])
     asked = _questions_of(table, questions)
     size = table.num_rows if _scores_together(config) else CHUNK_ROWS
     return Rewards.write(_parts((_read(chunk, asked) for chunk in _chunks(table, size)), config))
@@ -158,7 +158,7 @@ def _steps(
 
 
 @_as_strict_as_asked
-@stage(version="1")
+@stage(version="2")
 def combine_rewards(
     scores: Rewards, outputs: Rollouts, questions: Questions, config: RewardConfig, *, weight: float, bounded: bool
 ) -> Rewards:
@@ -188,7 +188,7 @@ def combine_rewards(
     Raises:
         ValueError: an output without a score. As `score`, for the components that are scored here.
     """
-    table = outputs.read([*KEY, "finish_reason", "text", "text_ends", "output_ids"])
+    table = outputs.read([*KEY, "finish_reason", "text", "text_ends", "output_ids", "turns"])
     asked = _questions_of(table, questions)
     size = table.num_rows if _scores_together(config) else CHUNK_ROWS
     found = align(table, scores.read(), "scores")
@@ -251,14 +251,14 @@ def _read(table: pa.Table, asked: pa.Table) -> list[Output]:
     about = align(table, asked, "questions", to="rollouts", by=["question_id"], extra=True, several=True)
     for name in ("question", "answer", "solution"):
         table = table.append_column(name, about[name])
-    rows = table.to_pylist()
+    rows = table.drop_columns("turns").to_pylist()
     for row in rows:
         if len(row["text_ends"]) != len(row["output_ids"]):
             raise ValueError(
                 f"rollout ({row['question_id']!r}, {row['sample']}): expected one of text_ends for each of "
                 f"{len(row['output_ids'])} tokens, found {len(row['text_ends'])}"
             )
-    return [Output(**row) for row in rows]
+    return [Output(**row, written=written) for row, written in zip(rows, written_rows(table), strict=True)]
 
 
 def _questions_of(outputs: pa.Table, questions: Questions) -> pa.Table:

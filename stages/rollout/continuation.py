@@ -41,9 +41,9 @@ def cut_into_prefixes(outputs: Rollouts, *, outputs_per_question: int | None = N
     whose prefix another step has already).
 
     Raises:
-        ValueError: by row: an output without tokens, or whose `text_ends` are not one per token.
+        ValueError: by row: an output without tokens, or whose `text_ends` are not one per token; of several turns.
     """
-    table = outputs.read().select(["question_id", "sample", "prompt_ids", "output_ids", "text", "text_ends"])
+    table = outputs.read([*KEY, "prompt_ids", "output_ids", "text", "text_ends", "turns"])
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in table.to_pylist():
         groups.setdefault(row["question_id"], []).append(row)
@@ -71,6 +71,11 @@ def _steps(row: Mapping[str, Any], numbers: dict[tuple[int, ...], int]) -> list[
     if not ids or len(row["text_ends"]) != len(ids):
         raise ValueError(
             f"output {key}: expected tokens with one of text_ends for each, found {len(ids)} and {len(row['text_ends'])}"
+        )
+    if row["turns"] is not None:
+        raise ValueError(
+            f"output {key}: expected one turn, which is continued from each of its steps, found {len(row['turns'])}: an "
+            "environment would have to answer the continuation; label the steps by rules (step_labels.kind=rules)"
         )
     steps = []
     for step, end in enumerate(step_ends(row["text"], row["text_ends"])):

@@ -22,8 +22,10 @@ from stages.join import (
     require_unique,
     same_keys,
     written_by_policy,
+    written_lengths,
 )
 from stages.tables import Rollouts
+from tests.stages.rows import rollout_row
 
 Row = tuple[str, int, Any]
 
@@ -255,3 +257,11 @@ def test_the_policy_wrote_what_lies_within_its_turns_or_all_without_any() -> Non
 def test_turns_that_are_no_parts_of_an_output_are_refused_by_row(turns: list[tuple[int, int]]) -> None:
     with pytest.raises(ValueError, match=r"output \('q', 1\)"):
         written_by_policy(_dialogues([[(0, 1)], turns], [5, 5]))
+
+
+def test_lengths_are_of_what_the_policy_wrote() -> None:
+    turns = [None, [{"start": 0, "end": 2}, {"start": 3, "end": 4}], None, [{"start": 0, "end": 1}]]
+    rows = [rollout_row("q", at, range(ids), turns=turns[at]) for at, ids in enumerate([3, 5, 0, 4])]
+    table = Rollouts.conform(rows)
+    assert written_lengths(table).tolist() == [3, 3, 0, 1]
+    assert written_lengths(table.slice(1, 2)).tolist() == [3, 0]

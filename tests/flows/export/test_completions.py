@@ -52,7 +52,10 @@ class Ran:
         made = self.ledger.steps[step]
         with use_store(self.store):
             outputs = Rollouts(
-                made.get("keep_informative") or made.get("rollout") or made["demonstrated_outputs"]
+                made.get("keep_informative")
+                or made.get("continue_dialogues")
+                or made.get("rollout")
+                or made["demonstrated_outputs"]
             ).rows()
             rewards = Rewards(made["score"]).rows() if "score" in made else []
             advantages = Advantages(made["estimate_advantages"]).rows()
@@ -184,6 +187,30 @@ def test_outputs_of_a_chat_have_messages_and_advantages_by_step(tmp_path: Path) 
         assert line["advantage"] == (tokens[0] if tokens else None)
         assert line["token_advantages"] == (tokens if tokens and len(set(tokens)) > 1 else None)
     assert any(line["token_advantages"] for line in lines)
+
+
+@pytest.mark.slow
+def test_outputs_of_several_turns_have_their_messages_and_the_lengths_of_what_the_policy_wrote(tmp_path: Path) -> None:
+    large = '{"count": 400, "shortest": 2, "longest": 2, "numbers": "large"}'
+    prompt = {"chat": "tokenizer", "chat_template": TEMPLATE}
+    settings = (f"data.demonstrations.chains={large}", f"data.train={large}", 'environment={"kind": "calculator"}')
+    run = ran(
+        tmp_path / "root",
+        *settings,
+        f"prompt={json.dumps(prompt)}",
+        "data.demonstrations.authors="
+        '{"careful": 0, "calls": 1, "drops_carries_and_borrows": 0, "drops_borrows": 0, "stops_early": 0}',
+        "sft.max_steps=300",
+        "steps=1",
+    )
+    lines, (outputs, _, _) = run.lines(tmp_path / "tools.jsonl"), run.tables(1)
+    assert any(row["turns"] for row in outputs), "some output made a call"
+    for line, row in zip(lines, outputs, strict=True):
+        said = line["messages"][1:]
+        assert "".join(message["content"] for message in said) == line["completion"] == row["text"]
+        assert len([message for message in said if message["role"] == "assistant"]) == len(row["turns"] or [0])
+        assert line["completion_tokens"] == sum(logprob is not None for logprob in row["logprobs"])
+        assert line["policy"] == _initial(run)
 
 
 def test_demonstrations_in_the_place_of_outputs_have_no_policy_and_no_reward(tmp_path: Path) -> None:

@@ -237,3 +237,11 @@ def test_a_set_that_is_all_right_or_all_wrong_has_wilsons_interval(right: bool) 
     expected = (1 - edge, 1.0) if right else (0.0, edge)
     for name in ("accuracy", "pass_at_2", "maj_at_2"):
         assert (metrics[f"{name}_ci_low"], metrics[f"{name}_ci_high"]) == pytest.approx(expected, abs=1e-6), name
+
+
+def test_the_mean_length_is_of_what_the_policy_wrote() -> None:
+    turns = [{"start": 0, "end": 2}, {"start": 5, "end": 6}]
+    rows = [output_row("a", 0, tokens=6, turns=turns), output_row("a", 1, tokens=4, turns=None)]
+    rewards = Rewards.write([reward_row("a", sample, 1.0, extracted="1") for sample in range(2)])
+    made = evaluate(Rollouts.write(rows), rewards, count_votes(rewards, EXACT), EvaluationConfig())
+    assert made.metrics["length_mean"] == (3 + 4) / 2

@@ -108,3 +108,7 @@ def vandal(completions: list[str], **columns: Any) -> list[float]:
 
 
 A_CONSTANT = 3
+
+
+def share_written(completion_ids: list[list[int]], completion_mask: list[list[int]], **_: Any) -> list[float]:
+    return [sum(mask) / len(ids) for ids, mask in zip(completion_ids, completion_mask, strict=True)]

@@ -129,3 +129,12 @@ def test_the_longest_outputs_do_not_escape_the_punishment_by_being_cut(truncated
     )
     made = scored(RIGHT, "7+5=12", config=config, cut=(0,))  # 20 tokens; 6 and the end of sequence
     assert [row["reward"] for row in made.rows()] == [expected, 0.0]
+
+
+def test_what_an_environment_wrote_is_no_length() -> None:
+    turns = [{"start": 0, "end": 3}, {"start": 6, "end": 7}]
+    rows = [output_row("q", 0, "1234567", cut=True, turns=turns), output_row("q", 1, "1234567", cut=True, turns=None)]
+    overlong = OverlongConfig(max_tokens=8, buffer_tokens=4)
+    config = RewardConfig(components=(AccuracyConfig(verifier="exact"), overlong), truncated="as_is")
+    made = score(Rollouts.write(rows), question_table(), config)
+    assert [row["reward"] for row in made.rows()] == [0.0, -0.75]

@@ -326,3 +326,11 @@ def test_limits_of_time_are_not_part_of_the_key_and_what_is_scored_is() -> None:
     assert plain.override({"deadline_s": 99.0, "patience_s": 1.0}).key() == plain.key()
     assert plain.override({"together": "batch"}).key() != plain.key()
     assert plain.override({"function": f"{MODULE}:facts"}).key() != plain.key()
+
+
+def test_a_function_may_ask_who_wrote_each_token() -> None:
+    turns = [{"start": 0, "end": 1}, {"start": 2, "end": 3}]
+    rows = [output_row("q", 0, "ab", turns=turns), output_row("q", 1, "ab", turns=None)]
+    component = FunctionConfig(function=f"{MODULE}:share_written", columns=("completion_mask",))
+    made = score(Rollouts.write(rows), question_table(), RewardConfig(components=(component,)))
+    assert [row["reward"] for row in made.rows()] == pytest.approx([2 / 3, 1.0])

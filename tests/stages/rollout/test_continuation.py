@@ -20,7 +20,7 @@ from stages.tables import Rollouts, StepPrefixes
 from stages.text import BPETokenizerConfig, build_tokenizer, decode_outputs
 from stages.text.tokenizers import EOS
 from tests.stages.rollout.markov import ids_of, markov_policy
-from tests.stages.rows import rollout_row
+from tests.stages.rows import output_row, rollout_row
 
 pytestmark = pytest.mark.usefixtures("store")
 
@@ -268,3 +268,10 @@ def test_what_cannot_be_continued_is_refused_by_row() -> None:
     narrow, _ = markov_policy(CHANCES, window=8)
     with pytest.raises(PromptTooLongError, match="'q0'"):
         continue_outputs(narrow, outputs, cut, CONFIG, samples=2, seed=0)
+
+
+def test_outputs_of_several_turns_are_not_cut(store: Store) -> None:
+    turns = [{"start": 0, "end": 2}, {"start": 3, "end": 5}]
+    rows = [output_row("q", 0, "a\nb\n", turns=None), output_row("q", 1, "a\nb\n", turns=turns)]
+    with pytest.raises(ValueError, match=r"output \('q', 1\).*found 2"):
+        cut_into_prefixes(Rollouts.write(rows))

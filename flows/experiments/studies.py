@@ -35,6 +35,19 @@ _QUICK: Final[dict[str, Any]] = {
 """Quick sizes: about an eighth of the outputs."""
 
 
+_QUICK_TOOLS: Final[dict[str, Any]] = {
+    "data.evaluation.in_domain.count": 128,  # ours; 512
+    "evaluation.every": 20,  # ours; 10
+}
+
+_WITH_PROGRAMS: Final[dict[str, Any]] = {
+    "prompt.template": "raw",
+    "prompt.instruction": "Please integrate natural language reasoning with programs to solve the problem above, and put your "
+    "final answer within \\boxed{}.",
+}
+"""The paper's prompt for tool-integrated reasoning (the models' README)."""
+
+
 @dataclass(frozen=True)
 class Scale:
     """What a study is at one size."""
@@ -61,6 +74,8 @@ class Scale:
     """For every arm of a study of distillation: a policy that is smaller than its teacher."""
     teacher: str
     """`teacher.path` there."""
+    tools: tuple[str, dict[str, Any], dict[str, Any]]
+    """Of a study of tools: the recipe, what an arm without a tool overrides, and an arm with one."""
     seeds: tuple[int, ...]
     """Of every arm."""
 
@@ -78,6 +93,11 @@ def _mixed(*, count: int, held_out: int) -> dict[str, Any]:
     return {"data.train": {"count": count, **lengths}, "data.evaluation": sets}
 
 
+_NO_TOOL: Final[dict[str, Any]] = {
+    "environment": None,
+    # No output is right without a calculator: a run that learns nothing is what the arm is to show.
+    "preflight": {"truncated": None, "unreadable": None, "without_signal": None},
+}
 _CPU: Final = Scale(
     base="arithmetic_cpu",
     learned_base="arithmetic_learned_reward",
@@ -90,6 +110,7 @@ _CPU: Final = Scale(
     mixed=_mixed(count=512, held_out=512),
     student=STUDENT,
     teacher="arithmetic_teacher",  # ours: the base's own policy, exported
+    tools=("arithmetic_tools", _NO_TOOL, {}),
     seeds=(0, 1, 2),  # ours; the paper shows one curve each
 )
 _SMALL: Final = Scale(
@@ -104,6 +125,7 @@ _SMALL: Final = Scale(
     mixed=_mixed(count=128, held_out=256),
     student=STUDENT,
     teacher="arithmetic_teacher",
+    tools=("arithmetic_tools", _NO_TOOL | _QUICK_TOOLS, _QUICK_TOOLS),
     seeds=(0, 1, 2),  # ours
 )
 _PAPER: Final = Scale(
@@ -122,6 +144,7 @@ _PAPER: Final = Scale(
     mixed={"keep.rollouts": None},
     student={},  # of `methods`: 1.3 B
     teacher="deepseek-math-7b-rl",  # ours: the paper's policy after RL
+    tools=("deepseekmath_7b", {}, {"environment": {"kind": "python"}, **_WITH_PROGRAMS}),
     seeds=(0,),  # the paper shows one curve each
 )
 SCALES: Final = {"": _CPU, "quick": _SMALL, "paper": _PAPER}
@@ -269,10 +292,18 @@ def distillation(scale: Scale) -> Experiment:
     return _study(scale, "distillation", asks, arms, scale.methods | scale.student)
 
 
+def tools(scale: Scale) -> Experiment:
+    """One policy that reasons by itself, and one that calls a tool."""
+    recipe, without, given = scale.tools
+    asks = "Table 5: what does a policy learn that reasons by itself, and what one whose calls are answered?"
+    study = _study(scale, "tools", asks, {"chain_of_thought": without, "tools": given}, {})
+    return study.override({"base": recipe})
+
+
 _STUDIES: Final = (
     *(fig5, fig6, fig7, methods),
     *(online_vs_offline, outcome_vs_process, single_vs_iterative, in_and_out_of_domain, overlap),
-    *(curriculum, distillation),
+    *(curriculum, distillation, tools),
 )
 EXPERIMENTS: Final[dict[str, Callable[[Scale], Experiment]]] = {make.__name__: make for make in _STUDIES}
 """Every study by name."""

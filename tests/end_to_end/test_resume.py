@@ -19,6 +19,8 @@ from pipeline.store import Store, use_store
 from tests.flows.short_runs import executed_by
 
 REPOSITORY = Path(__file__).parents[2]
+CALLS = {"environment": {"kind": "calculator", "opens": "C", "closes": "m"}}
+"""Marks that the smallest recipe's policy, which has learned little, writes often: its outputs have several turns."""
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_a_run_killed_while_it_samples_and_updates_resumes_to_the_bits_of_turns(
 
 @pytest.mark.claim("a resumed run that repeats questions")
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"curriculum": {"window": 2}, "dynamic_sampling": 1}])
+@pytest.mark.parametrize("settings", [{}, {"curriculum": {"window": 2}, "dynamic_sampling": 1}, CALLS])
 def test_a_run_killed_at_any_instant_resumes_to_the_same_bits(tmp_path: Path, settings: dict[str, Any]) -> None:
     kills = 10
     golden, trials = killed(tmp_path, kills, settings)

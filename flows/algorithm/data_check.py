@@ -53,7 +53,7 @@ def examine_data(config: IterativeRLConfig) -> DataFindings:
     found = DataFindings()
     if isinstance(config.data, ArithmeticData):
         found.complaints += arithmetic_complaints(config, config.data)
-        if config.rollout.has_stops:
+        if config.rollout.has_stops or config.environment is not None:
             with scratch_store():
                 _examine_stops_without_sets(config, found)
         return found
@@ -133,9 +133,9 @@ def _measure(
 
 
 def _examine_stops(config: IterativeRLConfig, early: EarlyTokenizer, found: DataFindings) -> None:
-    """Complain of stops of outputs that the tokenizer cannot write."""
+    """Complain of stops of outputs, and of ends of calls, that the tokenizer cannot write."""
     try:
-        stops_of(early.tokenizer, config.rollout)
+        stops_of(early.tokenizer, config.rollout, config.environment.call_ends if config.environment else ())
     except ConfigError as error:
         found.complaints.append(str(error))
 
@@ -144,7 +144,7 @@ def _examine_stops_without_sets(config: IterativeRLConfig, found: DataFindings) 
     try:
         early = early_tokenizer(config, prepare_data(config.data).demonstrations)
     except ConfigError as error:
-        found.notes.append(f"rollout.stop_strings and stop_ids are not looked at: {error}")
+        found.notes.append(f"stops of outputs and ends of calls are not looked at: {error}")
         return
     _examine_stops(config, early, found)
 

@@ -50,14 +50,15 @@ def base_model(config: IterativeRLConfig, data: DataSets) -> Checkpoint:
     """Return a pretrained model, or one made from scratch.
 
     Raises:
-        ConfigError: stops of outputs that its tokenizer cannot write.
+        ConfigError: stops of outputs, or ends of calls, that its tokenizer cannot write.
     """
     if isinstance(config.policy, PretrainedPolicy):
         made = pretrained_model(config.policy)
     else:
         made = create_policy(config.policy, data.demonstrations, config.prompt)
-    if config.rollout.has_stops:
-        stops_of(load_tokenizer(made), config.rollout)
+    if config.rollout.has_stops or config.environment is not None:
+        ends = config.environment.call_ends if config.environment else ()
+        stops_of(load_tokenizer(made), config.rollout, ends)
     return made
 
 

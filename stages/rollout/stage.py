@@ -188,7 +188,7 @@ def calls_of(tokenizer: PreTrainedTokenizerFast, call_ends: Sequence[str]) -> St
         return None
     from stages.text.stops import StopStrings
 
-    return StopStrings(tokenizer, call_ends)
+    return StopStrings(tokenizer, call_ends, setting="environment: the end of a call")
 
 
 def reason_of(output: Output, calls: StopStrings | None) -> str:
@@ -211,6 +211,7 @@ def stops_of(
     from stages.text.stops import StopStrings, require_stop_ids
 
     require_stop_ids(tokenizer, config.stop_ids)
+    calls_of(tokenizer, call_ends)
     strings = (*config.stop_strings, *call_ends)
     return StopStrings(tokenizer, strings) if strings else None
 

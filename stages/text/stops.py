@@ -35,8 +35,10 @@ class StopStrings:
     looked at only where it can.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, strings: Sequence[str]) -> None:
-        """Prepare for the ids of a tokenizer.
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, strings: Sequence[str], *, setting: str = "rollout.stop_strings"
+    ) -> None:
+        """Prepare for the ids of a tokenizer; `setting` is what names the strings, for errors.
 
         Raises:
             ConfigError: a decoder of another kind, or a string that no text can have or that stands for a special token.
@@ -46,11 +48,11 @@ class StopStrings:
         self._by_bytes = _is_by_bytes(self._backend)
         self._pieces = _pieces(self._backend, by_bytes=self._by_bytes)
         self._wanted = [string.encode() for string in strings]
-        _refuse_special(self._backend, strings)
+        _refuse_special(self._backend, strings, setting)
         for string, wanted in zip(strings, self._wanted, strict=True):
             if not _can_be_spelled(wanted, self._pieces):
                 raise ConfigError(
-                    f"rollout.stop_strings: expected text that the policy's tokenizer can write, found {string!r}, which no "
+                    f"{setting}: expected text that the policy's tokenizer can write, found {string!r}, which no "
                     "sequence of its tokens has; correct the string"
                 )
         # What a string ends with is what a token that ends it begins with, unless it has all of it.
@@ -164,14 +166,14 @@ def _marked_bytes(token: str) -> bytes:
     return bytes([int(byte[1], 16)]) if byte else token.replace(_SPACE, " ").encode()
 
 
-def _refuse_special(backend: Any, strings: Sequence[str]) -> None:
+def _refuse_special(backend: Any, strings: Sequence[str], setting: str) -> None:
     for number, token in backend.get_added_tokens_decoder().items():
         named = next(
             (string for string in strings if token.special and token.content and token.content in string), None
         )
         if named is not None:
             raise ConfigError(
-                f"rollout.stop_strings: expected text, found {named!r} with the special token {token.content!r}, which is no "
+                f"{setting}: expected text, found {named!r} with the special token {token.content!r}, which is no "
                 f"part of an output's text; set rollout.stop_ids to its id, {number}"
             )
 

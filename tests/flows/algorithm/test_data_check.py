@@ -110,6 +110,14 @@ def test_stops_that_the_built_in_worlds_tokenizer_cannot_write_are_found() -> No
     assert not examine_data(given.override({"rollout.stop_strings": ["+"]})).complaints
 
 
+def test_ends_of_calls_that_the_tokenizer_cannot_write_are_found() -> None:
+    given = arithmetic_smoke().override({"data.demonstrations.chains.count": 64, "environment": {"kind": "calculator"}})
+    (complaint,) = examine_data(given).complaints  # no author of this mixture calls, so that no token is a bracket
+    assert complaint.startswith("environment: ")
+    assert "']'" in complaint
+    assert not examine_data(given.override({"environment.opens": "m", "environment.closes": "."})).complaints
+
+
 @pytest.mark.claim("prompts too long, questions too few")
 def test_long_prompts_are_left_out_of_every_set_with_their_demonstrations(store: Store, tmp_path: Path) -> None:
     given = config(tmp_path, [LONG, *QUESTIONS], [QUESTIONS[0], LONG], **{"data.max_prompt_tokens": "drop"})

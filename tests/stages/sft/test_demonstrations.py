@@ -8,9 +8,11 @@ import pytest
 
 from pipeline.store import Store
 from stages.models import Checkpoint, load_tokenizer
-from stages.sft import PolicyConfig, create_policy, demonstrated_outputs
+from stages.sft import PolicyConfig, SFTConfig, create_policy, demonstrated_outputs
+from stages.sft.stage import _weights
 from stages.tables import DataError, Demonstrations, Rollouts
 from stages.text import PromptConfig, encode_completions, encode_prompt
+from stages.training.batching import Row, micro_batches
 
 PROMPT = PromptConfig(suffix="\n")
 SETTINGS = {
@@ -95,3 +97,33 @@ def test_more_than_the_set_has_and_more_than_the_window_holds_are_refused(store:
     small = policy_for(corpus, max_position_embeddings=8)
     with pytest.raises(ValueError, match=r"'q\d': expected at most 8 tokens"):
         drawn(small, corpus, step=0)
+
+
+def test_what_an_environment_wrote_in_a_demonstration_is_encoded_by_itself_and_not_imitated(store: Store) -> None:
+    corpus = demonstrations()
+    policy, tokenizer = policy_for(corpus), load_tokenizer(policy_for(corpus))
+    rows = corpus.rows()
+    text = rows[0]["completion"]
+    given = Demonstrations.write([rows[0] | {"observed": [{"start": 2, "end": 5}, {"start": 7, "end": 9}]}, rows[1]])
+    found = {row["question_id"] + row["text"]: row for row in drawn(policy, given, step=0, size=2).rows()}
+    row = found["q0" + text]
+    parts = [text[:2], text[2:5], text[5:7], text[7:9], text[9:]]
+    ids = [ids[:-1] for ids in encode_completions(tokenizer, parts)]
+    assert row["output_ids"] == [*(token for part in ids for token in part), tokenizer.eos_token_id]
+    written = [number % 2 == 0 for number, part in enumerate(ids) for _ in part] + [True]
+    assert [any(turn["start"] <= at < turn["end"] for turn in row["turns"]) for at in range(len(written))] == written
+    assert found["q0" + rows[1]["completion"]]["turns"] is None
+    for wrong in ([(2, 1)], [(3, 5), (4, 6)], [(0, len(text) + 1)]):
+        spans = [{"start": start, "end": end} for start, end in wrong]
+        with pytest.raises(ValueError, match="question 'q0'"):
+            drawn(policy, Demonstrations.write([rows[0] | {"observed": spans}]), step=0, size=1)
+
+
+def test_the_loss_of_supervised_finetuning_is_over_what_is_to_be_written(store: Store) -> None:
+    given = [Row([1, 2], [3, 4, 5, 6], (True, False, False, True)), Row([1], [7, 8])]
+    (batch,) = micro_batches(given, 100)
+    order = list(batch.rows)
+    for aggregation, shares in (("sequence_mean", [[1 / 4, 0, 0, 1 / 4], [1 / 4, 1 / 4, 0, 0]]), ("token_mean", None)):
+        expected = shares or [[1 / 4, 0, 0, 1 / 4], [1 / 4, 1 / 4, 0, 0]]  # two tokens of each: four in all
+        weights = _weights(batch, given, SFTConfig().override({"aggregation": aggregation}))
+        assert weights.tolist() == [expected[index] for index in order]

@@ -167,7 +167,8 @@ def _measured(config: IterativeRLConfig, places: Places, store: Store, ledger: L
     """Return mean lengths of the outputs of a step: this configuration's last, else that of the last run of its name."""
     for known in _ledgers(config, places, ledger):
         for made in reversed(known.steps.values()):
-            if "rollout" in made and (found := _means(store, made["rollout"])):
+            outputs = made.get("continue_dialogues", made.get("rollout"))  # of all turns, where there are several
+            if outputs is not None and (found := _means(store, outputs)):
                 return found
     return {}
 
@@ -208,6 +209,8 @@ def _uncounted(given: Given) -> list[str]:
     said += given.machine.assumptions
     if config.dynamic_sampling:
         said.append("no further draws of dynamic_sampling")
+    if config.environment is not None:
+        said.append("outputs of one turn: neither calls to the environment nor the reading of a dialogue at each turn")
     if config.reward_model is not None and config.reward_model.step_labels.kind == "monte_carlo":
         said.append("the continuations of reward_model.step_labels are not counted")
     return said

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.store import Store, use_store
-from stages.models import Checkpoint
+from stages.models import Checkpoint, plain_folder
 from stages.training.loop import publish
 from stages.training.torch_engine import TorchEngine
 from tests.stages.training import rank_process
@@ -97,8 +97,8 @@ def _finish(folder: Path, processes: list[subprocess.Popen[bytes]]) -> list[dict
 
 
 def _tensors(trained: Trained, digest: str, file: str) -> dict[str, torch.Tensor]:
-    with use_store(trained.store):
-        stored: dict[str, torch.Tensor] = load_file(Checkpoint(digest).path / file)
+    with use_store(trained.store), plain_folder(Checkpoint(digest).path) as folder:
+        stored: dict[str, torch.Tensor] = load_file(folder / file)
     return stored
 
 

@@ -27,6 +27,7 @@ from stages.rollout import (
     RolloutConfig,
     VLLMBackendConfig,
     VLLMServerConfig,
+    continue_dialogues,
     continue_outputs,
     cut_into_prefixes,
     rollout,
@@ -41,6 +42,7 @@ from stages.text import PromptConfig, decode_outputs
 from stages.text.stops import StopStrings
 from tests.pipeline.postgres import free_port
 from tests.stages.rollout.policies import byte_level, far_from_zero, questions, tiny_policy
+from tests.stages.rollout.test_dialogue import answers_to
 
 ROOT = Path(__file__).parents[3]
 PYTHON = Path(os.environ.get("COHORT_VLLM_PYTHON") or ROOT / ".venv-vllm" / "bin" / "python")
@@ -117,6 +119,25 @@ def test_greedy_outputs_are_those_of_hf_at_temperature_1() -> None:
     with generator_of(policy, HFBackendConfig(dtype="float32")) as hf:
         expected = hf.generate(PROMPTS, sampling)
     assert _ids(groups) == _ids(expected)
+
+
+def test_greedy_dialogues_have_the_ids_of_hf_in_every_turn_and_its_log_probabilities() -> None:
+    policy = tiny_policy(3, spread=0.12)
+    asked, found = questions(*(f"{number}+{number + 1}=" for number in range(12))), {}
+    for backend in (HFBackendConfig(dtype="float32", threads=1), BACKEND):
+        config = RolloutConfig(G=1, temperature=0.0, max_output_tokens=24, backend=backend)
+        outputs = rollout(policy, asked, PromptConfig(suffix="\n"), config, seed=0, call_ends=["3", "5", "8"])
+        for _ in range(3):
+            calls = answers_to(outputs, ".9\n")
+            outputs = continue_dialogues(policy, outputs, calls, config, call_ends=["3", "5", "8"], max_calls=3)
+        found[backend.kind] = outputs.rows()
+    assert max(len(row["turns"] or ()) for row in found["hf"]) > 2
+    for ours, theirs in zip(found["hf"], found["vllm"], strict=True):
+        same = ("question_id", "output_ids", "turns", "finish_reason", "text")
+        assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
+        assert [value is None for value in ours["logprobs"]] == [value is None for value in theirs["logprobs"]]
+        pairs = zip(ours["logprobs"], theirs["logprobs"], strict=True)
+        np.testing.assert_allclose(*zip(*(pair for pair in pairs if pair[0] is not None), strict=True), atol=1e-4)
 
 
 def test_outputs_end_at_stop_strings_and_ids_where_those_of_hf_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,17 +44,13 @@ class PythonTool:
     """
 
     def __init__(self, config: PythonConfig) -> None:
-        self._config = config
+        """Take the settings; raise ConfigError as `require_sandbox`."""
+        self._config, self._sandboxes = config, require_sandbox(config)
 
     def answer(self, dialogues: Sequence[Dialogue]) -> list[Answer]:
-        """Answer the last call of each; one that takes long holds up no other but the last ones.
-
-        Raises:
-            ConfigError: as `require_sandbox`.
-        """
-        sandboxes = require_sandbox(self._config)
+        """Answer the last call of each, eight side by side."""
         with ThreadPoolExecutor(_SIDE_BY_SIDE) as threads:
-            futures = [threads.submit(self._answer, dialogue, sandboxes) for dialogue in dialogues]
+            futures = [threads.submit(self._answer, dialogue) for dialogue in dialogues]
             try:
                 found = []
                 for future in futures:
@@ -65,14 +61,14 @@ class PythonTool:
                 threads.shutdown(cancel_futures=True)
                 raise
 
-    def _answer(self, dialogue: Dialogue, sandboxes: Sandboxes) -> Answer:
+    def _answer(self, dialogue: Dialogue) -> Answer:
         config = self._config
         _, opened, rest = dialogue.turns[-1].removesuffix(config.closes).rpartition(config.opens)
         program = rest.rstrip().removesuffix("```")
         if not opened:
             return self._said("", "", "refused", "no program: expected one between ```python and ```")
         earlier = [call["input"] for call in dialogue.calls if call["status"] == "ok"]
-        status, output = sandboxes.run([*earlier, program], config)
+        status, output = self._sandboxes.run([*earlier, program], config)
         said = {
             "timeout": f"timeout: not done after {config.deadline:g} s",
             "memory": f"memory: more than {config.memory_mb} MiB",

@@ -91,6 +91,8 @@ def _mount(source: str, target: str, kind: str | None, flags: int, data: str | N
 
 def _leave(shown: list[str]) -> None:
     """Enter namespaces, with a root that has the folders `shown`, read-only, devices without state, and a scratch folder."""
+    if (machine := os.uname().machine) not in _PIVOT_ROOT:
+        raise OSError(f"expected a machine of {' or '.join(_PIVOT_ROOT)}, found {machine}")
     _enter_namespaces()
     # In the new mount namespace and still as the user outside, who alone may be allowed to walk to some folders.
     opened = {path: os.open(path, os.O_PATH) for path in shown if os.path.exists(path)}
@@ -113,8 +115,7 @@ def _leave(shown: list[str]) -> None:
     os.makedirs(_ROOT + "/old")
     for number in [*opened.values(), *devices.values()]:
         os.close(number)
-    pivot = _PIVOT_ROOT[os.uname().machine]
-    _check(_LIBC.syscall(pivot, _ROOT.encode(), (_ROOT + "/old").encode()), "pivot_root")
+    _check(_LIBC.syscall(_PIVOT_ROOT[machine], _ROOT.encode(), (_ROOT + "/old").encode()), "pivot_root")
     os.chdir("/")
     _check(_LIBC.umount2(b"/old", _DETACH), "umount")
     os.rmdir("/old")
@@ -144,15 +145,15 @@ def _enter_namespaces() -> None:
     The system limits no number of processes of the real root. Only from outside may root be mapped to another user.
     """
     user, group, outside = os.geteuid(), os.getegid(), None
-    told, heard = os.pipe(), os.pipe()
+    unshared, mapped = os.pipe(), os.pipe()
     if user == 0:
         outside = os.fork()
         if not outside:
-            os.read(told[0], 1)
+            os.read(unshared[0], 1)
             for name in ("uid_map", "gid_map"):
                 with open(f"/proc/{os.getppid()}/{name}", "w") as mapping:
                     mapping.write(f"0 {_NOBODY} 1")
-            os.write(heard[1], b"1")
+            os.write(mapped[1], b"1")
             os._exit(0)
     _check(_LIBC.unshare(_NEW_USER | _NEW_MOUNT | _NEW_NET | _NEW_IPC | _NEW_UTS), "unshare")
     if outside is None:
@@ -160,11 +161,11 @@ def _enter_namespaces() -> None:
             with open(f"/proc/self/{name}", "w") as mapping:
                 mapping.write(line)
     else:
-        os.write(told[1], b"1")
-        os.read(heard[0], 1)
+        os.write(unshared[1], b"1")
+        os.read(mapped[0], 1)
         os.waitpid(outside, 0)
         os.setgroups([])
-    for number in (*told, *heard):
+    for number in (*unshared, *mapped):
         os.close(number)
 
 

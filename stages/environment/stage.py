@@ -71,9 +71,8 @@ def environment_of(config: EnvironmentConfig) -> Environment:
         case CalculatorConfig():
             return Calculator(config)
         case PythonConfig():
-            from stages.environment.python_tool import PythonTool, require_sandbox
+            from stages.environment.python_tool import PythonTool
 
-            require_sandbox(config)
             return PythonTool(config)
         case _:
             assert_never(config)

@@ -28,7 +28,7 @@ PROGRAMS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "kill the parent": ("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)", ANY),
     "kill the parent's group": ("import os, signal\nos.killpg(os.getpgid(os.getppid()), signal.SIGKILL)", ANY),
     "kill its group": ("import os, signal\nos.kill(0, signal.SIGKILL)", ("ok",)),
-    "kill everybody": ("import os, signal\nos.kill(-1, signal.SIGKILL)", ANY),
+    "kill every process": ("import os, signal\nos.kill(-1, signal.SIGKILL)", ANY),
     "stop itself": ("import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)\nimport time\ntime.sleep(99)", SLOW),
     "ignore all signals": (
         "import signal, time\nfor n in range(1, 65):\n    try: signal.signal(n, signal.SIG_IGN)\n"

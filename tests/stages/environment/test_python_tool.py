@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipeline.config import ConfigError
@@ -123,23 +124,29 @@ def test_variables_persist_between_turns_by_the_programs_that_ended_well() -> No
     }
 
 
-def outside() -> tuple[set[str], list[str]]:
-    """Return what a program could have changed: processes of sandboxed programs, and files in sight of one."""
-    running = {name for name in os.listdir("/proc") if name.isdigit() and _is_of_a_program(name)}
-    return running, sorted(path.name for path in Path("/tmp").iterdir() if path.name in ("late", "written", "scratch"))
-
-
-def _is_of_a_program(name: str) -> bool:
-    """Return whether a process has a PID namespace that is not ours."""
+def namespace(process: int | str, kind: str) -> str:
+    """Return the namespace of a process; nothing where it has ended."""
     try:
-        return os.readlink(f"/proc/{name}/ns/pid") != os.readlink("/proc/self/ns/pid")
+        return os.readlink(f"/proc/{process}/ns/{kind}")
     except OSError:
-        return False
+        return ""
+
+
+def networks(process: int) -> set[str]:
+    """Return the network namespaces of the sandboxes that a process has started: no other test's."""
+    below = psutil.Process(process).children(recursive=True)
+    return {namespace(each.pid, "net") for each in below} - {namespace("self", "net"), ""}
+
+
+def programs(within: set[str]) -> set[str]:
+    """Return the processes of programs in these sandboxes, whoever is their parent by now."""
+    running = {name for name in os.listdir("/proc") if name.isdigit() and namespace(name, "net") in within}
+    return {name for name in running if namespace(name, "pid") not in (namespace("self", "pid"), "")}
 
 
 def hold(names: list[str]) -> None:
-    """Run programs beside one that is honest, and check every row."""
-    before = outside()
+    """Run each program together with an honest one, and check every row."""
+    within: set[str] = set()
     for name in names:
         program, statuses = PROGRAMS[name]
         started = time.monotonic()
@@ -149,7 +156,10 @@ def hold(names: list[str]) -> None:
         assert "ESCAPED" not in hostile.output, name
         assert (honest.status, honest.output) == ("ok", "42\n"), name
         assert seconds < CONFIG.deadline + 1, (name, seconds)
-    assert outside() == before
+        within |= networks(os.getpid())
+    assert within
+    assert not programs(within)
+    assert not [path for path in ("/written", "/late", "/scratch", "/tmp/late") if Path(path).exists()]
 
 
 @pytest.mark.parametrize("name", IN_EVERY_SUITE)
@@ -175,14 +185,15 @@ def test_a_killed_run_leaves_no_process_of_a_program_behind() -> None:
     assert run.stdout is not None
     assert run.stdout.readline() == "ready\n"
     end = time.monotonic() + 10
-    while not outside()[0] and time.monotonic() < end:
+    while not programs(networks(run.pid)) and time.monotonic() < end:
         time.sleep(0.01)
-    assert outside()[0]
+    within = networks(run.pid)
+    assert programs(within)
     run.send_signal(signal.SIGKILL)
     run.wait()
-    while outside()[0] and time.monotonic() < end:
+    while programs(within) and time.monotonic() < end:
         time.sleep(0.05)
-    assert not outside()[0]
+    assert not programs(within)
 
 
 def test_a_system_without_namespaces_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,16 @@ class Config(BaseModel):
     )
 
     @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Document a field of which a subclass changes nothing but the default as its base does."""
+        bare = [name for name, field in cls.model_fields.items() if field.description is None]
+        for name in bare:
+            bases = [base.model_fields.get(name) for base in cls.__mro__[1:] if issubclass(base, Config)]
+            cls.model_fields[name].description = next((base.description for base in bases if base), None)
+        if any(cls.model_fields[name].description for name in bare):
+            cls.model_rebuild(force=True)
+
+    @classmethod
     def parse(cls, values: Mapping[str, Any], *, source: str = "config", changes: Iterable[Override] = ()) -> Self:
         """Return the config that nested `values` describe.
 

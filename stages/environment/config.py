@@ -9,23 +9,20 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pipeline.config import Config
 
 
-class CalculatorConfig(Config):
-    """A calculator with exact fractions: `[347*290-118]` is answered by `=100512` and the end of the line."""
+class MarkedConfig(Config):
+    """A tool whose calls stand between two texts."""
 
-    kind: Literal["calculator"] = "calculator"
-    "Selects the calculator."
-    opens: str = Field("[", min_length=1)
+    opens: str = Field(min_length=1)
     """Text that begins a call."""
-    closes: str = Field("]", min_length=1)
-    """Text that completes it. What stands between the last `opens` of a turn and this is calculated: numbers, + - * / and
-    parentheses."""
-    before_answer: str = "="
+    closes: str = Field(min_length=1)
+    """Text that completes it. The call is what stands between the last `opens` of a turn and this."""
+    before_answer: str
     """What the environment writes before the result."""
-    after_answer: str = "\n"
+    after_answer: str
     """What it writes behind the result."""
     max_calls: PositiveInt = 4
     """Calls of an output that are answered, at most; the output ends cut (`length`) at one more."""
-    max_observation: PositiveInt = 256
+    max_observation: PositiveInt
     """Characters of a result, at most; of a longer one the beginning is kept, and `...` stands for the rest."""
 
     @property
@@ -40,9 +37,21 @@ class CalculatorConfig(Config):
         return self
 
 
-class PythonConfig(Config):
-    """Python in a sandbox, in the form of ToRA (arXiv 2309.17452): a program between ```` ```python ```` and ```` ``` ````, and
-    ```` ```output ````, at which the policy stops; the environment writes what the program printed and closes the block.
+class CalculatorConfig(MarkedConfig):
+    """A calculator with exact fractions: `[347*290-118]` is answered by `=100512` and the end of the line."""
+
+    kind: Literal["calculator"] = "calculator"
+    "Selects the calculator. It knows numbers, + - * / and parentheses."
+    opens: str = Field("[", min_length=1)
+    closes: str = Field("]", min_length=1)
+    before_answer: str = "="
+    after_answer: str = "\n"
+    max_observation: PositiveInt = 256
+
+
+class PythonConfig(MarkedConfig):
+    """Python in a sandbox. By default in the form of ToRA (arXiv 2309.17452): the policy writes ```` ```python ````, a program,
+    ```` ``` ```` and ```` ```output ````, at which it stops; the environment writes what was printed and closes the block.
 
     The value of a last expression is printed, as in a notebook. A program has no network, no file but Python's own, read-only,
     and an empty folder of 16 MiB, no environment, 24 processes, and what it started ends with it. Time and memory of an answer
@@ -51,10 +60,11 @@ class PythonConfig(Config):
 
     kind: Literal["python"] = "python"
     "Selects Python."
-    max_calls: PositiveInt = 4
-    """Calls of an output that are answered, at most; the output ends cut (`length`) at one more."""
+    opens: str = Field("```python\n", min_length=1)
+    closes: str = Field("```output", min_length=1)
+    before_answer: str = "\n"
+    after_answer: str = "\n```\n"
     max_observation: PositiveInt = 1000
-    """Characters of what a program printed, at most; of more the beginning is kept, and `...` stands for the rest."""
     deadline: PositiveFloat = 5.0
     """Seconds that an answer may take."""
     memory_mb: PositiveInt = 512
@@ -63,21 +73,6 @@ class PythonConfig(Config):
     """`namespaces`: user, mount, PID, network and IPC namespaces of Linux, without capabilities, with a filter of system calls
     (seccomp). `limits`: none, for systems that do not allow them: a program has the rights, files and network of who runs this;
     time and memory are limited alone."""
-
-    @property
-    def opens(self) -> str:
-        """Return the text that begins a program."""
-        return "```python\n"
-
-    @property
-    def closes(self) -> str:
-        """Return the text that completes a call."""
-        return "```output"
-
-    @property
-    def call_ends(self) -> tuple[str, ...]:
-        """Return the texts that complete a call."""
-        return (self.closes,)
 
 
 EnvironmentConfig = Annotated[CalculatorConfig | PythonConfig, Field(discriminator="kind")]

@@ -66,7 +66,7 @@ class PythonTool:
         _, opened, rest = dialogue.turns[-1].removesuffix(config.closes).rpartition(config.opens)
         program = rest.rstrip().removesuffix("```")
         if not opened:
-            return self._said("", "", "refused", "no program: expected one between ```python and ```")
+            return self._said("", "", "refused", f"no program: expected one behind {config.opens.strip()}")
         earlier = [call["input"] for call in dialogue.calls if call["status"] == "ok"]
         status, output = self._sandboxes.run([*earlier, program], config)
         said = {
@@ -76,8 +76,9 @@ class PythonTool:
         return self._said(program, output, status, said)
 
     def _said(self, program: str, output: str, status: Status, said: str) -> Answer:
-        result = "\n".join(part for part in (cut(output.rstrip("\n"), self._config.max_observation), said) if part)
-        return Answer("python", program, output, f"\n{result}\n```\n", status)
+        config = self._config
+        result = "\n".join(part for part in (cut(output.rstrip("\n"), config.max_observation), said) if part)
+        return Answer("python", program, output, f"{config.before_answer}{result}{config.after_answer}", status)
 
 
 def require_sandbox(config: PythonConfig) -> Sandboxes:

@@ -9,6 +9,7 @@ several may hang.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import os
@@ -20,6 +21,8 @@ import time
 import warnings
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from flows.config.recipes import arithmetic_smoke
 from flows.runs import checkpoints
@@ -44,6 +47,7 @@ def run(root: Path) -> dict[str, Any]:
         "executed": len(executed),
         "sampled": executed.count("rollout"),
         "replayed": [int(found[1] or 1) for found in said if found],
+        "first": executed[:1],
         "left": [path.name for path in (root / "drafts").iterdir()],
     }
 
@@ -69,6 +73,18 @@ def finish(root: Path) -> dict[str, Any]:
     return result
 
 
+def adopt_orphans() -> None:
+    """Become the parent of processes whose own parent dies: none of them stays unseen."""
+    subreaper = 36
+    assert ctypes.CDLL(None).prctl(subreaper, 1, 0, 0, 0) == 0
+
+
+def remaining(seconds: float = 5.0) -> list[str]:
+    """Return the command lines of processes below this one that a killed run left, and that do not end by themselves."""
+    _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=seconds)
+    return [" ".join(process.cmdline()) for process in alive]
+
+
 def committed(root: Path) -> int:
     """Stage calls whose action record is there."""
     return len(list((root / "actions").glob("*/*.json")))
@@ -82,6 +98,7 @@ def await_commits(root: Path, count: int) -> None:
 
 def main(folder: Path, kills: int) -> None:
     """Print one JSON object: the golden run and one entry per kill."""
+    adopt_orphans()
     golden = run(folder / "golden")
     started = time.monotonic()
     again = finish(folder / "again")
@@ -98,9 +115,12 @@ def main(folder: Path, kills: int) -> None:
         time.sleep(gap * chance.random())
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
+        processes = remaining()
         kept = committed(root)
         sampled = sum(record["stage"] == "rollout" for record in Store(root).actions())
-        trials.append({"killed": os.WIFSIGNALED(status), "kept": kept, "sampled before": sampled, **finish(root)})
+        trial = {"killed": os.WIFSIGNALED(status), "kept": kept, "sampled before": sampled, **finish(root)}
+        trial["left"] += processes + remaining()
+        trials.append(trial)
     print(json.dumps({"golden": golden, "trials": trials}))
 
 

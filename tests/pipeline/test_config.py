@@ -103,6 +103,24 @@ def test_an_unknown_key_comes_with_the_nearest_name_of_its_section(values: dict[
     assert complaint(values).splitlines()[1].strip() == line
 
 
+def test_a_field_whose_default_alone_changes_keeps_its_documentation() -> None:
+    class Marks(Config):
+        opens: str
+        """Text that begins."""
+
+    class Round(Marks):
+        opens: str = "("
+
+    class Square(Round):
+        opens: str = "["
+        """Another text."""
+
+    assert Round.model_fields["opens"].description == "Text that begins."
+    assert Round.model_json_schema()["properties"]["opens"]["description"] == "Text that begins."
+    assert Square.model_fields["opens"].description == "Another text."
+    assert Marks.model_fields["opens"].is_required()
+
+
 def test_an_unknown_kind_names_the_known_ones() -> None:
     text = complaint({"objective": {"kind": "grppo"}})
     assert "objective" in text

@@ -96,6 +96,12 @@ def test_long_output_is_cut_and_a_turn_without_a_program_is_refused() -> None:
     assert (none.status, none.input) == ("refused", "")
 
 
+def test_a_program_between_other_marks_is_answered_between_others() -> None:
+    config = CONFIG.override({"opens": "<py>", "closes": "</py>", "before_answer": "<", "after_answer": ">"})
+    (answer,) = PythonTool(config).answer([Dialogue({}, ["<py>0</py>, no: <py>6 * 7</py>"], [])])
+    assert (answer.input, answer.observation) == ("6 * 7", "<42>")
+
+
 @pytest.mark.usefixtures("store")
 def test_variables_persist_between_turns_by_the_programs_that_ended_well() -> None:
     questions = Questions.write(question_rows("a"))

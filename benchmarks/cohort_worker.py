@@ -21,7 +21,7 @@ from benchmarks.floor import Group, step_work
 from benchmarks.timing import Clock, Device, cpu_seconds
 from benchmarks.workload import REWARD_PATTERN, Workload
 from flows.algorithm.sampling import derived_seed
-from flows.runs.points import Points, step_done
+from flows.runs.curve import Points, step_done
 from pipeline.event_log import EventLog
 from pipeline.events import recording
 from pipeline.orchestration.engine import flow, use_engine
@@ -47,7 +47,7 @@ _WATCHED = {
         f"pipeline.store.store:Store.{name}" for name in ("publish", "find", "record", "path", "manifest", "action")
     ],
     "tables": ["pipeline.artifact:Table.read", "pipeline.artifact:Table.write"],
-    "tracking": ["flows.runs.points:Points.take"],
+    "tracking": ["flows.runs.curve:Points.take"],
 }
 """What is timed, by phase. The rest of a stage's body is booked under its name, the rest of the step under `flow`."""
 

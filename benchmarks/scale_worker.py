@@ -50,7 +50,7 @@ _WATCHED: Final = {
     "log": ["pipeline.event_log:EventLog.take"],
     "ledger, record": ["flows.runs.ledger:Ledger.take", "flows.runs.record:RunRecord.end"],
     "display": ["flows.runs.display:Display.take"],
-    "points": ["flows.runs.points:Points.take"],
+    "points": ["flows.runs.curve:Points.take"],
     "Prefect": ["pipeline.stage:run_as_task"],
 }
 """What is timed, by part; a stage's body is booked under `stages`, the rest of a step under `flow`."""

@@ -20,7 +20,7 @@ from flows.algorithm.rewards import first_reward_models, measure_drift, reward_o
 from flows.algorithm.sampling import Exploration, Mismatches, derived_seed, reference_evidence, sample, token_evidence
 from flows.config import IterativeRLConfig
 from flows.runs.checkpoints import Checkpoints, written
-from flows.runs.points import evaluation_done, step_done
+from flows.runs.curve import evaluation_done, step_done
 from pipeline.orchestration.engine import flow
 from stages.advantage import estimate_advantages
 from stages.critic import create_critic, update_critic

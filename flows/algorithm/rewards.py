@@ -16,7 +16,7 @@ from flows.algorithm.data import DataSets
 from flows.algorithm.models import pretrained_model
 from flows.algorithm.sampling import derived_seed, sample
 from flows.config import IterativeRLConfig, PretrainedPolicy, RewardModelPlan
-from flows.runs.points import calls_of
+from flows.runs.curve import calls_of
 from pipeline.events import DriftDone, emit
 from stages.data import sample_batch
 from stages.models import Checkpoint

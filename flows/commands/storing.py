@@ -20,8 +20,7 @@ from flows.inspection.history import find_run
 from flows.runs.paths import Places
 from flows.runs.record import IMPORTED, check_folder, read_records, write_json
 from flows.storage.gc import Freed, Records, superseded
-from flows.storage.references import references, used_by
-from flows.storage.usage import Inventory
+from flows.storage.usage import Inventory, references, used_by
 from flows.wording import moment, quoted, size
 from pipeline.config import ConfigError
 from pipeline.lineage import inputs

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from flows.config import ArithmeticData, IterativeRLConfig, PretrainedPolicy
-from flows.inspection.history import History
-from flows.inspection.run_curve import evaluations, measures
+from flows.inspection.history import History, evaluations, measures
 from flows.wording import percent
 from pipeline.config import flatten
 from pipeline.diff import stored_tensors

@@ -12,11 +12,12 @@ from typing import Any, Final
 from pydantic import TypeAdapter
 
 from flows.config import IterativeRLConfig
+from flows.runs.curve import Points as MeasuredPoints
 from flows.runs.ledger import Call, Ledger, read_ledger
 from flows.runs.paths import Places
-from flows.runs.points import Points as MeasuredPoints
 from flows.runs.record import RunRecord, read_records
 from flows.storage.gc import Records, replayed_from
+from flows.wording import at_k
 from pipeline.event_log import LOG, read_events
 from pipeline.store import Store, StoreError
 
@@ -25,6 +26,8 @@ BETWEEN_STEPS: Final = "between steps"
 _EVALUATED: Final = ("rollout", "score", "count_votes", "evaluate")
 
 Points = dict[int, dict[str, float]]
+Curve = dict[int, dict[str, float]]
+"""Step -> metric -> value, on one held-out set."""
 _POINTS: Final = TypeAdapter(dict[int, dict[str, float | None]])
 
 
@@ -160,3 +163,28 @@ def _measured(store: Store, record: RunRecord) -> Points:
         with contextlib.suppress(KeyError):
             points.take(event)
     return points.by_step
+
+
+def evaluations(points: Mapping[int, Mapping[str, float]]) -> dict[str, Curve]:
+    """Return held-out set -> its curve, from metrics named `eval/<set>/<metric>`."""
+    curves: dict[str, Curve] = {}
+    for step in sorted(points):
+        for key, value in points[step].items():
+            if key.startswith("eval/"):
+                _, name, metric = key.split("/", 2)
+                curves.setdefault(name, {}).setdefault(step, {})[metric] = value
+    return curves
+
+
+def best(curve: Curve) -> tuple[int, float] | None:
+    """Return the first step that reached the highest accuracy (of samples if there are any, else greedy), and it."""
+    found = {step: metrics.get("accuracy", metrics.get("greedy_accuracy")) for step, metrics in curve.items()}
+    known = {step: accuracy for step, accuracy in found.items() if accuracy is not None}
+    step = max(known, key=lambda step: (known[step], -step), default=None)
+    return None if step is None else (step, known[step])
+
+
+def measures(metrics: Mapping[str, float]) -> dict[str, str]:
+    """Return label -> metric of what an evaluation has: greedy, samples, then Pass@K and Maj@K by K."""
+    named = {"greedy": "greedy_accuracy", "sampled": "accuracy"}
+    return {label: name for label, name in named.items() if name in metrics} | at_k(metrics)

@@ -12,8 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.inspection.difference_view import column, essential, pairs_table, shortened_pair, titled
-from flows.inspection.history import BETWEEN_STEPS, History, PlacedCall, placed_calls
-from flows.inspection.run_curve import best, evaluations, measures
+from flows.inspection.history import BETWEEN_STEPS, History, PlacedCall, best, evaluations, measures, placed_calls
 from flows.wording import number, percent, quoted
 from pipeline import lineage
 from pipeline.config import flatten

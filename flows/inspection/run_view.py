@@ -14,8 +14,7 @@ from flows.config.recipes import RECIPES
 from flows.inspection.artifact_view import show_groups, show_metrics
 from flows.inspection.difference_view import column, pairs_table, shortened_pair, titled
 from flows.inspection.groups import groups_of
-from flows.inspection.history import History, PlacedCall, placed_calls
-from flows.inspection.run_curve import Curve, evaluations, measures
+from flows.inspection.history import Curve, History, PlacedCall, evaluations, measures, placed_calls
 from flows.inspection.run_diff import config_changes
 from flows.runs.summary import mismatch_line, worst_mismatch
 from flows.wording import duration, moment, percent, quoted

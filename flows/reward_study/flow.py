@@ -15,7 +15,7 @@ from flows.algorithm.data import below
 from flows.algorithm.models import pretrained_model
 from flows.config import PretrainedPolicy
 from flows.reward_study.config import RewardModelStudyConfig
-from flows.runs.points import calls_of
+from flows.runs.curve import calls_of
 from pipeline.events import StepDone, emit
 from pipeline.orchestration.engine import flow
 from stages.data import (

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from flows.config import IterativeRLConfig
 from flows.config.resolve import Choice
-from flows.runs.completions import completion_rows
+from flows.inspection.groups import completion_rows
 from flows.runs.curve import draw_learning_curve
 from flows.runs.display import displaying
 from flows.runs.ledger import Ledger

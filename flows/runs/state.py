@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from flows.runs.points import Points
+from flows.runs.curve import Points
 from pipeline.events import EvaluationDone, Event, StageDone, StageFailed, StageStarted, StepDone, Warned
 from pipeline.progress import failsafe
 

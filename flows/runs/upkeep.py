@@ -12,8 +12,7 @@ from flows.runs.paths import Places
 from flows.runs.record import read_records
 from flows.runs.retention import KeepConfig, Retention
 from flows.storage.gc import Freed, Records, superseded
-from flows.storage.references import OtherRuns
-from flows.storage.usage import Inventory
+from flows.storage.usage import Inventory, OtherRuns
 from flows.wording import size
 from pipeline.events import Event, StepDone, recording
 from pipeline.store import Store

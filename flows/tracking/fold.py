@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
+from flows.runs.curve import Points
 from flows.runs.ledger import Ledger
-from flows.runs.points import Points
 from flows.runs.record import RunRecord
 from pipeline.event_log import LOG, LogReader
 from pipeline.events import DriftDone, Event, Logged, RunEnded, RunStarted, StageDone, StepDone

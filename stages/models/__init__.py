@@ -1,6 +1,5 @@
 """Models: checkpoints in the store, where they come from, whether their code may run, and models that give one number."""
 
-from stages.models.adapted import merged, plain_folder
 from stages.models.checkpoint import (
     Checkpoint,
     PlainType,
@@ -47,7 +46,7 @@ from stages.models.sources import (
     import_checkpoint,
     resolve_revision,
 )
-from stages.models.tensors import copy_weights, model_weights, tensor_file, write_tensors
+from stages.models.tensors import copy_weights, merged, model_weights, plain_folder, tensor_file, write_tensors
 from stages.models.trusted_code import code_files, may_run_code, trust
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Checkpoints: a Hugging Face folder with tokenizer and, when trained, optimizer state. Safetensors and JSON only.
 
 `model.safetensors` holds the float32 masters: what training changed by 1e-6 is in the file, and loaders cast; where an adapter
-is trained, the base's (`stages/models/adapted.py`). Reading a checkpoint runs no code: no pickle, and of the model's own Python
+is trained, the base's (`stages/models/tensors.py`). Reading a checkpoint runs no code: no pickle, and of the model's own Python
 files only those that the running configuration pins (`stages/models/trusted_code.py`).
 """
 
@@ -22,7 +22,6 @@ from pipeline.residency import holder_of
 from pipeline.store import PrunedArtifactError, StoreError, current_store
 from pipeline.store.files import sha256_of
 from pipeline.store.folder import recomputed
-from stages.models.adapted import filled_folder, plain_folder
 from stages.models.folders import (
     OPTIMIZER,
     TRAINER,
@@ -32,7 +31,7 @@ from stages.models.folders import (
     require_buildable,
     weight_files,
 )
-from stages.models.tensors import model_weights, write_tensors
+from stages.models.tensors import filled_folder, model_weights, plain_folder, write_tensors
 from stages.models.trusted_code import code_digest, code_files, may_run_code, read_object
 from stages.text import require_faithful
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.kernels.preference import bradley_terry, pointwise
+from stages.kernels.objective import bradley_terry, pointwise
 from stages.reward_training.examples import BradleyTerryConfig, Example, Pair, RewardObjectiveConfig, Unit, units_of
 from stages.training.batching import Batch, Row, micro_batches, own_share
 from stages.training.engine import Engine, StepReport

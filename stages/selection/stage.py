@@ -1,20 +1,26 @@
-"""Which groups are learned from: DAPO's dynamic sampling (Yu et al. 2025, arXiv 2503.14476, section 3.2).
+"""Which questions are learned from: DAPO's dynamic sampling (Yu et al. 2025, arXiv 2503.14476, section 3.2); and which are
+drawn: a curriculum by pass rates, a function of earlier rewards.
 
-Shapes: N outputs of all draws, Q questions.
+Shapes: N outputs of all draws, or rewards; Q questions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final, Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
 from pipeline.artifact import take_rows
+from pipeline.config import Config
 from pipeline.stage import record_metrics, stage
 from stages.join import KEY, align, group_rows
-from stages.tables import Rewards, Rollouts
+from stages.tables import DataError, Questions, Rewards, Rollouts, has_verdict
+
+_COLUMNS: Final = ("question_id", "reward", "status")
 
 
 @stage(version="2")
@@ -69,3 +75,100 @@ def _metrics(outputs: Sequence[Rollouts]) -> dict[str, float]:
     if metrics["rollout/seconds"]:
         metrics["rollout/tokens_per_s"] = metrics["rollout/tokens"] / metrics["rollout/seconds"]
     return metrics | {"rollout/draws": len(outputs)}
+
+
+class PassRateBand(Config):
+    """Pass rates that questions are drawn at: the share of a question's outputs that are right. The numbers are ours."""
+
+    low: float = Field(0.1, ge=0, le=1)
+    "The lowest. A question below it is too hard for now."
+    high: float = Field(0.9, ge=0, le=1)
+    "The highest. A question above it is solved, and evicted."
+    unseen: float = Field(0.5, ge=0, le=1)
+    "What a question counts as that has no outputs with a verdict."
+
+    @model_validator(mode="after")
+    def _leaves_some_out(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low: expected at most high={self.high:g}, found {self.low:g}")
+        if self.low == 0 and self.high == 1:
+            raise ValueError("low and high: expected a band that leaves a pass rate out, found 0 and 1; narrow it")
+        return self
+
+
+@stage(version="1")
+def draw_from_band(
+    questions: Questions,
+    earlier: list[Rewards],
+    drawn: list[Rewards],
+    band: PassRateBand,
+    *,
+    size: int,
+    step: int,
+    seed: int,
+) -> Questions:
+    """Draw D_b (Algorithm 1, line 5) from the questions whose pass rate lies in the band, without replacement.
+
+    The pass rate of a question is that of the last table of `earlier` with a verdict on it. Questions of the band have the same
+    chance each, by (seed, step). Where they are fewer than `size`, questions below the band follow, then those above it, each
+    time the nearest first.
+
+    Args:
+        questions: the whole set.
+        earlier: rewards by which questions are chosen, the newest last; those of other questions are left out.
+        drawn: rewards of what this step has drawn already; these questions come after all others.
+        size: questions of the batch.
+
+    Metrics: shares of the set, `curriculum/band` (seen, and within the band), `curriculum/evicted` (above it) and
+    `curriculum/unseen`; `curriculum/refilled`, the share of the batch that is from outside of the band or drawn again.
+
+    Raises:
+        DataError: the set has fewer than `size` questions, or `size` is below 1.
+    """
+    table = questions.read()
+    count = table.num_rows
+    if not 1 <= size <= count:
+        raise DataError(f"expected size in 1..{count} (the set's questions), found {size}")
+    right_Q, judged_Q = _verdicts(table, earlier)
+    is_seen_Q = judged_Q > 0
+    rate_Q = np.divide(right_Q, judged_Q, out=np.full(count, band.unseen), where=is_seen_Q)
+    below_Q, above_Q = rate_Q < band.low, rate_Q > band.high
+    is_drawn_Q = np.zeros(count, dtype=bool)
+    is_drawn_Q[_places(table, drawn)[2]] = True
+    class_Q = np.select([is_drawn_Q, above_Q, below_Q], [3, 2, 1], 0)
+    distance_Q = np.maximum(np.maximum(band.low - rate_Q, rate_Q - band.high), 0.0)
+    chance_Q = np.random.default_rng((seed, step)).random(count)
+    chosen = np.lexsort((chance_Q, distance_Q, class_Q))[:size]
+    shares = {"band": is_seen_Q & ~below_Q & ~above_Q, "evicted": is_seen_Q & above_Q, "unseen": ~is_seen_Q}
+    shares["refilled"] = class_Q[chosen] > 0
+    record_metrics({f"curriculum/{name}": float(np.mean(which)) for name, which in shares.items()})
+    return Questions.write(take_rows(table, chosen))
+
+
+def _verdicts(questions: pa.Table, earlier: Sequence[Rewards]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return how many outputs of each question are right, and how many have a verdict, in the last table that has one."""
+    import pyarrow.compute as pc
+
+    rows, number_N, place_N = _places(questions, earlier)
+    is_judged_N = has_verdict(rows).to_numpy()
+    newest_Q = np.full(questions.num_rows, -1)
+    np.maximum.at(newest_Q, place_N[is_judged_N], number_N[is_judged_N])
+    is_counted_N = is_judged_N & (number_N == newest_Q[place_N])
+    is_right_N = is_counted_N & pc.equal(rows["status"], "ok").to_numpy()
+    right_Q, judged_Q = (
+        np.bincount(place_N[which_N], minlength=questions.num_rows) for which_N in (is_right_N, is_counted_N)
+    )
+    return right_Q, judged_Q
+
+
+def _places(questions: pa.Table, tables: Sequence[Rewards]) -> tuple[pa.Table, NDArray[np.int64], NDArray[np.int64]]:
+    """Return the rewards of these questions, the number of the table of each, and the row of its question (N)."""
+    parts = [Rewards.schema.empty_table().select(_COLUMNS), *(table.read(_COLUMNS) for table in tables)]
+    rows = pa.concat_tables(parts)
+    number_N = np.repeat(np.arange(len(parts)), [part.num_rows for part in parts])
+    rows_Q = pa.table({"question_id": questions["question_id"], "row": np.arange(questions.num_rows)})
+    by = ("question_id",)
+    found = align(rows, rows_Q, "questions", to="rewards", by=by, extra=True, missing=True, several=True)
+    place_N = found["row"]
+    is_theirs_N = place_N.is_valid()
+    return rows.filter(is_theirs_N), number_N[is_theirs_N.to_numpy()], place_N.filter(is_theirs_N).to_numpy()

@@ -1,4 +1,4 @@
-"""Train LoRA adapters through peft, and hold them in checkpoints (`stages/models/adapted.py` says how)."""
+"""Train LoRA adapters through peft, and hold them in checkpoints (`stages/models/tensors.py` says how)."""
 
 from __future__ import annotations
 

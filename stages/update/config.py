@@ -19,7 +19,7 @@ class NoCorrectionConfig(Config):
 
 
 class TruncatedCorrectionConfig(Config):
-    """The surrogate is multiplied by w = min(pi_old / pi_rollout, cap): `stages/kernels/mismatch.py`.
+    """The surrogate is multiplied by w = min(pi_old / pi_rollout, cap): `stages/kernels/logprobs.py`.
 
     Metrics, means with the loss's own weights: `policy/correction_mean` (w), `policy/correction_raw_mean` (w before the cap, up
     to e^20) and `policy/correction_clipped` (the share of w above the cap: of outputs, where each has one w and one weight).

@@ -19,7 +19,7 @@ from typing import Any, Final, Self, assert_never
 import torch
 from torch import Tensor
 
-from stages.kernels.mismatch import sequence_truncated, token_truncated
+from stages.kernels.logprobs import sequence_truncated, token_truncated
 from stages.kernels.objective import (
     Surrogate,
     constant_weights,

@@ -106,7 +106,7 @@ class Mismatch:
             recorded_RO: what the engine recorded, a row for each output that was sampled.
             row_R: the row b of the micro-batch that output r is computed in; equal outputs share one.
         """
-        from stages.kernels.mismatch import token_mismatch
+        from stages.kernels.logprobs import token_mismatch
 
         found = token_mismatch(logp_BO[row_R], recorded_RO, mask_BO[row_R])
         self.tokens += found.tokens
@@ -124,7 +124,7 @@ class Mismatch:
         """
         import torch
 
-        from stages.kernels.mismatch import WeightSums, effective_share, weight_sums
+        from stages.kernels.logprobs import WeightSums, effective_share, weight_sums
         from stages.training.engine import largest
 
         tokens, outputs = engine.total(self.tokens), engine.total(len(self.log_weights))

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 from flows.cli import run_command
 from flows.config.recipes import arithmetic_smoke, smollm2_arithmetic
 from flows.iterative_rl import iterative_rl
+from flows.runs.curve import Points
 from flows.runs.paths import Places
-from flows.runs.points import Points
 from pipeline.events import recording
 from pipeline.residency import evict
 from pipeline.store import Store, use_store

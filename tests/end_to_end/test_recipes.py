@@ -13,7 +13,7 @@ import pytest
 
 from flows.config import IterativeRLConfig
 from flows.iterative_rl import iterative_rl
-from flows.runs.points import Points
+from flows.runs.curve import Points
 from pipeline.events import recording
 from pipeline.residency import evict
 from pipeline.store import Store, use_store

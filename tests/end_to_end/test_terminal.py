@@ -192,7 +192,7 @@ def test_a_display_that_raises_at_every_call_changes_nothing(
     [
         # In one run none of these keeps another from being called.
         (
-            *("flows.commands.training._announce", "flows.runs.display.Live.start", "flows.runs.points.Points._add"),
+            *("flows.commands.training._announce", "flows.runs.display.Live.start", "flows.runs.curve.Points._add"),
             *("flows.runs.ledger.Ledger.take", "flows.runs.session.summarise"),
         ),
         (

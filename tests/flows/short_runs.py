@@ -18,7 +18,7 @@ from flows.config import IterativeRLConfig
 from flows.config.methods import method_settings
 from flows.config.recipes import arithmetic_smoke
 from flows.iterative_rl import iterative_rl
-from flows.runs.points import Points
+from flows.runs.curve import Points
 from pipeline.events import Event, StageDone, recording
 from pipeline.store import Store, use_store
 

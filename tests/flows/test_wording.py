@@ -10,7 +10,7 @@ from rich.console import Console
 
 from flows.config.recipes import arithmetic_smoke
 from flows.export.model_card import _with_interval
-from flows.inspection.run_curve import measures
+from flows.inspection.history import measures
 from flows.inspection.run_view import _curve
 from flows.runs.state import RunState
 from flows.runs.summary import print_summary, summarise, summary_markdown

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, Literal, NamedTuple
 
 from flows.experiments.results import ExperimentResult, RunResult
-from flows.inspection.groups import Group, Output
-from flows.runs.completions import groups_made, last_evaluation
+from flows.inspection.groups import Group, Output, groups_made, last_evaluation
 from flows.runs.ledger import Ledger
 from flows.runs.paths import Places
 from pipeline.lineage import Ancestor, ancestry, mermaid

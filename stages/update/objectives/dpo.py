@@ -36,11 +36,11 @@ class DPOConfig(Config):
 
 def dpo(config: DPOConfig) -> Method:
     """log sigma(beta m(o+) - beta m(o-))."""
-    from stages.kernels import preference
+    from stages.kernels import objective
 
     def surrogate(tokens: Tokens) -> Surrogate:
         assert tokens.ref_logp is not None
-        return preference.dpo(
+        return objective.dpo(
             tokens.logp,
             tokens.ref_logp,
             tokens.mask,

@@ -20,7 +20,7 @@ Divergence = Literal["k1", "k2", "k3", "k3_unbiased"]
 RewardSource = Literal["rules", "model"]
 """What r is: the rules' score or a learned model's (Table 10: Rule, Model)."""
 Level = Literal["token", "sequence", "sequence_mean"]
-"""What an importance weight between rollout engine and trainer belongs to: see `stages/kernels/mismatch.py`."""
+"""What an importance weight between rollout engine and trainer belongs to: see `stages/kernels/logprobs.py`."""
 
 
 class Row(NamedTuple):

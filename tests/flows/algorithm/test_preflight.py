@@ -10,7 +10,7 @@ from flows.algorithm.preflight import NoSignalError, examine, preflight
 from flows.config import IterativeRLConfig
 from flows.config.methods import method_settings
 from flows.config.recipes import arithmetic_smoke
-from flows.runs.points import Points
+from flows.runs.curve import Points
 from pipeline.config import ConfigError
 from pipeline.events import recording
 from pipeline.store import Store, use_store

@@ -16,7 +16,7 @@ from flows.cli import run_command
 from flows.config import IterativeRLConfig
 from flows.config.resolve import choose
 from flows.iterative_rl import iterative_rl
-from flows.runs.points import Points
+from flows.runs.curve import Points
 from pipeline.events import recording
 from pipeline.residency import evict
 from pipeline.store import Store, use_store

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from flows.runs.curve import Points
 from flows.runs.display import Display, displaying
-from flows.runs.points import Points
 from flows.runs.state import RunState, StageTotals
 from flows.wording import accuracies, duration, number
 from pipeline.events import (

@@ -18,8 +18,16 @@ from pipeline.derivation.materialise import materialise
 from pipeline.residency import evict, resident
 from pipeline.store import DamagedArtifactError, Store, StoreError, use_store
 from pipeline.store.context import Payloads, writing_payloads
-from stages.models import OPTIMIZER, WEIGHTS, Checkpoint, load_model, load_tokenizer, model_weights, plain_folder
-from stages.models import adapted as adapted_module
+from stages.models import (
+    OPTIMIZER,
+    WEIGHTS,
+    Checkpoint,
+    load_model,
+    load_tokenizer,
+    model_weights,
+    plain_folder,
+    tensors,
+)
 from stages.rollout import HFBackendConfig
 from stages.rollout.engines import resident_model
 from stages.tables import Advantages
@@ -113,7 +121,7 @@ def test_shared_memory_without_room_is_replaced_by_the_disk(
     store: Store, monkeypatch: pytest.MonkeyPatch, room: str
 ) -> None:
     made = steps(["now", "never"])
-    full = adapted_module._SHARED_MEMORY if room == "shared memory" else Path("/")
+    full = tensors._SHARED_MEMORY if room == "shared memory" else Path("/")
     monkeypatch.setattr(engine_module, "free_bytes", lambda folder: 1000 if folder.is_relative_to(full) else 10**9)
     model = load_model(made[1], dtype=torch.float32)
     assert (made[1].content is None) == (room == "shared memory"), (

@@ -20,7 +20,7 @@ from flows.cli import run_command
 from flows.experiments.figures import Figure
 from flows.experiments.report import write_report
 from flows.experiments.results import ExperimentResult, read_experiment, write_experiment
-from flows.runs.completions import completion_rows, groups_made, last_evaluation
+from flows.inspection.groups import completion_rows, groups_made, last_evaluation
 from flows.runs.paths import Places
 from pipeline.residency import evict
 from pipeline.store import Store, StoreError, use_store

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,10 @@ class Ran:
 
 def ran(root: Path, *settings: str, method: str = "grpo") -> Ran:
     assert run_command([*smoke(root, *SHORT, *settings), "--method", method]) == 0
+    return left_in(root)
+
+
+def left_in(root: Path) -> Ran:
     places = Places.under(root)
     (record,) = read_records(places)
     ledger = read_ledger(record.folder)
@@ -224,10 +229,13 @@ def test_demonstrations_in_the_place_of_outputs_have_no_policy_and_no_reward(tmp
         assert line["advantage"] == advantages[line["question_id"], line["sample"]][0] == 1.0
 
 
-def test_outputs_that_are_gone_are_refused_by_their_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = ran(tmp_path / "root", "steps=2")
+def test_outputs_that_are_gone_are_refused_by_their_step(
+    plain: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(plain.places.root, tmp_path / "root")
+    run = left_in(tmp_path / "root")
     with use_store(run.store):
-        run.store.prune(run.ledger.steps[1]["rollout"])
+        run.store.prune(run.ledger.steps[1]["keep_informative"])
     assert run.export(tmp_path / "all.jsonl") == 2
     said = capsys.readouterr().err
     assert "step 1: " in said

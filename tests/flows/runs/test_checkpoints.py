@@ -17,7 +17,13 @@ from pipeline.events import StageDone, emit
 from pipeline.store import Store, current_store
 from pipeline.store.context import Call, payloads, running
 
-MIB = 2**20
+KIB = 2**10
+
+
+@pytest.fixture(autouse=True)
+def _small_is_less_than_100_kib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 KiB in place of 64 MiB: what is written is hashed, and only ratios matter."""
+    monkeypatch.setattr(checkpoints, "_SMALL", 64 * KIB)
 
 
 class Clock:
@@ -49,12 +55,12 @@ def train(made: Checkpoints, step: int, size: int) -> str:
 
 
 def written_in(steps: Iterable[int], *, seconds: float) -> Iterator[tuple[int, Checkpoints]]:
-    """Train steps that take some seconds and leave 100 MiB, if anything, as `auto` says; yield those that do."""
+    """Train steps that take some seconds and leave 100 KiB, if anything, as `auto` says; yield those that do."""
     clock = Clock()
     made = schedule("auto", background=False, clock=clock)
     for step in steps:
         clock.now += seconds
-        if train(made, step, 100 * MIB) == "now":
+        if train(made, step, 100 * KIB) == "now":
             yield step, made
 
 
@@ -70,7 +76,7 @@ def test_small_checkpoints_are_written_after_every_step(store: Store) -> None:
 
 
 def test_large_ones_take_a_twentieth_of_the_time(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "measured_rate", lambda store: 50 * MIB)  # two seconds for a checkpoint
+    monkeypatch.setattr(checkpoints, "measured_rate", lambda store: 50 * KIB)  # two seconds for a checkpoint
     written = [step for step, _ in written_in(range(1, 31), seconds=10.0)]
     assert written == [1, 5, 9, 13, 17, 21, 25, 29], "every 40 seconds"
 
@@ -81,15 +87,15 @@ def test_checkpoints_beyond_a_tenth_of_the_disk_are_written_only_where_they_must
     monkeypatch.setattr(checkpoints, "measured_rate", lambda store: 1e12)
     clock = Clock()
     made = schedule("auto", background=False, last=8, clock=clock)
-    train(made, 1, 100 * MIB)
+    train(made, 1, 100 * KIB)
     clock.now = 1e6
-    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: 1950 * MIB - 100 * MIB * len(made._there))
-    assert [step for step in range(2, 9) if train(made, step, 100 * MIB) == "now"] == [5, 8]
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: 1950 * KIB - 100 * KIB * len(made._there))
+    assert [step for step in range(2, 9) if train(made, step, 100 * KIB) == "now"] == [5, 8]
 
 
 def test_what_was_freed_since_makes_room_for_another(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "measured_rate", lambda store: 1e12)
-    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: 2000 * MIB)
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: 2000 * KIB)
     written = []
     for step, made in written_in(range(1, 5), seconds=1.0):
         written.append(step)
@@ -120,7 +126,7 @@ def test_a_disk_that_takes_nothing_stops_no_run(store: Store, monkeypatch: pytes
 
     monkeypatch.setattr(checkpoints, "fsync", full)
     made = schedule("auto", background=False, last=8)
-    assert [step for step in range(1, 9) if train(made, step, 100 * MIB) == "now"] == [1, 5, 8]
+    assert [step for step in range(1, 9) if train(made, step, 100 * KIB) == "now"] == [1, 5, 8]
 
 
 @pytest.mark.parametrize("every", [0, -1, 2.5, "often"])

@@ -181,10 +181,10 @@ def test_training_accuracy_counts_pairs_in_order(store: Store) -> None:
 @pytest.mark.parametrize(("kind", "objective"), CASES)
 def test_labels_are_learned(store: Store, kind: Any, objective: Any) -> None:
     base = tiny_checkpoint()
-    config = exact(objective=objective, epochs=120, learning_rate=3e-3)
+    config = exact(objective=objective, epochs=50, learning_rate=1e-2)
     model = train_reward_model(tiny_reward_model(kind, base), labels(base), config, seed=0)
     assert model.metrics["rm/train_accuracy"] == pytest.approx(1.0)
-    assert model.metrics["rm/loss"] < 0.05
+    assert model.metrics["rm/loss"] < 0.1
     rows = label_rows(base)
     scores = score_outputs(outputs_of(rows), base, [model], ScoringConfig(precision="fp32", threads=1)).rows()
     if kind == "process":

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.config import UNKEYED, Config
-from stages.reward.function_worker import find_source
+from pipeline.workers.functions import NAME_OF_A_FUNCTION, find_source
 from stages.reward.rules.accuracy import Verifier
 from stages.reward.rules.extraction import Convention, Mark
 from stages.reward.rules.format import Form
@@ -121,7 +121,7 @@ class FunctionConfig(Config):
     """Name of the component in the table and of its metric, `reward/<name>`."""
     weight: float = 1.0
     """Factor in the sum."""
-    function: str = Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")
+    function: str = Field(pattern=NAME_OF_A_FUNCTION)
     """`module:name`; the module is looked for where Python imports from, then in the working directory. The content of the
     module's file is part of the cache key; that of what it imports is not."""
     columns: tuple[Column, ...] = ("question_id", "question", "answer", "solution")

@@ -13,16 +13,16 @@ from typing import Any, Literal, assert_never
 
 from pipeline.config import ConfigError
 from pipeline.residency import resident
+from pipeline.workers.functions import FunctionSource, find_source, require_callable
+from pipeline.workers.pool import KillablePool, Outcome
 from stages.reward.composition import ComponentScore, Output
 from stages.reward.config import AccuracyConfig, FormatConfig, FunctionConfig, RewardConfig
-from stages.reward.function_worker import FunctionSource, call_function, find_source, load_function, objection_to
-from stages.reward.pool import KillablePool, Outcome
+from stages.reward.function_worker import call_function, prepare_calls
 from stages.reward.rules.accuracy import VERIFIER_MODULES
 from stages.reward.rules.format import is_quick, match_pattern
 from stages.reward.rules.prose import tail
 
 ROWS_PER_CALL = 16
-_CHECK_S = 30.0
 
 
 class AnswerError(ConfigError):
@@ -36,18 +36,6 @@ class FunctionScore:
     score: float | None = None
     fault: Literal["timeout", "error"] | None = None
     detail: str = ""
-
-
-def require_callable(source: FunctionSource, arguments: Sequence[str], pool: KillablePool) -> None:
-    """Refuse a function that could not score anything, before it is called.
-
-    Raises:
-        ConfigError: a module that does not import, a name it does not have, or a signature that does not take `arguments`.
-    """
-    outcome = pool.run(objection_to, [(source, tuple(arguments))], deadline_s=_CHECK_S)[0]
-    objection = outcome.value if outcome.fault is None else f"{outcome.fault}: {outcome.detail}"
-    if objection is not None:
-        raise ConfigError(f"function '{source.module}:{source.name}' in {source.file}: {objection}")
 
 
 def call_in_pieces(
@@ -180,7 +168,7 @@ def score_by_function(rows: Sequence[Output], component: FunctionConfig, config:
     source = find_source(component.function)
     pool = _function_pool(source, component, config)
     columns = _columns(rows, component)
-    require_callable(source, list(columns), pool)
+    require_callable(source, list(columns), pool, "name fewer `columns` or accept **kwargs")
     try:
         scores = call_in_pieces(
             call_function,
@@ -249,7 +237,7 @@ def _faults(rows: Sequence[Output], scores: Sequence[FunctionScore], component: 
 
 def _function_pool(source: FunctionSource, component: FunctionConfig, config: RewardConfig) -> KillablePool:
     """Return a pool of the function's own: what it does to its process, it does not do to the verifier's."""
-    preload, prepare = _preload(config), functools.partial(load_function, source)
+    preload, prepare = _preload(config), functools.partial(prepare_calls, source)
     return _resident_pool(f"function {component.name}", config, preload, prepare, preload, source)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
-from stages.reward.pool import KillablePool, Outcome
+from pipeline.workers.pool import KillablePool, Outcome
 from stages.reward.rules.exact import canonical, compare_exactly, read_number
 from stages.reward.rules.extraction import Convention, Mark, find_answer
 from stages.reward.rules.formula import as_formula

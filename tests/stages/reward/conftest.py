@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
-from stages.reward.pool import KillablePool
+from pipeline.workers.pool import KillablePool
 from stages.reward.rules.accuracy import VERIFIER_MODULES
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.workers.pool import KillablePool
 from stages.reward import AccuracyConfig
-from stages.reward.pool import KillablePool
 from stages.reward.rules.accuracy import Verifier, grade_answers
 from stages.reward.rules.extraction import find_answer
 

@@ -13,10 +13,10 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.store import Store
+from pipeline.workers.functions import find_source
+from pipeline.workers.pool import KillablePool, Outcome
 from stages.reward import AccuracyConfig, FunctionConfig, RewardConfig, score
-from stages.reward.function_worker import find_source
 from stages.reward.functions import RewardFunctionError, call_in_pieces
-from stages.reward.pool import KillablePool, Outcome
 from stages.tables import Questions, Rewards, Rollouts
 from tests.stages.reward.answers import BAD, GOOD
 from tests.stages.rows import column, output_row, question_table

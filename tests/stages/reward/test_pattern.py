@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from pipeline.residency import resident
+from pipeline.workers.pool import KillablePool
 from stages.reward import AccuracyConfig, FormatConfig, RewardConfig, score
 from stages.reward.functions import call_in_pieces
-from stages.reward.pool import KillablePool
 from stages.reward.rules.format import is_quick, match_pattern
 from stages.tables import Rewards, Rollouts
 from tests.stages.rows import column, output_row, question_table

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from stages.reward.pool import KillablePool
+from pipeline.workers.pool import KillablePool
 from stages.reward.rules.accuracy import Verifier, grade_answers
 from stages.reward.rules.extraction import Convention
 from stages.reward.rules.numerals import chinese_number, english_number

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.workers.pool import KillablePool
 from stages.reward import AccuracyConfig
-from stages.reward.pool import KillablePool
 from stages.reward.rules.accuracy import Grade, Verifier, grade_answers
-from tests.stages.reward.tasks import math_verify_accepts
+from tests.pipeline.workers.tasks import math_verify_accepts
 
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 DEADLINE_S = 3.0

@@ -89,7 +89,7 @@ def test_two_answers_are_one_only_where_each_is_right_with_the_other_as_gold() -
 
 
 def test_exact_comparison_merges_what_it_calls_equal_and_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.reward.pool.KillablePool._ready", lambda self: pytest.fail("a process was started"))
+    monkeypatch.setattr("pipeline.workers.pool.KillablePool._ready", lambda self: pytest.fail("a process was started"))
     answers = wrong("1.22", "1,22", "1.23", r"\sqrt{4}", r"\sqrt{4.0}")
     assert counted(answers, verifier="exact") == [2, 1, 1, 1]
 

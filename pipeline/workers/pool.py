@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-_MARK: Final = "COHORT_REWARD_WORKER"
+_MARK: Final = "COHORT_POOL_WORKER"
 """Variable by which programs that a worker starts are found again, whatever session they are in."""
 _DEATH_SIGNAL: Final = 1
 """PR_SET_PDEATHSIG."""
@@ -293,12 +293,12 @@ class KillablePool:
         except Exception as error:
             self.close()
             raise RuntimeError(
-                "the reward's worker processes do not start. A script that calls a flow at top level must do so under "
-                "`if __name__ == '__main__':`, as worker processes import it again; a module that holds a reward function must "
+                "worker processes do not start. A script that calls a flow at top level must do so under "
+                "`if __name__ == '__main__':`, as worker processes import it again; a module that holds a function must "
                 f"not work, wait or exit while it is imported.{_tight_limits()} ({type(error).__name__}: {error})"
             ) from error
         if missing:
-            warnings.warn(f"the reward's worker processes run without: {'; '.join(missing)}", stacklevel=2)
+            warnings.warn(f"worker processes run without: {'; '.join(missing)}", stacklevel=2)
 
 
 def _tight_limits() -> str:

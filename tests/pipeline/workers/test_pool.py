@@ -20,11 +20,11 @@ from typing import Any
 import psutil
 import pytest
 
-from stages.reward import pool as pool_module
-from stages.reward.pool import _OUT_OF_TIME, KillablePool, Outcome
+from pipeline.workers import pool as pool_module
+from pipeline.workers.pool import _OUT_OF_TIME, KillablePool, Outcome
 from stages.reward.rules.accuracy import VerifierLostError, grade_answers
 from tests.pipeline.processes import await_end
-from tests.stages.reward.tasks import double, misbehave, note_and_hang, signal_its_group, start_a_program
+from tests.pipeline.workers.tasks import double, misbehave, note_and_hang, signal_its_group, start_a_program
 
 MIB = 2**20
 
@@ -138,8 +138,8 @@ def test_what_a_task_started_ends_with_its_worker(how: str) -> None:
 def test_what_a_task_started_ends_with_a_run_that_was_killed() -> None:
     code = """
 import os, signal
-from stages.reward.pool import KillablePool
-from tests.stages.reward.tasks import start_a_program
+from pipeline.workers.pool import KillablePool
+from tests.pipeline.workers.tasks import start_a_program
 if __name__ == "__main__":
     print(KillablePool(workers=1, memory_mb=256).run(start_a_program, [("plain",)], deadline_s=20)[0].value, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -157,8 +157,8 @@ def test_limits_of_the_system_are_kept_and_tasks_print_to_stderr() -> None:
 import resource
 for kind, amount in ((resource.RLIMIT_AS, 6 * 2**30), (resource.RLIMIT_CPU, 21)):
     resource.setrlimit(kind, (amount, amount))
-from stages.reward.pool import KillablePool
-from tests.stages.reward.tasks import say
+from pipeline.workers.pool import KillablePool
+from tests.pipeline.workers.tasks import say
 if __name__ == "__main__":
     pool = KillablePool(workers=1, memory_mb=8192)
     print([o.value for o in pool.run(say, [(2,), (3,)], deadline_s=20)])
@@ -253,7 +253,7 @@ def test_a_task_that_uses_up_the_systems_processor_time_is_not_retried() -> None
 def test_tasks_that_the_pool_lost_are_run_once_more_and_no_others(
     lost: set[int], again: set[int], faults: list[str | None], says: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.reward.pool._GRACE_S", 0.01)
+    monkeypatch.setattr("pipeline.workers.pool._GRACE_S", 0.01)
     made = KillablePool(workers=1, memory_mb=256)
     first, second = Losing(lost, says=says), Losing(again, says=says)
     pools = iter([first])

@@ -113,7 +113,7 @@ def choose(
         overrides: those of an experiment's arm.
 
     Raises:
-        ConfigError: no such recipe or file, all that is wrong in the result, or a reward function that is not there.
+        ConfigError: no such recipe or file, all that is wrong in the result, or a function that is not there.
     """
     base, recipe, changes = _start(source)
     if method is not None:
@@ -124,7 +124,9 @@ def choose(
     changes += parse_settings(settings)
     origin = " + ".join(dict.fromkeys([source, *(change.source for change in changes)]))
     config = base.override(_resolved(base, changes), source=origin) if changes else base
-    config.reward.key()  # reads the files of reward functions, so that one that is not there is found here
+    for part in (config.reward, config.environment):
+        if part is not None:
+            part.key()  # reads the files of functions, so that one that is not there is found here
     return Choice(config, RECIPES[base.name]() if base.name in RECIPES else base, _asked(base, recipe, changes))
 
 

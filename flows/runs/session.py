@@ -63,7 +63,7 @@ def run_flow(
         difference: what differs from an experiment's baseline, by dotted key: MLflow's parameters `diff.*`.
 
     Raises:
-        ConfigError: a reward function, an engine for rollouts or a sandbox that is not there, or no room to run `side_by_side`.
+        ConfigError: a function, an engine for rollouts or a sandbox that is not there, or no room to run `side_by_side`.
         InterruptedRunError: stopped from outside; what was computed is in the store.
         Exception: whatever a stage raised.
     """

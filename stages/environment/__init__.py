@@ -1,6 +1,14 @@
 """Environments: what answers the calls that outputs make (tool-integrated reasoning), turn by turn."""
 
-from stages.environment.config import CalculatorConfig, EnvironmentConfig, PythonConfig
+from stages.environment.config import CalculatorConfig, EnvironmentConfig, FunctionConfig, PythonConfig
 from stages.environment.stage import answer_calls, environment_of, parts_of
 
-__all__ = ["CalculatorConfig", "EnvironmentConfig", "PythonConfig", "answer_calls", "environment_of", "parts_of"]
+__all__ = [
+    "CalculatorConfig",
+    "EnvironmentConfig",
+    "FunctionConfig",
+    "PythonConfig",
+    "answer_calls",
+    "environment_of",
+    "parts_of",
+]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.config import Config
+from pipeline.workers.functions import NAME_OF_A_FUNCTION, find_source
 
 
 class MarkedConfig(Config):
@@ -75,5 +76,55 @@ class PythonConfig(MarkedConfig):
     time and memory are limited alone."""
 
 
-EnvironmentConfig = Annotated[CalculatorConfig | PythonConfig, Field(discriminator="kind")]
+class FunctionConfig(Config):
+    """Your own environment: `def answer(question, turns, calls) -> str | Mapping`, called once for each call of an output.
+
+    The function gets, by name, the row of the question (a mapping: `question_id`, `question`, `answer`, `solution`), the texts
+    of the output's turns, of which the last ends in the call, and its earlier calls (mappings: `tool`, `input`, `output`,
+    `observation`, `status`). It answers with a text, or with a mapping: the text `observation` and, where needed, `done` (true
+    ends the output), `status` (`ok`, `error`, `timeout`, `memory`, `refused`), `input` and `output` for the record. Any other
+    answer ends the run. `async def` is awaited.
+
+    Nothing is kept between calls: a function that needs a state makes it from its arguments, so that a resumed run asks nothing
+    twice. Eight calls run side by side, in worker processes that are killed at the deadline and under the memory limit; what
+    one raises is what the policy reads. Running a config that names a function runs code, with your rights: no sandbox.
+    """
+
+    kind: Literal["function"] = "function"
+    "Selects a function of yours."
+    function: str = Field(pattern=NAME_OF_A_FUNCTION)
+    """`module:name`; the module is looked for where Python imports from, then in the working directory. The content of the
+    module's file is part of the cache key; that of what it imports is not."""
+    call_ends: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
+    """Texts that complete a call, such as `</tool>`."""
+    before_answer: str = "\n"
+    """What the environment writes before an answer."""
+    after_answer: str = "\n"
+    """What it writes behind it."""
+    max_calls: PositiveInt = 4
+    """Calls of an output that are answered, at most; the output ends cut (`length`) at one more."""
+    max_observation: PositiveInt = 1000
+    """Characters of an answer, at most; of a longer one the beginning is kept, and `...` stands for the rest."""
+    deadline: PositiveFloat = 5.0
+    """Seconds that a call may take; the import of the module does not count."""
+    memory_mb: PositiveInt = 1024
+    """MiB that a worker may take beyond what it needs to start."""
+
+    @model_validator(mode="after")
+    def _each_end_ends_a_call(self) -> Self:
+        for end in self.call_ends:
+            if other := next((other for other in self.call_ends if other != end and other in end), None):
+                raise ValueError(f"call_ends: {other!r} ends a call before {end!r} is complete; remove one of them")
+        return self
+
+    def key(self) -> dict[str, Any]:
+        """Return the key, with the content of the file that holds the function.
+
+        Raises:
+            ConfigError: no such module, with where it was looked for.
+        """
+        return super().key() | {"source": find_source(self.function).digest}
+
+
+EnvironmentConfig = Annotated[CalculatorConfig | PythonConfig | FunctionConfig, Field(discriminator="kind")]
 """What answers calls."""

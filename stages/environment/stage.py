@@ -11,7 +11,8 @@ from typing import Any, assert_never, get_args
 from pipeline.stage import record_metrics, stage
 from stages.environment.answers import Dialogue, Environment, Status
 from stages.environment.calculator import Calculator
-from stages.environment.config import CalculatorConfig, EnvironmentConfig, PythonConfig
+from stages.environment.config import CalculatorConfig, EnvironmentConfig, FunctionConfig, PythonConfig
+from stages.environment.function import Function
 from stages.join import KEY, align
 from stages.tables import Questions, Rollouts, ToolCalls
 
@@ -65,7 +66,7 @@ def environment_of(config: EnvironmentConfig) -> Environment:
     """Return what answers.
 
     Raises:
-        ConfigError: programs are to run in a sandbox, and this system allows none.
+        ConfigError: programs are to run in a sandbox, and this system allows none; a function that is not there.
     """
     match config:
         case CalculatorConfig():
@@ -74,6 +75,8 @@ def environment_of(config: EnvironmentConfig) -> Environment:
             from stages.environment.python_tool import PythonTool
 
             return PythonTool(config)
+        case FunctionConfig():
+            return Function(config)
         case _:
             assert_never(config)
 

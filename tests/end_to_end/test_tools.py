@@ -11,6 +11,7 @@ from pipeline.residency import evict
 from pipeline.store import Store, use_store
 from stages.join import written_by_policy
 from stages.tables import Advantages, Rollouts, ToolCalls
+from stages.text.tokenizers import EOS
 from tests.end_to_end.test_resume import CALLS
 from tests.flows.short_runs import executed_by
 
@@ -33,6 +34,29 @@ def test_a_run_with_a_tool_learns_from_dialogues_and_answers_each_call_once(tmp_
         assert {row["status"] for table in calls for row in table.rows()} <= {"ok", "error", "refused"}
         advantages = [Advantages(a["result"]) for a in store.actions() if a["stage"] == "estimate_advantages"]
         assert len(advantages) == config.iterations * config.steps
+        evict()
+        assert executed_by(config) == (content, [])
+    evict()
+
+
+@pytest.mark.slow
+def test_a_run_with_a_function_reads_its_answers_as_text_and_asks_once(tmp_path: Path) -> None:
+    tool = {"kind": "function", "function": "tests.stages.environment.tools:answer", "call_ends": ["m"]}
+    short = {"iterations": 1, "steps": 1, "evaluation.every": 0}
+    config = arithmetic_smoke().override(short | {"environment": tool | {"before_answer": EOS, "after_answer": "="}})
+    with use_store(Store(tmp_path)) as store:
+        content, executed = executed_by(config)
+        assert {"answer_calls", "continue_dialogues"} <= set(executed)
+        found = {action["stage"]: action["result"] for action in store.actions()}
+        for row in ToolCalls(found["answer_calls"]).rows():
+            assert (row["tool"], row["status"]) == ("answer", "ok")
+            assert row["observation"] == f"{EOS}got {row['output']}="
+        observed = [row for row in Rollouts(found["continue_dialogues"]).rows() if row["turns"]]
+        assert observed
+        for row in observed:
+            ids = [one for one, logprob in zip(row["output_ids"], row["logprobs"], strict=True) if logprob is None]
+            assert ids
+            assert 0 not in ids
         evict()
         assert executed_by(config) == (content, [])
     evict()

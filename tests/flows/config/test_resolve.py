@@ -367,14 +367,17 @@ def test_the_same_settings_make_an_equal_configuration_in_any_way(write: Write) 
         ("broken_rewards:reward", "not Python source"),
     ],
 )
-def test_a_reward_function_that_is_not_there_is_found_with_the_configuration(
+def test_a_function_that_is_not_there_is_found_with_the_configuration(
     function: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_rewards.py").write_text("def reward(completions, **columns):\n    raise SystemExit\n")
     (tmp_path / "broken_rewards.py").write_text("def reward(completions:\n")
-    component = "[{kind: function, function: '%s'}]"
-    with pytest.raises(ConfigError) as caught:
-        choose("arithmetic_smoke", settings=["reward.components=" + component % function])
-    assert said in str(caught.value)
-    choose("arithmetic_smoke", settings=["reward.components=" + component % "my_rewards:reward"])
+    for setting in (
+        "reward.components=[{kind: function, function: '%s'}]",
+        "environment={kind: function, function: '%s', call_ends: [m]}",
+    ):
+        with pytest.raises(ConfigError) as caught:
+            choose("arithmetic_smoke", settings=[setting % function])
+        assert said in str(caught.value)
+        choose("arithmetic_smoke", settings=[setting % "my_rewards:reward"])

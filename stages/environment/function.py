@@ -1,0 +1,117 @@
+"""A user's function as environment, in worker processes that are killed at the deadline, several outputs side by side."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, get_args
+
+from pipeline.config import ConfigError
+from pipeline.residency import evict, kept, resident
+from pipeline.workers.functions import call_plainly, find_source, load_function, require_callable
+from pipeline.workers.pool import KillablePool, Outcome
+from stages.environment.answers import Answer, Dialogue, Status, cut
+from stages.environment.config import FunctionConfig
+
+_SLOT: Final = "environment function"
+_SIDE_BY_SIDE: Final = 8
+_LONGEST: Final = 2**20
+"""Characters of a recorded `input` or `output`, at most."""
+_ARGUMENTS: Final = ("question", "turns", "calls")
+_TYPES: Final = {"observation": str, "status": str, "done": bool, "input": str, "output": str}
+_EXPECTED: Final = (
+    "a text, or a mapping with the text `observation` and, where needed, `done` (true or false), `input` and `output` (texts), "
+    f"`status` ({', '.join(get_args(Status))})"
+)
+
+
+class Function:
+    """Implement `Environment`: what the function answers, or what became of its call."""
+
+    def __init__(self, config: FunctionConfig) -> None:
+        """Take the settings; raise ConfigError as `find_source`."""
+        self._config, self._source = config, find_source(config.function)
+
+    def answer(self, dialogues: Sequence[Dialogue]) -> list[Answer]:
+        """Answer the last call of each, eight side by side.
+
+        Raises:
+            ConfigError: a function that cannot be called, or answers with something else.
+            RuntimeError: workers that are lost.
+        """
+        config, source = self._config, self._source
+        pool = self._pool(min(len(dialogues), _SIDE_BY_SIDE))
+        require_callable(source, _ARGUMENTS, pool, "it gets these by name")
+        tasks = [
+            (source, {"question": each.question, "turns": list(each.turns), "calls": list(each.calls)})
+            for each in dialogues
+        ]
+        outcomes = pool.run(call_plainly, tasks, deadline_s=config.deadline)
+        return [self._answer(dialogue, outcome) for dialogue, outcome in zip(dialogues, outcomes, strict=True)]
+
+    def _pool(self, workers: int) -> KillablePool:
+        """Return the function's processes; those that are there serve where they are as many."""
+        key = (self._source, self._config.memory_mb)
+        there: KillablePool | None = kept(_SLOT, key)
+        if there is not None and there.workers >= workers:
+            return there
+        evict(_SLOT)
+        prepare = functools.partial(load_function, self._source)
+        preload = (load_function.__module__,)
+        make = functools.partial(KillablePool, workers=workers, memory_mb=key[1], preload=preload, prepare=prepare)
+        return resident(_SLOT, key, make)
+
+    def _answer(self, dialogue: Dialogue, outcome: Outcome) -> Answer:
+        config = self._config
+        match outcome.fault:
+            case None:
+                found = self._found(*outcome.value)
+            case "timeout":
+                found = {"status": "timeout", "observation": f"timeout: not done after {config.deadline:g} s"}
+            case "memory":
+                found = {"status": "memory", "observation": f"memory: more than {config.memory_mb} MiB"}
+            case "error" | "crash":
+                found = {"status": "error", "observation": f"error: {outcome.detail}"}
+            case "lost":
+                raise RuntimeError(f"environment.function {config.function!r}: {outcome.detail}")
+        said, last = found["observation"], dialogue.turns[-1]
+        ended = next((end for end in config.call_ends if last.endswith(end)), "")
+        return Answer(
+            tool=self._source.name,
+            input=_text(found.get("input", last.removesuffix(ended)))[:_LONGEST],
+            output=_text(found.get("output", said))[:_LONGEST],
+            observation=f"{config.before_answer}{cut(_text(said), config.max_observation)}{config.after_answer}",
+            status=found.get("status", "ok"),
+            done=found.get("done", False),
+        )
+
+    def _found(self, plain: bool, answer: str) -> dict[str, Any]:
+        """Return what the function answered as a mapping, without its fields of None."""
+        found = json.loads(answer) if plain else None
+        if isinstance(found, str):
+            return {"observation": found}
+        fields = {name: value for name, value in found.items() if value is not None} if isinstance(found, dict) else {}
+        objection = _objection_to(fields) if isinstance(found, dict) else type(found).__name__ if plain else answer
+        if objection is not None:
+            where = f"{self._config.function!r} in {self._source.file}"
+            raise ConfigError(f"environment.function {where}: expected {_EXPECTED}; found {objection}")
+        return fields
+
+
+def _objection_to(found: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a mapping, or None."""
+    for name, value in found.items():
+        if name not in _TYPES:
+            return f"a mapping with {name!r}"
+        if not isinstance(value, _TYPES[name]):
+            return f"{type(value).__name__} as {name}"
+    if "observation" not in found:
+        return "a mapping without `observation`"
+    status = found.get("status", "ok")
+    return None if status in get_args(Status) else f"{status!r:.100} as status"
+
+
+def _text(text: str) -> str:
+    """Return the text; `?` stands for what is no character (half of a surrogate pair)."""
+    return text.encode("utf-8", "replace").decode()

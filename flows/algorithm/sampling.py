@@ -23,7 +23,7 @@ from stages.logprobs import LogprobsConfig, compare_policies, score_reference
 from stages.models import Checkpoint
 from stages.reward import score
 from stages.rollout import RolloutConfig, continue_dialogues, rollout
-from stages.selection import draw_from_band, keep_informative
+from stages.selection import draw_from_band, keep_calls, keep_informative
 from stages.sft import demonstrated_outputs
 from stages.tables import Logprobs, Questions, ReferenceLogprobs, Rewards, Rollouts, ToolCalls, Values
 from stages.training.hardware import name_of_dtype
@@ -40,16 +40,19 @@ def sample(
 ) -> tuple[Rollouts, ToolCalls | None]:
     """Sample outputs (line 7). With an environment turn by turn: its calls are answered before any output goes on.
 
-    Every turn and every table of calls is a stage of its own, so that what was answered is never asked again.
+    Every turn and every table of calls is a stage of its own, so that what was answered is never asked again. The calls are
+    None without an environment alone: a step without any has metrics of calls too.
     """
     environment = config.environment
     if environment is None:
         return rollout(policy, questions, config.prompt, sampling, seed=seed), None
     ends, calls = list(environment.call_ends), None
     outputs = rollout(policy, questions, config.prompt, sampling, seed=seed, call_ends=ends)
-    while outputs.metrics["rollout/waiting"]:
+    while calls is None or outputs.metrics["rollout/waiting"]:
         calls = answer_calls(outputs, questions, calls, environment)
-        outputs = continue_dialogues(policy, outputs, calls, sampling, call_ends=ends, max_calls=environment.max_calls)
+        if outputs.metrics["rollout/waiting"]:
+            most = environment.max_calls
+            outputs = continue_dialogues(policy, outputs, calls, sampling, call_ends=ends, max_calls=most)
     return outputs, calls
 
 
@@ -63,7 +66,7 @@ class Explored(NamedTuple):
     """What the outputs are scored with; None: demonstrations."""
     outputs: Rollouts
     calls: ToolCalls | None = None
-    """Calls of the outputs to their environment; None without any, and where dynamic sampling chose among several draws."""
+    """Calls of the outputs to their environment; None without one."""
 
 
 class Exploration:
@@ -130,7 +133,7 @@ class Exploration:
         drawn = questions if config.curriculum else None
         outputs, calls = sample(config, sampler, questions, config.rollout, seed=seed)  # line 7
         if config.dynamic_sampling:
-            return Explored(sampler, drawn, data.train, self._replace_agreeing_groups(sampler, seed, outputs))
+            return Explored(sampler, drawn, data.train, *self._replace_agreeing_groups(sampler, seed, outputs, calls))
         return Explored(sampler, drawn, questions, outputs, calls)
 
     def _draw(self, step: int, seed: int, rewards: Sequence[Rewards] = ()) -> Questions:
@@ -141,22 +144,27 @@ class Exploration:
         earlier = [table for tables in self._earlier for table in tables]
         return draw_from_band(train, earlier, list(rewards), curriculum.band, size=size, step=step, seed=seed)
 
-    def _replace_agreeing_groups(self, sampler: Checkpoint, seed: int, outputs: Rollouts) -> Rollouts:
+    def _replace_agreeing_groups(
+        self, sampler: Checkpoint, seed: int, outputs: Rollouts, calls: ToolCalls | None
+    ) -> tuple[Rollouts, ToolCalls | None]:
         """Draw further questions until enough groups have outputs of unequal reward: DAPO's dynamic sampling."""
         config, train = self._config, self._data.train
-        drawn, rewards = [outputs], [score(outputs, train, config.reward)]
+        drawn, made, rewards = [outputs], [calls], [score(outputs, train, config.reward)]
         for draw in range(config.dynamic_sampling):
             kept = keep_informative(drawn, rewards, size=config.questions_per_step)
             if kept.metrics["rollout/agreeing_groups"] == 0:
                 break
             # The step's own seed, so that what is drawn does not depend on how long the run is.
             questions = self._draw(draw, seed, rewards)
-            drawn.append(sample(config, sampler, questions, config.rollout, seed=seed)[0])
-            rewards.append(score(drawn[-1], train, config.reward))
+            outputs, calls = sample(config, sampler, questions, config.rollout, seed=seed)
+            drawn.append(outputs)
+            made.append(calls)
+            rewards.append(score(outputs, train, config.reward))
         else:
             kept = keep_informative(drawn, rewards, size=config.questions_per_step)
         self._earlier.append(rewards)
-        return kept
+        answered = [calls for calls in made if calls is not None]
+        return kept, keep_calls(kept, drawn, answered) if answered else None
 
 
 def token_evidence(

@@ -23,6 +23,8 @@ _PRUNED_WHOLE: Final = ("update_policy", "update_critic")
 _SAMPLERS: Final = ("rollout", "demonstrated_outputs")
 _TABLES: Final = (
     *_SAMPLERS,
+    "answer_calls",
+    "continue_dialogues",
     "keep_informative",
     "score",
     "score_outputs",

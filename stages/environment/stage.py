@@ -17,7 +17,7 @@ from stages.join import KEY, align
 from stages.tables import Questions, Rollouts, ToolCalls
 
 
-@stage(version="1")
+@stage(version="2")
 def answer_calls(
     outputs: Rollouts, questions: Questions, earlier: ToolCalls | None, config: EnvironmentConfig
 ) -> ToolCalls:
@@ -30,8 +30,9 @@ def answer_calls(
         questions: of the outputs.
         earlier: the calls of the turns before; None at the first.
 
-    Metrics: `tool/calls` (in all turns so far), `tool/ok_rate`, `tool/error_rate`, `tool/timeout_rate`, `tool/memory_rate`,
-    `tool/refused_rate` (of all calls; null without any), `time/tools` (seconds, of all turns so far).
+    Metrics, of all turns so far: `tool/calls`, `tool/calls_mean` (of an output), `tool/used_rate` (outputs with a call);
+    `tool/ok_rate`, `tool/error_rate`, `tool/timeout_rate`, `tool/memory_rate`, `tool/refused_rate` (of calls; null without
+    any); `time/tools` (seconds).
 
     Raises:
         JoinError: an output without its question.
@@ -58,7 +59,7 @@ def answer_calls(
     for key, dialogue, answer in zip(keys, dialogues, answers, strict=True):
         named = {"question_id": key[0], "sample": key[1], "turn": len(dialogue.turns) - 1}
         rows.append(named | dataclasses.asdict(answer))
-    _record(rows, seconds + (earlier.metrics.get("time/tools", 0.0) if earlier else 0.0))
+    _record(rows, table.num_rows, seconds + (earlier.metrics.get("time/tools", 0.0) if earlier else 0.0))
     return ToolCalls.write(rows)
 
 
@@ -98,7 +99,8 @@ def parts_of(row: Mapping[str, Any]) -> list[tuple[bool, str]]:
     return [*parts, (False, row["text"][ends[at] :])] if at < last else parts
 
 
-def _record(rows: list[dict[str, Any]], seconds: float) -> None:
-    counts = Counter(row["status"] for row in rows)
+def _record(rows: list[dict[str, Any]], outputs: int, seconds: float) -> None:
+    counts, calling = Counter(row["status"] for row in rows), {(row["question_id"], row["sample"]) for row in rows}
     shares = {f"tool/{status}_rate": counts[status] / len(rows) if rows else None for status in get_args(Status)}
-    record_metrics({"tool/calls": len(rows), **shares, "time/tools": seconds})
+    used = {"tool/calls_mean": len(rows) / outputs, "tool/used_rate": len(calling) / outputs}
+    record_metrics({"tool/calls": len(rows), **used, **shares, "time/tools": seconds})

@@ -6,7 +6,7 @@ Shapes: N outputs of all draws, or rewards; Q questions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, Self
 
 import numpy as np
@@ -18,7 +18,7 @@ from pipeline.artifact import take_rows
 from pipeline.config import Config
 from pipeline.stage import record_metrics, stage
 from stages.join import KEY, align, group_rows
-from stages.tables import DataError, Questions, Rewards, Rollouts, has_verdict
+from stages.tables import DataError, Questions, Rewards, Rollouts, ToolCalls, has_verdict
 
 _COLUMNS: Final = ("question_id", "reward", "status")
 
@@ -58,6 +58,47 @@ def keep_informative(outputs: list[Rollouts], rewards: list[Rewards], *, size: i
     rows = np.argsort(rank_N, kind="stable")[: (rank_N < size).sum()]
     record_metrics(_metrics(outputs) | {"rollout/agreeing_groups": int((~differs_Q[chosen]).sum())})
     return Rollouts.write(take_rows(table, rows))
+
+
+@stage(version="1")
+def keep_calls(outputs: Rollouts, drawn: list[Rollouts], calls: list[ToolCalls]) -> ToolCalls:
+    """Return the calls of the outputs that `keep_informative` kept.
+
+    Args:
+        outputs: what it kept.
+        drawn: what it was given, in order.
+        calls: of each table of `drawn`.
+
+    Metrics: those of the calls of all draws: `tool/calls` and `time/tools` their sums, the others their means over outputs or,
+    where they are shares of calls, over calls.
+
+    Raises:
+        ValueError: tables of unequal number.
+    """
+    import pyarrow.compute as pc
+
+    left, parts = outputs.read(["question_id"])["question_id"].unique(), list[pa.Table]()
+    tables = [each.read(["question_id"]) for each in drawn]
+    for table, made in zip(tables, calls, strict=True):
+        rows = made.read()
+        # Of a question drawn twice the first outputs were kept.
+        parts.append(rows.filter(pc.is_in(rows["question_id"], value_set=left)))
+        left = left.filter(pc.invert(pc.is_in(left, value_set=table["question_id"].unique())))
+    record_metrics(_metrics_of_calls([made.metrics for made in calls], [each.num_rows for each in tables]))
+    return ToolCalls.write(pa.concat_tables(parts))
+
+
+def _metrics_of_calls(metrics: Sequence[Mapping[str, float]], outputs: Sequence[int]) -> dict[str, float]:
+    merged: dict[str, float] = {}
+    for name in dict.fromkeys(name for part in metrics for name in part):
+        if name in ("tool/calls", "time/tools"):
+            merged[name] = sum(part.get(name, 0.0) for part in metrics)
+            continue
+        of_outputs = name in ("tool/calls_mean", "tool/used_rate")
+        weights = outputs if of_outputs else [part.get("tool/calls", 0.0) for part in metrics]
+        known = [(part[name], weight) for part, weight in zip(metrics, weights, strict=True) if name in part]
+        merged[name] = sum(value * weight for value, weight in known) / sum(weight for _, weight in known)
+    return merged
 
 
 def _differs(reward_N: NDArray[np.float64], question_N: NDArray[np.int64], questions: int) -> NDArray[np.bool_]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from flows.runs.paths import Places
 from flows.runs.record import run_folder
 from flows.runs.retention import KeepConfig
 from flows.runs.upkeep import Forecast
+from flows.storage.gc import Records, step_tables
 from pipeline.events import StepDone
 from pipeline.store import PrunedArtifactError, Store, use_store
 from pipeline.store.disk import DiskWatch
@@ -48,6 +50,20 @@ def test_the_newest_the_evaluated_and_starts_of_iterations_stay(store: Store) ->
             assert kept(store, made[stage]) == ("all" if step in (1, 7, 8) else "nothing"), (step, stage)
     for evaluation in run.ledger.evaluations:
         assert {kept(store, digest) for digest in evaluation.artifacts.values()} == {"all"}
+
+
+def test_the_tables_of_a_step_are_those_of_every_turn_and_of_the_calls() -> None:
+    def call(stage: str, result: str, **given: str) -> dict[str, Any]:
+        return {"stage": stage, "result": result, "arguments": {name: {"artifact": of} for name, of in given.items()}}
+
+    calls = [
+        call("rollout", "o1", policy="p", questions="q"),
+        call("answer_calls", "c1", outputs="o1", questions="q"),
+        call("continue_dialogues", "o2", policy="p", outputs="o1", calls="c1"),
+    ]
+    update = call("update_policy", "p2", policy="p", outputs="o2")
+    assert step_tables(update, Records(calls), lambda policy: policy == "p") == {"o1", "c1", "o2"}
+    assert step_tables(update, Records(calls), lambda _: False) == set()
 
 
 @pytest.mark.scale

@@ -40,6 +40,8 @@ def test_each_output_that_waits_gets_a_row_behind_those_of_the_turns_before() ->
         0.5,
         0.5,
     )
+    # Two calls of three outputs, of which two called.
+    assert (calls.metrics["tool/calls_mean"], calls.metrics["tool/used_rate"]) == (2 / 3, 2 / 3)
     # What was observed, `=2\n` with a call in it, is no part of the next turn.
     second = Rollouts.write(
         [written("q0", 0, "[1+1]=[9]\n2*[2+3]", [(0, 5), (10, 17)], "call"), written("q1", 0, "[x]", None, "length")]
@@ -49,6 +51,7 @@ def test_each_output_that_waits_gets_a_row_behind_those_of_the_turns_before() ->
     (row,) = more.rows()[2:]
     assert (row["turn"], row["input"], row["output"], row["observation"]) == (1, "2+3", "5", "=5\n")
     assert more.metrics["time/tools"] >= calls.metrics["time/tools"]
+    assert (more.metrics["tool/calls_mean"], more.metrics["tool/used_rate"]) == (3 / 2, 1.0)
 
 
 def test_no_output_that_waits_gives_no_row_and_no_rate() -> None:
@@ -56,6 +59,7 @@ def test_no_output_that_waits_gives_no_row_and_no_rate() -> None:
     calls = answer_calls(outputs, Questions.write(question_rows("a")), None, CalculatorConfig())
     assert calls.rows() == ToolCalls.write([]).rows() == []
     assert calls.metrics.get("tool/ok_rate") is None
+    assert (calls.metrics["tool/calls_mean"], calls.metrics["tool/used_rate"]) == (0.0, 0.0)
 
 
 def test_an_output_without_its_question_is_refused_by_name() -> None:

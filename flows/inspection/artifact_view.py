@@ -150,8 +150,9 @@ def _show_dialogues(group: Group, console: Console) -> None:
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         for part in output.turns:
             table.add_row(Text("policy" if part.own else "environment", style="dim"), Text(part.text.strip("\n")))
-            if part.call:
-                table.add_row(Text("call", style="dim"), Text(part.call, style="cyan"))
+            if part.tool:
+                made = f"{part.tool} {part.given!r}: {part.status}"
+                table.add_row(Text("call", style="dim"), Text(made, style="cyan"))
         console.print(table)
 
 

@@ -32,8 +32,12 @@ class Part(NamedTuple):
     own: bool
     """Whether the policy wrote it."""
     text: str
-    call: str = ""
-    """Of a turn: the tool that was called, its input, and how the call ended; empty where the call is not known."""
+    tool: str = ""
+    """What a turn called; empty where no call is known."""
+    given: str = ""
+    """Its input."""
+    status: str = ""
+    """How the call ended."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,8 @@ def _groups(tables: _Tables, calls: Sequence[Record]) -> Iterator[Group]:
     )
     names, group_N = group_rows(outputs["question_id"])
     about = _about(names, _read(Questions, questions), _read(Demonstrations, _artifact(made, "demonstrations")))
-    turns = _turns(outputs, _read(ToolCalls, _artifact(made, "calls")))
+    answered = next((call["result"] for call in related if call.get("stage") == "keep_calls"), _artifact(made, "calls"))
+    turns = _turns(outputs, _read(ToolCalls, answered))
     places = np.split(np.argsort(group_N, kind="stable"), np.cumsum(np.bincount(group_N))[:-1])
     for name, asked, rows in zip(names, about, places, strict=False):
         yield Group(
@@ -165,7 +170,7 @@ def _turns(outputs: pa.Table, calls: pa.Table) -> dict[int, tuple[Part, ...]]:
         parts, turn = list[Part](), 0
         for own, text in parts_of(row):
             call = known.get((row["question_id"], row["sample"], turn)) if own else None
-            parts.append(Part(own, text, f"{call['tool']} {call['input']!r}: {call['status']}" if call else ""))
+            parts.append(Part(own, text, *(call[name] for name in ("tool", "input", "status") if call)))
             turn += own
         found[at] = tuple(parts)
     return found
@@ -205,7 +210,7 @@ def completion_rows(store: Store, ledger: Ledger, count: int = 16) -> list[dict[
     """The final policy's answers to the first `count` questions of the first held-out set, a row each.
 
     Greedy ones where the run has them, else the first sample of each question. Runs of one experiment have equal questions in
-    equal order.
+    equal order. Of outputs that an environment answered, the completion names who wrote what.
 
     Raises:
         StoreError: a table of the evaluation is gone or pruned.
@@ -216,7 +221,7 @@ def completion_rows(store: Store, ledger: Ledger, count: int = 16) -> list[dict[
         {
             # MLflow lines runs up by the first column and shows the second: these two need no click.
             "question": group.question,
-            "completion": group.outputs[0].text,
+            "completion": _said(group.outputs[0]),
             "status": group.outputs[0].status,
             "reward": group.outputs[0].reward,
             "answer": group.answer,
@@ -224,6 +229,20 @@ def completion_rows(store: Store, ledger: Ledger, count: int = 16) -> list[dict[
         }
         for group in groups[:count]
     ]
+
+
+def _said(output: Output) -> str:
+    """Return the text; of a dialogue who wrote what, in quotes, and how calls ended.
+
+    MLflow's table shows lines as one: quotes within a text are doubled, so that nothing written reads as a turn.
+    """
+    if not output.turns:
+        return output.text
+    lines = []
+    for part in output.turns:
+        lines.append(f"{'policy' if part.own else 'environment'} «{part.text.strip().replace('»', '»»')}»")
+        lines += [f"call of {part.tool}: {part.status}"] if part.tool else []
+    return "\n".join(lines)
 
 
 def last_evaluation(ledger: Ledger) -> EvaluationCalls | None:
@@ -256,7 +275,9 @@ def groups_made(store: Store, ledger: Ledger, artifacts: Mapping[str, str]) -> l
 
 
 def _is_about(call: Mapping[str, Any], made: set[str]) -> bool:
-    """Whether a call took these outputs, or none: rewards of other outputs may have the same content."""
+    """Whether a call made outputs, took these, or none: rewards of other outputs may have the same content."""
+    if call["type"] == "Rollouts":
+        return True
     given = call["arguments"].get("outputs")
     return not isinstance(given, Mapping) or given.get("artifact") in made
 

@@ -120,20 +120,22 @@ class Points:
 def draw_learning_curve(curve: Curve, file: Path, *, title: str) -> None:
     """Draw `curve` (step -> metrics under their MLflow names) into a PNG.
 
-    Above: accuracy of samples (line, band = 95 % interval) and greedy (dashed) of every set. Below: mean reward by step.
+    Above: accuracy of samples (line, band = 95 % interval) and greedy (dashed) of every set. Below: mean reward by step, and
+    shares of outputs that made a call and of calls that ended ok, where there is an environment.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rewards = _series(curve, "reward/mean")
-    figure = Figure(figsize=(8, 6.4 if rewards else 4.4), dpi=130, layout="constrained")
+    panels = {"reward/mean": _draw_reward, "tool/used_rate": _draw_calls}
+    below = [draw for key, draw in panels.items() if _series(curve, key)]
+    figure = Figure(figsize=(8, 4.4 + 2.0 * len(below)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    heights = [2.2, 1.0] if rewards else [1.0]
+    heights = [2.2, *(1.0 for _ in below)]
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     _draw_accuracy(axes[0], curve)
     axes[0].set_title(title, loc="left", fontsize=11)
-    if rewards:
-        _draw_reward(axes[1], rewards)
+    for draw, panel in zip(below, axes[1:], strict=True):
+        draw(panel, curve)
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(file, format="png")
@@ -166,10 +168,20 @@ def _draw_band(axes: Axes, curve: Curve, name: str, colour: str) -> None:
     )
 
 
-def _draw_reward(axes: Axes, rewards: Mapping[int, float]) -> None:
-    axes.plot(*_xy(rewards), color="#444444", linewidth=1.4)
+def _draw_reward(axes: Axes, curve: Curve) -> None:
+    axes.plot(*_xy(_series(curve, "reward/mean")), color="#444444", linewidth=1.4)
     axes.set_ylabel("reward, mean")
     axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_calls(axes: Axes, curve: Curve) -> None:
+    for key, label, line in (("used_rate", "outputs with a call", "-"), ("ok_rate", "calls that ended ok", "--")):
+        axes.plot(*_xy(_series(curve, f"tool/{key}")), color="#444444", linewidth=1.4, linestyle=line, label=label)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_ylabel("tool, share")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=9, loc="best")
     axes.spines[["top", "right"]].set_visible(False)
 
 

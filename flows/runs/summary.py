@@ -23,7 +23,7 @@ from stages.models import Checkpoint
 _MISMATCH: Final = "rollout/mismatch_"
 """Prefix of the figures of `stages/update/mismatch.py`."""
 
-_CURVES: Final = ("eval/", "reward/mean", "reward/rule", "rm/auc", "rm/held_out_auc/", _MISMATCH)
+_CURVES: Final = ("eval/", "reward/mean", "reward/rule", "rm/auc", "rm/held_out_auc/", "tool/", "time/tools", _MISMATCH)
 """Prefixes of the metrics that summary.json keeps by step; all others are in MLflow and in the store."""
 
 _WORTH_A_ROW: Final = 0.05

@@ -131,6 +131,7 @@ _LEFT_OUT: Final = re.compile(
             "reward/status_(timeout|error)",  # parts of reward/faults
             "reward/(missing|screened|failed)",  # parts of reward/frac_masked, and of reward/faults
             "rollout/(samples|tokens)",  # steps of progress/samples and progress/tokens
+            "tool/calls",  # tool/calls_mean of each output
             "memory/tensors_mb",
             "eval/.*/no_verdict_rate",
             "eval/.*/greedy_accuracy_ci_(low|high)",

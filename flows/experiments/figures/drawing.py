@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from flows.experiments.figures.candidates import sketch_candidates
 from flows.experiments.figures.numbers import Study, read_study
-from flows.experiments.figures.sketches import Sketch, sketch_ageing, sketch_bars, sketch_curves
+from flows.experiments.figures.sketches import Sketch, sketch_ageing, sketch_bars, sketch_calls, sketch_curves
 from flows.experiments.results import ExperimentResult
 from flows.runs import curve
 from flows.runs.paths import Places
@@ -29,7 +29,7 @@ from pipeline.store import StoreError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
-_KINDS: Final = ("curves", "candidates", "bars", "ageing")
+_KINDS: Final = ("curves", "candidates", "bars", "ageing", "calls")
 _PLAIN: Final[dict[str, dict[str, Any]]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 """Metadata that would change from day to day, or from version to version, is left out."""
 _FILE: Final = "figures.json"
@@ -104,6 +104,7 @@ def _sketches(study: Study, places: Places) -> list[Sketch]:
         lambda: sketch_candidates(study, places.open_store()),
         lambda: sketch_bars(study),
         lambda: sketch_ageing(study),
+        lambda: sketch_calls(study),
     )
     return [sketch for make in makers if (sketch := make())]
 

@@ -1,4 +1,4 @@
-"""How figures look, and those with a line or bar per arm: curves (DeepSeekMath, Fig. 5 and 6), bars, ageing of reward models.
+"""How figures look, and those with a line or bar per arm: curves (DeepSeekMath, Fig. 5 and 6), bars, ageing, calls.
 
 Every arm has one colour, line and mark in all figures. Sizes stay readable at the width of a README.
 """
@@ -276,14 +276,15 @@ def _ageing(study: Study, arm: str) -> dict[str, Points]:
 
     Empty where there is only one step, at which nothing has aged.
     """
-    found: dict[str, Points] = {}
-    curves = [one.curve for one in study.arms[arm]]
-    for key in _AGEING:
-        metric = f"rm/held_out_auc/{key}"
-        steps = sorted(set.intersection(*({step for step in curve if metric in curve[step]} for curve in curves)))
-        if steps:
-            found[key] = {step: estimate([curve[step][metric] for curve in curves]) for step in steps}
+    found = {key: points for key in _AGEING if (points := _points(study, arm, f"rm/held_out_auc/{key}"))}
     return found if len({step for points in found.values() for step in points}) > 1 else {}
+
+
+def _points(study: Study, arm: str, metric: str) -> Points:
+    """Return a metric by step, of the steps at which all the arm's runs have it."""
+    curves = [one.curve for one in study.arms[arm]]
+    steps = sorted(set.intersection(*({step for step in curve if metric in curve[step]} for curve in curves)))
+    return {step: estimate([curve[step][metric] for curve in curves]) for step in steps}
 
 
 def _about_ageing(study: Study, arms: Mapping[str, Mapping[str, Points]]) -> Iterator[str]:
@@ -299,3 +300,34 @@ def _about_ageing(study: Study, arms: Mapping[str, Mapping[str, Points]]) -> Ite
                 step = max(both)
                 said = is_above(_AGEING[upper][0], ageing[upper][step], _AGEING[lower][0], ageing[lower][step])
                 yield f"{arm}, after step {step}: {said}."
+
+
+# ------------------------------------------------------------------------------------------------ calls
+
+_CALLS: Final = {
+    "tool/used_rate": "share of outputs with a call",
+    "tool/calls_mean": "calls of an output",
+    "tool/ok_rate": "share of calls that ended ok",
+    "time/tools": "seconds that tools took",
+}
+"""Metrics of `stages.environment.answer_calls`, each with what its panel shows."""
+
+
+def sketch_calls(study: Study) -> Sketch | None:
+    """Draw what outputs called while they were learned from, against the step; None where no arm has an environment."""
+    arms = [arm for arm in study.arms if len(_points(study, arm, "tool/used_rate")) > 1]
+    if not arms:
+        return None
+    look = _looks(study)
+    canvas, panels = grid([""], list(_CALLS.values()))
+    drawn = {key: {arm: _points(study, arm, key) for arm in arms} for key in _CALLS}
+    for key, heading in _CALLS.items():
+        axes = panels["", heading]
+        for arm, points in drawn[key].items():
+            draw_line(axes, points, look[arm], arm, markersize=0)
+        axes.set_xlabel("step")
+        axes.set_ylim(0, 1.03 if heading.startswith("share") else None)
+    legend_below(canvas, panels["", _CALLS["tool/used_rate"]])
+    every = [point for lines in drawn.values() for points in lines.values() for point in points.values()]
+    about = f"Lines: mean of {study.seeds}. Bands: {bounds_are(every)}. Outputs are those that each step learned from."
+    return Sketch("calls", f"{study.result.experiment.name}: calls to the environment against the step", about, canvas)

@@ -143,6 +143,18 @@ def test_a_third_set_is_drawn_below_and_leaves_no_empty_frame(tmp_path: Path) ->
     assert first.get_position().y0 == second.get_position().y0 > third.get_position().y1
 
 
+def test_calls_are_drawn_of_the_arms_that_made_some(tmp_path: Path) -> None:
+    extra = {step: {"tool/used_rate": 0.25 * step, "tool/calls_mean": 2.0, "time/tools": 1.5} for step in (1, 2, 3)}
+    extra[3] |= {"tool/ok_rate": 0.5}  # the others made no call
+    sets = {"in_domain": {0: accuracy(0.4), 3: accuracy(0.5)}}
+    runs = [MadeUp("plain", 0, sets), MadeUp("tools", 0, sets, extra=extra)]
+    sketch = drawn(tmp_path, runs)["calls"]
+    assert line(sketch, "tools") == ([1, 2, 3], [0.25, 0.5, 0.75])
+    assert line(sketch, "tools", panel=2) == ([3], [0.5])
+    assert [text.get_text() for text in sketch.canvas.legends[0].get_texts()] == ["tools"]
+    assert "calls" not in drawn(tmp_path / "none", curves(FIG5))
+
+
 def test_reward_models_that_were_measured_over_iterations_are_drawn(tmp_path: Path) -> None:
     def measured(shift: float) -> dict[int, Metrics]:
         old, new = "rm/held_out_auc/old_model_", "rm/held_out_auc/new_model_"

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Final
 
 from flows.algorithm.data import arithmetic_complaints, below, demonstrations_of_set, prepare_data, room_of, shortages
-from flows.algorithm.models import EarlyTokenizer, early_tokenizer
+from flows.algorithm.models import EarlyTokenizer, early_tokenizer, require_turns
 from flows.config import ArithmeticData, FileData, IterativeRLConfig, PretrainedPolicy
 from pipeline.config import ConfigError
 from pipeline.store import Store, use_store
 from stages.data import DataError, measure_prompts, read_questions
 from stages.models import is_gguf
 from stages.reward import AccuracyConfig
-from stages.rollout import stops_of
 from stages.tables import Demonstrations, Questions
 from stages.text import PromptError, turn_end
 
@@ -133,9 +132,9 @@ def _measure(
 
 
 def _examine_stops(config: IterativeRLConfig, early: EarlyTokenizer, found: DataFindings) -> None:
-    """Complain of stops of outputs, and of ends of calls, that the tokenizer cannot write."""
+    """Complain of what `require_turns` refuses."""
     try:
-        stops_of(early.tokenizer, config.rollout, config.environment.call_ends if config.environment else ())
+        require_turns(config, early.tokenizer)
     except ConfigError as error:
         found.complaints.append(str(error))
 

@@ -16,6 +16,7 @@ from flows.algorithm.data import DataSets
 from flows.config import IterativeRLConfig, PretrainedPolicy
 from pipeline.artifact import ArtifactError
 from pipeline.config import ConfigError
+from stages.environment import ToolCallsConfig
 from stages.models import (
     COMMIT,
     REPOSITORY,
@@ -38,7 +39,7 @@ from stages.models import (
 from stages.rollout import stops_of
 from stages.sft import create_policy, policy_texts, supervised_finetuning
 from stages.tables import Demonstrations
-from stages.text import build_tokenizer
+from stages.text import PromptError, build_tokenizer, tool_frame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -50,16 +51,30 @@ def base_model(config: IterativeRLConfig, data: DataSets) -> Checkpoint:
     """Return a pretrained model, or one made from scratch.
 
     Raises:
-        ConfigError: stops of outputs, or ends of calls, that its tokenizer cannot write.
+        ConfigError: as `require_turns`.
     """
     if isinstance(config.policy, PretrainedPolicy):
         made = pretrained_model(config.policy)
     else:
         made = create_policy(config.policy, data.demonstrations, config.prompt)
     if config.rollout.has_stops or config.environment is not None:
-        ends = config.environment.call_ends if config.environment else ()
-        stops_of(load_tokenizer(made), config.rollout, ends)
+        require_turns(config, load_tokenizer(made))
     return made
+
+
+def require_turns(config: IterativeRLConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse a tokenizer in which outputs and their turns would not end, or answers could not be written.
+
+    Raises:
+        ConfigError: stops of outputs, or ends of calls, that it cannot write; a chat template without the role `tool`.
+    """
+    environment = config.environment
+    stops_of(tokenizer, config.rollout, environment.call_ends if environment else ())
+    if isinstance(environment, ToolCallsConfig):
+        try:
+            tool_frame(tokenizer, config.prompt)
+        except PromptError as error:
+            raise ConfigError(f"environment: {error}") from None
 
 
 def initial_policy(config: IterativeRLConfig, data: DataSets, base: Checkpoint) -> Checkpoint:

@@ -18,7 +18,7 @@ from pipeline.config import ConfigError
 from pipeline.events import ahead_of_its_part, count_calls
 from stages.critic import estimate_values
 from stages.data import sample_batch
-from stages.environment import answer_calls
+from stages.environment import ToolCallsConfig, answer_calls
 from stages.logprobs import LogprobsConfig, compare_policies, score_reference
 from stages.models import Checkpoint
 from stages.reward import score
@@ -47,12 +47,15 @@ def sample(
     if environment is None:
         return rollout(policy, questions, config.prompt, sampling, seed=seed), None
     ends, calls = list(environment.call_ends), None
+    messages = config.prompt if isinstance(environment, ToolCallsConfig) else None
     outputs = rollout(policy, questions, config.prompt, sampling, seed=seed, call_ends=ends)
     while calls is None or outputs.metrics["rollout/waiting"]:
         calls = answer_calls(outputs, questions, calls, environment)
         if outputs.metrics["rollout/waiting"]:
             most = environment.max_calls
-            outputs = continue_dialogues(policy, outputs, calls, sampling, call_ends=ends, max_calls=most)
+            outputs = continue_dialogues(
+                policy, outputs, calls, sampling, call_ends=ends, max_calls=most, messages=messages
+            )
     return outputs, calls
 
 

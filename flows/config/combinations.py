@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from flows.config.parts import RunSettings
+from flows.config.turns import turn_complaints
 from stages.advantage import GroupConfig
 from stages.reward import OverlongConfig, unlearned_components
 from stages.training import DeepSpeedEngineConfig, TrainingConfig
@@ -16,7 +17,7 @@ def unsupported_combinations(config: RunSettings) -> Iterator[str]:
     yield from _of_the_objective(config)
     yield from _of_the_teacher(config)
     yield from _of_the_outputs(config)
-    yield from _of_the_environment(config)
+    yield from turn_complaints(config)
     yield from _of_the_overlap(config)
     yield from _of_dynamic_sampling(config)
     yield from _of_the_curriculum(config)
@@ -78,26 +79,6 @@ def _of_the_outputs(config: RunSettings) -> Iterator[str]:
         yield "rollout.temperature: greedy outputs come from no distribution; nothing can be learned from them by RL"
     if update.temperature not in (None, sampled):
         yield f"update.temperature: {update.temperature:g} differs from that of the outputs, {sampled:g}"
-
-
-def _of_the_environment(config: RunSettings) -> Iterator[str]:
-    """Refuse calls to an environment that would end no turn, or whose outputs a part of the run cannot read."""
-    if config.environment is None:
-        return
-    ends, strings, plan = config.environment.call_ends, config.rollout.stop_strings, config.reward_model
-    if not config.rollout.stop:
-        yield "rollout.stop: an output that does not stop makes no call; set rollout.stop=true, or environment=null"
-    for end in ends:
-        if other := next((string for string in strings if string in end or end in string), None):
-            yield (
-                f"rollout.stop_strings: {other!r} and the end of a call, {end!r}, are found in each other, so that one of them "
-                "never ends a turn; remove it"
-            )
-    if plan is not None and plan.step_labels.kind == "monte_carlo":
-        yield (
-            "reward_model.step_labels: monte_carlo continues an output within its only turn, and with an environment outputs "
-            "have several; set reward_model.step_labels.kind=rules, or environment=null"
-        )
 
 
 def _of_the_overlap(config: RunSettings) -> Iterator[str]:

@@ -1,6 +1,12 @@
 """Environments: what answers the calls that outputs make (tool-integrated reasoning), turn by turn."""
 
-from stages.environment.config import CalculatorConfig, EnvironmentConfig, FunctionConfig, PythonConfig
+from stages.environment.config import (
+    CalculatorConfig,
+    EnvironmentConfig,
+    FunctionConfig,
+    PythonConfig,
+    ToolCallsConfig,
+)
 from stages.environment.stage import answer_calls, environment_of, parts_of
 
 __all__ = [
@@ -8,6 +14,7 @@ __all__ = [
     "EnvironmentConfig",
     "FunctionConfig",
     "PythonConfig",
+    "ToolCallsConfig",
     "answer_calls",
     "environment_of",
     "parts_of",

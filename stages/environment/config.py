@@ -126,5 +126,51 @@ class FunctionConfig(Config):
         return super().key() | {"source": find_source(self.function).digest}
 
 
-EnvironmentConfig = Annotated[CalculatorConfig | PythonConfig | FunctionConfig, Field(discriminator="kind")]
+class ToolCallsConfig(Config):
+    """Calls in JSON, as models of the Hermes and Qwen kind write them, each answered by a message of the role `tool`.
+
+        <tool_call>
+        {"name": "python", "arguments": {"code": "print(347 * 290)"}}
+        </tool_call>
+
+    The policy stops behind a call; what is around the answer is written by the chat template (`prompt.chat: tokenizer`), and
+    `prompt.tools` shows the tools to the model.
+    """
+
+    kind: Literal["tool_calls"] = "tool_calls"
+    "Selects calls in JSON, by name."
+    tools: tuple[Annotated[CalculatorConfig | PythonConfig, Field(discriminator="kind")], ...] = Field(
+        (PythonConfig(),), min_length=1
+    )
+    """Tools, each called by its kind: `python` with the argument `code`, `calculator` with `expression`."""
+    opens: str = Field("<tool_call>", min_length=1)
+    """Text that begins a call."""
+    closes: str = Field("</tool_call>", min_length=1)
+    """Text that completes it."""
+    max_calls: PositiveInt = 4
+    """Calls of an output that are answered, at most; the output ends cut (`length`) at one more."""
+
+    @property
+    def call_ends(self) -> tuple[str, ...]:
+        """Return the texts that complete a call."""
+        return (self.closes,)
+
+    @model_validator(mode="after")
+    def _tools_differ_and_are_read(self) -> Self:
+        kinds = [tool.kind for tool in self.tools]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"tools: expected each kind once, found {', '.join(kinds)}")
+        for tool in self.tools:
+            fields = type(tool).model_fields
+            for name in ("opens", "closes", "before_answer", "after_answer", "max_calls"):
+                if getattr(tool, name) != fields[name].default:
+                    raise ValueError(
+                        f"tools: {name} of {tool.kind} is not read here, and would have no effect; leave it out"
+                    )
+        return self
+
+
+EnvironmentConfig = Annotated[
+    CalculatorConfig | PythonConfig | FunctionConfig | ToolCallsConfig, Field(discriminator="kind")
+]
 """What answers calls."""

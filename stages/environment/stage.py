@@ -11,7 +11,13 @@ from typing import Any, assert_never, get_args
 from pipeline.stage import record_metrics, stage
 from stages.environment.answers import Dialogue, Environment, Status
 from stages.environment.calculator import Calculator
-from stages.environment.config import CalculatorConfig, EnvironmentConfig, FunctionConfig, PythonConfig
+from stages.environment.config import (
+    CalculatorConfig,
+    EnvironmentConfig,
+    FunctionConfig,
+    PythonConfig,
+    ToolCallsConfig,
+)
 from stages.environment.function import Function
 from stages.join import KEY, align
 from stages.tables import Questions, Rollouts, ToolCalls
@@ -78,6 +84,10 @@ def environment_of(config: EnvironmentConfig) -> Environment:
             return PythonTool(config)
         case FunctionConfig():
             return Function(config)
+        case ToolCallsConfig():
+            from stages.environment.tool_calls import NamedTools
+
+            return NamedTools(config, environment_of)
         case _:
             assert_never(config)
 

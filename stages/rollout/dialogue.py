@@ -18,8 +18,8 @@ from stages.rollout.engines import generator_of
 from stages.rollout.generator import Output, Prompt, generate_within, sample_seed
 from stages.rollout.stage import Sampled, calls_of, reason_of, record_outputs, reporter, sampling_of, write_rollouts
 from stages.tables import Rollouts, ToolCalls
-from stages.text import PromptError
-from stages.text.prompts import encode_texts
+from stages.text import PromptConfig, PromptError, tool_frame
+from stages.text.ids import encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -36,6 +36,7 @@ def continue_dialogues(
     *,
     call_ends: Sequence[str],
     max_calls: int,
+    messages: PromptConfig | None = None,
 ) -> Rollouts:
     """Append the answers to the outputs that wait for one (finish reason `call`), and sample their next turns.
 
@@ -51,12 +52,14 @@ def continue_dialogues(
         outputs: of `rollout`, or of this stage.
         calls: the calls of all turns so far, with their answers.
         max_calls: answers of an output, at most.
+        messages: whose chat template writes each answer as a message of the role `tool`; None: it is text as it stands.
 
     Metrics: as `rollout`, of what the policy wrote in all turns so far; `rollout/turns_mean`, `rollout/observed_tokens` (of
     answers, in all outputs), `rollout/waiting` (outputs that wait for an answer now).
 
     Raises:
         JoinError: a call that waits without an answer.
+        PromptError: a chat template without the role `tool`.
         UnsoundOutputError, ConfigError, WorkerError, StaleWeightsError: as `rollout`.
     """
     rows = [_Dialogue.of(row) for row in outputs.rows()]
@@ -65,7 +68,7 @@ def continue_dialogues(
         record_metrics(outputs.metrics)
         return outputs
     tokenizer = load_tokenizer(policy)
-    _hear(waiting, calls, tokenizer)
+    _hear(waiting, calls, tokenizer, messages)
     sampling, ends = sampling_of(policy, tokenizer, config, call_ends), calls_of(tokenizer, call_ends)
     with generator_of(policy, config.backend, stop_strings=True) as generator:
         started = time.perf_counter()
@@ -140,7 +143,12 @@ class _Dialogue:
         return Sampled(*key, self.logprobs, self.finish_reason, self.seed, turns)
 
 
-def _hear(waiting: Sequence[_Dialogue], calls: ToolCalls, tokenizer: PreTrainedTokenizerFast) -> None:
+def _hear(
+    waiting: Sequence[_Dialogue],
+    calls: ToolCalls,
+    tokenizer: PreTrainedTokenizerFast,
+    messages: PromptConfig | None,
+) -> None:
     """Note the answer to each call; end the outputs that their environment ends."""
     names = {name: [getattr(row, name) for row in waiting] for name in KEY}
     last = pa.array([len(row.turns) - 1 for row in waiting], pa.int32())
@@ -154,7 +162,15 @@ def _hear(waiting: Sequence[_Dialogue], calls: ToolCalls, tokenizer: PreTrainedT
         if done:
             row.finish_reason = "stop"
         else:
-            row.answer = encode_observation(tokenizer, text)
+            row.answer = encode_answer(tokenizer, text, messages)
+
+
+def encode_answer(tokenizer: PreTrainedTokenizerFast, text: str, messages: PromptConfig | None) -> list[int]:
+    """Return the ids of an answer, with what the chat template writes around it where it is a message."""
+    if messages is None:
+        return encode_observation(tokenizer, text)
+    frame = tool_frame(tokenizer, messages)
+    return [*frame.head_ids, *encode_observation(tokenizer, frame.lead + text + frame.tail), *frame.end_ids]
 
 
 def encode_observation(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:

@@ -1,14 +1,14 @@
 """Text and ids: prompts, tokenizers, decoding and the steps of an output."""
 
 from stages.text.chat_templates import PromptError
-from stages.text.decoding import decode_outputs, step_ends
+from stages.text.ids import decode_outputs, plain_of, step_ends
 from stages.text.prompts import (
     PromptConfig,
     encode_completions,
     encode_prompt,
     encode_prompts,
-    plain_of,
     prompt_text,
+    tool_frame,
     turn_end,
 )
 from stages.text.tokenizers import (
@@ -38,5 +38,6 @@ __all__ = [
     "settle_start",
     "settle_tokenizer",
     "step_ends",
+    "tool_frame",
     "turn_end",
 ]

@@ -30,11 +30,31 @@ _SECONDS: Final = 5
 _DEADLINE: Final = 60.0
 """Seconds on the clock, where the system does not limit processor time, or is very busy."""
 _SCRIPT: Final = Path(__file__).with_name("template_rendering.py")
+TOOLS: Final = {
+    name: {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": description,
+            "parameters": {
+                "type": "object",
+                "properties": {argument: {"type": "string", "description": meaning}},
+                "required": [argument],
+            },
+        },
+    }
+    for name, description, argument, meaning in (
+        ("python", "Run a Python program; return what it prints.", "code", "The program."),
+        ("calculator", "Return the value of an expression.", "expression", "Numbers, + - * / and parentheses."),
+    )
+}
+"""What a template is shown of the built-in tools, as JSON schemas."""
 _CLOCKS: Final = ("2001-02-03T04:05:06.000007", "2026-11-28T19:54:43.210000", "2034-07-16T11:30:59.999000")
 """No two alike in year, month, day, weekday, hour, half of the day, minute or second."""
 _QUESTION: Final = "\ue000\ue001"
 """Private-use characters, which no template trims or tests for."""
 _SYSTEM: Final = "\ue002\ue003"
+_CALL: Final = "\ue004\ue005"
 _OTHER: Final = "Is <b> & \"c\" or 'd' {e}, \\f? <|x|> [/INST] </think> z\n0"
 """Another question, of what templates escape, cut or look for."""
 _ADDRESS: Final = re.compile(r"<[^<>]* at 0x[0-9a-f]+>", re.IGNORECASE)
@@ -68,17 +88,14 @@ def chat_turn(
         PromptError: no template; one that fails, takes too long, reads the clock, draws at random, or does not write what it is
             given; or a variable that it does not read.
     """
-    text = template or _own(tokenizer)
 
     def conversation(question: str, instruction: str | None) -> list[dict[str, str]]:
         first = [] if instruction is None else [{"role": "system", "content": instruction}]
         return [*first, {"role": "user", "content": lead + question + tail}]
 
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     conversations = [conversation(_QUESTION, system), conversation(_OTHER, system)]
     conversations += [] if system is None else [conversation(_QUESTION, _SYSTEM)]
-    given = json.dumps([text, special | dict(variables), conversations])
-    made = _render(given)
+    made = _rendered(tokenizer, template, variables, conversations)
     if "error" in made:
         role = " with a system message (prompt.system)" if system is not None else ""
         raise PromptError(f"the chat template cannot be rendered{role}: {made['error']}")
@@ -106,10 +123,39 @@ def answer_end(tokenizer: PreTrainedTokenizerFast, template: str | None, variabl
     Args:
         template, variables: as of `chat_turn`.
     """
+    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _CALL}]
+    made = _rendered(tokenizer, template, variables, [turns])
+    return "" if "error" in made else str(made["rendered"][0][0].partition(_CALL)[2])
+
+
+def tool_turn(tokenizer: PreTrainedTokenizerFast, template: str | None, variables: Mapping[str, Any]) -> ChatTurn:
+    """Return what the template writes between an assistant's call and the tool's answer, and behind it up to the next turn.
+
+    Args:
+        template, variables: as of `chat_turn`.
+
+    Raises:
+        PromptError: no template, or one that does not write a message of the role `tool` once, as it is.
+    """
+    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _CALL}]
+    made = _rendered(tokenizer, template, variables, [[*turns, {"role": "tool", "content": _SYSTEM}]])
+    if "error" in made:
+        raise PromptError(f"the chat template cannot render a message of the role tool: {made['error']}")
+    _, called, behind = _steady(made["rendered"][0]).partition(_CALL)
+    before, answered, after = behind.partition(_SYSTEM)
+    if not called or not answered or _SYSTEM in after:
+        raise PromptError(
+            "the chat template does not write an answer of the assistant and a message of the role tool behind it, each once, "
+            "as it is; give a prompt.chat_template that does, or take an environment whose calls stand between marks"
+        )
+    return ChatTurn(before, after)
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerFast, template: str | None, variables: Mapping[str, Any], conversations: Sequence[Any]
+) -> dict[str, Any]:
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _SYSTEM}]
-    made = _render(json.dumps([template or _own(tokenizer), special | dict(variables), [turns]]))
-    return "" if "error" in made else str(made["rendered"][0][0].partition(_SYSTEM)[2])
+    return _render(json.dumps([template or _own(tokenizer), special | dict(variables), conversations]))
 
 
 def _own(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -142,7 +188,8 @@ def _require_read(variables: Mapping[str, Any], reads: Sequence[str]) -> None:
     if unread:
         known = sorted(set(reads) - set(RESERVED)) or ["nothing else"]
         raise PromptError(
-            f"prompt.chat_template_kwargs: the chat template does not read {unread[0]!r}; it reads {', '.join(known)}"
+            f"prompt.{'tools' if unread[0] == 'tools' else 'chat_template_kwargs'}: the chat template does not read "
+            f"{unread[0]!r}; it reads {', '.join(known)}"
         )
 
 

@@ -14,21 +14,17 @@ backspace.
 
 from __future__ import annotations
 
-import json
-import unicodedata
-import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self
 
 from pydantic import Field, JsonValue, model_validator
 
 from pipeline.config import Config
-from stages.text.chat_templates import RESERVED, PromptError, answer_end, chat_turn
+from stages.text.chat_templates import RESERVED, TOOLS, PromptError, answer_end, chat_turn, tool_turn
+from stages.text.ids import Plain, encode_texts, plain_of
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 INSTRUCTIONS: Final = {
@@ -64,6 +60,9 @@ class PromptConfig(Config):
     chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
     """With `chat: tokenizer`, further variables of the template, such as `enable_thinking: false`. One that the template does
     not read is refused."""
+    tools: tuple[Literal["python", "calculator"] | dict[str, JsonValue], ...] = ()
+    """With `chat: tokenizer`, the tools that the template shows to the model: built-in ones by name, others as JSON schemas
+    (`{"type": "function", "function": {"name": ...}}`). A template that shows none is refused."""
     prefix: str = ""
     """Text before everything, for example `Question: `. Special tokens written here act as such."""
     suffix: str = ""
@@ -72,12 +71,18 @@ class PromptConfig(Config):
     @model_validator(mode="after")
     def _parts_are_used(self) -> Self:
         if self.chat != "tokenizer":
-            for name in ("chat_template", "chat_template_kwargs", "system"):
+            for name in ("chat_template", "chat_template_kwargs", "system", "tools"):
                 if getattr(self, name):
                     instead = "; or write the text as prompt.prefix" if name == "system" else ""
                     raise ValueError(
                         f"{name}: is read where chat is tokenizer, and chat is {self.chat}; set chat=tokenizer{instead}"
                     )
+        for tool in self.tools:
+            function = tool.get("function") if isinstance(tool, dict) else {"name": tool}
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise ValueError(
+                    f'tools: expected {{"type": "function", "function": {{"name": ...}}}}, found {tool!r:.80}'
+                )
         if self.instruction is not None and self.template != "raw":
             raise ValueError(
                 f"instruction: replaces template's, and template is {self.template}; set template=raw or "
@@ -96,7 +101,7 @@ class PromptConfig(Config):
     def key(self) -> dict[str, Any]:
         """Return the key: a template of one's own counts by its text, parts that are not set are not in it."""
         parts = super().key()
-        for name in ("instruction", "system", "chat_template", "chat_template_kwargs"):
+        for name in ("instruction", "system", "chat_template", "chat_template_kwargs", "tools"):
             if not parts[name]:
                 del parts[name]
         if "instruction" not in parts:
@@ -108,6 +113,17 @@ class PromptConfig(Config):
         if self.instruction is None:
             return "", INSTRUCTIONS[self.template]
         return ("", "\n" + self.instruction) if self.instruction_at == "behind" else (self.instruction + "\n", "")
+
+    @property
+    def tool_names(self) -> list[str]:
+        """Return the names of the tools that the template shows."""
+        return [str(tool["function"]["name"]) for tool in self.variables.get("tools", ())]
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Return what the chat template is given beyond the messages."""
+        tools = [TOOLS[tool] if isinstance(tool, str) else tool for tool in self.tools]
+        return self.chat_template_kwargs | ({"tools": tools} if tools else {})
 
     def own_template(self) -> str | None:
         """Return the text of `chat_template`, read from its file where it names one.
@@ -169,7 +185,7 @@ def turn_end(tokenizer: PreTrainedTokenizerFast, config: PromptConfig) -> int | 
     """
     if config.chat != "tokenizer":
         return None
-    text = answer_end(tokenizer, config.own_template(), config.chat_template_kwargs)
+    text = answer_end(tokenizer, config.own_template(), config.variables)
     plain = plain_of(tokenizer)
     ids = plain.template.encode(text.lstrip(), add_special_tokens=False).ids
     return ids[0] if ids and ids[0] in plain.added else None
@@ -186,8 +202,8 @@ def encode_completions(tokenizer: PreTrainedTokenizerFast, completions: Sequence
     return [[*ids, tokenizer.eos_token_id] for ids in encode_texts(tokenizer, completions)]
 
 
-class _Frame(NamedTuple):
-    """A template cut at its outermost added tokens: ids | text lead, question, text tail | ids."""
+class Frame(NamedTuple):
+    """A template cut at its outermost added tokens: ids | text lead, what is inserted, text tail | ids."""
 
     head_ids: list[int]
     lead: str
@@ -195,12 +211,25 @@ class _Frame(NamedTuple):
     end_ids: list[int]
 
 
-def _frame(tokenizer: PreTrainedTokenizerFast, config: PromptConfig) -> _Frame:
+def _frame(tokenizer: PreTrainedTokenizerFast, config: PromptConfig) -> Frame:
     before, after = _around(tokenizer, config)
+    return _cut(tokenizer, _added_start(tokenizer, config, before), before, after)
+
+
+def tool_frame(tokenizer: PreTrainedTokenizerFast, config: PromptConfig) -> Frame:
+    """Return what the chat template writes around a tool's answer: from behind the call up to the next turn.
+
+    Raises:
+        PromptError: as `tool_turn`.
+    """
+    return _cut(tokenizer, [], *tool_turn(tokenizer, config.own_template(), config.variables))
+
+
+def _cut(tokenizer: PreTrainedTokenizerFast, start: list[int], before: str, after: str) -> Frame:
     plain = plain_of(tokenizer)
     head_ids, lead = _cut_behind_last(plain, before)
     tail, end_ids = _cut_before_first(plain, after)
-    return _Frame(_added_start(tokenizer, config, before) + head_ids, lead, tail, end_ids)
+    return Frame(start + head_ids, lead, tail, end_ids)
 
 
 def _around(tokenizer: PreTrainedTokenizerFast, config: PromptConfig) -> tuple[str, str]:
@@ -215,7 +244,7 @@ def _around(tokenizer: PreTrainedTokenizerFast, config: PromptConfig) -> tuple[s
             system=config.system,
             lead=before,
             tail=after,
-            variables=config.chat_template_kwargs,
+            variables=config.variables,
         )
     return config.prefix + before, after + config.suffix
 
@@ -252,98 +281,3 @@ def _start_ids(plain: Plain) -> list[int]:
     encoding = plain.template.encode("a", add_special_tokens=True)
     mask: list[int] = encoding.special_tokens_mask
     return encoding.ids[: mask.index(0)] if 0 in mask else []
-
-
-@dataclass
-class Plain:
-    """What encoding needs of one tokenizer, made once: copies, because calls with padding, truncation or
-    `split_special_tokens` leave those switched on in the tokenizer they were made on."""
-
-    added: frozenset[int]
-    """Ids of every special and added token."""
-    text: Tokenizer
-    """A copy of the backend that knows no added tokens."""
-    template: Tokenizer
-    """A copy that knows them."""
-    forbidden: frozenset[int]
-    """Ids that text must not give: `added` less added tokens that are one ordinary character (Gemma's newline)."""
-    expressible: set[str] = field(default_factory=set)
-    """Characters found to be encoded without loss."""
-
-
-_PLAIN: Final[weakref.WeakKeyDictionary[PreTrainedTokenizerFast, Plain]] = weakref.WeakKeyDictionary()
-
-
-def plain_of(tokenizer: PreTrainedTokenizerFast) -> Plain:
-    """Return the copies of a tokenizer, kept as long as it lives and knows no further token."""
-    decoder = tokenizer.added_tokens_decoder
-    added = frozenset(decoder) | frozenset(tokenizer.all_special_ids)
-    known = _PLAIN.get(tokenizer)
-    if known is None or known.added != added:  # a token may be added to a tokenizer at any time
-        harmless = {number for number, token in decoder.items() if len(token.content) == 1 and not token.special}
-        forbidden = added - (harmless - set(tokenizer.all_special_ids))
-        description = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Not `split_special_tokens`, which misses added tokens with special=False.
-        text = _copy(description, added_tokens=[], post_processor=None)
-        known = _PLAIN[tokenizer] = Plain(added, text, _copy(description), forbidden)
-    return known
-
-
-def _copy(description: dict[str, Any], **changes: Any) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_str(json.dumps(description | {"truncation": None, "padding": None} | changes))
-
-
-def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Encode each text as ids of ordinary tokens only; nothing is added.
-
-    Raises:
-        PromptError: a character the tokenizer cannot express.
-    """
-    plain = plain_of(tokenizer)
-    _require_expressible(plain, texts)
-    encodings = plain.text.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [
-        encoding.ids if plain.forbidden.isdisjoint(encoding.ids) else _split_around(plain, text)
-        for text, encoding in zip(texts, encodings, strict=True)
-    ]
-
-
-def _split_around(plain: Plain, text: str) -> list[int]:
-    """Encode `text` with each forbidden match character by character.
-
-    For added tokens that the model's own vocabulary also holds as a word, which encoding can then reach without them.
-    """
-    ids: list[int] = []
-    encoding = plain.text.encode(text, add_special_tokens=False)
-    for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-        if number not in plain.forbidden:
-            ids.append(number)
-            continue
-        for character in text[start:end]:
-            ids += plain.text.encode(character, add_special_tokens=False).ids
-    if found := plain.forbidden.intersection(ids):
-        raise PromptError(f"text gives the special or added tokens {sorted(found)}: {text[:80]!r}")
-    return ids
-
-
-def _require_expressible(plain: Plain, texts: Sequence[str]) -> None:
-    """Refuse characters that a tokenizer drops or replaces; each is tried once for a tokenizer.
-
-    Texts are read in NFC: a tokenizer that composes accents loses nothing.
-    """
-    characters: set[str] = set()
-    for text in texts:
-        characters.update(text if text.isascii() else unicodedata.normalize("NFC", text))
-    for character in sorted(characters - plain.expressible):
-        ids = plain.text.encode(character, add_special_tokens=False).ids
-        decoded = plain.text.decode(ids, skip_special_tokens=False)
-        lost = not ids or not plain.forbidden.isdisjoint(ids) or ("\ufffd" in decoded and character != "\ufffd")
-        if lost:
-            where = next(text for text in texts if character in unicodedata.normalize("NFC", text))
-            raise PromptError(
-                f"the tokenizer cannot express the character {character!r} (U+{ord(character):04X}) of {where[:80]!r}; "
-                "use a byte-level tokenizer or one made from this text"
-            )
-        plain.expressible.add(character)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import ConfigError
-from stages.text.decoding import REPLACEMENT, token_bytes
+from stages.text.ids import REPLACEMENT, token_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

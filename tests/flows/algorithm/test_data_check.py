@@ -61,6 +61,20 @@ def prepared(config: IterativeRLConfig) -> Any:
     return limit_data(config, data, base_model(config, data))
 
 
+def test_a_chat_template_without_the_role_tool_is_found_where_answers_are_messages() -> None:
+    template = "{% for m in messages if m.role != 'tool' %}{{ m.content }}=+{% endfor %}{{ '\n' }}"
+    calls = {"kind": "tool_calls", "opens": "m", "closes": ".", "tools": [{"kind": "calculator"}]}
+    prompt = {"chat": "tokenizer", "chat_template": template}
+    given = arithmetic_smoke().override(
+        {"data.demonstrations.chains.count": 64, "prompt": prompt, "environment": calls}
+    )
+    (complaint,) = examine_data(given).complaints
+    assert complaint.startswith("environment: ")
+    assert "role tool" in complaint
+    template = template.replace(" if m.role != 'tool'", "")
+    assert not examine_data(given.override({"prompt.chat_template": template})).complaints
+
+
 @pytest.mark.claim("prompts too long, questions too few")
 @pytest.mark.parametrize(
     ("train", "test", "changes", "complaint"),

@@ -33,6 +33,7 @@ CONCURRENT = OVERLAP | {"side_by_side": "always"}
 CORRECTED = {"overlap": 1, "update.old_logprobs": "trainer"} | TRUNCATED
 GREEDY = {"rollout.temperature": 0.0, "rollout.G": 1}
 TAUGHT = {"teacher": {"path": "teacher"}}
+JSON_CALLS = {"environment": {"kind": "tool_calls"}}
 PROCESS = {"advantage.supervision": "process"}
 
 
@@ -70,6 +71,10 @@ def refusal(base: IterativeRLConfig, changes: Changes) -> str:
         ("distillation", {"advantage": {"kind": "group"}}, "advantage.kind: distillation .* teacher, found group"),
         ("grpo", TAUGHT | {"advantage": {"kind": "teacher"}}, "advantage.kind: grpo .* group or batch, found teacher"),
         ("distillation", {"reference_pass": "stage"}, "reference_pass: .* distillation reads no reference"),
+        # Tools.
+        ("grpo", JSON_CALLS, "environment.kind: .* set prompt.chat=tokenizer"),
+        ("grpo", {"prompt": {"chat": "tokenizer", "tools": ["python"]}}, "prompt.tools: python is shown"),
+        ("grpo", JSON_CALLS | {"prompt": {"chat": "tokenizer", "tools": ["calculator"]}}, "prompt.tools: calculator"),
         # What is switched off.
         ("grpo", {"evaluation": {"samples": 0, "temperature": 0.7}}, "temperature: .*0.7"),
         ("grpo", {"reward_model": {"retrain": False, "replay": {"share": 0.2}}}, "replay: "),
@@ -193,6 +198,7 @@ def test_what_means_nothing_together_is_refused(method: str, changes: Changes, c
         ("grpo", WARMER),
         ("sft", GREEDY),
         ("dapo", OVERLAP | {"dynamic_sampling": 2}),
+        ("grpo", JSON_CALLS | {"prompt": {"chat": "tokenizer", "tools": ["python"]}}),
         *((method, OVERLAP) for method in ("grpo", "ppo", "dr_grpo", "gspo", "cispo", "reinforce_plus_plus")),
         ("grpo", CORRECTED),
         ("grpo", CONCURRENT),

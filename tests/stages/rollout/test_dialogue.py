@@ -137,6 +137,18 @@ def test_an_output_ends_where_nothing_can_follow(
     assert (len(row["output_ids"]), row["finish_reason"]) == (length, reason)
 
 
+def test_an_answer_may_be_a_message_of_the_chat_template() -> None:
+    policy, tokenizer = markov_policy({"\n": {"]": 1.0}, "]": {"a": 1.0}, "a": {"b": 1.0}, "b": {EOS: 1.0}})
+    template = f"{{% for m in messages %}}{{{{ m.content }}}}{EOS}{{% endfor %}}{{{{ '\\n' }}}}"
+    prompt = PromptConfig.parse({"chat": "tokenizer", "chat_template": template})
+    outputs = rollout(policy, questions(""), prompt, CONFIG, seed=0, call_ends=["]"])
+    calls = answers_to(outputs, "ab")
+    made = continue_dialogues(policy, outputs, calls, CONFIG, call_ends=["]"], max_calls=1, messages=prompt)
+    (row,) = made.rows()
+    assert row["output_ids"] == ids_of(tokenizer, "]", EOS, "a", "b", EOS, "\n", "]")
+    assert row["turns"] == [{"start": 0, "end": 1}, {"start": 6, "end": 7}]
+
+
 def test_without_an_output_that_waits_the_outputs_are_those_given() -> None:
     policy, _ = markov_policy({"\n": {"a": 1.0}, "a": {"]": 1.0}})
     outputs = rollout(policy, questions(""), PROMPT, CONFIG, seed=0)

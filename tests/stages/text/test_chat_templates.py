@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from pipeline.config import ConfigError
-from stages.text import PromptConfig, PromptError, chat_templates, encode_prompt
+from stages.text import PromptConfig, PromptError, chat_templates, encode_prompt, tool_frame
+from stages.text.ids import encode_texts
 from tests.stages.text.test_prompts import CHAT, make_tokenizer
 
 LLAMA = (
@@ -30,6 +31,14 @@ DEFAULT_SYSTEM = (
 TAGS = (
     "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% continue %}{% endif %}{% endfor %}"
     "{% generation %}go {% endgeneration %}{{ {'a': '<é>'} | tojson }}{{ raise_exception('no') if tools }}"
+)
+
+# In the way of Hermes and Qwen: tools are shown in the system's turn, and answers of tools come as the user.
+HERMES = (
+    "{%- if tools %}<|im_start|>system\n# Tools{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}\n</tool_response>"
+    "<|im_end|>\n{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -220,3 +229,60 @@ def test_a_template_file_that_is_a_pipe_is_refused_at_once(tmp_path: Path) -> No
     os.mkfifo(tmp_path / "t.jinja")
     with pytest.raises(PromptError, match="is no file"):
         PromptConfig(chat="tokenizer", chat_template=str(tmp_path / "t.jinja")).own_template()
+
+
+def test_tools_are_shown_as_transformers_shows_them(tokenizer: Any) -> None:
+    own = {"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}
+    expected = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "2+2?"}],
+        tools=[chat_templates.TOOLS["python"], own],
+        chat_template=HERMES,
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert prompt_of(tokenizer, HERMES, tools=["python", own]) == expected
+    assert '"name": "search"' in expected
+    with pytest.raises(PromptError, match=r"prompt\.tools"):
+        prompt_of(tokenizer, LLAMA, tools=["python"], chat_template_kwargs={"date_string": "1 May 2025"})
+
+
+@pytest.mark.parametrize("answer", ["42", "", " a\nb ", "<|im_end|>"])
+def test_an_answer_of_a_tool_is_a_message_as_transformers_renders_it_and_is_text(tokenizer: Any, answer: str) -> None:
+    config = PromptConfig.parse({"chat": "tokenizer", "chat_template": HERMES})
+    frame = tool_frame(tokenizer, config)
+    ids = [*frame.head_ids, *encode_texts(tokenizer, [frame.lead + answer + frame.tail])[0], *frame.end_ids]
+    turns = [("user", "2+2?"), ("assistant", "CALL"), ("tool", answer)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    whole = tokenizer.apply_chat_template(messages, chat_template=HERMES, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == whole.partition("CALL")[2]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert ids.count(end) == 2, "behind the call and behind the answer, and none that the answer names"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHAT.replace(
+            "{% for m", "{% for m in messages if m.role == 'tool' %}{{ raise_exception('no') }}{% endfor %}{% for m", 1
+        ),
+        CHAT.replace("in messages %}", "in messages if m.role != 'tool' %}", 1),
+        CHAT.replace("trim }}", "trim }}{{ m['content'] if m.role == 'tool' }}", 1),
+    ],
+    ids=["refuses the role", "leaves it out", "writes it twice"],
+)
+def test_a_template_without_the_role_tool_is_refused(tokenizer: Any, template: str) -> None:
+    with pytest.raises(PromptError, match="role tool"):
+        tool_frame(tokenizer, PromptConfig.parse({"chat": "tokenizer", "chat_template": template}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"tools": ["python"]}, "tools: is read where chat is tokenizer"),
+        ({"chat": "tokenizer", "tools": ["perl"]}, "tools"),
+        ({"chat": "tokenizer", "tools": [{"name": "search"}]}, "tools: expected"),
+    ],
+)
+def test_tools_that_no_template_can_show_are_refused(settings: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        PromptConfig.parse(settings)

@@ -20,7 +20,7 @@ from stages.text import (
     encode_prompt,
     encode_prompts,
 )
-from stages.text.prompts import encode_texts
+from stages.text.ids import encode_texts
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"

@@ -74,7 +74,7 @@ def assert_iterative(found: Run, config: IterativeRLConfig) -> None:
 
 
 @pytest.mark.engines  # groups of ranks
-@pytest.mark.parametrize("decoder", DECODERS, indirect=True)
+@pytest.mark.parametrize("decoder", ["vllm"], indirect=True)
 def test_the_papers_run_has_two_iterations_and_a_retrained_reward_model(
     decoder: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -101,14 +101,11 @@ def test_the_papers_run_has_two_iterations_and_a_retrained_reward_model(
     assert found.points[1]["reward/rule"] > 0
 
 
-both = pytest.mark.parametrize(
+@pytest.mark.parametrize(
     "decoder",
     [pytest.param("hf", marks=pytest.mark.slow), pytest.param("vllm", marks=pytest.mark.engines)],
     indirect=True,
 )
-
-
-@both
 def test_gsm8k_on_one_gpu_with_a_second_iteration(decoder: dict[str, Any], tmp_path: Path) -> None:
     write_questions(tmp_path)
     write_qwen(tmp_path / "model")
@@ -120,8 +117,15 @@ def test_gsm8k_on_one_gpu_with_a_second_iteration(decoder: dict[str, Any], tmp_p
     assert found.points[1]["reward/format"] == 0
 
 
-@both
-@pytest.mark.parametrize("recipe", ["qwen_0_5b_gsm8k", "qwen_1_5b_math"])
+@pytest.mark.parametrize(
+    ("recipe", "decoder"),
+    [
+        pytest.param("qwen_0_5b_gsm8k", "hf", marks=pytest.mark.slow),
+        pytest.param("qwen_1_5b_math", "hf", marks=pytest.mark.slow),
+        pytest.param("qwen_1_5b_math", "vllm", marks=pytest.mark.engines),
+    ],
+    indirect=["decoder"],
+)
 def test_the_settings_of_the_field_train_on_their_form_of_data(
     recipe: str, decoder: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -76,7 +76,7 @@ def killed(
 def test_a_run_killed_between_checkpoints_replays_few_updates_and_samples_nothing_twice(
     tmp_path: Path, small: int
 ) -> None:
-    kills = 20
+    kills = 12
     several = {"iterations": 1, "steps": 10, "evaluation": {"every": 0, "samples": 0}, "checkpoint.every": 7}
     golden, trials = killed(tmp_path, kills, several, small=small)
     assert {trial["content"] for trial in trials} == {golden["content"]}
@@ -88,7 +88,7 @@ def test_a_run_killed_between_checkpoints_replays_few_updates_and_samples_nothin
 
 @pytest.mark.scale
 def test_a_run_killed_while_it_samples_and_updates_resumes_to_the_bits_of_turns(tmp_path: Path) -> None:
-    kills, lag = 20, {"overlap": 1, "update.old_logprobs": "rollout"}
+    kills, lag = 12, {"overlap": 1, "update.old_logprobs": "rollout"}
     several = lag | {"iterations": 1, "steps": 10, "evaluation": {"every": 0, "samples": 0}, "checkpoint.every": 7}
     golden, trials = killed(tmp_path, kills, several, patience=3600)  # every run imports torch for its sampler
     with use_store(Store(tmp_path / "turns")):

@@ -11,6 +11,7 @@ import signal
 import time
 import urllib.error
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -57,36 +58,6 @@ def stages_in(places: Places) -> list[str]:
     return [record["stage"] for record in places.open_store().actions()]
 
 
-def test_a_run_by_hand_has_a_record_and_tasks_and_is_cached_the_next_time(
-    project: Project, deployed: Deployed, tmp_path: Path
-) -> None:
-    expected, before = undisturbed(CONFIG, tmp_path), stages_in(project.places)
-    with project.worker(tmp_path / "worker.log"):
-        asked = choose("arithmetic_smoke", settings=["sft.max_steps=299"]).asked
-        first = submit(deployed.name, CONFIG, tags={"arm": "usual"}, asked=asked)
-        until(lambda: project.states(first)[-1] == "RUNNING", 480)
-        assert listened_on() == {"127.0.0.1"}
-        assert project.ended(first) == ("COMPLETED", "")
-        again = submit(deployed.name, CONFIG)
-        assert project.ended(again)[0] == "COMPLETED"
-    record = project.record(CONFIG)
-    assert project.places.open_store().manifest(record.policy)["digest"] == expected
-    computed = Counter(stages_in(project.places)) - Counter(before)
-    assert [attempt.executed for attempt in record.attempts] == [computed.total(), 0]
-    assert Counter(name for name, state in project.tasks(first, 15) if state == "Completed") == computed
-    assert computed["supervised_finetuning"] == 1
-    kept = [(each["setting"], each["value"], each["source"]) for each in record.attempts[0].start.overrides]
-    assert (record.attempts[0].start.recipe, kept[0]) == ("arithmetic_smoke", ("sft.max_steps", 299, "--set"))
-    assert ("name", "by-hand", "the run's parameters") in kept[1:]
-    assert {state for _, state in project.tasks(again, 15)} == {"Cached"}
-    run = project.ask(f"flow_runs/{first}")
-    assert "arm:usual" in run["tags"]
-    assert project.ask("flow_runs/filter", flow_runs={"parent_flow_run_id": {"any_": [str(first)]}}) == []
-    noted = json.loads((run_folder(project.places, CONFIG) / "flow_runs.json").read_text())
-    assert set(noted) == {str(first), str(again)}
-    assert noted[str(first)]["deployer_packages"] == noted[str(first)]["worker_packages"] == package_versions()
-
-
 def test_a_run_killed_twice_and_stopped_repeats_only_the_stage_in_flight(
     project: Project, deployed: Deployed, tmp_path: Path
 ) -> None:
@@ -131,18 +102,53 @@ def training(project: Project, attempt: int) -> bool:
     return bool(held & set((project.places.store / "locks").iterdir()))
 
 
-def test_all_that_is_wrong_in_the_form_is_the_message_of_a_failed_run(
+@pytest.fixture(scope="module")
+def worker(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One worker for all tests that do not end it, after those that do."""
+    with project.worker(tmp_path_factory.mktemp("worker") / "worker.log"):
+        yield
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_run_by_hand_has_a_record_and_tasks_and_is_cached_the_next_time(
     project: Project, deployed: Deployed, tmp_path: Path
 ) -> None:
+    expected, before = undisturbed(CONFIG, tmp_path), stages_in(project.places)
+    asked = choose("arithmetic_smoke", settings=["sft.max_steps=299"]).asked
+    first = submit(deployed.name, CONFIG, tags={"arm": "usual"}, asked=asked)
+    until(lambda: project.states(first)[-1] == "RUNNING", 480)
+    assert listened_on() == {"127.0.0.1"}
+    assert project.ended(first) == ("COMPLETED", "")
+    again = submit(deployed.name, CONFIG)
+    assert project.ended(again)[0] == "COMPLETED"
+    record = project.record(CONFIG)
+    assert project.places.open_store().manifest(record.policy)["digest"] == expected
+    computed = Counter(stages_in(project.places)) - Counter(before)
+    assert [attempt.executed for attempt in record.attempts] == [computed.total(), 0]
+    assert Counter(name for name, state in project.tasks(first, 15) if state == "Completed") == computed
+    assert computed["supervised_finetuning"] == 1
+    kept = [(each["setting"], each["value"], each["source"]) for each in record.attempts[0].start.overrides]
+    assert (record.attempts[0].start.recipe, kept[0]) == ("arithmetic_smoke", ("sft.max_steps", 299, "--set"))
+    assert ("name", "by-hand", "the run's parameters") in kept[1:]
+    assert {state for _, state in project.tasks(again, 15)} == {"Cached"}
+    run = project.ask(f"flow_runs/{first}")
+    assert "arm:usual" in run["tags"]
+    assert project.ask("flow_runs/filter", flow_runs={"parent_flow_run_id": {"any_": [str(first)]}}) == []
+    noted = json.loads((run_folder(project.places, CONFIG) / "flow_runs.json").read_text())
+    assert set(noted) == {str(first), str(again)}
+    assert noted[str(first)]["deployer_packages"] == noted[str(first)]["worker_packages"] == package_versions()
+
+
+@pytest.mark.usefixtures("worker")
+def test_all_that_is_wrong_in_the_form_is_the_message_of_a_failed_run(project: Project, deployed: Deployed) -> None:
     values = CONFIG.model_dump(mode="json")
     create = f"deployments/{deployed.id}/create_flow_run"
     with pytest.raises(urllib.error.HTTPError, match="409"):
         project.ask(create, parameters={"config": values | {"steps": "many"}})
     values["update"]["temperature"] = 0.5
     values["advantage"] = {"kind": "gae"}
-    with project.worker(tmp_path / "worker.log"):
-        run = project.ask(create, parameters={"config": values})["id"]
-        state, message = project.ended(run)
+    run = project.ask(create, parameters={"config": values})["id"]
+    state, message = project.ended(run)
     assert state == "FAILED"
     for part in (
         "ConfigError",
@@ -153,15 +159,15 @@ def test_all_that_is_wrong_in_the_form_is_the_message_of_a_failed_run(
         assert part in message
 
 
-def test_a_worker_with_other_packages_is_named_and_refused_where_asked(project: Project, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("worker")
+def test_a_worker_with_other_packages_is_named_and_refused_where_asked(project: Project) -> None:
     env = {VERSIONS: json.dumps(package_versions() | {"numpy": "0.1"})}
     config = CONFIG.override({"name": "versions"})
     lenient = deploy(Choice(config, BASE), project.places, name="lenient", env=env)
     strict = deploy(Choice(config, BASE), project.places, name="strict", env=env, require_versions=True)
-    with project.worker(tmp_path / "worker.log"):
-        taken, refused = submit(lenient.name, config), submit(strict.name, config)
-        assert project.ended(taken)[0] == "COMPLETED"
-        state, message = project.ended(refused)
+    taken, refused = submit(lenient.name, config), submit(strict.name, config)
+    assert project.ended(taken)[0] == "COMPLETED"
+    state, message = project.ended(refused)
     difference = f"numpy: expected 0.1, found {package_versions()['numpy']}"
     assert state == "FAILED"
     assert "VersionsError" in message
@@ -171,6 +177,7 @@ def test_a_worker_with_other_packages_is_named_and_refused_where_asked(project: 
     assert str(refused) not in noted
 
 
+@pytest.mark.usefixtures("worker")
 def test_a_command_in_the_job_variables_of_a_run_is_not_started(
     project: Project, deployed: Deployed, tmp_path: Path
 ) -> None:
@@ -182,36 +189,33 @@ def test_a_command_in_the_job_variables_of_a_run_is_not_started(
         run = client.create_flow_run_from_deployment(
             deployed.id, parameters={"config": CONFIG.model_dump(mode="json")}, job_variables=variables
         )
-    with project.worker(tmp_path / "worker.log"):
-        assert project.ended(run.id)[0] == "COMPLETED"
+    assert project.ended(run.id)[0] == "COMPLETED"
     assert not mark.exists()
 
 
-def test_a_run_that_is_cancelled_ends_and_is_not_started_again(
-    project: Project, deployed: Deployed, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("worker")
+def test_a_run_that_is_cancelled_ends_and_is_not_started_again(project: Project, deployed: Deployed) -> None:
     config = SLOW.override({"name": "cancelled", "seed": 2})
-    with project.worker(tmp_path / "worker.log"):
-        run = submit(deployed.name, config)
-        until(lambda: project.states(run)[-1] == "RUNNING" and flow_run_processes(run), 480)
-        cancel(run)
-        until(lambda: project.states(run)[-1] == "CANCELLED" and not flow_run_processes(run), 240)
-        time.sleep(8.0)  # longer than a worker's round
-        assert project.states(run)[-1] == "CANCELLED"
-        assert project.states(run).count("RUNNING") == 1
+    run = submit(deployed.name, config)
+    until(lambda: project.states(run)[-1] == "RUNNING" and flow_run_processes(run), 480)
+    cancel(run)
+    until(lambda: project.states(run)[-1] == "CANCELLED" and not flow_run_processes(run), 240)
+    time.sleep(8.0)  # longer than a worker's round
+    assert project.states(run)[-1] == "CANCELLED"
+    assert project.states(run).count("RUNNING") == 1
 
 
-def test_a_run_by_schedule_starts_by_itself(project: Project, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("worker")
+def test_a_run_by_schedule_starts_by_itself(project: Project) -> None:
     made = deploy(Choice(CONFIG, BASE), project.places, name="nightly", schedule="* * * * *")
-    with project.worker(tmp_path / "worker.log"):
-        wanted = {"deployments": {"id": {"any_": [str(made.id)]}}}
+    wanted = {"deployments": {"id": {"any_": [str(made.id)]}}}
 
-        def completed() -> list[str]:
-            found = project.ask("flow_runs/filter", **wanted)
-            return [run["id"] for run in found if run["auto_scheduled"] and run["state_type"] == "COMPLETED"]
+    def completed() -> list[str]:
+        found = project.ask("flow_runs/filter", **wanted)
+        return [run["id"] for run in found if run["auto_scheduled"] and run["state_type"] == "COMPLETED"]
 
-        assert until(completed, 480)
-        deploy(Choice(CONFIG, BASE), project.places, name="nightly")
+    assert until(completed, 480)
+    deploy(Choice(CONFIG, BASE), project.places, name="nightly")
     assert project.ask(f"deployments/{made.id}")["schedules"] == [], "deployed again without one"
 
 

@@ -1,4 +1,7 @@
-"""Run a few steps by each engine, kill one run and resume it, and compare what was planned with what was measured."""
+"""Run a few steps by each engine, kill one run and resume it, and compare what was planned with what was measured.
+
+python -m flows.proving.proof OVERRIDES.yaml ROOT trains as a file of overrides says, without MLflow or Prefect: one such run.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,19 @@ from typing import Any, Final
 import yaml
 
 from flows.config.resolve import choose
+from flows.iterative_rl import iterative_rl
 from flows.planning.machine import DEVICE_FILE, PRESETS
 from flows.planning.plan import plan_of
 from flows.planning.request import Request, subject_of
-from flows.proving.run import RECIPE
 from flows.proving.shape import HALF_BILLION, SMALL, Shape, engines, make_model, settings_of
 from flows.runs.paths import Places
-from pipeline.store import Store
+from pipeline.config import ConfigError
+from pipeline.store import Store, use_store
 from pipeline.store.context import package_versions
 from pipeline.workers.group import importing_ours
+from stages.rollout import require_backend
 
+_RECIPE: Final = "arithmetic_smoke"
 _LINES: Final = 12
 _NO_TIME: Final = "not run: no time was left (--minutes)"
 Result = dict[str, Any]
@@ -142,7 +148,7 @@ def _planned(file: Path, root: Path, device: str | None, update_seconds: float |
 
     Where the device's rates are unknown the plan assumes some, and the share is undefined.
     """
-    config = choose(RECIPE, [file], []).config
+    config = choose(_RECIPE, [file], []).config
     plan = plan_of(subject_of(config, Places(root), Request(device=device)).given)
     stages = {stage.name: stage for stage in plan.stages}
     update, profile, training = stages["update"], plan.given.machine.profile, plan.given.config.update.training
@@ -205,9 +211,23 @@ def _updates(root: Path) -> list[dict[str, Any]]:
 
 
 def _command(file: Path, root: Path) -> list[str]:
-    return [sys.executable, "-m", "flows.proving.run", str(file), str(root)]
+    return [sys.executable, "-m", "flows.proving.proof", str(file), str(root)]
 
 
 def _surroundings() -> dict[str, str]:
     """Return the environment of a run: this one's, but for a store that is not the root's."""
     return importing_ours({name: value for name, value in os.environ.items() if name != "COHORT_STORE"})
+
+
+def _train(file: Path, root: Path) -> None:
+    config = choose(_RECIPE, [file], []).config
+    require_backend(config.rollout.backend)
+    with use_store(Places(root).open_store()):
+        iterative_rl(config)
+
+
+if __name__ == "__main__":
+    try:
+        _train(Path(sys.argv[1]), Path(sys.argv[2]))
+    except ConfigError as error:
+        sys.exit(f"configuration: {error}")

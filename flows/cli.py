@@ -95,10 +95,10 @@ def _add(name: str, place: str, text: str, group: Group) -> None:
     app.command(f"flows.commands.{place}", name=name, help=text, group=group)
 
 
-_add("init", "beginning:init", _INIT, _RUN)
+_add("init", "training:init", _INIT, _RUN)
 _add("run", "training:run", "Train as a recipe says; again: continue, reusing all that is computed.", _RUN)
 _add("compare", "ablation:compare", _COMPARE, _RUN)
-_add("reward-model", "studying:reward_model", _REWARD_MODEL, _RUN)
+_add("reward-model", "grading:reward_model", _REWARD_MODEL, _RUN)
 _add("ablate", "ablation:ablate", _ABLATE, _RUN)
 _add("experiments", "ablation:experiments", "List the paper's studies, or print one as YAML.", _RUN)
 _add("methods", "training:methods", "List the methods: Table 10 of the paper, and later ones.", _RUN)

@@ -1,15 +1,22 @@
-"""`cohort grade`: the verdicts that a recipe's reward gives on answers that lie in a file."""
+"""`cohort grade`, `reward-model`: how a recipe's reward, or a learned one, judges answers that lie in a file."""
 
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from flows.commands.options import UNCHANGED, MethodChanges
+from rich.markup import escape
+from rich.syntax import Syntax
+
+from flows.commands.options import UNCHANGED, Changes, EngineOption, Flag, MethodChanges, Root, console, debugging
+from flows.runs.paths import Places
+from flows.wording import number
 from pipeline.config import ConfigError
 
 if TYPE_CHECKING:
@@ -87,8 +94,8 @@ def _rows(file: Path) -> Iterator[_Row]:
     filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not filled:
         raise ConfigError(f"{file}: expected one JSON object a line with gold and output, found none")
-    for number, line in filled:
-        yield _row(line, number, f"{file}, line {number}")
+    for place, line in filled:
+        yield _row(line, place, f"{file}, line {place}")
 
 
 def _row(line: str, number: int, place: str) -> _Row:
@@ -167,3 +174,44 @@ def _shown(text: str | None) -> str:
         return "nothing"
     short = text if len(text) <= _SHOWN_LENGTH else text[:_SHOWN_LENGTH] + "..."
     return repr(short)
+
+
+def reward_model(
+    recipe: str = "gsm8k_solutions",
+    *,
+    changes: Changes = UNCHANGED,
+    engine: EngineOption = "prefect",
+    root: Root = None,
+    show: Flag = False,
+) -> None:
+    """Train a reward model on labelled solutions of others, and compare it with baselines on questions it has not seen.
+
+    Parameters
+    ----------
+    recipe
+        `gsm8k_solutions` (its files lie in `--set path=FOLDER`), or a YAML file.
+    changes.settings
+        `key=value`, for example `--set training.epochs=3`; `--set judged_on=validation` is for choosing settings.
+    show
+        Only print the whole configuration as YAML (a start for a file of your own).
+    """
+    from flows.reward_study.config import choose_study
+    from flows.reward_study.run import print_study, run_study
+
+    choice = choose_study(recipe, changes.config, changes.settings)
+    places, out = Places.under(root), console()
+    if show:
+        text = choice.config.to_yaml()
+        out.print(Syntax(text, "yaml", background_color="default")) if out.is_terminal else print(text, end="")
+        return
+    out.print(
+        f"[bold]{choice.config.name}[/]  evaluated on {choice.config.judged_on}, engine {engine}, in {escape(str(places.root))}"
+    )
+    for key, (was, now) in choice.differences().items():
+        out.print(f"  {key}  [dim]{number(was)}[/] -> [bold]{number(now)}[/]", soft_wrap=True)
+    command = shlex.join(["cohort", *sys.argv[1:]])
+    done = run_study(choice, places, engine=engine, console=out, command=command, debug=debugging())
+    out.print()
+    print_study(done.study, out)
+    out.print(f"\n{done.executed:,} stages computed, {done.cached:,} reused from the store")
+    out.print(f"[cyan]{done.report}[/]", soft_wrap=True)

@@ -14,9 +14,8 @@ from flows.algorithm.data_check import examine_data
 from flows.algorithm.models import EarlyTokenizer, early_tokenizer
 from flows.config import IterativeRLConfig
 from flows.first_run.page import nested, page
-from flows.first_run.sizes import Sizes, sizes_for
 from flows.first_run.survey import Survey, survey
-from flows.first_run.trial import Trial, candidates_for, try_prompts
+from flows.first_run.trial import Sizes, Trial, candidates_for, sizes_for, try_prompts
 from flows.planning.request import Request, room_for_checkpoint, subject_of
 from flows.runs.paths import Places
 from flows.wording import duration, number, percent, size

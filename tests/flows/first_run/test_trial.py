@@ -9,7 +9,7 @@ import pytest
 
 from flows.config import IterativeRLConfig
 from flows.config.resolve import choose
-from flows.first_run.sizes import sizes_for
+from flows.first_run.trial import sizes_for
 from flows.planning.plan import plan_of
 from flows.planning.request import Request, subject_of
 from flows.runs.paths import Places

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
-
-import pytest
 
 from docs.generate import DOCS, configuration, pages
 from flows.config.recipes import RECIPES
 from pipeline.config import flatten
 
 
-@pytest.mark.parametrize("page", ["configuration.md", "correctness.md", "paper-to-code.md"])
-def test_a_generated_page_is_what_the_code_would_write(page: str) -> None:
-    fresh = pages()[DOCS / page] == Path(DOCS / page).read_text(encoding="utf-8")
-    assert fresh, "run `python -m docs.generate`"
+def test_generated_pages_are_what_the_code_would_write() -> None:
+    stale = [file.name for file, text in pages().items() if text != file.read_text(encoding="utf-8")]
+    assert stale == [], "run `python -m docs.generate`"
 
 
 def test_every_setting_of_every_recipe_has_a_documented_row() -> None:

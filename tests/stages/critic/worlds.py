@@ -12,7 +12,7 @@ from stages.models import Checkpoint
 from stages.tables import Advantages, Rollouts
 from stages.training import AdamWConfig, TrainingConfig
 from tests.stages.rows import advantage_row, rollout_row
-from tests.stages.training.tiny import VOCABULARY, changed, tiny_checkpoint
+from tests.stages.training.tiny import VOCABULARY, changed, remembered, tiny_checkpoint
 
 Q, G = 2, 3
 
@@ -48,6 +48,7 @@ def tiny_critic(**settings: Any) -> Checkpoint:
     return create_critic(tiny_checkpoint(**settings), exact())
 
 
+@remembered
 def outspoken_critic() -> Checkpoint:
     """A tiny critic whose head is not zero: its values differ from token to token."""
     generator = torch.Generator().manual_seed(5)

@@ -14,7 +14,7 @@ from stages.reward_training import RewardModelConfig, RewardTrainingConfig, crea
 from stages.tables import RewardLabels, Rewards, Rollouts
 from stages.training import AdamWConfig, TrainingConfig
 from tests.stages.rows import label_row, output_row, reward_row
-from tests.stages.training.tiny import VOCABULARY, tiny_checkpoint, tiny_model, tiny_tokenizer
+from tests.stages.training.tiny import VOCABULARY, remembered, tiny_checkpoint, tiny_model, tiny_tokenizer
 
 Q, G = 4, 4
 RIGHT = ((0, 1), (1, 2, 3), (0, 1, 2, 3), (2,))
@@ -53,6 +53,7 @@ def tiny_reward_model(kind: RewardKind, base: Checkpoint | None = None) -> Check
     return create_reward_model(base or tiny_checkpoint(), RewardModelConfig(kind=kind))
 
 
+@remembered
 def outspoken(kind: RewardKind, base: Checkpoint | None = None) -> Checkpoint:
     """A tiny reward model whose head is not zero: its scores differ from output to output."""
     model = tiny_reward_model(kind, base)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from safetensors.torch import load_file
 
+from pipeline.store.folder import MANIFEST
 from stages.models import WEIGHTS, Checkpoint, copy_description, save, write_tensors
 from stages.training.batching import Row, micro_batches
 from stages.training.engine import Engine, StepReport
@@ -17,6 +19,29 @@ from stages.training.forward import completion_logprobs
 from stages.training.loop import publish
 
 VOCABULARY = 26
+P = ParamSpec("P")
+
+
+def remembered(make: Callable[P, Checkpoint]) -> Callable[P, Checkpoint]:
+    """Make a checkpoint once for equal arguments; from then on write the same files to the current store."""
+    made: dict[str, dict[str, bytes]] = {}
+
+    @functools.wraps(make)
+    def again(*args: P.args, **kwargs: P.kwargs) -> Checkpoint:
+        key = repr((args, kwargs))
+        if key not in made:
+            first = make(*args, **kwargs)
+            files = (file for file in first.path.iterdir() if file.name != MANIFEST)
+            made[key] = {file.name: file.read_bytes() for file in files}
+            return first
+
+        def fill(folder: Path) -> None:
+            for name, content in made[key].items():
+                (folder / name).write_bytes(content)
+
+        return Checkpoint.write(fill)
+
+    return again
 
 
 def tiny_model(architecture: str = "qwen2", *, seed: int = 0, **settings: Any) -> Any:
@@ -52,6 +77,7 @@ def tiny_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="1", pad_token="2")
 
 
+@remembered
 def tiny_checkpoint(architecture: str = "qwen2", **settings: Any) -> Checkpoint:
     """The tiny model as a checkpoint in the current store."""
     return saved(tiny_model(architecture, **settings))

@@ -18,10 +18,12 @@ from stages.training.forward import completion_logprobs
 from stages.update import GRPOConfig, UpdateConfig, update_policy
 from stages.update.loss import MiniBatch
 from tests.stages.rows import advantage_row, rollout_row
+from tests.stages.training.tiny import remembered
 
 VOCABULARY, Q, G = 13, 3, 4
 
 
+@remembered
 def tiny_policy(seed: int = 0) -> Checkpoint:
     from transformers import AutoModelForCausalLM, Qwen2Config
 

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.scale
 """A server, workers and processes of runs: four minutes on two quiet cores."""
 
 CONFIG: IterativeRLConfig = BASE.override({"name": "by-hand", "steps": 2, "sft.max_steps": 299})
-SLOW: IterativeRLConfig = BASE.override({"name": "killed", "steps": 2, "seed": 1, "sft.max_steps": 900})
+SLOW: IterativeRLConfig = BASE.override({"name": "killed", "steps": 2, "seed": 1, "sft.max_steps": 600})
 """Long enough in supervised fine-tuning to be killed there."""
 
 

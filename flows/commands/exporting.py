@@ -28,6 +28,7 @@ def export(
     adapter: bool = False,
     base: str | None = None,
     completions: Flag = False,
+    format: Literal["lines", "atif"] | None = None,
     step: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
     root: Root = None,
 ) -> None:
@@ -52,16 +53,20 @@ def export(
     completions
         The outputs that a run sampled, as JSON lines: prompt, chat messages, completion, lengths, reward and its components,
         advantage, step, policy.
+    format
+        With --completions: lines, the default, or atif, a trajectory of Harbor's Agent Trajectory Interchange Format each.
     step
         With --completions: those of this step only.
     """
     if completions:
         if adapter or base is not None or dtype is not None or shard_gb is not None:
             raise ConfigError("--completions writes no weights; leave out --dtype, --shard-gb, --adapter and --base")
-        _completions(what, folder, step=step, force=force, root=root)
+        _completions(what, folder, step=step, force=force, atif=format == "atif", root=root)
         return
     if step is not None:
         raise ConfigError("--step is read with --completions; `cohort show RUN` lists the policies of steps by digest")
+    if format is not None:
+        raise ConfigError("--format is read with --completions; a model is written as transformers loads it")
     if base is not None and not adapter:
         raise ConfigError("--base names the base of an adapter; export one with --adapter")
     if adapter and (dtype is not None or shard_gb is not None):
@@ -114,11 +119,11 @@ def _say(files: list[Path], what: str, *notes: str) -> None:
         out.print(note, style="dim", soft_wrap=True)
 
 
-def _completions(what: str, file: Path, *, step: int | None, force: bool, root: Path | None) -> None:
+def _completions(what: str, file: Path, *, step: int | None, force: bool, atif: bool, root: Path | None) -> None:
     from flows.export.completions import export_completions
 
     places, out = Places.under(root), console()
     with use_store(places.open_store()) as store:
-        count = export_completions(places, store, what, file, step=step, force=force)
+        count = export_completions(places, store, what, file, step=step, force=force, atif=atif)
     of_step = "" if step is None else f" of step {step}"
     out.print(f"exported {count:,} outputs{of_step} to [cyan]{escape(str(file))}[/]", soft_wrap=True)

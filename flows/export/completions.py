@@ -14,6 +14,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from flows.config import IterativeRLConfig
+from flows.export.atif import trajectory
 from flows.inspection.history import History, find_run, history_of
 from flows.runs.paths import Places
 from pipeline.config import ConfigError
@@ -23,7 +24,7 @@ from pipeline.store import Store, StoreError
 from stages.environment import parts_of
 from stages.join import KEY, align, written_lengths, written_rows
 from stages.models import Checkpoint, load_tokenizer
-from stages.tables import Advantages, Demonstrations, Questions, Rewards, Rollouts
+from stages.tables import Advantages, Demonstrations, Questions, Rewards, Rollouts, ToolCalls
 
 Record = dict[str, Any]
 _SAMPLING: Final = ("rollout", "continue_dialogues")
@@ -31,20 +32,23 @@ _AT_ONCE: Final = 1024
 """Rows that are plain values at a time."""
 
 
-def export_completions(places: Places, store: Store, what: str, file: Path, *, step: int | None, force: bool) -> int:
+def export_completions(
+    places: Places, store: Store, what: str, file: Path, *, step: int | None, force: bool, atif: bool = False
+) -> int:
     """Write one JSON object for each output that the steps of a run learned from; return their number.
 
-    The keys: `run`, `step`, `policy` (which sampled; null: a demonstration), `question_id`, `sample`, `question`, `answer`,
-    `prompt` (its text, special tokens by name), `messages` (the dialogue, where the prompt is a chat turn; else null;
-    answers of an environment have the role `tool`), `completion`, `prompt_tokens`, `completion_tokens` (that the policy wrote),
-    `truncated`, `reward`, `status`, `extracted`, `components`, `step_rewards`, `advantage` (of the first token;
-    null: masked) and `token_advantages` (null where those of all tokens that the policy wrote are equal). No policy is read but
-    its tokenizer, so that none is replayed.
+    With `atif` it is a trajectory (`flows/export/atif.py`). Else the keys: `run`, `step`, `policy` (which sampled; null: a
+    demonstration), `question_id`, `sample`, `question`, `answer`, `prompt` (its text, special tokens by name), `messages` (the
+    dialogue, where the prompt is a chat turn; else null; answers of an environment have the role `tool`), `completion`,
+    `prompt_tokens`, `completion_tokens` (that the policy wrote), `truncated`, `reward`, `status`, `extracted`, `components`,
+    `step_rewards`, `advantage` (of the first token; null: masked) and `token_advantages` (null where those of all tokens that
+    the policy wrote are equal). No policy is read but its tokenizer, so that none is replayed.
 
     Args:
         what: a run by the name of its folder, or the latest of a configuration's name.
         step: only this one; None: all that the run has.
         force: replace the file.
+        atif: write trajectories.
 
     Raises:
         ConfigError: no such run or step; a file that is there, without `force`; with it, one that holds no JSON lines; outputs,
@@ -68,7 +72,8 @@ def export_completions(places: Places, store: Store, what: str, file: Path, *, s
     try:
         with draft.open("x", encoding="utf-8") as lines:
             for number in sorted(done) if step is None else [step]:
-                for row in _rows(store, run, done[number], read):
+                for line, output, calls in _outputs(store, run, done[number], read):
+                    row = trajectory(line, output, calls) if atif else line
                     lines.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
                     count += 1
         draft.replace(target)
@@ -89,15 +94,16 @@ def _check_target(target: Path, *, force: bool) -> None:
             raise ConfigError(f"{target} holds no JSON lines that --force could replace; name another file")
 
 
-def _rows(
+def _outputs(
     store: Store, run: History, event: StepDone, read: Callable[[tuple[int, ...]], str]
-) -> Iterator[dict[str, Any]]:
-    """Yield what is written of one step, in the order of its outputs."""
+) -> Iterator[tuple[Record, Record, list[Record]]]:
+    """Yield for the outputs of one step, in their order: the line that is written of each, its row, and its calls."""
     try:
         calls = [store.action(key) for key in event.calls]
         made = {name: store.action(key) for name, key in event.made.items()}
         table, policy = _joined(made), _sampler(made["rollouts"], calls)
         about = _questions(calls, set(table["question_id"].to_pylist()))
+        answered = _calls(made)
     except StoreError as error:
         raise ConfigError(f"step {event.step}: {error}; --step writes a step that is there") from None
     for start in range(0, table.num_rows, _AT_ONCE):
@@ -105,7 +111,7 @@ def _rows(
         lengths, owners = written_lengths(part).tolist(), written_rows(part)
         for row, length, written in zip(part.to_pylist(), lengths, owners, strict=True):
             question, answer = about.get(row["question_id"], (None, None))
-            yield {
+            line = {
                 "run": run.record.folder.name,
                 "step": event.step,
                 "policy": policy,
@@ -126,11 +132,20 @@ def _rows(
                 "step_rewards": row["step_rewards"],
                 **_advantages(row["advantage"], written),
             }
+            yield line, row, answered.get((row["question_id"], row["sample"]), [])
+
+
+def _calls(made: Mapping[str, Record]) -> dict[tuple[str, int], list[Record]]:
+    """Return the calls of a step's outputs by their key."""
+    found: dict[tuple[str, int], list[Record]] = {}
+    for row in ToolCalls(made["toolcalls"]["result"]).rows() if "toolcalls" in made else ():
+        found.setdefault((row["question_id"], row["sample"]), []).append(row)
+    return found
 
 
 def _joined(made: Mapping[str, Record]) -> pa.Table:
     """Return the outputs of a step with the columns of their rewards and advantages; null where a step makes none."""
-    sampled = ["prompt_ids", "output_ids", "text", "text_ends", "turns", "finish_reason"]
+    sampled = ["prompt_ids", "output_ids", "logprobs", "text", "text_ends", "turns", "finish_reason"]
     table = Rollouts(made["rollouts"]["result"]).read([*KEY, *sampled])
     wanted: list[tuple[str, type[Rewards] | type[Advantages], tuple[str, ...]]] = [
         ("rewards", Rewards, ("reward", "status", "extracted", "components", "step_rewards")),

@@ -28,6 +28,7 @@ from stages.data import ArithmeticConfig, arithmetic_questions
         (["export", "x", "y", "--adapter", "--shard-gb", "1"], "leave out --dtype and --shard-gb"),
         (["export", "x", "y", "--base", "z"], "export one with --adapter"),
         (["export", "x", "y", "--step", "1"], "--step is read with --completions"),
+        (["export", "x", "y", "--format", "atif"], "--format is read with --completions"),
         (["export", "x", "y", "--completions", "--dtype", "float32"], "--completions writes no weights"),
         (["export", "x", "y", "--completions", "--adapter"], "--completions writes no weights"),
         (["export", "x", "y", "--completions", "--step", "0"], "--step"),

@@ -16,6 +16,7 @@ from flows.runs.paths import Places
 from flows.runs.record import RunRecord, read_records
 from pipeline.store import Store, use_store
 from stages.tables import Advantages, Rewards, Rollouts
+from tests.flows.export.test_atif import check
 from tests.flows.short_runs import smoke
 
 SHORT = (
@@ -117,6 +118,10 @@ def test_every_output_of_every_step_is_a_line_that_says_what_its_tables_say(plai
             found = advantages[key]
             assert line["advantage"] == (found[0] if found else None)
             assert (line["token_advantages"], line["messages"]) == (None, None)
+    for line, trajectory in zip(lines, plain.lines(tmp_path / "atif.jsonl", "--format", "atif"), strict=True):
+        check(trajectory)
+        assert [step["message"] for step in trajectory["steps"]] == [line["prompt"], line["completion"]]
+        assert trajectory["extra"]["reward"] == line["reward"]
     for line in lines:
         first, _, rest = line["question"].removeprefix("Compute ").rstrip(".").partition("+")
         assert not rest or int(line["answer"]) == int(first) + int(rest)
@@ -216,6 +221,16 @@ def test_outputs_of_several_turns_have_their_messages_and_the_lengths_of_what_th
         assert len([message for message in said if message["role"] == "assistant"]) == len(row["turns"] or [0])
         assert line["completion_tokens"] == sum(logprob is not None for logprob in row["logprobs"])
         assert line["policy"] == _initial(run)
+    made = run.lines(tmp_path / "atif.jsonl", "--format", "atif")
+    assert len(made) == len(outputs)
+    for trajectory, row in zip(made, outputs, strict=True):
+        check(trajectory)
+        turns = trajectory["steps"][1:]
+        spans = [(span["start"], span["end"]) for span in row["turns"] or ()] or [(0, len(row["output_ids"]))]
+        assert [step["metrics"]["completion_token_ids"] for step in turns] == [
+            row["output_ids"][start:end] for start, end in spans
+        ]
+        assert [bool(step.get("tool_calls")) for step in turns[:-1]] == [True] * (len(spans) - 1)
 
 
 def test_demonstrations_in_the_place_of_outputs_have_no_policy_and_no_reward(tmp_path: Path) -> None:

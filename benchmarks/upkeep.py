@@ -16,7 +16,7 @@ from pathlib import Path
 from flows.runs.retention import KeepConfig, Retention
 from pipeline.events import Event, StepDone
 from pipeline.store import Store
-from pipeline.store.disk import DiskWatch
+from pipeline.store.files import DiskWatch
 from tests.flows.toy_training import train
 
 _CALLS, _ROUNDS, _STEPS = 200, 5, 300

@@ -2,7 +2,7 @@
 
 The key of a call hashes stage name, version, configs and plain values by parameter name, and the digests of the artifacts it
 is given. A hit returns the recorded artifact; a miss runs the function under a lock on its key, then records the action last;
-it does not start where it would fill the disk (`pipeline/store/disk.py`).
+it does not start where it would fill the disk (`pipeline/store/files.py`).
 Inside a flow on the Prefect engine each call is a task; a hit shows there as a state named `Cached`.
 """
 

@@ -15,8 +15,7 @@ from pipeline.config import Config
 from pipeline.events import Event, StageDone, recording
 from pipeline.store import Store, current_store
 from pipeline.store.context import Payloads, writing_payloads
-from pipeline.store.disk import free_bytes
-from pipeline.store.files import draft_folder, fsync
+from pipeline.store.files import draft_folder, free_bytes, fsync
 from stages.models import Checkpoint
 
 _SMALL: Final = 64 * 2**20

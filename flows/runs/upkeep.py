@@ -17,7 +17,7 @@ from flows.wording import size
 from pipeline.events import Event, StepDone, recording
 from pipeline.store import Store
 from pipeline.store.context import watching_disk
-from pipeline.store.disk import DiskWatch
+from pipeline.store.files import DiskWatch
 
 _SUGGESTED: Final = {"optimizer": 1, "checkpoints": 2, "rollouts": 5}
 """What to keep when the disk is full, by the option of `cohort store prune`."""

@@ -16,7 +16,7 @@ from flows.storage.gc import Freed
 from pipeline.event_log import LOG, LogReader
 from pipeline.events import StageDone
 from pipeline.store import Store, StoreError
-from pipeline.store.disk import folder_bytes
+from pipeline.store.files import folder_bytes
 from pipeline.store.folder import MANIFEST
 from stages.models import OPTIMIZER
 

@@ -25,12 +25,12 @@ from typing import Any, Final
 
 from pipeline.progress import report
 from pipeline.store.actions import read_call
-from pipeline.store.disk import free_bytes
 from pipeline.store.files import (
     DamagedArtifactError,
     PrunedArtifactError,
     StoreError,
     draft_folder,
+    free_bytes,
     fsync,
     is_plain_name,
     measure,

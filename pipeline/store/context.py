@@ -14,8 +14,7 @@ from contextvars import ContextVar
 from typing import Any, Final, Literal
 
 from pipeline.store.actions import key_of
-from pipeline.store.disk import DiskWatch
-from pipeline.store.files import StoreError
+from pipeline.store.files import DiskWatch, StoreError
 from pipeline.store.store import Store
 
 Engine = Literal["inline", "prefect"]

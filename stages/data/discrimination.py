@@ -135,14 +135,14 @@ def _statistics(data: _Data) -> dict[str, tuple[Statistic, int]]:
 
 
 def _auc_of(score_N: Floats, data: _Data) -> Statistic:
-    from stages.kernels.gauges import auc
+    from stages.kernels.estimators import auc
 
     return lambda rows, times_Q: auc(score_N[rows], data.right_N[rows])
 
 
 def _within(score_N: Floats, data: _Data, member: Mapping[str, NDArray[np.bool_]]) -> Statistic:
     """Return the mean over authors; one whose rows are all right, or none, does not count."""
-    from stages.kernels.gauges import auc
+    from stages.kernels.estimators import auc
 
     def statistic(rows: Places, times_Q: Places) -> float | None:
         own = [rows[mask[rows]] for mask in member.values()]

@@ -13,7 +13,7 @@ from pydantic import Field
 from pipeline.config import Config
 from pipeline.stage import record_metrics, stage
 from stages.join import KEY, Ragged, align, group_rows, written_lengths
-from stages.kernels.voting import maj_at_k, pass_at_k, share_interval
+from stages.kernels.estimators import maj_at_k, pass_at_k, share_interval
 from stages.tables import Evaluation, Rewards, Rollouts, Votes
 
 
@@ -38,7 +38,7 @@ def evaluate(outputs: Rollouts, rewards: Rewards, votes: Votes, config: Evaluati
     another set.
 
     Metrics: `accuracy`, `pass_at_<k>`, `maj_at_<k>`, each with `<name>_ci_low` and `<name>_ci_high` (`share_interval` of
-    `stages/kernels/voting.py`), `truncated_rate` (by finish reason), `unparseable_rate`, `no_verdict_rate`, `length_mean`
+    `stages/kernels/estimators.py`), `truncated_rate` (by finish reason), `unparseable_rate`, `no_verdict_rate`, `length_mean`
     (tokens that the policy wrote).
 
     Raises:

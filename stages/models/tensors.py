@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pipeline.artifact import ArtifactError
 from pipeline.store import MissingArtifactError, StoreError
-from pipeline.store.disk import free_bytes
+from pipeline.store.files import free_bytes
 from stages.models.folders import (
     ADAPTER,
     ADAPTER_SETTINGS,

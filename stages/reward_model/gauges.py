@@ -13,7 +13,7 @@ from pydantic import Field
 from pipeline.config import Config
 from pipeline.stage import record_metrics, stage
 from stages.join import KEY, Ragged, align, key_at
-from stages.kernels import gauges as kernels
+from stages.kernels import estimators
 from stages.reward_metrics import gauge_metrics
 from stages.reward_model.stage import ScoringConfig
 from stages.tables import RewardGauges, Rewards, Rollouts, has_verdict
@@ -171,25 +171,25 @@ def _steps(scored: pa.Table, rule: pa.Table) -> tuple[NDArray[np.float64], NDArr
 
 def _measure(joined: _Joined, scoring: ScoringConfig, config: GaugeConfig) -> dict[str, dict[str, Any]]:
     score, right, count = joined.score_N, joined.right_N, len(joined.score_N)
-    interval = kernels.auc_interval(score, right, joined.question_N, resamples=config.resamples, seed=config.seed)
-    score_length, rule_length = (kernels.spearman(each, joined.length_N) for each in (score, joined.rule_N))
+    interval = estimators.auc_interval(score, right, joined.question_N, resamples=config.resamples, seed=config.seed)
+    score_length, rule_length = (estimators.spearman(each, joined.length_N) for each in (score, joined.rule_N))
     values = {
-        "pair_accuracy": kernels.pair_accuracy(score, right, joined.question_N),
+        "pair_accuracy": estimators.pair_accuracy(score, right, joined.question_N),
         "accuracy": _accuracy(score, right, scoring),
-        "ece": kernels.calibration_error(_probability(score, scoring), right, bins=config.bins),
-        "pearson": kernels.pearson(score, joined.rule_N),
-        "spearman": kernels.spearman(score, joined.rule_N),
+        "ece": estimators.calibration_error(_probability(score, scoring), right, bins=config.bins),
+        "pearson": estimators.pearson(score, joined.rule_N),
+        "spearman": estimators.spearman(score, joined.rule_N),
         "score_length": score_length,
         "rule_length": rule_length,
         "length_bias": None if score_length is None or rule_length is None else score_length - rule_length,
-        "length_auc": kernels.auc(joined.length_N, right),
-        "cut_auc": kernels.auc(~joined.cut_N, right),
+        "length_auc": estimators.auc(joined.length_N, right),
+        "cut_auc": estimators.auc(~joined.cut_N, right),
         "score_mean": float(score.mean()) if count else None,
         "rule_mean": float(joined.rule_N.mean()) if count else None,
     }
     step_values = {
         "step_accuracy": _accuracy(joined.step_score_S, joined.step_right_S, scoring),
-        "step_auc": kernels.auc(joined.step_score_S, joined.step_right_S),
+        "step_auc": estimators.auc(joined.step_score_S, joined.step_right_S),
     }
     undefined = {"value": None, "low": None, "high": None}
     bounds = {} if interval is None else {"value": interval.estimate, "low": interval.low, "high": interval.high}

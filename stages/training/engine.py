@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from pipeline.derivation.materialise import write_payload
 from pipeline.store import StoreError, current_store
-from pipeline.store.disk import free_bytes
+from pipeline.store.files import free_bytes
 from stages.models import WEIGHTS, Checkpoint, copy_weights, model_weights, read_description, tensor_file
 from stages.training.adapters import Adapter, merge, plain_names
 from stages.training.config import TrainingConfig

@@ -16,7 +16,7 @@ from flows.experiments.figures.numbers import Estimate, Study, Trained, measured
 from flows.experiments.figures.sketches import Look, Sketch, draw_line, grid, legend_below
 from flows.runs.curve import COLOURS
 from pipeline.store import Store, StoreError, use_store
-from stages.kernels.voting import Interval, bootstrap_interval, maj_at_k, pass_at_k, wilson_interval
+from stages.kernels.estimators import Interval, bootstrap_interval, maj_at_k, pass_at_k, wilson_interval
 from stages.tables import Votes
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from statistics import variance
 from typing import Final, Literal
 
 from flows.experiments.figures.numbers import Bounds, Estimate
-from stages.kernels.voting import Interval
+from stages.kernels.estimators import Interval
 
 MARGIN: Final = 0.02
 """A change whose interval ends below it is none that matters. Ours."""

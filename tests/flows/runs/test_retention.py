@@ -18,7 +18,7 @@ from flows.runs.upkeep import Forecast
 from flows.storage.gc import Records, step_tables
 from pipeline.events import StepDone
 from pipeline.store import PrunedArtifactError, Store, use_store
-from pipeline.store.disk import DiskWatch
+from pipeline.store.files import DiskWatch
 from stages.models import Checkpoint, load_optimizer_state
 from tests.flows.toy_training import ALL, kept, train
 

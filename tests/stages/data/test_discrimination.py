@@ -12,7 +12,7 @@ import pytest
 from pipeline.store import Store
 from stages.data import Feature, measure_discrimination, shortcut_scores
 from stages.join import JoinError
-from stages.kernels.gauges import auc, auc_interval, pair_accuracy
+from stages.kernels.estimators import auc, auc_interval, pair_accuracy
 from stages.tables import RewardGauges, Rewards, Rollouts, Solutions
 from tests.stages.rows import output_row, reward_row
 

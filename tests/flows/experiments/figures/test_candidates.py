@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from flows.experiments.figures.candidates import change_interval
-from stages.kernels.voting import bootstrap_interval
+from stages.kernels.estimators import bootstrap_interval
 
 
 @pytest.mark.parametrize("change", [0.0, 0.25, -1.0, 1.0])

@@ -16,7 +16,7 @@ from flows.experiments.figures.claims import (
     raises_majority_not_pass,
 )
 from flows.experiments.figures.numbers import Estimate, estimate
-from stages.kernels.voting import Interval
+from stages.kernels.estimators import Interval
 
 LOW, HIGH = estimate([0.50, 0.51, 0.52]), estimate([0.80, 0.81, 0.82])
 UP, DOWN, NIL, WIDE = (

@@ -11,7 +11,7 @@ from pipeline.artifact import Folder
 from pipeline.stage import stage
 from pipeline.store import Store, use_store
 from pipeline.store.context import watching_disk
-from pipeline.store.disk import DiskFullError, DiskWatch, folder_bytes, free_bytes
+from pipeline.store.files import DiskFullError, DiskWatch, folder_bytes, free_bytes
 
 STARTED: list[int] = []
 

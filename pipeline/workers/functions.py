@@ -158,7 +158,7 @@ def called(source: FunctionSource, arguments: Mapping[str, Any]) -> Any:
         Whatever the function raises.
     """
     answer = load_function(source)(**arguments)
-    return _event_loop().run(_awaited(answer)) if inspect.isawaitable(answer) else answer
+    return event_loop().run(_awaited(answer)) if inspect.isawaitable(answer) else answer
 
 
 def call_plainly(source: FunctionSource, arguments: Mapping[str, Any]) -> tuple[bool, str]:
@@ -175,7 +175,7 @@ def call_plainly(source: FunctionSource, arguments: Mapping[str, Any]) -> tuple[
 
 
 @lru_cache(maxsize=1)
-def _event_loop() -> asyncio.Runner:
+def event_loop() -> asyncio.Runner:
     """Return one event loop for all calls: a client that a function keeps belongs to the loop it was made in."""
     return asyncio.Runner()
 

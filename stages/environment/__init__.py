@@ -6,6 +6,7 @@ from stages.environment.config import (
     FunctionConfig,
     PythonConfig,
     ToolCallsConfig,
+    VerifiersConfig,
 )
 from stages.environment.stage import answer_calls, environment_of, parts_of
 
@@ -15,6 +16,7 @@ __all__ = [
     "FunctionConfig",
     "PythonConfig",
     "ToolCallsConfig",
+    "VerifiersConfig",
     "answer_calls",
     "environment_of",
     "parts_of",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from importlib import metadata
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from pipeline.config import Config
-from pipeline.workers.functions import NAME_OF_A_FUNCTION, find_source
+from pipeline.config import UNKEYED, Config, ConfigError
+from pipeline.workers.functions import NAME_OF_A_FUNCTION, FunctionSource, find_source
+
+VERIFIERS: Final = "0.1.10"
+"""The package's version: later ones up to 0.3 want other versions of what Cohort uses, and 0.4 has no `env_response`."""
 
 
 class MarkedConfig(Config):
@@ -170,7 +174,65 @@ class ToolCallsConfig(Config):
         return self
 
 
+class VerifiersConfig(MarkedConfig):
+    """An environment of the package `verifiers` 0.1.10 (`pip install 'cohort-rl[verifiers]'`): a `MultiTurnEnv`, or `ToolEnv`.
+
+    A turn of the policy becomes a message of the assistant; the observation is the text of the messages that `env_response`
+    answers with. Where the environment has tools, a call is JSON as Hermes and Qwen write it, `{"name": .., "arguments": ..}`;
+    any other text is `refused`, in the environment's own words. The output ends where a stop condition holds, and at an error
+    of the package. The environment's rubric is not asked: rewards are those of `reward`.
+
+    The row of the environment's own data whose last message is the question gives its prompt, answer and `info`; where there is
+    none, they are made of the question. What the policy reads first is Cohort's `prompt`, not the environment's system message.
+    Nothing is kept between calls: the state is made anew and earlier turns are replayed, with `random` seeded by the question.
+    Running a config that names an environment runs its code, with your rights: no sandbox.
+    """
+
+    kind: Literal["verifiers"] = "verifiers"
+    "Selects an environment of `verifiers`."
+    name: str = Field(pattern=r"^([a-z0-9][a-z0-9_.-]*/)?[A-Za-z_][\w-]*$")
+    """As `verifiers.load_environment` takes it. The module of this name, with `_` for `-`, is looked for where Python imports
+    from, then in the working directory; the content of its file is part of the cache key, that of what it imports is not."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the module's own `load_environment`."""
+    opens: str = Field("<tool_call>", min_length=1)
+    closes: str = Field("</tool_call>", min_length=1)
+    before_answer: str = "\n<tool_response>\n"
+    after_answer: str = "\n</tool_response>\n"
+    max_observation: PositiveInt = 1000
+    replay: bool = True
+    """Whether earlier turns are stepped again before each new one, which makes the environment's state; another answer than the
+    recorded one ends the run. False: for environments that read messages alone; no recorded call is made again."""
+    deadline: PositiveFloat = 30.0
+    """Seconds that an answer may take, earlier turns included."""
+    memory_mb: PositiveInt = 2048
+    """MiB that a worker may take beyond what it needs to start."""
+    workers: Annotated[PositiveInt, UNKEYED] = 2
+    """Worker processes; each imports the package, which takes seconds."""
+
+    def source(self) -> FunctionSource:
+        """Return the file of the environment's `load_environment`.
+
+        Raises:
+            ConfigError: not that version of the package, or no such module.
+        """
+        try:
+            found = metadata.version("verifiers")
+        except metadata.PackageNotFoundError:
+            found = "none"
+        if found != VERIFIERS:
+            raise ConfigError(
+                f"environment.kind=verifiers: expected the package verifiers {VERIFIERS}, found {found}; "
+                "pip install 'cohort-rl[verifiers]'"
+            )
+        return find_source(f"{self.name.rpartition('/')[2].replace('-', '_')}:load_environment")
+
+    def key(self) -> dict[str, Any]:
+        """Return the key, with the content of the environment's file; raise ConfigError as `source`."""
+        return super().key() | {"source": self.source().digest}
+
+
 EnvironmentConfig = Annotated[
-    CalculatorConfig | PythonConfig | FunctionConfig | ToolCallsConfig, Field(discriminator="kind")
+    CalculatorConfig | PythonConfig | FunctionConfig | ToolCallsConfig | VerifiersConfig, Field(discriminator="kind")
 ]
 """What answers calls."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Final, get_args
 
 from pipeline.config import ConfigError
@@ -12,9 +12,8 @@ from pipeline.residency import evict, kept, resident
 from pipeline.workers.functions import call_plainly, find_source, load_function, require_callable
 from pipeline.workers.pool import KillablePool, Outcome
 from stages.environment.answers import Answer, Dialogue, Status, cut
-from stages.environment.config import FunctionConfig
+from stages.environment.config import FunctionConfig, VerifiersConfig
 
-_SLOT: Final = "environment function"
 _SIDE_BY_SIDE: Final = 8
 _LONGEST: Final = 2**20
 """Characters of a recorded `input` or `output`, at most."""
@@ -41,7 +40,8 @@ class Function:
             RuntimeError: workers that are lost.
         """
         config, source = self._config, self._source
-        pool = self._pool(min(len(dialogues), _SIDE_BY_SIDE))
+        prepare, workers = functools.partial(load_function, source), min(len(dialogues), _SIDE_BY_SIDE)
+        pool = workers_for("environment function", source, workers, config.memory_mb, prepare)
         require_callable(source, _ARGUMENTS, pool, "it gets these by name")
         tasks = [
             (source, {"question": each.question, "turns": list(each.turns), "calls": list(each.calls)})
@@ -50,41 +50,9 @@ class Function:
         outcomes = pool.run(call_plainly, tasks, deadline_s=config.deadline)
         return [self._answer(dialogue, outcome) for dialogue, outcome in zip(dialogues, outcomes, strict=True)]
 
-    def _pool(self, workers: int) -> KillablePool:
-        """Return the function's processes; those that are there serve where they are as many."""
-        key = (self._source, self._config.memory_mb)
-        there: KillablePool | None = kept(_SLOT, key)
-        if there is not None and there.workers >= workers:
-            return there
-        evict(_SLOT)
-        prepare = functools.partial(load_function, self._source)
-        preload = (load_function.__module__,)
-        make = functools.partial(KillablePool, workers=workers, memory_mb=key[1], preload=preload, prepare=prepare)
-        return resident(_SLOT, key, make)
-
     def _answer(self, dialogue: Dialogue, outcome: Outcome) -> Answer:
-        config = self._config
-        match outcome.fault:
-            case None:
-                found = self._found(*outcome.value)
-            case "timeout":
-                found = {"status": "timeout", "observation": f"timeout: not done after {config.deadline:g} s"}
-            case "memory":
-                found = {"status": "memory", "observation": f"memory: more than {config.memory_mb} MiB"}
-            case "error" | "crash":
-                found = {"status": "error", "observation": f"error: {outcome.detail}"}
-            case "lost":
-                raise RuntimeError(f"environment.function {config.function!r}: {outcome.detail}")
-        said, last = found["observation"], dialogue.turns[-1]
-        ended = next((end for end in config.call_ends if last.endswith(end)), "")
-        return Answer(
-            tool=self._source.name,
-            input=_text(found.get("input", last.removesuffix(ended)))[:_LONGEST],
-            output=_text(found.get("output", said))[:_LONGEST],
-            observation=f"{config.before_answer}{cut(_text(said), config.max_observation)}{config.after_answer}",
-            status=found.get("status", "ok"),
-            done=found.get("done", False),
-        )
+        found = None if outcome.fault else self._found(*outcome.value)
+        return answer_of(dialogue, outcome, found, self._config, tool=self._source.name)
 
     def _found(self, plain: bool, answer: str) -> dict[str, Any]:
         """Return what the function answered as a mapping, without its fields of None."""
@@ -97,6 +65,57 @@ class Function:
             where = f"{self._config.function!r} in {self._source.file}"
             raise ConfigError(f"environment.function {where}: expected {_EXPECTED}; found {objection}")
         return fields
+
+
+def workers_for(
+    slot: str, subject: Hashable, workers: int, memory_mb: int, prepare: Callable[[], object]
+) -> KillablePool:
+    """Return the processes in `slot` that were made ready for `subject`, where they are enough; else new ones."""
+    key = (subject, memory_mb)
+    there: KillablePool | None = kept(slot, key)
+    if there is not None and there.workers >= workers:
+        return there
+    evict(slot)
+    make = functools.partial(
+        KillablePool, workers=workers, memory_mb=memory_mb, preload=(load_function.__module__,), prepare=prepare
+    )
+    return resident(slot, key, make)
+
+
+def answer_of(
+    dialogue: Dialogue,
+    outcome: Outcome,
+    found: dict[str, Any] | None,
+    config: FunctionConfig | VerifiersConfig,
+    *,
+    tool: str,
+) -> Answer:
+    """Return what a call came to: what was `found`, or the fault that took it.
+
+    Raises:
+        RuntimeError: workers that are lost.
+    """
+    match outcome.fault:
+        case None:
+            assert found is not None
+        case "timeout":
+            found = {"status": "timeout", "observation": f"timeout: not done after {config.deadline:g} s"}
+        case "memory":
+            found = {"status": "memory", "observation": f"memory: more than {config.memory_mb} MiB"}
+        case "error" | "crash":
+            found = {"status": "error", "observation": f"error: {outcome.detail}"}
+        case "lost":
+            raise RuntimeError(f"environment: the worker processes of {tool!r} are lost: {outcome.detail}")
+    said, last = found["observation"], dialogue.turns[-1]
+    ended = next((end for end in config.call_ends if last.endswith(end)), "")
+    return Answer(
+        tool=tool,
+        input=_text(found.get("input", last.removesuffix(ended)))[:_LONGEST],
+        output=_text(found.get("output", said))[:_LONGEST],
+        observation=f"{config.before_answer}{cut(_text(said), config.max_observation)}{config.after_answer}",
+        status=found.get("status", "ok"),
+        done=found.get("done", False),
+    )
 
 
 def _objection_to(found: Mapping[str, Any]) -> str | None:

@@ -17,8 +17,10 @@ from stages.environment.config import (
     FunctionConfig,
     PythonConfig,
     ToolCallsConfig,
+    VerifiersConfig,
 )
 from stages.environment.function import Function
+from stages.environment.verifiers import Verifiers
 from stages.join import KEY, align
 from stages.tables import Questions, Rollouts, ToolCalls
 
@@ -88,6 +90,8 @@ def environment_of(config: EnvironmentConfig) -> Environment:
             from stages.environment.tool_calls import NamedTools
 
             return NamedTools(config, environment_of)
+        case VerifiersConfig():
+            return Verifiers(config)
         case _:
             assert_never(config)
 

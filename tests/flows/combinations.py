@@ -19,6 +19,7 @@ from flows.config.recipes import arithmetic_smoke
 from pipeline.config import Config, ConfigError
 from stages.advantage import AdvantageConfig
 from stages.critic import CriticConfig
+from stages.environment import EnvironmentConfig, ToolCallsConfig
 from stages.reward_training import RewardModelConfig
 from stages.update import DataSource, ObjectiveConfig, TruncatedCorrectionConfig, UpdateConfig
 
@@ -83,6 +84,8 @@ class Space:
     sources: tuple[DataSource, ...]
     rewards: list[RewardModelPlan | None]
     """None: rules."""
+    environments: list[Any]
+    """None: outputs of one turn."""
     dynamic: tuple[int, ...] = (0, 1)
 
     @property
@@ -105,7 +108,10 @@ class Space:
                     yield update
 
     def allowed(self) -> Iterator[IterativeRLConfig]:
-        """Every combination that a run accepts, as its configuration."""
+        """Every combination that a run accepts, as its configuration: without an environment first, then with each.
+
+        An environment refuses more and allows nothing: what is refused without one is asked with one now and then.
+        """
         base, said, place = base_run(), set[str](), itertools.count()
         advantages = [advantage for advantage in self.advantages if advantage is not None]
         critics = {number: CriticConfig(mini_batches=number) for _, number in self.steps}
@@ -125,12 +131,27 @@ class Space:
                 config = base.model_copy(update=parts)
                 complaints = unsupported_combinations(config)
                 if (first := next(complaints, None)) is None:
-                    yield config
+                    for environment in self.environments:
+                        turns = with_turns(config, environment)
+                        if not (found := set(unsupported_combinations(turns))):
+                            yield turns
+                        said |= found
                     continue
                 said.add(first)
-                if next(place) % _OTHERS == 0:
-                    said.update(complaints)
+                if (number := next(place)) % _OTHERS == 0:
+                    others = {first, *complaints}
+                    said |= others
+                    if number % (10 * _OTHERS) == 0:
+                        for environment in self.environments:
+                            assert others <= set(unsupported_combinations(with_turns(config, environment)))
         assert all(re.match(r"[a-z_.]+[:=].{30}", complaint) for complaint in said), said
+
+
+def with_turns(config: IterativeRLConfig, environment: Any) -> IterativeRLConfig:
+    """The configuration with an environment, and with the template that writes its answers where it needs one."""
+    chat = "tokenizer" if isinstance(environment, ToolCallsConfig) else "none"
+    prompt = config.prompt.model_copy(update={"chat": chat})
+    return config.model_copy(update={"environment": environment, "prompt": prompt})
 
 
 @functools.cache
@@ -151,5 +172,7 @@ def space(*, whole: bool) -> Space:
         old_logprobs=axes(UpdateConfig)["old_logprobs"],
         corrections=[{"kind": "none"}, *({"kind": "truncated", "level": level} for level in levels)],
         sources=get_args(DataSource),
+        # A function and an environment of verifiers need what is the user's.
+        environments=[None, *filter(None, variants(EnvironmentConfig))],
         rewards=[None, *(RewardModelPlan.parse({"models": [{"kind": kind}]}) for kind in kinds)],
     )

@@ -46,6 +46,8 @@ def counted(given: Space) -> Counted:
     allowed, updates, advantages = 0, {}, {}
     for config in given.allowed():
         allowed += 1
+        if config.environment is not None:  # which changes neither advantage nor objective
+            continue
         updates.setdefault(way(config), config)
         advantages.setdefault(repr(config.advantage), config.advantage)
     return Counted(given.size, allowed, updates, advantages)

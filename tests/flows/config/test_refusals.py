@@ -33,6 +33,8 @@ CONCURRENT = OVERLAP | {"side_by_side": "always"}
 CORRECTED = {"overlap": 1, "update.old_logprobs": "trainer"} | TRUNCATED
 GREEDY = {"rollout.temperature": 0.0, "rollout.G": 1}
 TAUGHT = {"teacher": {"path": "teacher"}}
+CALCULATOR = {"environment": {"kind": "calculator"}}
+COMPLETED = {"reward_model": {"models": [{"kind": "process"}], "step_labels": {"kind": "monte_carlo"}}}
 JSON_CALLS = {"environment": {"kind": "tool_calls"}}
 PROCESS = {"advantage.supervision": "process"}
 
@@ -75,6 +77,7 @@ def refusal(base: IterativeRLConfig, changes: Changes) -> str:
         ("grpo", JSON_CALLS, "environment.kind: .* set prompt.chat=tokenizer"),
         ("grpo", {"prompt": {"chat": "tokenizer", "tools": ["python"]}}, "prompt.tools: python is shown"),
         ("grpo", JSON_CALLS | {"prompt": {"chat": "tokenizer", "tools": ["calculator"]}}, "prompt.tools: calculator"),
+        ("grpo", PROCESS | CALCULATOR | COMPLETED, "reward_model.step_labels: .*kind=rules, or environment=null"),
         # What is switched off.
         ("grpo", {"evaluation": {"samples": 0, "temperature": 0.7}}, "temperature: .*0.7"),
         ("grpo", {"reward_model": {"retrain": False, "replay": {"share": 0.2}}}, "replay: "),

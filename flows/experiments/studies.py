@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from flows.config.methods import PAPER
-from flows.config.recipes import STUDENT
+from flows.config.recipes import BY_REASONING, STUDENT
 from pipeline.config import ConfigError
 from pipeline.experiment import Experiment
 
@@ -39,6 +39,8 @@ _QUICK_TOOLS: Final[dict[str, Any]] = {
     "data.evaluation.in_domain.count": 128,  # ours; 512
     "evaluation.every": 20,  # ours; 10
 }
+
+_QUICK_PROGRAMS: Final[dict[str, Any]] = {"steps": 29, "data.evaluation.test.limit": 256}  # ours; 116, all 1,319
 
 _WITH_PROGRAMS: Final[dict[str, Any]] = {
     "prompt.template": "raw",
@@ -76,6 +78,8 @@ class Scale:
     """`teacher.path` there."""
     tools: tuple[str, dict[str, Any], dict[str, Any]]
     """Of a study of tools: the recipe, what an arm without a tool overrides, and an arm with one."""
+    programs: tuple[str, dict[str, Any], dict[str, Any]]
+    """The same of a study with real questions and a model made by others."""
     seeds: tuple[int, ...]
     """Of every arm."""
 
@@ -111,6 +115,7 @@ _CPU: Final = Scale(
     student=STUDENT,
     teacher="arithmetic_teacher",  # ours: the base's own policy, exported
     tools=("arithmetic_tools", _NO_TOOL, {}),
+    programs=("gsm8k_tools", BY_REASONING, {}),
     seeds=(0, 1, 2),  # ours; the paper shows one curve each
 )
 _SMALL: Final = Scale(
@@ -126,8 +131,10 @@ _SMALL: Final = Scale(
     student=STUDENT,
     teacher="arithmetic_teacher",
     tools=("arithmetic_tools", _NO_TOOL | _QUICK_TOOLS, _QUICK_TOOLS),
+    programs=("gsm8k_tools", BY_REASONING | _QUICK_PROGRAMS, _QUICK_PROGRAMS),
     seeds=(0, 1, 2),  # ours
 )
+_TABLE_5: Final = ("deepseekmath_7b", dict[str, Any](), {"environment": {"kind": "python"}, **_WITH_PROGRAMS})
 _PAPER: Final = Scale(
     base="deepseekmath_7b",
     learned_base="deepseekmath_7b",
@@ -144,7 +151,8 @@ _PAPER: Final = Scale(
     mixed={"keep.rollouts": None},
     student={},  # of `methods`: 1.3 B
     teacher="deepseek-math-7b-rl",  # ours: the paper's policy after RL
-    tools=("deepseekmath_7b", {}, {"environment": {"kind": "python"}, **_WITH_PROGRAMS}),
+    tools=_TABLE_5,
+    programs=_TABLE_5,
     seeds=(0,),  # the paper shows one curve each
 )
 SCALES: Final = {"": _CPU, "quick": _SMALL, "paper": _PAPER}
@@ -294,16 +302,24 @@ def distillation(scale: Scale) -> Experiment:
 
 def tools(scale: Scale) -> Experiment:
     """One policy that reasons by itself, and one that calls a tool."""
-    recipe, without, given = scale.tools
+    return _tools(scale, "tools", *scale.tools)
+
+
+def gsm8k_tools(scale: Scale) -> Experiment:
+    """GSM8K by chain of thought and with Python: both columns of Table 5, from one instructed policy."""
+    return _tools(scale, "gsm8k_tools", *scale.programs)
+
+
+def _tools(scale: Scale, name: str, recipe: str, without: dict[str, Any], given: dict[str, Any]) -> Experiment:
     asks = "Table 5: what does a policy learn that reasons by itself, and what one whose calls are answered?"
-    study = _study(scale, "tools", asks, {"chain_of_thought": without, "tools": given}, {})
+    study = _study(scale, name, asks, {"chain_of_thought": without, "tools": given}, {})
     return study.override({"base": recipe})
 
 
 _STUDIES: Final = (
     *(fig5, fig6, fig7, methods),
     *(online_vs_offline, outcome_vs_process, single_vs_iterative, in_and_out_of_domain, overlap),
-    *(curriculum, distillation, tools),
+    *(curriculum, distillation, tools, gsm8k_tools),
 )
 EXPERIMENTS: Final[dict[str, Callable[[Scale], Experiment]]] = {make.__name__: make for make in _STUDIES}
 """Every study by name."""

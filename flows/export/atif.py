@@ -76,10 +76,8 @@ def _call(turn: int, call: Record | None, answer: str | None) -> dict[str, Any]:
         return {} if answer is None else {"observation": {"results": [{"content": answer}]}}
     name = f"call-{turn}"
     made = {"tool_call_id": name, "function_name": call["tool"], "arguments": {"input": call["input"]}}
-    # The answer to a last turn was never read: it ended the output, or there was no room for it.
-    content = call["observation"] if answer is None else answer
     about = {"status": call["status"], "output": call["output"]}
-    result = {"source_call_id": name, "content": content, "extra": about}
+    result = {"source_call_id": name, "content": call["observation"], "extra": about}
     return {"tool_calls": [made], "observation": {"results": [result]}}
 
 

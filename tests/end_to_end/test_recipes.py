@@ -17,6 +17,7 @@ from flows.runs.curve import Points
 from pipeline.events import recording
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
+from stages.tables import Rollouts
 from tests.flows.short_runs import Run
 from tests.flows.tiny import HF, VLLM_ON_A_CPU, tiny, write_deepseekmath, write_questions, write_qwen
 
@@ -139,3 +140,20 @@ def test_the_settings_of_the_field_train_on_their_form_of_data(
     point = found.points[1]
     assert 0 < point["reward/accuracy"] < 1
     assert ("policy/kl" in point) == (recipe == "qwen_0_5b_gsm8k"), "Dr. GRPO has no reference"
+
+
+@pytest.mark.slow
+def test_a_pretrained_policy_calls_python_between_its_turns(tmp_path: Path) -> None:
+    write_questions(tmp_path)
+    write_qwen(tmp_path / "model")
+    # Marks that the tiny model writes; between them stands an empty program, which runs as any.
+    marks = {"environment": {"kind": "python", "opens": "\n", "closes": "1"}, "rollout.max_output_tokens": 24}
+    config = tiny("gsm8k_tools", tmp_path, HF).override(marks | {"steps": 1, "evaluation.samples": 0})
+    store = Store(tmp_path / "store")
+    found = run(config, store)
+    assert found.points[1]["tool/ok_rate"] > 0
+    with use_store(store):
+        answered = [row for row in Rollouts(found.given("update_policy", "outputs")[0]).rows() if row["turns"]]
+    # What the environment wrote is in the output, and has no log-probability.
+    assert answered
+    assert all("1\n\n```\n" in row["text"] and None in row["logprobs"] for row in answered)

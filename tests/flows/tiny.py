@@ -42,15 +42,16 @@ GSM8K_ONE_GPU: Final[dict[str, Any]] = {
     "evaluation.estimates.ks": (4,),  # 4, 8
 }
 QWEN: Final[dict[str, Any]] = {
-    "steps": 2,  # 420, 282
-    "questions_per_step": 8,  # 256, 128
-    "rollout.G": 4,  # 5, 8
-    "rollout.max_output_tokens": 4,  # 1,024, 3,000
-    "evaluation.every": 2,  # 20, 16
+    "steps": 2,  # 420, 282, 116
+    "questions_per_step": 8,  # 256, 128, 64
+    "rollout.G": 4,  # 5, 8, 16
+    "rollout.max_output_tokens": 4,  # 1,024, 3,000, 1,024
+    "evaluation.every": 2,  # 20, 16, 29
 }
 SIZES: Final = {
     "deepseekmath_7b": DEEPSEEKMATH_7B,
     "gsm8k_one_gpu": GSM8K_ONE_GPU,
+    "gsm8k_tools": QWEN,
     "qwen_0_5b_gsm8k": QWEN,
     "qwen_1_5b_math": QWEN,
 }

@@ -19,9 +19,10 @@ from flows.config.recipes.arithmetic import (
 )
 from flows.config.recipes.deepseekmath import deepseekmath_7b
 from flows.config.recipes.gsm8k import gsm8k_cpu, gsm8k_one_gpu
-from flows.config.recipes.qwen import qwen_0_5b_gsm8k, qwen_1_5b_math
+from flows.config.recipes.qwen import BY_REASONING, gsm8k_tools, qwen_0_5b_gsm8k, qwen_1_5b_math
 
 __all__ = [
+    "BY_REASONING",
     "RECIPES",
     "STUDENT",
     "arithmetic_cpu",
@@ -32,6 +33,7 @@ __all__ = [
     "deepseekmath_7b",
     "gsm8k_cpu",
     "gsm8k_one_gpu",
+    "gsm8k_tools",
     "qwen_0_5b_gsm8k",
     "qwen_1_5b_math",
     "smollm2_arithmetic",
@@ -48,6 +50,7 @@ RECIPES: dict[str, Callable[[], IterativeRLConfig]] = {
         smollm2_arithmetic,
         gsm8k_cpu,
         gsm8k_one_gpu,
+        gsm8k_tools,
         qwen_0_5b_gsm8k,
         qwen_1_5b_math,
         deepseekmath_7b,

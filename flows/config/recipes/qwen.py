@@ -1,10 +1,14 @@
-"""Instructed Qwen2.5 models on one GPU, with the usual settings of the field where those are not the paper's. Never run here.
+"""Instructed Qwen2.5 models on one GPU: the usual settings of the field where those are not the paper's, and Python within
+outputs. Never run here.
 
 Sources: "verl" is its examples/grpo_trainer (run_qwen2-7b_math.sh, run_qwen2_5-3b_gsm8k_grpo_lora.sh), for 8 GPUs; "Dr. GRPO"
-is sail-sg/understand-r1-zero, examples/qwen2.5-math-1.5b.sh; both as read in 2026. What is not named is `gsm8k_one_gpu`'s.
+is sail-sg/understand-r1-zero, examples/qwen2.5-math-1.5b.sh; "Qwen" is the README of QwenLM/Qwen2.5-Math; all as read in
+2026. What is not named is `gsm8k_one_gpu`'s.
 """
 
 from __future__ import annotations
+
+from typing import Any, Final
 
 from flows.config import IterativeRLConfig
 from flows.config.recipes.gsm8k import gsm8k_one_gpu
@@ -58,4 +62,30 @@ def qwen_1_5b_math() -> IterativeRLConfig:
             "evaluation.samples": 0,  # Dr. GRPO: greedy only
         },
         source="recipe qwen_1_5b_math",
+    )
+
+
+BY_REASONING: Final[dict[str, Any]] = {
+    "environment": None,
+    "prompt.system": "Please reason step by step, and put your final answer within \\boxed{}.",  # Qwen
+}
+"""What of `gsm8k_tools` is chain of thought: the other column of the paper's Table 5."""
+
+
+def gsm8k_tools() -> IterativeRLConfig:
+    """GSM8K with Python in a sandbox: Qwen2.5-Math-1.5B-Instruct, which reasons with and without, on 80 GB; never run here."""
+    return gsm8k_one_gpu().override(
+        {
+            "name": "gsm8k_tools",
+            "policy.path": "Qwen/Qwen2.5-Math-1.5B-Instruct",  # ours: small, and instructed in both, as the paper's is
+            "prompt.template": "raw",
+            "prompt.system": "Please integrate natural language reasoning with programs to solve the problem above, and put "
+            "your final answer within \\boxed{}.",  # Qwen, and the authors' README
+            "environment": {"kind": "python"},  # ToRA's form, as Qwen
+            "steps": 116,  # ours: one pass over the training questions
+            "rollout.max_output_tokens": 1024,  # 4.2; what programs print counts
+            "rollout.backend.max_model_len": 2048,  # ours: half of the model's window
+            "evaluation.every": 29,  # ours: four times
+        },
+        source="recipe gsm8k_tools",
     )

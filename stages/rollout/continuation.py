@@ -159,7 +159,11 @@ def complete(
     """Return the continuations of each prefix, none beyond `sampling.max_output_tokens` together with it."""
     prompts = [
         Prompt(
-            prefix.question_id, [*prefix.prompt_ids, *prefix.ids], prefix.seeds(seed, samples), begun=len(prefix.ids)
+            prefix.question_id,
+            [*prefix.prompt_ids, *prefix.ids],
+            prefix.seeds(seed, samples),
+            begun=len(prefix.ids),
+            shared=len(prefix.prompt_ids),
         )
         for prefix in prefixes
     ]

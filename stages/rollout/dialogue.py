@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _TURN: Final = (*KEY, "turn")
 
 
-@stage(version="1")
+@stage(version="2")
 def continue_dialogues(
     policy: Checkpoint,
     outputs: Rollouts,
@@ -74,7 +74,7 @@ def continue_dialogues(
         started = time.perf_counter()
         limit, window = config.max_output_tokens, generator.window
         going = [row for row in waiting if row.goes_on(limit, window)]
-        prompts = [Prompt(row.question_id, row.prompt_ids + row.ids, [row.seed_of_turn]) for row in going]
+        prompts = [row.prompt() for row in going]
         rooms, progress = [row.room(limit, window) for row in going], reporter(len(going), "continue_dialogues")
         made = generate_within(generator, prompts, rooms, sampling, progress, window=window)
         seconds = time.perf_counter() - started
@@ -108,10 +108,10 @@ class _Dialogue:
         }
         return cls(**same, ids=row["output_ids"], turns=spans, answer=[])
 
-    @property
-    def seed_of_turn(self) -> int:
-        """Return the seed of the turn to come."""
-        return sample_seed(self.seed, f"{self.question_id}\0turn {len(self.turns)}", self.sample)
+    def prompt(self) -> Prompt:
+        """Return what the turn to come is sampled from, by a seed of its own."""
+        seed = sample_seed(self.seed, f"{self.question_id}\0turn {len(self.turns)}", self.sample)
+        return Prompt(self.question_id, self.prompt_ids + self.ids, [seed], shared=len(self.prompt_ids))
 
     def room(self, limit: int, window: int | None) -> int:
         """Return how many tokens may follow."""

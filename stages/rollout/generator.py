@@ -61,6 +61,8 @@ class Prompt:
     seeds: Sequence[int]
     begun: int = 0
     """Of `ids`, how many at the end begin the output: a stop string may reach from these into what is sampled."""
+    shared: int = 0
+    """Of `ids`, how many at the beginning other prompts may begin with too: they are computed once for all of these."""
 
     @property
     def beginning(self) -> Sequence[int]:

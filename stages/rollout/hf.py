@@ -84,10 +84,10 @@ class _Member:
 
 
 def _batches(prompts: Sequence[Prompt], rows: int) -> Iterator[list[_Member]]:
-    """Yield members sorted by prompt length (longest first: what does not fit fails early), at most `rows` outputs a batch."""
+    """Yield members, at most `rows` outputs a batch: prompts that share their beginning together, the longest ones first."""
     batch: list[_Member] = []
     room = rows
-    for question in sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids)):
+    for question in sorted(range(len(prompts)), key=lambda i: _order(prompts[i])):
         start, count = 0, len(prompts[question].seeds)
         while start < count:
             # A group is split only where it must be: each part pays its own prefill.
@@ -102,6 +102,11 @@ def _batches(prompts: Sequence[Prompt], rows: int) -> Iterator[list[_Member]]:
         yield batch
 
 
+def _order(prompt: Prompt) -> tuple[int, tuple[int, ...], int]:
+    beginning = tuple(prompt.ids[: prompt.shared])
+    return -(len(beginning) or len(prompt.ids)), beginning, -len(prompt.ids)
+
+
 class _Batch:
     """Decode one batch: n samples over at most n rows. Bookkeeping is numpy, the model's part torch."""
 
@@ -114,15 +119,14 @@ class _Batch:
         self.samples = [(m.question, i) for m in members for i in range(m.start, m.stop)]
         self.seeds = np.array([prompts[q].seeds[i] for q, i in self.samples], dtype=np.uint64)
         self.first_row = np.repeat(np.arange(len(members)), [m.stop - m.start for m in members])
-        self.width = max(len(prompt.ids) for prompt in self.prompts)
+        self.beginnings, self.beginning_of, self.rests = _split(self.prompts)
+        self.width = max(map(len, self.beginnings)) + max(map(len, self.rests), default=0)
         self.padding = np.zeros(len(self.samples), dtype=np.int64)
         self.padding[: len(members)] = [self.width - len(prompt.ids) for prompt in self.prompts]
         columns = self.width + sampling.max_output_tokens
         self.cache = RowCache(model.config.num_hidden_layers, rows=len(self.samples), columns=columns)
         # 0 or the most negative number, added to attention scores: given in full, transformers builds none of its own.
         self.mask = torch.full((len(self.samples), 1, 1, columns), torch.finfo(model.dtype).min, dtype=model.dtype)
-        given = torch.from_numpy(np.arange(self.width) >= self.padding[: len(members), None])
-        self.mask[: len(members), 0, 0, : self.width].masked_fill_(given, 0.0)
         self.mask = self.mask.to(model.device)
         self.ids = np.zeros((len(self.samples), sampling.max_output_tokens), dtype=np.int32)
         self.logprobs = np.zeros((len(self.samples), sampling.max_output_tokens), dtype=np.float32)
@@ -169,19 +173,34 @@ class _Batch:
             yield question, index, Output(self.ids[i, :length].copy(), self.logprobs[i, :length].copy(), reason)
 
     def _prefill(self) -> torch.Tensor:
-        """Return logits `[questions, V]` after each prompt, padded on the left; positions count from its start."""
-        ids = np.zeros((len(self.prompts), self.width), dtype=np.int64)
-        for row, prompt in enumerate(self.prompts):
-            ids[row, self.padding[row] :] = prompt.ids
-        position = np.maximum(np.arange(self.width) - self.padding[: len(self.prompts), None], 0)
-        causal = torch.full((self.width, self.width), torch.finfo(self.model.dtype).min, dtype=self.model.dtype).triu(1)
-        causal = causal.to(self.model.device)
+        """Return logits `[prompts, V]` after each prompt: after the beginnings that several share, and then the rests."""
+        logits = self._read(self.beginnings, np.zeros(len(self.beginnings), dtype=np.int64), column=0)
+        if not self.rests:
+            return logits
+        filled, rows = max(map(len, self.beginnings)), torch.from_numpy(self.beginning_of).to(self.model.device)
+        self.cache.spread(rows, filled, self.width)
+        self.mask[: len(rows)] = self.mask[rows]
+        return self._read(self.rests, np.array([len(self.beginnings[row]) for row in self.beginning_of]), column=filled)
+
+    def _read(self, texts: Sequence[Sequence[int]], first: NDArray[np.int64], *, column: int) -> torch.Tensor:
+        """Return logits `[rows, V]` after one text a row, written from this column on, padded on the left.
+
+        `first` `[rows]`: position of each text's first token.
+        """
+        lowest, device, width = torch.finfo(self.model.dtype).min, self.model.device, max(map(len, texts))
+        ids = np.zeros((len(texts), width), dtype=np.int64)
+        for row, text in enumerate(texts):
+            ids[row, width - len(text) :] = text
+        place = np.arange(width) - np.array([[width - len(text)] for text in texts])
+        end, position = column + width, np.maximum(place, 0) + first[:, None]
+        self.mask[: len(texts), 0, 0, column:end].masked_fill_(torch.from_numpy(place >= 0).to(device), 0.0)
         logits = []
-        size = max(1, _PREFILL_TOKENS // self.width)
-        for start in range(0, len(self.prompts), size):
+        size = max(1, _PREFILL_TOKENS // width)
+        for start in range(0, len(texts), size):
             part = slice(start, start + size)
-            self.cache.place(row=start, columns=slice(0, self.width))
-            mask = torch.minimum(causal, self.mask[: len(self.prompts)][part, ..., : self.width])
+            read = self.cache.place(row=start, columns=slice(column, end))
+            causal = torch.full((width, read), lowest, dtype=self.model.dtype, device=device).triu(column + 1)
+            mask = torch.minimum(causal, self.mask[: len(texts)][part, ..., :read])
             logits.append(self._run(ids[part], position[part], mask))
         return torch.cat(logits)
 
@@ -218,6 +237,18 @@ class _Batch:
             self.mask[target] = self.mask[source]
             self.padding[groups.target] = self.padding[groups.source]
         return groups.sample_row, groups.row_token
+
+
+def _split(
+    prompts: Sequence[Prompt],
+) -> tuple[list[tuple[int, ...]], NDArray[np.int64], list[Sequence[int]]]:
+    """Return the beginnings that prompts share, which of them each prompt has, and the rests; no rests where none is shared."""
+    beginnings = [tuple(prompt.ids[: prompt.shared]) for prompt in prompts]
+    distinct = {beginning: row for row, beginning in enumerate(dict.fromkeys(beginnings))}
+    if len(distinct) == len(prompts) or not all(0 < prompt.shared < len(prompt.ids) for prompt in prompts):
+        return [tuple(prompt.ids) for prompt in prompts], np.arange(len(prompts)), []
+    rests = [prompt.ids[prompt.shared :] for prompt in prompts]
+    return list(distinct), np.array([distinct[beginning] for beginning in beginnings]), rests
 
 
 def _refuse_unusual_attention(model: PreTrainedModel) -> None:

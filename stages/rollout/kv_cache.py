@@ -64,6 +64,14 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untype
         for states in (self.keys, self.values):
             states[target, :, :filled] = states[source, :, :filled]
 
+    def spread(self, source: torch.Tensor, filled: int) -> None:
+        """Let row i have columns below `filled` of row `source[i]`."""
+        for name in ("keys", "values"):
+            states = getattr(self, name)
+            wider = _allocate(states, self.rows, self.room)
+            wider[: len(source), :, :filled] = states[source, :, :filled]
+            setattr(self, name, wider)
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.column + query_length, 0
 
@@ -88,11 +96,21 @@ class RowCache(Cache):  # type: ignore[misc]
 
         A prefill, which begins at column 0, reads what it writes; a later token reads all the room, filled or not.
         """
-        if columns.stop > self.room:
-            self.room = min(self.columns, columns.stop + max(_SPARE, columns.stop // 8))
+        self._make_room(columns.stop)
         for layer in self.row_layers:
             layer.row, layer.column, layer.room = row, columns.start, self.room
         return self.room if columns.start else int(columns.stop)
+
+    def _make_room(self, columns: int) -> None:
+        if columns > self.room:
+            self.room = min(self.columns, columns + max(_SPARE, columns // 8))
+
+    def spread(self, source: torch.Tensor, filled: int, columns: int) -> None:
+        """Let row i have columns below `filled` of row `source[i]`, with room for so many columns."""
+        self._make_room(columns)
+        for layer in self.row_layers:
+            layer.room = self.room
+            layer.spread(source, filled)
 
     def copy_rows(self, source: torch.Tensor, target: torch.Tensor, filled: int) -> None:
         for layer in self.row_layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from stages.rollout import hf
 from stages.rollout.generator import Output, Prompt, PromptTooLongError, Sampling, sample_seed
 from stages.rollout.hf import HFGenerator
 from stages.rollout.kv_cache import GROUPED, grouped_attention
@@ -131,6 +133,52 @@ def test_a_prefix_is_computed_once_however_many_outputs_share_it(qwen2: PreTrain
     hook.remove()
     prefixes = [{(q, *o.ids[:t]) for q, g in enumerate(groups) for o in g if len(o.ids) > t} for t in range(8)]
     assert rows == [len(alive) for alive in prefixes]
+
+
+def _continued() -> list[Prompt]:
+    """Outputs of two questions and a lone one, to be continued behind rests of their own, two of which are equal."""
+    draw = np.random.default_rng(1)
+    questions = [draw.integers(0, VOCABULARY, n).tolist() for n in (9, 4, 6)]
+    rests = [draw.integers(0, VOCABULARY, n).tolist() for n in (1, 12, 5, 5, 3, 7, 2)]
+    rests[3] = rests[2]
+    return [
+        Prompt(
+            f"q{q}",
+            questions[q] + rest,
+            [sample_seed(3, f"q{q}", 10 * i + s) for s in range(2)],
+            shared=len(questions[q]),
+        )
+        for i, (q, rest) in enumerate(zip((0, 1, 0, 0, 1, 0, 2), rests, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", GROUPED])
+@pytest.mark.parametrize("batch_rows", [64, 5])
+@pytest.mark.parametrize("prefill", [16_384, 12], ids=["at once", "in parts"])
+def test_a_shared_beginning_changes_no_output(
+    monkeypatch: pytest.MonkeyPatch, attention: str, batch_rows: int, prefill: int
+) -> None:
+    monkeypatch.setattr(hf, "_PREFILL_TOKENS", prefill)
+    model, prompts, sampling = make_model("qwen2", attention=attention), _continued(), Sampling(1.0, 30, (1, 2))
+    alone = [dataclasses.replace(prompt, shared=0) for prompt in prompts]
+    expected = HFGenerator(model, batch_rows=64).generate(alone, sampling)
+    _assert_same(HFGenerator(model, batch_rows=batch_rows).generate(prompts, sampling), expected)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_positions_behind_a_shared_beginning_are_the_prompts_own(architecture: str) -> None:
+    model, prompts, sampling = make_model(architecture), _continued(), Sampling(1.0, 12, ())
+    alone = [dataclasses.replace(prompt, shared=0) for prompt in prompts]
+    generator = HFGenerator(model, batch_rows=64)
+    _assert_same(generator.generate(prompts, sampling), generator.generate(alone, sampling))
+
+
+def test_a_beginning_is_computed_once_for_all_that_share_it(qwen2: PreTrainedModel) -> None:
+    shapes: list[tuple[int, ...]] = []
+    hook = qwen2.register_forward_pre_hook(lambda _m, _a, k: shapes.append(k["input_ids"].shape), with_kwargs=True)
+    HFGenerator(qwen2, batch_rows=64).generate(_continued(), Sampling(1.0, 1, ()))
+    hook.remove()
+    assert shapes == [(3, 9), (7, 12)]
 
 
 @pytest.mark.claim("log-probabilities in bfloat16")

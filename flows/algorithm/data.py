@@ -83,15 +83,25 @@ def limit_data(config: IterativeRLConfig, data: DataSets, base: Checkpoint) -> D
 
 def first_rewards(config: IterativeRLConfig, questions: Questions) -> tuple[Rewards, ...]:
     """Return the tables that `curriculum.rewards` names; raise ConfigError for one that says nothing of `questions`."""
-    return tuple(_rewards_named(name, questions) for name in (config.curriculum.rewards if config.curriculum else ()))
+    names = config.curriculum.rewards if config.curriculum else ()
+    return tuple(rewards_named(name, question_ids(questions)) for name in names)
 
 
-def _rewards_named(name: str, questions: Questions) -> Rewards:
-    by = ["question_id"]
+def question_ids(table: Questions | Rewards) -> set[str]:
+    """Return the ids of the questions in a table."""
+    return set(table.read(["question_id"])["question_id"].to_pylist())
+
+
+def rewards_named(name: str, questions: set[str]) -> Rewards:
+    """Return the table of rewards that a digest or its beginning names, in the current store.
+
+    Raises:
+        ConfigError: none, another table, or rewards of none of these questions.
+    """
     try:
         found = Rewards(current_store().resolve(name))
         with contextlib.suppress(PrunedArtifactError):  # draws that read it may be recorded
-            if set(found.read(by)[by[0]].to_pylist()).isdisjoint(questions.read(by)[by[0]].to_pylist()):
+            if question_ids(found).isdisjoint(questions):
                 raise ConfigError("its rewards are of other questions than data.train's")
     except (StoreError, ArtifactError, ConfigError) as error:
         raise ConfigError(f"curriculum.rewards: expected tables of rewards, found {name}: {error}") from None

@@ -13,7 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from flows.algorithm.data import arithmetic_complaints, below, demonstrations_of_set, prepare_data, room_of, shortages
+from flows.algorithm.data import (
+    arithmetic_complaints,
+    below,
+    demonstrations_of_set,
+    prepare_data,
+    question_ids,
+    rewards_named,
+    room_of,
+    shortages,
+)
 from flows.algorithm.models import EarlyTokenizer, early_tokenizer, require_turns
 from flows.config import ArithmeticData, FileData, IterativeRLConfig, PretrainedPolicy
 from pipeline.config import ConfigError
@@ -47,20 +56,30 @@ def scratch_store() -> Iterator[None]:
         yield
 
 
-def examine_data(config: IterativeRLConfig) -> DataFindings:
-    """Read the data sets that are here, without a model, a download or a trace in the store."""
+def examine_data(config: IterativeRLConfig, store: Store | None = None) -> DataFindings:
+    """Read the data sets that are here, without a model, a download or a trace in the store.
+
+    Args:
+        store: where the rewards of a curriculum are looked for; None: they are not.
+    """
     found = DataFindings()
     if isinstance(config.data, ArithmeticData):
         found.complaints += arithmetic_complaints(config, config.data)
         if config.rollout.has_stops or config.environment is not None:
             with scratch_store():
                 _examine_stops_without_sets(config, found)
+        if store is not None:
+            with scratch_store():
+                train = prepare_data(config.data.model_copy(update={"evaluation": {}})).train
+                _examine_rewards(config, train, store, found)
         return found
     with scratch_store():
         sets = dict(_read_sets(config.data, found))
         demonstrations = _demonstrations(sets.get("train"), found)
         _measure(config, sets, demonstrations, found)
         _examine_answers(config, sets, found)
+        if store is not None and "train" in sets:
+            _examine_rewards(config, sets["train"], store, found)
         if "train" in found.sizes:
             count = found.sizes["train"]
             found.complaints += shortages(config, count, count if demonstrations else None)
@@ -129,6 +148,17 @@ def _measure(
         elif lengths.longer:
             found.notes.append(f"data.{name}: {len(lengths.longer):,} questions are left out, {left:,} stay")
             found.sizes[name] = left
+
+
+def _examine_rewards(config: IterativeRLConfig, train: Questions, store: Store, found: DataFindings) -> None:
+    """Complain of `curriculum.rewards` that are not in the store, or of other questions."""
+    questions = question_ids(train)
+    for name in config.curriculum.rewards if config.curriculum else ():
+        try:
+            with use_store(store):
+                rewards_named(name, questions)
+        except ConfigError as error:
+            found.complaints.append(str(error))
 
 
 def _examine_stops(config: IterativeRLConfig, early: EarlyTokenizer, found: DataFindings) -> None:

@@ -150,7 +150,8 @@ def _check_data(recipe: str, config: IterativeRLConfig, places: Places, out: Con
     from flows.algorithm.data_check import examine_data
     from flows.planning.request import Request, room_for_checkpoint, subject_of
 
-    found = examine_data(config)
+    named = config.curriculum is not None and config.curriculum.rewards
+    found = examine_data(config, places.open_store() if named else None)
     try:
         lacking = room_for_checkpoint(subject_of(config, places, Request()))
     except ConfigError as error:

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from flows import iterative_rl as loop
+from flows.algorithm.data_check import examine_data
 from pipeline.config import ConfigError
 from pipeline.residency import evict
 from pipeline.store import Store, use_store
 from stages.tables import Questions
-from tests.flows.short_runs import Run, copied, train
+from tests.flows.short_runs import BASE, Run, copied, train
 
 pytestmark = pytest.mark.slow
 
@@ -133,3 +134,6 @@ def test_names_that_are_no_rewards_of_these_questions_are_refused_first(runs: di
         with pytest.raises(ConfigError, match=f"curriculum.rewards: .* found {name}"):
             train(store, "grpo", run=run, **{"curriculum": {"rewards": [name]}}, **changes)
         assert not run.of("supervised_finetuning")
+        (complaint,) = examine_data(BASE.override(changes | {"curriculum": {"rewards": [name]}}), store).complaints
+        assert f"found {name}" in complaint
+    assert not examine_data(BASE.override({"curriculum": {"rewards": [rewards]}}), store).complaints

@@ -45,6 +45,7 @@ _STEP_METRICS: Final = {
     "AUC": "rm/auc",
     "KL": "policy/kl",
     "entropy": "policy/entropy",
+    "calls": "tool/calls_mean",
 }
 _WORTH_A_LINE: Final = 1.0
 """Stages before the first step that took less (seconds) are not mentioned."""

@@ -176,8 +176,8 @@ def test_a_step_without_rewards_or_kl_tells_what_it_has() -> None:
     display, clock, text = plain()
     clock.now += 2.0
     tell(display, executed("update_policy", 1.0))
-    tell(display, step_of(1, 0, {"policy/entropy": 3.25}))
-    assert text.getvalue() == "00:00:02  step   1/4  entropy 3.250  2.0 s\n"
+    tell(display, step_of(1, 0, {"policy/entropy": 3.25, "tool/calls_mean": 0.5}))
+    assert text.getvalue() == "00:00:02  step   1/4  entropy 3.250  calls 0.500  2.0 s\n"
     display.console.print(display)
     assert "step 1/4" in text.getvalue()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import ctypes
+import errno
 import json
 import math
 import os
@@ -28,6 +29,7 @@ _NEW_MOUNT, _NEW_UTS, _NEW_IPC = 0x20000, 0x4000000, 0x8000000
 _NEW_USER, _NEW_PID, _NEW_NET = 0x10000000, 0x20000000, 0x40000000
 _READ_ONLY, _NO_SUID, _NO_DEV, _REMOUNT, _BIND, _RECURSIVE, _PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 _DETACH = 2
+_MOUNT_SETATTR = 442
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _FORBIDDEN = {
     "x86_64": (0xC000003E, 41, (29, 64, 68, 101, 248, 249, 250, 298, 321, 323, 425)),
@@ -106,7 +108,7 @@ def _leave(shown: list[str]) -> None:
     for path, number in opened.items():
         os.makedirs(_ROOT + path, exist_ok=True)
         _mount(f"/proc/self/fd/{number}", _ROOT + path, None, _BIND | _RECURSIVE)
-        _mount("none", _ROOT + path, None, _BIND | _REMOUNT | _READ_ONLY | _NO_SUID | _NO_DEV)
+        _make_read_only(_ROOT + path)
     os.makedirs(_ROOT + "/dev")
     for path, number in devices.items():
         os.close(os.open(_ROOT + path, os.O_CREAT | os.O_WRONLY))
@@ -121,6 +123,21 @@ def _leave(shown: list[str]) -> None:
     os.rmdir("/old")
     _mount("none", "/", None, _REMOUNT | _READ_ONLY | _NO_SUID | _NO_DEV)
     _forbid()
+
+
+def _make_read_only(path: str) -> None:
+    """Make a mount read-only, with all that is mounted below it; kernels before 5.12 cannot do that at once."""
+    recursive, here, changes = 0x8000, -100, struct.pack("<QQQQ", _READ_ONLY | _NO_SUID | _NO_DEV, 0, 0, 0)
+    numbers = [ctypes.c_long(number) for number in (_MOUNT_SETATTR, here, recursive, len(changes))]
+    if not _LIBC.syscall(*numbers[:2], path.encode(), numbers[2], changes, numbers[3]):
+        return
+    if ctypes.get_errno() != errno.ENOSYS:
+        _check(-1, f"read-only {path}")
+    with open("/proc/self/mountinfo") as mounts:
+        below = [line.split()[4] for line in mounts if line.split()[4].startswith(path + "/")]
+    if below:
+        raise OSError(f"expected nothing mounted below the folders of Python on a kernel before 5.12, found {below[0]}")
+    _mount("none", path, None, _BIND | _REMOUNT | _READ_ONLY | _NO_SUID | _NO_DEV)
 
 
 def _forbid() -> None:

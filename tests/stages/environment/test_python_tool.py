@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -177,6 +178,26 @@ def test_a_hostile_program_gets_its_row_in_time_and_changes_nothing(name: str) -
 def test_every_hostile_program_gets_its_row_in_time_and_changes_nothing() -> None:
     assert len(PROGRAMS) >= 60
     hold(list(PROGRAMS))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system in a mount namespace of its own")
+def test_what_is_mounted_below_the_folders_of_python_is_read_only_too() -> None:
+    folder = Path(sysconfig.get_path("stdlib")) / "pydoc_data"
+    program = f"import os\nprint(os.listdir({str(folder)!r}))\nopen({str(folder / 'written')!r}, 'w')"
+    script = (
+        "import subprocess\n"
+        f"subprocess.run(['mount', '-t', 'tmpfs', '-o', 'mode=777', 'none', {str(folder)!r}], check=True)\n"
+        f"open({str(folder / 'outside')!r}, 'w').close()\n"
+        "from stages.environment import PythonConfig\n"
+        "from stages.environment.python_tool import require_sandbox\n"
+        f"print(*require_sandbox(PythonConfig()).run([{program!r}], PythonConfig()))\n"
+    )
+    command = ["unshare", "--mount", sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "unshare failed" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"no mount namespace: {done.stderr}")
+    assert done.stdout.startswith("error ['outside']"), done.stdout + done.stderr
+    assert "Read-only file system" in done.stdout
 
 
 def test_a_killed_run_leaves_no_process_of_a_program_behind() -> None:

@@ -73,7 +73,7 @@ class PythonConfig(MarkedConfig):
     deadline: PositiveFloat = 5.0
     """Seconds that an answer may take."""
     memory_mb: PositiveInt = 512
-    """MiB that a process of a program may allocate."""
+    """MiB that a process of a program may allocate, and that all of them may take together."""
     sandbox: Literal["namespaces", "limits"] = "namespaces"
     """`namespaces`: user, mount, PID, network and IPC namespaces of Linux, without capabilities, with a filter of system calls
     (seccomp). `limits`: none, for systems that do not allow them: a program has the rights, files and network of who runs this;

@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
+
 from pipeline.config import ConfigError
 from pipeline.orchestration.interruption import check
 from pipeline.residency import resident
@@ -29,11 +31,19 @@ _SIDE_BY_SIDE: Final = 8
 _GRACE: Final = 0.5
 """Seconds beyond its deadline until a sandbox that is silent is killed."""
 _START: Final = 20.0
+_LOOK: Final = 0.25
+"""Seconds between two looks at the memory of a program."""
+_SLACK: Final = 64 * 2**20
+"""Bytes that a program's processes may take beyond its limit: the interpreter itself."""
 _HEAD: Final = struct.Struct("<I")
 
 
 class SandboxError(RuntimeError):
     """A sandbox that does not start, or that died."""
+
+
+class _MemoryError(SandboxError):
+    """A program whose processes take too much together."""
 
 
 class PythonTool:
@@ -178,10 +188,10 @@ class _Process:
         try:
             self._process.stdin.write(_HEAD.pack(len(written)) + written)
             self._process.stdin.flush()
-            answer = self._read(config.deadline + _GRACE)
-        except (OSError, SandboxError):
+            answer = self._read(config.deadline + _GRACE, config.memory_mb * 2**20 + _SLACK)
+        except (OSError, SandboxError) as error:
             self.close()
-            return "timeout", ""
+            return "memory" if isinstance(error, _MemoryError) else "timeout", ""
         return answer["status"], answer["output"]
 
     def close(self) -> None:
@@ -192,18 +202,36 @@ class _Process:
                 with contextlib.suppress(OSError):
                     pipe.close()
 
-    def _read(self, seconds: float) -> Any:
+    def _read(self, seconds: float, memory: int | None = None) -> Any:
         end = time.monotonic() + seconds
-        (size,) = _HEAD.unpack(self._bytes(_HEAD.size, end))
-        return json.loads(self._bytes(size, end))
+        (size,) = _HEAD.unpack(self._bytes(_HEAD.size, end, memory))
+        return json.loads(self._bytes(size, end, memory))
 
-    def _bytes(self, count: int, end: float) -> bytes:
+    def _bytes(self, count: int, end: float, memory: int | None) -> bytes:
         assert self._process.stdout is not None
         number, found = self._process.stdout.fileno(), b""
         while len(found) < count:
-            if not select.select([number], [], [], max(0.0, end - time.monotonic()))[0]:
-                raise SandboxError("no answer")
+            left = max(0.0, end - time.monotonic())
+            if not select.select([number], [], [], left if memory is None else min(left, _LOOK))[0]:
+                if left <= _LOOK:
+                    raise SandboxError("no answer")
+                if memory is not None and _taken_below(self._process.pid) > memory:
+                    raise _MemoryError("too much memory")
+                continue
             if not (part := os.read(number, count - len(found))):
                 raise SandboxError("the process ended")
             found += part
         return found
+
+
+def _taken_below(pid: int) -> int:
+    """Return bytes of memory that the processes below one take together; a page that several share counts in parts."""
+    total = 0
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error, OSError):
+            try:
+                total += process.memory_full_info().pss
+            except psutil.AccessDenied:
+                taken = process.memory_info()
+                total += taken.rss - taken.shared
+    return total

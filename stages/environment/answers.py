@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+
+from pipeline.orchestration.interruption import check
 
 Status = Literal["ok", "error", "timeout", "memory", "refused"]
 
@@ -39,6 +42,21 @@ class Environment(Protocol):
     def answer(self, dialogues: Sequence[Dialogue]) -> list[Answer]:
         """Return the answer to the last call of each output, in their order."""
         ...
+
+
+def side_by_side(answer: Callable[[Dialogue], Answer], dialogues: Sequence[Dialogue], *, most: int) -> list[Answer]:
+    """Return the answer to each, in their order; `most` are made at a time, in threads."""
+    with ThreadPoolExecutor(most) as threads:
+        futures = [threads.submit(answer, dialogue) for dialogue in dialogues]
+        try:
+            found = []
+            for future in futures:
+                check()
+                found.append(future.result())
+            return found
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
 
 
 def cut(text: str, most: int) -> str:

@@ -13,6 +13,9 @@ from pipeline.workers.functions import NAME_OF_A_FUNCTION, FunctionSource, find_
 VERIFIERS: Final = "0.1.10"
 """The package's version: later ones up to 0.3 want other versions of what Cohort uses, and 0.4 has no `env_response`."""
 
+OPENENV: Final = "0.2.1"
+"""The package's version: later ones want other versions of what Cohort uses."""
+
 
 class MarkedConfig(Config):
     """A tool whose calls stand between two texts."""
@@ -216,15 +219,7 @@ class VerifiersConfig(MarkedConfig):
         Raises:
             ConfigError: not that version of the package, or no such module.
         """
-        try:
-            found = metadata.version("verifiers")
-        except metadata.PackageNotFoundError:
-            found = "none"
-        if found != VERIFIERS:
-            raise ConfigError(
-                f"environment.kind=verifiers: expected the package verifiers {VERIFIERS}, found {found}; "
-                "pip install 'cohort-rl[verifiers]'"
-            )
+        _require("verifiers", VERIFIERS, self.kind)
         return find_source(f"{self.name.rpartition('/')[2].replace('-', '_')}:load_environment")
 
     def key(self) -> dict[str, Any]:
@@ -232,7 +227,60 @@ class VerifiersConfig(MarkedConfig):
         return super().key() | {"source": self.source().digest}
 
 
+class OpenEnvConfig(MarkedConfig):
+    """A server of OpenEnv, asked by its client (openenv-core 0.2.1: `pip install 'cohort-rl[openenv]'`).
+
+    Each call opens a session: `reset`, the steps of the output's earlier calls that ended well, and its own. So an answer
+    depends on what is recorded alone; a replayed step that is observed otherwise ends the run. `reset` gets `seed`, a number
+    made of the question's id, and `question_id`, `question` and `answer`, as far as the server takes them. `done` ends the
+    output. The server's rewards are not asked: rewards are those of `reward`.
+
+    An action that the server does not take is `refused`, one that raises there an `error`. A server that is not there, or has
+    no session left, stops the run before anything is recorded; the same command goes on. What runs behind the URL is not in the
+    key.
+    """
+
+    kind: Literal["openenv"] = "openenv"
+    "Selects a server of OpenEnv."
+    url: str = Field(pattern=r"^(https?|wss?)://[^@\s]+$")
+    """Its address; without a password."""
+    action: str | None = None
+    """Field of the action that is the text of the call; null: the call is the action, as JSON."""
+    observation: str | None = None
+    """Field of the observation that the policy reads; null: all of it, as JSON."""
+    opens: str = Field("<tool_call>", min_length=1)
+    closes: str = Field("</tool_call>", min_length=1)
+    before_answer: str = "\n<tool_response>\n"
+    after_answer: str = "\n</tool_response>\n"
+    max_observation: PositiveInt = 1000
+    replay: bool = True
+    """Whether earlier calls are stepped again before each new one. False: for a server without a state; no recorded call is
+    made again."""
+    deadline: PositiveFloat = 30.0
+    """Seconds that a step may take."""
+    sessions: Annotated[PositiveInt, UNKEYED] = 1
+    """Calls side by side; at most as many as the server has sessions (`max_concurrent_envs`, 1 by default)."""
+
+    def key(self) -> dict[str, Any]:
+        """Return the key; raise ConfigError without that version of the package."""
+        _require("openenv-core", OPENENV, self.kind)
+        return super().key()
+
+
+def _require(package: str, version: str, kind: str) -> None:
+    try:
+        found = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        found = "none"
+    if found != version:
+        raise ConfigError(
+            f"environment.kind={kind}: expected the package {package} {version}, found {found}; "
+            f"pip install 'cohort-rl[{kind}]'"
+        )
+
+
 EnvironmentConfig = Annotated[
-    CalculatorConfig | PythonConfig | FunctionConfig | ToolCallsConfig | VerifiersConfig, Field(discriminator="kind")
+    CalculatorConfig | PythonConfig | FunctionConfig | ToolCallsConfig | VerifiersConfig | OpenEnvConfig,
+    Field(discriminator="kind"),
 ]
 """What answers calls."""

@@ -15,16 +15,14 @@ import sysconfig
 import time
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
 import psutil
 
 from pipeline.config import ConfigError
-from pipeline.orchestration.interruption import check
 from pipeline.residency import resident
-from stages.environment.answers import Answer, Dialogue, Status, cut
+from stages.environment.answers import Answer, Dialogue, Status, cut, side_by_side
 from stages.environment.config import PythonConfig
 
 _SIDE_BY_SIDE: Final = 8
@@ -59,17 +57,7 @@ class PythonTool:
 
     def answer(self, dialogues: Sequence[Dialogue]) -> list[Answer]:
         """Answer the last call of each, eight side by side."""
-        with ThreadPoolExecutor(_SIDE_BY_SIDE) as threads:
-            futures = [threads.submit(self._answer, dialogue) for dialogue in dialogues]
-            try:
-                found = []
-                for future in futures:
-                    check()
-                    found.append(future.result())
-                return found
-            except BaseException:
-                threads.shutdown(cancel_futures=True)
-                raise
+        return side_by_side(self._answer, dialogues, most=_SIDE_BY_SIDE)
 
     def _answer(self, dialogue: Dialogue) -> Answer:
         config = self._config

@@ -15,12 +15,13 @@ from stages.environment.config import (
     CalculatorConfig,
     EnvironmentConfig,
     FunctionConfig,
+    OpenEnvConfig,
     PythonConfig,
     ToolCallsConfig,
     VerifiersConfig,
 )
-from stages.environment.function import Function
-from stages.environment.verifiers import Verifiers
+from stages.environment.function import Function, Verifiers
+from stages.environment.openenv import OpenEnv
 from stages.join import KEY, align
 from stages.tables import Questions, Rollouts, ToolCalls
 
@@ -92,6 +93,8 @@ def environment_of(config: EnvironmentConfig) -> Environment:
             return NamedTools(config, environment_of)
         case VerifiersConfig():
             return Verifiers(config)
+        case OpenEnvConfig():
+            return OpenEnv(config)
         case _:
             assert_never(config)
 

@@ -383,7 +383,9 @@ def test_a_function_that_is_not_there_is_found_with_the_configuration(
         choose("arithmetic_smoke", settings=[setting % "my_rewards:reward"])
 
 
-def test_an_environment_of_a_package_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.environment.config.VERIFIERS", "0.0")
-    with pytest.raises(ConfigError, match=r"expected the package verifiers 0\.0"):
-        choose("arithmetic_smoke", settings=["environment={kind: verifiers, name: my-environment}"])
+@pytest.mark.parametrize("kind", ["verifiers, name: my-environment", "openenv, url: 'http://127.0.0.1:1'"])
+def test_an_environment_of_a_package_that_is_not_there_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VERIFIERS", "OPENENV"):
+        monkeypatch.setattr(f"stages.environment.config.{name}", "0.0")
+    with pytest.raises(ConfigError, match=r"expected the package [a-z-]+ 0\.0"):
+        choose("arithmetic_smoke", settings=[f"environment={{kind: {kind}}}"])

@@ -15,7 +15,7 @@ from pipeline.residency import evict
 from pipeline.store import Store, use_store
 from stages.environment import VerifiersConfig
 from stages.environment.answers import Answer, Dialogue
-from stages.environment.verifiers import Verifiers
+from stages.environment.function import Verifiers
 from stages.tables import ToolCalls
 from tests.flows.short_runs import executed_by
 

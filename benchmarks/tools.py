@@ -4,8 +4,8 @@
     .venv/bin/python -m benchmarks.tools --quick    # 20 dialogues and few tokens, to see that it runs
 
 Calls: `answer_calls` alone, of outputs written by hand: reading tables, running each output's programs in sandboxes side by
-side, writing the table of calls. A turn runs the programs of the turns before it again: 6,000 for 3,000 calls. Milliseconds
-of a core are wall time times cores over calls.
+side, writing the table of calls. A turn runs the programs of the turns before it again: 6,000 for 3,000 calls, of which no two
+are equal. Milliseconds of a core are wall time times cores over calls.
 
 Prefill: 16 outputs of each of 8 questions go on behind a question of 150 tokens and 60 of their own, with a model of 27 M
 random weights; seconds with the question computed once for its outputs, over seconds with each output computed whole, in turns.
@@ -38,7 +38,7 @@ from stages.rollout.kv_cache import GROUPED
 from stages.tables import Questions, Rollouts, ToolCalls
 
 _TURNS = {
-    "python": [f"```python\nx{turn} = {turn}\nprint(x{turn})\n```\n```output" for turn in range(3)],
+    "python": [f"```python\n# #####\nx{turn} = {turn}\nprint(x{turn})\n```\n```output" for turn in range(3)],
     "calculator": [f"[{turn}+1]" for turn in range(3)],
 }
 
@@ -86,7 +86,7 @@ def continuing(new: int, *, questions: int = 8, G: int = 16, layers: int = 8) ->
 def measure(config: EnvironmentConfig, dialogues: int) -> list[float]:
     """Return milliseconds of a core a call, for each turn."""
     cores = len(os.sched_getaffinity(0))
-    names = [f"q{number}" for number in range(dialogues)]
+    names = [f"q{number:04}" for number in range(dialogues)]
     asked = {"question_id": names, "question": names, "answer": ["0"] * dialogues, "solution": [None] * dialogues}
     questions, calls, found = Questions.write(asked), None, []
     answer_calls(_outputs(config.kind, names[:8], [], 0), questions, None, config)  # the sandboxes start
@@ -124,7 +124,7 @@ def _outputs(kind: str, names: Sequence[str], observations: Sequence[str], turn:
         "seed": 0,
         "turns": spans,
     }
-    return Rollouts.write([row | {"question_id": name} for name in names])
+    return Rollouts.write([row | {"question_id": name, "text": text.replace("#####", name)} for name in names])
 
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from pipeline.orchestration.interruption import check
 
 Status = Literal["ok", "error", "timeout", "memory", "refused"]
+
+
+Call = TypeVar("Call")
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,10 @@ class Environment(Protocol):
         ...
 
 
-def side_by_side(answer: Callable[[Dialogue], Answer], dialogues: Sequence[Dialogue], *, most: int) -> list[Answer]:
+def side_by_side(answer: Callable[[Call], Answer], calls: Sequence[Call], *, most: int) -> list[Answer]:
     """Return the answer to each, in their order; `most` are made at a time, in threads."""
     with ThreadPoolExecutor(most) as threads:
-        futures = [threads.submit(answer, dialogue) for dialogue in dialogues]
+        futures = [threads.submit(answer, call) for call in calls]
         try:
             found = []
             for future in futures:

@@ -56,22 +56,28 @@ class PythonTool:
         self._config, self._sandboxes = config, require_sandbox(config)
 
     def answer(self, dialogues: Sequence[Dialogue]) -> list[Answer]:
-        """Answer the last call of each, eight side by side."""
-        return side_by_side(self._answer, dialogues, most=_SIDE_BY_SIDE)
+        """Answer the last call of each, eight side by side; equal programs run once."""
+        asked = [self._programs(dialogue) for dialogue in dialogues]
+        distinct = list(dict.fromkeys(asked))
+        found = dict(zip(distinct, side_by_side(self._answer, distinct, most=_SIDE_BY_SIDE), strict=True))
+        return [found[programs] for programs in asked]
 
-    def _answer(self, dialogue: Dialogue) -> Answer:
-        config = self._config
-        _, opened, rest = dialogue.turns[-1].removesuffix(config.closes).rpartition(config.opens)
-        program = rest.rstrip().removesuffix("```")
-        if not opened:
-            return self._said("", "", "refused", f"no program: expected one behind {config.opens.strip()}")
+    def _programs(self, dialogue: Dialogue) -> tuple[str, ...]:
+        """Return the program of the last turn, behind those before it that ended well; none where a turn has none."""
+        _, opened, rest = dialogue.turns[-1].removesuffix(self._config.closes).rpartition(self._config.opens)
         earlier = [call["input"] for call in dialogue.calls if call["status"] == "ok"]
-        status, output = self._sandboxes.run([*earlier, program], config)
+        return (*earlier, rest.rstrip().removesuffix("```")) if opened else ()
+
+    def _answer(self, programs: tuple[str, ...]) -> Answer:
+        config = self._config
+        if not programs:
+            return self._said("", "", "refused", f"no program: expected one behind {config.opens.strip()}")
+        status, output = self._sandboxes.run(programs, config)
         said = {
             "timeout": f"timeout: not done after {config.deadline:g} s",
             "memory": f"memory: more than {config.memory_mb} MiB",
         }.get(status, "")
-        return self._said(program, output, status, said)
+        return self._said(programs[-1], output, status, said)
 
     def _said(self, program: str, output: str, status: Status, said: str) -> Answer:
         config = self._config

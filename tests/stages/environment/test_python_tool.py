@@ -103,6 +103,20 @@ def test_a_program_between_other_marks_is_answered_between_others() -> None:
     assert (answer.input, answer.observation) == ("6 * 7", "<42>")
 
 
+def test_equal_programs_behind_equal_ones_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+    run = Sandboxes.run
+    monkeypatch.setattr(
+        Sandboxes, "run", lambda self, given, config: ran.append(list(given)) or run(self, given, config)
+    )
+    earlier = [{"input": "x = 1", "status": "ok"}]
+    program = turn("x = 2 * x if 'x' in globals() else 3\nprint(x)")
+    dialogues = [Dialogue({}, turns, calls) for turns, calls in [([program], [])] * 3 + [(["", program], earlier)] * 2]
+    answers = PythonTool(CONFIG).answer(dialogues)
+    assert [answer.output for answer in answers] == ["3\n"] * 3 + ["2\n"] * 2
+    assert sorted(map(len, ran)) == [1, 2]
+
+
 @pytest.mark.usefixtures("store")
 def test_variables_persist_between_turns_by_the_programs_that_ended_well() -> None:
     questions = Questions.write(question_rows("a"))

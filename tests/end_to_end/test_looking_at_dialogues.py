@@ -30,7 +30,9 @@ EXPERIMENT: dict[str, Any] = {
     "asks": "What do its dialogues say?",
     "base": "arithmetic_smoke",
     "baseline": "tools",
-    "common": CALLS | {"iterations": 1, "dynamic_sampling": 1},
+    "common": CALLS
+    | {"iterations": 1, "dynamic_sampling": 1, "sft.max_steps": 5, "sft.decay_steps": 1}
+    | {"evaluation": {"every": 0, "samples": 0}, "data.evaluation.in_domain.count": 2},
     "arms": {"tools": {}},
     "seeds": [0],
 }

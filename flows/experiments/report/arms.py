@@ -178,6 +178,7 @@ _LETTERS: Final = {
     "RewardLabels": "L",
     "Logprobs": "K",
     "Values": "V",
+    "ToolCalls": "T",
 }
 """Of the artifacts in the picture; any other is its first two letters."""
 _ENDS: Final = 16

@@ -49,6 +49,10 @@ class FunctionSource:
         return self.file.parents[depth]
 
 
+class SourceChangedError(RuntimeError):
+    """A file that is another one than its digest says."""
+
+
 def find_source(function: str) -> FunctionSource:
     """Return the file behind `module:name`, found as Python would find it, but without importing the packages on the way.
 
@@ -127,11 +131,11 @@ def load_function(source: FunctionSource) -> Callable[..., Any]:
     """Return the function. What runs is the file whose digest is in the cache key, never a compiled copy of an older one.
 
     Raises:
-        Whatever the module raises; AttributeError without such a function, RuntimeError where the file has changed since.
+        Whatever the module raises; AttributeError without such a function, SourceChangedError.
     """
     content = source.file.read_bytes()
     if hashlib.sha256(content).hexdigest() != source.digest:
-        raise RuntimeError(f"{source.file} has changed since the run began; run again with the new version")
+        raise SourceChangedError(f"{source.file} has changed since the run began; run again with the new version")
     if str(source.root) not in sys.path:
         sys.path.append(str(source.root))
     package = source.module.rpartition(".")[0]

@@ -62,6 +62,11 @@ def side_by_side(answer: Callable[[Call], Answer], calls: Sequence[Call], *, mos
             raise
 
 
+def plain(text: str) -> str:
+    """Return the text; `?` stands for what is no character (half of a surrogate pair)."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def cut(text: str, most: int) -> str:
     """Return a text of at most `most` characters; `...` stands for what is left out behind them."""
     return text if len(text) <= most else f"{text[:most]}..."

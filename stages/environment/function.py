@@ -9,9 +9,9 @@ from typing import Any, Final, get_args
 
 from pipeline.config import ConfigError
 from pipeline.residency import evict, kept, resident
-from pipeline.workers.functions import call_plainly, find_source, load_function, require_callable
+from pipeline.workers.functions import SourceChangedError, call_plainly, find_source, load_function, require_callable
 from pipeline.workers.pool import KillablePool, Outcome
-from stages.environment.answers import Answer, Dialogue, Status, cut
+from stages.environment.answers import Answer, Dialogue, Status, cut, plain
 from stages.environment.config import FunctionConfig, VerifiersConfig
 from stages.environment.verifiers_worker import Stepped, load, objection_to, step
 
@@ -57,13 +57,13 @@ class Function:
         found = None if outcome.fault else self._found(*outcome.value)
         return answer_of(dialogue, outcome, found, self._config, tool=self._source.name)
 
-    def _found(self, plain: bool, answer: str) -> dict[str, Any]:
+    def _found(self, fits: bool, answer: str) -> dict[str, Any]:
         """Return what the function answered as a mapping, without its fields of None."""
-        found = json.loads(answer) if plain else None
+        found = json.loads(answer) if fits else None
         if isinstance(found, str):
             return {"observation": found}
         fields = {name: value for name, value in found.items() if value is not None} if isinstance(found, dict) else {}
-        objection = _objection_to(fields) if isinstance(found, dict) else type(found).__name__ if plain else answer
+        objection = _objection_to(fields) if isinstance(found, dict) else type(found).__name__ if fits else answer
         if objection is not None:
             where = f"{self._config.function!r} in {self._source.file}"
             raise ConfigError(f"environment.function {where}: expected {_EXPECTED}; found {objection}")
@@ -96,6 +96,7 @@ def answer_of(
     """Return what a call came to: what was `found`, or the fault that took it.
 
     Raises:
+        ConfigError: the source has changed while calls were answered.
         RuntimeError: workers that are lost.
     """
     match outcome.fault:
@@ -105,6 +106,8 @@ def answer_of(
             found = {"status": "timeout", "observation": f"timeout: not done after {config.deadline:g} s"}
         case "memory":
             found = {"status": "memory", "observation": f"memory: more than {config.memory_mb} MiB"}
+        case "error" if outcome.detail.startswith(SourceChangedError.__name__):
+            raise ConfigError(f"environment: {tool!r}: {outcome.detail}")
         case "error" | "crash":
             found = {"status": "error", "observation": f"error: {outcome.detail}"}
         case "lost":
@@ -113,9 +116,9 @@ def answer_of(
     ended = next((end for end in config.call_ends if last.endswith(end)), "")
     return Answer(
         tool=tool,
-        input=_text(found.get("input", last.removesuffix(ended)))[:_LONGEST],
-        output=_text(found.get("output", said))[:_LONGEST],
-        observation=f"{config.before_answer}{cut(_text(said), config.max_observation)}{config.after_answer}",
+        input=plain(found.get("input", last.removesuffix(ended)))[:_LONGEST],
+        output=plain(found.get("output", said))[:_LONGEST],
+        observation=f"{config.before_answer}{cut(plain(said), config.max_observation)}{config.after_answer}",
         status=found.get("status", "ok"),
         done=found.get("done", False),
     )
@@ -169,8 +172,3 @@ def _objection_to(found: Mapping[str, Any]) -> str | None:
         return "a mapping without `observation`"
     status = found.get("status", "ok")
     return None if status in get_args(Status) else f"{status!r:.100} as status"
-
-
-def _text(text: str) -> str:
-    """Return the text; `?` stands for what is no character (half of a surrogate pair)."""
-    return text.encode("utf-8", "replace").decode()

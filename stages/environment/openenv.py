@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from pipeline.config import ConfigError
-from stages.environment.answers import Answer, Dialogue, Status, cut, side_by_side
+from stages.environment.answers import Answer, Dialogue, Status, cut, plain, side_by_side
 from stages.environment.config import OpenEnvConfig
 
 _REFUSED: Final = ("VALIDATION_ERROR", "INVALID_JSON")
@@ -53,7 +53,7 @@ class OpenEnv:
                 f"environment.observation: expected {config.observation!r} among the fields of an observation, found "
                 f"{', '.join(observed)}"
             )
-        text = shown if isinstance(shown, str) else _json(shown)
+        text = plain(shown) if isinstance(shown, str) else _json(shown)
         return self._said(call, _json(observed), "ok", text, done=done)
 
     def _action(self, call: str) -> dict[str, Any] | None:
@@ -131,4 +131,4 @@ def _seed(question: Mapping[str, Any]) -> int:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return plain(json.dumps(value, sort_keys=True, ensure_ascii=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.residency import evict
+from pipeline.workers.functions import call_plainly, find_source
+from pipeline.workers.pool import KillablePool
 from stages.environment import FunctionConfig
 from stages.environment.answers import Answer, Dialogue
-from stages.environment.function import Function
+from stages.environment.function import Function, answer_of
 
 MODULE = "tests.stages.environment.tools"
 
@@ -106,6 +109,15 @@ def test_the_source_of_the_function_is_part_of_the_key(tmp_path: Path, monkeypat
         (answer,) = Function(made).answer([Dialogue({}, ["?"], [])])
         assert answer.output == text
     assert keys[0] != keys[1]
+
+
+def test_a_source_that_changes_while_calls_are_answered_ends_the_run() -> None:
+    changed = dataclasses.replace(find_source(f"{MODULE}:answer"), digest="0" * 64)
+    pool = KillablePool(workers=1, memory_mb=256)
+    (outcome,) = pool.run(call_plainly, [(changed, {})], deadline_s=20.0)
+    pool.close()
+    with pytest.raises(ConfigError, match=r"'answer'.*tools.py has changed"):
+        answer_of(Dialogue({}, ["1?"], []), outcome, None, config(), tool="answer")
 
 
 def test_an_end_within_another_is_refused() -> None:

@@ -24,8 +24,9 @@ from flows.algorithm.sampling import derived_seed
 from flows.runs.curve import Points, step_done
 from pipeline.event_log import EventLog
 from pipeline.events import recording
-from pipeline.orchestration.engine import flow, use_engine
+from pipeline.stage import flow
 from pipeline.store import Store, use_store
+from pipeline.store.context import use_engine
 from stages.advantage import GroupConfig, estimate_advantages
 from stages.data import QuestionFileConfig, read_questions, sample_batch
 from stages.models import Checkpoint, ExternalCheckpointConfig, import_checkpoint

@@ -29,7 +29,7 @@ from flows.config.resolve import Choice
 from flows.runs.paths import Places
 from flows.runs.session import run_flow
 from pipeline.events import Event, StepDone, recording
-from pipeline.orchestration.engine import Engine
+from pipeline.store.context import Engine
 
 __all__ = ["IO", "scale_config"]
 

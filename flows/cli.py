@@ -15,7 +15,7 @@ from cyclopts import App, CycloptsError, Group
 from rich.markup import escape
 
 from flows.commands.options import console
-from pipeline.config.passwords import without_password
+from pipeline.config.text import without_password
 from pipeline.orchestration.interruption import exit_code, interruptible, is_interruption
 
 _ENVIRONMENT: Final = {

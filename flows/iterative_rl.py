@@ -21,7 +21,7 @@ from flows.algorithm.sampling import Exploration, Mismatches, derived_seed, refe
 from flows.config import IterativeRLConfig
 from flows.runs.checkpoints import Checkpoints, written
 from flows.runs.curve import evaluation_done, step_done
-from pipeline.orchestration.engine import flow
+from pipeline.stage import flow
 from stages.advantage import estimate_advantages
 from stages.critic import create_critic, update_critic
 from stages.evaluation import evaluate

@@ -25,7 +25,7 @@ from typing import Any, Final
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline import events
-from pipeline.config.passwords import without_password
+from pipeline.config.text import without_password
 from pipeline.events import LONGEST_TEXT, Event, StageDone
 from pipeline.store.actions import complaint
 from pipeline.store.locks import try_lock

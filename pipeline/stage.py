@@ -1,9 +1,12 @@
-"""`@stage`: a plain function from artifacts and configs to an artifact that asks the store before it works.
+"""`@stage`: a plain function from artifacts and configs to an artifact that asks the store before it works; and `@flow`.
 
 The key of a call hashes stage name, version, configs and plain values by parameter name, and the digests of the artifacts it
 is given. A hit returns the recorded artifact; a miss runs the function under a lock on its key, then records the action last;
 it does not start where it would fill the disk (`pipeline/store/files.py`).
-Inside a flow on the Prefect engine each call is a task; a hit shows there as a state named `Cached`.
+
+`@flow` marks a function that loops over stages; `use_engine` around the call chooses the engine. Inline is the default: a plain
+call that imports no Prefect, so Slurm jobs, debuggers and tests need no server. On the Prefect engine each call of a stage is a
+task; a hit shows there as a state named `Cached`.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import sys
 import time
 import types
 import typing
@@ -22,19 +26,19 @@ from typing import Any, ParamSpec, TypeVar
 from pipeline.artifact import Artifact
 from pipeline.derivation.arguments import describe, write_arguments
 from pipeline.events import StageDone, StageFailed, StageStarted, emit
-from pipeline.orchestration.engine import run_as_task
-from pipeline.orchestration.interruption import check
+from pipeline.orchestration.interruption import check, interruptible
 from pipeline.store import Store, current_store
 from pipeline.store.actions import key_of
-from pipeline.store.context import Call, current_watch, record_metrics, running
+from pipeline.store.context import Call, current_engine, current_watch, record_metrics, running, use_engine
 
-__all__ = ["record_metrics", "stage"]
+__all__ = ["flow", "joining", "record_metrics", "run_as_task", "running_deployment", "stage"]
 
 _functions: dict[str, tuple[Callable[..., Artifact], str]] = {}
 """`module:name` of every stage that was imported -> the function behind the cache, and its version."""
 
 P = ParamSpec("P")
 A = TypeVar("A", bound=Artifact)
+R = TypeVar("R")
 
 
 def stage(*, version: str, own: Callable[..., bool] | None = None) -> Callable[[Callable[P, A]], Callable[P, A]]:
@@ -152,3 +156,61 @@ def _execute(
         raise
     emit(StageDone(call.stage, key, result.digest, seconds, cached=False))
     return dataclasses.replace(result, action=key)
+
+
+def running_deployment() -> bool:
+    """Return whether this is called inside a flow run that a Prefect worker started."""
+    if "prefect.context" not in sys.modules:
+        return False
+    context = sys.modules["prefect.context"].FlowRunContext.get()
+    return bool(context and context.flow_run and context.flow_run.deployment_id)
+
+
+def joining() -> contextlib.AbstractContextManager[None]:
+    """Run flows on the Prefect engine as part of the flow run that is there, which then shows their tasks as its own."""
+    return use_engine("joined")
+
+
+def flow(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function a flow: a Prefect flow on the Prefect engine, itself otherwise."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if current_engine() == "inline":
+            return function(*args, **kwargs)
+        import prefect
+        from prefect.context import TagsContext
+
+        @functools.wraps(function)
+        def body(*args: P.args, **kwargs: P.kwargs) -> R:
+            # The flow's tags are not its tasks': each tag of a task costs a look-up of concurrency limits at the server.
+            with interruptible(), TagsContext(current_tags=set()):
+                return function(*args, **kwargs)
+
+        if current_engine() == "joined":
+            return body(*args, **kwargs)
+        run: Callable[P, R] = prefect.flow(
+            body, name=function.__name__.replace("_", "-"), validate_parameters=False, persist_result=False
+        )
+        return run(*args, **kwargs)
+
+    return call
+
+
+def run_as_task(name: str, look_up: Callable[[], R | None], compute: Callable[[], R]) -> R:
+    """Return `look_up()`, else `compute()`; on the Prefect engine as a task, in which a hit is a state named `Cached`."""
+    if current_engine() == "inline":
+        found = look_up()
+        return compute() if found is None else found
+    import prefect
+    from prefect.cache_policies import NO_CACHE
+    from prefect.states import Completed
+
+    def body() -> Any:
+        found = look_up()
+        return compute() if found is None else Completed(name="Cached", data=found)
+
+    # A task that returns a State hands the State to its caller, hence return_state and result().
+    task = prefect.task(body, name=name, cache_policy=NO_CACHE, persist_result=False)
+    result: R = task(return_state=True).result()
+    return result

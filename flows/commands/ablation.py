@@ -35,8 +35,8 @@ from flows.experiments.workers import require_workers_pool, run_on_workers
 from flows.runs.paths import Places
 from flows.runs.session import run_flow
 from pipeline.config import ConfigError
-from pipeline.orchestration.engine import Engine
 from pipeline.progress import failsafe
+from pipeline.store.context import Engine
 
 
 def ablate(

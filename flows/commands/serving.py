@@ -20,7 +20,7 @@ from flows.commands.options import Root, console
 from flows.runs.paths import Places
 from flows.tracking.sender import sync
 from flows.wording import duration, size
-from pipeline.config.passwords import unspoken, without_password
+from pipeline.config.text import unspoken, without_password
 from pipeline.orchestration import guarded_server
 from pipeline.orchestration.interruption import settle
 from pipeline.orchestration.server import configured_url, ensure_server, start_server_soon, stop_server

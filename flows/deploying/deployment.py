@@ -17,7 +17,7 @@ from flows.config.resolve import Choice, descriptions
 from flows.deploying.pool import ASKED, POOL, connected, ensure_pool, versions_environment
 from flows.runs.paths import Places
 from pipeline.config import ConfigError
-from pipeline.config.passwords import without_password
+from pipeline.config.text import without_password
 from pipeline.orchestration.flow_runs import RESTARTS
 from pipeline.orchestration.server import ensure_server
 from pipeline.store.context import package_versions

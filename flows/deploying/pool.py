@@ -18,7 +18,7 @@ from uuid import UUID
 from flows.config import IterativeRLConfig
 from flows.config.resolve import Asked
 from pipeline.config import ConfigError
-from pipeline.config.passwords import without_password
+from pipeline.config.text import without_password
 from pipeline.orchestration.flow_runs import names_living_process
 from pipeline.orchestration.server import ServerError, configured_url
 from pipeline.store.context import package_versions

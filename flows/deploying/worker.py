@@ -26,7 +26,7 @@ from flows.deploying.deployment import DEPLOYED_PLACES, ENTRYPOINT
 from flows.deploying.pool import ASKED, DIFFERENCE, REQUIRED, TAGS, VERSIONS, ensure_pool
 from flows.runs.paths import Places
 from pipeline.config import ConfigError
-from pipeline.config.passwords import without_password
+from pipeline.config.text import without_password
 from pipeline.orchestration.flow_runs import RESTARTS, mark_crashed, process_name, restart_crashed
 from pipeline.orchestration.server import ensure_server, keep_server
 

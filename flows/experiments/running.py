@@ -29,9 +29,9 @@ from flows.runs.paths import Places
 from flows.runs.record import InterruptedRunError, read_record, run_folder
 from flows.runs.session import run_flow
 from pipeline.config import Config
-from pipeline.orchestration.engine import Engine
 from pipeline.orchestration.interruption import interruptible
 from pipeline.residency import evict
+from pipeline.store.context import Engine
 from pipeline.workers.group import importing_ours
 
 _POLL: Final = 0.1

@@ -17,7 +17,7 @@ from flows.config import PretrainedPolicy
 from flows.reward_study.config import RewardModelStudyConfig
 from flows.runs.curve import calls_of
 from pipeline.events import StepDone, emit
-from pipeline.orchestration.engine import flow
+from pipeline.stage import flow
 from stages.data import (
     DataError,
     demonstrations_from_solutions,

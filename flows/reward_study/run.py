@@ -21,10 +21,10 @@ from flows.runs.session import orchestration, starting_server
 from flows.runs.state import RunState
 from flows.tracking.delivery import tracked_study
 from flows.wording import percent
-from pipeline.orchestration.engine import Engine
 from pipeline.orchestration.interruption import interruptible, is_interruption
 from pipeline.progress import failsafe
 from pipeline.store import canonical_json, sha256_of, use_store
+from pipeline.store.context import Engine
 from pipeline.tracking.records import Record, note, point, table, tags
 
 CHANCE: Final = 0.5

@@ -29,12 +29,13 @@ from flows.runs.upkeep import upkeep
 from flows.tracking.delivery import as_params, delivered
 from flows.tracking.fold import COMPLETIONS, CURVE, NOTE
 from pipeline.config import ConfigError, flatten
-from pipeline.config.passwords import without_password
+from pipeline.config.text import without_password
 from pipeline.events import recording
-from pipeline.orchestration.engine import Engine, joining, running_deployment, use_engine
 from pipeline.orchestration.interruption import interruptible, is_interruption, shielded
 from pipeline.progress import failsafe, report
+from pipeline.stage import joining, running_deployment
 from pipeline.store import PrunedArtifactError, StoreError, use_store
+from pipeline.store.context import Engine, use_engine
 from pipeline.tracking.records import table
 from pipeline.workers.gpu_locks import exclusive_devices
 from stages.environment import environment_of

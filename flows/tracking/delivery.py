@@ -21,7 +21,7 @@ from flows.runs.record import InterruptedRunError
 from flows.tracking.fold import STATUS, outcome_of, starts_of
 from flows.tracking.sender import start_sender
 from pipeline.config import flatten
-from pipeline.config.passwords import without_password
+from pipeline.config.text import without_password
 from pipeline.event_log import LOG, EventLog
 from pipeline.events import Event, Logged, RunEnded, RunStarted, StageDone
 from pipeline.orchestration.interruption import check, is_interruption, shielded

@@ -22,7 +22,7 @@ from typing import Any, Final
 from flows.runs.paths import Places
 from flows.runs.record import IMPORTED, read_record
 from flows.tracking.fold import MlflowFold, starts_of
-from pipeline.config.passwords import unspoken, without_password
+from pipeline.config.text import unspoken, without_password
 from pipeline.event_log import LOG
 from pipeline.store import use_store
 from pipeline.store.locks import lock_file, locked

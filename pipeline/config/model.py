@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple, Self, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
-from pipeline.config.yaml_text import ConfigError, dump_yaml, load_mapping, load_value
+from pipeline.config.text import ConfigError, dump_yaml, load_mapping, load_value
 
 
 class _Unkeyed:

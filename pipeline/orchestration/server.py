@@ -28,7 +28,7 @@ from typing import Any, Final
 
 import psutil
 
-from pipeline.config.passwords import without_password
+from pipeline.config.text import without_password
 from pipeline.orchestration.guarded_server import ALIVE
 from pipeline.orchestration.server_process import (
     ServerProcess,

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.config.passwords import without_password
+from pipeline.config.text import without_password
 from pipeline.store.locks import lock_file
 
 _SERVERS: Final = ("postgresql", "mysql", "mssql")

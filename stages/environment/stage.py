@@ -22,7 +22,7 @@ from stages.environment.config import (
 )
 from stages.environment.function import Function, Verifiers
 from stages.environment.openenv import OpenEnv
-from stages.join import KEY, align
+from stages.join import KEY, align, turns_of
 from stages.tables import Questions, Rollouts, ToolCalls
 
 
@@ -59,7 +59,7 @@ def answer_calls(
     ]
     keys = [(row["question_id"], row["sample"]) for row, _ in waiting]
     dialogues = [
-        Dialogue(question, turns_of(row), before.get(key, []))
+        Dialogue(question, [text for own, text in parts_of(row) if own], before.get(key, []))
         for key, (row, question) in zip(keys, waiting, strict=True)
     ]
     started = time.perf_counter()
@@ -99,16 +99,11 @@ def environment_of(config: EnvironmentConfig) -> Environment:
             assert_never(config)
 
 
-def turns_of(row: Mapping[str, Any]) -> list[str]:
-    """Return the text of each turn of a row of `Rollouts`: what the policy wrote, without what it was answered."""
-    return [text for own, text in parts_of(row) if own]
-
-
 def parts_of(row: Mapping[str, Any]) -> list[tuple[bool, str]]:
     """Return the texts of a row of `Rollouts` in order, each with whether the policy wrote it: its turns, and the answers."""
     ends = [0, *row["text_ends"]]
     last, at, parts = len(row["text_ends"]), 0, list[tuple[bool, str]]()
-    for start, end in [(span["start"], span["end"]) for span in row["turns"] or ()] or [(0, last)]:
+    for start, end in turns_of(row):
         if start > at:
             parts.append((False, row["text"][ends[at] : ends[start]]))
         parts.append((True, row["text"][ends[start] : ends[end]]))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pyarrow as pa
 
 from pipeline.stage import record_metrics, stage
-from stages.join import KEY, align
+from stages.join import KEY, align, turns_of
 from stages.models import Checkpoint, load_tokenizer
 from stages.rollout.config import RolloutConfig
 from stages.rollout.engines import generator_of
@@ -102,11 +102,10 @@ class _Dialogue:
     @classmethod
     def of(cls, row: dict[str, Any]) -> _Dialogue:
         """Take a row of `Rollouts`."""
-        spans = [(span["start"], span["end"]) for span in row["turns"] or ()] or [(0, len(row["output_ids"]))]
         same = {
             name: row[name] for name in ("question_id", "sample", "prompt_ids", "logprobs", "finish_reason", "seed")
         }
-        return cls(**same, ids=row["output_ids"], turns=spans, answer=[])
+        return cls(**same, ids=row["output_ids"], turns=turns_of(row), answer=[])
 
     def prompt(self) -> Prompt:
         """Return what the turn to come is sampled from, by a seed of its own."""

@@ -11,9 +11,11 @@ from pathlib import Path
 # Before torch is imported, and for child processes too: threads of tests that run side by side wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A script's background job starts with SIGINT ignored, and every child would inherit that: interrupts would not be tested.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A script's background job starts with SIGINT ignored, one under nohup with SIGHUP, and every child would inherit that:
+# interrupts would not be tested.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 import pytest
 from hypothesis import HealthCheck, settings

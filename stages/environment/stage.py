@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any, assert_never, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, assert_never, get_args
 
 from pipeline.stage import record_metrics, stage
-from stages.environment.answers import Dialogue, Environment, Status
+from stages.environment.answers import Answer, Dialogue, Environment, Status
 from stages.environment.calculator import Calculator
 from stages.environment.config import (
     CalculatorConfig,
@@ -24,6 +25,9 @@ from stages.environment.function import Function, Verifiers
 from stages.environment.openenv import OpenEnv
 from stages.join import KEY, align, turns_of
 from stages.tables import Questions, Rollouts, ToolCalls
+
+_MANY: Final = 8
+"""Calls of a turn that a policy seldom gets wrong all together."""
 
 
 @stage(version="2")
@@ -65,11 +69,23 @@ def answer_calls(
     started = time.perf_counter()
     answers = environment_of(config).answer(dialogues) if dialogues else []
     seconds = time.perf_counter() - started
+    _warn_of_failures(answers)
     for key, dialogue, answer in zip(keys, dialogues, answers, strict=True):
         named = {"question_id": key[0], "sample": key[1], "turn": len(dialogue.turns) - 1}
         rows.append(named | dataclasses.asdict(answer))
     _record(rows, table.num_rows, seconds + (earlier.metrics.get("time/tools", 0.0) if earlier else 0.0))
     return ToolCalls.write(rows)
+
+
+def _warn_of_failures(answers: Sequence[Answer]) -> None:
+    """Warn where each of many calls failed: more likely the environment's fault than the policy's."""
+    if len(answers) >= _MANY and all(answer.status in ("error", "timeout", "memory") for answer in answers):
+        first = answers[0]
+        warnings.warn(
+            f"answer_calls: each of {len(answers)} calls failed. The first, of {first.tool}: {first.status}, "
+            f"{first.observation.strip():.200}",
+            stacklevel=2,
+        )
 
 
 def environment_of(config: EnvironmentConfig) -> Environment:

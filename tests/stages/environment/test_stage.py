@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -67,3 +68,13 @@ def test_an_output_without_its_question_is_refused_by_name() -> None:
     with pytest.raises(JoinError) as refused:
         answer_calls(outputs, Questions.write(question_rows("a")), None, CalculatorConfig())
     assert refused.value.missing == "q7"
+
+
+@pytest.mark.parametrize(
+    ("texts", "warned"), [(["[x]"] * 8, True), (["[x]"] * 8 + ["[1]"], False), (["[x]"] * 7, False)]
+)
+def test_it_is_said_where_each_of_many_calls_failed(texts: list[str], warned: bool) -> None:
+    outputs = Rollouts.write([written("q0", sample, text, None, "call") for sample, text in enumerate(texts)])
+    with warnings.catch_warnings(record=True) as caught:
+        answer_calls(outputs, Questions.write(question_rows("a")), None, CalculatorConfig())
+    assert ["each of 8 calls failed" in str(warning.message) for warning in caught] == [True] * warned

@@ -76,7 +76,7 @@ class Workload:
 
     @property
     def answer_pattern(self) -> str:
-        """What the peer finds answers by: the answer line, or, of a model that nobody taught it, any whole number."""
+        """What the peer finds answers by: the answer line, or, of a model not trained to write it, any whole number."""
         return r"-?\d+" if self.chat else ANSWER
 
     def peer_row(self, row: dict[str, str]) -> dict[str, Any]:

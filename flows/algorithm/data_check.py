@@ -65,13 +65,14 @@ def examine_data(config: IterativeRLConfig, store: Store | None = None) -> DataF
     found = DataFindings()
     if isinstance(config.data, ArithmeticData):
         found.complaints += arithmetic_complaints(config, config.data)
-        if config.rollout.has_stops or config.environment is not None:
+        stops = config.rollout.has_stops or config.environment is not None
+        if stops or store is not None:
             with scratch_store():
-                _examine_stops_without_sets(config, found)
-        if store is not None:
-            with scratch_store():
-                train = prepare_data(config.data.model_copy(update={"evaluation": {}})).train
-                _examine_rewards(config, train, store, found)
+                data = prepare_data(config.data)
+                if stops:
+                    _examine_stops_without_sets(config, data.demonstrations, found)
+                if store is not None:
+                    _examine_rewards(config, data.train, store, found)
         return found
     with scratch_store():
         sets = dict(_read_sets(config.data, found))
@@ -169,9 +170,11 @@ def _examine_stops(config: IterativeRLConfig, early: EarlyTokenizer, found: Data
         found.complaints.append(str(error))
 
 
-def _examine_stops_without_sets(config: IterativeRLConfig, found: DataFindings) -> None:
+def _examine_stops_without_sets(
+    config: IterativeRLConfig, demonstrations: Demonstrations | None, found: DataFindings
+) -> None:
     try:
-        early = early_tokenizer(config, prepare_data(config.data).demonstrations)
+        early = early_tokenizer(config, demonstrations)
     except ConfigError as error:
         found.notes.append(f"stops of outputs and ends of calls are not looked at: {error}")
         return

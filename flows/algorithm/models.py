@@ -66,7 +66,8 @@ def require_turns(config: IterativeRLConfig, tokenizer: PreTrainedTokenizerFast)
     """Refuse a tokenizer in which outputs and their turns would not end, or answers could not be written.
 
     Raises:
-        ConfigError: stops of outputs, or ends of calls, that it cannot write; a chat template without the role `tool`.
+        ConfigError: stops of outputs, or ends of calls, that it cannot write; a chat template without the role `tool`,
+            or that shows no tools.
     """
     environment = config.environment
     stops_of(tokenizer, config.rollout, environment.call_ends if environment else ())

@@ -17,21 +17,20 @@ OPENENV: Final = "0.2.1"
 """The package's version: later ones want other versions of what Cohort uses."""
 
 
-class MarkedConfig(Config):
-    """A tool whose calls stand between two texts."""
+class CallsConfig(Config):
+    """Calls of outputs."""
+
+    max_calls: PositiveInt = 4
+    """Calls of an output that are answered, at most; the output ends cut (`length`) at one more."""
+
+
+class MarkedCallsConfig(CallsConfig):
+    """Calls between two texts."""
 
     opens: str = Field(min_length=1)
     """Text that begins a call."""
     closes: str = Field(min_length=1)
     """Text that completes it. The call is what stands between the last `opens` of a turn and this."""
-    before_answer: str
-    """What the environment writes before the result."""
-    after_answer: str
-    """What it writes behind the result."""
-    max_calls: PositiveInt = 4
-    """Calls of an output that are answered, at most; the output ends cut (`length`) at one more."""
-    max_observation: PositiveInt
-    """Characters of a result, at most; of a longer one the beginning is kept, and `...` stands for the rest."""
 
     @property
     def call_ends(self) -> tuple[str, ...]:
@@ -43,6 +42,30 @@ class MarkedConfig(Config):
         if self.opens == self.closes:
             raise ValueError(f"closes: expected another text than opens, found {self.closes!r} for both")
         return self
+
+
+class AnsweredConfig(Config):
+    """Answers between two texts."""
+
+    before_answer: str
+    """What the environment writes before an answer."""
+    after_answer: str
+    """What it writes behind it."""
+    max_observation: PositiveInt = 1000
+    """Characters of an answer, at most; of a longer one the beginning is kept, and `...` stands for the rest."""
+
+
+class MarkedConfig(MarkedCallsConfig, AnsweredConfig):
+    """Calls and answers between texts."""
+
+
+class HermesConfig(MarkedConfig):
+    """Calls and answers between texts as Hermes and Qwen have them, but for the turns of a chat template."""
+
+    opens: str = Field("<tool_call>", min_length=1)
+    closes: str = Field("</tool_call>", min_length=1)
+    before_answer: str = "\n<tool_response>\n"
+    after_answer: str = "\n</tool_response>\n"
 
 
 class CalculatorConfig(MarkedConfig):
@@ -72,7 +95,6 @@ class PythonConfig(MarkedConfig):
     closes: str = Field("```output", min_length=1)
     before_answer: str = "\n"
     after_answer: str = "\n```\n"
-    max_observation: PositiveInt = 1000
     deadline: PositiveFloat = 5.0
     """Seconds that an answer may take."""
     memory_mb: PositiveInt = 512
@@ -83,7 +105,7 @@ class PythonConfig(MarkedConfig):
     time and memory are limited alone."""
 
 
-class FunctionConfig(Config):
+class FunctionConfig(CallsConfig, AnsweredConfig):
     """Your own environment: `def answer(question, turns, calls) -> str | Mapping`, called once for each call of an output.
 
     The function gets, by name, the row of the question (a mapping: `question_id`, `question`, `answer`, `solution`), the texts
@@ -105,13 +127,7 @@ class FunctionConfig(Config):
     call_ends: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
     """Texts that complete a call, such as `</tool>`."""
     before_answer: str = "\n"
-    """What the environment writes before an answer."""
     after_answer: str = "\n"
-    """What it writes behind it."""
-    max_calls: PositiveInt = 4
-    """Calls of an output that are answered, at most; the output ends cut (`length`) at one more."""
-    max_observation: PositiveInt = 1000
-    """Characters of an answer, at most; of a longer one the beginning is kept, and `...` stands for the rest."""
     deadline: PositiveFloat = 5.0
     """Seconds that a call may take; the import of the module does not count."""
     memory_mb: PositiveInt = 1024
@@ -133,7 +149,7 @@ class FunctionConfig(Config):
         return super().key() | {"source": find_source(self.function).digest}
 
 
-class ToolCallsConfig(Config):
+class ToolCallsConfig(MarkedCallsConfig):
     """Calls in JSON, as models of the Hermes and Qwen kind write them, each answered by a message of the role `tool`.
 
         <tool_call>
@@ -151,16 +167,7 @@ class ToolCallsConfig(Config):
     )
     """Tools, each called by its kind: `python` with the argument `code`, `calculator` with `expression`."""
     opens: str = Field("<tool_call>", min_length=1)
-    """Text that begins a call."""
     closes: str = Field("</tool_call>", min_length=1)
-    """Text that completes it."""
-    max_calls: PositiveInt = 4
-    """Calls of an output that are answered, at most; the output ends cut (`length`) at one more."""
-
-    @property
-    def call_ends(self) -> tuple[str, ...]:
-        """Return the texts that complete a call."""
-        return (self.closes,)
 
     @model_validator(mode="after")
     def _tools_differ_and_are_read(self) -> Self:
@@ -177,7 +184,7 @@ class ToolCallsConfig(Config):
         return self
 
 
-class VerifiersConfig(MarkedConfig):
+class VerifiersConfig(HermesConfig):
     """An environment of the package `verifiers` 0.1.10 (`pip install 'cohort-rl[verifiers]'`): a `MultiTurnEnv`, or `ToolEnv`.
 
     A turn of the policy becomes a message of the assistant; the observation is the text of the messages that `env_response`
@@ -198,11 +205,6 @@ class VerifiersConfig(MarkedConfig):
     from, then in the working directory; the content of its file is part of the cache key, that of what it imports is not."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the module's own `load_environment`."""
-    opens: str = Field("<tool_call>", min_length=1)
-    closes: str = Field("</tool_call>", min_length=1)
-    before_answer: str = "\n<tool_response>\n"
-    after_answer: str = "\n</tool_response>\n"
-    max_observation: PositiveInt = 1000
     replay: bool = True
     """Whether earlier turns are stepped again before each new one, which makes the environment's state; another answer than the
     recorded one ends the run. False: for environments that read messages alone; no recorded call is made again."""
@@ -227,7 +229,7 @@ class VerifiersConfig(MarkedConfig):
         return super().key() | {"source": self.source().digest}
 
 
-class OpenEnvConfig(MarkedConfig):
+class OpenEnvConfig(HermesConfig):
     """A server of OpenEnv, asked by its client (openenv-core 0.2.1: `pip install 'cohort-rl[openenv]'`).
 
     Each call opens a session: `reset`, the steps of the output's earlier calls that ended well, and its own. So an answer
@@ -248,11 +250,6 @@ class OpenEnvConfig(MarkedConfig):
     """Field of the action that is the text of the call; null: the call is the action, as JSON."""
     observation: str | None = None
     """Field of the observation that the policy reads; null: all of it, as JSON."""
-    opens: str = Field("<tool_call>", min_length=1)
-    closes: str = Field("</tool_call>", min_length=1)
-    before_answer: str = "\n<tool_response>\n"
-    after_answer: str = "\n</tool_response>\n"
-    max_observation: PositiveInt = 1000
     replay: bool = True
     """Whether earlier calls are stepped again before each new one. False: for a server without a state; no recorded call is
     made again."""

@@ -220,8 +220,10 @@ class _Process:
 
 def _taken_below(pid: int) -> int:
     """Return bytes of memory that the processes below one take together; a page that several share counts in parts."""
-    total = 0
-    for process in psutil.Process(pid).children(recursive=True):
+    total, below = 0, list[psutil.Process]()
+    with contextlib.suppress(psutil.Error):  # it may end at any time
+        below = psutil.Process(pid).children(recursive=True)
+    for process in below:
         with contextlib.suppress(psutil.Error, OSError):
             try:
                 total += process.memory_full_info().pss

@@ -157,7 +157,7 @@ def _forbid() -> None:
 
 
 def _enter_namespaces() -> None:
-    """Enter namespaces whose root is this user outside, or nobody where this user is root.
+    """Enter namespaces whose root is this user outside, or the user `nobody` where this user is root.
 
     The system limits no number of processes of the real root. Only from outside may root be mapped to another user.
     """

@@ -47,6 +47,8 @@ def answer_calls(
     `tool/ok_rate`, `tool/error_rate`, `tool/timeout_rate`, `tool/memory_rate`, `tool/refused_rate` (of calls; null without
     any); `time/tools` (seconds).
 
+    Warns where each of eight or more calls of a turn failed.
+
     Raises:
         JoinError: an output without its question.
     """

@@ -9,8 +9,10 @@ from typing import Final
 
 from stages.environment.answers import Answer, Dialogue, Environment
 from stages.environment.config import CalculatorConfig, PythonConfig, ToolCallsConfig
+from stages.text.chat_templates import TOOLS
 
-_ARGUMENTS: Final = {"python": "code", "calculator": "expression"}
+_ARGUMENTS: Final = {name: tool["function"]["parameters"]["required"][0] for name, tool in TOOLS.items()}
+"""What the prompt shows is what a call is read by."""
 
 
 class NamedTools:

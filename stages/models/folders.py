@@ -95,7 +95,7 @@ def model_files(folder: Path, *, own_code: bool = False) -> list[Path]:
     require_buildable(read_object(folder / "config.json"), f"{folder}: config.json")
     if is_adapted(folder):
         raise ArtifactError(
-            f"{folder}: a checkpoint of an adapter, beside the weights of its base; expected a model. `cohort export` "
+            f"{folder}: a checkpoint of an adapter, with the weights of its base; expected a model. `cohort export` "
             "writes one, with merged weights"
         )
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):

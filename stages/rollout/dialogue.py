@@ -18,7 +18,7 @@ from stages.rollout.engines import generator_of
 from stages.rollout.generator import Output, Prompt, generate_within, sample_seed
 from stages.rollout.stage import Sampled, calls_of, reason_of, record_outputs, reporter, sampling_of, write_rollouts
 from stages.tables import Rollouts, ToolCalls
-from stages.text import PromptConfig, PromptError, tool_frame
+from stages.text import Frame, PromptConfig, PromptError, tool_frame
 from stages.text.ids import encode_texts
 
 if TYPE_CHECKING:
@@ -157,19 +157,13 @@ def _hear(
     found = align(
         wanted, calls.read([*_TURN, "observation", "done"]), "calls", to="waiting outputs", by=_TURN, extra=True
     )
+    frame = Frame([], "", "", []) if messages is None else tool_frame(tokenizer, messages)
     for row, text, done in zip(waiting, found["observation"].to_pylist(), found["done"].to_pylist(), strict=True):
         if done:
             row.finish_reason = "stop"
         else:
-            row.answer = encode_answer(tokenizer, text, messages)
-
-
-def encode_answer(tokenizer: PreTrainedTokenizerFast, text: str, messages: PromptConfig | None) -> list[int]:
-    """Return the ids of an answer, with what the chat template writes around it where it is a message."""
-    if messages is None:
-        return encode_observation(tokenizer, text)
-    frame = tool_frame(tokenizer, messages)
-    return [*frame.head_ids, *encode_observation(tokenizer, frame.lead + text + frame.tail), *frame.end_ids]
+            said = encode_observation(tokenizer, frame.lead + text + frame.tail)
+            row.answer = [*frame.head_ids, *said, *frame.end_ids]
 
 
 def encode_observation(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:

@@ -3,6 +3,7 @@
 from stages.text.chat_templates import PromptError
 from stages.text.ids import decode_outputs, plain_of, step_ends
 from stages.text.prompts import (
+    Frame,
     PromptConfig,
     encode_completions,
     encode_prompt,
@@ -24,6 +25,7 @@ from stages.text.tokenizers import (
 __all__ = [
     "BPETokenizerConfig",
     "CharacterTokenizerConfig",
+    "Frame",
     "PromptConfig",
     "PromptError",
     "TokenizerConfig",

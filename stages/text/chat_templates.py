@@ -30,7 +30,7 @@ _SECONDS: Final = 5
 _DEADLINE: Final = 60.0
 """Seconds on the clock, where the system does not limit processor time, or is very busy."""
 _SCRIPT: Final = Path(__file__).with_name("template_rendering.py")
-TOOLS: Final = {
+TOOLS: Final[dict[str, dict[str, Any]]] = {
     name: {
         "type": "function",
         "function": {

@@ -81,6 +81,7 @@ def test_what_is_no_call_is_refused_and_said_to_the_policy(turn: str, said: str)
     ("settings", "complaint"),
     [
         ({"tools": []}, "tools"),
+        ({"opens": "</tool_call>"}, "another text than opens"),
         ({"tools": [{"kind": "python"}, {"kind": "python"}]}, "each kind once"),
         ({"tools": [{"kind": "python", "opens": "<py>"}]}, "opens of python"),
         ({"tools": [{"kind": "calculator", "max_calls": 2}]}, "max_calls of calculator"),

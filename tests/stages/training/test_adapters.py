@@ -162,7 +162,7 @@ def test_the_weights_of_the_base_are_stored_once(store: Store, tmp_path: Path) -
     current_store().prune(third.digest)
     update(reloaded, ROWS)
     assert (publish(reloaded).path / "model.safetensors").samefile(files[0])
-    # Where nobody has it, it is written again, and nothing is replayed for it.
+    # Where no folder has it, it is written again, and nothing is replayed for it.
     for freed in list(current_store().digests()):
         current_store().prune(freed)
     reloaded.save(folder := fresh(tmp_path / "alone"))
@@ -210,7 +210,7 @@ def test_whoever_loads_a_policy_has_the_bits_that_the_engine_merges(store: Store
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on_to_the_same_weights(store: Store) -> None:
-    """It holds the merged weights, and W beside the factors."""
+    """It holds the merged weights, and W with the factors."""
     engine, now = trained(tiny_checkpoint(), config())
 
     def fill(folder: Path) -> None:
